@@ -1,0 +1,60 @@
+"""The one error users meet: what went wrong, where, how to fix it, and what is saved."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What the command line returns; documented in the README and stable."""
+
+    OK = 0
+    BUG = 1
+    USAGE = 2
+    """The command line or the recipe is wrong."""
+    REFUSED = 3
+    """The model, the data or the environment was refused before any work."""
+    RESOURCES = 4
+    """Memory or disk ran out; state is saved and the run can be resumed."""
+    HUB = 5
+    """The Hub or the network failed; run the command again."""
+    GATE = 6
+    """The result is worse than the recipe allows; it is kept and not published."""
+    INTERRUPTED = 130
+
+
+class CompressError(ValueError):
+    """Anything a user can cause or fix.
+
+    `code` is a short stable name such as `recipe.unknown-key`; `where` names the file, key or tensor;
+    `fix` is an instruction; `saved` says what of the work so far is kept.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        what: str,
+        *,
+        where: str = "",
+        fix: str = "",
+        saved: str = "nothing was written",
+        exit_code: ExitCode = ExitCode.REFUSED,
+    ) -> None:
+        self.code, self.what, self.where, self.fix, self.saved = code, what, where, fix, saved
+        self.exit_code = exit_code
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        rows = [("where", self.where), ("fix", self.fix), ("saved", self.saved)]
+        return "\n".join([f"{self.what} [{self.code}]", *(f"  {name}: {text}" for name, text in rows if text)])
+
+    def as_dict(self) -> dict[str, str | int]:
+        """The same facts for `--json`."""
+        return {
+            "code": self.code,
+            "what": self.what,
+            "where": self.where,
+            "fix": self.fix,
+            "saved": self.saved,
+            "exit_code": int(self.exit_code),
+        }

@@ -1,0 +1,111 @@
+"""What was found in a model: blocks, linear sites, shared inputs, folds, width groups, tying. Plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """One linear inside a block; `name` is relative to the block (`self_attn.q_proj`)."""
+
+    name: str
+    outputs: int
+    inputs: int
+    has_bias: bool
+    transposed: bool = False
+    """True for Conv1D, which stores inputs × outputs."""
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Sites that read the very same tensor, so one statistic serves them all."""
+
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Dividing a producer's channels and multiplying the consumers' columns leaves the block unchanged.
+
+    Consumer input channel `c` is fed by producer channel `channel_map[c]` (a norm's channel, or a row of a
+    producing linear). A norm whose gain is `offset + weight` has offset 1 (Gemma), otherwise 0.
+    """
+
+    producer: str
+    producer_is_norm: bool
+    consumers: tuple[str, ...]
+    channel_map: tuple[int, ...]
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class WidthPart:
+    """The rows or columns of one site that belong to each unit: `indices[unit]`."""
+
+    site: str
+    axis: Literal["rows", "columns"]
+    indices: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class WidthGroup:
+    """Removing unit u means removing `indices[u]` of every part together (an FFN channel, a KV group)."""
+
+    units: int
+    parts: tuple[WidthPart, ...]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Something that will not be compressed, and why; shown before any work."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class BlockStructure:
+    """What one kind of block looks like; blocks of the same kind share one instance. Names are relative."""
+
+    sites: tuple[SiteInfo, ...]
+    groups: tuple[InputGroup, ...]
+    """In order of execution."""
+    folds: tuple[Fold, ...]
+    width_groups: tuple[WidthGroup, ...]
+    refused: tuple[Refusal, ...] = ()
+
+    def site(self, name: str) -> SiteInfo:
+        """The site called `name` (relative to the block)."""
+        return next(site for site in self.sites if site.name == name)
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """One block: its full module name and its structure."""
+
+    index: int
+    name: str
+    structure: BlockStructure
+
+    def full(self, relative: str) -> str:
+        """The full module name of something in this block."""
+        return f"{self.name}.{relative}"
+
+
+@dataclass(frozen=True)
+class ModelMap:
+    """The whole model as compression sees it."""
+
+    family: str
+    hidden_size: int
+    blocks: tuple[BlockInfo, ...]
+    embedding: str
+    head: str
+    tied: bool
+    refused: tuple[Refusal, ...] = ()
+
+    def site_names(self) -> tuple[str, ...]:
+        """Full names of all sites, in model order."""
+        return tuple(block.full(site.name) for block in self.blocks for site in block.structure.sites)

@@ -1,0 +1,66 @@
+"""The only handle a pass may use on a linear, whatever its class or storage layout. O = outputs, I = inputs."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.numerics.statistics import Statistic
+from llmcompress.model.map import SiteInfo
+from llmcompress.modules.quant_linear import QuantLinear
+
+S = TypeVar("S", bound=Statistic)
+
+
+class LinearSite:
+    """A live linear of one block: read and write its weight as float32 O×I, or replace it."""
+
+    def __init__(self, name: str, info: SiteInfo, block: nn.Module, storage_dtype: torch.dtype) -> None:
+        self.name = name
+        self.info = info
+        self.storage_dtype = storage_dtype
+        self._block = block
+        self._statistics: dict[type[Statistic], Statistic] = {}
+
+    @property
+    def module(self) -> nn.Module:
+        """What stands at the site now."""
+        return self._block.get_submodule(self.info.name)
+
+    @property
+    def is_quantized(self) -> bool:
+        return isinstance(self.module, QuantLinear)
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """A float32 copy of the weight, outputs × inputs."""
+        weight = self.module.weight.detach()
+        return (weight.T if self.info.transposed and not self.is_quantized else weight).float().clone()
+
+    @property
+    def bias_O(self) -> Tensor | None:
+        bias = self.module.bias
+        return None if bias is None else bias.detach().clone()
+
+    def write(self, weight_OI: Tensor) -> None:
+        """Set the dense weight."""
+        assert not self.is_quantized, f"{self.name} already holds codes"
+        with torch.no_grad():
+            self.module.weight.copy_(weight_OI.T if self.info.transposed else weight_OI)
+
+    def replace(self, module: nn.Module) -> None:
+        """Put another module at the site."""
+        parent, _, leaf = self.info.name.rpartition(".")
+        setattr(self._block.get_submodule(parent), leaf, module)
+
+    def statistic(self, kind: type[S]) -> S:
+        """What was measured of this site's input in the current pass."""
+        found = self._statistics[kind]
+        assert isinstance(found, kind)
+        return found
+
+    def set_statistics(self, statistics: dict[type[Statistic], Statistic]) -> None:
+        """Called by the stream; an empty dict drops them."""
+        self._statistics = statistics

@@ -1,0 +1,61 @@
+"""What passes want to know about a site's input, accumulated batch by batch. T = tokens, I = inputs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+
+class Statistic(ABC):
+    """Something accumulated from a site's input; one per group of sites that share it."""
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        self.tokens = 0
+
+    @abstractmethod
+    def add(self, x_TI: Tensor) -> None:
+        """Take in more tokens; `x_TI` is float32."""
+
+
+class Gram(Statistic):
+    """Sum over tokens of x xᵀ: all that any squared error of a linear's output depends on."""
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        super().__init__(inputs, device)
+        self.sum_II = torch.zeros(inputs, inputs, dtype=torch.float32, device=device)
+
+    def add(self, x_TI: Tensor) -> None:
+        self.tokens += len(x_TI)
+        self.sum_II.addmm_(x_TI.T, x_TI)
+
+
+class AbsMax(Statistic):
+    """Largest magnitude of every channel: SmoothQuant's scale and the range of static activations."""
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        super().__init__(inputs, device)
+        self.max_I = torch.zeros(inputs, dtype=torch.float32, device=device)
+
+    def add(self, x_TI: Tensor) -> None:
+        self.tokens += len(x_TI)
+        if len(x_TI):
+            torch.maximum(self.max_I, x_TI.abs().amax(0), out=self.max_I)
+
+
+class AbsMean(Statistic):
+    """Mean magnitude of every channel: AWQ's measure of salience."""
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        super().__init__(inputs, device)
+        self.sum_I = torch.zeros(inputs, dtype=torch.float32, device=device)
+
+    def add(self, x_TI: Tensor) -> None:
+        self.tokens += len(x_TI)
+        self.sum_I += x_TI.abs().sum(0)
+
+    @property
+    def mean_I(self) -> Tensor:
+        """Zeros when no token was seen."""
+        return self.sum_I / max(self.tokens, 1)

@@ -1,0 +1,63 @@
+"""What a compression algorithm is: a frozen set of options, and one method that works on one block."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from llmcompress.numerics.statistics import Statistic
+from llmcompress.calibration.stream import BlockWork
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.registry import Registry
+
+PASSES: Registry[BlockPass]
+
+
+class BlockPass(BaseModel, ABC):
+    """One algorithm. The fields are exactly the options that a recipe may set.
+
+    `sites`, `exclude` and the keys of `overrides` are globs on full module names (`*.down_proj`); an override
+    changes options for the sites it matches, the last match wins.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ClassVar[str]
+    """Set by registration: the recipe key."""
+    produces_codes: ClassVar[bool] = False
+    """True when the sites it touches hold codes afterwards, so no later pass may touch their weights."""
+
+    sites: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    def selects(self, site: str) -> bool:
+        """Whether this pass works on the site with that full name."""
+        return _matches(site, self.sites) and not _matches(site, self.exclude)
+
+    def for_site(self, site: str) -> Self:
+        """The same pass with the overrides that match the site applied."""
+        changed = {k: v for glob, options in self.overrides.items() if fnmatchcase(site, glob) for k, v in options.items()}
+        return type(self)(**{**self.model_dump(), **changed, "overrides": {}}) if changed else self
+
+    def quantizes(self) -> bool:
+        """Whether the sites hold codes afterwards, with these options."""
+        return self.produces_codes
+
+    @abstractmethod
+    def needs(self) -> tuple[type[Statistic], ...]:
+        """Which statistics of the inputs `apply` reads; empty for a pass that needs no data."""
+
+    @abstractmethod
+    def apply(self, block: BlockWork) -> list[SiteReport]:
+        """Compress the selected sites of one block; one report row per site touched."""
+
+
+def _matches(site: str, globs: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(site, glob) for glob in globs)
+
+
+PASSES = Registry("pass", "llmcompress.passes")

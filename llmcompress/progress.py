@@ -1,0 +1,44 @@
+"""What a long run tells its user while it works: stages, blocks, an estimate of the time left, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Two levels: a stage (compress, evaluate, save) and the steps inside it."""
+
+    def stage(self, title: str, steps: int) -> None:
+        """Begin a stage of `steps` equal steps; it ends when the next begins or the run does."""
+
+    def step(self, text: str) -> None:
+        """One more step of the stage is done; `text` names it (`block 3/12`)."""
+
+    def inside(self, text: str) -> None:
+        """What the running step is doing now (`gptq: mlp.down_proj`)."""
+
+    def note(self, text: str) -> None:
+        """One line that must stay visible: a fallback, a warning, a decision."""
+
+
+class Silent:
+    """Shows nothing: the default of the Python interface."""
+
+    def stage(self, title: str, steps: int) -> None: ...
+
+    def step(self, text: str) -> None: ...
+
+    def inside(self, text: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@contextmanager
+def progress_on_stderr() -> Iterator[Progress]:
+    """A live two-level display on a terminal, plain lines elsewhere (see `terminal.py`)."""
+    from llmcompress.cli.terminal import TerminalProgress
+
+    with TerminalProgress() as display:
+        yield display
