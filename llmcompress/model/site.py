@@ -61,6 +61,10 @@ class LinearSite:
         assert isinstance(found, kind)
         return found
 
+    def statistics(self) -> tuple[Statistic, ...]:
+        """Everything measured; sites that read the same input share the very same objects."""
+        return tuple(self._statistics.values())
+
     def set_statistics(self, statistics: dict[type[Statistic], Statistic]) -> None:
         """Called by the stream; an empty dict drops them."""
         self._statistics = statistics

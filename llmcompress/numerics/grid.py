@@ -10,6 +10,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+RangeSearch = Literal["minmax", "mse"]
+"""Cover a group's whole range, or the shrunken range whose rounding error is least."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +26,12 @@ class Grid:
 
     @property
     def low(self) -> int:
+        """Smallest code."""
         return -(2 ** (self.bits - 1))
 
     @property
     def high(self) -> int:
+        """Largest code."""
         return 2 ** (self.bits - 1) - 1
 
     def groups(self, inputs: int) -> int:
@@ -39,7 +45,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A grid with its numbers: `scale_OG` (float32 holding values of the stored type), `zero_OG` (float32 integers)."""
+    """A grid with its numbers, in the dtype of the weights fitted: `scale_OG` holds values of the stored type, `zero_OG` integers."""
 
     grid: Grid
     scale_OG: Tensor
@@ -51,15 +57,18 @@ def fit(
     grid: Grid,
     *,
     scale_dtype: torch.dtype = torch.float32,
-    search: Literal["minmax", "mse"] = "minmax",
-    importance_I: Tensor | None = None,
+    search: RangeSearch = "minmax",
+    gram_II: Tensor | None = None,
 ) -> Fitted:
-    """Scales and zero points that cover each group's range, or the shrunken range of least squared error.
+    """Scales and zero points of every group, for weights in float32.
 
     Scales are rounded to `scale_dtype` before anything is rounded with them, so what is computed here is what a
-    loader of the saved model computes. A group of zeros gets scale 1. `importance_I` weighs the squared errors.
+    loader of the saved model computes. A group of zeros gets scale 1. With `search="mse"` the range shrinks in
+    twenty steps down to half; the error is that of the group's part of the output when `gram_II` is given
+    (AWQ's clipping), plain squared error otherwise. The full range is one of the candidates.
 
-    Source: Jacob et al., arXiv 1712.05877, section 2 (range includes 0, zero is exact).
+    Source: Jacob et al., arXiv 1712.05877, section 2 (range includes 0, zero is exact);
+    Lin et al., arXiv 2306.00978 (clipping per row and group).
     """
     grouped_OGN = _grouped(weight_OI, grid)
     top_OG = grouped_OGN.amax(-1).clamp_min(0)
@@ -67,12 +76,12 @@ def fit(
     best = _from_range(bottom_OG, top_OG, grid, scale_dtype)
     if search == "minmax":
         return best
-    weights_OGN = None if importance_I is None else _grouped(importance_I[None], grid)
-    best_error_OG = _error(grouped_OGN, best, weights_OGN)
+    gram_GNN = None if gram_II is None else _diagonal_blocks(gram_II, grid)
+    best_error_OG = _error(grouped_OGN, best, gram_GNN)
     for step in range(1, 20):
         shrink = 1 - step / 40
         trial = _from_range(bottom_OG * shrink, top_OG * shrink, grid, scale_dtype)
-        error_OG = _error(grouped_OGN, trial, weights_OGN)
+        error_OG = _error(grouped_OGN, trial, gram_GNN)
         better_OG = error_OG < best_error_OG
         best_error_OG = torch.where(better_OG, error_OG, best_error_OG)
         best = Fitted(
@@ -98,10 +107,15 @@ def restore(codes_OI: Tensor, fitted: Fitted) -> Tensor:
 
 
 def spread(per_group_OG: Tensor, grid: Grid, inputs: int) -> Tensor:
-    """One value per input instead of one per group."""
+    """One value per input instead of one per group (broadcastable when the row is one group)."""
     if grid.group is None:
         return per_group_OG
     return per_group_OG.repeat_interleave(grid.group, dim=1)[:, :inputs]
+
+
+def output_error(difference_OI: Tensor, gram_II: Tensor) -> Tensor:
+    """Σ over tokens and outputs of (ΔW x)², from the Gram matrix alone: tr(ΔW G ΔWᵀ)."""
+    return (difference_OI @ gram_II).mul_(difference_OI).sum(dtype=torch.float64)
 
 
 def _grouped(weight_OI: Tensor, grid: Grid) -> Tensor:
@@ -109,21 +123,37 @@ def _grouped(weight_OI: Tensor, grid: Grid) -> Tensor:
     outputs, inputs = weight_OI.shape
     length = grid.length(inputs)
     missing = grid.groups(inputs) * length - inputs
-    return torch.nn.functional.pad(weight_OI, (0, missing)).view(outputs, -1, length)
+    return functional.pad(weight_OI, (0, missing)).view(outputs, -1, length)
+
+
+def _diagonal_blocks(gram_II: Tensor, grid: Grid) -> Tensor:
+    """The part of the Gram matrix that each group sees alone: G×N×N."""
+    inputs = len(gram_II)
+    groups, length = grid.groups(inputs), grid.length(inputs)
+    missing = groups * length - inputs
+    padded = functional.pad(gram_II, (0, missing, 0, missing)).view(groups, length, groups, length)
+    return torch.stack([padded[group, :, group] for group in range(groups)])
 
 
 def _from_range(bottom_OG: Tensor, top_OG: Tensor, grid: Grid, scale_dtype: torch.dtype) -> Fitted:
-    steps = 2**grid.bits - 1
-    span_OG = 2 * torch.maximum(-bottom_OG, top_OG) if grid.symmetric else top_OG - bottom_OG
-    scale_OG = (span_OG / steps).to(scale_dtype).float()
+    if grid.symmetric:
+        # the extreme weight lands on the outermost code of its own sign: with the usual (2^b - 1) / 2 steps it would
+        # lie half-way between a code and one that does not exist
+        span_OG = torch.maximum(bottom_OG / grid.low, top_OG / grid.high)
+    else:
+        span_OG = (top_OG - bottom_OG) / (grid.high - grid.low)
+    scale_OG = span_OG.to(scale_dtype).to(span_OG.dtype)
     scale_OG = torch.where(scale_OG > 0, scale_OG, torch.ones_like(scale_OG))
     if grid.symmetric:
         return Fitted(grid, scale_OG, torch.zeros_like(scale_OG))
     return Fitted(grid, scale_OG, (grid.low - bottom_OG / scale_OG).round().clamp(grid.low, grid.high))
 
 
-def _error(grouped_OGN: Tensor, fitted: Fitted, weights_OGN: Tensor | None) -> Tensor:
+def _error(grouped_OGN: Tensor, fitted: Fitted, gram_GNN: Tensor | None) -> Tensor:
     scale, zero = fitted.scale_OG[..., None], fitted.zero_OG[..., None]
     codes = (grouped_OGN / scale + zero).round_().clamp_(fitted.grid.low, fitted.grid.high)
-    squared = codes.sub_(zero).mul_(scale).sub_(grouped_OGN).square_()
-    return (squared if weights_OGN is None else squared * weights_OGN).sum(-1)
+    difference_OGN = codes.sub_(zero).mul_(scale).sub_(grouped_OGN)
+    if gram_GNN is None:
+        return difference_OGN.square_().sum(-1)
+    seen_GON = torch.bmm(difference_OGN.transpose(0, 1), gram_GNN)
+    return seen_GON.transpose(0, 1).mul(difference_OGN).sum(-1)

@@ -18,6 +18,14 @@ class Statistic(ABC):
     def add(self, x_TI: Tensor) -> None:
         """Take in more tokens; `x_TI` is float32."""
 
+    @abstractmethod
+    def rescale(self, divide_I: Tensor) -> None:
+        """Become the statistic of the input divided channel by channel, as a fold leaves it."""
+
+    @abstractmethod
+    def is_finite(self) -> bool:
+        """Whether no NaN or Inf was seen."""
+
 
 class Gram(Statistic):
     """Sum over tokens of x xᵀ: all that any squared error of a linear's output depends on."""
@@ -29,6 +37,12 @@ class Gram(Statistic):
     def add(self, x_TI: Tensor) -> None:
         self.tokens += len(x_TI)
         self.sum_II.addmm_(x_TI.T, x_TI)
+
+    def rescale(self, divide_I: Tensor) -> None:
+        self.sum_II.div_(divide_I).div_(divide_I[:, None])
+
+    def is_finite(self) -> bool:
+        return bool(torch.isfinite(self.sum_II.diagonal()).all())
 
 
 class AbsMax(Statistic):
@@ -43,6 +57,12 @@ class AbsMax(Statistic):
         if len(x_TI):
             torch.maximum(self.max_I, x_TI.abs().amax(0), out=self.max_I)
 
+    def rescale(self, divide_I: Tensor) -> None:
+        self.max_I.div_(divide_I)
+
+    def is_finite(self) -> bool:
+        return bool(torch.isfinite(self.max_I).all())
+
 
 class AbsMean(Statistic):
     """Mean magnitude of every channel: AWQ's measure of salience."""
@@ -54,6 +74,12 @@ class AbsMean(Statistic):
     def add(self, x_TI: Tensor) -> None:
         self.tokens += len(x_TI)
         self.sum_I += x_TI.abs().sum(0)
+
+    def rescale(self, divide_I: Tensor) -> None:
+        self.sum_I.div_(divide_I)
+
+    def is_finite(self) -> bool:
+        return bool(torch.isfinite(self.sum_I).all())
 
     @property
     def mean_I(self) -> Tensor:

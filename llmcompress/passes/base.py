@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from llmcompress.numerics.statistics import Statistic
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.site import LinearSite
+from llmcompress.numerics.statistics import Statistic
 from llmcompress.registry import Registry
-
-PASSES: Registry[BlockPass]
 
 
 class BlockPass(BaseModel, ABC):
@@ -25,14 +25,12 @@ class BlockPass(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: ClassVar[str]
-    """Set by registration: the recipe key."""
     produces_codes: ClassVar[bool] = False
-    """True when the sites it touches hold codes afterwards, so no later pass may touch their weights."""
+    """Whether the sites it touches hold codes afterwards, so that no later pass may touch their weights."""
 
-    sites: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
-    overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    sites: tuple[str, ...] = Field(("*",), description="globs of module names to work on")
+    exclude: tuple[str, ...] = Field((), description="globs of module names to leave alone")
+    overrides: dict[str, dict[str, Any]] = Field(default_factory=dict, description="other options for some sites")
 
     def selects(self, site: str) -> bool:
         """Whether this pass works on the site with that full name."""
@@ -40,7 +38,12 @@ class BlockPass(BaseModel, ABC):
 
     def for_site(self, site: str) -> Self:
         """The same pass with the overrides that match the site applied."""
-        changed = {k: v for glob, options in self.overrides.items() if fnmatchcase(site, glob) for k, v in options.items()}
+        changed = {
+            option: value
+            for glob, options in self.overrides.items()
+            if fnmatchcase(site, glob)
+            for option, value in options.items()
+        }
         return type(self)(**{**self.model_dump(), **changed, "overrides": {}}) if changed else self
 
     def quantizes(self) -> bool:
@@ -52,12 +55,23 @@ class BlockPass(BaseModel, ABC):
         """Which statistics of the inputs `apply` reads; empty for a pass that needs no data."""
 
     @abstractmethod
-    def apply(self, block: BlockWork) -> list[SiteReport]:
-        """Compress the selected sites of one block; one report row per site touched."""
+    def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
+        """Compress the given sites of one block, already measured; one report row per site touched."""
+
+    def run(self, block: BlockWork) -> list[SiteReport]:
+        """Measure what is needed on the selected sites, apply, forget."""
+        sites = [site for site in block.sites if self.selects(site.name)]
+        if not sites:
+            return []
+        if self.needs():
+            block.measure(sites, self.needs())
+        rows = self.apply(block, sites)
+        block.forget()
+        return rows
 
 
 def _matches(site: str, globs: tuple[str, ...]) -> bool:
     return any(fnmatchcase(site, glob) for glob in globs)
 
 
-PASSES = Registry("pass", "llmcompress.passes")
+PASSES: Registry[BlockPass] = Registry("pass", "llmcompress.passes")

@@ -1,0 +1,190 @@
+"""Local text files and tables → rows with labels that a user can find again (`line 7`)."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+from collections.abc import Callable, Iterator
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from llmcompress.calibration.records import BadRow
+from llmcompress.errors import CompressError
+
+Rows = Iterator[tuple[str, Any]]
+
+_UNPACK: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": gzip.decompress}
+
+
+def is_text_file(name: str) -> bool:
+    """Whether a file of that name can be read here."""
+    return _kind(Path(name)) in _READERS
+
+
+def rows_of_file(path: Path, *, where: str) -> Rows:
+    """Labelled rows of a .txt (one row), .jsonl, .json, .csv or .parquet; the first three also as .xz or .gz.
+
+    Rows that cannot be read come as `BadRow`, so that the caller decides whether to stop.
+
+    Raises: CompressError when the file as a whole cannot be read.
+    """
+    reader = _READERS.get(_kind(path))
+    if reader is None:
+        raise CompressError(
+            "data.file-type",
+            f"{path.name}: text cannot be read from this kind of file",
+            where=where,
+            fix=f"use one of {', '.join(_READERS)} (the text ones also as .xz or .gz)",
+        )
+    try:
+        return reader(path, where)
+    except OSError as failure:
+        raise CompressError("data.unreadable", f"{path}: {failure.strerror or failure}", where=where) from None
+
+
+def _kind(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _UNPACK:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _bytes(path: Path, where: str) -> bytes:
+    content = path.read_bytes()
+    unpack = _UNPACK.get(path.suffix.lower())
+    if unpack:
+        try:
+            content = unpack(content)
+        except (lzma.LZMAError, EOFError, gzip.BadGzipFile) as failure:
+            raise CompressError("data.unreadable", f"{path.name}: damaged archive ({failure})", where=where) from None
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise CompressError(
+            "data.encoding",
+            f"{path.name}: the text is UTF-16, not UTF-8",
+            where=where,
+            fix=f"convert it: iconv -f utf-16 -t utf-8 {path.name} > utf8-{path.name}",
+        )
+    return content.removeprefix(b"\xef\xbb\xbf")
+
+
+def _decoded(content: bytes) -> str:
+    """UTF-8 text with plain line ends.
+
+    Raises: BadRow naming the first byte that is not UTF-8, counted from 1 in its line.
+    """
+    try:
+        return content.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as failure:
+        line_start = content.rfind(b"\n", 0, failure.start) + 1
+        line = content.count(b"\n", 0, failure.start) + 1
+        at = f"byte {failure.start - line_start + 1}" if line == 1 else f"line {line}, byte {failure.start - line_start + 1}"
+        guess = content[failure.start : failure.start + 1].decode("latin-1")
+        raise BadRow(
+            f"not UTF-8 at {at} (0x{content[failure.start]:02x}); read as Latin-1 it would be {guess!r}"
+        ) from None
+
+
+def _text(path: Path, where: str) -> str:
+    """The whole file as text; here nothing can be skipped."""
+    try:
+        return _decoded(_bytes(path, where))
+    except BadRow as bad:
+        at = "" if "line " in str(bad) else "line 1: "
+        raise CompressError(
+            "data.encoding",
+            f"{path.name}: {at}{bad}",
+            where=where,
+            fix=f"convert it to UTF-8: iconv -f latin1 -t utf-8 {path.name} > utf8-{path.name}",
+        ) from None
+
+
+def _txt(path: Path, where: str) -> Rows:
+    yield "line 1", _text(path, where)
+
+
+def _jsonl(path: Path, where: str) -> Rows:
+    """Each line on its own, so that one bad line costs one row."""
+    for number, line in enumerate(_bytes(path, where).split(b"\n"), start=1):
+        if line.strip():
+            yield f"line {number}", _json_line(line)
+
+
+def _json_line(line: bytes) -> Any:
+    try:
+        return json.loads(_decoded(line))
+    except BadRow as bad:
+        return bad
+    except json.JSONDecodeError as failure:
+        return BadRow(f"invalid JSON at column {failure.colno}: {failure.msg}")
+
+
+def _json(path: Path, where: str) -> Rows:
+    try:
+        content = json.loads(_text(path, where))
+    except json.JSONDecodeError as failure:
+        raise CompressError(
+            "data.bad-json",
+            f"{path.name}: line {failure.lineno}, column {failure.colno}: invalid JSON: {failure.msg}",
+            where=where,
+            fix="correct that line; one JSON record per line belongs in a .jsonl file",
+        ) from None
+    if not isinstance(content, list):
+        raise CompressError(
+            "data.bad-json", f"{path.name}: expected a list of records", where=where, fix="write [{...}, {...}] or .jsonl"
+        )
+    yield from ((f"record {number}", row) for number, row in enumerate(content, start=1))
+
+
+def _csv(path: Path, where: str) -> Rows:
+    import pandas  # type: ignore[import-untyped]
+
+    text = _text(path, where)
+    too_long: list[list[str]] = []
+    try:
+        # the file is read as text, without guessing numbers or missing values: "NA" and "007" are words here
+        table = pandas.read_csv(
+            StringIO(text), dtype=str, keep_default_na=False, engine="python", on_bad_lines=lambda row: too_long.append(row)
+        )
+    except pandas.errors.EmptyDataError:
+        return
+    except (pandas.errors.ParserError, ValueError) as failure:
+        raise CompressError("data.bad-csv", f"{path.name}: {failure}", where=where, fix="check the quotes there") from None
+    for row in too_long:
+        fields = len(table.columns)
+        yield _label(text, row), BadRow(f"{len(row)} fields where the header has {fields}; quote text that holds commas")
+    for number, record in enumerate(table.to_dict("records"), start=1):
+        yield f"row {number}", record
+
+
+def _label(text: str, row: list[str]) -> str:
+    """Where a malformed row stands: pandas hands over its fields, not its line."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if row and line.startswith((row[0], f'"{row[0]}')) and row[-1] in line:
+            return f"line {number}"
+    return "a row"
+
+
+def _parquet(path: Path, where: str) -> Rows:
+    import pyarrow  # type: ignore[import-untyped]
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as failure:
+        raise CompressError("data.unreadable", f"{path.name}: not a Parquet file ({failure})", where=where) from None
+    number = 0
+    for batch in table.iter_batches(batch_size=1024):
+        for record in batch.to_pylist():
+            number += 1
+            yield f"row {number}", record
+
+
+_READERS: dict[str, Callable[[Path, str], Rows]] = {
+    ".txt": _txt,
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}

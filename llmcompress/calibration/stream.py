@@ -1,0 +1,184 @@
+"""The sequential calibrator: one block at a time on the device, each with its own arguments. T = tokens.
+
+The only file that moves tensors between devices or decides in which dtype a block computes (float32: bfloat16
+is several times slower on processors without its instructions, and every statistic is float32 anyway).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from llmcompress.errors import CompressError
+from llmcompress.model.map import BlockInfo, Fold, ModelMap
+from llmcompress.model.site import LinearSite
+from llmcompress.model.skeleton import BlockCall, find_blocks, record
+from llmcompress.model.surgery import apply_fold
+from llmcompress.numerics.statistics import Statistic
+from llmcompress.progress import Progress
+
+
+class BlockWork:
+    """One block while passes work on it: its sites, folds and statistics."""
+
+    def __init__(
+        self,
+        info: BlockInfo,
+        module: nn.Module,
+        inputs: Sequence[Tensor],
+        calls: Sequence[BlockCall],
+        *,
+        storage_dtype: torch.dtype,
+        progress: Progress,
+    ) -> None:
+        self.info, self.module, self.storage_dtype, self.progress = info, module, storage_dtype, progress
+        self._inputs, self._calls = inputs, calls
+        self._by_name = {
+            site.name: LinearSite(info.full(site.name), site, module, storage_dtype) for site in info.structure.sites
+        }
+        self.sites = tuple(self._by_name.values())
+
+    def folds_into(self, sites: Sequence[LinearSite]) -> list[Fold]:
+        """Folds all of whose consumers are among `sites`, and which touch nothing that holds codes already."""
+        dense = {site.info.name for site in sites if not site.is_quantized}
+        quantized = {site.info.name for site in self.sites if site.is_quantized}
+        return [
+            fold
+            for fold in self.info.structure.folds
+            if dense.issuperset(fold.consumers) and fold.producer not in quantized
+        ]
+
+    def site(self, relative: str) -> LinearSite:
+        """The site of that name (relative to the block)."""
+        return self._by_name[relative]
+
+    def input_groups(self) -> list[list[LinearSite]]:
+        """Sites that share an input, group by group, in order of execution."""
+        return [[self._by_name[name] for name in group.sites] for group in self.info.structure.groups]
+
+    def producer_channels(self, fold: Fold) -> int:
+        """How many channels a fold's producer gives out."""
+        if fold.producer_is_norm:
+            return self.module.get_submodule(fold.producer).weight.numel()
+        return self.info.structure.site(fold.producer).outputs
+
+    def fold(self, fold: Fold, divide_P: Tensor) -> None:
+        """Divide the producer's channels and multiply the consumers' columns."""
+        apply_fold(self.module, fold, divide_P, storage_dtype=self.storage_dtype)
+
+    @torch.no_grad()
+    def measure(self, sites: Sequence[LinearSite], kinds: Sequence[type[Statistic]]) -> None:
+        """One forward over all calibration data; every input group of `sites` shares one statistic of each kind.
+
+        Raises: CompressError when an input is not finite, naming the site.
+        """
+        wanted = {site.name for site in sites}
+        measured: list[tuple[list[LinearSite], dict[type[Statistic], Statistic]]] = []
+        with ExitStack() as hooks:
+            for group in self.input_groups():
+                members = [site for site in group if site.name in wanted]
+                if members:
+                    width = members[0].info.inputs
+                    statistics = {kind: kind(width, self._device) for kind in kinds}
+                    hooks.enter_context(_input_of(members[0].module, statistics.values()))
+                    measured.append((members, statistics))
+            for inputs, call in zip(self._inputs, self._calls, strict=True):
+                self._run(inputs, call)
+        for members, statistics in measured:
+            for statistic in statistics.values():
+                if not statistic.is_finite():
+                    raise CompressError(
+                        "numerics.not-finite",
+                        "the model computes NaN or Inf on the calibration data",
+                        where=f"input of {members[0].name}",
+                        fix="check the checkpoint with a plain forward pass; try another calibration text",
+                        saved=f"blocks before {self.info.index} are kept: run again to resume",
+                    )
+            for site in members:
+                site.set_statistics(statistics)
+
+    def forget(self) -> None:
+        """Drop the statistics: the next pass measures the block as it is then."""
+        for site in self.sites:
+            site.set_statistics({})
+
+    @torch.no_grad()
+    def outputs(self) -> list[Tensor]:
+        """The block's output for every batch, on the CPU."""
+        return [self._run(inputs, call).cpu() for inputs, call in zip(self._inputs, self._calls, strict=True)]
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def _run(self, inputs: Tensor, call: BlockCall) -> Tensor:
+        return call.to(self._device).run(self.module, inputs.to(self._device))
+
+
+class BlockStream:
+    """Runs the model block by block over calibration windows; later blocks see what earlier ones became.
+
+    `windows_NT` are unpadded token ids, so no mask is needed to keep padding out of the statistics.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        model_map: ModelMap,
+        windows_NT: Tensor,
+        *,
+        batch: int,
+        device: torch.device,
+        storage_dtype: torch.dtype,
+        progress: Progress,
+    ) -> None:
+        self._map, self._device, self._storage_dtype, self._progress = model_map, device, storage_dtype, progress
+        self._blocks = [block for _, block in find_blocks(model)]
+        recordings = [record(model, self._blocks, ids_BT) for ids_BT in windows_NT.split(batch)]
+        self._hidden = [recording.hidden for recording in recordings]
+        first = recordings[0].calls
+        self._calls = [[call.sharing(first[i]) for i, call in enumerate(recording.calls)] for recording in recordings]
+
+    def __iter__(self) -> Iterator[BlockWork]:
+        """Yield every block, on the device and in float32; when the caller is done with it, feed its outputs onward."""
+        for info, module in zip(self._map.blocks, self._blocks, strict=True):
+            module.to(self._device, torch.float32)
+            calls = [batch_calls[info.index] for batch_calls in self._calls]
+            work = BlockWork(
+                info, module, self._hidden, calls, storage_dtype=self._storage_dtype, progress=self._progress
+            )
+            yield work
+            settle(module, self._storage_dtype)
+            if info.index + 1 < len(self._blocks):
+                self._hidden = work.outputs()
+            module.to("cpu")
+
+
+def settle(block: nn.Module, storage_dtype: torch.dtype) -> None:
+    """Round the block's parameters to what will be stored, so that later blocks see what users will load.
+
+    Buffers stay: loaders keep rotary tables in float32, and the scales of quantized linears are rounded already.
+    """
+    for parameter in block.parameters():
+        parameter.data.copy_(parameter.data.to(storage_dtype))
+
+
+@contextmanager
+def _input_of(module: nn.Module, statistics: Any) -> Iterator[None]:
+    """Show every input of the module to the statistics, for as long as the context lasts."""
+
+    def show(_: nn.Module, args: tuple[Any, ...]) -> None:
+        x_TI = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+        for statistic in statistics:
+            statistic.add(x_TI)
+
+    handle: RemovableHandle = module.register_forward_pre_hook(show)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,53 @@
+"""What `evaluate:` in a recipe may say."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+_SPLIT = re.compile(r"[A-Za-z][\w-]*(\[[^]]*\])?")
+
+
+class PerplexityTask(BaseModel):
+    """One text on which the dense and the compressed model are measured the same way."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    source: str = Field(min_length=1)
+    """`builtin:evaluation`, a local .txt/.jsonl/.parquet/.csv, or a Hub dataset id."""
+    split: str = Field(default="test", min_length=1)
+    """Which split of a Hub dataset."""
+    config: str | None = None
+    """Which configuration of a Hub dataset (`wikitext-2-raw-v1`)."""
+    column: str | None = None
+    """The column that holds the text; None: found by its usual names."""
+    window: int | None = Field(default=None, ge=2)
+    """Tokens in a window, the BOS included; None: the model's own limit, at most 2048."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Whether every window starts with the BOS token; `auto`: as the tokenizer does it."""
+    max_windows: int | None = Field(default=None, ge=1)
+    """Measure only the first windows; None: all."""
+
+
+def perplexity_task(text: str) -> dict[str, Any]:
+    """Read the short form: `builtin:evaluation`, `file.txt`, `wikitext2` or `wikitext2:validation` (source:split)."""
+    source, colon, split = text.rpartition(":")
+    names_a_split = colon and source != "builtin" and _SPLIT.fullmatch(split)
+    return {"source": source, "split": split} if names_a_split else {"source": text}
+
+
+def _short_form(value: Any) -> Any:
+    return perplexity_task(value) if isinstance(value, str) else value
+
+
+class Evaluate(BaseModel):
+    """What is measured before and after."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    perplexity: tuple[Annotated[PerplexityTask, BeforeValidator(_short_form)], ...] = (
+        PerplexityTask(source="builtin:evaluation"),
+    )
+    """Texts to measure perplexity on; an empty list measures nothing."""

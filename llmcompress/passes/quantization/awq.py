@@ -1,0 +1,119 @@
+"""AWQ: scale salient channels up before rounding, searched against the output error; then clip. C = input channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from llmcompress.calibration.stream import BlockWork
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.map import Fold
+from llmcompress.model.site import LinearSite
+from llmcompress.modules.scheme import Scheme
+from llmcompress.numerics.grid import Grid, fit, restore, round_to_codes
+from llmcompress.numerics.scaling import search_factors
+from llmcompress.numerics.statistics import AbsMean, Gram, Statistic
+from llmcompress.passes.base import PASSES
+from llmcompress.passes.quantization.base import QuantizingPass, put_codes, relative_error, report_row
+
+
+@PASSES.register("awq")
+class AWQ(QuantizingPass):
+    """Activation-aware scales on every legal fold, then clipped rounding.
+
+    With `round: false` only the scales are folded in and the weights stay dense for a later pass (`gptq`).
+
+    Source: Lin et al., arXiv 2306.00978. Differs: errors come from Gram matrices, exactly and without forward
+    passes (see `numerics/scaling.py`); no scaling at all is always among the candidates.
+    """
+
+    scheme: str = Field("int4_g128_asym", description="int{2,3,4,8}_{gN|channel}[_asym][_a8token|_a8tensor]")
+    points: int = Field(20, ge=1, le=200, description="exponents tried per fold, 0 included")
+    clip: bool = Field(True, description="shrink each group's range to the least output error")
+    round: bool = Field(True, description="false: only scale, and leave rounding to a later pass")
+
+    def quantizes(self) -> bool:
+        """Only when it rounds."""
+        return self.round
+
+    def needs(self) -> tuple[type[Statistic], ...]:
+        """Gram matrix for errors, mean magnitude for salience."""
+        return (Gram, AbsMean, *self.activation_statistics())
+
+    def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
+        """Scale fold by fold, then round site by site."""
+        before = {site.name: self._plain_error(site) for site in sites}
+        scaled: set[str] = set()
+        for fold in block.folds_into(sites):
+            block.progress.inside(f"awq scales {fold.producer}")
+            if self._scale(block, fold):
+                scaled.update(block.site(name).name for name in fold.consumers)
+        rows = []
+        for site in sites:
+            scheme = self.scheme_for(site)
+            if scheme is None:
+                continue
+            if self.for_site(site.name).round:
+                rows.append(self._round(site, scheme, before[site.name]))
+            elif site.name in scaled:
+                rows.append(SiteReport(site=site.name, algorithm="awq", tokens=site.statistic(Gram).tokens))
+        return rows
+
+    def _scale(self, block: BlockWork, fold: Fold) -> bool:
+        """Search and fold in one set of factors; the consumers' statistics follow. False if none is best."""
+        consumers = [block.site(name) for name in fold.consumers]
+        schemes = [self.scheme_for(site) for site in consumers]
+        rounded = [(site, scheme) for site, scheme in zip(consumers, schemes, strict=True) if scheme]
+        if not rounded:
+            return False
+        gram, mean = consumers[0].statistic(Gram), consumers[0].statistic(AbsMean)
+        channel_map_C = torch.tensor(fold.channel_map, device=gram.sum_II.device)
+        found = search_factors(
+            [site.weight_OI for site, _ in rounded],
+            [_rounder(scheme.weights, site.storage_dtype) for site, scheme in rounded],
+            gram.sum_II,
+            mean.mean_I,
+            channel_map_C,
+            block.producer_channels(fold),
+            points=self.for_site(consumers[0].name).points,
+        )
+        if found.exponent > 0:
+            block.fold(fold, found.factors_P)
+            factors_C = found.factors_P[channel_map_C]
+            for statistic in {id(s): s for site in consumers for s in site.statistics()}.values():
+                statistic.rescale(factors_C)
+        return found.exponent > 0
+
+    def _round(self, site: LinearSite, scheme: Scheme, error_before: float) -> SiteReport:
+        weight_OI, gram = site.weight_OI, site.statistic(Gram)
+        fitted = fit(
+            weight_OI,
+            scheme.weights,
+            scale_dtype=site.storage_dtype,
+            search="mse" if self.for_site(site.name).clip else "minmax",
+            gram_II=gram.sum_II,
+        )
+        codes_OI = round_to_codes(weight_OI, fitted)
+        error = relative_error(weight_OI, codes_OI, fitted, gram)
+        put_codes(site, scheme, codes_OI, fitted)
+        return report_row(site, scheme, "awq", error=error, error_before=error_before, tokens=gram.tokens)
+
+    def _plain_error(self, site: LinearSite) -> float:
+        """Relative output error of plain rounding, before anything is scaled."""
+        scheme = self.scheme_for(site)
+        if scheme is None:
+            return 0.0
+        weight_OI = site.weight_OI
+        fitted = fit(weight_OI, scheme.weights, scale_dtype=site.storage_dtype)
+        return relative_error(weight_OI, round_to_codes(weight_OI, fitted), fitted, site.statistic(Gram))
+
+
+def _rounder(grid: Grid, scale_dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    def rounded(weight_OC: Tensor) -> Tensor:
+        fitted = fit(weight_OC, grid, scale_dtype=scale_dtype)
+        return restore(round_to_codes(weight_OC, fitted), fitted)
+
+    return rounded

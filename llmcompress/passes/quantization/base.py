@@ -1,0 +1,88 @@
+"""What all passes that end in integer codes share: the scheme, its exceptions, the finished module, its report row."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.site import LinearSite
+from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.modules.scheme import Scheme, named_scheme
+from llmcompress.numerics.grid import Fitted, output_error, restore
+from llmcompress.numerics.statistics import AbsMax, Gram, Statistic
+from llmcompress.passes.base import BlockPass
+from llmcompress.passes.quantization.resolve import resolve_scheme
+
+
+class QuantizingPass(BlockPass):
+    """A pass that replaces its sites by integer codes and scales."""
+
+    produces_codes: ClassVar[bool] = True
+
+    scheme: str = Field("int4_g128", description="int{2,3,4,8}_{gN|channel}[_asym][_a8token|_a8tensor]")
+    on_indivisible: Literal["error", "skip", "channel", "pad"] = Field(
+        "error", description="for sites whose inputs do not divide into groups: refuse, leave dense, one scale a row, ragged"
+    )
+
+    @field_validator("scheme")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return named_scheme(name).name
+
+    def schemes(self) -> tuple[str, ...]:
+        """Every scheme this pass may use, overrides included."""
+        return (self.scheme, *(str(options["scheme"]) for options in self.overrides.values() if "scheme" in options))
+
+    def scheme_for(self, site: LinearSite) -> Scheme | None:
+        """What the site becomes; None when it stays dense."""
+        return resolve_scheme(self.for_site(site.name), site.name, site.info.inputs)
+
+    def activation_statistics(self) -> tuple[type[Statistic], ...]:
+        """Static activation scales need the largest input."""
+        static = any(named_scheme(name).activations == "tensor" for name in self.schemes())
+        return (AbsMax,) if static else ()
+
+
+def put_codes(site: LinearSite, scheme: Scheme, codes_OI: Tensor, fitted: Fitted) -> None:
+    """Replace the site by its quantized self; static activations get the scale their largest input asks for."""
+    input_scale = None
+    if scheme.activations == "tensor":
+        largest = site.statistic(AbsMax).max_I.max().reshape(1) / 127.5
+        rounded = largest.to(site.storage_dtype).float()
+        input_scale = torch.where(rounded > 0, rounded, torch.ones_like(rounded))
+    site.replace(QuantLinear.from_fitted(scheme, codes_OI, fitted, site.bias_O, input_scale))
+
+
+def report_row(
+    site: LinearSite,
+    scheme: Scheme,
+    algorithm: str,
+    *,
+    error: float | None = None,
+    error_before: float | None = None,
+    tokens: int | None = None,
+    degraded: str | None = None,
+) -> SiteReport:
+    """The row of a quantized site."""
+    bits = scheme.bits_per_weight(site.info.outputs, site.info.inputs, torch.finfo(site.storage_dtype).bits)
+    return SiteReport(
+        site=site.name,
+        algorithm=algorithm,
+        scheme=scheme.name,
+        bits_per_weight=bits,
+        error=error,
+        error_before=error_before,
+        tokens=tokens,
+        degraded=degraded,
+    )
+
+
+def relative_error(weight_OI: Tensor, codes_OI: Tensor, fitted: Fitted, gram: Gram) -> float:
+    """Squared output error of the codes ÷ squared output, on what `gram` saw; 0 when that was nothing."""
+    signal = float(output_error(weight_OI, gram.sum_II))
+    noise = float(output_error(restore(codes_OI, fitted) - weight_OI, gram.sum_II))
+    return noise / signal if signal > 0 else 0.0

@@ -1,0 +1,110 @@
+"""GPTQ: round columns one by one and push each error onto the columns still to come. O = outputs, I = inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from llmcompress.calibration.stream import BlockWork
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.site import LinearSite
+from llmcompress.numerics.columns import RoundToGrid, block_length, inverse_factor, sweep_columns
+from llmcompress.numerics.grid import Fitted, Grid, RangeSearch, fit, round_to_codes
+from llmcompress.numerics.statistics import Gram, Statistic
+from llmcompress.passes.base import PASSES
+from llmcompress.passes.quantization.base import QuantizingPass, put_codes, relative_error, report_row
+
+
+@PASSES.register("gptq")
+class GPTQ(QuantizingPass):
+    """Second-order rounding on the inputs that the compressed model itself produces.
+
+    Source: Frantar et al., arXiv 2210.17323, Algorithm 1. Differs: scales of a group are fitted from weights
+    corrected up to that very column; a site where the sweep ends worse than plain rounding keeps plain rounding.
+    """
+
+    damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to the Gram matrix")
+    block: int = Field(128, ge=1, description="columns of one lazy update")
+    act_order: bool = Field(True, description="visit columns by falling input energy, with grids fitted beforehand")
+    true_sequential: bool = Field(False, description="measure again after every group of sites that share an input")
+    range: RangeSearch = Field("minmax", description="mse: shrink ranges to the least output error")
+
+    def needs(self) -> tuple[type[Statistic], ...]:
+        """The Gram matrix of every input."""
+        return (Gram, *self.activation_statistics())
+
+    def run(self, block: BlockWork) -> list[SiteReport]:
+        """As usual, or one input group after the other, each measured on what the earlier ones became."""
+        if not self.true_sequential:
+            return super().run(block)
+        rows: list[SiteReport] = []
+        for group in block.input_groups():
+            sites = [site for site in group if self.selects(site.name)]
+            if sites:
+                block.measure(sites, self.needs())
+                rows += self.apply(block, sites)
+                block.forget()
+        return rows
+
+    def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
+        """Quantize every site."""
+        rows = []
+        for site in sites:
+            scheme = self.scheme_for(site)
+            if scheme is None:
+                continue
+            block.progress.inside(f"gptq {site.info.name}")
+            weight_OI, gram = site.weight_OI, site.statistic(Gram)
+            plain = fit(weight_OI, scheme.weights, scale_dtype=site.storage_dtype)
+            plain_OI = round_to_codes(weight_OI, plain)
+            error_before = relative_error(weight_OI, plain_OI, plain, gram)
+            codes_OI, fitted, degraded = self.for_site(site.name)._quantize(weight_OI, scheme.weights, gram, site)
+            error = relative_error(weight_OI, codes_OI, fitted, gram)
+            if error > error_before:
+                codes_OI, fitted, error = plain_OI, plain, error_before
+                degraded = "the sweep ended worse than plain rounding: rounded to nearest"
+            put_codes(site, scheme, codes_OI, fitted)
+            rows.append(
+                report_row(
+                    site,
+                    scheme,
+                    "gptq",
+                    error=error,
+                    error_before=error_before,
+                    tokens=gram.tokens,
+                    degraded=degraded,
+                )
+            )
+        return rows
+
+    def _quantize(
+        self, weight_OI: Tensor, grid: Grid, gram: Gram, site: LinearSite
+    ) -> tuple[Tensor, Fitted, str | None]:
+        """Codes, grid and, when a fallback was needed, why."""
+        inputs = weight_OI.shape[1]
+        order_I = gram.sum_II.diagonal().argsort(descending=True, stable=True) if self.act_order else None
+        visit_I = torch.arange(inputs, device=weight_OI.device) if order_I is None else order_I
+        factor = inverse_factor(gram.sum_II[visit_I][:, visit_I], self.damping)
+        if factor is None:
+            fitted = fit(weight_OI, grid, scale_dtype=site.storage_dtype)
+            why = "no tokens reached it" if gram.tokens == 0 else "its Gram matrix has no inverse"
+            return round_to_codes(weight_OI, fitted), fitted, f"{why}: rounded to nearest"
+        rounding = RoundToGrid(
+            weight_OI,
+            grid,
+            scale_dtype=site.storage_dtype,
+            search=self.range,
+            gram_II=gram.sum_II,
+            order_I=order_I,
+        )
+        lazy = self.block if order_I is not None else block_length(grid.group, self.block)
+        sweep_columns(weight_OI[:, visit_I], factor.upper_II, rounding, block=lazy)
+        raised = factor.damping > self.damping
+        return (
+            rounding.codes_IO.T.contiguous(),
+            rounding.fitted,
+            f"damping raised from {self.damping:g} to {factor.damping:g}" if raised else None,
+        )

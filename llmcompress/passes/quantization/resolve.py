@@ -1,0 +1,83 @@
+"""What a site becomes when its inputs do not divide into the groups that its scheme asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import gcd
+from typing import Literal, Protocol
+
+from llmcompress.errors import CompressError, ExitCode
+from llmcompress.modules.scheme import Scheme, named_scheme
+
+OnIndivisible = Literal["error", "skip", "channel", "pad"]
+
+
+class HasScheme(Protocol):
+    """A quantizing pass with the overrides of one site applied."""
+
+    @property
+    def scheme(self) -> str:
+        """Name of the scheme."""
+
+    @property
+    def on_indivisible(self) -> OnIndivisible:
+        """What to do with a site whose inputs do not divide."""
+
+
+@dataclass(frozen=True)
+class Indivisible:
+    """A site that cannot have the scheme asked for."""
+
+    site: str
+    inputs: int
+    scheme: Scheme
+
+
+def resolve_scheme(pass_for_site: HasScheme, site_name: str, inputs: int) -> Scheme | None:
+    """The scheme a site gets: the one asked for, or what `on_indivisible` says instead (None: it stays dense).
+
+    `channel` keeps the bits and takes one scale per row; `pad` keeps the scheme, and the last group is shorter.
+
+    Raises: CompressError when the inputs do not divide and the pass says `error`.
+    """
+    scheme = named_scheme(pass_for_site.scheme)
+    group = scheme.weights.group
+    if group is None or inputs % group == 0 or pass_for_site.on_indivisible == "pad":
+        return scheme
+    if pass_for_site.on_indivisible == "skip":
+        return None
+    if pass_for_site.on_indivisible == "channel":
+        return replace(scheme, weights=replace(scheme.weights, group=None))
+    raise indivisible_error([Indivisible(site_name, inputs, scheme)])
+
+
+def indivisible_error(found: Sequence[Indivisible]) -> CompressError:
+    """One error for all sites that do not divide, with every way out."""
+    rows = [f"{row.site}: {row.inputs} inputs, {row.scheme.name}" for row in found]
+    scheme, group = found[0].scheme, found[0].scheme.weights.group or 0
+    fixes = [f"`scheme: {replace(scheme, weights=replace(scheme.weights, group=None)).name}`"]
+    smaller = _largest_group(group, [row.inputs for row in found])
+    if smaller > 1:
+        fixes.insert(0, f"`scheme: {replace(scheme, weights=replace(scheme.weights, group=smaller)).name}`")
+    leaves = sorted({f'"*.{row.site.rpartition(".")[2]}"' for row in found})
+    fixes += [
+        f"leave these sites dense with `exclude: [{', '.join(leaves)}]`",
+        "or decide for all such sites with `on_indivisible: skip|channel|pad`",
+    ]
+    sites = "1 site has inputs" if len(found) == 1 else f"{len(found)} sites have inputs"
+    return CompressError(
+        "scheme.indivisible",
+        f"{sites} that do not divide into the scheme's groups",
+        where="; ".join(rows),
+        fix="use " + ", or ".join(fixes[:-1]) + "; " + fixes[-1],
+        exit_code=ExitCode.USAGE,
+    )
+
+
+def _largest_group(group: int, inputs: Sequence[int]) -> int:
+    """The largest power of two below `group` that divides all inputs, or, where that is tiny, the largest divisor."""
+    common = gcd(*inputs)
+    divisors = [length for length in range(2, group) if common % length == 0]
+    powers = [length for length in divisors if length & (length - 1) == 0 and length >= 16]
+    return max(powers or divisors, default=1)

@@ -1,0 +1,43 @@
+"""Round to nearest: the baseline every other quantizer must beat, and the only one that needs no data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import Field
+
+from llmcompress.calibration.stream import BlockWork
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.site import LinearSite
+from llmcompress.numerics.grid import RangeSearch, fit, round_to_codes
+from llmcompress.numerics.statistics import Statistic
+from llmcompress.passes.base import PASSES
+from llmcompress.passes.quantization.base import QuantizingPass, put_codes, report_row
+
+
+@PASSES.register("rtn")
+class RoundToNearest(QuantizingPass):
+    """Every weight becomes the nearest value of its group's grid.
+
+    Source: Jacob et al., arXiv 1712.05877.
+    """
+
+    range: RangeSearch = Field("minmax", description="mse: shrink each group's range to the least squared error")
+
+    def needs(self) -> tuple[type[Statistic], ...]:
+        """Nothing, unless activations are static."""
+        return self.activation_statistics()
+
+    def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
+        """Round every site by itself."""
+        rows = []
+        for site in sites:
+            scheme = self.scheme_for(site)
+            if scheme is None:
+                continue
+            weight_OI = site.weight_OI
+            search = self.for_site(site.name).range
+            fitted = fit(weight_OI, scheme.weights, scale_dtype=site.storage_dtype, search=search)
+            put_codes(site, scheme, round_to_codes(weight_OI, fitted), fitted)
+            rows.append(report_row(site, scheme, "rtn"))
+        return rows

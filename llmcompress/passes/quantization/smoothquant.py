@@ -1,0 +1,50 @@
+"""SmoothQuant: move activation outliers into the weights, where they round well. C = channels of a shared input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from llmcompress.calibration.stream import BlockWork
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.site import LinearSite
+from llmcompress.numerics.scaling import smoothing_factors
+from llmcompress.numerics.statistics import AbsMax, Statistic
+from llmcompress.passes.base import PASSES, BlockPass
+
+
+@PASSES.register("smoothquant")
+class SmoothQuant(BlockPass):
+    """Divide what a norm gives out and multiply the linears that read it; the block computes what it did before.
+
+    Source: Xiao et al., arXiv 2211.10438. Works on every fold that the model map proved legal.
+    """
+
+    strength: float = Field(0.5, ge=0, le=1, description="alpha: how much of the difficulty moves into the weights")
+    folds: Literal["norms", "all"] = Field("norms", description="all: also v → o, up → down where that is exact")
+
+    def needs(self) -> tuple[type[Statistic], ...]:
+        """The largest magnitude of every input channel."""
+        return (AbsMax,)
+
+    def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
+        """Smooth every fold all of whose consumers are selected and still dense."""
+        rows = []
+        for fold in block.folds_into(sites):
+            consumers = [block.site(name) for name in fold.consumers]
+            strength = self.for_site(consumers[0].name).strength
+            if strength == 0 or (self.folds == "norms" and not fold.producer_is_norm):
+                continue
+            block.progress.inside(f"smoothquant {fold.producer}")
+            weight_max_C = torch.stack([site.weight_OI.abs().amax(0) for site in consumers]).amax(0)
+            input_max_C = consumers[0].statistic(AbsMax).max_I
+            producers = block.producer_channels(fold)
+            channel_map_C = torch.tensor(fold.channel_map, device=input_max_C.device)
+            factors_P = smoothing_factors(input_max_C, weight_max_C, channel_map_C, producers, strength=strength)
+            block.fold(fold, factors_P)
+            tokens = consumers[0].statistic(AbsMax).tokens
+            rows += [SiteReport(site=site.name, algorithm="smoothquant", tokens=tokens) for site in consumers]
+        return rows

@@ -1,0 +1,21 @@
+"""The recipe: strict YAML ⇄ frozen data."""
+
+from llmcompress.calibration.settings import Calibration
+from llmcompress.evaluation.settings import Evaluate, PerplexityTask
+from llmcompress.recipe.model import Recipe, Save
+from llmcompress.recipe.order import check_order, check_sites
+from llmcompress.recipe.reading import parse_recipe, read_recipe
+from llmcompress.recipe.schema import json_schema
+
+__all__ = [
+    "Calibration",
+    "Evaluate",
+    "PerplexityTask",
+    "Recipe",
+    "Save",
+    "check_order",
+    "check_sites",
+    "json_schema",
+    "parse_recipe",
+    "read_recipe",
+]

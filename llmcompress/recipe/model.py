@@ -1,0 +1,106 @@
+"""`Recipe`: the whole run as frozen data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationInfo, field_serializer, field_validator
+
+from llmcompress.calibration.settings import Calibration
+from llmcompress.errors import CompressError, ExitCode
+from llmcompress.evaluation.settings import Evaluate
+from llmcompress.passes.base import PASSES, BlockPass
+from llmcompress.recipe.document import write_yaml
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class Save(BaseModel):
+    """How the result is written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    format: Literal["auto", "compressed-tensors", "plain"] = "auto"
+    """`plain`: multiplied out to ordinary weights; `auto`: compressed-tensors where that format holds every site."""
+    dtype: Literal["checkpoint", "bfloat16", "float16", "float32"] = "checkpoint"
+    """Of scales and of all that stays dense; `checkpoint`: as it was read."""
+    max_shard_size: str = Field(default="5GB", pattern=r"^[1-9][0-9]*(\.[0-9]+)? ?[KMGT]B$")
+    """Largest weight file."""
+
+
+class Recipe(BaseModel):
+    """Everything a run depends on. Read it with `read_recipe`, `parse_recipe` or `load_preset`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    model: str | None = Field(default=None, min_length=1)
+    """Hub id, folder or `builtin:books-llama`; None: given on the command line."""
+    revision: str | None = Field(default=None, min_length=1)
+    """Commit, tag or branch of the Hub repository."""
+    trust_remote_code: bool = False
+    """Run Python code from the model's repository. Dangerous; only together with a 40-digit commit as `revision`."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Of everything random: which calibration windows, what `self` samples."""
+    calibration: Calibration = Calibration()
+    passes: tuple[SerializeAsAny[BlockPass], ...]
+    """Top to bottom inside each block."""
+    evaluate: Evaluate = Evaluate()
+    save: Save = Save()
+
+    @field_validator("trust_remote_code")
+    @classmethod
+    def _only_with_a_commit(cls, trusted: bool, info: ValidationInfo) -> bool:
+        if trusted and not _COMMIT.fullmatch(info.data.get("revision") or ""):
+            raise CompressError(
+                "recipe.trust",
+                "`trust_remote_code: true` runs code from the model's repository, so it needs a pinned commit",
+                fix="read the code, then write its commit as `revision: \"<40 hexadecimal digits>\"`",
+                exit_code=ExitCode.USAGE,
+            )
+        return trusted
+
+    @field_serializer("passes")
+    def _named(self, passes: tuple[BlockPass, ...]) -> list[dict[str, Any]]:
+        return [{PASSES.name_of(type(each)): each.model_dump(mode="json")} for each in passes]
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out; `parse_recipe` reads it back to an equal recipe."""
+        return write_yaml(self.model_dump(mode="json"))
+
+    def hash(self) -> str:
+        """16 hexadecimal digits that change with anything that changes the weights; `evaluate` does not."""
+        facts = self.model_dump(mode="json", exclude={"evaluate"})
+        canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def for_model(self, given: str | None) -> Recipe:
+        """The same recipe for a model given as `id` or `id@revision`; None keeps the recipe's own.
+
+        Raises: CompressError when there is no model, or when the recipe pins a revision of another one.
+        """
+        if given is None or given == self.model:
+            if self.model is None:
+                raise CompressError(
+                    "recipe.no-model",
+                    "no model: the command line gives none and the recipe names none",
+                    fix="write `llmcompress compress MODEL ...` or `model:` in the recipe",
+                    exit_code=ExitCode.USAGE,
+                )
+            return self
+        name, at, revision = given.partition("@")
+        if self.revision is not None and (name != self.model or (at and revision != self.revision)):
+            raise CompressError(
+                "recipe.other-model",
+                f"the recipe pins revision {self.revision} of {self.model or 'its model'}, but the model given is {given}",
+                fix="remove `model` and `revision` from the recipe, or write `MODEL@revision` of the same model",
+                exit_code=ExitCode.USAGE,
+            )
+        return self.model_copy(update={"model": name, "revision": revision or self.revision})
+
+    def model_source(self) -> str:
+        """`id`, or `id@revision` when a revision is pinned."""
+        assert self.model is not None, "call for_model first"
+        return f"{self.model}@{self.revision}" if self.revision else self.model

@@ -1,0 +1,103 @@
+"""What pydantic found → one CompressError: the line, the nearest key, what to write instead."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pydantic_core import ErrorDetails
+
+from llmcompress.errors import CompressError, ExitCode
+from llmcompress.recipe.document import Document, Path
+from llmcompress.recipe.schema import Schema, at_path, keys_at, kinds, nearest
+
+_TYPES = {
+    "boolean": "true or false",
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "a text",
+    "array": "a list",
+    "object": "a mapping",
+    "null": "null",
+}
+_BOOLEANS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
+
+
+class Problems(Exception):
+    """Everything wrong with a document, in the order found."""
+
+    def __init__(self) -> None:
+        self.found: list[CompressError] = []
+        super().__init__()
+
+    def add(self, code: str, what: str, where: str, fix: str) -> None:
+        """One more."""
+        self.found.append(CompressError(code, what, where=where, fix=fix, exit_code=ExitCode.USAGE))
+
+    def raise_first(self) -> None:
+        """Raise the first, which says how many more there are and where; return when there is none."""
+        if not self.found:
+            return
+        first, *others = self.found
+        more = "; ".join(f"{other.where}: {other.what}" for other in others)
+        first.fix += f"\n  also: {more}" if more else ""
+        raise CompressError(first.code, first.what, where=first.where, fix=first.fix, exit_code=ExitCode.USAGE)
+
+
+def explain(problems: Problems, document: Document, schema: Schema, error: ErrorDetails, prefix: Path = ()) -> None:
+    """Add one of pydantic's errors in words that name what to write."""
+    path = (*prefix, *error["loc"])
+    where, key = document.where(path), str(path[-1]) if path else document.name
+    cause = error.get("ctx", {}).get("error")
+    if error["type"] == "extra_forbidden":
+        fix = nearest(key, keys_at(schema, path[:-1]))
+        problems.add("recipe.unknown-key", f"there is no option {key!r} here", where, fix)
+    elif error["type"] == "missing":
+        problems.add("recipe.missing", f"{key!r} is missing", where, f"write `{key}:`")
+    elif isinstance(cause, CompressError):
+        problems.add(cause.code, cause.what, where, cause.fix)
+    elif allowed := _allowed_words(schema, path):
+        fix = nearest(str(error["input"]), allowed)
+        problems.add("recipe.value", f"{key} cannot be {_shown(document, path, error)}", where, fix)
+    elif "type" in error["type"] or error["type"].endswith("parsing"):
+        wanted = kinds(schema, path) - {"null"}
+        what = f"{key} must be {' or '.join(_TYPES[kind] for kind in sorted(wanted))}" if wanted else error["msg"]
+        raw = document.raw.get(path, str(error["input"]))
+        fix = _rewrite(key, wanted, error["input"], raw, keys_at(schema, path))
+        problems.add("recipe.type", f"{what}, not {_shown(document, path, error)}", where, fix)
+    else:
+        said = error["msg"].removeprefix("Input ").removeprefix("Value error, ")
+        what = f"{key} {said}" if error["msg"].startswith("Input ") else said
+        problems.add("recipe.value", f"{what}, not {_shown(document, path, error)}", where, "write an allowed value")
+
+
+def _allowed_words(schema: Schema, path: Path) -> list[str]:
+    here: dict[str, Any] = at_path(schema, path) or {}
+    return [str(word) for word in here.get("enum", [])]
+
+
+def _shown(document: Document, path: Path, error: ErrorDetails) -> str:
+    value = error["input"]
+    if isinstance(value, dict | list | tuple):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    return document.raw.get(path) or ("empty" if value is None else repr(value))
+
+
+def _rewrite(key: str, wanted: set[str], value: Any, raw: str, keys: list[str]) -> str:
+    """The line to write instead, where the meaning is plain."""
+    number = raw.replace("_", "")
+    if value is None:
+        return "give it a value or leave the key out"
+    if "object" in wanted:
+        return f"write a mapping with some of {', '.join(keys)}" if keys else "write a mapping"
+    if isinstance(value, dict | list):
+        return f"write `{key}: value` on one line"
+    if "boolean" in wanted and raw.lower() in _BOOLEANS:
+        return f"write `{key}: {_BOOLEANS[raw.lower()]}`"
+    if wanted & {"integer", "number"} and isinstance(value, str) and re.fullmatch(r"[-+]?[0-9.]+", number):
+        return f"write `{key}: {number}`, without quotes or underscores"
+    if "integer" in wanted and isinstance(value, float) and value.is_integer():
+        return f"write `{key}: {int(value)}`"
+    if "string" in wanted:
+        return f'write `{key}: "{raw}"`, in quotes'
+    return "write " + " or ".join(_TYPES[kind] for kind in sorted(wanted)) if wanted else "see `llmcompress schema`"
