@@ -1,0 +1,52 @@
+"""Make a causal language model from the Hugging Face Hub small and fast for a given device.
+
+`compress("Qwen/Qwen3-0.6B", "w4", "out")` is the whole thing. Names are imported when first used, so that
+`import llmcompress` alone is instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmcompress.errors import CompressError
+    from llmcompress.evaluation.report import Report
+    from llmcompress.model.load import load
+    from llmcompress.pipeline import compress, evaluate, inspect, plan
+    from llmcompress.recipe import Recipe
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompressError",
+    "Recipe",
+    "Report",
+    "__version__",
+    "compress",
+    "evaluate",
+    "inspect",
+    "load",
+    "plan",
+]
+
+_HOMES = {
+    "CompressError": "llmcompress.errors",
+    "Recipe": "llmcompress.recipe",
+    "Report": "llmcompress.evaluation.report",
+    "compress": "llmcompress.pipeline",
+    "evaluate": "llmcompress.pipeline",
+    "inspect": "llmcompress.pipeline",
+    "load": "llmcompress.model.load",
+    "plan": "llmcompress.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'llmcompress' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

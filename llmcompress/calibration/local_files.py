@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import lzma
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ def rows_of_file(path: Path, *, where: str) -> Rows:
             fix=f"use one of {', '.join(_READERS)} (the text ones also as .xz or .gz)",
         )
     try:
-        return reader(path, where)
+        yield from reader(path, where)
     except OSError as failure:
         raise CompressError("data.unreadable", f"{path}: {failure.strerror or failure}", where=where) from None
 
@@ -72,14 +74,14 @@ def _bytes(path: Path, where: str) -> bytes:
 def _decoded(content: bytes) -> str:
     """UTF-8 text with plain line ends.
 
-    Raises: BadRow naming the first byte that is not UTF-8, counted from 1 in its line.
+    Raises: BadRow naming the first byte that is not UTF-8; line and byte are counted from 1.
     """
     try:
         return content.decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as failure:
         line_start = content.rfind(b"\n", 0, failure.start) + 1
         line = content.count(b"\n", 0, failure.start) + 1
-        at = f"byte {failure.start - line_start + 1}" if line == 1 else f"line {line}, byte {failure.start - line_start + 1}"
+        at = f"line {line}, byte {failure.start - line_start + 1}"
         guess = content[failure.start : failure.start + 1].decode("latin-1")
         raise BadRow(
             f"not UTF-8 at {at} (0x{content[failure.start]:02x}); read as Latin-1 it would be {guess!r}"
@@ -91,10 +93,9 @@ def _text(path: Path, where: str) -> str:
     try:
         return _decoded(_bytes(path, where))
     except BadRow as bad:
-        at = "" if "line " in str(bad) else "line 1: "
         raise CompressError(
             "data.encoding",
-            f"{path.name}: {at}{bad}",
+            f"{path.name}: {bad}",
             where=where,
             fix=f"convert it to UTF-8: iconv -f latin1 -t utf-8 {path.name} > utf8-{path.name}",
         ) from None
@@ -115,7 +116,7 @@ def _json_line(line: bytes) -> Any:
     try:
         return json.loads(_decoded(line))
     except BadRow as bad:
-        return bad
+        return BadRow(str(bad).replace("line 1, ", ""))  # the label names the line of the file
     except json.JSONDecodeError as failure:
         return BadRow(f"invalid JSON at column {failure.colno}: {failure.msg}")
 
@@ -131,39 +132,45 @@ def _json(path: Path, where: str) -> Rows:
             fix="correct that line; one JSON record per line belongs in a .jsonl file",
         ) from None
     if not isinstance(content, list):
-        raise CompressError(
-            "data.bad-json", f"{path.name}: expected a list of records", where=where, fix="write [{...}, {...}] or .jsonl"
-        )
+        what = f"{path.name}: expected a list of records"
+        raise CompressError("data.bad-json", what, where=where, fix="write [{...}, {...}] or .jsonl")
     yield from ((f"record {number}", row) for number, row in enumerate(content, start=1))
 
 
 def _csv(path: Path, where: str) -> Rows:
-    import pandas  # type: ignore[import-untyped]
-
+    """Every field as text: "NA" and "007" are words here."""
     text = _text(path, where)
-    too_long: list[list[str]] = []
+    with _long_fields():
+        lines = csv.reader(StringIO(text, newline=""), strict=True)
+        header: list[str] | None = None
+        end = 0
+        while True:
+            start = end + 1
+            try:
+                fields = next(lines, None)
+            except csv.Error as failure:
+                what = f"{path.name}: line {start}: {failure}"
+                raise CompressError("data.bad-csv", what, where=where, fix="check the quotes of that row") from None
+            end = lines.line_num
+            if fields is None:
+                return
+            if header is None:
+                header = fields
+            elif len(fields) == len(header):
+                yield f"line {start}", dict(zip(header, fields, strict=True))
+            elif fields:
+                what = f"{len(fields)} fields, the header has {len(header)}; quote text that holds commas"
+                yield f"line {start}", BadRow(what)
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """A document may be longer than the 128 kB that Python's csv allows in a field."""
+    before = csv.field_size_limit(2**31 - 1)
     try:
-        # the file is read as text, without guessing numbers or missing values: "NA" and "007" are words here
-        table = pandas.read_csv(
-            StringIO(text), dtype=str, keep_default_na=False, engine="python", on_bad_lines=lambda row: too_long.append(row)
-        )
-    except pandas.errors.EmptyDataError:
-        return
-    except (pandas.errors.ParserError, ValueError) as failure:
-        raise CompressError("data.bad-csv", f"{path.name}: {failure}", where=where, fix="check the quotes there") from None
-    for row in too_long:
-        fields = len(table.columns)
-        yield _label(text, row), BadRow(f"{len(row)} fields where the header has {fields}; quote text that holds commas")
-    for number, record in enumerate(table.to_dict("records"), start=1):
-        yield f"row {number}", record
-
-
-def _label(text: str, row: list[str]) -> str:
-    """Where a malformed row stands: pandas hands over its fields, not its line."""
-    for number, line in enumerate(text.split("\n"), start=1):
-        if row and line.startswith((row[0], f'"{row[0]}')) and row[-1] in line:
-            return f"line {number}"
-    return "a row"
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def _parquet(path: Path, where: str) -> Rows:

@@ -122,7 +122,8 @@ def _value(row: Any, columns: tuple[str, ...]) -> str | list[Message]:
         return "".join(parts)
     if all(isinstance(part, list) for part in parts):
         return [message for part in parts for message in _conversation(part)]
-    raise BadRow(f"column {'+'.join(columns)!r} holds {' and '.join(_kind(part) for part in parts)}, not text or messages")
+    kinds = " and ".join(_kind(part) for part in parts)
+    raise BadRow(f"column {'+'.join(columns)!r} holds {kinds}, not text or messages")
 
 
 def _conversation(messages: list[Any]) -> list[Message]:
@@ -138,7 +139,8 @@ def _message(message: Any, number: int) -> Message:
     if isinstance(content, list):
         content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
     if not isinstance(role, str) or not isinstance(content, str):
-        raise BadRow(f"message {number} needs role and content (or from and value), it has {', '.join(message) or 'nothing'}")
+        there = ", ".join(message) or "nothing"
+        raise BadRow(f"message {number} needs role and content (or from and value), it has {there}")
     return {"role": _ROLES.get(role, role), "content": content}
 
 

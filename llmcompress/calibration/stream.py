@@ -6,13 +6,14 @@ is several times slower on processors without its instructions, and every statis
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from llmcompress.errors import CompressError
 from llmcompress.model.map import BlockInfo, Fold, ModelMap
@@ -85,7 +86,7 @@ class BlockWork:
                 if members:
                     width = members[0].info.inputs
                     statistics = {kind: kind(width, self._device) for kind in kinds}
-                    hooks.enter_context(_input_of(members[0].module, statistics.values()))
+                    hooks.enter_context(_input_of(members[0].module, list(statistics.values())))
                     measured.append((members, statistics))
             for inputs, call in zip(self._inputs, self._calls, strict=True):
                 self._run(inputs, call)
@@ -107,6 +108,14 @@ class BlockWork:
         for site in self.sites:
             site.set_statistics({})
 
+    def settle(self) -> None:
+        """Round the block's parameters to what will be stored, so that later blocks see what users will load.
+
+        Buffers stay: loaders keep rotary tables in float32, and the scales of quantized linears are rounded already.
+        """
+        for parameter in self.module.parameters():
+            parameter.data.copy_(parameter.data.to(self.storage_dtype))
+
     @torch.no_grad()
     def outputs(self) -> list[Tensor]:
         """The block's output for every batch, on the CPU."""
@@ -117,18 +126,20 @@ class BlockWork:
         return next(self.module.parameters()).device
 
     def _run(self, inputs: Tensor, call: BlockCall) -> Tensor:
-        return call.to(self._device).run(self.module, inputs.to(self._device))
+        there = call.with_tensors(lambda tensor: tensor.to(self._device))
+        return there.run(self.module, inputs.to(self._device))
 
 
 class BlockStream:
     """Runs the model block by block over calibration windows; later blocks see what earlier ones became.
 
-    `windows_NT` are unpadded token ids, so no mask is needed to keep padding out of the statistics.
+    `windows_NT` are unpadded token ids, so no mask is needed to keep padding out of the statistics. With no windows
+    at all the blocks are only visited: enough for passes that need no data.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         model_map: ModelMap,
         windows_NT: Tensor,
         *,
@@ -138,11 +149,15 @@ class BlockStream:
         progress: Progress,
     ) -> None:
         self._map, self._device, self._storage_dtype, self._progress = model_map, device, storage_dtype, progress
-        self._blocks = [block for _, block in find_blocks(model)]
-        recordings = [record(model, self._blocks, ids_BT) for ids_BT in windows_NT.split(batch)]
-        self._hidden = [recording.hidden for recording in recordings]
-        first = recordings[0].calls
-        self._calls = [[call.sharing(first[i]) for i, call in enumerate(recording.calls)] for recording in recordings]
+        named = find_blocks(model)
+        self._blocks = [block for _, block in named]
+        self._hidden: list[Tensor] = []
+        self._calls: list[list[BlockCall]] = []
+        for ids_BT in windows_NT.split(batch) if len(windows_NT) else ():
+            recording = record(model, named, ids_BT)
+            first = self._calls[0] if self._calls else recording.calls
+            self._hidden.append(recording.hidden)
+            self._calls.append([_sharing(call, same) for call, same in zip(recording.calls, first, strict=True)])
 
     def __iter__(self) -> Iterator[BlockWork]:
         """Yield every block, on the device and in float32; when the caller is done with it, feed its outputs onward."""
@@ -153,23 +168,29 @@ class BlockStream:
                 info, module, self._hidden, calls, storage_dtype=self._storage_dtype, progress=self._progress
             )
             yield work
-            settle(module, self._storage_dtype)
             if info.index + 1 < len(self._blocks):
                 self._hidden = work.outputs()
             module.to("cpu")
 
 
-def settle(block: nn.Module, storage_dtype: torch.dtype) -> None:
-    """Round the block's parameters to what will be stored, so that later blocks see what users will load.
+def _sharing(call: BlockCall, first: BlockCall) -> BlockCall:
+    """The same call with the first batch's tensors wherever they are equal: masks and rotary tables are kept once."""
+    known: list[Tensor] = []
 
-    Buffers stay: loaders keep rotary tables in float32, and the scales of quantized linears are rounded already.
-    """
-    for parameter in block.parameters():
-        parameter.data.copy_(parameter.data.to(storage_dtype))
+    def note(tensor: Tensor) -> Tensor:
+        known.append(tensor)
+        return tensor
+
+    first.with_tensors(note)
+    return call.with_tensors(lambda tensor: next((same for same in known if _equal(same, tensor)), tensor))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b))
 
 
 @contextmanager
-def _input_of(module: nn.Module, statistics: Any) -> Iterator[None]:
+def _input_of(module: nn.Module, statistics: Collection[Statistic]) -> Iterator[None]:
     """Show every input of the module to the statistics, for as long as the context lasts."""
 
     def show(_: nn.Module, args: tuple[Any, ...]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-_SPLIT = re.compile(r"[A-Za-z][\w-]*(\[[^]]*\])?")
+_WITH_SPLIT = re.compile(r"(?!builtin:)(?P<source>.+):(?P<split>[A-Za-z][\w-]*(\[[^]]*\])?)")
 
 
 class PerplexityTask(BaseModel):
@@ -33,9 +33,8 @@ class PerplexityTask(BaseModel):
 
 def perplexity_task(text: str) -> dict[str, Any]:
     """Read the short form: `builtin:evaluation`, `file.txt`, `wikitext2` or `wikitext2:validation` (source:split)."""
-    source, colon, split = text.rpartition(":")
-    names_a_split = colon and source != "builtin" and _SPLIT.fullmatch(split)
-    return {"source": source, "split": split} if names_a_split else {"source": text}
+    found = _WITH_SPLIT.fullmatch(text)
+    return {"source": found["source"], "split": found["split"]} if found else {"source": text}
 
 
 def _short_form(value: Any) -> Any:

@@ -115,7 +115,12 @@ def spread(per_group_OG: Tensor, grid: Grid, inputs: int) -> Tensor:
 
 def output_error(difference_OI: Tensor, gram_II: Tensor) -> Tensor:
     """Σ over tokens and outputs of (ΔW x)², from the Gram matrix alone: tr(ΔW G ΔWᵀ)."""
-    return (difference_OI @ gram_II).mul_(difference_OI).sum(dtype=torch.float64)
+    return row_errors(difference_OI, gram_II).sum(dtype=torch.float64)
+
+
+def row_errors(difference_OI: Tensor, gram_II: Tensor) -> Tensor:
+    """The same for every output by itself."""
+    return (difference_OI @ gram_II).mul_(difference_OI).sum(1)
 
 
 def _grouped(weight_OI: Tensor, grid: Grid) -> Tensor:

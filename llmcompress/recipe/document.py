@@ -45,7 +45,9 @@ class Document:
     def where(self, path: Path) -> str:
         """The nearest known place of a path, and the path itself."""
         known = next((self.places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.places), "")
-        named = f"{self.name} {known}".strip() if not known.startswith("--set") else known
+        if known.startswith("--set"):
+            return known
+        named = f"{self.name} {known}".strip()
         return f"{named} ({dotted(path)})" if path else named
 
 

@@ -27,7 +27,7 @@ class Save(BaseModel):
     """`plain`: multiplied out to ordinary weights; `auto`: compressed-tensors where that format holds every site."""
     dtype: Literal["checkpoint", "bfloat16", "float16", "float32"] = "checkpoint"
     """Of scales and of all that stays dense; `checkpoint`: as it was read."""
-    max_shard_size: str = Field(default="5GB", pattern=r"^[1-9][0-9]*(\.[0-9]+)? ?[KMGT]B$")
+    max_shard_size: str = Field(default="5GB", pattern=r"^[1-9][0-9]*(\.[0-9]+)? ?[KMGT]B$", examples=["5GB"])
     """Largest weight file."""
 
 
@@ -57,7 +57,7 @@ class Recipe(BaseModel):
             raise CompressError(
                 "recipe.trust",
                 "`trust_remote_code: true` runs code from the model's repository, so it needs a pinned commit",
-                fix="read the code, then write its commit as `revision: \"<40 hexadecimal digits>\"`",
+                fix='read the code, then write its commit as `revision: "<40 hexadecimal digits>"`',
                 exit_code=ExitCode.USAGE,
             )
         return trusted
@@ -77,30 +77,22 @@ class Recipe(BaseModel):
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def for_model(self, given: str | None) -> Recipe:
-        """The same recipe for a model given as `id` or `id@revision`; None keeps the recipe's own.
+        """The same recipe for the model given on the command line; None keeps the recipe's own.
 
         Raises: CompressError when there is no model, or when the recipe pins a revision of another one.
         """
-        if given is None or given == self.model:
-            if self.model is None:
-                raise CompressError(
-                    "recipe.no-model",
-                    "no model: the command line gives none and the recipe names none",
-                    fix="write `llmcompress compress MODEL ...` or `model:` in the recipe",
-                    exit_code=ExitCode.USAGE,
-                )
-            return self
-        name, at, revision = given.partition("@")
-        if self.revision is not None and (name != self.model or (at and revision != self.revision)):
+        if given is None and self.model is None:
             raise CompressError(
-                "recipe.other-model",
-                f"the recipe pins revision {self.revision} of {self.model or 'its model'}, but the model given is {given}",
-                fix="remove `model` and `revision` from the recipe, or write `MODEL@revision` of the same model",
+                "recipe.no-model",
+                "no model: none was given and the recipe names none",
+                fix="write `llmcompress compress MODEL ...`, or `model:` in the recipe",
                 exit_code=ExitCode.USAGE,
             )
-        return self.model_copy(update={"model": name, "revision": revision or self.revision})
-
-    def model_source(self) -> str:
-        """`id`, or `id@revision` when a revision is pinned."""
-        assert self.model is not None, "call for_model first"
-        return f"{self.model}@{self.revision}" if self.revision else self.model
+        if given is not None and self.revision is not None and self.model not in (None, given):
+            raise CompressError(
+                "recipe.other-model",
+                f"the recipe pins revision {self.revision} of {self.model}, and {given} was given",
+                fix="leave MODEL out, or remove `model` and `revision` from the recipe",
+                exit_code=ExitCode.USAGE,
+            )
+        return self if given is None else self.model_copy(update={"model": given})

@@ -73,7 +73,9 @@ def _inside(here: Any, part: str | int, path: Path, setting: str) -> Any:
     if isinstance(part, int):
         if not isinstance(here, list) or part >= len(here):
             count = len(here) if isinstance(here, list) else 0
-            raise _refused(f"{dotted(path[:-1])} has {count} items", setting, "count from 0")
+            raise _refused(
+                f"{dotted(path[:-1])} has {count} items", setting, f"count from 0, or set {dotted(path[:-1])} itself"
+            )
         return here[part]
     if isinstance(here, str):
         return {} if here == part else None
@@ -91,7 +93,8 @@ def _put(data: Any, path: Path, value: Any, setting: str) -> None:
         if inner is None:
             inner = {}
         if not isinstance(inner, dict | list):
-            raise _refused(f"{dotted(path[: depth + 1])} is a single value in the recipe", setting, "correct the recipe")
+            parent = dotted(path[: depth + 1])
+            raise _refused(f"{parent} is a single value in the recipe", setting, f"set {parent} itself")
         data[part] = inner
         data = inner
     data[path[-1]] = value
@@ -99,11 +102,10 @@ def _put(data: Any, path: Path, value: Any, setting: str) -> None:
 
 def _typed(text: str, path: Path, schema: Schema) -> Any:
     """YAML, except that a text option takes the value as written (`revision=1234567`)."""
-    value = read_value(text)
-    takes_text = "string" in kinds(schema, path)
-    if takes_text and value is None and "null" in kinds(schema, path):
-        return None
-    return text if takes_text and not isinstance(value, str | list | dict) else value
+    wanted = kinds(schema, path)
+    if "string" not in wanted or text.startswith(("[", "{", '"', "'")):
+        return read_value(text)
+    return None if text == "null" and "null" in wanted else text
 
 
 def _forget(document: Document, path: Path) -> None:

@@ -38,7 +38,7 @@ class Problems(Exception):
         """Raise the first, which says how many more there are and where; return when there is none."""
         if not self.found:
             return
-        first, *others = self.found
+        first, *others = sorted(self.found, key=_by_line)
         more = "; ".join(f"{other.where}: {other.what}" for other in others)
         first.fix += f"\n  also: {more}" if more else ""
         raise CompressError(first.code, first.what, where=first.where, fix=first.fix, exit_code=ExitCode.USAGE)
@@ -59,6 +59,9 @@ def explain(problems: Problems, document: Document, schema: Schema, error: Error
     elif allowed := _allowed_words(schema, path):
         fix = nearest(str(error["input"]), allowed)
         problems.add("recipe.value", f"{key} cannot be {_shown(document, path, error)}", where, fix)
+    elif examples := (at_path(schema, path) or {}).get("examples"):
+        what = f"{key} cannot be {_shown(document, path, error)}"
+        problems.add("recipe.value", what, where, f"write e.g. `{key}: {examples[0]}`")
     elif "type" in error["type"] or error["type"].endswith("parsing"):
         wanted = kinds(schema, path) - {"null"}
         what = f"{key} must be {' or '.join(_TYPES[kind] for kind in sorted(wanted))}" if wanted else error["msg"]
@@ -68,7 +71,13 @@ def explain(problems: Problems, document: Document, schema: Schema, error: Error
     else:
         said = error["msg"].removeprefix("Input ").removeprefix("Value error, ")
         what = f"{key} {said}" if error["msg"].startswith("Input ") else said
-        problems.add("recipe.value", f"{what}, not {_shown(document, path, error)}", where, "write an allowed value")
+        problems.add("recipe.value", f"{what}, not {_shown(document, path, error)}", where, "change the value")
+
+
+def _by_line(error: CompressError) -> tuple[int, bool]:
+    """Top to bottom; a misspelt key before the key it left missing."""
+    line = re.search(r" line (\d+)", error.where)
+    return int(line[1]) if line else 0, error.code == "recipe.missing"
 
 
 def _allowed_words(schema: Schema, path: Path) -> list[str]:
@@ -90,11 +99,17 @@ def _rewrite(key: str, wanted: set[str], value: Any, raw: str, keys: list[str]) 
         return "give it a value or leave the key out"
     if "object" in wanted:
         return f"write a mapping with some of {', '.join(keys)}" if keys else "write a mapping"
+    if wanted == {"array"} and not isinstance(value, dict):
+        return f"write `{key}: [{raw}]`"
     if isinstance(value, dict | list):
         return f"write `{key}: value` on one line"
     if "boolean" in wanted and raw.lower() in _BOOLEANS:
         return f"write `{key}: {_BOOLEANS[raw.lower()]}`"
-    if wanted & {"integer", "number"} and isinstance(value, str) and re.fullmatch(r"[-+]?[0-9.]+", number):
+    if (
+        wanted & {"integer", "number"}
+        and isinstance(value, str)
+        and re.fullmatch(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?", number)
+    ):
         return f"write `{key}: {number}`, without quotes or underscores"
     if "integer" in wanted and isinstance(value, float) and value.is_integer():
         return f"write `{key}: {int(value)}`"

@@ -86,6 +86,8 @@ def _read_pass(item: Any, path: Path, document: Document, schema: Schema, proble
     if not isinstance(item, dict) or len(item) != 1:
         what = "a pass is a name, or one name with its options"
         fix = "write each pass as its own item: `- gptq: {scheme: int4_g128}`"
+        if isinstance(item, dict) and item and next(iter(item.values())) is None:
+            fix = f"indent the options further than `{next(iter(item))}:`"
         problems.add("recipe.passes", what, document.where(path), fix)
         return None
     (name, options), names = next(iter(item.items())), list(PASSES)
@@ -97,8 +99,10 @@ def _read_pass(item: Any, path: Path, document: Document, schema: Schema, proble
         fix = f"write `- {name}: {{option: value}}`"
         problems.add("recipe.type", f"the options of {name} must be a mapping", document.where(path), fix)
         return None
-    spelled = {key: [value] if key in ("sites", "exclude") and isinstance(value, str) else value
-               for key, value in (options or {}).items()}
+    spelled = {
+        key: [value] if key in ("sites", "exclude") and isinstance(value, str) else value
+        for key, value in (options or {}).items()
+    }
     found = _validated(PASSES[name], spelled, path, document, schema, problems)
     for glob, changed in (found.overrides if found else {}).items():
         _check_override(PASSES[name], spelled, (*path, "overrides", glob), changed, document, schema, problems)
@@ -129,6 +133,7 @@ def _check_override(
     for key in SELECTORS:
         if key in changed:
             what = f"an override cannot change {key!r}: its glob already says where it applies"
-            problems.add("recipe.override", what, document.where((*path, key)), f"remove `{key}`, or write a second pass")
+            fix = f"remove `{key}`, or write a second pass"
+            problems.add("recipe.override", what, document.where((*path, key)), fix)
     given = {**options, **{key: value for key, value in changed.items() if key not in SELECTORS}, "overrides": {}}
     _validated(cls, given, path, document, schema, problems)

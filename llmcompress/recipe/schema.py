@@ -6,7 +6,8 @@ import copy
 import difflib
 from typing import Any
 
-from pydantic.json_schema import models_json_schema
+from pydantic import BaseModel
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from llmcompress.passes.base import PASSES
 from llmcompress.recipe.document import Path
@@ -21,7 +22,9 @@ SELECTORS = ("sites", "exclude", "overrides")
 def json_schema() -> Schema:
     """The whole recipe for editors, with the options of every registered pass."""
     classes = {name: PASSES[name] for name in PASSES}
-    refs, definitions = models_json_schema([(cls, "validation") for cls in (Recipe, *classes.values())])
+    models: list[type[BaseModel]] = [Recipe, *classes.values()]
+    asked: list[tuple[type[BaseModel], JsonSchemaMode]] = [(cls, "validation") for cls in models]
+    refs, definitions = models_json_schema(asked)
     found: Schema = definitions["$defs"]
     options = {name: _pass_schema(found, refs[cls, "validation"]) for name, cls in classes.items()}
     root = copy.deepcopy(_resolve(found, refs[Recipe, "validation"]))

@@ -13,7 +13,7 @@ from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import Fold
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.scheme import Scheme
-from llmcompress.numerics.grid import Grid, fit, restore, round_to_codes
+from llmcompress.numerics.grid import Fitted, Grid, fit, restore, round_to_codes, row_errors
 from llmcompress.numerics.scaling import search_factors
 from llmcompress.numerics.statistics import AbsMean, Gram, Statistic
 from llmcompress.passes.base import PASSES
@@ -53,7 +53,7 @@ class AWQ(QuantizingPass):
                 scaled.update(block.site(name).name for name in fold.consumers)
         rows = []
         for site in sites:
-            scheme = self.scheme_for(site)
+            scheme = self.scheme_for(site.name, site.info.inputs)
             if scheme is None:
                 continue
             if self.for_site(site.name).round:
@@ -65,7 +65,7 @@ class AWQ(QuantizingPass):
     def _scale(self, block: BlockWork, fold: Fold) -> bool:
         """Search and fold in one set of factors; the consumers' statistics follow. False if none is best."""
         consumers = [block.site(name) for name in fold.consumers]
-        schemes = [self.scheme_for(site) for site in consumers]
+        schemes = [self.scheme_for(site.name, site.info.inputs) for site in consumers]
         rounded = [(site, scheme) for site, scheme in zip(consumers, schemes, strict=True) if scheme]
         if not rounded:
             return False
@@ -89,13 +89,9 @@ class AWQ(QuantizingPass):
 
     def _round(self, site: LinearSite, scheme: Scheme, error_before: float) -> SiteReport:
         weight_OI, gram = site.weight_OI, site.statistic(Gram)
-        fitted = fit(
-            weight_OI,
-            scheme.weights,
-            scale_dtype=site.storage_dtype,
-            search="mse" if self.for_site(site.name).clip else "minmax",
-            gram_II=gram.sum_II,
-        )
+        fitted = fit(weight_OI, scheme.weights, scale_dtype=site.storage_dtype)
+        if self.for_site(site.name).clip:
+            fitted = _clipped_where_better(weight_OI, fitted, gram.sum_II, site.storage_dtype)
         codes_OI = round_to_codes(weight_OI, fitted)
         error = relative_error(weight_OI, codes_OI, fitted, gram)
         put_codes(site, scheme, codes_OI, fitted)
@@ -103,12 +99,29 @@ class AWQ(QuantizingPass):
 
     def _plain_error(self, site: LinearSite) -> float:
         """Relative output error of plain rounding, before anything is scaled."""
-        scheme = self.scheme_for(site)
+        scheme = self.scheme_for(site.name, site.info.inputs)
         if scheme is None:
             return 0.0
         weight_OI = site.weight_OI
         fitted = fit(weight_OI, scheme.weights, scale_dtype=site.storage_dtype)
         return relative_error(weight_OI, round_to_codes(weight_OI, fitted), fitted, site.statistic(Gram))
+
+
+def _clipped_where_better(weight_OI: Tensor, whole: Fitted, gram_II: Tensor, scale_dtype: torch.dtype) -> Fitted:
+    """Clipped ranges for the rows whose whole output error falls.
+
+    The search looks at one group at a time; errors of groups with correlated inputs can still add up.
+    """
+    clipped = fit(weight_OI, whole.grid, scale_dtype=scale_dtype, search="mse", gram_II=gram_II)
+    error_O, clipped_error_O = (
+        row_errors(restore(round_to_codes(weight_OI, each), each) - weight_OI, gram_II) for each in (whole, clipped)
+    )
+    better_O1 = (clipped_error_O < error_O)[:, None]
+    return Fitted(
+        whole.grid,
+        torch.where(better_O1, clipped.scale_OG, whole.scale_OG),
+        torch.where(better_O1, clipped.zero_OG, whole.zero_OG),
+    )
 
 
 def _rounder(grid: Grid, scale_dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

@@ -37,9 +37,12 @@ class QuantizingPass(BlockPass):
         """Every scheme this pass may use, overrides included."""
         return (self.scheme, *(str(options["scheme"]) for options in self.overrides.values() if "scheme" in options))
 
-    def scheme_for(self, site: LinearSite) -> Scheme | None:
-        """What the site becomes; None when it stays dense."""
-        return resolve_scheme(self.for_site(site.name), site.name, site.info.inputs)
+    def scheme_for(self, site: str, inputs: int) -> Scheme | None:
+        """What the site becomes; None when it stays dense.
+
+        Raises: CompressError when its inputs do not divide into groups and the recipe does not say what then.
+        """
+        return resolve_scheme(self.for_site(site), site, inputs)
 
     def activation_statistics(self) -> tuple[type[Statistic], ...]:
         """Static activation scales need the largest input."""

@@ -53,7 +53,7 @@ class GPTQ(QuantizingPass):
         """Quantize every site."""
         rows = []
         for site in sites:
-            scheme = self.scheme_for(site)
+            scheme = self.scheme_for(site.name, site.info.inputs)
             if scheme is None:
                 continue
             block.progress.inside(f"gptq {site.info.name}")

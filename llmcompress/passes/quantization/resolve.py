@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from llmcompress.errors import CompressError, ExitCode
+from llmcompress.model.map import ModelMap
 from llmcompress.modules.scheme import Scheme, named_scheme
+from llmcompress.passes.base import BlockPass
 
 OnIndivisible = Literal["error", "skip", "channel", "pad"]
 
 
+@runtime_checkable
 class HasScheme(Protocol):
     """A quantizing pass with the overrides of one site applied."""
 
@@ -50,6 +53,36 @@ def resolve_scheme(pass_for_site: HasScheme, site_name: str, inputs: int) -> Sch
     if pass_for_site.on_indivisible == "channel":
         return replace(scheme, weights=replace(scheme.weights, group=None))
     raise indivisible_error([Indivisible(site_name, inputs, scheme)])
+
+
+def site_schemes(passes: Iterable[BlockPass], model_map: ModelMap) -> dict[str, Scheme]:
+    """Full name → scheme of every site that will hold codes when all passes are done.
+
+    Raises: CompressError listing every site that does not divide, not only the first.
+    """
+    schemes: dict[str, Scheme] = {}
+    problems: dict[str, Indivisible] = {}
+    for each in passes:
+        for block in model_map.blocks:
+            for site in block.structure.sites:
+                name = block.full(site.name)
+                chosen = each.for_site(name) if each.selects(name) else None
+                if chosen is None or not isinstance(chosen, HasScheme):
+                    continue
+                found = _try(chosen, name, site.inputs, problems)
+                if found and chosen.quantizes():
+                    schemes[name] = found
+    if problems:
+        raise indivisible_error(list(problems.values()))
+    return schemes
+
+
+def _try(chosen: HasScheme, name: str, inputs: int, problems: dict[str, Indivisible]) -> Scheme | None:
+    try:
+        return resolve_scheme(chosen, name, inputs)
+    except CompressError:
+        problems.setdefault(name, Indivisible(name, inputs, named_scheme(chosen.scheme)))
+        return None
 
 
 def indivisible_error(found: Sequence[Indivisible]) -> CompressError:

@@ -32,7 +32,7 @@ class RoundToNearest(QuantizingPass):
         """Round every site by itself."""
         rows = []
         for site in sites:
-            scheme = self.scheme_for(site)
+            scheme = self.scheme_for(site.name, site.info.inputs)
             if scheme is None:
                 continue
             weight_OI = site.weight_OI

@@ -1,0 +1,131 @@
+"""Writes the result tables of the README from evals/results/*.json; nobody edits them by hand.
+
+    python evals/table.py            rewrite the part of README.md between the `results` markers
+    python evals/table.py --check    exit with 1 when that part is out of date
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+METHODS = ("rtn", "gptq", "awq", "awq→gptq")
+
+Facts = dict[str, Any]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Rewrite or check the README."""
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    wanted = with_results(text, render(ROOT / "evals" / "results"))
+    if "--check" not in arguments:
+        readme.write_text(wanted, encoding="utf-8")
+    elif wanted != text:
+        print("README.md does not show evals/results/*.json: run `python evals/table.py`", file=sys.stderr)
+        return 1
+    return 0
+
+
+def with_results(text: str, tables: str) -> str:
+    """The README with new tables between its markers."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"README.md needs the lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{tables}\n{END}{after}"
+
+
+def render(folder: Path) -> str:
+    """All tables, one section per kind of result."""
+    sections = [
+        ("Weights only", quantization, read(folder, "quantization-*.json")),
+        ("Weights and activations in 8 bits, with outlier channels", outliers, read(folder, "outliers-*.json")),
+        ("Mapping a family from its config alone", map_time, read(folder, "map-time.json")),
+    ]
+    parts = [f"### {title}\n\n" + "\n\n".join(map(table, files)) for title, table, files in sections if files]
+    return "\n\n".join(parts) or "No result files yet: see `evals/README.md`."
+
+
+def read(folder: Path, pattern: str) -> list[Facts]:
+    """The result files of one kind, by name."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(pattern))]
+
+
+def quantization(facts: Facts) -> str:
+    """Scheme by method: mean perplexity, range over calibration draws, ratio to dense."""
+    dense = facts["dense"]
+    cells = {(row["scheme"], row["method"]): row["perplexity"] for row in facts["rows"]}
+    schemes = list(dict.fromkeys(row["scheme"] for row in facts["rows"]))
+    methods = [method for method in METHODS if any((scheme, method) in cells for scheme in schemes)]
+    rows = [
+        [f"`{scheme}`", *(spread(cells.get((scheme, method)), dense["perplexity"]) for method in methods)]
+        for scheme in schemes
+    ]
+    draws = max(len(row["perplexity"]) for row in facts["rows"])
+    head = (
+        f"**{facts['model']}**: dense perplexity {dense['perplexity']:.3f} on `{dense['text']}` "
+        f"({protocol(dense['window'], dense['bos'])}, {dense['tokens']:,} tokens). "
+        f"Calibrated on {facts['samples']} × {facts['tokens']} tokens of `{facts['calibration']}`; "
+        f"mean (lowest–highest) of {draws} calibration draws, × dense."
+    )
+    return "\n\n".join([head, markdown(["scheme", *methods], rows), environment(facts)])
+
+
+def outliers(facts: Facts) -> str:
+    """Each method on the model with outlier channels, against dense."""
+    dense = next(row["perplexity"] for row in facts["rows"] if row["method"] == "dense")
+    rows = [
+        [row["method"], f"{row['perplexity']:.3f}", f"{100 * (row['perplexity'] / dense - 1):+.2f} %"]
+        for row in facts["rows"]
+    ]
+    head = (
+        f"**{facts['model']}**: {facts['channels']} channels of every norm multiplied by {facts['gain']:g} and the "
+        f"columns that read them divided by it, so the dense model is what it was. Perplexity on `{facts['text']}` "
+        f"({protocol(facts['window'], facts['bos'])})."
+    )
+    return "\n\n".join([head, markdown(["method", "perplexity", "against dense"], rows), environment(facts)])
+
+
+def map_time(facts: Facts) -> str:
+    """Seconds to map one block."""
+    rows = [[row["shape"], f"{row['seconds']:.1f}", str(row["sites"]), str(row["folds"])] for row in facts["rows"]]
+    return markdown(["width / feed-forward", "seconds", "sites", "folds"], rows) + "\n\n" + environment(facts)
+
+
+def spread(found: Sequence[float] | None, dense: float) -> str:
+    """`mean (lowest–highest), ×ratio`; the range only where there is one."""
+    if not found:
+        return "–"
+    between = f" ({min(found):.2f}–{max(found):.2f})" if len(found) > 1 else ""
+    return f"{mean(found):.2f}{between}, ×{mean(found) / dense:.3f}"
+
+
+def protocol(window: int, bos: bool) -> str:
+    """How perplexity was measured."""
+    return f"non-overlapping windows of {window}, {'each with' if bos else 'without'} BOS"
+
+
+def environment(facts: Facts) -> str:
+    """Where the numbers come from."""
+    versions, machine = facts["versions"], facts["machine"]
+    packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions)
+    return f"<sub>{packages}; {machine.get('cpu', 'unknown processor')}, {machine.get('cores', '?')} cores</sub>"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,169 @@
+"""Datasets of the Hub (and dataset folders): short names, streaming, and errors that say what to do offline."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from llmcompress.errors import CompressError, ExitCode
+
+BUILTIN_HINT = "use `builtin:calibration` or `builtin:evaluation`, which need no network"
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A short name for a dataset that papers use, with the settings they use it with."""
+
+    path: str
+    config: str | None = None
+    streamed: bool = True
+    """Read from the start as far as needed, instead of downloading all of it."""
+    articles: bool = False
+    """Rows are lines; an article begins at a heading `= Title =`."""
+
+
+ALIASES = {
+    "wikitext2": Alias("Salesforce/wikitext", "wikitext-2-raw-v1", streamed=False, articles=True),
+    "wikitext103": Alias("Salesforce/wikitext", "wikitext-103-raw-v1", articles=True),
+    "c4": Alias("allenai/c4", "en"),
+    "pile": Alias("mit-han-lab/pile-val-backup"),
+    "fineweb_edu": Alias("HuggingFaceFW/fineweb-edu", "sample-10BT"),
+}
+
+
+def hub_rows(
+    source: str, *, split: str, config: str | None, max_characters: int | None, where: str
+) -> Iterator[tuple[str, Any]]:
+    """Labelled rows of a Hub dataset, a short name of `ALIASES`, or a local dataset folder.
+
+    Only what the caller takes is downloaded, except where the dataset is small or the machine is offline.
+
+    Raises: CompressError `data.offline`, `data.not-found`, `data.script`, `data.split`, `data.endless`, `data.hub`.
+    """
+    alias = ALIASES.get(source, Alias(source))
+    local = Path(source).is_dir()
+    offline = not local and not hub_reachable()
+    if offline and not _in_cache(alias.path):
+        raise CompressError(
+            "data.offline",
+            f"{source}: this dataset is not in the local cache and the Hub cannot be reached",
+            where=where,
+            fix=f"{BUILTIN_HINT}; or go online once, or name a local .txt or .jsonl file",
+            exit_code=ExitCode.HUB,
+        )
+    streaming = alias.streamed and not local and not offline
+    if streaming and max_characters is None:
+        raise CompressError(
+            "data.endless",
+            f"{source}: this dataset may be very large, and nothing says how much of it to read",
+            where=where,
+            fix="set `max_windows`",
+            exit_code=ExitCode.USAGE,
+        )
+    rows = _load(alias.path, config or alias.config, split, streaming=streaming, where=where)
+    rows = _guarded(rows, alias.path, where)
+    if alias.articles:
+        return _articles(row["text"] for row in rows)
+    return ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def hub_reachable() -> bool:
+    """False in offline mode and where the Hub's name cannot be resolved: then nobody waits for retries."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or os.environ.get("HF_DATASETS_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        return False
+    if getproxies():
+        return True  # the proxy resolves names, this machine need not
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
+def _in_cache(path: str) -> bool:
+    """Whether `datasets` prepared that dataset before (it names its folder so)."""
+    from datasets import config
+
+    return (Path(config.HF_DATASETS_CACHE) / path.replace("/", "___")).is_dir()
+
+
+def _load(path: str, config: str | None, split: str, *, streaming: bool, where: str) -> Iterable[dict[str, Any]]:
+    import datasets
+
+    try:
+        rows: Iterable[dict[str, Any]] = datasets.load_dataset(path, config, split=split, streaming=streaming)
+        return rows
+    except FileNotFoundError as failure:
+        raise _not_found(path, "gated" in str(failure), where) from failure
+    except RuntimeError as failure:
+        if "script" not in str(failure):
+            raise _hub_failure(path, failure, where) from failure
+        raise CompressError(
+            "data.script",
+            f"{path}: this dataset is made by a Python script of its own, which is not run",
+            where=where,
+            fix='save the text as .jsonl, one {"text": ...} per line, and name that file',
+        ) from failure
+    except ValueError as failure:
+        # unknown split or configuration: the library's own message lists what there is
+        raise CompressError(
+            "data.split", f"{path}: {_first_line(failure)}", where=where, fix="set `split` or `config` to one of those"
+        ) from failure
+    except (OSError, datasets.exceptions.DatasetsError) as failure:
+        raise _hub_failure(path, failure, where) from failure
+
+
+def _not_found(path: str, gated: bool, where: str) -> CompressError:
+    if gated:
+        fix = "ask for access on the dataset's page, then `hf auth login`"
+        return CompressError("data.gated", f"{path}: access to this dataset must be asked for", where=where, fix=fix)
+    fix = f"check the name (short names: {', '.join(ALIASES)}); for a private dataset `hf auth login`"
+    return CompressError("data.not-found", f"{path}: there is no such file or Hub dataset", where=where, fix=fix)
+
+
+def _guarded(rows: Iterable[dict[str, Any]], path: str, where: str) -> Iterator[dict[str, Any]]:
+    """The rows, with one error for whatever breaks while they are fetched."""
+    try:
+        yield from rows
+    except Exception as failure:  # from one of four network libraries, which share no type
+        raise _hub_failure(path, failure, where) from failure
+
+
+def _hub_failure(path: str, failure: Exception, where: str) -> CompressError:
+    return CompressError(
+        "data.hub",
+        f"{path}: {_first_line(failure)}",
+        where=where,
+        fix=f"run the command again; {BUILTIN_HINT}",
+        exit_code=ExitCode.HUB,
+    )
+
+
+def _first_line(failure: Exception) -> str:
+    return " ".join(str(failure).split())[:300]
+
+
+def _articles(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Join rows with two newlines, as the published perplexities do, one text per article.
+
+    Joining the articles with two newlines again gives exactly the text that joining all rows gives.
+    """
+    article: list[str] = []
+    count = 0
+    for line in lines:
+        if article and re.match(r" = [^=].* = \n?$", line):
+            count += 1
+            yield f"article {count}", "\n\n".join(article)
+            article = []
+        article.append(line)
+    if article:
+        yield f"article {count + 1}", "\n\n".join(article)

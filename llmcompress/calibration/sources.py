@@ -1,0 +1,140 @@
+"""Where text comes from: bundled texts, local files, Hub datasets; read once, with a fingerprint of the content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from llmcompress.calibration.hub_datasets import hub_rows
+from llmcompress.calibration.local_files import is_text_file, rows_of_file
+from llmcompress.calibration.records import Format, Message, contents_of
+from llmcompress.errors import CompressError, ExitCode
+
+JOINER = "\n\n"
+"""Stands between documents wherever they are read as one text."""
+
+SHORTEST_PARAGRAPH = 40
+"""Characters; shorter paragraphs (headings, `Chapter 2`) may stand in two texts by chance."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What one source holds: documents, or conversations still to be written out by a chat template."""
+
+    name: str
+    """For reports; the file name only, never a path."""
+    documents: tuple[str, ...]
+    conversations: tuple[tuple[Message, ...], ...]
+    fingerprint: str
+    """sha256 of the content read."""
+    skipped: int = 0
+    """Rows that could not be read and were left out (`skip_bad_rows`)."""
+
+    @property
+    def kind(self) -> Literal["text", "chat"]:
+        """What the rows were."""
+        return "chat" if self.conversations else "text"
+
+
+def read_texts(
+    source: str,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    column: str | None = None,
+    format: Format = "auto",
+    skip_bad_rows: bool = False,
+    max_characters: int | None = None,
+    where: str = "",
+) -> Texts:
+    """Read `builtin:NAME`, a local file or dataset folder, or a Hub dataset.
+
+    `max_characters` bounds what is taken from a dataset that is streamed; local text is read whole.
+
+    Raises: CompressError when the source cannot be found or read, or holds nothing (`data.empty`).
+    """
+    rows, name, limit = _rows(source, split, config, max_characters, where)
+    row_where = f"{where}: {source}" if where else source
+    found = contents_of(
+        rows, column=column, format=format, skip_bad_rows=skip_bad_rows, where=row_where, max_characters=limit
+    )
+    if not any(text.strip() for text in found.documents) and not found.conversations:
+        left_out = f"; {found.skipped} rows were left out as unreadable" if found.skipped else ""
+        what = f"{name}: 0 usable samples, the source is empty{left_out}"
+        raise CompressError("data.empty", what, where=where, fix="use another source")
+    conversations = tuple(tuple(messages) for messages in found.conversations)
+    fingerprint = _fingerprint(found.documents or conversations)
+    return Texts(name, tuple(found.documents), conversations, fingerprint, found.skipped)
+
+
+def builtin_names() -> list[str]:
+    """The bundled texts."""
+    files = resources.files("llmcompress").joinpath("builtin").iterdir()
+    return sorted(file.name.removesuffix(".txt") for file in files if file.name.endswith(".txt"))
+
+
+def paragraph_hashes(texts: Iterable[str]) -> frozenset[int]:
+    """One number for every paragraph long enough to be told apart, whatever its spacing."""
+    found = (" ".join(line.split()) for text in texts for line in text.split("\n"))
+    return frozenset(_hash(line) for line in found if len(line) >= SHORTEST_PARAGRAPH)
+
+
+def overlap_warning(
+    calibration: frozenset[int], evaluation: frozenset[int], *, calibration_name: str, evaluation_name: str
+) -> str | None:
+    """A warning when text was calibrated on and is measured too, from the paragraph hashes of both."""
+    shared = len(calibration & evaluation)
+    if not shared:
+        return None
+    return (
+        f"{shared} of {len(evaluation)} paragraphs of {evaluation_name} are also in the calibration text "
+        f"{calibration_name}: its perplexity is flattered"
+    )
+
+
+def _rows(
+    source: str, split: str, config: str | None, max_characters: int | None, where: str
+) -> tuple[Iterator[tuple[str, Any]], str, int | None]:
+    """Labelled rows, a name for reports, and the limit that applies."""
+    if source.startswith("builtin:"):
+        return iter([("the text", _builtin(source.removeprefix("builtin:"), where))]), source, None
+    path = Path(source).expanduser()
+    if path.is_file():
+        return rows_of_file(path, where=where), path.name, None
+    if not path.is_dir() and _looks_like_a_path(source):
+        raise CompressError("data.not-found", f"{source}: there is no such file", where=where, fix="check the path")
+    rows = hub_rows(source, split=split, config=config, max_characters=max_characters, where=where)
+    return rows, f"{path.name if path.is_dir() else source}:{split}", max_characters
+
+
+def _looks_like_a_path(source: str) -> bool:
+    return source.startswith((".", "/", "~")) or source.count("/") > 1 or is_text_file(source)
+
+
+def _builtin(name: str, where: str) -> str:
+    if name not in builtin_names():
+        raise CompressError(
+            "data.not-found",
+            f"there is no bundled text {name!r}",
+            where=where,
+            fix=f"use one of {', '.join(f'builtin:{known}' for known in builtin_names())}",
+            exit_code=ExitCode.USAGE,
+        )
+    return resources.files("llmcompress").joinpath("builtin", f"{name}.txt").read_text(encoding="utf-8")
+
+
+def _fingerprint(contents: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for content in contents:
+        # JSON marks where one document ends and the next begins
+        digest.update(json.dumps(content, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()
+
+
+def _hash(paragraph: str) -> int:
+    return int.from_bytes(hashlib.blake2b(paragraph.encode("utf-8", "surrogatepass"), digest_size=8).digest())

@@ -1,0 +1,130 @@
+"""`llmcompress compress`: the whole flow from a model to a folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from llmcompress.cli.output import device_option, json_option, print_json, print_tables, quiet_libraries
+from llmcompress.errors import CompressError, ExitCode
+
+if TYPE_CHECKING:
+    from llmcompress.recipe import Recipe
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--preset", metavar="NAME", help="A recipe that comes with the package (see `llmcompress recipes ls`).")
+@click.option("--recipe", "recipe_file", metavar="FILE", type=click.Path(path_type=Path), help="A recipe of your own.")
+@click.option("-o", "--output", metavar="DIR", type=click.Path(path_type=Path), help="The folder to write.")
+@click.option(
+    "--set",
+    "settings",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Change the recipe, e.g. --set calibration.samples=64 --set passes.gptq.scheme=int3_g32. Repeatable.",
+)
+@click.option("--dry-run", is_flag=True, help="Show sites, bytes, memory and time, and stop: no weights are read.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace an existing output; the old one stays until the new is complete."
+)
+@click.option("--fresh", is_flag=True, help="Start over instead of going on after the blocks of an interrupted run.")
+@click.option(
+    "--yes", is_flag=True, help="Answer yes where the command would ask (running code of a model's repository)."
+)
+@device_option
+@json_option
+def compress(
+    model: str | None,
+    preset: str | None,
+    recipe_file: Path | None,
+    output: Path | None,
+    settings: tuple[str, ...],
+    dry_run: bool,
+    overwrite: bool,
+    fresh: bool,
+    yes: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Compress MODEL and save it as a Hugging Face folder.
+
+    MODEL is a Hub id (also id@revision), a local folder or builtin:books-llama; it may be left out when the recipe
+    names one.
+
+    \b
+    Examples:
+      llmcompress compress builtin:books-llama --preset tiny/gptq -o out
+      llmcompress compress Qwen/Qwen3-0.6B --preset w4 -o Qwen3-0.6B-w4 --dry-run
+      llmcompress compress --recipe recipe.yaml -o out --set passes.gptq.scheme=int3_g64
+    """
+    if (preset is None) == (recipe_file is None):
+        raise click.UsageError("Give either --preset NAME or --recipe FILE, e.g. --preset w4.")
+    if output is None and not dry_run:
+        raise click.UsageError("Give the folder to write with -o DIR, or look first with --dry-run.")
+    quiet_libraries()
+    from llmcompress.cli.tables import plan_tables, report_tables
+    from llmcompress.cli.terminal import TerminalProgress
+
+    with TerminalProgress() as progress:
+        progress.stage("starting", 0)
+        from llmcompress.presets import load_preset
+        from llmcompress.recipe import read_recipe
+
+        if preset is not None:
+            recipe = load_preset(preset, settings=settings)
+        else:
+            assert recipe_file is not None
+            recipe = read_recipe(recipe_file, settings=settings)
+        recipe = recipe.for_model(model)
+        assert recipe.model is not None
+        with progress.paused():
+            _confirm_remote_code(recipe, yes=yes)
+        from llmcompress import pipeline
+
+        if dry_run:
+            plan = pipeline.plan(recipe.model, recipe).model_dump(mode="json")
+        else:
+            assert output is not None
+            try:
+                report = pipeline.compress(
+                    recipe.model, recipe, output, device=device, overwrite=overwrite, fresh=fresh, progress=progress
+                )
+            except KeyboardInterrupt:
+                raise _interrupted(output) from None
+    if dry_run:
+        print_json(plan) if as_json else print_tables(*plan_tables(plan))
+    elif as_json:
+        print_json({"output": str(output), **report.model_dump(mode="json")})
+    else:
+        print_tables(*report_tables(report))
+        click.echo(f"saved to {output}", err=True)
+
+
+def _confirm_remote_code(recipe: Recipe, *, yes: bool) -> None:
+    """Code of a model's repository runs only after a person said yes, here or with --yes."""
+    if not recipe.trust_remote_code or yes:
+        return
+    where = f"{recipe.model} at commit {recipe.revision}"
+    if sys.stdin.isatty() and click.confirm(f"The recipe runs Python code from {where}. Run it?", err=True):
+        return
+    raise CompressError(
+        "recipe.trust",
+        f"the recipe asks to run Python code from {where}",
+        fix="review the code at that commit, then add --yes",
+        exit_code=ExitCode.USAGE,
+    )
+
+
+def _interrupted(output: Path) -> CompressError:
+    run = output.with_name(output.name + ".run")
+    return CompressError(
+        "interrupted",
+        "stopped before the end",
+        fix="run the same command again: it goes on after the last finished block" if run.exists() else "",
+        saved=f"finished blocks in {run}" if run.exists() else "nothing was written",
+        exit_code=ExitCode.INTERRUPTED,
+    )

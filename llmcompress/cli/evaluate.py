@@ -1,0 +1,65 @@
+"""`llmcompress evaluate`: perplexity of any model, dense or compressed."""
+
+from __future__ import annotations
+
+import click
+
+from llmcompress.cli.output import device_option, json_option, print_json, print_tables, quiet_libraries
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--perplexity",
+    "sources",
+    metavar="SOURCE",
+    multiple=True,
+    default=("builtin:evaluation",),
+    show_default=True,
+    help="builtin:evaluation, a text file, or a dataset with its split (wikitext2:test). Repeatable.",
+)
+@click.option(
+    "--window", type=click.IntRange(min=2), help="Tokens in a window [default: the model's limit, at most 2048]."
+)
+@click.option(
+    "--bos",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    show_default=True,
+    help="Whether every window starts with the BOS token.",
+)
+@click.option("--max-windows", type=click.IntRange(min=1), help="Measure only the first windows.")
+@device_option
+@json_option
+def evaluate(
+    model: str,
+    sources: tuple[str, ...],
+    window: int | None,
+    bos: str,
+    max_windows: int | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Measure the perplexity of MODEL, dense or compressed.
+
+    \b
+    Examples:
+      llmcompress evaluate builtin:books-llama
+      llmcompress evaluate out --perplexity wikitext2:test --window 2048 --json
+    """
+    quiet_libraries()
+    from llmcompress.cli.tables import perplexity_table
+    from llmcompress.cli.terminal import TerminalProgress
+    from llmcompress.evaluation.settings import Evaluate, perplexity_task
+
+    common = {"window": window, "bos": bos, "max_windows": max_windows}
+    settings = Evaluate.model_validate({"perplexity": [{**perplexity_task(source), **common} for source in sources]})
+    with TerminalProgress() as progress:
+        progress.stage("starting", 0)
+        from llmcompress import pipeline
+
+        results = pipeline.evaluate(model, settings, device=device, progress=progress)
+    if as_json:
+        print_json([result.model_dump(mode="json") for result in results])
+    else:
+        print_tables(perplexity_table(results))

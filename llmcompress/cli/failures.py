@@ -1,0 +1,90 @@
+"""Every failure of a command → an exit code and a short text, or one JSON object; a traceback goes to a file."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import sys
+import tempfile
+import traceback
+
+import click
+
+from llmcompress.errors import CompressError, ExitCode
+
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
+
+
+def report_failure(failure: Exception, *, as_json: bool) -> int:
+    """Tell the user and return the exit code: JSON on stdout, otherwise text on stderr."""
+    known = _as_known(failure)
+    if as_json:
+        click.echo(json.dumps({"error": known.as_dict()}, ensure_ascii=False))
+    elif isinstance(failure, click.ClickException):
+        failure.show()
+    else:
+        _show(known)
+    return int(known.exit_code)
+
+
+def _show(error: CompressError) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    word = "interrupted" if error.exit_code is ExitCode.INTERRUPTED else "error"
+    message = Text(_without_tokens(str(error)))
+    # soft_wrap: paths and commands must stay copyable
+    Console(file=sys.stderr).print(Text(f"{word}: ", style="bold red") + message, soft_wrap=True)
+
+
+def _as_known(failure: Exception) -> CompressError:
+    """The same failure in the one shape that users meet."""
+    if isinstance(failure, CompressError):
+        return failure
+    if isinstance(failure, click.Abort):
+        return CompressError("interrupted", "stopped", saved="", exit_code=ExitCode.INTERRUPTED)
+    if isinstance(failure, click.ClickException):
+        return CompressError("usage", failure.format_message(), exit_code=ExitCode.USAGE)
+    out_of_memory = isinstance(failure, MemoryError) or type(failure).__name__ == "OutOfMemoryError"
+    if out_of_memory:
+        fix = "use a smaller `calibration.batch` or `calibration.tokens`, or `--device cpu`, and run the command again"
+        return _out_of("memory", failure, fix)
+    if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _out_of("disk space", failure, "make room and run the command again")
+    return CompressError(
+        "bug",
+        f"{type(failure).__name__}: {_first_line(failure)}",
+        where=_write_log(failure),
+        fix="this is a bug in llmcompress: please report it with that file",
+        saved="finished blocks, if any: the same command goes on after them",
+        exit_code=ExitCode.BUG,
+    )
+
+
+def _out_of(what: str, failure: Exception, fix: str) -> CompressError:
+    return CompressError(
+        f"out-of-{what.partition(' ')[0]}",
+        f"out of {what}: {_first_line(failure)}",
+        where=_write_log(failure),
+        fix=fix,
+        saved="finished blocks, if any: the same command goes on after them",
+        exit_code=ExitCode.RESOURCES,
+    )
+
+
+def _write_log(failure: Exception) -> str:
+    """Write the traceback to a new file and return its path."""
+    text = "".join(traceback.format_exception(failure))
+    with tempfile.NamedTemporaryFile("w", prefix="llmcompress-", suffix=".log", delete=False, encoding="utf-8") as file:
+        file.write(_without_tokens(text))
+    return file.name
+
+
+def _first_line(failure: Exception) -> str:
+    return _without_tokens(str(failure)).strip().partition("\n")[0][:300]
+
+
+def _without_tokens(text: str) -> str:
+    """Access tokens never reach a screen or a file."""
+    return _TOKEN.sub("hf_***", text)

@@ -1,0 +1,188 @@
+"""Results as tables for people: report, plan, perplexity, model map."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from llmcompress.cli.terminal import duration, size
+
+if TYPE_CHECKING:
+    from llmcompress.evaluation.report import PerplexityResult, Report
+
+WORST_SITES = 5
+ROWS_SHOWN = 40
+
+
+def plain_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "") -> Table:
+    """A table without lines; headings that begin with `#` are numbers, aligned right; all empty, they are not shown."""
+    shown = any(heading.strip("#") for heading in headings)
+    table = Table(box=None, title=title or None, title_justify="left", pad_edge=False, show_header=shown)
+    table.title_style, table.header_style = "bold", "dim"
+    for heading in headings:
+        numeric = heading.startswith("#")
+        table.add_column(heading.removeprefix("#"), justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def report_tables(report: Report) -> list[RenderableType]:
+    """Quality and bytes before and after, the worst sites, what was degraded or refused."""
+    tables: list[RenderableType] = [_quality_table(report), _bytes_line(report)]
+    worst = sorted((row for row in report.sites if row.error is not None), key=lambda row: -(row.error or 0))
+    if worst:
+        rows = [
+            (row.site, row.algorithm, row.scheme or "", _percent(row.error), _percent(row.error_before))
+            for row in worst[:WORST_SITES]
+        ]
+        headings = ("site", "by", "scheme", "#output error", "#plain rounding")
+        tables.append(plain_table(headings, rows, title=f"worst sites of {len(worst)}"))
+    if report.degraded:
+        sites = {row.site for row in report.sites}
+        title = f"degraded: {len({row.site for row in report.degraded})} of {len(sites)} layers"
+        tables.append(_reasons(title, {row.site: row.degraded or "" for row in report.degraded}))
+    if report.refused:
+        tables.append(_reasons(f"not compressed: {len(report.refused)}", report.refused))
+    tables += [Text(f"warning: {warning}", style="yellow") for warning in report.warnings]
+    tables.append(Text(", ".join(f"{stage} {duration(seconds)}" for stage, seconds in report.seconds.items())))
+    return tables
+
+
+def plan_tables(plan: dict[str, Any]) -> list[RenderableType]:
+    """What a run would do: every kind of site once, then bytes, memory, time, warnings."""
+    sites: list[dict[str, Any]] = plan["sites"]
+    kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for site in sites:
+        kind = (_kind(site["site"]), ", ".join(site["passes"]), site["scheme"] or "dense")
+        kinds.setdefault(kind, []).append(site)
+    rows = [
+        (*kind, str(len(same)), f"{same[0]['bits_per_weight']:.2f}", size(sum(site["bytes"] for site in same)))
+        for kind, same in kinds.items()
+    ]
+    headings = ("site", "passes", "scheme", "#count", "#bits per weight", "#bytes")
+    tables: list[RenderableType] = [plain_table(headings, rows, title=f"{plan['model']} ({plan['family']})")]
+    if plan["refused"]:
+        tables.append(_reasons(f"not compressed: {len(plan['refused'])}", plan["refused"]))
+    facts = [
+        ("weight files", f"{size(plan['bytes_dense'])} → {size(plan['output_bytes'])}"),
+        ("peak memory", size(plan["peak_memory_bytes"])),
+        ("time", f"about {duration(plan['estimated_seconds'])}"),
+    ]
+    tables.append(plain_table(("", "#"), facts, title="estimate"))
+    tables += [Text(f"warning: {warning}", style="yellow") for warning in plan["warnings"]]
+    return tables
+
+
+def perplexity_table(results: Sequence[PerplexityResult]) -> Table:
+    """One row per text."""
+    rows = [
+        (
+            each.text,
+            f"{each.perplexity:.3f}",
+            f"{each.bits_per_byte:.4f}",
+            str(each.window),
+            _bos(each),
+            str(each.tokens),
+        )
+        for each in results
+    ]
+    return plain_table(("text", "#perplexity", "#bits per byte", "#window", "BOS", "#tokens"), rows)
+
+
+def map_tables(found: dict[str, Any]) -> list[RenderableType]:
+    """The model map as `inspect` returns it: single facts first, then one table per list."""
+    facts = [
+        (key.replace("_", " "), _cell(value)) for key, value in found.items() if not isinstance(value, list | dict)
+    ]
+    tables: list[RenderableType] = [plain_table(("", ""), facts, title="model map")]
+    for key, value in found.items():
+        if isinstance(value, dict) and value:
+            tables.append(_reasons(key.replace("_", " "), {name: _cell(each) for name, each in value.items()}))
+        elif isinstance(value, list) and value:
+            tables += _list_tables(key.replace("_", " "), value)
+    return tables
+
+
+def _list_tables(title: str, items: list[Any]) -> list[RenderableType]:
+    """Mappings become rows; lists inside them become tables of their own, below."""
+    if not all(isinstance(item, dict) for item in items):
+        return [plain_table((title,), [(_cell(item),) for item in items[:ROWS_SHOWN]])]
+    inner = [key for key in items[0] if any(_is_table(item.get(key)) for item in items)]
+    flat = [key for key in items[0] if key not in inner]
+    shown = [[_cell(item.get(key)) for key in flat] for item in items[:ROWS_SHOWN]]
+    more = f" (first {ROWS_SHOWN} of {len(items)})" if len(items) > ROWS_SHOWN else ""
+    tables: list[RenderableType] = [plain_table([key.replace("_", " ") for key in flat], shown, title=title + more)]
+    for item in items:
+        for key in inner:
+            if item.get(key):
+                tables += _list_tables(
+                    f"{title} {_cell(item[flat[0]]) if flat else ''}: {key.replace('_', ' ')}", item[key]
+                )
+    return tables
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(_cell(each) for each in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_cell(each)}" for key, each in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else str(value)
+
+
+def _quality_table(report: Report) -> Table:
+    rows = [
+        (
+            each.dense.text,
+            f"{each.dense.perplexity:.3f}",
+            f"{each.compressed.perplexity:.3f}",
+            f"{each.ratio:.3f}",
+            str(each.dense.window),
+            str(each.dense.tokens),
+        )
+        for each in report.quality
+    ]
+    headings = ("perplexity on", "#dense", "#compressed", "#ratio", "#window", "#tokens")
+    return plain_table(headings, rows, title=f"{report.model}, recipe {report.recipe_hash}")
+
+
+def _bytes_line(report: Report) -> Text:
+    before, after = report.bytes_dense, report.bytes_compressed
+    ratio = f" ({after / before:.2f} of it)" if before else ""
+    weights = [row.bits_per_weight for row in report.sites if row.bits_per_weight is not None]
+    mean = f", compressed sites {sum(weights) / len(weights):.2f} bits per weight" if weights else ""
+    return Text(f"weight files {size(before)} → {size(after)}{ratio}{mean}")
+
+
+def _reasons(title: str, reasons: dict[str, str]) -> Table:
+    """Names and reasons; the same place of all blocks for the same reason is one row."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for name, reason in reasons.items():
+        kinds.setdefault((_kind(name), reason), []).append(name)
+    rows = [(kind if len(same) > 1 else same[0], reason) for (kind, reason), same in kinds.items()]
+    if len(rows) > ROWS_SHOWN:
+        rows = [*rows[:ROWS_SHOWN], (f"and {len(rows) - ROWS_SHOWN} more", "see --json")]
+    return plain_table(("", ""), rows, title=title)
+
+
+def _kind(site: str) -> str:
+    """`model.layers.*.mlp.up_proj`: the same site of all blocks."""
+    return ".".join("*" if part.isdecimal() else part for part in site.split("."))
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.3%}"
+
+
+def _bos(result: PerplexityResult) -> str:
+    return "yes" if result.bos else "no"

@@ -1,0 +1,95 @@
+"""Rough foresight: how much memory and time compressing a model takes. N = calibration tokens, O, I = a site's sizes.
+
+Memory: the model in float32, the hidden states of all calibration tokens before and after a block, one batch inside
+a block, and the largest pass's statistics with the copies made while solving. Time: multiplications ÷ the speed of a
+matrix product measured now. Both are meant to be right within a factor of two, and to order alternatives correctly.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import psutil
+import torch
+
+from llmcompress.evaluation.perplexity import LOGITS_BYTES
+from llmcompress.model.map import BlockInfo, InputGroup, ModelMap
+from llmcompress.numerics.statistics import Gram
+from llmcompress.passes.base import BlockPass
+from llmcompress.recipe.model import Recipe
+
+_FLOAT = 4
+_SOLVING_COPIES = 8
+"""Of a Gram matrix, in float32: permuted, inverted in float64, factored."""
+_SOLVING_PRODUCTS = 40
+"""Products ΔW·G of O×I by I×I that solving one site takes in time: AWQ tries about twenty scales and twenty ranges."""
+
+
+def peak_memory_bytes(recipe: Recipe, model_map: ModelMap, *, parameters: int) -> int:
+    """Most bytes resident at any time, the interpreter and its libraries included."""
+    tokens = recipe.calibration.samples * recipe.calibration.tokens
+    needs_data = any(each.needs() for each in recipe.passes)
+    hidden = 2 * _FLOAT * tokens * model_map.hidden_size if needs_data else 0
+    statistics = max(
+        (_statistics_bytes(each, block) for each in recipe.passes for block in model_map.blocks), default=0
+    )
+    batch = recipe.calibration.batch * recipe.calibration.tokens if needs_data else 0
+    widths = (sum(site.outputs for site in block.structure.sites) for block in model_map.blocks)
+    inside = _FLOAT * batch * max(widths, default=0)
+    evaluating = LOGITS_BYTES if recipe.evaluate.perplexity else 0
+    libraries = psutil.Process().memory_info().rss
+    return libraries + _FLOAT * parameters + max(hidden + statistics + inside, evaluating)
+
+
+def seconds(recipe: Recipe, model_map: ModelMap) -> float:
+    """Of the passes over all blocks, on the device that `auto` would choose."""
+    tokens = recipe.calibration.samples * recipe.calibration.tokens
+    window = recipe.calibration.tokens
+    flops = 0.0
+    for block in model_map.blocks:
+        measuring = [each for each in recipe.passes if each.needs() and any(_groups(each, block))]
+        weights = sum(site.outputs * site.inputs for site in block.structure.sites)
+        forward = 2.0 * tokens * weights + 4.0 * tokens * window * model_map.hidden_size
+        flops += forward * (len(measuring) + 1)
+        flops += sum(_statistics_flops(each, block, tokens) for each in measuring)
+    return flops / matmul_flops_per_second()
+
+
+def matmul_flops_per_second(size: int = 512, seconds: float = 0.05) -> float:
+    """Speed of float32 matrix products here and now."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    matrix = torch.ones(size, size, device=device)
+    float((matrix @ matrix)[0, 0])  # the first product also starts threads and libraries
+    done, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        float((matrix @ matrix)[0, 0])
+        done += 1
+    return done * 2.0 * size**3 / (time.perf_counter() - started)
+
+
+def _statistics_bytes(each: BlockPass, block: BlockInfo) -> int:
+    """Gram matrices of all input groups at once, and the copies of the largest; vectors do not count."""
+    if Gram not in each.needs():
+        return 0
+    squares = [_inputs(block, group) ** 2 for group in _groups(each, block)]
+    return _FLOAT * (sum(squares) + _SOLVING_COPIES * max(squares, default=0))
+
+
+def _statistics_flops(each: BlockPass, block: BlockInfo, tokens: int) -> float:
+    if Gram not in each.needs():
+        return 0.0
+    measuring = sum(2.0 * tokens * _inputs(block, group) ** 2 for group in _groups(each, block))
+    sites = [site for site in block.structure.sites if each.selects(block.full(site.name))]
+    return measuring + sum(2.0 * _SOLVING_PRODUCTS * site.outputs * site.inputs**2 for site in sites)
+
+
+def _groups(each: BlockPass, block: BlockInfo) -> Iterator[InputGroup]:
+    """Input groups with at least one selected site."""
+    for group in block.structure.groups:
+        if any(each.selects(block.full(name)) for name in group.sites):
+            yield group
+
+
+def _inputs(block: BlockInfo, group: InputGroup) -> int:
+    return block.structure.site(group.sites[0]).inputs

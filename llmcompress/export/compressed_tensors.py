@@ -1,0 +1,120 @@
+"""Saves codes and scales as compressed-tensors: loads in stock transformers and vLLM, nothing of ours needed.
+
+O = outputs, I = inputs. What the loaders were seen to do: docs/decisions/0004-saved-formats.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmcompress.errors import CompressError
+from llmcompress.export.base import Saved, layout_on_disk, site_problem
+from llmcompress.export.checkpoint import linears_of_loader, merges_on_load, quantized_sites, write_model
+from llmcompress.export.config import portable_config
+from llmcompress.export.plain import dense_tensors
+from llmcompress.export.quantization_config import CodedSite, numbered, quantization_config
+from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.numerics.grid import spread
+
+
+def save_compressed_tensors(
+    model: PreTrainedModel, folder: Path, *, storage_dtype: torch.dtype, max_shard_size: str
+) -> Saved:
+    """Write an ordinary Hugging Face folder whose quantized linears are codes and scales; the model is not changed.
+
+    A site that the format cannot hold is multiplied out and named in the result; when no other is left, the folder
+    is a plain one.
+
+    Raises: CompressError when such a site also rounds activations (`check_format` says so before any work).
+    """
+    sites, linears = quantized_sites(model), linears_of_loader(model)
+    dense = _multiplied_out(sites, linears, merges_on_load(model))
+    coded = {name: site for name, site in sites.items() if name not in dense}
+
+    def tensors(name: str, site: QuantLinear) -> dict[str, Tensor]:
+        if name in coded:
+            return coded_tensors(site, storage_dtype)
+        return dense_tensors(site, linears.get(name, nn.Linear), storage_dtype)
+
+    config = portable_config(model, storage_dtype)
+    if coded:
+        flat = _flat_inputs(model, {name: site for name, site in coded.items() if site.scheme.activations == "token"})
+        rows = [CodedSite(name, site.scheme, site.in_features, name in flat) for name, site in coded.items()]
+        config["quantization_config"] = quantization_config(rows, linears)
+    files, size = write_model(
+        model, folder, config, tensors, storage_dtype=storage_dtype, max_shard_size=max_shard_size
+    )
+    return Saved(files, size, "compressed-tensors" if coded else "plain", dense)
+
+
+def coded_tensors(site: QuantLinear, storage_dtype: torch.dtype) -> dict[str, Tensor]:
+    """A site as the library's compressors lay it out."""
+    layout, codes_OI = layout_on_disk(site.scheme), site.codes_OI
+    tensors = {"weight_scale": site.scale_OG.to(storage_dtype)}
+    if site.zero_OG is not None and layout.symmetric:
+        codes_OI = codes_OI - spread(site.zero_OG, site.scheme.weights, site.in_features)
+    elif site.zero_OG is not None:
+        tensors["weight_zero_point"] = site.zero_OG
+    if layout.format == "pack-quantized":
+        tensors["weight_packed"] = pack_to_int32(codes_OI, layout.bits)
+        tensors["weight_shape"] = torch.tensor(codes_OI.shape)
+    else:
+        tensors["weight"] = codes_OI
+    if site.input_scale is not None:
+        tensors["input_scale"] = site.input_scale.reshape(1).to(storage_dtype)
+    if site.bias is not None:
+        tensors["bias"] = site.bias.detach().to(storage_dtype)
+    return tensors
+
+
+def _multiplied_out(
+    sites: Mapping[str, QuantLinear], linears: Mapping[str, type[nn.Module]], merged_on_load: bool
+) -> dict[str, str]:
+    """Sites that compressed-tensors cannot hold, and why."""
+    found = {}
+    for name, site in sites.items():
+        is_linear = issubclass(linears.get(name, nn.Linear), nn.Linear)
+        reason = site_problem(site.scheme, site.in_features, is_linear=is_linear, merged_on_load=merged_on_load)
+        if reason and site.scheme.activations:
+            raise CompressError(
+                "save.format",
+                reason,
+                where=name,
+                fix="leave the site out with `exclude`, or use a scheme that does not round activations",
+                saved="all finished blocks",
+            )
+        if reason:
+            found[name] = reason
+    return found
+
+
+@torch.no_grad()
+def _flat_inputs(model: PreTrainedModel, sites: Mapping[str, QuantLinear]) -> set[str]:
+    """Sites whose inputs come as tokens × channels (experts, OPT), seen in one forward of four tokens.
+
+    An expert that no token reached is taken to be like its siblings.
+    """
+    seen: set[str] = set()
+
+    def watch(name: str) -> Any:
+        def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if args[0].dim() == 2:
+                seen.add(numbered(name))
+
+        return note
+
+    if not sites:
+        return set()
+    with ExitStack() as hooks:
+        for name, site in sites.items():
+            hooks.callback(site.register_forward_pre_hook(watch(name)).remove)
+        model(input_ids=torch.tensor([[0, 1], [1, 0]], device=model.device), use_cache=False)
+    return {name for name in sites if numbered(name) in seen}

@@ -1,0 +1,104 @@
+"""The `quantization_config` of a compressed-tensors folder: one group per kind of scheme, as few targets as possible."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import compressed_tensors
+from compressed_tensors.config import CompressionFormat
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+)
+
+from llmcompress.export.base import layout_on_disk
+from llmcompress.modules.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class CodedSite:
+    """A site saved as codes; `flat`: its input arrives as tokens × channels, without a batch axis."""
+
+    name: str
+    scheme: Scheme
+    inputs: int
+    flat: bool = False
+
+
+def quantization_config(sites: Sequence[CodedSite], linears: Iterable[str]) -> dict[str, Any]:
+    """JSON data for config.json; the linears of the model that are no site are listed under `ignore`."""
+    members: dict[str, list[str]] = defaultdict(list)
+    kinds: dict[str, QuantizationScheme] = {}
+    for site in sites:
+        kind = _kind(site)
+        kinds.setdefault(kind.model_dump_json(), kind)
+        members[kind.model_dump_json()].append(site.name)
+    names = {site.name for site in sites}
+    everything = names.union(linears)
+    for key, kind in kinds.items():
+        kind.targets = name_patterns(members[key], everything)
+    formats = {str(CompressionFormat(kind.format).value) for kind in kinds.values()}
+    config = QuantizationConfig(
+        config_groups={f"group_{i}": kind for i, kind in enumerate(kinds.values())},
+        format=formats.pop() if len(formats) == 1 else CompressionFormat.mixed_precision.value,
+        quantization_status=QuantizationStatus.COMPRESSED,
+        ignore=name_patterns(sorted(everything - names), everything),
+    )
+    data: dict[str, Any] = config.model_dump(mode="json", exclude_none=True)
+    return {"version": compressed_tensors.__version__, **data}
+
+
+def _kind(site: CodedSite) -> QuantizationScheme:
+    """A site's scheme in the format's own words, without targets."""
+    layout, group = layout_on_disk(site.scheme), site.scheme.weights.group
+    grouped = group is not None and group < site.inputs
+    weights = QuantizationArgs(
+        num_bits=layout.bits,
+        symmetric=layout.symmetric,
+        strategy="group" if grouped else "channel",
+        group_size=group if grouped else None,
+    )
+    rounding = {
+        None: lambda: None,
+        "tensor": lambda: QuantizationArgs(num_bits=8, strategy="tensor", dynamic=False),
+        "token": lambda: _per_token(site),
+    }[site.scheme.activations]()
+    return QuantizationScheme(targets=[], weights=weights, input_activations=rounding, format=layout.format)
+
+
+def _per_token(site: CodedSite) -> QuantizationArgs:
+    """One scale per token; for a tokens × channels input the library's own `token` would take one for all of them."""
+    if site.flat:
+        return QuantizationArgs(num_bits=8, strategy="group", group_size=site.inputs, dynamic=True)
+    return QuantizationArgs(num_bits=8, strategy="token", dynamic=True)
+
+
+def name_patterns(names: Sequence[str], everything: Iterable[str]) -> list[str]:
+    """Target strings that match exactly `names` out of `everything`: one per set of numbered siblings if possible.
+
+    Loaders try every target on every module, so a name each for 10 000 experts would take minutes.
+    """
+    siblings: dict[str, set[str]] = defaultdict(set)
+    for name in everything:
+        siblings[numbered(name)].add(name)
+    chosen, found = set(names), []
+    for pattern in dict.fromkeys(map(numbered, names)):
+        family = siblings[pattern]
+        if family <= chosen and len(family) > 1:
+            found.append(f"re:{pattern}$")
+        elif len(family) == 1:
+            found += family
+        else:
+            found += [f"re:{re.escape(name)}$" for name in sorted(family & chosen)]
+    return found
+
+
+def numbered(name: str) -> str:
+    """The name as a regular expression in which every number may be any number."""
+    return ".".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split(".")).replace(".", r"\.")

@@ -1,0 +1,98 @@
+"""One block on the bench: run it with some outputs scaled and see what every linear reads. N = tokens, I = inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from llmcompress.model.skeleton import BlockCall
+
+LINEARS = (nn.Linear, Conv1D)
+
+
+@dataclass
+class Observed:
+    """What one forward of a block showed. Holding the tensors keeps their storage from being used again."""
+
+    output: Tensor
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    """Every executed tap's input, in order of execution."""
+
+    def rows_NI(self, name: str) -> Tensor | None:
+        """The input of a tap as tokens × channels, or None where it was not executed."""
+        found = self.inputs.get(name)
+        return None if found is None else found.detach().reshape(-1, found.shape[-1])
+
+
+class Bench:
+    """A block with real weights and the arguments to call it with.
+
+    Taps are the modules whose inputs are observed and whose outputs can be scaled: all linears and all norms.
+    Scaling a linear's output by s is scaling its rows and its bias by s.
+    """
+
+    def __init__(self, block: nn.Module, call: BlockCall, hidden_BTD: Tensor) -> None:
+        self.block, self.call, self.hidden = block, call, hidden_BTD
+        self.linears = {name: module for name, module in block.named_modules() if isinstance(module, LINEARS)}
+        self.norms = {name: module for name, module in block.named_modules() if is_norm_like(module)}
+
+    def run(self, scales: Mapping[str, Tensor] | None = None, masks: Mapping[str, Tensor] | None = None) -> Observed:
+        """One forward: outputs of the taps in `scales` are multiplied, inputs of those in `masks` too."""
+        observed = Observed(self.hidden)
+        with ExitStack() as stack:
+            for name, module in {**self.linears, **self.norms}.items():
+                stack.enter_context(_observe(observed, name, module, (masks or {}).get(name)))
+                if scales and name in scales:
+                    stack.enter_context(_scaled(module, scales[name]))
+            observed.output = self.call.run(self.block, self.hidden.clone())
+        return observed
+
+
+def is_norm_like(module: nn.Module) -> bool:
+    """A leaf whose only parameters are a gain per channel and perhaps a bias per channel."""
+    parameters = dict(module.named_parameters(recurse=False))
+    shapes = {tuple(parameter.shape) for parameter in parameters.values()}
+    return (
+        "weight" in parameters
+        and set(parameters) <= {"weight", "bias"}
+        and len(shapes) == 1
+        and len(shapes.pop()) == 1
+        and not any(module.children())
+    )
+
+
+def sizes(module: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a linear, whichever way it stores its weight."""
+    first, second = module.weight.shape  # type: ignore[union-attr, misc]
+    return (int(second), int(first)) if isinstance(module, Conv1D) else (int(first), int(second))
+
+
+@contextmanager
+def _observe(observed: Observed, name: str, module: nn.Module, mask: Tensor | None) -> Iterator[None]:
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        value = args[0] if args else next(iter(kwargs.values()))
+        observed.inputs[name] = value
+        if mask is None:
+            return None
+        return ((value * mask, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): value * mask})
+
+    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _scaled(module: nn.Module, scale: Tensor) -> Iterator[None]:
+    handle = module.register_forward_hook(lambda _, __, output: output * scale)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,191 @@
+"""config.json → a configuration that is safe to build a model from, or the reason why it is refused."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from llmcompress.errors import CompressError
+from llmcompress.model.files import adapter_error, read_json, refuse_outside
+
+_HARMLESS = {"_name_or_path", "_commit_hash", "_attn_implementation_autoset", "_from_model_config"}
+"""Left behind by transformers itself; dropped without a word."""
+_CODE_SELECTING = {"attn_implementation", "experts_implementation", "fusion_config", "kernel_config"}
+"""May name a repository of kernels that transformers would download and run."""
+
+
+def read_config(
+    folder: Path, *, trust_remote_code: bool = False, may_be_quantized: bool = False
+) -> tuple[PretrainedConfig, list[str]]:
+    """The configuration of a causal language model, cleaned of keys that choose code, and notes about what was done.
+
+    Raises: CompressError for anything that is not a dense causal language model which transformers can build.
+    """
+    if (folder / "adapter_config.json").exists():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise adapter_error(str(folder), str(base or "BASE"))
+    if not (folder / "config.json").exists():
+        raise _no_config(folder)
+    refuse_outside(
+        folder, {path.name: path.name for path in sorted(folder.iterdir()) if path.suffix in (".json", ".jinja")}
+    )
+    raw = read_json(folder / "config.json")
+    if not may_be_quantized:
+        _refuse_quantized(raw, folder)
+    notes: list[str] = []
+    data = _without_code_keys(raw, notes)
+    _refuse_other_kinds(data, folder)
+    code = data.get("auto_map")
+    model_type = str(data.get("model_type", ""))
+    native = model_type in transformers.CONFIG_MAPPING
+    if code and not trust_remote_code:
+        if not native:
+            raise _needs_code(folder, model_type, code)
+        del data["auto_map"]
+        notes.append(f"config.json names Python files of its own; ignored: transformers' own {model_type} is used")
+    if not native and not code:
+        raise _unknown_type(folder, model_type)
+    if not code and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise _not_causal(folder, f"model_type {model_type!r}")
+    return _build(_for_installed_transformers(data, folder), folder), notes
+
+
+def _build(data: dict[str, Any], folder: Path) -> PretrainedConfig:
+    try:
+        config_class = _config_class(data, folder)
+        config: PretrainedConfig = config_class.from_dict(data)
+    except CompressError:
+        raise
+    except Exception as problem:
+        raise CompressError(
+            "model.bad-config",
+            f"transformers cannot read config.json: {str(problem).strip().splitlines()[0]}",
+            where=str(folder / "config.json"),
+            fix="compare it with the config.json of the original model",
+        ) from problem
+    config.name_or_path = str(folder)
+    return config
+
+
+def _config_class(data: dict[str, Any], folder: Path) -> type[PretrainedConfig]:
+    named = (data.get("auto_map") or {}).get("AutoConfig")
+    if named:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        found: type[PretrainedConfig] = get_class_from_dynamic_module(named, str(folder))
+        return found
+    known: type[PretrainedConfig] = transformers.CONFIG_MAPPING[data["model_type"]]
+    return known
+
+
+def _without_code_keys(value: Any, notes: list[str], path: str = "") -> Any:
+    """A copy without keys that choose code to run, at any depth.
+
+    transformers sets every key of config.json as an attribute: `_attn_implementation_internal: org/repo` ran that
+    repository's code in transformers 4.56 … 5.2 (CVE-2026-4372).
+    """
+    if isinstance(value, list):
+        return [_without_code_keys(item, notes, path) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {}
+    for key, item in value.items():
+        if key in _HARMLESS:
+            continue
+        if str(key).startswith("_") or key in _CODE_SELECTING:
+            notes.append(f"config.json: the key {path}{key} was dropped (it can choose code to run)")
+            continue
+        kept[key] = _without_code_keys(item, notes, f"{path}{key}.")
+    return kept
+
+
+def _for_installed_transformers(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """transformers 4 does not know `rope_parameters` and would silently use a base of 10000: say it in its words."""
+    rope = data.get("rope_parameters")
+    if rope is None or int(transformers.__version__.partition(".")[0]) >= 5 or "rope_theta" in data:
+        return data
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise CompressError(
+            "model.needs-transformers-5",
+            "rotary embeddings differ between layer types (`rope_parameters`), which only transformers 5 reads",
+            where=str(folder / "config.json"),
+            fix="pip install 'transformers>=5'",
+        )
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    plain = scaling.get("rope_type", "default") == "default"
+    return data | {"rope_theta": rope.get("rope_theta", 10000.0)} | ({} if plain else {"rope_scaling": scaling})
+
+
+def _refuse_quantized(raw: dict[str, Any], folder: Path) -> None:
+    found = raw.get("quantization_config") or raw.get("compression_config")
+    if not found:
+        return
+    method = str(found.get("quant_method", "unknown")) if isinstance(found, dict) else "unknown"
+    bits = found.get("bits") if isinstance(found, dict) else None
+    raise CompressError(
+        "model.already-quantized",
+        f"this model is already quantized: {method}{f', {bits} bits' if bits else ''}",
+        where=f"{folder / 'config.json'}, quantization_config",
+        fix="compress the model that it was made from (its card names it as base_model)",
+    )
+
+
+def _refuse_other_kinds(data: dict[str, Any], folder: Path) -> None:
+    """Vision-language, encoder-decoder and classification models, by what config.json says of itself."""
+    towers = [key for key in ("vision_config", "audio_config") if data.get(key)]
+    if towers:
+        raise _not_causal(folder, f"a multimodal model ({', '.join(towers)})")
+    if data.get("is_encoder_decoder"):
+        raise _not_causal(folder, f"an encoder-decoder model ({data.get('model_type')})")
+    classes = [str(name) for name in data.get("architectures") or []]
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    # base classes (`OPTModel`) pass: whether their head can be had is seen from the tensors
+    if classes and all("For" in name and "ForCausalLM" not in name and name not in known for name in classes):
+        raise _not_causal(folder, ", ".join(classes))
+
+
+def _not_causal(folder: Path, what: str) -> CompressError:
+    return CompressError(
+        "model.not-causal",
+        f"this is {what}; only text models that predict the next token can be compressed",
+        where=str(folder / "config.json"),
+        fix="give a model whose config.json says an architecture …ForCausalLM",
+    )
+
+
+def _no_config(folder: Path) -> CompressError:
+    if (folder / "model_index.json").exists():
+        return _not_causal(folder, "a diffusion pipeline (model_index.json)")
+    return CompressError(
+        "model.no-config", "there is no config.json", where=str(folder), fix="give the folder of a whole model"
+    )
+
+
+def _unknown_type(folder: Path, model_type: str) -> CompressError:
+    installed = transformers.__version__
+    if not model_type:
+        what = "config.json has no model_type, so nobody can tell which architecture this is"
+        fix = 'add the model_type of the original model, e.g. "model_type": "llama"'
+    else:
+        what = f"transformers {installed} does not know the model_type {model_type!r}"
+        fix = "check its spelling; a newer model needs a newer transformers: pip install -U transformers"
+    return CompressError("model.unknown-type", what, where=str(folder / "config.json"), fix=fix)
+
+
+def _needs_code(folder: Path, model_type: str, code: Any) -> CompressError:
+    files = [
+        f"{path.name} sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+        for path in sorted(folder.glob("*.py"))
+    ]
+    named = ", ".join(sorted(str(name) for name in code.values())) if isinstance(code, dict) else str(code)
+    return CompressError(
+        "model.remote-code",
+        f"the model_type {model_type!r} needs Python files that come with the model ({named}); nothing of them was run",
+        where="; ".join(files) or f"{folder / 'config.json'}, auto_map",
+        fix="review the files, then set `trust_remote_code: true` (for a Hub model with the full commit as revision)",
+    )

@@ -1,0 +1,149 @@
+"""Which files of a folder are the model, and whether they may be trusted to be; no weight is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from llmcompress.errors import CompressError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def weight_files(folder: Path, *, how_to_get_again: str) -> tuple[list[Path], dict[str, str]]:
+    """The weight files, and for a sharded checkpoint which file holds which tensor.
+
+    Raises: CompressError when it is not certain which files are meant, or one is missing or outside the folder.
+    """
+    index = folder / INDEX
+    if not index.exists():
+        require_safetensors([path.name for path in folder.iterdir()], where=str(folder))
+        refuse_outside(folder, {SINGLE: SINGLE})
+        return [folder / SINGLE], {}
+    weight_map = _read_index(index)
+    named = sorted(set(weight_map.values()))
+    refuse_outside(folder, {file: f"{INDEX}: weight_map entry {file!r}" for file in named})
+    if (folder / SINGLE).exists() and SINGLE not in named:
+        raise CompressError(
+            "model.ambiguous",
+            f"{SINGLE} and {INDEX} are both there, and the index does not mention the file",
+            where=str(folder),
+            fix="two checkpoints share this folder: delete the one that does not belong here",
+        )
+    missing = [file for file in named if not (folder / file).exists()]
+    if missing:
+        raise CompressError(
+            "model.missing-file",
+            f"{len(missing)} of {len(named)} weight files are missing",
+            where=", ".join(missing),
+            fix=how_to_get_again.replace("delete it and ", ""),
+        )
+    return [folder / file for file in named], weight_map
+
+
+def require_safetensors(names: Iterable[str], *, where: str) -> None:
+    """Refuse a folder or repository without safetensors weights, given its file names.
+
+    Raises: CompressError saying what is there instead and how to convert it safely.
+    """
+    names = [name for name in names if "/" not in name]
+    if "adapter_config.json" in names:
+        raise adapter_error(where)
+    if SINGLE in names or INDEX in names:
+        return
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    gguf = [name for name in names if name.endswith(".gguf")]
+    loose = [name for name in names if name.endswith(".safetensors")]
+    if loose:
+        what, there = f"there are safetensors files but neither {SINGLE} nor {INDEX}", loose
+        fix = f"get {INDEX} from where the model came from, or rename a single file to {SINGLE}"
+    elif pickles:
+        what, there = "the weights are pickles, which can run any program when they are read", pickles
+        fix = (
+            "use a revision with safetensors (often a pull request: ORG/NAME@refs/pr/N), or convert it on the Hub: "
+            "https://huggingface.co/spaces/safetensors/convert"
+        )
+    elif gguf:
+        what, there = "the weights are GGUF, a format for running, already quantized", gguf
+        fix = "use the model that it was made from, in safetensors"
+    else:
+        what, there, fix = f"there are no weights: neither {SINGLE} nor {INDEX}", [], "give the folder of a whole model"
+    found = f" ({some(sorted(there))})" if there else ""
+    raise CompressError("model.no-safetensors", what + found, where=where, fix=fix)
+
+
+def adapter_error(where: str, base: str = "BASE") -> CompressError:
+    """An adapter is a difference to a model, not a model."""
+    return CompressError(
+        "model.adapter",
+        "this is an adapter (adapter_config.json), not a whole model",
+        where=where,
+        fix=(
+            f"merge it first: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), ADAPTER)"
+            ".merge_and_unload().save_pretrained(FOLDER)"
+        ),
+    )
+
+
+def refuse_outside(folder: Path, files: dict[str, str]) -> None:
+    """Refuse file names (with what to call each) that lead out of the folder, by `..`, as a path, or through a link.
+
+    The Hub's cache links from snapshots/COMMIT to blobs of the same repository: those links are its storage.
+
+    Raises: CompressError naming every such entry.
+    """
+    real = folder.resolve()
+    inside = (
+        real.parents[1] if real.parent.name == "snapshots" and real.parents[1].name.startswith("models--") else real
+    )
+    outside = [
+        called
+        for file, called in files.items()
+        if Path(file).name != file or not (folder / file).resolve().is_relative_to(inside)
+    ]
+    if outside:
+        raise CompressError(
+            "model.outside-folder",
+            "files outside the model's folder are asked for",
+            where=some(outside),
+            fix="do not use this model unless you know why; put real files (no links, no paths) into the folder",
+        )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises: CompressError with line and column when it is none.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as problem:
+        raise CompressError(
+            "model.bad-json",
+            f"{file.name} is not JSON: {problem.msg}",
+            where=f"{file}, line {problem.lineno}, column {problem.colno}",
+            fix="repair the file there, or get it again from where the model came from",
+        ) from None
+    except UnicodeDecodeError:
+        raise CompressError("model.bad-json", f"{file.name} is not text", where=str(file), fix="get it again") from None
+    if not isinstance(found, dict):
+        raise CompressError("model.bad-json", f"{file.name} holds no JSON object", where=str(file), fix="get it again")
+    return found
+
+
+def some(names: list[str], most: int = 12) -> str:
+    """The names in one line, the first few when there are many."""
+    shown = ", ".join(names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    refuse_outside(index.parent, {INDEX: INDEX})
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) and file for file in weight_map.values()):
+        raise CompressError(
+            "model.bad-index", "no usable `weight_map` in the index", where=str(index), fix="get the file again"
+        )
+    return weight_map

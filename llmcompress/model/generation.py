@@ -1,0 +1,54 @@
+"""The generation settings a model brings along, checked at the start: saving refuses invalid ones, at the very end."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PretrainedConfig
+
+from llmcompress.errors import CompressError
+from llmcompress.model.files import read_json
+
+_NAMED = re.compile(r"`(\w+)`")
+
+
+def read_generation_config(folder: Path, config: PretrainedConfig) -> tuple[GenerationConfig, list[str]]:
+    """The settings, without those that transformers would refuse to save, and a note for each one dropped.
+
+    Settings that have no effect (a temperature without sampling) are dropped, so that the model generates as before.
+
+    Raises: CompressError when the file is not JSON.
+    """
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return GenerationConfig.from_model_config(config), []
+    data = {key: value for key, value in read_json(file).items() if not key.startswith("_")}
+    dropped: list[str] = []
+    while True:
+        try:
+            settings = GenerationConfig.from_dict(data)
+            settings.validate(strict=True)
+            break
+        except Exception as problem:
+            key = _culprit(str(problem), data)
+            if key is None:
+                raise CompressError(
+                    "model.bad-generation-config",
+                    f"generation_config.json cannot be used: {str(problem).strip().splitlines()[0]}",
+                    where=str(file),
+                    fix="repair or delete the file; without it transformers' defaults are used",
+                ) from problem
+            dropped.append(f"{key}={data.pop(key)!r}")
+    if not dropped:
+        return settings, []
+    return settings, [
+        f"generation_config.json is invalid; dropped from the copy that will be saved: {', '.join(dropped)}"
+    ]
+
+
+def _culprit(problem: str, data: dict[str, Any]) -> str | None:
+    """The setting that the message complains about: the first one it names that the file sets."""
+    named = [name for name in _NAMED.findall(problem) if name in data and name != "do_sample"]
+    return named[0] if named else None

@@ -1,0 +1,164 @@
+"""A model in memory: for compression (checked, in one dtype) or as a finished result, ready to generate."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from llmcompress.errors import CompressError
+from llmcompress.model.config import read_config
+from llmcompress.model.generation import read_generation_config
+from llmcompress.model.match import empty_model, missing_error
+from llmcompress.model.preflight import Preflight, preflight
+from llmcompress.model.quiet import quiet_transformers, said
+from llmcompress.model.source import Source, find_source
+from llmcompress.model.tensors import headers
+from llmcompress.model.tokenizer import read_tokenizer
+from llmcompress.model.weights import refuse_contradicting_head, refuse_not_finite
+from llmcompress.progress import Progress
+
+
+class Ready(NamedTuple):
+    """A finished model, ready to generate: `model, tokenizer = load(...)`."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model to be compressed, checked and in memory."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: Source
+    preflight: Preflight
+
+
+def load_for_compression(
+    source: Source,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Loaded:
+    """Check everything, then read the weights.
+
+    float32 by default: bfloat16 computes several times slower on processors without its instructions. What the
+    result will be stored in is `preflight.storage_dtype`.
+
+    Raises: CompressError for any fault of the model.
+    """
+    checked = preflight(source, trust_remote_code=trust_remote_code, progress=progress)
+    return Loaded(_load(source, checked, dtype, trust_remote_code), checked.tokenizer, source, checked)
+
+
+def load_model(source: Source, *, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The checked model alone, in eval mode, on the CPU.
+
+    Raises: CompressError for any fault of the model.
+    """
+    return load_for_compression(source, dtype=dtype, trust_remote_code=trust_remote_code).model
+
+
+def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer alone.
+
+    Raises: CompressError when there is none or it cannot be read.
+    """
+    config, _ = read_config(source.folder, trust_remote_code=trust_remote_code, may_be_quantized=True)
+    return read_tokenizer(source.folder, config, trust_remote_code=trust_remote_code)
+
+
+def load(path_or_id: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu") -> Ready:
+    """A finished result, dense or compressed-tensors, ready to generate.
+
+    Raises: CompressError when a tensor is missing: transformers would fill it with random numbers.
+    """
+    source = find_source(str(path_or_id))
+    config, _ = read_config(source.folder, may_be_quantized=True)
+    found = headers(source.folder, how_to_get_again=source.how_to_get_again)
+    _refuse_incomplete_codes(found, source.folder)
+    try:
+        model = _from_pretrained(source.folder, config, dtype, trust_remote_code=False)
+    except CompressError as problem:
+        raise _explained(problem, config, found, source.folder) from problem
+    if model.can_generate():
+        model.generation_config, _ = read_generation_config(source.folder, config)
+    model.to(device)
+    return Ready(model, read_tokenizer(source.folder, config))
+
+
+def _load(source: Source, checked: Preflight, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    refuse_contradicting_head(checked)
+    model = _from_pretrained(source.folder, checked.config, dtype, trust_remote_code=trust_remote_code)
+    model.generation_config = checked.generation_config
+    refuse_not_finite(model, checked.headers)
+    return model
+
+
+def _from_pretrained(
+    folder: Path, config: PretrainedConfig, dtype: torch.dtype | str, *, trust_remote_code: bool
+) -> PreTrainedModel:
+    """transformers' loader with our configuration object, so that config.json's own is never used.
+
+    Attention is transformers' choice for a clean configuration: sdpa where the architecture has it.
+    """
+    options: dict[str, Any] = {
+        "config": config,
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": True,
+        "local_files_only": True,
+        "output_loading_info": True,
+    }
+    try:
+        with quiet_transformers():
+            model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except Exception as problem:
+        raise CompressError(
+            "model.unloadable",
+            f"transformers cannot load it: {said(problem)}",
+            where=str(folder),
+            fix="get the whole model again from where it came from",
+        ) from problem
+    if info["missing_keys"]:
+        raise missing_error(info["missing_keys"], str(folder))
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def _explained(problem: CompressError, config: PretrainedConfig, found: Iterable[str], folder: Path) -> CompressError:
+    """The linears of which the files hold nothing at all, if that is why loading failed."""
+    plain = copy.deepcopy(config)
+    plain.__dict__.pop("quantization_config", None)
+    with quiet_transformers():
+        model = empty_model(plain)
+    shared = model.get_input_embeddings().weight
+    linears = [n for n, part in model.named_modules() if isinstance(part, nn.Linear) and part.weight is not shared]
+    there = {name.rpartition(".")[0] for name in found}
+    lost = [name for name in linears if name not in there]
+    if problem.code == "model.unloadable" and lost and len(lost) < len(linears) / 2:
+        return missing_error([f"{name}.weight" for name in lost], str(folder))
+    return problem
+
+
+def _refuse_incomplete_codes(found: Iterable[str], folder: Path) -> None:
+    """Codes without scales or scales without codes: loaders disagree on whether they notice."""
+    names = set(found)
+    missing: set[str] = set()
+    for name in names:
+        site, _, part = name.rpartition(".")
+        if part == "weight_packed":
+            missing |= {f"{site}.weight_scale", f"{site}.weight_shape"} - names
+        elif part == "weight_scale" and not {f"{site}.weight", f"{site}.weight_packed"} & names:
+            missing.add(f"{site}.weight_packed")
+    if missing:
+        raise missing_error(missing, str(folder))

@@ -1,0 +1,129 @@
+"""Every check that can be made before any work: files, configuration, tensors, tokenizer, generation settings."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from llmcompress.errors import CompressError
+from llmcompress.model.config import read_config
+from llmcompress.model.files import some
+from llmcompress.model.generation import read_generation_config
+from llmcompress.model.match import Match, match
+from llmcompress.model.quiet import quiet_transformers
+from llmcompress.model.source import Source
+from llmcompress.model.tensors import CODE_DTYPES, TensorHeader, headers
+from llmcompress.model.tokenizer import read_tokenizer
+from llmcompress.progress import Progress, Silent
+
+_STORABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """A model that passed, and what is known of it without having read a weight."""
+
+    config: PretrainedConfig
+    """Clean: no key of it chooses code to run."""
+    generation_config: GenerationConfig
+    """Valid: it can be saved."""
+    tokenizer: PreTrainedTokenizerBase
+    headers: dict[str, TensorHeader]
+    """The checkpoint's tensors, under their names in the files."""
+    contents: Match
+    """The model's tensors, under the names transformers gives them."""
+    storage_dtype: torch.dtype
+    """What most weights are stored in; the result is stored in it."""
+    bytes_weights: int
+    """Size of the weight files."""
+    warnings: tuple[str, ...]
+    """Decisions and oddities the user should see."""
+
+
+def preflight(source: Source, *, trust_remote_code: bool = False, progress: Progress | None = None) -> Preflight:
+    """Check the model without reading a weight; a second at most for a large one.
+
+    Raises: CompressError (exit code 3) for the first kind of problem, listing all places where it occurs.
+    """
+    progress = progress or Silent()
+    progress.inside("config.json")
+    config, notes = read_config(source.folder, trust_remote_code=trust_remote_code)
+    with quiet_transformers():
+        generation_config, generation_notes = read_generation_config(source.folder, config)
+    progress.inside("safetensors headers")
+    found = headers(source.folder, how_to_get_again=source.how_to_get_again)
+    contents = match(config, found, trust_remote_code=trust_remote_code)
+    storage_dtype, dtype_notes = _storage_dtype({n: h for n, h in found.items() if n not in contents.unused})
+    progress.inside("tokenizer")
+    tokenizer = read_tokenizer(source.folder, config, trust_remote_code=trust_remote_code)
+    _check_vocabulary(tokenizer, contents, source)
+    warnings = [*notes, *generation_notes, *dtype_notes, *_content_notes(contents), *_token_notes(tokenizer)]
+    for warning in warnings:
+        progress.note(warning)
+    files = {header.file for header in found.values()}
+    return Preflight(
+        config=config,
+        generation_config=generation_config,
+        tokenizer=tokenizer,
+        headers=found,
+        contents=contents,
+        storage_dtype=storage_dtype,
+        bytes_weights=sum(file.stat().st_size for file in files),
+        warnings=tuple(warnings),
+    )
+
+
+def _storage_dtype(found: dict[str, TensorHeader]) -> tuple[torch.dtype, list[str]]:
+    """The floating dtype of most bytes, and a note when there are several."""
+    by_dtype: Counter[torch.dtype] = Counter()
+    tensors: Counter[torch.dtype] = Counter()
+    for header in found.values():
+        by_dtype[header.dtype] += header.bytes
+        tensors[header.dtype] += 1
+    packed = [name for name, header in found.items() if header.dtype in CODE_DTYPES and len(header.shape) > 1]
+    if packed or not any(dtype in _STORABLE for dtype in by_dtype):
+        raise CompressError(
+            "model.already-quantized",
+            "weights are stored as quantized codes, and config.json has no quantization_config that says which",
+            where=some([f"{name} ({str(found[name].dtype).removeprefix('torch.')})" for name in packed]),
+            fix="use the 16-bit model that it was made from",
+        )
+    usual = max((dtype for dtype in by_dtype if dtype in _STORABLE), key=lambda dtype: by_dtype[dtype])
+    floats = [dtype for dtype in tensors if dtype in _STORABLE]
+    if len(floats) == 1:
+        return usual, []
+    table = ", ".join(f"{str(dtype).removeprefix('torch.')}: {tensors[dtype]} tensors" for dtype in floats)
+    return usual, [
+        f"the checkpoint mixes dtypes ({table}); the result is stored in {str(usual).removeprefix('torch.')}"
+    ]
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, contents: Match, source: Source) -> None:
+    vocabulary = tokenizer.get_vocab()
+    beyond = sorted((number, token) for token, number in vocabulary.items() if number >= contents.embedding_rows)
+    if beyond:
+        raise CompressError(
+            "model.vocabulary",
+            f"the tokenizer's largest id is {beyond[-1][0]}, and the embedding has {contents.embedding_rows} rows",
+            where=f"{source.folder}: {some([f'{token!r} = {number}' for number, token in beyond])}",
+            fix=(
+                "use the tokenizer of this model, or give the model rows for the new tokens: "
+                f"model.resize_token_embeddings({beyond[-1][0] + 1}), then save it with save_pretrained"
+            ),
+        )
+
+
+def _content_notes(contents: Match) -> list[str]:
+    if not contents.unused:
+        return []
+    names = some(list(contents.unused), 4)
+    return [f"{len(contents.unused)} tensors of the checkpoint have no place in the model and are left out: {names}"]
+
+
+def _token_notes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
+        return ["the tokenizer has no end-of-text and no padding token; calibration windows are full and need none"]
+    return []

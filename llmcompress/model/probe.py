@@ -1,0 +1,119 @@
+"""The map of a model, found by experiment on one random-weight block of each kind; no weights are read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from llmcompress.errors import CompressError
+from llmcompress.model.bench import LINEARS
+from llmcompress.model.map import BlockInfo, BlockStructure, ModelMap, Refusal
+from llmcompress.model.random_weights import materialise, release
+from llmcompress.model.skeleton import find_blocks
+from llmcompress.model.structure import block_structure
+
+
+
+def probe(config: PretrainedConfig) -> ModelMap:
+    """The map of the model that this config describes.
+
+    Raises: CompressError when transformers cannot build it as a causal language model or it has no list of blocks.
+    """
+    model = _without_weights(config)
+    blocks = find_blocks(model)
+    embedding, head = _name_of(model, model.get_input_embeddings()), _name_of(model, model.get_output_embeddings())
+    text = config.get_text_config()
+    tied = bool(getattr(text, "tie_word_embeddings", False))
+    refused = _refused_outside(model, blocks, embedding, head, tied=tied)
+    # A padding token would be masked or numbered in its own way by some models.
+    token = 2 if getattr(text, "pad_token_id", None) == 1 else 1
+    _furnish(model, [block for _, block in blocks], vocabulary=token + 1)
+    structures: dict[object, BlockStructure] = {}
+    for index, (_, block) in enumerate(blocks):
+        kind = _kind(block)
+        if kind not in structures:
+            materialise(block)
+            structures[kind] = block_structure(model, blocks, index, token)
+            release(block)
+    infos = tuple(BlockInfo(i, name, structures[_kind(block)]) for i, (name, block) in enumerate(blocks))
+    return ModelMap(config.model_type, int(text.hidden_size), infos, embedding, head, tied, refused)
+
+
+def map_model(model: PreTrainedModel) -> ModelMap:
+    """The map of a live model: the probe of its config, checked against the modules that are really there.
+
+    Raises: CompressError when the model has other modules than its config says.
+    """
+    found = probe(model.config)
+    there = {name for name, _ in model.named_modules()}
+    missing = [name for name in (*found.site_names(), found.embedding, found.head) if name not in there]
+    if missing or [name for name, _ in find_blocks(model)] != [block.name for block in found.blocks]:
+        raise CompressError(
+            "model.map-mismatch",
+            f"{type(model).__name__} does not have the modules that its config describes",
+            where=", ".join(missing[:3]) or "the list of blocks",
+            fix="load the model with AutoModelForCausalLM.from_pretrained and do not change its modules before",
+        )
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return replace(found, tied=embedding.weight is getattr(head, "weight", None))
+
+
+
+def _without_weights(config: PretrainedConfig) -> PreTrainedModel:
+    """The model with its parameters on the meta device and its buffers (rotary tables) real."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    except (ValueError, KeyError, ImportError) as error:
+        raise CompressError(
+            "model.not-causal-lm",
+            f"transformers cannot build a causal language model from this {type(config).__name__}",
+            where=str(error).splitlines()[0] if str(error) else "",
+            fix="use a decoder-only model that AutoModelForCausalLM supports",
+        ) from error
+    return model.eval()
+
+
+def _furnish(model: PreTrainedModel, blocks: Sequence[nn.Module], *, vocabulary: int) -> None:
+    """Make everything real that runs outside the blocks, with a tiny embedding; the head never runs."""
+    width = model.get_input_embeddings().weight.shape[1]
+    model.set_input_embeddings(nn.Embedding(vocabulary, width))
+    head = model.get_output_embeddings()
+    materialise(model, skip=[*blocks, *([] if head is None else [head])])
+
+
+def _refused_outside(
+    model: PreTrainedModel, blocks: Sequence[tuple[str, nn.Module]], embedding: str, head: str, *, tied: bool
+) -> tuple[Refusal, ...]:
+    """The embedding, the head and any other linear that stands outside the blocks."""
+    inside = tuple(f"{name}." for name, _ in blocks)
+    rows = [Refusal(embedding, "embedding: kept in full precision")]
+    if head:
+        rows.append(Refusal(head, f"head: kept in full precision{f'; tied to {embedding}' if tied else ''}"))
+    others = [
+        Refusal(name, "outside the blocks: kept in full precision")
+        for name, module in model.named_modules()
+        if isinstance(module, LINEARS) and name != head and not name.startswith(inside)
+    ]
+    return (*rows, *others)
+
+
+def _kind(block: nn.Module) -> object:
+    """Blocks with the same modules and the same shapes are of one kind."""
+    return tuple(
+        (name, type(module), tuple((key, p.shape) for key, p in module.named_parameters(recurse=False)))
+        for name, module in block.named_modules()
+    )
+
+
+def _name_of(model: nn.Module, wanted: nn.Module | None) -> str:
+    return next((name for name, module in model.named_modules() if module is wanted), "")

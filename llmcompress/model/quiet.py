@@ -1,0 +1,31 @@
+"""transformers' progress bars and advice, silenced for a while: we check and report what they are about ourselves."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers.utils import logging
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No bars, no log lines below error, no Python warnings; all as before afterwards."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def said(problem: Exception) -> str:
+    """What a loader complained about, in one line."""
+    text = str(problem).strip()
+    return text.splitlines()[0] if text else type(problem).__name__

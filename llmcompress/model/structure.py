@@ -1,0 +1,119 @@
+"""All experiments on one block of a model: its sites, input groups, folds and width groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from llmcompress.model.bench import Bench, Observed, sizes
+from llmcompress.model.exceptions import NEVER_EXECUTED, refusals
+from llmcompress.model.folds import legal, linear_folds, norm_folds
+from llmcompress.model.follow import Channels, follow
+from llmcompress.model.map import BlockStructure, Fold, InputGroup, Refusal, SiteInfo, WidthGroup
+from llmcompress.model.skeleton import record
+from llmcompress.model.widths import width_group
+from transformers.pytorch_utils import Conv1D
+
+_FEWEST_TOKENS, _MOST_TOKENS = 16, 1024
+_SEQUENCE = 8
+"""Tokens per sequence where attention between tokens matters."""
+
+Blocks = Sequence[tuple[str, nn.Module]]
+Group = list[str]
+
+
+@torch.no_grad()
+def block_structure(model: PreTrainedModel, blocks: Blocks, index: int, token: int) -> BlockStructure:
+    """The structure of block `index`, whose weights must be real; `token` is any id that the model embeds.
+
+    A single token attends only to itself, so there attention passes its values through and queries and keys have no
+    say: that is where channels are followed. Sequences then check folds and bring queries and keys into the units.
+    """
+    single, base = _bench(model, blocks, index, token, length=1)
+    sequence, _ = _bench(model, blocks, index, token, length=_SEQUENCE)
+    refused = refusals(single.block)
+    kept = {refusal.name for refusal in refused}
+    executed = [name for name in base.inputs if name in single.linears]
+    refused += [Refusal(name, NEVER_EXECUTED) for name in single.linears if name not in executed and name not in kept]
+    readers = _groups_by_input(base, executed)
+    groups = [group for group in ([name for name in group if name not in kept] for group in readers) if group]
+    folds, widths = _experiments(single, sequence, base, readers, groups)
+    order = list(base.inputs)
+    allowed = [fold for fold in folds if not kept.intersection(fold.consumers) and legal(sequence, fold)]
+    return BlockStructure(
+        sites=tuple(_site(name, single.linears[name]) for group in groups for name in group),
+        groups=tuple(InputGroup(tuple(group)) for group in groups),
+        folds=tuple(sorted(allowed, key=lambda fold: order.index(fold.producer))),
+        width_groups=tuple(widths),
+        refused=tuple(refused),
+    )
+
+
+def _experiments(
+    single: Bench, sequence: Bench, base: Observed, readers: list[Group], groups: list[Group]
+) -> tuple[list[Fold], list[WidthGroup]]:
+    """Candidate folds and the width groups."""
+    folds, widths = norm_folds(single, base, readers), list[WidthGroup]()
+    for stage in _stages(groups):
+        names = [name for group in stage for name in group]
+        channels = Channels(tuple((name, sizes(single.linears[name])[0]) for name in names))
+        first = next(i for i, group in enumerate(readers) if stage[0][0] in group)
+        later = [group for group in readers[first + 1 :] if not set(group).intersection(names)]
+        links = follow(single, channels, [group[0] for group in later], base)
+        folds += linear_folds(channels, links, readers)
+        members = {group[0]: group for group in later}
+        found = (width_group(sequence, channels, link, members[link.reader]) for link in links)
+        widths += [group for group in found if group is not None]
+    return folds, widths
+
+
+def _bench(model: PreTrainedModel, blocks: Blocks, index: int, token: int, *, length: int) -> tuple[Bench, Observed]:
+    """The block with enough random hidden states that every expert is reached and no input channel is always zero."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = _FEWEST_TOKENS
+    while True:
+        recording = record(model, blocks, torch.full((tokens // length, length), token))
+        hidden = torch.randn(recording.hidden.shape, generator=generator)
+        bench = Bench(blocks[index][1], recording.calls[index], hidden)
+        base = bench.run()
+        if tokens >= _MOST_TOKENS or set(bench.linears) <= set(base.inputs) and _all_alive(bench, base):
+            return bench, base
+        tokens *= 2
+
+
+def _all_alive(bench: Bench, base: Observed) -> bool:
+    inputs = (base.rows_NI(name) for name in bench.linears)
+    seen = (x_NI.abs() > 0.01 * x_NI.square().mean().sqrt() for x_NI in inputs if x_NI is not None)
+    return all(bool((alive_NI.sum(0) >= 2).all()) for alive_NI in seen)
+
+
+def _groups_by_input(base: Observed, linears: Sequence[str]) -> list[Group]:
+    """Linears that read the very same tensor, in order of execution."""
+    groups: dict[object, Group] = {}
+    for name in linears:
+        x = base.inputs[name]
+        same = (x.data_ptr(), x.shape, x.stride(), x.storage_offset(), x.dtype)
+        groups.setdefault(same, []).append(name)
+    return list(groups.values())
+
+
+def _stages(groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups whose names differ in numbers only (the same linears of several experts) are tried together."""
+    stages: dict[object, list[Group]] = {}
+    for group in groups:
+        stages.setdefault(tuple(_unnumbered(name) for name in group), []).append(group)
+    return list(stages.values())
+
+
+def _unnumbered(name: str) -> str:
+    """`experts.7.up_proj` → `experts.#.up_proj`; `fc1` and the `2` of a Sequential's `mlp.2` stay."""
+    *path, leaf = name.split(".")
+    return ".".join([*("#" if part.isdigit() else part for part in path), leaf])
+
+
+def _site(name: str, linear: nn.Module) -> SiteInfo:
+    outputs, inputs = sizes(linear)
+    return SiteInfo(name, outputs, inputs, linear.bias is not None, isinstance(linear, Conv1D))

@@ -1,0 +1,117 @@
+"""What safetensors files say about themselves: names, dtypes and shapes from their headers; no weight is read."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmcompress.errors import CompressError
+from llmcompress.model.files import INDEX, some, weight_files
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+CODE_DTYPES = (torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
+"""A weight stored in one of these is a quantized code."""
+_LARGEST_HEADER = 100_000_000
+"""The format's own limit."""
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """One tensor of a checkpoint."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    bytes: int
+
+
+def headers(folder: Path, *, how_to_get_again: str = "delete it and get it again") -> dict[str, TensorHeader]:
+    """Every tensor of the checkpoint in the folder, by name, in the order of the files.
+
+    Raises: CompressError naming every file that is missing, damaged, ambiguous or outside the folder.
+    """
+    files, listed = weight_files(folder, how_to_get_again=how_to_get_again)
+    found: dict[str, TensorHeader] = {}
+    broken: list[str] = []
+    for file in files:
+        try:
+            tensors = read_header(file)
+        except BadFile as problem:
+            broken.append(f"{file.name}: {problem}")
+            continue
+        found |= {name: header for name, header in tensors.items() if listed.get(name, file.name) == file.name}
+    if broken:
+        raise CompressError(
+            "model.damaged-file", "weight files are damaged", where="; ".join(broken), fix=how_to_get_again
+        )
+    missing = sorted(f"{name} (expected in {file})" for name, file in listed.items() if name not in found)
+    if missing:
+        raise CompressError(
+            "model.missing-tensor",
+            f"{len(missing)} tensors that {INDEX} lists are not in the files",
+            where=some(missing),
+            fix=f"the file is not the one that belongs to the index: {how_to_get_again}",
+        )
+    return found
+
+
+class BadFile(Exception):
+    """What is wrong with one safetensors file."""
+
+
+def read_header(file: Path) -> dict[str, TensorHeader]:
+    """The tensors of one safetensors file.
+
+    Raises: BadFile when the header is not one, or the file's length does not fit it.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        if len(start) < 8:
+            raise BadFile(f"{size} bytes; a safetensors file has at least 8")
+        length = struct.unpack("<Q", start)[0]
+        if length > _LARGEST_HEADER:
+            raise BadFile("its first bytes are not those of a safetensors file")
+        if length > size - 8:
+            raise BadFile(f"{size:,} bytes; its header alone has {length + 8:,}")
+        text = stream.read(length)
+    try:
+        entries = json.loads(text)
+        found = {name: _tensor(name, entry, file) for name, entry in entries.items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise BadFile("its header is not that of a safetensors file") from None
+    if size != 8 + length + end:
+        raise BadFile(f"{size:,} bytes; its header promises {8 + length + end:,}")
+    return found
+
+
+def _tensor(name: str, entry: dict[str, Any], file: Path) -> TensorHeader:
+    if entry["dtype"] not in DTYPES:
+        raise BadFile(f"tensor {name} has dtype {entry['dtype']}, which is not supported")
+    dtype, shape = DTYPES[entry["dtype"]], tuple(int(length) for length in entry["shape"])
+    begin, end = entry["data_offsets"]
+    size = prod(shape) * dtype.itemsize
+    if begin < 0 or end - begin != size:
+        raise BadFile(f"tensor {name} of shape {list(shape)} takes {size:,} bytes, not {end - begin:,}")
+    return TensorHeader(name, dtype, shape, file, size)

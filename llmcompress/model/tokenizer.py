@@ -1,0 +1,59 @@
+"""The model's tokenizer, from its folder, whichever transformers wrote it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import transformers
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from llmcompress.errors import CompressError
+from llmcompress.model.files import read_json
+from llmcompress.model.quiet import quiet_transformers, said
+
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
+
+
+def read_tokenizer(
+    folder: Path, config: PretrainedConfig, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; never prompts, never looks at the Hub.
+
+    Raises: CompressError when there is none or it cannot be read.
+    """
+    if not any(any(folder.glob(pattern)) for pattern in _VOCABULARIES):
+        raise CompressError(
+            "model.no-tokenizer",
+            "there is no tokenizer",
+            where=f"{folder}: none of {', '.join(_VOCABULARIES)}",
+            fix="put the tokenizer files of the original model into the folder",
+        )
+    try:
+        with quiet_transformers():
+            if _written_by_transformers_5(folder) and not hasattr(transformers, "TokenizersBackend"):
+                fast: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(folder)
+                return fast
+            found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, config=config, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+            return found
+    except CompressError:
+        raise
+    except Exception as problem:
+        needs_sentencepiece = not (folder / "tokenizer.json").exists() and any(folder.glob("*.model"))
+        raise CompressError(
+            "model.bad-tokenizer",
+            f"the tokenizer cannot be read: {said(problem)}",
+            where=str(folder),
+            fix=(
+                "pip install 'llmcompress[sentencepiece]'"
+                if needs_sentencepiece
+                else "get tokenizer.json and tokenizer_config.json again from where the model came from"
+            ),
+        ) from problem
+
+
+def _written_by_transformers_5(folder: Path) -> bool:
+    """transformers 5 names a class that 4 does not have; its files are those of a fast tokenizer."""
+    file = folder / "tokenizer_config.json"
+    return file.exists() and read_json(file).get("tokenizer_class") == "TokenizersBackend"

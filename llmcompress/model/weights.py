@@ -1,0 +1,65 @@
+"""The two faults that only the weights themselves show: values that are no numbers, and a head stored twice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmcompress.errors import CompressError
+from llmcompress.model.files import some
+from llmcompress.model.preflight import Preflight
+from llmcompress.model.tensors import TensorHeader
+
+
+def refuse_not_finite(model: PreTrainedModel, found: Mapping[str, TensorHeader]) -> None:
+    """One pass over every weight, tensor by tensor.
+
+    Raises: CompressError naming each tensor with NaN or Inf and how many values are.
+    """
+    bad = []
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and tensor.numel() and not _all_finite(tensor):
+            count = int((~torch.isfinite(tensor)).sum())
+            file = f" in {found[name].file.name}" if name in found else ""
+            bad.append(f"{name}{file}: {count} of {tensor.numel()} values")
+    if bad:
+        raise CompressError(
+            "model.not-finite",
+            f"{len(bad)} weights hold NaN or Inf",
+            where=some(bad),
+            fix="the checkpoint is damaged or was trained to failure: get it again or use an earlier one",
+        )
+
+
+def refuse_contradicting_head(checked: Preflight) -> None:
+    """config.json says one tensor, the checkpoint holds two: transformers 4 drops one silently, 5 drops the tying.
+
+    Raises: CompressError when the two differ.
+    """
+    if checked.contents.stored_twice is None:
+        return
+    embedding, head = (_read(checked.headers[name]) for name in checked.contents.stored_twice)
+    if not torch.equal(embedding, head):
+        names = " and ".join(checked.contents.stored_twice)
+        raise CompressError(
+            "model.contradicting-head",
+            "config.json says that head and embedding are one tensor, and the checkpoint holds two different ones",
+            where=names,
+            fix='set "tie_word_embeddings": false in config.json to keep both, or remove the head from the checkpoint',
+        )
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """Without a mask as large as the tensor: NaN and Inf both reach the extremes."""
+    low, high = tensor.aminmax()
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
+def _read(header: TensorHeader) -> Tensor:
+    with safe_open(header.file, framework="pt") as tensors:
+        found: Tensor = tensors.get_tensor(header.name)
+        return found

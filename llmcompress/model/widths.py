@@ -1,0 +1,134 @@
+"""Width groups of one block: which rows and columns can only be removed together."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmcompress.model.bench import Bench
+from llmcompress.model.follow import NONE, Channels, Link
+from llmcompress.model.map import WidthGroup, WidthPart
+
+Unit = tuple[list[int], list[int]]
+"""Channels (in the numbering of a `Channels`) and input columns of the reader."""
+
+_MOST_UNITS_BY_SEARCH = 1024
+"""Attention has at most a few hundred KV groups; a dependence finer than this is no unit of a model."""
+
+
+def width_group(bench: Bench, channels: Channels, link: Link, readers: Sequence[str]) -> WidthGroup | None:
+    """The units behind the columns of one reader, or None when there are fewer than two or they are not separate.
+
+    `bench` holds sequences of several tokens, so that attention shows which queries and keys belong to a value.
+    `readers` are the linears that read the same tensor as the link's reader.
+    """
+    units = _units_of_single_tokens(link)
+    if not _complete(bench, channels, link.reader, units):
+        units = _units_by_search(bench, channels, link.reader)
+    if len(units) < 2 or not _removable(bench, channels, readers, units):
+        return None
+    return WidthGroup(len(units), tuple(_parts(channels, readers, units)))
+
+
+def _units_of_single_tokens(link: Link) -> list[Unit]:
+    """Columns that share a channel belong to one unit (a value row that feeds several query heads)."""
+    parent: dict[int, int] = {}
+
+    def root(node: int) -> int:
+        while parent.setdefault(node, node) != node:
+            parent[node] = parent[parent[node]]
+            node = parent[node]
+        return node
+
+    for column, fed_by in enumerate(zip(link.proportional, link.other, strict=True)):
+        for channel in fed_by:
+            if channel != NONE:
+                parent[root(channel)] = root(~column)  # columns are the negative nodes
+    units: defaultdict[int, Unit] = defaultdict(lambda: ([], []))
+    for node in sorted(parent):
+        rows, columns = units[root(node)]
+        (rows if node >= 0 else columns).append(node if node >= 0 else ~node)
+    return _ordered(units.values())
+
+
+def _complete(bench: Bench, channels: Channels, reader: str, units: Sequence[Unit]) -> bool:
+    """Whether a random half of the units depends on no channel but its own, over several tokens."""
+    generator = torch.Generator().manual_seed(1)
+    half = [unit for unit in units if torch.rand((), generator=generator) < 0.5] or list(units[:1])
+    rows = _channels_behind(bench, channels, reader, [column for _, columns in half for column in columns])
+    return rows == {row for rows, _ in half for row in rows}
+
+
+def _units_by_search(bench: Bench, channels: Channels, reader: str) -> list[Unit]:
+    """Grow a unit from one column: all channels behind it, all columns behind those, until nothing is added."""
+    width = bench.run().inputs[reader].shape[-1]
+    waiting, units, taken = set(range(width)), [], set[int]()
+    while waiting and len(units) < _MOST_UNITS_BY_SEARCH:
+        columns, rows = {min(waiting)}, set[int]()
+        while (more := _channels_behind(bench, channels, reader, sorted(columns))) != rows:
+            rows = more
+            columns = _columns_moved(bench, channels, reader, sorted(rows)) | columns
+        if not rows or rows & taken or not columns <= waiting:
+            return []
+        units.append((sorted(rows), sorted(columns)))
+        waiting -= columns
+        taken |= rows
+    return [] if waiting else _ordered(units)
+
+
+@torch.enable_grad()
+def _channels_behind(bench: Bench, channels: Channels, reader: str, columns: Sequence[int]) -> set[int]:
+    """The channels that the reader's columns depend on: those with a gradient. Independent ones have exactly none."""
+    scale = torch.ones(channels.total, requires_grad=True)
+    seen = bench.run(channels.split(scale)).inputs[reader][..., list(columns)]
+    mix = torch.randn(seen.shape, generator=torch.Generator().manual_seed(2))
+    (gradient,) = torch.autograd.grad((seen * mix).sum(), scale)
+    return set(gradient.nonzero().flatten().tolist())
+
+
+def _columns_moved(bench: Bench, channels: Channels, reader: str, rows: Sequence[int]) -> set[int]:
+    """The reader's columns that change when these channels do."""
+    before = bench.run().rows_NI(reader)
+    after = bench.run(channels.split(_changed(channels, rows))).rows_NI(reader)
+    assert before is not None and after is not None and before.shape == after.shape
+    moved = ((after - before).abs() > 1e-6 * before.abs().amax()).any(0)
+    return set(moved.nonzero().flatten().tolist())
+
+
+def _removable(bench: Bench, channels: Channels, readers: Sequence[str], units: Sequence[Unit]) -> bool:
+    """Whether, once a random half of the units is cut off from the readers, its channels change nothing at all."""
+    generator = torch.Generator().manual_seed(3)
+    half = [unit for unit in units if torch.rand((), generator=generator) < 0.5] or list(units[:1])
+    mask = torch.ones(bench.run().inputs[readers[0]].shape[-1])
+    mask[[column for _, columns in half for column in columns]] = 0
+    masks = dict.fromkeys(readers, mask)
+    rows = [row for rows, _ in half for row in rows]
+    before = bench.run(masks=masks).output
+    after = bench.run(channels.split(_changed(channels, rows)), masks=masks).output
+    return bool(torch.allclose(before, after, rtol=1e-5, atol=1e-5))
+
+
+def _changed(channels: Channels, rows: Sequence[int]) -> Tensor:
+    """Different factors for different rows: a norm over a head's queries would hide a common one."""
+    scale = torch.ones(channels.total)
+    scale[list(rows)] = 0.5 + torch.rand(len(rows), generator=torch.Generator().manual_seed(4))
+    return scale
+
+
+def _parts(channels: Channels, readers: Sequence[str], units: Sequence[Unit]) -> list[WidthPart]:
+    """Rows of every tap that has some in the units, then columns of the readers."""
+    parts = []
+    for tap, width in channels.taps:
+        start = channels.start(tap)
+        indices = tuple(tuple(row - start for row in rows if start <= row < start + width) for rows, _ in units)
+        if any(indices):
+            parts.append(WidthPart(tap, "rows", indices))
+    columns = tuple(tuple(columns) for _, columns in units)
+    return [*parts, *(WidthPart(reader, "columns", columns) for reader in readers)]
+
+
+def _ordered(units: Sequence[Unit] | object) -> list[Unit]:
+    return sorted(((sorted(rows), sorted(columns)) for rows, columns in units), key=lambda unit: unit[1])  # type: ignore[attr-defined]

@@ -1,0 +1,240 @@
+"""The whole flow, in the order of the README: load → map → calibrate ⇄ compress → evaluate → save."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmcompress.calibration.data import CalibrationData, calibration_windows
+from llmcompress.calibration.sources import overlap_warning
+from llmcompress.calibration.tokens import max_positions
+from llmcompress.errors import CompressError, ExitCode
+from llmcompress.evaluation.environment import machine, versions
+from llmcompress.evaluation.footprint import bytes_on_disk
+from llmcompress.evaluation.perplexity import EvaluationText, evaluation_text, measure
+from llmcompress.evaluation.report import PerplexityResult, Quality, Report, SiteReport
+from llmcompress.evaluation.settings import Evaluate
+from llmcompress.export.base import check_format
+from llmcompress.export.folder import check_output
+from llmcompress.model.config import read_config
+from llmcompress.model.describe import describe
+from llmcompress.model.load import Loaded, load, load_for_compression
+from llmcompress.model.map import ModelMap
+from llmcompress.model.probe import map_model, probe
+from llmcompress.model.source import find_source
+from llmcompress.modules.scheme import Scheme
+from llmcompress.passes.apply import apply_passes
+from llmcompress.passes.quantization.base import QuantizingPass
+from llmcompress.plan import Plan, make_plan
+from llmcompress.presets import as_recipe
+from llmcompress.progress import Progress, Silent
+from llmcompress.recipe import Recipe, check_order, check_sites
+from llmcompress.run import Run
+
+
+REPORT = "llmcompress_report.json"
+RECIPE = "llmcompress_recipe.yaml"
+"""Saved beside the weights: the evidence, and the resolved recipe that makes the same result again."""
+
+
+def compress(
+    model: str | None,
+    recipe: Recipe | str | Path,
+    output: str | Path,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+    fresh: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Compress a model and save it as a Hugging Face folder.
+
+    `model` is a Hub id, a folder or `builtin:books-llama` (None: the recipe names it); `recipe` a `Recipe`, a file or
+    the name of a preset. Beside `output` a folder `<output>.run` keeps finished blocks until all is done: a killed run
+    started again goes on where it was, unless `fresh`. An existing `output` is only replaced with `overwrite`, after
+    its successor is complete.
+
+    Raises: CompressError for everything a user can cause.
+    """
+    progress, clock, output = progress or Silent(), Stopwatch(), Path(output)
+    chosen = as_recipe(recipe).for_model(model)
+    where = _device(device)
+    check_output(output, overwrite=overwrite)
+    progress.stage("load", 1)
+    source = find_source(str(chosen.model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
+    loaded = load_for_compression(source, trust_remote_code=chosen.trust_remote_code, progress=progress)
+    model_map = map_model(loaded.model)
+    schemes = _check(chosen, model_map)
+    warnings = [*loaded.preflight.warnings, *check_format(chosen.save.format, model_map, schemes)]
+    texts = [evaluation_text(task, loaded.tokenizer, loaded.model.config) for task in chosen.evaluate.perplexity]
+    clock.lap("load")
+
+    facts = _fingerprint(chosen, loaded)
+    with Run.open(output, fingerprint=facts, lock_text=chosen.to_yaml(), fresh=fresh) as run:
+        torch.manual_seed(chosen.seed)
+        data = _calibration(chosen, loaded, progress)
+        clock.lap("calibration text")
+        dense = _measure(loaded.model, texts, where, progress)
+        clock.lap("evaluate dense")
+        progress.stage("compress", len(model_map.blocks))
+        rows = apply_passes(
+            loaded.model,
+            model_map,
+            chosen.passes,
+            data.windows_NT if data else torch.zeros(0, 1, dtype=torch.long),
+            batch=chosen.calibration.batch,
+            device=where,
+            storage_dtype=_storage_dtype(chosen, loaded),
+            progress=progress,
+            keep=run,
+        )
+        clock.lap("compress")
+        after = _measure(loaded.model, texts, where, progress)
+        clock.lap("evaluate compressed")
+        if data:
+            warnings += [*data.warnings, *_overlaps(data, texts)]
+        report = Report(
+            model=source.name,
+            recipe_hash=chosen.hash(),
+            versions=versions(),
+            machine=machine(),
+            calibration_tokens=data.tokens if data else 0,
+            sites=tuple(rows),
+            refused={refusal.name: refusal.reason for refusal in _refused(model_map)},
+            quality=tuple(Quality(dense=a, compressed=b) for a, b in zip(dense, after, strict=True)),
+            bytes_dense=bytes_on_disk(source.folder),
+            bytes_compressed=0,
+            seconds=clock.seconds,
+            warnings=tuple(dict.fromkeys(warnings)),
+        )
+        progress.stage("save", 1)
+        report = _save(chosen, loaded, report, output, overwrite=overwrite)
+        progress.step(str(output))
+        run.discard()
+    return report
+
+
+def plan(model: str | None, recipe: Recipe | str | Path) -> Plan:
+    """What `compress` would do: sites, bytes, memory, time. Reads config and headers, no weights.
+
+    Raises: CompressError for what `compress` would refuse.
+    """
+    chosen = as_recipe(recipe).for_model(model)
+    source = find_source(str(chosen.model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
+    config, _ = read_config(source.folder, trust_remote_code=chosen.trust_remote_code)
+    model_map = probe(config)
+    schemes = _check(chosen, model_map)
+    notes = check_format(chosen.save.format, model_map, schemes)
+    found = make_plan(source, chosen, model_map)
+    return found.model_copy(update={"warnings": (*found.warnings, *notes)})
+
+
+def inspect(model: str) -> dict[str, Any]:
+    """The model map: blocks, sites, shared inputs, folds, width groups, and what cannot be compressed and why.
+
+    Raises: CompressError when there is no such model or its structure is not understood.
+    """
+    source = find_source(model)
+    config, _ = read_config(source.folder)
+    return describe(probe(config))
+
+
+def evaluate(
+    model: str,
+    settings: Evaluate | None = None,
+    *,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> list[PerplexityResult]:
+    """Measure a dense or compressed model on every text of `settings` (None: the bundled one).
+
+    Raises: CompressError when the model or a text cannot be read.
+    """
+    where = _device(device)
+    live, tokenizer = load(model, dtype=torch.float32, device=where)
+    texts = [evaluation_text(task, tokenizer, live.config) for task in (settings or Evaluate()).perplexity]
+    return _measure(live, texts, where, progress or Silent())
+
+
+class Stopwatch:
+    """Wall seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Everything since the last lap was `name`."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+def _check(recipe: Recipe, model_map: ModelMap) -> dict[str, Scheme]:
+    """Refuse what cannot work before any work; how each site (full name) will be quantized."""
+    names = model_map.site_names()
+    check_sites(recipe.passes, names)
+    check_order(recipe.passes, names)
+    schemes: dict[str, Scheme] = {}
+    for block in model_map.blocks:
+        for site in block.structure.sites:
+            name = block.full(site.name)
+            for each in recipe.passes:
+                if isinstance(each, QuantizingPass) and each.selects(name) and each.for_site(name).quantizes():
+                    scheme = each.scheme_for(name, site.inputs)
+                    if scheme:
+                        schemes[name] = scheme
+    return schemes
+
+
+def _calibration(recipe: Recipe, loaded: Loaded, progress: Progress) -> CalibrationData | None:
+    if not any(each.needs() for each in recipe.passes):
+        return None
+    return calibration_windows(
+        recipe.calibration,
+        loaded.tokenizer,
+        max_positions=max_positions(loaded.model.config),
+        seed=recipe.seed,
+        model=loaded.model,
+        progress=progress,
+    )
+
+
+def _measure(
+    model: PreTrainedModel, texts: Sequence[EvaluationText], device: torch.device, progress: Progress
+) -> list[PerplexityResult]:
+    model.to(device)
+    results = [measure(model, text, device=device, progress=progress) for text in texts]
+    model.to("cpu")
+    return results
+
+
+def _overlaps(data: CalibrationData, texts: Sequence[EvaluationText]) -> list[str]:
+    found = (
+        overlap_warning(data.paragraphs, text.paragraphs, calibration_name=data.source, evaluation_name=text.name)
+        for text in texts
+    )
+    return [warning for warning in found if warning]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as problem:
+        raise CompressError(
+            "device.unusable",
+            f"the device {name!r} cannot be used: {str(problem).splitlines()[0]}",
+            fix="use --device auto, cpu or cuda",
+            exit_code=ExitCode.REFUSED,
+        ) from None
+    return device

@@ -1,0 +1,166 @@
+"""What a run would do and need, from the recipe, config.json and safetensors headers: no weight is read.
+
+O = outputs, I = inputs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from llmcompress.cost import peak_memory_bytes, seconds
+from llmcompress.export.base import check_format, layout_on_disk, unsupported
+from llmcompress.model.map import ModelMap, SiteInfo
+from llmcompress.model.preflight import Preflight, preflight
+from llmcompress.model.probe import probe
+from llmcompress.model.source import Source
+from llmcompress.model.tensors import DTYPES
+from llmcompress.modules.scheme import Scheme
+from llmcompress.passes.base import PASSES
+from llmcompress.passes.quantization.resolve import site_schemes
+from llmcompress.progress import Progress
+from llmcompress.recipe.model import Recipe
+from llmcompress.recipe.order import check_order, check_sites
+
+Shape = tuple[int, ...]
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PlannedSite(_Row):
+    """What would become of one linear."""
+
+    site: str
+    passes: tuple[str, ...]
+    """Recipe names of the passes that work on it, in order."""
+    scheme: str | None
+    """None: it stays dense."""
+    bits_per_weight: float
+    """Bits on disk ÷ weights: codes, scales and zero points, or the dense type."""
+    bytes: int
+    """On disk, its bias included."""
+
+
+class Plan(_Row):
+    """What a run would do."""
+
+    model: str
+    family: str
+    sites: tuple[PlannedSite, ...]
+    refused: dict[str, str]
+    """What is left as it is, and why."""
+    bytes_dense: int
+    """Weight files that are read."""
+    output_bytes: int
+    """Weight files that would be written."""
+    peak_memory_bytes: int
+    estimated_seconds: float
+    """Of compression on this machine; text, evaluation and saving come on top."""
+    warnings: tuple[str, ...]
+
+
+def make_plan(
+    source: Source, recipe: Recipe, *, model_map: ModelMap | None = None, progress: Progress | None = None
+) -> Plan:
+    """Check everything that can be checked before any work, and foretell the rest.
+
+    Raises: CompressError for whatever `compress` would refuse in this model or recipe, all sites at once.
+    """
+    checked = preflight(source, trust_remote_code=recipe.trust_remote_code, progress=progress)
+    model_map = model_map or probe(checked.config)
+    check_sites(recipe.passes, model_map.site_names())
+    check_order(recipe.passes, model_map.site_names())
+    schemes = site_schemes(recipe.passes, model_map)
+    notes = check_format(recipe.save.format, model_map, schemes)
+    dtype = checked.storage_dtype if recipe.save.dtype == "checkpoint" else getattr(torch, recipe.save.dtype)
+    coded = {} if recipe.save.format == "plain" else _as_codes(schemes, model_map)
+
+    tensors = _other_tensors(checked, model_map, dtype)
+    sites = []
+    for block in model_map.blocks:
+        for site in block.structure.sites:
+            name = block.full(site.name)
+            stored = _stored(site, coded.get(name), dtype)
+            tensors |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
+            weight_bytes = sum(_bytes(*tensor) for part, tensor in stored.items() if part != "bias")
+            sites.append(
+                PlannedSite(
+                    site=name,
+                    passes=tuple(PASSES.name_of(type(each)) for each in recipe.passes if each.selects(name)),
+                    scheme=schemes[name].name if name in schemes else None,
+                    bits_per_weight=8 * weight_bytes / (site.outputs * site.inputs),
+                    bytes=sum(_bytes(*tensor) for tensor in stored.values()),
+                )
+            )
+    parameters = sum(prod(shape) for shape in checked.contents.shapes.values())
+    return Plan(
+        model=source.name,
+        family=model_map.family,
+        sites=tuple(sites),
+        refused=refused(model_map),
+        bytes_dense=checked.bytes_weights,
+        output_bytes=_file_bytes(tensors),
+        peak_memory_bytes=peak_memory_bytes(recipe, model_map, parameters=parameters),
+        estimated_seconds=seconds(recipe, model_map),
+        warnings=tuple(dict.fromkeys([*checked.warnings, *notes])),
+    )
+
+
+def refused(model_map: ModelMap) -> dict[str, str]:
+    """Full name → reason of everything that no pass may touch, blocks and all."""
+    inside = {block.full(row.name): row.reason for block in model_map.blocks for row in block.structure.refused}
+    return {row.name: row.reason for row in model_map.refused} | inside
+
+
+def _as_codes(schemes: Mapping[str, Scheme], model_map: ModelMap) -> dict[str, Scheme]:
+    """Without the sites that compressed-tensors cannot hold: those are saved multiplied out."""
+    dense = {row.site for row in unsupported(model_map, schemes)}
+    return {name: scheme for name, scheme in schemes.items() if name not in dense}
+
+
+def _other_tensors(checked: Preflight, model_map: ModelMap, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, Shape]]:
+    """Everything but the sites: embedding, norms, head, what was refused."""
+    sites = {f"{name}.{part}" for name in model_map.site_names() for part in ("weight", "bias")}
+    return {name: (dtype, shape) for name, shape in checked.contents.shapes.items() if name not in sites}
+
+
+def _stored(site: SiteInfo, scheme: Scheme | None, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, Shape]]:
+    """The tensors of one site in the file, as `export.compressed_tensors` writes them."""
+    outputs, inputs = site.outputs, site.inputs
+    tensors: dict[str, tuple[torch.dtype, Shape]] = {"bias": (dtype, (outputs,))} if site.has_bias else {}
+    if scheme is None:
+        return {"weight": (dtype, (outputs, inputs)), **tensors}
+    layout, groups = layout_on_disk(scheme), scheme.weights.groups(inputs)
+    tensors["weight_scale"] = (dtype, (outputs, groups))
+    if layout.format == "pack-quantized":
+        tensors["weight_packed"] = (torch.int32, (outputs, -(-inputs * layout.bits // 32)))
+        tensors["weight_shape"] = (torch.int64, (2,))
+    else:
+        tensors["weight"] = (torch.int8, (outputs, inputs))
+    if not layout.symmetric:
+        tensors["weight_zero_point"] = (torch.int8, (outputs, groups))
+    if scheme.activations == "tensor":
+        tensors["input_scale"] = (dtype, (1,))
+    return tensors
+
+
+def _bytes(dtype: torch.dtype, shape: Shape) -> int:
+    return prod(shape) * dtype.itemsize
+
+
+def _file_bytes(tensors: Mapping[str, tuple[torch.dtype, Shape]]) -> int:
+    """Size of one safetensors file with these tensors, its header included."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + _bytes(dtype, shape)
+        header[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": (begin, end)}
+    length = len(json.dumps(header, separators=(",", ":")))
+    return 8 + -(-length // 8) * 8 + end

@@ -1,0 +1,78 @@
+"""The skeleton records what a plain forward gives each block, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from llmcompress.errors import CompressError
+from llmcompress.model.skeleton import Recorder, find_blocks, record, recorders
+from tests.families import FAMILIES, tiny_model, tiny_tokens
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_block_by_block_equals_the_plain_forward(family, attention):
+    model = tiny_model(family)
+    if attention == "sdpa":
+        try:
+            model.set_attn_implementation("sdpa")
+        except ValueError:
+            pytest.skip("this family has no sdpa attention")
+    tokens = tiny_tokens(family, batch=2, length=12)
+    expected = model.base_model(tokens, output_hidden_states=True, use_cache=False).hidden_states
+    blocks = find_blocks(model)
+    recording = record(model, blocks, tokens)
+    hidden = recording.hidden
+    torch.testing.assert_close(hidden, expected[0])
+    # the last entry of hidden_states has the final norm applied
+    for (_, block), call, after in zip(blocks[:-1], recording.calls[:-1], expected[1:-1], strict=True):
+        hidden = call.run(block, hidden)
+        torch.testing.assert_close(hidden, after)
+    assert recording.calls[-1].run(blocks[-1][1], hidden).shape == hidden.shape
+
+
+@torch.no_grad()
+def test_each_block_gets_its_own_mask():
+    model = tiny_model("gemma2")
+    calls = record(model, find_blocks(model), tiny_tokens("gemma2", length=12)).calls
+    masks = [call.kwargs["attention_mask"] for call in calls]
+    assert not torch.equal(masks[0], masks[1])  # sliding and full attention: the window is 5, the sequence 12
+    assert torch.equal(masks[0], masks[2])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "falcon", "bloom"])
+def test_blocks_are_back_after_an_exception(family):
+    model = tiny_model(family)
+    blocks = find_blocks(model)
+    with pytest.raises(RuntimeError), recorders(model, blocks):
+        assert all(isinstance(block, Recorder) for _, block in find_blocks(model))
+        raise RuntimeError
+    assert [block for _, block in find_blocks(model)] == [block for _, block in blocks]
+
+
+def test_a_recorder_answers_for_its_block():
+    block = nn.Linear(2, 3)
+    block.attention_type = "full_attention"
+    recorder = recorder_of(block)
+    assert recorder.attention_type == "full_attention"
+    assert recorder.in_features == 2
+    with pytest.raises(AttributeError):
+        _ = recorder.nothing_of_that_name
+    assert not list(recorder.parameters())
+
+
+def recorder_of(block):
+    model = nn.Module()
+    model.layers = nn.ModuleList([block])
+    with recorders(model, [("layers.0", block)]) as standing:
+        return standing[0]
+
+
+def test_a_model_without_blocks_is_refused_with_a_reason():
+    model = tiny_model("llama")
+    model.model.layers = nn.ModuleList(list(model.model.layers)[:-1])
+    with pytest.raises(CompressError, match=r"model\.no-blocks"):
+        find_blocks(model)

@@ -1,0 +1,210 @@
+"""A plan foretells the run: exact bytes, every problem at once, and no weight is read for it."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig
+
+from llmcompress.errors import CompressError, ExitCode
+from llmcompress.export.compressed_tensors import save_compressed_tensors
+from llmcompress.export.plain import save_plain
+from llmcompress.model.load import load_for_compression
+from llmcompress.model.probe import probe
+from llmcompress.model.source import Source, find_source
+from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.modules.scheme import named_scheme
+from llmcompress.numerics.grid import fit, round_to_codes
+from llmcompress.passes.quantization.awq import AWQ
+from llmcompress.passes.quantization.gptq import GPTQ
+from llmcompress.passes.quantization.resolve import resolve_scheme, site_schemes
+from llmcompress.passes.quantization.rtn import RoundToNearest
+from llmcompress.passes.quantization.smoothquant import SmoothQuant
+from llmcompress.plan import Plan, make_plan
+from llmcompress.recipe.model import Recipe, Save
+from tests.tiny_folder import write_tiny_llama
+
+SCHEMES = [
+    "int2_g16",
+    "int3_g16",
+    "int4_g16",
+    "int4_g16_asym",
+    "int8_channel",
+    "int8_g16_asym",
+    "int8_channel_a8token",
+    "int8_channel_asym_a8token",
+    "int8_channel_a8tensor",
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """48 inputs of down_proj divide by 16 and not by 32."""
+    return Source(write_tiny_llama(tmp_path_factory.mktemp("tiny")), "tiny")
+
+
+def quantized(source: Source, plan: Plan) -> nn.Module:
+    """The model with every planned site rounded to nearest."""
+    loaded = load_for_compression(source)
+    for row in plan.sites:
+        if row.scheme:
+            parent, _, leaf = row.site.rpartition(".")
+            linear = loaded.model.get_submodule(row.site)
+            scheme = named_scheme(row.scheme)
+            fitted = fit(linear.weight.detach(), scheme.weights, scale_dtype=torch.bfloat16)
+            codes = round_to_codes(linear.weight.detach(), fitted)
+            scale = torch.ones(1) if scheme.activations == "tensor" else None
+            module = QuantLinear.from_fitted(scheme, codes, fitted, linear.bias, scale)
+            setattr(loaded.model.get_submodule(parent), leaf, module)
+    return loaded.model
+
+
+def size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_output_bytes_are_those_of_the_saved_file(tiny, tmp_path, scheme):
+    plan = make_plan(tiny, Recipe(passes=(RoundToNearest(scheme=scheme),)))
+    save_compressed_tensors(quantized(tiny, plan), tmp_path, storage_dtype=torch.bfloat16, max_shard_size="5GB")
+    assert plan.output_bytes == pytest.approx(size_of(tmp_path), rel=0.002)
+    assert plan.bytes_dense == size_of(tiny.folder)
+
+
+def test_output_bytes_of_the_bundled_model_are_those_of_the_saved_file(tmp_path):
+    source = find_source("builtin:books-llama")
+    plan = make_plan(source, Recipe(passes=(RoundToNearest(scheme="int4_g32"),)))
+    save_compressed_tensors(quantized(source, plan), tmp_path, storage_dtype=torch.bfloat16, max_shard_size="5GB")
+    assert plan.output_bytes == pytest.approx(size_of(tmp_path), rel=0.002)
+    assert plan.output_bytes < plan.bytes_dense
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("checkpoint", torch.bfloat16), ("float32", torch.float32)])
+def test_output_bytes_of_a_plain_folder_are_those_of_the_saved_file(tiny, tmp_path, dtype, expected):
+    plan = make_plan(tiny, Recipe(passes=(RoundToNearest(scheme="int4_g16"),), save=Save(format="plain", dtype=dtype)))
+    save_plain(quantized(tiny, plan), tmp_path, storage_dtype=expected, max_shard_size="5GB")
+    assert plan.output_bytes == pytest.approx(size_of(tmp_path), rel=0.002)
+
+
+def test_site_bytes_add_up_with_the_rest(tiny):
+    plan = make_plan(
+        tiny, Recipe(passes=(RoundToNearest(scheme="int4_g16", sites=("*_proj",), exclude=("*.down_proj",)),))
+    )
+    rows = {row.site: row for row in plan.sites}
+    up, down = rows["model.layers.0.mlp.up_proj"], rows["model.layers.0.mlp.down_proj"]
+    assert up.scheme == "int4_g16" and up.passes == ("rtn",)
+    assert up.bytes == 48 * 32 // 2 + 48 * 2 * 2 + 16
+    assert up.bits_per_weight == pytest.approx(4 + 16 / 16 + 128 / (48 * 32))
+    assert down.scheme is None and down.passes == () and down.bytes == 48 * 32 * 2 and down.bits_per_weight == 16
+
+
+def test_conv1d_sites_are_planned_as_ordinary_weights(tmp_path):
+    tokenizer = write_tiny_llama(tmp_path / "llama")
+    config: PretrainedConfig = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=288, n_positions=32)
+    folder = tmp_path / "gpt2"
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tokenizer / name).read_bytes())
+    plan = make_plan(Source(folder, "gpt2"), Recipe(passes=(RoundToNearest(scheme="int4_g16"),)))
+    assert plan.output_bytes == pytest.approx(size_of(folder), rel=0.01)
+    assert any("multiplied out" in warning for warning in plan.warnings)
+
+
+# A17: inputs that do not divide
+
+
+def test_a17_all_indivisible_sites_are_listed_with_every_way_out(tiny):
+    with pytest.raises(CompressError) as caught:
+        make_plan(tiny, Recipe(passes=(RoundToNearest(scheme="int4_g32"),)))
+    error = caught.value
+    assert error.code == "scheme.indivisible" and error.exit_code is ExitCode.USAGE
+    assert error.where == "; ".join(f"model.layers.{i}.mlp.down_proj: 48 inputs, int4_g32" for i in range(2))
+    for way in ("int4_g16", "int4_channel", '"*.down_proj"', "on_indivisible: skip|channel|pad"):
+        assert way in error.fix
+
+
+@pytest.mark.parametrize(("choice", "scheme"), [("skip", None), ("channel", "int4_channel"), ("pad", "int4_g32")])
+def test_a17_on_indivisible_decides(tiny, choice, scheme):
+    plan = make_plan(tiny, Recipe(passes=(RoundToNearest(scheme="int4_g32", on_indivisible=choice),)))
+    by_kind = {row.site.rpartition(".")[2]: row.scheme for row in plan.sites}
+    assert by_kind["down_proj"] == scheme
+    assert by_kind["q_proj"] == "int4_g32"
+
+
+def test_a17_an_override_can_be_the_way_out(tiny):
+    rtn = RoundToNearest(scheme="int4_g32", overrides={"*.down_proj": {"scheme": "int8_channel"}})
+    plan = make_plan(tiny, Recipe(passes=(rtn,)))
+    assert {row.scheme for row in plan.sites} == {"int4_g32", "int8_channel"}
+
+
+def test_a17_a_pass_that_only_scales_is_checked_too_and_makes_no_codes(tiny):
+    model_map = probe(load_for_compression(tiny).preflight.config)
+    assert site_schemes([AWQ(round=False, scheme="int4_g16")], model_map) == {}
+    with pytest.raises(CompressError, match="down_proj"):
+        site_schemes([AWQ(round=False, scheme="int4_g32")], model_map)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "group", "smaller"), [(11008, 128, None), (100, 64, "g50"), (172, 32, "g4"), (97, 32, "channel")]
+)
+def test_the_group_proposed_divides(inputs, group, smaller):
+    rtn = RoundToNearest(scheme=f"int4_g{group}")
+    if inputs % group == 0:
+        assert resolve_scheme(rtn, "site", inputs) == named_scheme(f"int4_g{group}")
+        return
+    with pytest.raises(CompressError) as caught:
+        resolve_scheme(rtn, "site", inputs)
+    assert f"int4_{smaller}" in caught.value.fix
+
+
+# The rest of the plan
+
+
+def test_no_weight_is_read(tiny, tmp_path):
+    """Every weight of the file is garbage, and the plan is the same."""
+    import shutil
+
+    folder = shutil.copytree(tiny.folder, tmp_path / "garbage")
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    file.write_bytes(content[:start] + b"\xff" * (len(content) - start))
+    recipe = Recipe(passes=(GPTQ(scheme="int4_g16"),))
+    ours, theirs = make_plan(Source(folder, "tiny"), recipe), make_plan(tiny, recipe)
+    same = {"sites", "output_bytes", "bytes_dense", "refused", "warnings"}
+    assert ours.model_dump(include=same) == theirs.model_dump(include=same)
+
+
+def test_passes_are_named_in_order_and_refused_parts_with_reasons(tiny):
+    plan = make_plan(tiny, Recipe(passes=(SmoothQuant(), GPTQ(scheme="int8_channel_a8token"))))
+    assert {row.passes for row in plan.sites} == {("smoothquant", "gptq")}
+    assert "lm_head" in plan.refused and "model.embed_tokens" in plan.refused
+    assert plan.model == "tiny" and plan.family == "llama"
+
+
+def test_more_calibration_costs_more_memory_and_time(tiny):
+    gptq = GPTQ(scheme="int4_g16")
+    small, large = (
+        make_plan(
+            tiny, Recipe(passes=(gptq,), calibration={"samples": samples, "tokens": 4096}, evaluate={"perplexity": ()})
+        )
+        for samples in (4, 4096)
+    )
+    hidden = 2 * 4 * 4092 * 4096 * 32
+    assert large.peak_memory_bytes - small.peak_memory_bytes == pytest.approx(hidden, rel=0.2)
+    assert large.estimated_seconds > small.estimated_seconds > 0
+
+
+def test_a_recipe_whose_globs_match_nothing_is_refused(tiny):
+    with pytest.raises(CompressError, match="no-such-site"):
+        make_plan(tiny, Recipe(passes=(RoundToNearest(scheme="int4_g16", sites=("*.dwon_proj",)),)))
+
+
+def test_a_plan_is_plain_data(tiny):
+    plan = make_plan(tiny, Recipe(passes=(RoundToNearest(scheme="int4_g16"),)))
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan
+    gc.collect()
