@@ -17,6 +17,7 @@ import torch
 
 from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.settings import Calibration
+from llmcompress.cli.terminal import TerminalProgress
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.evaluation.perplexity import perplexity
 from llmcompress.evaluation.settings import PerplexityTask
@@ -24,7 +25,7 @@ from llmcompress.model.load import load_for_compression
 from llmcompress.model.probe import map_model
 from llmcompress.model.source import find_source
 from llmcompress.passes.apply import apply_passes
-from llmcompress.progress import Silent, progress_on_stderr
+from llmcompress.progress import Silent
 from llmcompress.recipe import parse_recipe
 
 METHODS = {
@@ -68,7 +69,7 @@ def main(
     loaded = load_for_compression(source, dtype=torch.float32)
     dense = perplexity(loaded.model, loaded.tokenizer, task, device=device, progress=Silent())
     rows = []
-    with progress_on_stderr() as progress:
+    with TerminalProgress() as progress:
         for width in bits:
             for grid in ("", "_asym"):
                 scheme = f"int{width}_g{group}{grid}"

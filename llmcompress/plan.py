@@ -66,7 +66,7 @@ class Plan(_Row):
 
 
 def make_plan(
-    source: Source, recipe: Recipe, *, model_map: ModelMap | None = None, progress: Progress | None = None
+    source: Source, recipe: Recipe, model_map: ModelMap | None = None, *, progress: Progress | None = None
 ) -> Plan:
     """Check everything that can be checked before any work, and foretell the rest.
 
@@ -159,7 +159,7 @@ def _file_bytes(tensors: Mapping[str, tuple[torch.dtype, Shape]]) -> int:
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, (dtype, shape) in tensors.items():
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
         begin, end = end, end + _bytes(dtype, shape)
         header[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": (begin, end)}
     length = len(json.dumps(header, separators=(",", ":")))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Protocol
 
 
@@ -24,21 +22,16 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Shows nothing: the default of the Python interface."""
+    """Shows nothing: the default of the Python interface; `cli/terminal.py` has the one that people see."""
 
-    def stage(self, title: str, steps: int) -> None: ...
+    def stage(self, title: str, steps: int) -> None:
+        """Nothing."""
 
-    def step(self, text: str) -> None: ...
+    def step(self, text: str) -> None:
+        """Nothing."""
 
-    def inside(self, text: str) -> None: ...
+    def inside(self, text: str) -> None:
+        """Nothing."""
 
-    def note(self, text: str) -> None: ...
-
-
-@contextmanager
-def progress_on_stderr() -> Iterator[Progress]:
-    """A live two-level display on a terminal, plain lines elsewhere (see `terminal.py`)."""
-    from llmcompress.cli.terminal import TerminalProgress
-
-    with TerminalProgress() as display:
-        yield display
+    def note(self, text: str) -> None:
+        """Nothing."""

@@ -16,9 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 # one thread per test process: the same sums in the same order on every machine, and pytest -n scales
 torch.set_num_threads(1)
+
+# the same examples in every run: a failure in CI is one that a contributor can repeat
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 
 class NetworkGuard:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,7 +71,7 @@ def size_of(folder: Path) -> int:
 def test_output_bytes_are_those_of_the_saved_file(tiny, tmp_path, scheme):
     plan = make_plan(tiny, Recipe(passes=(RoundToNearest(scheme=scheme),)))
     save_compressed_tensors(quantized(tiny, plan), tmp_path, storage_dtype=torch.bfloat16, max_shard_size="5GB")
-    assert plan.output_bytes == pytest.approx(size_of(tmp_path), rel=0.002)
+    assert plan.output_bytes == size_of(tmp_path)
     assert plan.bytes_dense == size_of(tiny.folder)
 
 
@@ -79,7 +79,7 @@ def test_output_bytes_of_the_bundled_model_are_those_of_the_saved_file(tmp_path)
     source = find_source("builtin:books-llama")
     plan = make_plan(source, Recipe(passes=(RoundToNearest(scheme="int4_g32"),)))
     save_compressed_tensors(quantized(source, plan), tmp_path, storage_dtype=torch.bfloat16, max_shard_size="5GB")
-    assert plan.output_bytes == pytest.approx(size_of(tmp_path), rel=0.002)
+    assert plan.output_bytes == size_of(tmp_path)
     assert plan.output_bytes < plan.bytes_dense
 
 
@@ -87,13 +87,11 @@ def test_output_bytes_of_the_bundled_model_are_those_of_the_saved_file(tmp_path)
 def test_output_bytes_of_a_plain_folder_are_those_of_the_saved_file(tiny, tmp_path, dtype, expected):
     plan = make_plan(tiny, Recipe(passes=(RoundToNearest(scheme="int4_g16"),), save=Save(format="plain", dtype=dtype)))
     save_plain(quantized(tiny, plan), tmp_path, storage_dtype=expected, max_shard_size="5GB")
-    assert plan.output_bytes == pytest.approx(size_of(tmp_path), rel=0.002)
+    assert plan.output_bytes == size_of(tmp_path)
 
 
 def test_site_bytes_add_up_with_the_rest(tiny):
-    plan = make_plan(
-        tiny, Recipe(passes=(RoundToNearest(scheme="int4_g16", sites=("*_proj",), exclude=("*.down_proj",)),))
-    )
+    plan = make_plan(tiny, Recipe(passes=(RoundToNearest(scheme="int4_g16", exclude=("*.down_proj",)),)))
     rows = {row.site: row for row in plan.sites}
     up, down = rows["model.layers.0.mlp.up_proj"], rows["model.layers.0.mlp.down_proj"]
     assert up.scheme == "int4_g16" and up.passes == ("rtn",)
@@ -166,8 +164,6 @@ def test_the_group_proposed_divides(inputs, group, smaller):
 
 def test_no_weight_is_read(tiny, tmp_path):
     """Every weight of the file is garbage, and the plan is the same."""
-    import shutil
-
     folder = shutil.copytree(tiny.folder, tmp_path / "garbage")
     file = folder / "model.safetensors"
     content = file.read_bytes()
@@ -207,4 +203,3 @@ def test_a_recipe_whose_globs_match_nothing_is_refused(tiny):
 def test_a_plan_is_plain_data(tiny):
     plan = make_plan(tiny, Recipe(passes=(RoundToNearest(scheme="int4_g16"),)))
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
-    gc.collect()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -57,6 +57,22 @@ def layout_on_disk(scheme: Scheme) -> Layout:
 
 
 @dataclass(frozen=True)
+class PlannedSite:
+    """A site as a saver sees it; `is_linear`: loaders build an `nn.Linear` there, not a Conv1D."""
+
+    name: str
+    scheme: Scheme
+    inputs: int
+    is_linear: bool = True
+
+    @property
+    def group(self) -> int | None:
+        """Inputs that share a scale; None when a row is one group."""
+        group = self.scheme.weights.group
+        return group if group is not None and group <= self.inputs else None
+
+
+@dataclass(frozen=True)
 class Unsupported:
     """A site that compressed-tensors cannot hold."""
 
@@ -76,27 +92,41 @@ def unsupported(
 
     `merged_on_load`: what `checkpoint.merges_on_load` says of the model.
     """
+    planned = [
+        PlannedSite(block.full(site.name), schemes[block.full(site.name)], site.inputs, not site.transposed)
+        for block in model_map.blocks
+        for site in block.structure.sites
+        if block.full(site.name) in schemes
+    ]
+    return problems(planned, merged_on_load=merged_on_load)
+
+
+def problems(sites: Iterable[PlannedSite], *, merged_on_load: bool) -> list[Unsupported]:
+    """Which of all quantized sites of a model compressed-tensors cannot hold, and why."""
+    sites = list(sites)
+    # transformers 5 recognises experts by this word too, and reads all of them with the scheme of the first
+    experts = [site for site in sites if "experts" in site.name]
+    mixed = len({(layout_on_disk(site.scheme), site.group, site.scheme.activations) for site in experts}) > 1
     found = []
-    for block in model_map.blocks:
-        for site in block.structure.sites:
-            scheme = schemes.get(block.full(site.name))
-            reason = scheme and site_problem(
-                scheme, site.inputs, is_linear=not site.transposed, merged_on_load=merged_on_load
-            )
-            if scheme and reason:
-                found.append(Unsupported(block.full(site.name), reason, dense_instead=scheme.activations is None))
+    for site in sites:
+        reason = _problem(site, merged_on_load)
+        if reason is None and mixed and site in experts:
+            reason = "transformers 5 reads all experts with one scheme, and these have several"
+        if reason:
+            found.append(Unsupported(site.name, reason, dense_instead=site.scheme.activations is None))
     return found
 
 
-def site_problem(scheme: Scheme, inputs: int, *, is_linear: bool, merged_on_load: bool) -> str | None:
-    """Why compressed-tensors cannot hold a site, or None; `is_linear`: loaders build an `nn.Linear` there."""
+def _problem(site: PlannedSite, merged_on_load: bool) -> str | None:
     if merged_on_load:
         return "transformers 5 loads no compressed-tensors model whose expert banks are ordinary weights"
-    if not is_linear:
+    if not site.is_linear:
         return "compressed-tensors replaces only nn.Linear, and this is a Conv1D"
-    group = scheme.weights.group
-    if group is not None and group < inputs and inputs % group:
-        return f"{inputs} inputs do not divide into groups of {group}, and compressed-tensors has no shorter last group"
+    if site.group and site.inputs % site.group:
+        return (
+            f"{site.inputs} inputs do not divide into groups of {site.group}, "
+            "and compressed-tensors has no shorter last group"
+        )
     return None
 
 
@@ -112,15 +142,15 @@ def check_format(
         if rounded:
             raise _refusal("a plain folder cannot round activations", rounded, "set `save.format` to auto")
         return []
-    problems = unsupported(model_map, schemes, merged_on_load=merged_on_load)
-    blocking = [each for each in problems if wanted == "compressed-tensors" or not each.dense_instead]
+    found = unsupported(model_map, schemes, merged_on_load=merged_on_load)
+    blocking = [each for each in found if wanted == "compressed-tensors" or not each.dense_instead]
     if blocking:
         raise _refusal(
             f"compressed-tensors cannot hold {len(blocking)} of {len(schemes)} sites",
             [str(problem) for problem in blocking],
             "use a group length that divides the inputs, one scale per channel, or leave the sites out with `exclude`",
         )
-    dense = [f"{problem}; saved multiplied out to ordinary weights" for problem in problems]
+    dense = [f"{problem}; saved multiplied out to ordinary weights" for problem in found]
     return dense + [note for scheme in dict.fromkeys(schemes.values()) if (note := _width_note(scheme))]
 
 

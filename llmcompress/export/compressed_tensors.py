@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmcompress.errors import CompressError
-from llmcompress.export.base import Saved, layout_on_disk, site_problem
+from llmcompress.export.base import PlannedSite, Saved, layout_on_disk, problems
 from llmcompress.export.checkpoint import linears_of_loader, merges_on_load, quantized_sites, write_model
 from llmcompress.export.config import portable_config
 from llmcompress.export.plain import dense_tensors
-from llmcompress.export.quantization_config import CodedSite, numbered, quantization_config
+from llmcompress.export.quantization_config import numbered, quantization_config
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.numerics.grid import spread
 
@@ -36,19 +36,34 @@ def save_compressed_tensors(
     Raises: CompressError when such a site also rounds activations (`check_format` says so before any work).
     """
     sites, linears = quantized_sites(model), linears_of_loader(model)
-    dense = _multiplied_out(sites, linears, merges_on_load(model))
-    coded = {name: site for name, site in sites.items() if name not in dense}
+    planned = {
+        name: PlannedSite(
+            name, site.scheme, site.in_features, is_linear=issubclass(linears.get(name, nn.Linear), nn.Linear)
+        )
+        for name, site in sites.items()
+    }
+    dense: dict[str, str] = {}
+    for problem in problems(planned.values(), merged_on_load=merges_on_load(model)):
+        if not problem.dense_instead:
+            raise CompressError(
+                "save.format",
+                problem.reason,
+                where=problem.site,
+                fix="leave the site out with `exclude`, or use a scheme that does not round activations",
+                saved="all finished blocks",
+            )
+        dense[problem.site] = problem.reason
 
     def tensors(name: str, site: QuantLinear) -> dict[str, Tensor]:
-        if name in coded:
-            return coded_tensors(site, storage_dtype)
-        return dense_tensors(site, linears.get(name, nn.Linear), storage_dtype)
+        if name in dense:
+            return dense_tensors(site, linears.get(name, nn.Linear), storage_dtype)
+        return coded_tensors(site, storage_dtype)
 
     config = portable_config(model, storage_dtype)
+    coded = [planned[name] for name in sites if name not in dense]
     if coded:
-        flat = _flat_inputs(model, {name: site for name, site in coded.items() if site.scheme.activations == "token"})
-        rows = [CodedSite(name, site.scheme, site.in_features, name in flat) for name, site in coded.items()]
-        config["quantization_config"] = quantization_config(rows, linears)
+        flat = _flat_inputs(model, {site.name: sites[site.name] for site in coded})
+        config["quantization_config"] = quantization_config(coded, flat, linears)
     files, size = write_model(
         model, folder, config, tensors, storage_dtype=storage_dtype, max_shard_size=max_shard_size
     )
@@ -75,27 +90,6 @@ def coded_tensors(site: QuantLinear, storage_dtype: torch.dtype) -> dict[str, Te
     return tensors
 
 
-def _multiplied_out(
-    sites: Mapping[str, QuantLinear], linears: Mapping[str, type[nn.Module]], merged_on_load: bool
-) -> dict[str, str]:
-    """Sites that compressed-tensors cannot hold, and why."""
-    found = {}
-    for name, site in sites.items():
-        is_linear = issubclass(linears.get(name, nn.Linear), nn.Linear)
-        reason = site_problem(site.scheme, site.in_features, is_linear=is_linear, merged_on_load=merged_on_load)
-        if reason and site.scheme.activations:
-            raise CompressError(
-                "save.format",
-                reason,
-                where=name,
-                fix="leave the site out with `exclude`, or use a scheme that does not round activations",
-                saved="all finished blocks",
-            )
-        if reason:
-            found[name] = reason
-    return found
-
-
 @torch.no_grad()
 def _flat_inputs(model: PreTrainedModel, sites: Mapping[str, QuantLinear]) -> set[str]:
     """Sites whose inputs come as tokens × channels (experts, OPT), seen in one forward of four tokens.
@@ -111,10 +105,11 @@ def _flat_inputs(model: PreTrainedModel, sites: Mapping[str, QuantLinear]) -> se
 
         return note
 
-    if not sites:
+    per_token = {name: site for name, site in sites.items() if site.scheme.activations == "token"}
+    if not per_token:
         return set()
     with ExitStack() as hooks:
-        for name, site in sites.items():
+        for name, site in per_token.items():
             hooks.callback(site.register_forward_pre_hook(watch(name)).remove)
         model(input_ids=torch.tensor([[0, 1], [1, 0]], device=model.device), use_cache=False)
-    return {name for name in sites if numbered(name) in seen}
+    return {name for name in per_token if numbered(name) in seen}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
 import compressed_tensors
@@ -17,26 +16,18 @@ from compressed_tensors.quantization import (
     QuantizationStatus,
 )
 
-from llmcompress.export.base import layout_on_disk
-from llmcompress.modules.scheme import Scheme
+from llmcompress.export.base import PlannedSite, layout_on_disk
 
 
-@dataclass(frozen=True)
-class CodedSite:
-    """A site saved as codes; `flat`: its input arrives as tokens × channels, without a batch axis."""
+def quantization_config(sites: Sequence[PlannedSite], flat: Set[str], linears: Iterable[str]) -> dict[str, Any]:
+    """JSON data for config.json; the linears of the model that are no site are listed under `ignore`.
 
-    name: str
-    scheme: Scheme
-    inputs: int
-    flat: bool = False
-
-
-def quantization_config(sites: Sequence[CodedSite], linears: Iterable[str]) -> dict[str, Any]:
-    """JSON data for config.json; the linears of the model that are no site are listed under `ignore`."""
+    `flat` names sites whose input arrives as tokens × channels, without a batch axis.
+    """
     members: dict[str, list[str]] = defaultdict(list)
     kinds: dict[str, QuantizationScheme] = {}
     for site in sites:
-        kind = _kind(site)
+        kind = _kind(site, site.name in flat)
         kinds.setdefault(kind.model_dump_json(), kind)
         members[kind.model_dump_json()].append(site.name)
     names = {site.name for site in sites}
@@ -54,29 +45,24 @@ def quantization_config(sites: Sequence[CodedSite], linears: Iterable[str]) -> d
     return {"version": compressed_tensors.__version__, **data}
 
 
-def _kind(site: CodedSite) -> QuantizationScheme:
+def _kind(site: PlannedSite, flat: bool) -> QuantizationScheme:
     """A site's scheme in the format's own words, without targets."""
-    layout, group = layout_on_disk(site.scheme), site.scheme.weights.group
-    grouped = group is not None and group < site.inputs
+    layout = layout_on_disk(site.scheme)
     weights = QuantizationArgs(
         num_bits=layout.bits,
         symmetric=layout.symmetric,
-        strategy="group" if grouped else "channel",
-        group_size=group if grouped else None,
+        strategy="group" if site.group else "channel",
+        group_size=site.group,
     )
-    rounding = {
-        None: lambda: None,
-        "tensor": lambda: QuantizationArgs(num_bits=8, strategy="tensor", dynamic=False),
-        "token": lambda: _per_token(site),
-    }[site.scheme.activations]()
-    return QuantizationScheme(targets=[], weights=weights, input_activations=rounding, format=layout.format)
-
-
-def _per_token(site: CodedSite) -> QuantizationArgs:
-    """One scale per token; for a tokens × channels input the library's own `token` would take one for all of them."""
-    if site.flat:
-        return QuantizationArgs(num_bits=8, strategy="group", group_size=site.inputs, dynamic=True)
-    return QuantizationArgs(num_bits=8, strategy="token", dynamic=True)
+    inputs = None
+    if site.scheme.activations == "tensor":
+        inputs = QuantizationArgs(num_bits=8, strategy="tensor", dynamic=False)
+    elif site.scheme.activations == "token" and not flat:
+        inputs = QuantizationArgs(num_bits=8, strategy="token", dynamic=True)
+    elif site.scheme.activations == "token":
+        # for tokens × channels the library's `token` takes one scale for all tokens; one group per row is per token
+        inputs = QuantizationArgs(num_bits=8, strategy="group", group_size=site.inputs, dynamic=True)
+    return QuantizationScheme(targets=[], weights=weights, input_activations=inputs, format=layout.format)
 
 
 def name_patterns(names: Sequence[str], everything: Iterable[str]) -> list[str]:

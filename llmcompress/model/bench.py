@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ class Observed:
     output: Tensor
     inputs: dict[str, Tensor] = field(default_factory=dict)
     """Every executed tap's input, in order of execution."""
+    wanted: frozenset[str] = frozenset()
+    """Not empty: all that this forward is run for."""
 
     def rows_NI(self, name: str) -> Tensor | None:
         """The input of a tap as tokens × channels, or None where it was not executed."""
@@ -42,16 +45,35 @@ class Bench:
         self.linears = {name: module for name, module in block.named_modules() if isinstance(module, LINEARS)}
         self.norms = {name: module for name, module in block.named_modules() if is_norm_like(module)}
 
-    def run(self, scales: Mapping[str, Tensor] | None = None, masks: Mapping[str, Tensor] | None = None) -> Observed:
-        """One forward: outputs of the taps in `scales` are multiplied, inputs of those in `masks` too."""
-        observed = Observed(self.hidden)
+    @cached_property
+    def base(self) -> Observed:
+        """The forward with nothing changed."""
+        return self.run()
+
+    def run(
+        self,
+        scales: Mapping[str, Tensor] | None = None,
+        *,
+        masks: Mapping[str, Tensor] | None = None,
+        until: Collection[str] = (),
+    ) -> Observed:
+        """One forward: outputs of the taps in `scales` are multiplied, inputs of those in `masks` too.
+
+        With `until` the forward ends once the inputs of those taps were seen; the output is then meaningless.
+        """
+        observed = Observed(self.hidden, wanted=frozenset(until))
         with ExitStack() as stack:
             for name, module in {**self.linears, **self.norms}.items():
                 stack.enter_context(_observe(observed, name, module, (masks or {}).get(name)))
                 if scales and name in scales:
                     stack.enter_context(_scaled(module, scales[name]))
-            observed.output = self.call.run(self.block, self.hidden.clone())
+            with suppress(_SeenEnough):
+                observed.output = self.call.run(self.block, self.hidden.clone())
         return observed
+
+
+class _SeenEnough(Exception):
+    """Ends a forward early; private, so it can hide no error of the model's."""
 
 
 def is_norm_like(module: nn.Module) -> bool:
@@ -78,6 +100,8 @@ def _observe(observed: Observed, name: str, module: nn.Module, mask: Tensor | No
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         value = args[0] if args else next(iter(kwargs.values()))
         observed.inputs[name] = value
+        if observed.wanted and observed.wanted <= observed.inputs.keys():
+            raise _SeenEnough
         if mask is None:
             return None
         return ((value * mask, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): value * mask})

@@ -13,15 +13,15 @@ from llmcompress.model.map import Fold
 from llmcompress.model.surgery import apply_fold
 
 
-def norm_folds(bench: Bench, base: Observed, readers: Sequence[Sequence[str]]) -> list[Fold]:
+def norm_folds(bench: Bench, readers: Sequence[Sequence[str]]) -> list[Fold]:
     """Candidates whose producer is a norm; `readers` are the linears of the block, grouped by shared input."""
     found = []
     for name, norm in bench.norms.items():
-        offset = _gain_offset(norm, base, name)
+        offset = _gain_offset(norm, bench.base, name)
         if offset is None:
             continue
         channels = Channels(((name, len(norm.weight)),))  # type: ignore[arg-type]
-        links = follow(bench, channels, [group[0] for group in readers], base)
+        links = follow(bench, channels, [group[0] for group in readers])
         found += _candidates(channels, links, readers, offset, is_norm=True)
     return found
 
@@ -37,7 +37,7 @@ def legal(bench: Bench, fold: Fold, *, seed: int = 0) -> bool:
     float32 throughout: right folds differ by about 1e-6 of the block's change to the hidden state, wrong ones by
     about 1.
     """
-    before = bench.run().output
+    before = bench.base.output
     scale = (before - bench.hidden).square().mean().sqrt()
     generator = torch.Generator().manual_seed(seed)
     exponents = torch.rand(_producer_width(bench, fold), generator=generator) * 4 - 2

@@ -54,7 +54,7 @@ class Link:
     """The producer channel that moves it in some other way (the gate of a gated FFN), or NONE."""
 
 
-def follow(bench: Bench, channels: Channels, readers: Sequence[str], base: Observed) -> list[Link]:
+def follow(bench: Bench, channels: Channels, readers: Sequence[str]) -> list[Link]:
     """The readers whose every input channel depends on at most one channel proportionally and one otherwise.
 
     Every channel number is written in binary. For each bit, two forwards: channels with the bit set are doubled,
@@ -62,14 +62,17 @@ def follow(bench: Bench, channels: Channels, readers: Sequence[str], base: Obser
     one that moves otherwise shows the bit of its other channel, and then the opposite forward, in which that channel
     rests, still shows the proportional one. Doubling is exact in every float format, so any difference is real.
     """
+    if not readers:
+        return []
     bits = max(1, (channels.total - 1).bit_length())
     numbers = torch.arange(channels.total)
+    base = bench.base
     read = {name: torch.zeros(2, base.inputs[name].shape[-1], dtype=torch.long) for name in readers}
     kinds: dict[str, Tensor] = {}
     for bit in range(bits):
         set_ = (numbers >> bit) & 1
-        doubled = bench.run(channels.split(1.0 + set_))
-        opposite = bench.run(channels.split(2.0 - set_))
+        doubled = bench.run(channels.split(1.0 + set_), until=read.keys())
+        opposite = bench.run(channels.split(2.0 - set_), until=read.keys())
         for name in list(read):
             first, second = (_movement(base, run, name) for run in (doubled, opposite))
             kind = _kind(first, second)

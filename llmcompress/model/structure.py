@@ -32,15 +32,16 @@ def block_structure(model: PreTrainedModel, blocks: Blocks, index: int, token: i
     A single token attends only to itself, so there attention passes its values through and queries and keys have no
     say: that is where channels are followed. Sequences then check folds and bring queries and keys into the units.
     """
-    single, base = _bench(model, blocks, index, token, length=1)
-    sequence, _ = _bench(model, blocks, index, token, length=_SEQUENCE)
+    single = _bench(model, blocks, index, token, length=1)
+    sequence = _bench(model, blocks, index, token, length=_SEQUENCE)
+    base = single.base
     refused = refusals(single.block)
     kept = {refusal.name for refusal in refused}
     executed = [name for name in base.inputs if name in single.linears]
     refused += [Refusal(name, NEVER_EXECUTED) for name in single.linears if name not in executed and name not in kept]
     readers = _groups_by_input(base, executed)
     groups = [group for group in ([name for name in group if name not in kept] for group in readers) if group]
-    folds, widths = _experiments(single, sequence, base, readers, groups)
+    folds, widths = _experiments(single, sequence, readers, groups)
     order = list(base.inputs)
     allowed = [fold for fold in folds if not kept.intersection(fold.consumers) and legal(sequence, fold)]
     return BlockStructure(
@@ -53,16 +54,16 @@ def block_structure(model: PreTrainedModel, blocks: Blocks, index: int, token: i
 
 
 def _experiments(
-    single: Bench, sequence: Bench, base: Observed, readers: list[Group], groups: list[Group]
+    single: Bench, sequence: Bench, readers: list[Group], groups: list[Group]
 ) -> tuple[list[Fold], list[WidthGroup]]:
     """Candidate folds and the width groups."""
-    folds, widths = norm_folds(single, base, readers), list[WidthGroup]()
+    folds, widths = norm_folds(single, readers), list[WidthGroup]()
     for stage in _stages(groups):
         names = [name for group in stage for name in group]
         channels = Channels(tuple((name, sizes(single.linears[name])[0]) for name in names))
         first = next(i for i, group in enumerate(readers) if stage[0][0] in group)
         later = [group for group in readers[first + 1 :] if not set(group).intersection(names)]
-        links = follow(single, channels, [group[0] for group in later], base)
+        links = follow(single, channels, [group[0] for group in later])
         folds += linear_folds(channels, links, readers)
         members = {group[0]: group for group in later}
         found = (width_group(sequence, channels, link, members[link.reader]) for link in links)
@@ -70,7 +71,7 @@ def _experiments(
     return folds, widths
 
 
-def _bench(model: PreTrainedModel, blocks: Blocks, index: int, token: int, *, length: int) -> tuple[Bench, Observed]:
+def _bench(model: PreTrainedModel, blocks: Blocks, index: int, token: int, *, length: int) -> Bench:
     """The block with enough random hidden states that every expert is reached and no input channel is always zero."""
     generator = torch.Generator().manual_seed(0)
     tokens = _FEWEST_TOKENS
@@ -78,14 +79,13 @@ def _bench(model: PreTrainedModel, blocks: Blocks, index: int, token: int, *, le
         recording = record(model, blocks, torch.full((tokens // length, length), token))
         hidden = torch.randn(recording.hidden.shape, generator=generator)
         bench = Bench(blocks[index][1], recording.calls[index], hidden)
-        base = bench.run()
-        if tokens >= _MOST_TOKENS or set(bench.linears) <= set(base.inputs) and _all_alive(bench, base):
-            return bench, base
+        if tokens >= _MOST_TOKENS or (set(bench.linears) <= set(bench.base.inputs) and _all_alive(bench)):
+            return bench
         tokens *= 2
 
 
-def _all_alive(bench: Bench, base: Observed) -> bool:
-    inputs = (base.rows_NI(name) for name in bench.linears)
+def _all_alive(bench: Bench) -> bool:
+    inputs = (bench.base.rows_NI(name) for name in bench.linears)
     seen = (x_NI.abs() > 0.01 * x_NI.square().mean().sqrt() for x_NI in inputs if x_NI is not None)
     return all(bool((alive_NI.sum(0) >= 2).all()) for alive_NI in seen)
 

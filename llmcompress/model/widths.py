@@ -64,13 +64,13 @@ def _complete(bench: Bench, channels: Channels, reader: str, units: Sequence[Uni
 
 def _units_by_search(bench: Bench, channels: Channels, reader: str) -> list[Unit]:
     """Grow a unit from one column: all channels behind it, all columns behind those, until nothing is added."""
-    width = bench.run().inputs[reader].shape[-1]
-    waiting, units, taken = set(range(width)), [], set[int]()
+    waiting, units, taken = set(range(bench.base.inputs[reader].shape[-1])), [], set[int]()
     while waiting and len(units) < _MOST_UNITS_BY_SEARCH:
-        columns, rows = {min(waiting)}, set[int]()
-        while (more := _channels_behind(bench, channels, reader, sorted(columns))) != rows:
-            rows = more
-            columns = _columns_moved(bench, channels, reader, sorted(rows)) | columns
+        columns, more = set[int](), {min(waiting)}
+        while more != columns:
+            columns = more
+            rows = _channels_behind(bench, channels, reader, sorted(columns))
+            more = columns | _columns_moved(bench, channels, reader, sorted(rows))
         if not rows or rows & taken or not columns <= waiting:
             return []
         units.append((sorted(rows), sorted(columns)))
@@ -83,7 +83,7 @@ def _units_by_search(bench: Bench, channels: Channels, reader: str) -> list[Unit
 def _channels_behind(bench: Bench, channels: Channels, reader: str, columns: Sequence[int]) -> set[int]:
     """The channels that the reader's columns depend on: those with a gradient. Independent ones have exactly none."""
     scale = torch.ones(channels.total, requires_grad=True)
-    seen = bench.run(channels.split(scale)).inputs[reader][..., list(columns)]
+    seen = bench.run(channels.split(scale), until=[reader]).inputs[reader][..., list(columns)]
     mix = torch.randn(seen.shape, generator=torch.Generator().manual_seed(2))
     (gradient,) = torch.autograd.grad((seen * mix).sum(), scale)
     return set(gradient.nonzero().flatten().tolist())
@@ -91,8 +91,8 @@ def _channels_behind(bench: Bench, channels: Channels, reader: str, columns: Seq
 
 def _columns_moved(bench: Bench, channels: Channels, reader: str, rows: Sequence[int]) -> set[int]:
     """The reader's columns that change when these channels do."""
-    before = bench.run().rows_NI(reader)
-    after = bench.run(channels.split(_changed(channels, rows))).rows_NI(reader)
+    before = bench.base.rows_NI(reader)
+    after = bench.run(channels.split(_changed(channels, rows)), until=[reader]).rows_NI(reader)
     assert before is not None and after is not None and before.shape == after.shape
     moved = ((after - before).abs() > 1e-6 * before.abs().amax()).any(0)
     return set(moved.nonzero().flatten().tolist())
@@ -102,7 +102,7 @@ def _removable(bench: Bench, channels: Channels, readers: Sequence[str], units: 
     """Whether, once a random half of the units is cut off from the readers, its channels change nothing at all."""
     generator = torch.Generator().manual_seed(3)
     half = [unit for unit in units if torch.rand((), generator=generator) < 0.5] or list(units[:1])
-    mask = torch.ones(bench.run().inputs[readers[0]].shape[-1])
+    mask = torch.ones(bench.base.inputs[readers[0]].shape[-1])
     mask[[column for _, columns in half for column in columns]] = 0
     masks = dict.fromkeys(readers, mask)
     rows = [row for rows, _ in half for row in rows]

@@ -149,6 +149,11 @@ else:
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
+def test_no_module_has_the_name_of_a_public_function():
+    modules = {path.stem for path in (ROOT / "llmcompress").iterdir()}
+    assert not modules & set(llmcompress.__all__), "importing that module would replace the function"
+
+
 def test_python_dash_m_shows_the_version_of_the_project():
     done = subprocess.run(
         [sys.executable, "-m", "llmcompress", "--version"], cwd=ROOT, capture_output=True, text=True, check=True

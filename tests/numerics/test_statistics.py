@@ -1,0 +1,46 @@
+"""Statistics accumulated in pieces are those of all the data at once."""
+
+import pytest
+import torch
+
+from llmcompress.numerics.statistics import AbsMax, AbsMean, Gram, Statistic
+
+X = torch.randn(37, 6, generator=torch.Generator().manual_seed(0))
+
+
+def filled(kind: type[Statistic], x: torch.Tensor = X) -> Statistic:
+    statistic = kind(6, torch.device("cpu"))
+    for piece in x.split([5, 0, 20, 12]):
+        statistic.add(piece)
+    return statistic
+
+
+def test_pieces_add_up() -> None:
+    gram, largest, mean = filled(Gram), filled(AbsMax), filled(AbsMean)
+    torch.testing.assert_close(gram.sum_II, X.T @ X)
+    torch.testing.assert_close(largest.max_I, X.abs().amax(0))
+    torch.testing.assert_close(mean.mean_I, X.abs().mean(0))
+    assert gram.tokens == largest.tokens == mean.tokens == 37
+
+
+@pytest.mark.parametrize("kind", [Gram, AbsMax, AbsMean])
+def test_rescaling_equals_measuring_the_divided_input(kind: type[Statistic]) -> None:
+    divide = torch.tensor([1.0, 2.0, 0.5, 3.0, 7.0, 0.1])
+    rescaled, measured = filled(kind), filled(kind, X / divide)
+    rescaled.rescale(divide)
+    for name, value in vars(measured).items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(getattr(rescaled, name), value)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", [Gram, AbsMax, AbsMean])
+def test_values_that_are_not_finite_are_noticed(kind: type[Statistic], bad: float) -> None:
+    assert filled(kind).is_finite()
+    x = X.clone()
+    x[3, 2] = bad
+    assert not filled(kind, x).is_finite()
+
+
+def test_a_site_that_no_token_reached_is_defined() -> None:
+    assert (AbsMean(4, torch.device("cpu")).mean_I == 0).all()
