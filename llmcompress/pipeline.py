@@ -2,42 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from llmcompress.calibration.data import CalibrationData, calibration_windows
 from llmcompress.calibration.sources import overlap_warning
 from llmcompress.calibration.tokens import max_positions
-from llmcompress.errors import CompressError, ExitCode
+from llmcompress.errors import CompressError
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.evaluation.footprint import bytes_on_disk
 from llmcompress.evaluation.perplexity import EvaluationText, evaluation_text, measure
-from llmcompress.evaluation.report import PerplexityResult, Quality, Report, SiteReport
+from llmcompress.evaluation.report import PerplexityResult, Quality, Report
 from llmcompress.evaluation.settings import Evaluate
-from llmcompress.export.base import check_format
-from llmcompress.export.folder import check_output
+from llmcompress.export.checkpoint import merges_on_load
+from llmcompress.export.companions import companions
+from llmcompress.export.compressed_tensors import save_compressed_tensors
+from llmcompress.export.folder import check_output, publish, staging_folder
+from llmcompress.export.plain import save_plain
 from llmcompress.model.config import read_config
 from llmcompress.model.describe import describe
 from llmcompress.model.load import Loaded, load, load_for_compression
-from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model, probe
-from llmcompress.model.source import find_source
-from llmcompress.modules.scheme import Scheme
+from llmcompress.model.source import Source, find_source
 from llmcompress.passes.apply import apply_passes
-from llmcompress.passes.quantization.base import QuantizingPass
-from llmcompress.plan import Plan, make_plan
+from llmcompress.planning import Plan, check_recipe, make_plan, refused, storage_dtype_of
 from llmcompress.presets import as_recipe
 from llmcompress.progress import Progress, Silent
-from llmcompress.recipe import Recipe, check_order, check_sites
+from llmcompress.recipe import Recipe
 from llmcompress.run import Run
-
 
 REPORT = "llmcompress_report.json"
 RECIPE = "llmcompress_recipe.yaml"
@@ -71,13 +69,14 @@ def compress(
     source = find_source(str(chosen.model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
     loaded = load_for_compression(source, trust_remote_code=chosen.trust_remote_code, progress=progress)
     model_map = map_model(loaded.model)
-    schemes = _check(chosen, model_map)
-    warnings = [*loaded.preflight.warnings, *check_format(chosen.save.format, model_map, schemes)]
+    notes = check_recipe(chosen, model_map, merged_on_load=merges_on_load(loaded.model))
     texts = [evaluation_text(task, loaded.tokenizer, loaded.model.config) for task in chosen.evaluate.perplexity]
+    storage_dtype = storage_dtype_of(chosen, loaded.preflight)
     clock.lap("load")
 
-    facts = _fingerprint(chosen, loaded)
-    with Run.open(output, fingerprint=facts, lock_text=chosen.to_yaml(), fresh=fresh) as run:
+    with Run.open(
+        output, fingerprint=_fingerprint(chosen, source), lock_text=chosen.to_yaml(), fresh=fresh
+    ) as run:
         torch.manual_seed(chosen.seed)
         data = _calibration(chosen, loaded, progress)
         clock.lap("calibration text")
@@ -91,15 +90,14 @@ def compress(
             data.windows_NT if data else torch.zeros(0, 1, dtype=torch.long),
             batch=chosen.calibration.batch,
             device=where,
-            storage_dtype=_storage_dtype(chosen, loaded),
+            storage_dtype=storage_dtype,
             progress=progress,
             keep=run,
         )
         clock.lap("compress")
         after = _measure(loaded.model, texts, where, progress)
         clock.lap("evaluate compressed")
-        if data:
-            warnings += [*data.warnings, *_overlaps(data, texts)]
+        about_data = [*data.warnings, *_overlaps(data, texts)] if data else []
         report = Report(
             model=source.name,
             recipe_hash=chosen.hash(),
@@ -107,18 +105,49 @@ def compress(
             machine=machine(),
             calibration_tokens=data.tokens if data else 0,
             sites=tuple(rows),
-            refused={refusal.name: refusal.reason for refusal in _refused(model_map)},
+            refused=refused(model_map),
             quality=tuple(Quality(dense=a, compressed=b) for a, b in zip(dense, after, strict=True)),
             bytes_dense=bytes_on_disk(source.folder),
             bytes_compressed=0,
             seconds=clock.seconds,
-            warnings=tuple(dict.fromkeys(warnings)),
+            warnings=tuple(dict.fromkeys([*loaded.preflight.warnings, *notes, *about_data])),
         )
         progress.stage("save", 1)
-        report = _save(chosen, loaded, report, output, overwrite=overwrite)
-        progress.step(str(output))
+        report = _save(chosen, loaded, report, output, storage_dtype=storage_dtype, overwrite=overwrite)
+        progress.step(output.name)
         run.discard()
     return report
+
+
+def _save(
+    recipe: Recipe, loaded: Loaded, report: Report, output: Path, *, storage_dtype: torch.dtype, overwrite: bool
+) -> Report:
+    """Write everything into a folder beside the output, then move it there in one step."""
+    save = save_plain if recipe.save.format == "plain" else save_compressed_tensors
+    with staging_folder(output) as staging:
+        save(loaded.model, staging, storage_dtype=storage_dtype, max_shard_size=recipe.save.max_shard_size)
+        companions(loaded.source.folder, staging, loaded.tokenizer, loaded.preflight.generation_config)
+        finished = report.model_copy(update={"bytes_compressed": bytes_on_disk(staging)})
+        (staging / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+        (staging / REPORT).write_text(finished.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        publish(staging, output, overwrite=overwrite)
+    return finished
+
+
+def _fingerprint(recipe: Recipe, source: Source) -> dict[str, str]:
+    """What must not change between a killed run and its resumption, or the halves would not fit together."""
+    weights = hashlib.sha256()
+    for path in sorted(source.folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            weights.update(hashlib.file_digest(file, "sha256").digest())
+    config = hashlib.sha256((source.folder / "config.json").read_bytes())
+    return {
+        "recipe": recipe.hash(),
+        "weights": weights.hexdigest()[:16],
+        "config": config.hexdigest()[:16],
+        "model": source.name,
+        **versions(),
+    }
 
 
 def plan(model: str | None, recipe: Recipe | str | Path) -> Plan:
@@ -128,12 +157,7 @@ def plan(model: str | None, recipe: Recipe | str | Path) -> Plan:
     """
     chosen = as_recipe(recipe).for_model(model)
     source = find_source(str(chosen.model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
-    config, _ = read_config(source.folder, trust_remote_code=chosen.trust_remote_code)
-    model_map = probe(config)
-    schemes = _check(chosen, model_map)
-    notes = check_format(chosen.save.format, model_map, schemes)
-    found = make_plan(source, chosen, model_map)
-    return found.model_copy(update={"warnings": (*found.warnings, *notes)})
+    return make_plan(source, chosen)
 
 
 def inspect(model: str) -> dict[str, Any]:
@@ -177,23 +201,6 @@ class Stopwatch:
         self._last = now
 
 
-def _check(recipe: Recipe, model_map: ModelMap) -> dict[str, Scheme]:
-    """Refuse what cannot work before any work; how each site (full name) will be quantized."""
-    names = model_map.site_names()
-    check_sites(recipe.passes, names)
-    check_order(recipe.passes, names)
-    schemes: dict[str, Scheme] = {}
-    for block in model_map.blocks:
-        for site in block.structure.sites:
-            name = block.full(site.name)
-            for each in recipe.passes:
-                if isinstance(each, QuantizingPass) and each.selects(name) and each.for_site(name).quantizes():
-                    scheme = each.scheme_for(name, site.inputs)
-                    if scheme:
-                        schemes[name] = scheme
-    return schemes
-
-
 def _calibration(recipe: Recipe, loaded: Loaded, progress: Progress) -> CalibrationData | None:
     if not any(each.needs() for each in recipe.passes):
         return None
@@ -235,6 +242,5 @@ def _device(name: str) -> torch.device:
             "device.unusable",
             f"the device {name!r} cannot be used: {str(problem).splitlines()[0]}",
             fix="use --device auto, cpu or cuda",
-            exit_code=ExitCode.REFUSED,
         ) from None
     return device

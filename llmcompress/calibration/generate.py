@@ -18,7 +18,7 @@ FEWEST_GREEDY, MOST_GREEDY = 3, 5
 """A text takes its direction from its first tokens: the likeliest ones; the rest is sampled for variety."""
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what is returned may meet autograd later
 def self_generated_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

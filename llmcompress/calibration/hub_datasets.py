@@ -43,7 +43,7 @@ def hub_rows(
 ) -> Iterator[tuple[str, Any]]:
     """Labelled rows of a Hub dataset, a short name of `ALIASES`, or a local dataset folder.
 
-    Only what the caller takes is downloaded, except where the dataset is small or the machine is offline.
+    With `max_characters` only what the caller takes is downloaded, unless the dataset is small or the machine offline.
 
     Raises: CompressError `data.offline`, `data.not-found`, `data.script`, `data.split`, `data.endless`, `data.hub`.
     """
@@ -58,15 +58,15 @@ def hub_rows(
             fix=f"{BUILTIN_HINT}; or go online once, or name a local .txt or .jsonl file",
             exit_code=ExitCode.HUB,
         )
-    streaming = alias.streamed and not local and not offline
-    if streaming and max_characters is None:
+    if max_characters is None and source in ALIASES and alias.streamed:
         raise CompressError(
             "data.endless",
-            f"{source}: this dataset may be very large, and nothing says how much of it to read",
+            f"{source}: this dataset is very large, and nothing says how much of it to read",
             where=where,
             fix="set `max_windows`",
             exit_code=ExitCode.USAGE,
         )
+    streaming = alias.streamed and max_characters is not None and not local and not offline
     rows = _load(alias.path, config or alias.config, split, streaming=streaming, where=where)
     rows = _guarded(rows, alias.path, where)
     if alias.articles:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import hashlib
+import glob
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from llmcompress.errors import CompressError, ExitCode
+from llmcompress.export.disk import disk_errors, sha256, sync
 from llmcompress.export.shards import INDEX
 
 
@@ -27,7 +27,8 @@ def check_output(output: Path, *, overwrite: bool, needed_bytes: int = 0) -> Non
     _recover(output)
     if output.exists() and not output.is_dir():
         raise _usage("output.is-file", "the output is a file", output, "name a folder that does not exist yet")
-    if output.resolve() in {Path.home().resolve(), *Path.cwd().resolve().parents, Path.cwd().resolve(), Path("/")}:
+    home, here = Path.home().resolve(), Path.cwd().resolve()
+    if output.resolve() in {home, *home.parents, here, *here.parents}:
         raise _usage("output.unsafe", "the output would replace a folder that holds other things", output, _NEW)
     if output.is_dir() and any(output.iterdir()):
         if not overwrite:
@@ -50,7 +51,7 @@ def check_output(output: Path, *, overwrite: bool, needed_bytes: int = 0) -> Non
 
 
 @contextmanager
-def staging(output: Path) -> Iterator[Path]:
+def staging_folder(output: Path) -> Iterator[Path]:
     """An empty folder beside `output`, on the same file system, to fill and then `publish`; removed on any error."""
     output = output.absolute()
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -72,10 +73,10 @@ def publish(staging: Path, output: Path, *, overwrite: bool) -> dict[str, str]:
     Raises: CompressError when a weight file does not read back, or `output` is in use.
     """
     output = output.absolute()
-    hashes = {str(path.relative_to(staging)): _sha256(path) for path in sorted(staging.rglob("*")) if path.is_file()}
+    hashes = {str(path.relative_to(staging)): sha256(path) for path in sorted(staging.rglob("*")) if path.is_file()}
     _check_weights(staging)
     for path in [*staging.rglob("*"), staging]:
-        _sync(path)
+        sync(path)
     if output.is_dir() and not any(output.iterdir()):
         output.rmdir()
     if output.exists():
@@ -84,32 +85,12 @@ def publish(staging: Path, output: Path, *, overwrite: bool) -> dict[str, str]:
         aside = output.parent / f".{output.name}.old-{uuid.uuid4().hex[:8]}"
         os.rename(output, aside)
         os.rename(staging, output)
-        _sync(output.parent)
+        sync(output.parent)
         shutil.rmtree(aside)
     else:
         os.rename(staging, output)
-        _sync(output.parent)
+        sync(output.parent)
     return hashes
-
-
-@contextmanager
-def disk_errors(where: Path, *, saved: str) -> Iterator[None]:
-    """A full or failing disk, told as the user's problem that it is.
-
-    Raises: CompressError (exit code 4) for every OSError.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as problem:
-        full = isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        raise CompressError(
-            "output.disk-full" if full or "No space left" in str(problem) else "output.write-failed",
-            f"writing failed: {problem}",
-            where=str(where),
-            fix="free disk space and run the same command again",
-            saved=saved,
-            exit_code=ExitCode.RESOURCES,
-        ) from problem
 
 
 _NEW = "name a folder that does not exist yet"
@@ -121,12 +102,12 @@ def _usage(code: str, what: str, output: Path, fix: str) -> CompressError:
 
 def _recover(output: Path) -> None:
     """Undo what a killed run left beside `output`: half-filled folders go, a folder moved aside comes back."""
-    for left in output.parent.glob(f".{output.name}.old-*"):
+    for left in output.parent.glob(glob.escape(f".{output.name}.old-") + "*"):
         if output.exists():
             shutil.rmtree(left, ignore_errors=True)
         else:
             os.rename(left, output)
-    for left in output.parent.glob(f".{output.name}.tmp-*"):
+    for left in output.parent.glob(glob.escape(f".{output.name}.tmp-") + "*"):
         shutil.rmtree(left, ignore_errors=True)
 
 
@@ -153,17 +134,3 @@ def _unreadable(path: Path, what: str) -> CompressError:
         saved="all finished blocks; the output folder is as it was",
         exit_code=ExitCode.RESOURCES,
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Have the disk confirm a file or a folder's list of names."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,4 +1,4 @@
-"""The `quantization_config` of a compressed-tensors folder: one group per kind of scheme, as few targets as possible."""
+"""The `quantization_config` of a compressed-tensors folder: one group per kind of scheme, few targets."""
 
 from __future__ import annotations
 

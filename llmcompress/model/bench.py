@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -91,8 +90,8 @@ def is_norm_like(module: nn.Module) -> bool:
 
 def sizes(module: nn.Module) -> tuple[int, int]:
     """Outputs and inputs of a linear, whichever way it stores its weight."""
-    first, second = module.weight.shape  # type: ignore[union-attr, misc]
-    return (int(second), int(first)) if isinstance(module, Conv1D) else (int(first), int(second))
+    first, second = module.get_parameter("weight").shape
+    return (second, first) if isinstance(module, Conv1D) else (first, second)
 
 
 @contextmanager

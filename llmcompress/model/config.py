@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def read_config(
     if not may_be_quantized:
         _refuse_quantized(raw, folder)
     notes: list[str] = []
-    data = _without_code_keys(raw, notes)
+    data = _without_code_keys(raw, notes, declared=_declared_keys(raw))
     _refuse_other_kinds(data, folder)
     code = data.get("auto_map")
     model_type = str(data.get("model_type", ""))
@@ -83,24 +84,35 @@ def _config_class(data: dict[str, Any], folder: Path) -> type[PretrainedConfig]:
     return known
 
 
-def _without_code_keys(value: Any, notes: list[str], path: str = "") -> Any:
-    """A copy without keys that choose code to run, at any depth.
+def _declared_keys(raw: dict[str, Any]) -> set[str]:
+    """Underscored options of the architecture itself, such as OPT's `_remove_final_layer_norm`."""
+    model_type = raw.get("model_type")
+    if model_type not in transformers.CONFIG_MAPPING:
+        return set()
+    options = inspect.signature(transformers.CONFIG_MAPPING[model_type].__init__).parameters
+    return {name for name in options if name.startswith("_") and "implementation" not in name}
+
+
+def _without_code_keys(
+    value: Any, notes: list[str], *, declared: set[str] | frozenset[str] = frozenset(), path: str = ""
+) -> Any:
+    """A copy without keys that can choose code to run, at any depth.
 
     transformers sets every key of config.json as an attribute: `_attn_implementation_internal: org/repo` ran that
     repository's code in transformers 4.56 … 5.2 (CVE-2026-4372).
     """
     if isinstance(value, list):
-        return [_without_code_keys(item, notes, path) for item in value]
+        return [_without_code_keys(item, notes, path=path) for item in value]
     if not isinstance(value, dict):
         return value
     kept = {}
     for key, item in value.items():
         if key in _HARMLESS:
             continue
-        if str(key).startswith("_") or key in _CODE_SELECTING:
+        if (key.startswith("_") and key not in declared) or key in _CODE_SELECTING:
             notes.append(f"config.json: the key {path}{key} was dropped (it can choose code to run)")
             continue
-        kept[key] = _without_code_keys(item, notes, f"{path}{key}.")
+        kept[key] = _without_code_keys(item, notes, path=f"{path}{key}.")
     return kept
 
 

@@ -20,7 +20,7 @@ def norm_folds(bench: Bench, readers: Sequence[Sequence[str]]) -> list[Fold]:
         offset = _gain_offset(norm, bench.base, name)
         if offset is None:
             continue
-        channels = Channels(((name, len(norm.weight)),))  # type: ignore[arg-type]
+        channels = Channels(((name, norm.get_parameter("weight").numel()),))
         links = follow(bench, channels, [group[0] for group in readers])
         found += _candidates(channels, links, readers, offset, is_norm=True)
     return found
@@ -95,9 +95,7 @@ def _gain_offset(norm: nn.Module, base: Observed, name: str) -> float | None:
 
 def _producer_width(bench: Bench, fold: Fold) -> int:
     producer = bench.block.get_submodule(fold.producer)
-    if fold.producer_is_norm:
-        return len(producer.weight)  # type: ignore[arg-type]
-    return sizes(producer)[0]
+    return producer.get_parameter("weight").numel() if fold.producer_is_norm else sizes(producer)[0]
 
 
 def _only_read(fold: Fold, factors: Tensor) -> Tensor:

@@ -22,11 +22,12 @@ class Channels:
 
     @property
     def total(self) -> int:
+        """How many channels there are."""
         return sum(width for _, width in self.taps)
 
     def split(self, per_channel: Tensor) -> dict[str, Tensor]:
         """A vector over all channels, cut into one piece per tap."""
-        pieces = per_channel.split([width for _, width in self.taps])
+        pieces = torch.split(per_channel, [width for _, width in self.taps])
         return {name: piece for (name, _), piece in zip(self.taps, pieces, strict=True)}
 
     def locate(self, channel: int) -> tuple[str, int]:
@@ -97,7 +98,7 @@ def _link(name: str, codes: Tensor, kind: Tensor) -> Link:
 
 
 def _kind(first: Tensor, second: Tensor) -> Tensor:
-    """Per input channel: _DOUBLE (moves in proportion only), _OTHER (has a non-proportional channel), NONE (neither)."""
+    """Per input channel: _DOUBLE (moves in proportion only), _OTHER (not in proportion with one channel), or NONE."""
     kind = torch.full_like(first, NONE)
     kind[(first == _SAME) & (second == _DOUBLE) | (first == _DOUBLE) & (second == _SAME)] = _DOUBLE
     kind[(first == _OTHER) ^ (second == _OTHER)] = _OTHER

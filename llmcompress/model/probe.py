@@ -19,7 +19,6 @@ from llmcompress.model.skeleton import find_blocks
 from llmcompress.model.structure import block_structure
 
 
-
 def probe(config: PretrainedConfig) -> ModelMap:
     """The map of the model that this config describes.
 
@@ -62,7 +61,6 @@ def map_model(model: PreTrainedModel) -> ModelMap:
         )
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return replace(found, tied=embedding.weight is getattr(head, "weight", None))
-
 
 
 def _without_weights(config: PretrainedConfig) -> PreTrainedModel:

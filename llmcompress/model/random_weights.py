@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -46,5 +47,4 @@ def _random(owner: nn.Module, name: str, shape: torch.Size, generator: torch.Gen
         return 0.3 * noise
     if isinstance(owner, nn.Embedding):
         return noise
-    inputs = shape[0] if isinstance(owner, Conv1D) else shape[-1]
-    return noise * inputs**-0.5
+    return noise / math.sqrt(shape[0] if isinstance(owner, Conv1D) else shape[-1])

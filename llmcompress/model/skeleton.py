@@ -44,7 +44,9 @@ class BlockCall:
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> BlockCall:
         """The same call with every tensor in it changed: moved to a device, for instance."""
         return replace(
-            self, args=_with_tensors(self.args, change), kwargs={k: _with_tensors(v, change) for k, v in self.kwargs.items()}
+            self,
+            args=_with_tensors(self.args, change),
+            kwargs={k: _with_tensors(v, change) for k, v in self.kwargs.items()},
         )
 
 
@@ -99,6 +101,7 @@ class Recorder(nn.Module):
             return getattr(self.__dict__["block"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Note the call; give the hidden state back as the block would return its own."""
         by_keyword = HIDDEN_KEYWORD in kwargs
         hidden = kwargs.pop(HIDDEN_KEYWORD) if by_keyword else args[0]
         rest = args if by_keyword else args[1:]

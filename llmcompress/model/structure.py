@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from llmcompress.model.bench import Bench, Observed, sizes
 from llmcompress.model.exceptions import NEVER_EXECUTED, refusals
@@ -15,7 +16,6 @@ from llmcompress.model.follow import Channels, follow
 from llmcompress.model.map import BlockStructure, Fold, InputGroup, Refusal, SiteInfo, WidthGroup
 from llmcompress.model.skeleton import record
 from llmcompress.model.widths import width_group
-from transformers.pytorch_utils import Conv1D
 
 _FEWEST_TOKENS, _MOST_TOKENS = 16, 1024
 _SEQUENCE = 8

@@ -56,38 +56,32 @@ def _divide_norm(norm: nn.Module, offset: float, divide_P: Tensor, storage_dtype
     Where that is 0 as well any factor will do: d. Where rounding would turn a non-zero g into 0 the channel is left
     as it was. Powers of two are exact in all of this.
     """
-    gain_P = norm.weight.double() + offset  # type: ignore[operator, union-attr]
-    bias_P = None if getattr(norm, "bias", None) is None else norm.bias.double()  # type: ignore[union-attr, operator]
-    dtype = storage_dtype or norm.weight.dtype  # type: ignore[union-attr]
-    new_weight_P = (gain_P / divide_P - offset).to(dtype).double()  # type: ignore[arg-type]
-    new_gain_P = new_weight_P + offset
-    lost_P = (new_gain_P == 0) & (gain_P != 0)
-    new_weight_P = torch.where(lost_P, gain_P - offset, new_weight_P)
-    new_gain_P = torch.where(lost_P, gain_P, new_gain_P)
-    multiply_P = torch.where(gain_P == 0, divide_P, gain_P / new_gain_P)
-    if bias_P is not None:
-        new_bias_P = (bias_P / multiply_P).to(dtype).double()  # type: ignore[arg-type]
-        alone_P = (gain_P == 0) & (bias_P != 0) & (new_bias_P != 0)
-        multiply_P = torch.where(alone_P, bias_P / new_bias_P, multiply_P)
-        norm.bias.copy_(new_bias_P)  # type: ignore[union-attr, operator]
-    norm.weight.copy_(new_weight_P)  # type: ignore[union-attr, operator]
+    weight = norm.get_parameter("weight")
+    dtype = storage_dtype or weight.dtype
+    gain_P = weight.double() + offset
+    stored_P = (gain_P / divide_P - offset).to(dtype).double()
+    stored_P = torch.where((stored_P + offset == 0) & (gain_P != 0), weight.double(), stored_P)
+    multiply_P = torch.where(gain_P == 0, divide_P, gain_P / (stored_P + offset))
+    if getattr(norm, "bias", None) is not None:
+        bias = norm.get_parameter("bias")
+        bias_P = bias.double()
+        stored_bias_P = (bias_P / multiply_P).to(dtype).double()
+        alone_P = (gain_P == 0) & (stored_bias_P != 0)
+        multiply_P = torch.where(alone_P, bias_P / stored_bias_P, multiply_P)
+        bias.copy_(stored_bias_P)
+    weight.copy_(stored_P)
     return multiply_P
 
 
 def _multiply_rows(linear: nn.Module, factors_O: Tensor) -> None:
-    weight = _dense(linear)
+    # `get_parameter` refuses a module that holds codes: writing to its computed weight would be lost.
+    weight = linear.get_parameter("weight")
     weight.copy_(weight.double() * (factors_O if isinstance(linear, Conv1D) else factors_O[:, None]))
-    if linear.bias is not None:
-        linear.bias.copy_(linear.bias.double() * factors_O)  # type: ignore[union-attr, operator]
+    if getattr(linear, "bias", None) is not None:
+        bias = linear.get_parameter("bias")
+        bias.copy_(bias.double() * factors_O)
 
 
 def _multiply_columns(linear: nn.Module, factors_I: Tensor) -> None:
-    weight = _dense(linear)
+    weight = linear.get_parameter("weight")
     weight.copy_(weight.double() * (factors_I[:, None] if isinstance(linear, Conv1D) else factors_I))
-
-
-def _dense(linear: nn.Module) -> nn.Parameter:
-    # A module that already holds codes computes its weight anew at each reading; writing to it would be lost.
-    weight = linear.weight
-    assert isinstance(weight, nn.Parameter), "factors can only be folded into dense linears"
-    return weight

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -64,7 +64,8 @@ def _complete(bench: Bench, channels: Channels, reader: str, units: Sequence[Uni
 
 def _units_by_search(bench: Bench, channels: Channels, reader: str) -> list[Unit]:
     """Grow a unit from one column: all channels behind it, all columns behind those, until nothing is added."""
-    waiting, units, taken = set(range(bench.base.inputs[reader].shape[-1])), [], set[int]()
+    waiting, taken = set(range(bench.base.inputs[reader].shape[-1])), set[int]()
+    units: list[Unit] = []
     while waiting and len(units) < _MOST_UNITS_BY_SEARCH:
         columns, more = set[int](), {min(waiting)}
         while more != columns:
@@ -130,5 +131,5 @@ def _parts(channels: Channels, readers: Sequence[str], units: Sequence[Unit]) ->
     return [*parts, *(WidthPart(reader, "columns", columns) for reader in readers)]
 
 
-def _ordered(units: Sequence[Unit] | object) -> list[Unit]:
-    return sorted(((sorted(rows), sorted(columns)) for rows, columns in units), key=lambda unit: unit[1])  # type: ignore[attr-defined]
+def _ordered(units: Iterable[Unit]) -> list[Unit]:
+    return sorted(((sorted(rows), sorted(columns)) for rows, columns in units), key=lambda unit: unit[1])

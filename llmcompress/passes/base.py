@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.evaluation.report import SiteReport
@@ -28,9 +28,27 @@ class BlockPass(BaseModel, ABC):
     produces_codes: ClassVar[bool] = False
     """Whether the sites it touches hold codes afterwards, so that no later pass may touch their weights."""
 
+    whole_block: ClassVar[frozenset[str]] = frozenset()
+    """Options that concern a block as a whole, so that `overrides` for single sites cannot change them."""
+
     sites: tuple[str, ...] = Field(("*",), description="globs of module names to work on")
     exclude: tuple[str, ...] = Field((), description="globs of module names to leave alone")
     overrides: dict[str, dict[str, Any]] = Field(default_factory=dict, description="other options for some sites")
+
+    @field_validator("sites", "exclude", mode="before")
+    @classmethod
+    def _one_glob(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("overrides")
+    @classmethod
+    def _only_site_options(cls, overrides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        fixed = cls.whole_block | {"sites", "exclude", "overrides"}
+        for glob, options in overrides.items():
+            wrong = sorted(fixed & options.keys())
+            if wrong:
+                raise ValueError(f"{wrong[0]!r} cannot differ from site to site (override of {glob!r})")
+        return overrides
 
     def selects(self, site: str) -> bool:
         """Whether this pass works on the site with that full name."""

@@ -365,6 +365,14 @@ def test_b4_keys_that_choose_code_are_dropped_and_named(folder, key):
     assert any("text._experts_implementation_internal" in warning for warning in found.warnings)
 
 
+def test_b4_an_underscored_option_of_the_architecture_itself_is_kept(tmp_path, pristine):
+    folder = _write(tmp_path / "model", pristine, OPT)
+    edit_json(folder / "config.json", _remove_final_layer_norm=True)
+    found = preflight(Source(folder, "opt"))
+    assert found.config._remove_final_layer_norm is True
+    assert not any("_remove_final_layer_norm" in warning for warning in found.warnings)
+
+
 def test_rope_base_written_by_transformers_5_reaches_the_model(folder):
     config = json.loads((folder / "config.json").read_text())
     for key in ("rope_theta", "rope_scaling"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -25,6 +26,8 @@ class GPTQ(QuantizingPass):
     Source: Frantar et al., arXiv 2210.17323, Algorithm 1. Differs: scales of a group are fitted from weights
     corrected up to that very column; a site where the sweep ends worse than plain rounding keeps plain rounding.
     """
+
+    whole_block: ClassVar[frozenset[str]] = frozenset({"true_sequential"})
 
     damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to the Gram matrix")
     block: int = Field(128, ge=1, description="columns of one lazy update")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -22,6 +22,8 @@ class SmoothQuant(BlockPass):
 
     Source: Xiao et al., arXiv 2211.10438. Works on every fold that the model map proved legal.
     """
+
+    whole_block: ClassVar[frozenset[str]] = frozenset({"folds"})
 
     strength: float = Field(0.5, ge=0, le=1, description="alpha: how much of the difficulty moves into the weights")
     folds: Literal["norms", "all"] = Field("norms", description="all: also v → o, up → down where that is exact")

@@ -24,7 +24,7 @@ from llmcompress.passes.quantization.gptq import GPTQ
 from llmcompress.passes.quantization.resolve import resolve_scheme, site_schemes
 from llmcompress.passes.quantization.rtn import RoundToNearest
 from llmcompress.passes.quantization.smoothquant import SmoothQuant
-from llmcompress.plan import Plan, make_plan
+from llmcompress.planning import Plan, make_plan
 from llmcompress.recipe.model import Recipe, Save
 from tests.tiny_folder import write_tiny_llama
 

@@ -74,11 +74,9 @@ def make_plan(
     """
     checked = preflight(source, trust_remote_code=recipe.trust_remote_code, progress=progress)
     model_map = model_map or probe(checked.config)
-    check_sites(recipe.passes, model_map.site_names())
-    check_order(recipe.passes, model_map.site_names())
+    notes = check_recipe(recipe, model_map)
     schemes = site_schemes(recipe.passes, model_map)
-    notes = check_format(recipe.save.format, model_map, schemes)
-    dtype = checked.storage_dtype if recipe.save.dtype == "checkpoint" else getattr(torch, recipe.save.dtype)
+    dtype = storage_dtype_of(recipe, checked)
     coded = {} if recipe.save.format == "plain" else _as_codes(schemes, model_map)
 
     tensors = _other_tensors(checked, model_map, dtype)
@@ -110,6 +108,24 @@ def make_plan(
         estimated_seconds=seconds(recipe, model_map),
         warnings=tuple(dict.fromkeys([*checked.warnings, *notes])),
     )
+
+
+def check_recipe(recipe: Recipe, model_map: ModelMap, *, merged_on_load: bool = False) -> list[str]:
+    """Whether every word of the recipe makes sense for this model; what the user should know about the result.
+
+    Raises: CompressError for globs that match nothing, passes that undo each other, groups that do not divide, and
+    schemes that the format asked for cannot hold.
+    """
+    check_sites(recipe.passes, model_map.site_names())
+    check_order(recipe.passes, model_map.site_names())
+    schemes = site_schemes(recipe.passes, model_map)
+    return check_format(recipe.save.format, model_map, schemes, merged_on_load=merged_on_load)
+
+
+def storage_dtype_of(recipe: Recipe, checked: Preflight) -> torch.dtype:
+    """The type of scales and of all that stays dense in the files written."""
+    named = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    return named.get(recipe.save.dtype, checked.storage_dtype)
 
 
 def refused(model_map: ModelMap) -> dict[str, str]:

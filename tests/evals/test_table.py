@@ -1,0 +1,56 @@
+"""Result files become tables that state the protocol, the spread and the ratio to dense."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "evals" / "table.py"
+MADE = {"versions": {"torch": "2.13.0", "transformers": "5.1"}, "machine": {"cpu": "a processor", "cores": "2"}}
+
+
+@pytest.fixture
+def table():
+    spec = importlib.util.spec_from_file_location("table", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_quantization_shows_mean_range_ratio_and_protocol(table):
+    dense = {"text": "test.txt", "window": 512, "bos": True, "tokens": 51100, "perplexity": 50.0, "bits_per_byte": 2.0}
+    rows = [
+        {"scheme": "int4_g32", "method": "rtn", "perplexity": [60.0]},
+        {"scheme": "int4_g32", "method": "gptq", "perplexity": [52.0, 54.0, 53.0]},
+    ]
+    shown = table.quantization(
+        {"model": "m", "calibration": "train.txt", "samples": 64, "tokens": 256, "dense": dense, "rows": rows, **MADE}
+    )
+    assert "| `int4_g32` | 60.00, ×1.200 | 53.00 (52.00–54.00), ×1.060 |" in shown
+    assert "dense perplexity 50.000 on `test.txt`" in shown and "windows of 512, each with BOS" in shown
+    assert "64 × 256 tokens of `train.txt`" in shown and "3 calibration draws" in shown
+
+
+def test_outliers_are_shown_against_dense(table):
+    rows = [{"method": "dense", "perplexity": 50.0}, {"method": "naive W8A8, per token", "perplexity": 60.0}]
+    facts = {"model": "m", "gain": 30.0, "channels": 2, "text": "t.txt", "window": 512, "bos": True, "rows": rows}
+    assert "| naive W8A8, per token | 60.000 | +20.00 % |" in table.outliers({**facts, **MADE})
+
+
+def test_map_time_is_shown_per_shape(table):
+    rows = [{"shape": "llama 1024 / 4096", "seconds": 12.34, "sites": 7, "folds": 4}]
+    assert "| llama 1024 / 4096 | 12.3 | 7 | 4 |" in table.map_time({"rows": rows, **MADE})
+
+
+def test_only_the_part_between_the_markers_changes(table):
+    text = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
+    once = table.with_results(text, "new")
+    assert once == f"before\n{table.BEGIN}\nnew\n{table.END}\nafter\n"
+    assert table.with_results(once, "new") == once
+
+
+def test_a_readme_without_markers_is_an_error(table):
+    with pytest.raises(SystemExit, match="needs the lines"):
+        table.with_results("nothing", "new")

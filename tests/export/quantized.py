@@ -1,0 +1,102 @@
+"""Tiny models whose linears hold codes, and their logits as a fresh process with stock transformers computes them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.modules.scheme import named_scheme
+from llmcompress.numerics.grid import fit, round_to_codes
+from tests.families import tiny_model, tiny_tokens
+
+LOADER = '''
+import json, sys, torch, transformers
+from transformers import AutoModelForCausalLM
+transformers.logging.set_verbosity_error()
+torch.set_num_threads(1)
+found = {}
+for name, folder in json.loads(sys.argv[1]).items():
+    ids = torch.load(folder + "/ids.pt")
+    for dtype in ("auto", "float32"):
+        options = {"dtype": dtype, "attn_implementation": "eager", "output_loading_info": True}
+        model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+        with torch.no_grad():
+            logits = model.eval()(ids).logits
+        torch.save(logits, f"{folder}/{dtype}.pt")
+        found[f"{name} {dtype}"] = sorted(map(str, info["missing_keys"])) + sorted(map(str, info["unexpected_keys"]))
+found["llmcompress"] = [name for name in sys.modules if name.startswith("llmcompress")]
+print("\\n" + json.dumps(found))
+'''
+
+
+def quantized_model(family: str, schemes: Sequence[str], **config: Any) -> PreTrainedModel:
+    """A tiny model with bfloat16 values in float32, each linear of its blocks rounded with the next of `schemes`."""
+    model = tiny_model(family, dtype=torch.bfloat16)
+    for name, value in config.items():
+        setattr(model.config, name, value)
+    rebuilt = type(model)(model.config).eval()
+    rebuilt.load_state_dict(model.float().state_dict())
+    rebuilt.tie_weights()
+    quantize(rebuilt, schemes)
+    return rebuilt
+
+
+def quantize(model: nn.Module, schemes: Sequence[str]) -> None:
+    """Round every linear inside a block (never a router) to codes, in place."""
+    linears = [
+        name
+        for name, part in model.named_modules()
+        if isinstance(part, (nn.Linear, Conv1D)) and ".0." in name.replace(".1.", ".0.").replace(".2.", ".0.")
+        and not name.endswith(".gate")
+    ]
+    for number, name in enumerate(linears):
+        scheme, old = named_scheme(schemes[number % len(schemes)]), model.get_submodule(name)
+        weight_OI = old.weight.detach().T if isinstance(old, Conv1D) else old.weight.detach()
+        fitted = fit(weight_OI.float(), scheme.weights, scale_dtype=torch.bfloat16)
+        bias_O = None if old.bias is None else old.bias.detach().clone()
+        scale = torch.tensor([0.046875]) if scheme.activations == "tensor" else None
+        parent, _, leaf = name.rpartition(".")
+        site = QuantLinear.from_fitted(scheme, round_to_codes(weight_OI.float(), fitted), fitted, bias_O, scale)
+        setattr(model.get_submodule(parent), leaf, site)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the live model computes when cast the way loaders cast: rotary tables stay float32."""
+    for part in model.modules():
+        for tensor in [*part.parameters(recurse=False), *part.buffers(recurse=False)]:
+            if tensor.is_floating_point() and not any("inv_freq" in name for name in part._buffers):
+                tensor.data = tensor.data.to(dtype)
+    found: Tensor = model(ids).logits
+    return found
+
+
+def load_in_fresh_process(folders: dict[str, Path], families: dict[str, str]) -> dict[str, list[str]]:
+    """Load every folder with both dtypes in one process that knows nothing of ours; the keys that did not fit.
+
+    Logits lie in `auto.pt` and `float32.pt` of each folder.
+    """
+    for name, folder in folders.items():
+        torch.save(tiny_tokens(families[name]), folder / "ids.pt")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", LOADER, json.dumps({name: str(folder) for name, folder in folders.items()})],
+        env={**environment, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        cwd=next(iter(folders.values())).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, list[str]] = json.loads(done.stdout.splitlines()[-1])
+    return found
