@@ -74,9 +74,7 @@ def compress(
     storage_dtype = storage_dtype_of(chosen, loaded.preflight)
     clock.lap("load")
 
-    with Run.open(
-        output, fingerprint=_fingerprint(chosen, source), lock_text=chosen.to_yaml(), fresh=fresh
-    ) as run:
+    with Run.open(output, fingerprint=_fingerprint(chosen, source), lock_text=chosen.to_yaml(), fresh=fresh) as run:
         torch.manual_seed(chosen.seed)
         data = _calibration(chosen, loaded, progress)
         clock.lap("calibration text")
@@ -98,6 +96,7 @@ def compress(
         after = _measure(loaded.model, texts, where, progress)
         clock.lap("evaluate compressed")
         about_data = [*data.warnings, *_overlaps(data, texts)] if data else []
+        about_texts = [f"{text.name}: {warning}" for text in texts for warning in text.warnings]
         report = Report(
             model=source.name,
             recipe_hash=chosen.hash(),
@@ -110,7 +109,7 @@ def compress(
             bytes_dense=bytes_on_disk(source.folder),
             bytes_compressed=0,
             seconds=clock.seconds,
-            warnings=tuple(dict.fromkeys([*loaded.preflight.warnings, *notes, *about_data])),
+            warnings=tuple(dict.fromkeys([*loaded.preflight.warnings, *notes, *about_data, *about_texts])),
         )
         progress.stage("save", 1)
         report = _save(chosen, loaded, report, output, storage_dtype=storage_dtype, overwrite=overwrite)

@@ -51,10 +51,29 @@ FILE = click.Path(exists=True, path_type=Path)
 @click.option("--bfloat16", is_flag=True, help="Multiply in bfloat16: 1.4 times as fast on a CPU with avx512_bf16.")
 @click.option("--seed", default=1, show_default=True)
 @click.option("--about", default="a text of the user's own", show_default=True, help="What TEXTS are, for the card.")
-def main(texts: tuple[Path, ...], output: Path, valid: Path | None, init: Path | None, resume: bool,
-         minutes: float | None, steps: int | None, hidden: int, layers: int, ffn: int, heads: int, kv_heads: int,
-         vocab: int, window: int, batch: int, rate: float, save_minutes: float, compiled: bool, bfloat16: bool,
-         seed: int, about: str) -> None:
+def main(
+    texts: tuple[Path, ...],
+    output: Path,
+    valid: Path | None,
+    init: Path | None,
+    resume: bool,
+    minutes: float | None,
+    steps: int | None,
+    hidden: int,
+    layers: int,
+    ffn: int,
+    heads: int,
+    kv_heads: int,
+    vocab: int,
+    window: int,
+    batch: int,
+    rate: float,
+    save_minutes: float,
+    compiled: bool,
+    bfloat16: bool,
+    seed: int,
+    about: str,
+) -> None:
     """Train a small Llama-type model from TEXTS: .txt, .txt.xz, or .jsonl with one {"text": ...} per line."""
     if (minutes is None) == (steps is None):
         raise click.UsageError("give a budget: either --minutes or --steps")
@@ -81,13 +100,26 @@ def main(texts: tuple[Path, ...], output: Path, valid: Path | None, init: Path |
     if source:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device)
     else:
-        model = AutoModelForCausalLM.from_config(LlamaConfig(
-            hidden_size=hidden, num_hidden_layers=layers, intermediate_size=ffn, num_attention_heads=heads,
-            num_key_value_heads=kv_heads, head_dim=hidden // heads, vocab_size=tokenizer.get_vocab_size(),
-            max_position_embeddings=window, tie_word_embeddings=True,
-            bos_token_id=bos, eos_token_id=eos, pad_token_id=eos)).to(device)
-    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if p.ndim > 1]},
-                                    {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
+        model = AutoModelForCausalLM.from_config(
+            LlamaConfig(
+                hidden_size=hidden,
+                num_hidden_layers=layers,
+                intermediate_size=ffn,
+                num_attention_heads=heads,
+                num_key_value_heads=kv_heads,
+                head_dim=hidden // heads,
+                vocab_size=tokenizer.get_vocab_size(),
+                max_position_embeddings=window,
+                tie_word_embeddings=True,
+                bos_token_id=bos,
+                eos_token_id=eos,
+                pad_token_id=eos,
+            )
+        ).to(device)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in model.parameters() if p.ndim > 1]},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
     state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0}
     if resume:
@@ -126,10 +158,20 @@ def main(texts: tuple[Path, ...], output: Path, valid: Path | None, init: Path |
     # the bfloat16 weights that were written are measured, not the float32 ones they were rounded from
     written = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).to(device)
     final = perplexity(written, valid_T, bos, window)
-    write_card(output, {
-        "parameters": written.num_parameters(), "steps": state["step"], "tokens": state["tokens"],
-        "minutes": round(state["seconds"] / 60, 1), "held_out_perplexity": round(final, 3), "window": window,
-        "bos": "first token of every window", "data": about, "started_from": init.name if init else "random weights"})
+    write_card(
+        output,
+        {
+            "parameters": written.num_parameters(),
+            "steps": state["step"],
+            "tokens": state["tokens"],
+            "minutes": round(state["seconds"] / 60, 1),
+            "held_out_perplexity": round(final, 3),
+            "window": window,
+            "bos": "first token of every window",
+            "data": about,
+            "started_from": init.name if init else "random weights",
+        },
+    )
     click.echo(f"held-out perplexity {final:.3f}", err=True)
 
 
@@ -148,9 +190,15 @@ def train_tokenizer(documents: list[str], vocab: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(documents, trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=[BOS, EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
+    tokenizer.train_from_iterator(
+        documents,
+        trainers.BpeTrainer(
+            vocab_size=vocab,
+            special_tokens=[BOS, EOS],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     return tokenizer
 
 
@@ -197,25 +245,45 @@ def perplexity(model: PreTrainedModel, tokens_T: Tensor, bos: int, window: int, 
     return math.exp(sum(losses) / len(ids_BT))
 
 
-def save(model: PreTrainedModel, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, state: dict[str, Any],
-         output: Path, window: int) -> None:
+def save(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    output: Path,
+    window: int,
+) -> None:
     """Write the Hugging Face folder, and beside it what --resume needs."""
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(output)
     # transformers 4 reads rope_theta and torch_dtype, transformers 5 rope_parameters and dtype
     config = json.loads((output / "config.json").read_text())
     theta = config.get("rope_theta") or config["rope_parameters"]["rope_theta"]
-    config |= {"rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-               "dtype": "bfloat16", "torch_dtype": "bfloat16", "max_position_embeddings": window}
+    config |= {
+        "rope_theta": theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "dtype": "bfloat16",
+        "torch_dtype": "bfloat16",
+        "max_position_embeddings": window,
+    }
     write_json(output / "config.json", config)
     write_json(output / "generation_config.json", {name: config[name] for name in config if name.endswith("_token_id")})
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A $B:1", special_tokens=[(BOS, tokenizer.token_to_id(BOS))])
+        single=f"{BOS} $A", pair=f"{BOS} $A $B:1", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
     tokenizer.save(str(output / "tokenizer.json"))
-    write_json(output / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "pad_token": EOS,
-        "model_max_length": window, "clean_up_tokenization_spaces": False,
-        # without this transformers 4 adds token_type_ids, which generate() refuses
-        "model_input_names": ["input_ids", "attention_mask"]})
+    write_json(
+        output / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": BOS,
+            "eos_token": EOS,
+            "pad_token": EOS,
+            "model_max_length": window,
+            "clean_up_tokenization_spaces": False,
+            # without this transformers 4 adds token_type_ids, which generate() refuses
+            "model_input_names": ["input_ids", "attention_mask"],
+        },
+    )
     torch.save({**state, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, output / "partial.pt")
     (output / "partial.pt").replace(output / STATE_FILE)
 
@@ -231,10 +299,10 @@ pipeline_tag: text-generation
 
 # {output.resolve().name}
 
-A Llama-type causal language model of {facts['parameters']:,} parameters, trained from {facts['data']}.
+A Llama-type causal language model of {facts["parameters"]:,} parameters, trained from {facts["data"]}.
 
-- Started from {facts['started_from']}; {facts['tokens']:,} tokens in {facts['steps']:,} steps.
-- Perplexity on held-out text: **{facts['held_out_perplexity']:.2f}** per token. Windows of {facts['window']} tokens
+- Started from {facts["started_from"]}; {facts["tokens"]:,} tokens in {facts["steps"]:,} steps.
+- Perplexity on held-out text: **{facts["held_out_perplexity"]:.2f}** per token. Windows of {facts["window"]} tokens
   that do not overlap, BOS the first token of each; the stored bfloat16 weights computed in float32.
 - Give it BOS in front of every text, as in training; the tokenizer does.
 - For experiments, demonstrations and tests: it knows no facts and follows no instructions.

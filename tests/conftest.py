@@ -8,6 +8,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# several processes with several threads each would mostly wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import sys
 from collections.abc import Iterator

@@ -14,8 +14,24 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_tiny_model.py"
-TINY = ["--hidden", "32", "--layers", "2", "--ffn", "64", "--heads", "4", "--kv-heads", "2",
-        "--vocab", "300", "--window", "32", "--batch", "2"]
+TINY = [
+    "--hidden",
+    "32",
+    "--layers",
+    "2",
+    "--ffn",
+    "64",
+    "--heads",
+    "4",
+    "--kv-heads",
+    "2",
+    "--vocab",
+    "300",
+    "--window",
+    "32",
+    "--batch",
+    "2",
+]
 
 
 @pytest.fixture
@@ -112,12 +128,15 @@ def test_the_same_text_reads_the_same_from_txt_xz_and_jsonl(script, tmp_path):
         assert script.read_documents(tmp_path / name) == [text]
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ([], "either --minutes or --steps"),
-    (["--steps", "1", "--minutes", "1"], "either --minutes or --steps"),
-    (["--steps", "1", "--resume"], "nothing to resume"),
-    (["--steps", "1", "--window", "100000"], "too few"),
-])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "either --minutes or --steps"),
+        (["--steps", "1", "--minutes", "1"], "either --minutes or --steps"),
+        (["--steps", "1", "--resume"], "nothing to resume"),
+        (["--steps", "1", "--window", "100000"], "too few"),
+    ],
+)
 def test_a_wrong_command_is_told_what_is_allowed(script, text_file, tmp_path, options, words):
     result = train(script, text_file, tmp_path / "model", *options)
     assert result.exit_code == 2 and words in result.output

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from llmcompress.errors import CompressError
 from llmcompress.model.files import adapter_error, read_json, refuse_outside
+from llmcompress.model.rotary import rotary_as_in_4
 
 _HARMLESS = {"_name_or_path", "_commit_hash", "_attn_implementation_autoset", "_from_model_config"}
 """Left behind by transformers itself; dropped without a word."""
@@ -53,7 +54,7 @@ def read_config(
         raise _unknown_type(folder, model_type)
     if not code and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise _not_causal(folder, f"model_type {model_type!r}")
-    return _build(_for_installed_transformers(data, folder), folder), notes
+    return _build(_for_installed_transformers(data), folder), notes
 
 
 def _build(data: dict[str, Any], folder: Path) -> PretrainedConfig:
@@ -116,21 +117,11 @@ def _without_code_keys(
     return kept
 
 
-def _for_installed_transformers(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """transformers 4 does not know `rope_parameters` and would silently use a base of 10000: say it in its words."""
-    rope = data.get("rope_parameters")
-    if rope is None or int(transformers.__version__.partition(".")[0]) >= 5 or "rope_theta" in data:
+def _for_installed_transformers(data: dict[str, Any]) -> dict[str, Any]:
+    """A configuration written by transformers 5 also says its rotary settings in the words of 4, if 4 is installed."""
+    if int(transformers.__version__.partition(".")[0]) >= 5:
         return data
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise CompressError(
-            "model.needs-transformers-5",
-            "rotary embeddings differ between layer types (`rope_parameters`), which only transformers 5 reads",
-            where=str(folder / "config.json"),
-            fix="pip install 'transformers>=5'",
-        )
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    plain = scaling.get("rope_type", "default") == "default"
-    return data | {"rope_theta": rope.get("rope_theta", 10000.0)} | ({} if plain else {"rope_scaling": scaling})
+    return rotary_as_in_4(data.get("rope_parameters")) | data
 
 
 def _refuse_quantized(raw: dict[str, Any], folder: Path) -> None:

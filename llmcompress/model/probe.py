@@ -24,7 +24,7 @@ def probe(config: PretrainedConfig) -> ModelMap:
 
     Raises: CompressError when transformers cannot build it as a causal language model or it has no list of blocks.
     """
-    model = _without_weights(config)
+    model = without_weights(config)
     blocks = find_blocks(model)
     embedding, head = _name_of(model, model.get_input_embeddings()), _name_of(model, model.get_output_embeddings())
     text = config.get_text_config()
@@ -63,7 +63,7 @@ def map_model(model: PreTrainedModel) -> ModelMap:
     return replace(found, tied=embedding.weight is getattr(head, "weight", None))
 
 
-def _without_weights(config: PretrainedConfig) -> PreTrainedModel:
+def without_weights(config: PretrainedConfig) -> PreTrainedModel:
     """The model with its parameters on the meta device and its buffers (rotary tables) real."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):

@@ -7,9 +7,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from llmcompress.numerics.statistics import Statistic
 from llmcompress.model.map import SiteInfo
 from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.numerics.statistics import Statistic
 
 S = TypeVar("S", bound=Statistic)
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llmcompress.numerics.grid import Fitted, restore
 from llmcompress.modules.scheme import Scheme, named_scheme
+from llmcompress.numerics.grid import Fitted, restore
 
 
 class QuantLinear(nn.Module):

@@ -38,7 +38,9 @@ class BlockPass(BaseModel, ABC):
     @field_validator("sites", "exclude", mode="before")
     @classmethod
     def _one_glob(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+        if isinstance(value, str):
+            return (value,)
+        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("overrides")
     @classmethod

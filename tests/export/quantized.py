@@ -20,7 +20,7 @@ from llmcompress.modules.scheme import named_scheme
 from llmcompress.numerics.grid import fit, round_to_codes
 from tests.families import tiny_model, tiny_tokens
 
-LOADER = '''
+LOADER = """
 import json, sys, torch, transformers
 from transformers import AutoModelForCausalLM
 transformers.logging.set_verbosity_error()
@@ -37,7 +37,7 @@ for name, folder in json.loads(sys.argv[1]).items():
         found[f"{name} {dtype}"] = sorted(map(str, info["missing_keys"])) + sorted(map(str, info["unexpected_keys"]))
 found["llmcompress"] = [name for name in sys.modules if name.startswith("llmcompress")]
 print("\\n" + json.dumps(found))
-'''
+"""
 
 
 def quantized_model(family: str, schemes: Sequence[str], **config: Any) -> PreTrainedModel:
@@ -57,7 +57,8 @@ def quantize(model: nn.Module, schemes: Sequence[str]) -> None:
     linears = [
         name
         for name, part in model.named_modules()
-        if isinstance(part, (nn.Linear, Conv1D)) and ".0." in name.replace(".1.", ".0.").replace(".2.", ".0.")
+        if isinstance(part, (nn.Linear, Conv1D))
+        and ".0." in name.replace(".1.", ".0.").replace(".2.", ".0.")
         and not name.endswith(".gate")
     ]
     for number, name in enumerate(linears):

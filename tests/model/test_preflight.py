@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, OPTConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, MixtralConfig, OPTConfig
 
 from llmcompress.errors import CompressError, ExitCode
+from llmcompress.model.config import read_config
 from llmcompress.model.preflight import preflight
 from llmcompress.model.source import Source
 from llmcompress.model.tensors import headers
@@ -373,14 +374,24 @@ def test_b4_an_underscored_option_of_the_architecture_itself_is_kept(tmp_path, p
     assert not any("_remove_final_layer_norm" in warning for warning in found.warnings)
 
 
-def test_rope_base_written_by_transformers_5_reaches_the_model(folder):
-    config = json.loads((folder / "config.json").read_text())
-    for key in ("rope_theta", "rope_scaling"):
-        config.pop(key, None)
-    config["rope_parameters"] = {"rope_theta": 500.0, "rope_type": "default"}
-    (folder / "config.json").write_text(json.dumps(config))
-    read = preflight(Source(folder, "tiny")).config
-    assert getattr(read, "rope_theta", None) == 500.0 or read.rope_parameters["rope_theta"] == 500.0
+ROTARY = {"rope_theta": 500.0, "rope_type": "default"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "old", "rotary", "width"),
+    [
+        ("llama", ("rope_theta", "rope_scaling"), ROTARY, 8),
+        ("gpt_neox", ("rotary_emb_base", "rotary_pct", "rope_scaling"), {**ROTARY, "partial_rotary_factor": 0.5}, 4),
+    ],
+)
+def test_rotary_settings_written_by_transformers_5_reach_the_model(folder, model_type, old, rotary, width):
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
+    data = AutoConfig.for_model(model_type, **sizes, vocab_size=288).to_dict()
+    data = {key: value for key, value in data.items() if key not in (*old, "rope_theta", "partial_rotary_factor")}
+    (folder / "config.json").write_text(json.dumps({**data, "rope_parameters": rotary}))
+    model = AutoModelForCausalLM.from_config(read_config(folder)[0])
+    expected = 500.0 ** -(torch.arange(0, width, 2) / width)
+    torch.testing.assert_close(model.base_model.rotary_emb.inv_freq, expected)
 
 
 # Names that transformers converts while loading

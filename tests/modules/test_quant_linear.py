@@ -9,7 +9,9 @@ from llmcompress.modules.quant_linear import QuantLinear, round_activations
 from llmcompress.modules.scheme import named_scheme
 from llmcompress.numerics.grid import fit, restore, round_to_codes
 
-NAMES = [f"int{bits}_{size}{asym}" for bits in (2, 3, 4, 8) for size in ("channel", "g8", "g32") for asym in ("", "_asym")]
+NAMES = [
+    f"int{bits}_{size}{asym}" for bits in (2, 3, 4, 8) for size in ("channel", "g8", "g32") for asym in ("", "_asym")
+]
 NAMES += ["int8_channel_a8token", "int8_channel_a8tensor"]
 
 
@@ -89,4 +91,6 @@ def test_restored_weights_come_from_codes_alone() -> None:
     from llmcompress.numerics.grid import Fitted
 
     zeros = torch.zeros_like(linear.scale_OG)
-    assert torch.equal(linear.dense_weight(), restore(linear.codes_OI, Fitted(linear.scheme.weights, linear.scale_OG, zeros)))
+    assert torch.equal(
+        linear.dense_weight(), restore(linear.codes_OI, Fitted(linear.scheme.weights, linear.scale_OG, zeros))
+    )

@@ -120,6 +120,8 @@ def test_singular_matrices_raise_the_damping_and_hopeless_ones_give_up() -> None
     assert inverse_factor(indefinite, 0.01) is None
 
 
-@pytest.mark.parametrize(("group", "wanted", "expected"), [(None, 128, 128), (32, 128, 128), (48, 128, 96), (300, 128, 300)])
+@pytest.mark.parametrize(
+    ("group", "wanted", "expected"), [(None, 128, 128), (32, 128, 128), (48, 128, 96), (300, 128, 300)]
+)
 def test_lazy_blocks_never_split_a_group(group: int | None, wanted: int, expected: int) -> None:
     assert block_length(group, wanted) == expected

@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 from llmcompress.numerics.grid import Grid, fit, output_error, restore, round_to_codes
 from tests.reference.grid import round_one_by_one
 
-GRIDS = st.builds(
-    Grid, st.sampled_from([2, 3, 4, 8]), st.booleans(), st.sampled_from([None, 1, 2, 5, 7, 16, 32, 64])
-)
+GRIDS = st.builds(Grid, st.sampled_from([2, 3, 4, 8]), st.booleans(), st.sampled_from([None, 1, 2, 5, 7, 16, 32, 64]))
 SIZES = st.sampled_from([1, 2, 3, 5, 7, 13, 31, 32, 33, 43, 64, 97])
 
 

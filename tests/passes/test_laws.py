@@ -15,8 +15,8 @@ from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.numerics.statistics import Gram
-from llmcompress.passes.base import PASSES, BlockPass
 from llmcompress.passes.apply import apply_passes
+from llmcompress.passes.base import PASSES, BlockPass
 from llmcompress.progress import Silent
 from tests.families import FAMILIES, VOCABULARY, tiny_model
 
@@ -89,9 +89,7 @@ def test_quantizers_never_lose_to_plain_rounding_and_are_deterministic(
     model, rows = compressed(family, make(name, options))
     again, rows_again = compressed(family, make(name, options))
     assert rows == rows_again
-    for (key, tensor), (_, tensor_again) in zip(
-        model.state_dict().items(), again.state_dict().items(), strict=True
-    ):
+    for (key, tensor), (_, tensor_again) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(tensor, tensor_again), key
     assert {row.site for row in rows} == set(map_of(family, model).site_names())
     for row in rows:

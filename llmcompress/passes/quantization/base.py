@@ -25,7 +25,8 @@ class QuantizingPass(BlockPass):
 
     scheme: str = Field("int4_g128", description="int{2,3,4,8}_{gN|channel}[_asym][_a8token|_a8tensor]")
     on_indivisible: Literal["error", "skip", "channel", "pad"] = Field(
-        "error", description="for sites whose inputs do not divide into groups: refuse, leave dense, one scale a row, ragged"
+        "error",
+        description="for sites whose inputs do not divide into groups: refuse, leave dense, one scale a row, ragged",
     )
 
     @field_validator("scheme")
