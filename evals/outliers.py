@@ -2,8 +2,8 @@
 
     python evals/outliers.py --model builtin:books-llama --name books-llama
 
-A few channels of every norm that feeds linears get a 30 times larger gain and the linears' columns shrink by as much: the
-model computes what it did, but its activations now look like those of large models. Writes evals/results/outliers-NAME.json.
+The loudest channel of every norm that feeds linears (by its largest activation) gets a 30 times larger gain and the linears'
+columns shrink by as much: the model computes what it did, but its activations now have the outliers of large models. Writes evals/results/outliers-NAME.json.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from pathlib import Path
 
 import click
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.settings import Calibration
+from llmcompress.calibration.stream import BlockStream
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.evaluation.perplexity import perplexity
 from llmcompress.evaluation.settings import PerplexityTask
@@ -24,7 +26,7 @@ from llmcompress.model.load import load_for_compression
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
 from llmcompress.model.source import find_source
-from llmcompress.model.surgery import apply_fold
+from llmcompress.numerics.statistics import AbsMax
 from llmcompress.passes.apply import apply_passes
 from llmcompress.progress import Silent
 from llmcompress.recipe import parse_recipe
@@ -38,17 +40,25 @@ RECIPES = {
 }
 
 
-def inject(model: PreTrainedModel, model_map: ModelMap, *, channels: int, gain: float, seed: int) -> None:
-    """Multiply random channels of every folded norm by `gain`, and divide the columns that read them."""
-    generator = torch.Generator().manual_seed(seed)
-    for info in model_map.blocks:
-        block = model.get_submodule(info.name)
-        for fold in info.structure.folds:
+def inject(model: PreTrainedModel, model_map: ModelMap, windows_NT: Tensor, *, channels: int, gain: float) -> None:
+    """Multiply the loudest channels of every folded norm by `gain`, and divide the columns that read them."""
+    stream = BlockStream(
+        model,
+        model_map,
+        windows_NT,
+        batch=8,
+        device=torch.device("cpu"),
+        storage_dtype=torch.float32,
+        progress=Silent(),
+    )
+    for work in stream:
+        work.measure(work.sites, (AbsMax,))
+        for fold in work.folds_into(work.sites):
             if fold.producer_is_norm:
-                width = block.get_submodule(fold.producer).weight.numel()
-                divide_P = torch.ones(width)
-                divide_P[torch.randperm(width, generator=generator)[:channels]] = 1 / gain
-                apply_fold(block, fold, divide_P)
+                loudness_C = work.site(fold.consumers[0]).statistic(AbsMax).max_I
+                divide_P = torch.ones(work.producer_channels(fold))
+                divide_P[torch.tensor(fold.channel_map)[loudness_C.topk(channels).indices]] = 1 / gain
+                work.fold(fold, divide_P)
 
 
 @click.command()
@@ -57,7 +67,7 @@ def inject(model: PreTrainedModel, model_map: ModelMap, *, channels: int, gain: 
 @click.option("--text", default="builtin:evaluation", show_default=True, help="measured text, held out")
 @click.option("--name", required=True, help="of the result file and the table row")
 @click.option("--gain", default=30.0, show_default=True)
-@click.option("--channels", default=2, show_default=True, help="outlier channels of every norm")
+@click.option("--channels", default=1, show_default=True, help="outlier channels of every norm")
 @click.option("--window", default=512, show_default=True)
 @click.option("--max-windows", default=200, show_default=True)
 def main(
@@ -70,10 +80,10 @@ def main(
     for label, passes in {"dense": "", **RECIPES}.items():
         loaded = load_for_compression(source, dtype=torch.float32)
         model_map = map_model(loaded.model)
-        inject(loaded.model, model_map, channels=channels, gain=gain, seed=0)
+        settings = Calibration(source=calibration, samples=64, tokens=256)
+        data = calibration_windows(settings, loaded.tokenizer, max_positions=window, seed=0, progress=Silent())
+        inject(loaded.model, model_map, data.windows_NT, channels=channels, gain=gain)
         if passes:
-            settings = Calibration(source=calibration, samples=64, tokens=256)
-            data = calibration_windows(settings, loaded.tokenizer, max_positions=window, seed=0, progress=Silent())
             apply_passes(
                 loaded.model,
                 model_map,

@@ -130,6 +130,13 @@ def test_links_lead_somewhere(document):
     assert not [target for target in targets if not (document.parent / target).exists()]
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=named)
+def test_paths_named_are_there(document):
+    text = document.read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:configs|docs|evals|llmcompress|scripts|tests)/[^`\s*{]*)`", text)
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
 def tree() -> set[str]:
     """Paths in the README's tree, relative to the root."""
     text = next(block.text for block in blocks(README) if block.language == "text")

@@ -65,7 +65,7 @@ class BlockWork:
     def producer_channels(self, fold: Fold) -> int:
         """How many channels a fold's producer gives out."""
         if fold.producer_is_norm:
-            return self.module.get_submodule(fold.producer).weight.numel()
+            return self.module.get_parameter(f"{fold.producer}.weight").numel()
         return self.info.structure.site(fold.producer).outputs
 
     def fold(self, fold: Fold, divide_P: Tensor) -> None:
@@ -153,7 +153,7 @@ class BlockStream:
         self._blocks = [block for _, block in named]
         self._hidden: list[Tensor] = []
         self._calls: list[list[BlockCall]] = []
-        for ids_BT in windows_NT.split(batch) if len(windows_NT) else ():
+        for ids_BT in torch.split(windows_NT, batch) if len(windows_NT) else ():
             recording = record(model, named, ids_BT)
             first = self._calls[0] if self._calls else recording.calls
             self._hidden.append(recording.hidden)

@@ -23,9 +23,10 @@ def disk_errors(where: Path, *, saved: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as problem:
-        full = isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        # safetensors passes the system's message on, but not its number
+        full = any(os.strerror(code) in str(problem) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
         raise CompressError(
-            "output.disk-full" if full or "No space left" in str(problem) else "output.write-failed",
+            "output.disk-full" if full else "output.write-failed",
             f"writing failed: {problem}",
             where=str(where),
             fix="free disk space and run the same command again",

@@ -23,6 +23,8 @@ class Observed:
     output: Tensor
     inputs: dict[str, Tensor] = field(default_factory=dict)
     """Every executed tap's input, in order of execution."""
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    """All arguments of the same taps."""
     wanted: frozenset[str] = frozenset()
     """Not empty: all that this forward is run for."""
 
@@ -99,6 +101,7 @@ def _observe(observed: Observed, name: str, module: nn.Module, mask: Tensor | No
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         value = args[0] if args else next(iter(kwargs.values()))
         observed.inputs[name] = value
+        observed.calls[name] = (args, kwargs)
         if observed.wanted and observed.wanted <= observed.inputs.keys():
             raise _SeenEnough
         if mask is None:

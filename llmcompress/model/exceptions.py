@@ -32,11 +32,12 @@ class Kept:
 
 def _is_router(parent: nn.Module, module: nn.Module, parameter: nn.Parameter) -> bool:
     rows = sizes(module)[0] if isinstance(module, LINEARS) else parameter.shape[0]
-    return parameter.dim() == 2 and rows in _expert_counts(parent)
+    in_bank = any(_is_bank(parent, module, other) for other in module.parameters(recurse=False))  # a bank's biases
+    return parameter.dim() == 2 and not in_bank and rows in _expert_counts(parent)
 
 
 def _is_bank(parent: nn.Module, module: nn.Module, parameter: nn.Parameter) -> bool:
-    return parameter.dim() == 3 and not isinstance(module, _ConvNd)
+    return parameter.dim() == 3 and not isinstance(module, _ConvNd)  # the kernel of a convolution is 3-D too
 
 
 def _is_loose_matrix(parent: nn.Module, module: nn.Module, parameter: nn.Parameter) -> bool:
@@ -66,6 +67,6 @@ def refusals(block: nn.Module) -> list[Refusal]:
 
 def _expert_counts(parent: nn.Module) -> set[int]:
     """Lengths of the lists and banks of experts that stand directly in a module."""
-    children = list(parent.children())
-    lists = {len(child) for child in children if isinstance(child, nn.ModuleList)}
-    return lists | {p.shape[0] for child in children for p in child.parameters(recurse=False) if p.dim() == 3}
+    lists = {len(child) for child in parent.children() if isinstance(child, nn.ModuleList)}
+    matrices = ((child, p) for child in parent.children() for p in child.parameters(recurse=False))
+    return lists | {p.shape[0] for child, p in matrices if _is_bank(parent, child, p)}

@@ -77,16 +77,16 @@ def _candidates(
 
 def _gain_offset(norm: nn.Module, base: Observed, name: str) -> float | None:
     """0 for a norm whose gain is its weight, 1 where the gain is 1 + weight, None for neither or an unused norm."""
-    if name not in base.inputs:
+    if name not in base.calls:
         return None
-    x = base.inputs[name]
-    before = norm(x)
+    args, kwargs = base.calls[name]
+    before = norm(*args, **kwargs)
     for offset in (0.0, 1.0):
         saved = {k: v.clone() for k, v in norm.state_dict().items()}
         for key, parameter in norm.named_parameters():
             add = offset if key == "weight" else 0.0
             parameter.data = (parameter.data + add) * 2 - add
-        after = norm(x)
+        after = norm(*args, **kwargs)
         norm.load_state_dict(saved)
         if torch.allclose(after, 2 * before, rtol=1e-4, atol=1e-5):
             return offset

@@ -36,19 +36,23 @@ class LinearSite:
     @property
     def weight_OI(self) -> Tensor:
         """A float32 copy of the weight, outputs × inputs."""
-        weight = self.module.weight.detach()
-        return (weight.T if self.info.transposed and not self.is_quantized else weight).float().clone()
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        flipped = self.info.transposed and not self.is_quantized
+        return (weight.T if flipped else weight).detach().float().clone()
 
     @property
     def bias_O(self) -> Tensor | None:
         bias = self.module.bias
-        return None if bias is None else bias.detach().clone()
+        return bias.detach().clone() if isinstance(bias, Tensor) else None
 
     def write(self, weight_OI: Tensor) -> None:
         """Set the dense weight."""
         assert not self.is_quantized, f"{self.name} already holds codes"
         with torch.no_grad():
-            self.module.weight.copy_(weight_OI.T if self.info.transposed else weight_OI)
+            self._block.get_parameter(f"{self.info.name}.weight").copy_(
+                weight_OI.T if self.info.transposed else weight_OI
+            )
 
     def replace(self, module: nn.Module) -> None:
         """Put another module at the site."""

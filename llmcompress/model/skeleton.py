@@ -159,14 +159,23 @@ def recorders(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> Iter
 
 @torch.no_grad()
 def record(model: PreTrainedModel, blocks: Sequence[tuple[str, nn.Module]], input_ids_BT: Tensor) -> Recording:
-    """What the blocks of the model would be called with for these tokens; no block runs on them."""
+    """What the blocks of the model would be called with for these tokens; no block runs on them.
+
+    Raises: CompressError when the model does not pass one hidden state from block to block.
+    """
     decoder = model.base_model
     with recorders(model, blocks) as standing:
         decoder(input_ids=input_ids_BT[:1, :2], use_cache=False)
         decoder(input_ids=input_ids_BT, use_cache=False)
         hidden = standing[0].hidden
         calls = [recorder.call for recorder in standing]
-    assert hidden is not None and hidden.shape[:2] == input_ids_BT.shape, "the first block was not given the batch"
+    if hidden is None or None in calls or hidden.dim() != 3 or hidden.shape[:2] != input_ids_BT.shape:
+        raise CompressError(
+            "model.other-blocks",
+            f"the blocks of {type(model).__name__} are not run one after the other on one hidden state per token",
+            where=blocks[0][0] if hidden is None else f"{blocks[0][0]}: input of shape {tuple(hidden.shape)}",
+            fix="only plain decoders can be compressed",
+        )
     return Recording(hidden, [call for call in calls if call is not None])
 
 

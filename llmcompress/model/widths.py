@@ -15,8 +15,8 @@ from llmcompress.model.map import WidthGroup, WidthPart
 Unit = tuple[list[int], list[int]]
 """Channels (in the numbering of a `Channels`) and input columns of the reader."""
 
-_MOST_UNITS_BY_SEARCH = 1024
-"""Attention has at most a few hundred KV groups; a dependence finer than this is no unit of a model."""
+_MOST_UNITS_BY_SEARCH = 256
+"""More KV groups than any attention has; every unit costs a few forwards."""
 
 
 def width_group(bench: Bench, channels: Channels, link: Link, readers: Sequence[str]) -> WidthGroup | None:
@@ -25,6 +25,8 @@ def width_group(bench: Bench, channels: Channels, link: Link, readers: Sequence[
     `bench` holds sequences of several tokens, so that attention shows which queries and keys belong to a value.
     `readers` are the linears that read the same tensor as the link's reader.
     """
+    if link.reader not in bench.base.inputs:  # an expert that no token of these sequences reached
+        return None
     units = _units_of_single_tokens(link)
     if not _complete(bench, channels, link.reader, units):
         units = _units_by_search(bench, channels, link.reader)
@@ -64,20 +66,21 @@ def _complete(bench: Bench, channels: Channels, reader: str, units: Sequence[Uni
 
 def _units_by_search(bench: Bench, channels: Channels, reader: str) -> list[Unit]:
     """Grow a unit from one column: all channels behind it, all columns behind those, until nothing is added."""
-    waiting, taken = set(range(bench.base.inputs[reader].shape[-1])), set[int]()
+    width = bench.base.inputs[reader].shape[-1]
+    waiting, taken = set(range(width)), set[int]()
     units: list[Unit] = []
-    while waiting and len(units) < _MOST_UNITS_BY_SEARCH:
+    while waiting:
         columns, more = set[int](), {min(waiting)}
         while more != columns:
             columns = more
             rows = _channels_behind(bench, channels, reader, sorted(columns))
             more = columns | _columns_moved(bench, channels, reader, sorted(rows))
-        if not rows or rows & taken or not columns <= waiting:
+        if not rows or rows & taken or not columns <= waiting or len(columns) * _MOST_UNITS_BY_SEARCH < width:
             return []
         units.append((sorted(rows), sorted(columns)))
         waiting -= columns
         taken |= rows
-    return [] if waiting else _ordered(units)
+    return _ordered(units)
 
 
 @torch.enable_grad()

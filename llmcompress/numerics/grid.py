@@ -27,12 +27,12 @@ class Grid:
     @property
     def low(self) -> int:
         """Smallest code."""
-        return -(2 ** (self.bits - 1))
+        return -(1 << (self.bits - 1))
 
     @property
     def high(self) -> int:
         """Largest code."""
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
     def groups(self, inputs: int) -> int:
         """Number of scales a row of `inputs` weights has; a ragged last group counts."""

@@ -45,6 +45,8 @@ CASES = {
     "per token, flat inputs": Case("opt", ("int8_channel_a8token",)),
     "mixed": Case("llama", ("int4_g32", "int8_channel", "int3_g32_asym", "int8_channel_a8token")),
     "opt": Case("opt", ("int4_g32",)),
+    "falcon": Case("falcon_old", ("int4_g32",)),
+    "bloom": Case("bloom", ("int8_channel",)),
     "float32 storage": Case("llama", ("int4_g32",), storage=torch.float32),
     "ragged": Case("llama_odd", ("int4_g32",), exact=DENSE),
     "ragged and not": Case("phi3", ("int4_g40", "int4_g32"), exact=DENSE),

@@ -1,4 +1,4 @@
-"""What every pass must hold on every family, with random weights: identities and guarantees, never orderings of quality."""
+"""What every pass must hold on every family with random weights: identities and guarantees, no orderings of quality."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
@@ -11,6 +13,9 @@ from llmcompress.errors import CompressError, ExitCode
 from llmcompress.model.map import ModelMap
 from llmcompress.modules.scheme import Scheme, named_scheme
 from llmcompress.passes.base import BlockPass
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+"""A block or expert in a site's name: the error lists kinds of sites, not every one of thousands."""
 
 OnIndivisible = Literal["error", "skip", "channel", "pad"]
 
@@ -87,7 +92,7 @@ def _try(chosen: HasScheme, name: str, inputs: int, problems: dict[str, Indivisi
 
 def indivisible_error(found: Sequence[Indivisible]) -> CompressError:
     """One error for all sites that do not divide, with every way out."""
-    rows = [f"{row.site}: {row.inputs} inputs, {row.scheme.name}" for row in found]
+    rows = Counter(f"{re.sub(_NUMBER, '*', row.site)}: {row.inputs} inputs, {row.scheme.name}" for row in found)
     scheme, group = found[0].scheme, found[0].scheme.weights.group or 0
     fixes = [f"`scheme: {replace(scheme, weights=replace(scheme.weights, group=None)).name}`"]
     smaller = _largest_group(group, [row.inputs for row in found])
@@ -102,7 +107,7 @@ def indivisible_error(found: Sequence[Indivisible]) -> CompressError:
     return CompressError(
         "scheme.indivisible",
         f"{sites} that do not divide into the scheme's groups",
-        where="; ".join(rows),
+        where="; ".join(f"{row} ({count} sites)" if count > 1 else row for row, count in rows.items()),
         fix="use " + ", or ".join(fixes[:-1]) + "; " + fixes[-1],
         exit_code=ExitCode.USAGE,
     )

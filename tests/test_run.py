@@ -1,0 +1,214 @@
+"""The run folder: blocks come back bit for bit, torn journals heal, one process at a time, no other settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from llmcompress.errors import CompressError, ExitCode
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.run import Run
+from tests.export.quantized import quantized_model
+from tests.families import tiny_model, tiny_tokens
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = {"recipe": "abc", "model": "123"}
+ROWS = [SiteReport(site="a.b", algorithm="gptq", scheme="int4_g32", error=0.1 + 0.2, tokens=7)]
+SCHEMES = ["int4_g32", "int3_g32_asym", "int8_channel_a8token", "int8_channel_a8tensor", "int2_channel"]
+
+
+def _open(output: Path, *, fresh: bool = False, **changed: str) -> Run:
+    return Run.open(output, fingerprint={**SETTINGS, **changed}, lock_text="passes: [rtn]\n", fresh=fresh)
+
+
+def _block(value: float) -> nn.Module:
+    block = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    nn.init.constant_(block[0].weight, value)
+    return block
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2", "mixtral"])
+def test_blocks_come_back_bit_for_bit(tmp_path, family):
+    model, again = quantized_model(family, SCHEMES), tiny_model(family, seed=1)
+    paths = [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and name.count(".") <= 2]
+    blocks, fresh_blocks = (list(m.get_submodule(paths[0])) for m in (model, again))
+    with _open(tmp_path / "out") as run:
+        for index, block in enumerate(blocks):
+            run.save_block(index, block, ROWS)
+    with _open(tmp_path / "out") as run:
+        assert run.finished_blocks() == list(range(len(blocks)))
+        for index, block in enumerate(fresh_blocks):
+            assert run.restore_block(index, block) == ROWS
+    for block, back in zip(blocks, fresh_blocks, strict=True):
+        assert not back.training
+        state, found = block.state_dict(), back.state_dict()
+        assert state.keys() == found.keys()
+        assert all(_same_bits(tensor, found[name]) for name, tensor in state.items())
+        assert [part.spec() for part in block.modules() if isinstance(part, QuantLinear)] == [
+            part.spec() for part in back.modules() if isinstance(part, QuantLinear)
+        ]
+    outside = {name: part for name, part in model.state_dict().items() if not name.startswith(paths[0])}
+    again.load_state_dict({**again.state_dict(), **outside})
+    with torch.no_grad():
+        assert torch.equal(model(tiny_tokens(family)).logits, again(tiny_tokens(family)).logits)
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and bytes(a.contiguous().numpy()) == bytes(b.contiguous().numpy())
+
+
+def test_a_damaged_or_lost_block_ends_what_is_finished(tmp_path):
+    with _open(tmp_path / "out") as run:
+        for index in range(4):
+            run.save_block(index, _block(index), [])
+        folder = run.folder
+    damaged = folder / "blocks" / "002.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x01")
+    with _open(tmp_path / "out") as run:
+        assert run.finished_blocks() == [0, 1]
+        run.save_block(2, _block(2), ROWS)
+        assert run.finished_blocks() == [0, 1, 2, 3]
+    (folder / "blocks" / "000.safetensors").unlink()
+    with _open(tmp_path / "out") as run:
+        assert run.finished_blocks() == []
+
+
+@pytest.mark.parametrize("tail", [b'{"block": 2, "sha', b'{"block": 2}', b"\x00\x00\x00", b'{"torn\n{"block": 3}\n'])
+def test_a_torn_journal_is_cut_and_goes_on(tmp_path, tail):
+    with _open(tmp_path / "out") as run:
+        for index in range(2):
+            run.save_block(index, _block(index), ROWS)
+        journal = run.folder / "journal.jsonl"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + tail)
+    with _open(tmp_path / "out") as run:
+        assert journal.read_bytes() == whole and run.finished_blocks() == [0, 1]
+        run.save_block(2, _block(2), ROWS)
+    with _open(tmp_path / "out") as run:
+        assert run.finished_blocks() == [0, 1, 2]
+        assert run.restore_block(2, _block(9)) == ROWS
+    assert all(json.loads(line) for line in journal.read_text().splitlines())
+
+
+def test_a_block_without_its_journal_line_is_not_finished(tmp_path):
+    with _open(tmp_path / "out") as run:
+        run.save_block(0, _block(0), [])
+        (run.folder / "journal.jsonl").unlink()
+    with _open(tmp_path / "out") as run:
+        assert run.finished_blocks() == []
+
+
+def test_other_settings_are_refused_with_the_difference_and_a_way_out(tmp_path):
+    with _open(tmp_path / "out") as run:
+        run.save_block(0, _block(0), [])
+    with pytest.raises(CompressError) as caught:
+        _open(tmp_path / "out", recipe="other")
+    error = caught.value
+    assert error.exit_code == ExitCode.USAGE and "recipe: abc → other" in error.where and "--fresh" in error.fix
+    assert "model" not in error.where.split("(")[1]
+    with _open(tmp_path / "out") as run:
+        assert run.finished_blocks() == [0], "the refusal changed nothing"
+    with _open(tmp_path / "out", recipe="other", fresh=True) as run:
+        assert run.finished_blocks() == []
+    with _open(tmp_path / "out", recipe="other"):
+        pass
+
+
+def test_the_recipe_lies_beside_as_it_was_given(tmp_path):
+    with _open(tmp_path / "out") as run:
+        run.log("started", blocks=3)
+        assert (run.folder / "lock.yaml").read_text() == "passes: [rtn]\n"
+        assert json.loads((run.folder / "log.jsonl").read_text())["blocks"] == 3
+
+
+def test_a_second_run_is_refused_while_the_first_lives(tmp_path):
+    with _open(tmp_path / "out"), pytest.raises(CompressError) as caught:
+        _open(tmp_path / "out")
+    assert caught.value.code == "run.locked" and str(os.getpid()) in str(caught.value)
+    with _open(tmp_path / "out"):
+        pass
+
+
+def test_a_refused_start_gives_the_lock_back(tmp_path):
+    with _open(tmp_path / "out"):
+        pass
+    for _ in range(2):
+        with pytest.raises(CompressError, match=r"run\.other"):
+            _open(tmp_path / "out", recipe="other")
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
+    program = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom llmcompress.run import Run\n"
+        f"Run.open(Path(sys.argv[1]), fingerprint={SETTINGS!r}, lock_text='', fresh=False)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "out")], env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == -9 and (tmp_path / "out.run" / "process.json").exists()
+    with _open(tmp_path / "out"):
+        pass
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f'{{"pid": {os.getpid()}, "started": 1.0}}', "{}", "not json", '{"pid": -5}'],
+    ids=["used again", "empty", "no JSON", "negative"],
+)
+def test_a_lock_that_names_no_living_process_is_stale(tmp_path, text):
+    """The first is a process id that was used again."""
+    (tmp_path / "out.run").mkdir()
+    (tmp_path / "out.run" / "process.json").write_text(text)
+    with _open(tmp_path / "out"):
+        pass
+
+
+def test_an_empty_lock_is_stale_once_it_is_old(tmp_path):
+    (tmp_path / "out.run").mkdir()
+    lock = tmp_path / "out.run" / "process.json"
+    lock.touch()
+    with pytest.raises(CompressError, match="just starting"):
+        _open(tmp_path / "out")
+    os.utime(lock, (time.time() - 60, time.time() - 60))
+    with _open(tmp_path / "out"):
+        pass
+
+
+def test_a_finished_run_leaves_nothing(tmp_path):
+    with _open(tmp_path / "out") as run:
+        run.save_block(0, _block(0), [])
+        run.discard()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_keeps_the_blocks_before_it(tmp_path):
+    """A limit on file size stands for a full disk: the write fails halfway."""
+    program = (
+        "import resource, signal, sys\nfrom pathlib import Path\nfrom torch import nn\n"
+        "from llmcompress.run import Run\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"run = Run.open(Path(sys.argv[1]), fingerprint={SETTINGS!r}, lock_text='', fresh=False)\n"
+        "run.save_block(0, nn.Linear(3, 3), [])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "try:\n    run.save_block(1, nn.Linear(300, 300), [])\n"
+        "except ValueError as error:\n    print(error.code, int(error.exit_code), error.saved)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "out")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert "output.disk-full 4 the 1 blocks before it" in done.stdout, done.stderr
+    with Run.open(tmp_path / "out", fingerprint=SETTINGS, lock_text="", fresh=False) as run:
+        assert run.finished_blocks() == [0]
