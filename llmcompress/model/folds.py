@@ -31,8 +31,8 @@ def linear_folds(channels: Channels, links: Sequence[Link], readers: Sequence[Se
     return _candidates(channels, links, readers, 0.0, is_norm=False)
 
 
-def legal(bench: Bench, fold: Fold, *, seed: int = 0) -> bool:
-    """Whether the block computes the same after random factors are folded in: powers of two, then any numbers.
+def legal(bench: Bench, folds: Sequence[Fold], *, seed: int = 0) -> bool:
+    """Whether the block computes the same after random factors go into all these folds: powers of two, then any.
 
     float32 throughout: right folds differ by about 1e-6 of the block's change to the hidden state, wrong ones by
     about 1.
@@ -40,14 +40,15 @@ def legal(bench: Bench, fold: Fold, *, seed: int = 0) -> bool:
     before = bench.base.output
     scale = (before - bench.hidden).square().mean().sqrt()
     generator = torch.Generator().manual_seed(seed)
-    exponents = torch.rand(_producer_width(bench, fold), generator=generator) * 4 - 2
-    for factors in (2.0 ** exponents.round(), 2.0**exponents):
-        touched = [bench.block.get_submodule(name) for name in (fold.producer, *fold.consumers)]
-        saved = [{k: v.clone() for k, v in module.state_dict().items()} for module in touched]
-        apply_fold(bench.block, fold, _only_read(fold, factors))
+    exponents = [torch.rand(_producer_width(bench, fold), generator=generator) * 4 - 2 for fold in folds]
+    touched = {name: bench.block.get_submodule(name) for fold in folds for name in (fold.producer, *fold.consumers)}
+    for whole in (True, False):
+        saved = {name: {k: v.clone() for k, v in module.state_dict().items()} for name, module in touched.items()}
+        for fold, exponent in zip(folds, exponents, strict=True):
+            apply_fold(bench.block, fold, _only_read(fold, 2.0 ** (exponent.round() if whole else exponent)))
         after = bench.run().output
-        for module, state in zip(touched, saved, strict=True):
-            module.load_state_dict(state)
+        for name, module in touched.items():
+            module.load_state_dict(saved[name])
         if not (after - before).abs().max() <= 1e-4 * scale:
             return False
     return True

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ from llmcompress.model.folds import legal, linear_folds, norm_folds
 from llmcompress.model.follow import Channels, follow
 from llmcompress.model.map import BlockStructure, Fold, InputGroup, Refusal, SiteInfo, WidthGroup
 from llmcompress.model.skeleton import record
-from llmcompress.model.widths import width_group
+from llmcompress.model.widths import removable, width_group
 
 _FEWEST_TOKENS, _MOST_TOKENS = 16, 1024
 _SEQUENCE = 8
@@ -23,6 +25,7 @@ _SEQUENCE = 8
 
 Blocks = Sequence[tuple[str, nn.Module]]
 Group = list[str]
+Item = TypeVar("Item")
 
 
 @torch.no_grad()
@@ -43,12 +46,12 @@ def block_structure(model: PreTrainedModel, blocks: Blocks, index: int, token: i
     groups = [group for group in ([name for name in group if name not in kept] for group in readers) if group]
     folds, widths = _experiments(single, sequence, readers, groups)
     order = list(base.inputs)
-    allowed = [fold for fold in folds if not kept.intersection(fold.consumers) and legal(sequence, fold)]
+    allowed = [fold for fold in folds if not kept.intersection(fold.consumers)]
     return BlockStructure(
         sites=tuple(_site(name, single.linears[name]) for group in groups for name in group),
         groups=tuple(InputGroup(tuple(group)) for group in groups),
-        folds=tuple(sorted(allowed, key=lambda fold: order.index(fold.producer))),
-        width_groups=tuple(widths),
+        folds=tuple(sorted(_passing(allowed, partial(legal, sequence)), key=lambda fold: order.index(fold.producer))),
+        width_groups=tuple(_passing(widths, partial(removable, sequence))),
         refused=tuple(refused),
     )
 
@@ -56,7 +59,7 @@ def block_structure(model: PreTrainedModel, blocks: Blocks, index: int, token: i
 def _experiments(
     single: Bench, sequence: Bench, readers: list[Group], groups: list[Group]
 ) -> tuple[list[Fold], list[WidthGroup]]:
-    """Candidate folds and the width groups."""
+    """Candidates for folds and width groups."""
     folds, widths = norm_folds(single, readers), list[WidthGroup]()
     for stage in _stages(groups):
         names = [name for group in stage for name in group]
@@ -88,6 +91,14 @@ def _all_alive(bench: Bench) -> bool:
     inputs = (bench.base.rows_NI(name) for name in bench.linears)
     seen = (x_NI.abs() > 0.01 * x_NI.square().mean().sqrt() for x_NI in inputs if x_NI is not None)
     return all(bool((alive_NI.sum(0) >= 2).all()) for alive_NI in seen)
+
+
+def _passing(items: list[Item], test: Callable[[list[Item]], bool]) -> list[Item]:
+    """The items that pass a test which many can take together; halved where they do not."""
+    if not items or test(items):
+        return items
+    half = len(items) // 2
+    return [] if not half else _passing(items[:half], test) + _passing(items[half:], test)
 
 
 def _groups_by_input(base: Observed, linears: Sequence[str]) -> list[Group]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from llmcompress.model.bench import Bench
+from llmcompress.model.bench import Bench, sizes
 from llmcompress.model.follow import NONE, Channels, Link
 from llmcompress.model.map import WidthGroup, WidthPart
 
@@ -20,7 +20,7 @@ _MOST_UNITS_BY_SEARCH = 256
 
 
 def width_group(bench: Bench, channels: Channels, link: Link, readers: Sequence[str]) -> WidthGroup | None:
-    """The units behind the columns of one reader, or None when there are fewer than two or they are not separate.
+    """The units behind the columns of one reader, or None when there are fewer than two.
 
     `bench` holds sequences of several tokens, so that attention shows which queries and keys belong to a value.
     `readers` are the linears that read the same tensor as the link's reader.
@@ -30,9 +30,29 @@ def width_group(bench: Bench, channels: Channels, link: Link, readers: Sequence[
     units = _units_of_single_tokens(link)
     if not _complete(bench, channels, link.reader, units):
         units = _units_by_search(bench, channels, link.reader)
-    if len(units) < 2 or not _removable(bench, channels, readers, units):
+    if len(units) < 2:
         return None
     return WidthGroup(len(units), tuple(_parts(channels, readers, units)))
+
+
+def removable(bench: Bench, groups: Sequence[WidthGroup]) -> bool:
+    """Whether, once a random half of the units is cut off from their readers, their rows change nothing at all."""
+    generator = torch.Generator().manual_seed(3)
+    masks: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
+    for group in groups:
+        half = [unit for unit in range(group.units) if torch.rand((), generator=generator) < 0.5] or [0]
+        for part in group.parts:
+            outputs, inputs = sizes(bench.linears[part.site])
+            chosen = [index for unit in half for index in part.indices[unit]]
+            if part.axis == "columns":
+                masks.setdefault(part.site, torch.ones(inputs))[chosen] = 0
+            else:
+                scales.setdefault(part.site, torch.ones(outputs))[chosen] = 0.5 + torch.rand(
+                    len(chosen), generator=generator
+                )
+    before, after = bench.run(masks=masks).output, bench.run(scales, masks=masks).output
+    return bool(torch.allclose(before, after, rtol=1e-5, atol=1e-5))
 
 
 def _units_of_single_tokens(link: Link) -> list[Unit]:
@@ -100,19 +120,6 @@ def _columns_moved(bench: Bench, channels: Channels, reader: str, rows: Sequence
     assert before is not None and after is not None and before.shape == after.shape
     moved = ((after - before).abs() > 1e-6 * before.abs().amax()).any(0)
     return set(moved.nonzero().flatten().tolist())
-
-
-def _removable(bench: Bench, channels: Channels, readers: Sequence[str], units: Sequence[Unit]) -> bool:
-    """Whether, once a random half of the units is cut off from the readers, its channels change nothing at all."""
-    generator = torch.Generator().manual_seed(3)
-    half = [unit for unit in units if torch.rand((), generator=generator) < 0.5] or list(units[:1])
-    mask = torch.ones(bench.base.inputs[readers[0]].shape[-1])
-    mask[[column for _, columns in half for column in columns]] = 0
-    masks = dict.fromkeys(readers, mask)
-    rows = [row for rows, _ in half for row in rows]
-    before = bench.run(masks=masks).output
-    after = bench.run(channels.split(_changed(channels, rows)), masks=masks).output
-    return bool(torch.allclose(before, after, rtol=1e-5, atol=1e-5))
 
 
 def _changed(channels: Channels, rows: Sequence[int]) -> Tensor:

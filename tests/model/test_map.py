@@ -337,7 +337,7 @@ def test_wrong_folds_fail_the_legality_check(family, wrong):
     recording = record(model, blocks, tiny_tokens(family))
     bench = Bench(blocks[0][1], recording.calls[0], recording.hidden)
     before = copy.deepcopy(bench.block.state_dict())
-    assert not legal(bench, wrong)
+    assert not legal(bench, [wrong])
     assert all(torch.equal(value, before[key]) for key, value in bench.block.state_dict().items())
 
 

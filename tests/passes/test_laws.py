@@ -108,6 +108,27 @@ def test_eight_bits_hardly_move_the_logits(family: str) -> None:
         assert (logits(model) - dense).abs().max() < 0.05 * dense.abs().max()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_smoothquant_then_gptq_in_eight_bits_hardly_moves_the_logits(family: str) -> None:
+    dense = logits(tiny_model(family, seed=1))
+    model, rows = compressed(
+        family, make("smoothquant", {"folds": "all"}), make("gptq", {"scheme": "int8_channel_a8token"})
+    )
+    assert {row.algorithm for row in rows} >= {"gptq"}
+    assert (logits(model) - dense).abs().max() < 0.1 * dense.abs().max()
+
+
+def test_awq_scales_then_gptq_rounding_equals_gptq_on_the_scaled_weights() -> None:
+    """The second pass sees what the first one left: folded weights, and statistics measured again."""
+    scales, rounding = make("awq", {"scheme": "int3_g32", "round": False}), make("gptq", {"scheme": "int3_g32"})
+    together, rows = compressed("llama_gqa", scales, rounding)
+    assert [row.algorithm for row in rows].count("gptq") == 7 * 3
+    again, _ = compressed("llama_gqa", scales, rounding)
+    assert torch.equal(logits(together), logits(again))
+    alone, _ = compressed("llama_gqa", rounding)
+    assert not torch.equal(logits(together), logits(alone))
+
+
 @pytest.mark.parametrize("name", list(PASSES))
 def test_sites_not_selected_are_bit_identical(name: str) -> None:
     before = tiny_model("llama_gqa", seed=1).state_dict()
