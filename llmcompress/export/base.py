@@ -41,29 +41,38 @@ class Layout:
         return self.bits if self.format == "pack-quantized" else 8
 
 
-def layout_on_disk(scheme: Scheme) -> Layout:
+def layout_on_disk(scheme: Scheme, *, packable: bool = True) -> Layout:
     """The layout that every supported version of transformers and compressed-tensors reads alike.
 
     Measured (docs/decisions/0004-saved-formats.md): only 2, 4 and 8 bits are packed the same way by all versions, and
     transformers 5 cannot load packed zero points. Code minus zero point needs one bit more and no zero point.
+    `packable` is False where loaders build a subclass of `nn.Linear` (Falcon): 5 fails on its missing `weight`.
     """
     grid = scheme.weights
     if scheme.activations:
         return Layout("int-quantized", grid.bits, grid.symmetric)
     needed = grid.bits if grid.symmetric else grid.bits + 1
-    if needed > 8:
-        return Layout("naive-quantized", grid.bits, symmetric=False)
+    if needed > 8 or not packable:
+        return Layout("naive-quantized", grid.bits, grid.symmetric)
     return Layout("pack-quantized", next(width for width in (2, 4, 8) if width >= needed), symmetric=True)
 
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """A site as a saver sees it; `is_linear`: loaders build an `nn.Linear` there, not a Conv1D."""
+    """A site as a saver sees it."""
 
     name: str
     scheme: Scheme
     inputs: int
     is_linear: bool = True
+    """Loaders build an `nn.Linear` there, not a Conv1D."""
+    packable: bool = True
+    """And no subclass of it."""
+
+    @property
+    def layout(self) -> Layout:
+        """How its codes are stored."""
+        return layout_on_disk(self.scheme, packable=self.packable)
 
     @property
     def group(self) -> int | None:
@@ -106,7 +115,7 @@ def problems(sites: Iterable[PlannedSite], *, merged_on_load: bool) -> list[Unsu
     sites = list(sites)
     # transformers 5 recognises experts by this word too, and reads all of them with the scheme of the first
     experts = [site for site in sites if "experts" in site.name]
-    mixed = len({(layout_on_disk(site.scheme), site.group, site.scheme.activations) for site in experts}) > 1
+    mixed = len({(site.layout, site.group, site.scheme.activations) for site in experts}) > 1
     found = []
     for site in sites:
         reason = _problem(site, merged_on_load)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmcompress.errors import CompressError
-from llmcompress.export.base import PlannedSite, Saved, layout_on_disk, problems
+from llmcompress.export.base import Layout, PlannedSite, Saved, problems
 from llmcompress.export.checkpoint import linears_of_loader, merges_on_load, quantized_sites, write_model
 from llmcompress.export.config import portable_config
 from llmcompress.export.plain import dense_tensors
@@ -36,12 +36,7 @@ def save_compressed_tensors(
     Raises: CompressError when such a site also rounds activations (`check_format` says so before any work).
     """
     sites, linears = quantized_sites(model), linears_of_loader(model)
-    planned = {
-        name: PlannedSite(
-            name, site.scheme, site.in_features, is_linear=issubclass(linears.get(name, nn.Linear), nn.Linear)
-        )
-        for name, site in sites.items()
-    }
+    planned = {name: _planned(name, site, linears.get(name, nn.Linear)) for name, site in sites.items()}
     dense: dict[str, str] = {}
     for problem in problems(planned.values(), merged_on_load=merges_on_load(model)):
         if not problem.dense_instead:
@@ -57,7 +52,7 @@ def save_compressed_tensors(
     def tensors(name: str, site: QuantLinear) -> dict[str, Tensor]:
         if name in dense:
             return dense_tensors(site, linears.get(name, nn.Linear), storage_dtype)
-        return coded_tensors(site, storage_dtype)
+        return coded_tensors(site, planned[name].layout, storage_dtype)
 
     config = portable_config(model, storage_dtype)
     coded = [planned[name] for name in sites if name not in dense]
@@ -70,9 +65,9 @@ def save_compressed_tensors(
     return Saved(files, size, "compressed-tensors" if coded else "plain", dense)
 
 
-def coded_tensors(site: QuantLinear, storage_dtype: torch.dtype) -> dict[str, Tensor]:
+def coded_tensors(site: QuantLinear, layout: Layout, storage_dtype: torch.dtype) -> dict[str, Tensor]:
     """A site as the library's compressors lay it out."""
-    layout, codes_OI = layout_on_disk(site.scheme), site.codes_OI
+    codes_OI = site.codes_OI
     tensors = {"weight_scale": site.scale_OG.to(storage_dtype)}
     if site.zero_OG is not None and layout.symmetric:
         codes_OI = codes_OI - spread(site.zero_OG, site.scheme.weights, site.in_features)
@@ -88,6 +83,16 @@ def coded_tensors(site: QuantLinear, storage_dtype: torch.dtype) -> dict[str, Te
     if site.bias is not None:
         tensors["bias"] = site.bias.detach().to(storage_dtype)
     return tensors
+
+
+def _planned(name: str, site: QuantLinear, loader_class: type[nn.Module]) -> PlannedSite:
+    return PlannedSite(
+        name,
+        site.scheme,
+        site.in_features,
+        is_linear=issubclass(loader_class, nn.Linear),
+        packable=loader_class is nn.Linear,
+    )
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from compressed_tensors.quantization import (
     QuantizationStatus,
 )
 
-from llmcompress.export.base import PlannedSite, layout_on_disk
+from llmcompress.export.base import PlannedSite
 
 
 def quantization_config(sites: Sequence[PlannedSite], flat: Set[str], linears: Iterable[str]) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def quantization_config(sites: Sequence[PlannedSite], flat: Set[str], linears: I
 
 def _kind(site: PlannedSite, flat: bool) -> QuantizationScheme:
     """A site's scheme in the format's own words, without targets."""
-    layout = layout_on_disk(site.scheme)
+    layout = site.layout
     weights = QuantizationArgs(
         num_bits=layout.bits,
         symmetric=layout.symmetric,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import combinations, islice
+from math import comb
 
 import torch
 from torch import Tensor
@@ -36,23 +38,40 @@ def width_group(bench: Bench, channels: Channels, link: Link, readers: Sequence[
 
 
 def removable(bench: Bench, groups: Sequence[WidthGroup]) -> bool:
-    """Whether, once a random half of the units is cut off from their readers, their rows change nothing at all."""
+    """Whether the rows of units that are cut off from their readers change nothing at all.
+
+    Units are cut in sets such that for any two there is a set with the one and without the other.
+    """
+    sets = [_separating_sets(group.units) for group in groups]
     generator = torch.Generator().manual_seed(3)
-    masks: dict[str, Tensor] = {}
-    scales: dict[str, Tensor] = {}
-    for group in groups:
-        half = [unit for unit in range(group.units) if torch.rand((), generator=generator) < 0.5] or [0]
-        for part in group.parts:
-            outputs, inputs = sizes(bench.linears[part.site])
-            chosen = [index for unit in half for index in part.indices[unit]]
-            if part.axis == "columns":
-                masks.setdefault(part.site, torch.ones(inputs))[chosen] = 0
-            else:
-                scales.setdefault(part.site, torch.ones(outputs))[chosen] = 0.5 + torch.rand(
-                    len(chosen), generator=generator
-                )
-    before, after = bench.run(masks=masks).output, bench.run(scales, masks=masks).output
-    return bool(torch.allclose(before, after, rtol=1e-5, atol=1e-5))
+    for turn in range(max(map(len, sets))):
+        masks: dict[str, Tensor] = {}
+        scales: dict[str, Tensor] = {}
+        for group, separating in zip(groups, sets, strict=True):
+            cut = separating[turn % len(separating)]
+            for part in group.parts:
+                outputs, inputs = sizes(bench.linears[part.site])
+                chosen = [index for unit in cut for index in part.indices[unit]]
+                if part.axis == "columns":
+                    masks.setdefault(part.site, torch.ones(inputs))[chosen] = 0
+                else:
+                    factors = 0.5 + torch.rand(len(chosen), generator=generator)
+                    scales.setdefault(part.site, torch.ones(outputs))[chosen] = factors
+        before, after = bench.run(masks=masks).output, bench.run(scales, masks=masks).output
+        if not torch.allclose(before, after, rtol=1e-5, atol=1e-5):
+            return False
+    return True
+
+
+def _separating_sets(units: int) -> list[list[int]]:
+    """Few sets of units: each unit is in another half of the sets, and no half holds another (Sperner)."""
+    count = next(count for count in range(1, 64) if comb(count, count // 2) >= units)
+    memberships = islice(combinations(range(count), count // 2), units)
+    sets: list[list[int]] = [[] for _ in range(count)]
+    for unit, membership in enumerate(memberships):
+        for index in membership:
+            sets[index].append(unit)
+    return sets
 
 
 def _units_of_single_tokens(link: Link) -> list[Unit]:

@@ -45,13 +45,15 @@ def _schemes(name: str) -> dict[str, object]:
     return {f"layers.0.{site.name}": named_scheme(name) for site in (PROJ, RAGGED, CONV)}
 
 
+@pytest.mark.parametrize("packable", [True, False])
 @pytest.mark.parametrize("name", ALL_SCHEMES)
-def test_stored_codes_are_the_weights_exactly(name):
+def test_stored_codes_are_the_weights_exactly(name, packable):
     scheme = named_scheme(name)
     weight_OI = torch.randn(24, 48, generator=torch.Generator().manual_seed(1)) + 0.3
     fitted = fit(weight_OI, scheme.weights, scale_dtype=torch.bfloat16)
     site = QuantLinear.from_fitted(scheme, round_to_codes(weight_OI, fitted), fitted, None)
-    layout, stored = layout_on_disk(scheme), coded_tensors(site, torch.bfloat16)
+    layout = layout_on_disk(scheme, packable=packable)
+    stored = coded_tensors(site, layout, torch.bfloat16)
     codes = stored.get("weight")
     if codes is None:
         codes = unpack_from_int32(stored["weight_packed"], layout.bits, torch.Size([24, 48]))

@@ -19,10 +19,11 @@ from llmcompress.errors import CompressError
 from llmcompress.model.bench import Bench
 from llmcompress.model.describe import describe, ranges
 from llmcompress.model.folds import legal
-from llmcompress.model.map import Fold, InputGroup
+from llmcompress.model.map import Fold, InputGroup, WidthGroup, WidthPart
 from llmcompress.model.probe import map_model, probe, without_weights
 from llmcompress.model.skeleton import find_blocks, record
 from llmcompress.model.surgery import apply_fold
+from llmcompress.model.widths import removable
 from tests.families import FAMILIES, FFN, HIDDEN, tiny_config, tiny_model, tiny_tokens
 
 EXPERTS_ARE_LINEARS = transformers.__version__.startswith("4.")
@@ -339,6 +340,25 @@ def test_wrong_folds_fail_the_legality_check(family, wrong):
     before = copy.deepcopy(bench.block.state_dict())
     assert not legal(bench, [wrong])
     assert all(torch.equal(value, before[key]) for key, value in bench.block.state_dict().items())
+
+
+@torch.no_grad()
+def test_units_that_are_not_separate_fail_the_check():
+    model = tiny_model("llama_gqa")
+    blocks = find_blocks(model)
+    recording = record(model, blocks, tiny_tokens("llama_gqa"))
+    bench = Bench(blocks[0][1], recording.calls[0], recording.hidden)
+    right = structure_of("llama_gqa").width_groups
+    assert removable(bench, right)
+    heads = tuple(plain(16, 16 * head) for head in range(4))
+    shared_keys = tuple(plain(16, 16 * (head // 2)) for head in range(4))  # two query heads read one key head
+    parts = (
+        WidthPart(QKV[0], "rows", heads),
+        WidthPart(QKV[1], "rows", shared_keys),
+        WidthPart(O, "columns", heads),
+    )
+    assert not removable(bench, [WidthGroup(4, parts)])
+    assert not removable(bench, [*right[1:], WidthGroup(4, parts)])
 
 
 def test_different_kinds_of_blocks_are_mapped_separately():

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from llmcompress.errors import CompressError
-from llmcompress.model.skeleton import Recorder, find_blocks, record, recorders
+from llmcompress.model.random_weights import release
+from llmcompress.model.skeleton import BlockCall, Recorder, find_blocks, record, recorders
 from tests.families import FAMILIES, tiny_model, tiny_tokens
 
 
@@ -76,3 +77,52 @@ def test_a_model_without_blocks_is_refused_with_a_reason():
     model.model.layers = nn.ModuleList(list(model.model.layers)[:-1])
     with pytest.raises(CompressError, match=r"model\.no-blocks"):
         find_blocks(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon", "bloom"])
+def test_blocks_whose_weights_are_not_loaded_can_be_recorded(family):
+    model, tokens = tiny_model(family), tiny_tokens(family)
+    expected = record(model, find_blocks(model), tokens)
+    for _, block in find_blocks(model):
+        release(block)
+    found = record(model, find_blocks(model), tokens)
+    assert torch.equal(found.hidden, expected.hidden)
+    assert len(found.calls) == len(expected.calls)
+    assert all(parameter.is_meta for _, block in find_blocks(model) for parameter in block.parameters())
+
+
+class Branches(nn.Module):
+    """Hands its blocks several hidden states at once, as Gemma 3n does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4)])
+
+    @property
+    def base_model(self):
+        return self
+
+    def forward(self, input_ids, use_cache):
+        return self.layers[0](torch.zeros(2, *input_ids.shape, 4))
+
+
+def test_a_model_with_several_hidden_states_is_refused():
+    model = Branches()
+    with pytest.raises(CompressError, match=r"model\.other-blocks"):
+        record(model, [("layers.0", model.layers[0])], torch.zeros(1, 3, dtype=torch.long))
+    assert isinstance(model.layers[0], nn.Linear)
+
+
+def test_calls_hold_no_cache():
+    model = tiny_model("llama")
+    for call in record(model, find_blocks(model), tiny_tokens("llama")).calls:
+        assert call.kwargs.get("past_key_values") is None
+        assert not call.kwargs.get("use_cache")
+
+
+def test_tensors_of_a_call_can_be_changed_together():
+    call = BlockCall((torch.ones(1), [torch.ones(2)]), {"pair": (torch.ones(3), None), "name": "x"})
+    halves = call.with_tensors(torch.Tensor.half)
+    assert halves.args[0].dtype == halves.args[1][0].dtype == halves.kwargs["pair"][0].dtype == torch.float16
+    assert halves.kwargs["pair"][1] is None
+    assert halves.kwargs["name"] == "x"
