@@ -2,8 +2,9 @@
 
     python evals/outliers.py --model builtin:books-llama --name books-llama
 
-The loudest channel of every norm that feeds linears (by its largest activation) gets a 30 times larger gain and the linears'
-columns shrink by as much: the model computes what it did, but its activations now have the outliers of large models. Writes evals/results/outliers-NAME.json.
+The loudest channel of every norm that feeds linears (by its largest activation) gets a 30 times larger gain and the
+linears' columns shrink by as much: the model computes what it did, but its activations now have the outliers of large
+models. Writes evals/results/outliers-NAME.json.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     python evals/quantization.py --model builtin:books-llama --name books-llama
     python evals/quantization.py --model FOLDER --calibration train.txt --text test.txt --name NAME
 
-Calibration and measured text must differ; nothing is tuned on the measured text. Writes evals/results/quantization-NAME.json.
+Calibration and measured text must differ; nothing is tuned on the measured text.
+Writes evals/results/quantization-NAME.json.
 """
 
 from __future__ import annotations

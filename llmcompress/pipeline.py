@@ -20,7 +20,7 @@ from llmcompress.evaluation.footprint import bytes_on_disk
 from llmcompress.evaluation.perplexity import EvaluationText, evaluation_text, measure
 from llmcompress.evaluation.report import PerplexityResult, Quality, Report
 from llmcompress.evaluation.settings import Evaluate
-from llmcompress.export.checkpoint import merges_on_load
+from llmcompress.export.checkpoint import loader_of
 from llmcompress.export.companions import companions
 from llmcompress.export.compressed_tensors import save_compressed_tensors
 from llmcompress.export.folder import check_output, publish, staging_folder
@@ -69,7 +69,7 @@ def compress(
     source = find_source(str(chosen.model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
     loaded = load_for_compression(source, trust_remote_code=chosen.trust_remote_code, progress=progress)
     model_map = map_model(loaded.model)
-    notes = check_recipe(chosen, model_map, merged_on_load=merges_on_load(loaded.model))
+    notes = check_recipe(chosen, model_map, loader_of(loaded.model.config))
     texts = [evaluation_text(task, loaded.tokenizer, loaded.model.config) for task in chosen.evaluate.perplexity]
     storage_dtype = storage_dtype_of(chosen, loaded.preflight)
     clock.lap("load")
@@ -122,9 +122,18 @@ def _save(
     recipe: Recipe, loaded: Loaded, report: Report, output: Path, *, storage_dtype: torch.dtype, overwrite: bool
 ) -> Report:
     """Write everything into a folder beside the output, then move it there in one step."""
-    save = save_plain if recipe.save.format == "plain" else save_compressed_tensors
+    size = recipe.save.max_shard_size
     with staging_folder(output) as staging:
-        save(loaded.model, staging, storage_dtype=storage_dtype, max_shard_size=recipe.save.max_shard_size)
+        if recipe.save.format == "plain":
+            save_plain(loaded.model, staging, storage_dtype=storage_dtype, max_shard_size=size)
+        else:
+            save_compressed_tensors(
+                loaded.model,
+                staging,
+                storage_dtype=storage_dtype,
+                max_shard_size=size,
+                zero_points=recipe.save.zero_points,
+            )
         companions(loaded.source.folder, staging, loaded.tokenizer, loaded.preflight.generation_config)
         finished = report.model_copy(update={"bytes_compressed": bytes_on_disk(staging)})
         (staging / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")

@@ -13,7 +13,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from llmcompress.cost import peak_memory_bytes, seconds
-from llmcompress.export.base import check_format, layout_on_disk, unsupported
+from llmcompress.export.base import Layout, Loader, ZeroPoints, check_format, planned_sites, unsupported
+from llmcompress.export.checkpoint import loader_of
 from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.model.preflight import Preflight, preflight
 from llmcompress.model.probe import probe
@@ -74,17 +75,18 @@ def make_plan(
     """
     checked = preflight(source, trust_remote_code=recipe.trust_remote_code, progress=progress)
     model_map = model_map or probe(checked.config)
-    notes = check_recipe(recipe, model_map)
+    loader = loader_of(checked.config)
+    notes = check_recipe(recipe, model_map, loader)
     schemes = site_schemes(recipe.passes, model_map)
     dtype = storage_dtype_of(recipe, checked)
-    coded = {} if recipe.save.format == "plain" else _as_codes(schemes, model_map)
+    layouts = {} if recipe.save.format == "plain" else _layouts(schemes, model_map, loader, recipe.save.zero_points)
 
     tensors = _other_tensors(checked, model_map, dtype)
     sites = []
     for block in model_map.blocks:
         for site in block.structure.sites:
             name = block.full(site.name)
-            stored = _stored(site, coded.get(name), dtype)
+            stored = _stored(site, schemes.get(name), layouts.get(name), dtype)
             tensors |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
             weight_bytes = sum(_bytes(*tensor) for part, tensor in stored.items() if part != "bias")
             sites.append(
@@ -110,7 +112,7 @@ def make_plan(
     )
 
 
-def check_recipe(recipe: Recipe, model_map: ModelMap, *, merged_on_load: bool = False) -> list[str]:
+def check_recipe(recipe: Recipe, model_map: ModelMap, loader: Loader) -> list[str]:
     """Whether every word of the recipe makes sense for this model; what the user should know about the result.
 
     Raises: CompressError for globs that match nothing, passes that undo each other, groups that do not divide, and
@@ -119,7 +121,7 @@ def check_recipe(recipe: Recipe, model_map: ModelMap, *, merged_on_load: bool = 
     check_sites(recipe.passes, model_map.site_names())
     check_order(recipe.passes, model_map.site_names())
     schemes = site_schemes(recipe.passes, model_map)
-    return check_format(recipe.save.format, model_map, schemes, merged_on_load=merged_on_load)
+    return check_format(recipe.save.format, model_map, schemes, loader, recipe.save.zero_points)
 
 
 def storage_dtype_of(recipe: Recipe, checked: Preflight) -> torch.dtype:
@@ -134,10 +136,13 @@ def refused(model_map: ModelMap) -> dict[str, str]:
     return {row.name: row.reason for row in model_map.refused} | inside
 
 
-def _as_codes(schemes: Mapping[str, Scheme], model_map: ModelMap) -> dict[str, Scheme]:
-    """Without the sites that compressed-tensors cannot hold: those are saved multiplied out."""
-    dense = {row.site for row in unsupported(model_map, schemes)}
-    return {name: scheme for name, scheme in schemes.items() if name not in dense}
+def _layouts(
+    schemes: Mapping[str, Scheme], model_map: ModelMap, loader: Loader, zero_points: ZeroPoints
+) -> dict[str, Layout]:
+    """How codes are stored, without the sites that compressed-tensors cannot hold: those are saved multiplied out."""
+    dense = {row.site for row in unsupported(model_map, schemes, loader)}
+    planned = planned_sites(model_map, schemes, loader, zero_points)
+    return {name: site.layout for name, site in planned.items() if name not in dense}
 
 
 def _other_tensors(checked: Preflight, model_map: ModelMap, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, Shape]]:
@@ -146,20 +151,24 @@ def _other_tensors(checked: Preflight, model_map: ModelMap, dtype: torch.dtype) 
     return {name: (dtype, shape) for name, shape in checked.contents.shapes.items() if name not in sites}
 
 
-def _stored(site: SiteInfo, scheme: Scheme | None, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, Shape]]:
+def _stored(
+    site: SiteInfo, scheme: Scheme | None, layout: Layout | None, dtype: torch.dtype
+) -> dict[str, tuple[torch.dtype, Shape]]:
     """The tensors of one site in the file, as `export.compressed_tensors` writes them."""
     outputs, inputs = site.outputs, site.inputs
     tensors: dict[str, tuple[torch.dtype, Shape]] = {"bias": (dtype, (outputs,))} if site.has_bias else {}
-    if scheme is None:
+    if scheme is None or layout is None:
         return {"weight": (dtype, (outputs, inputs)), **tensors}
-    layout, groups = layout_on_disk(scheme), scheme.weights.groups(inputs)
+    groups = scheme.weights.groups(inputs)
     tensors["weight_scale"] = (dtype, (outputs, groups))
     if layout.format == "pack-quantized":
         tensors["weight_packed"] = (torch.int32, (outputs, -(-inputs * layout.bits // 32)))
         tensors["weight_shape"] = (torch.int64, (2,))
     else:
         tensors["weight"] = (torch.int8, (outputs, inputs))
-    if not layout.symmetric:
+    if layout.packs_zero_points:
+        tensors["weight_zero_point"] = (torch.int32, (-(-outputs * layout.bits // 32), groups))
+    elif not layout.symmetric:
         tensors["weight_zero_point"] = (torch.int8, (outputs, groups))
     if scheme.activations == "tensor":
         tensors["input_scale"] = (dtype, (1,))

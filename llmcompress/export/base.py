@@ -12,6 +12,21 @@ from llmcompress.modules.scheme import Scheme
 
 Format = Literal["auto", "compressed-tensors", "plain"]
 
+ZeroPoints = Literal["folded", "packed"]
+"""Of 2- and 4-bit asymmetric grids. Folded: subtracted from the codes, which then need a wider field but load anywhere;
+packed: the format's own way, which transformers 5 with compressed-tensors 0.18 to 0.20 only loads when asked to
+dequantize."""
+
+
+@dataclass(frozen=True)
+class Loader:
+    """What stock transformers makes of a model's configuration (see `checkpoint.loader_of`)."""
+
+    merges_experts: bool = False
+    """It joins experts of the checkpoint into banks, and loads no compressed-tensors folder then."""
+    subclassed: frozenset[str] = frozenset()
+    """Linears of a class derived from `nn.Linear`, which version 5 cannot load packed."""
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -36,13 +51,18 @@ class Layout:
     """False: zero points are stored; True for an asymmetric scheme: they are subtracted from the codes."""
 
     @property
+    def packs_zero_points(self) -> bool:
+        """Zero points share int32 words like codes do; otherwise each takes a byte."""
+        return self.format == "pack-quantized" and not self.symmetric
+
+    @property
     def bits_on_disk(self) -> int:
         """Stored bits per code."""
         return self.bits if self.format == "pack-quantized" else 8
 
 
-def layout_on_disk(scheme: Scheme, *, packable: bool = True) -> Layout:
-    """The layout that every supported version of transformers and compressed-tensors reads alike.
+def layout_on_disk(scheme: Scheme, *, packable: bool = True, zero_points: ZeroPoints = "folded") -> Layout:
+    """The layout that every supported version of transformers and compressed-tensors reads alike (unless `packed`).
 
     Measured (docs/decisions/0004-saved-formats.md): only 2, 4 and 8 bits are packed the same way by all versions, and
     transformers 5 cannot load packed zero points. Code minus zero point needs one bit more and no zero point.
@@ -51,6 +71,8 @@ def layout_on_disk(scheme: Scheme, *, packable: bool = True) -> Layout:
     grid = scheme.weights
     if scheme.activations:
         return Layout("int-quantized", grid.bits, grid.symmetric)
+    if zero_points == "packed" and packable and not grid.symmetric and grid.bits in (2, 4):
+        return Layout("pack-quantized", grid.bits, symmetric=False)
     needed = grid.bits if grid.symmetric else grid.bits + 1
     if needed > 8 or not packable:
         return Layout("naive-quantized", grid.bits, grid.symmetric)
@@ -68,11 +90,12 @@ class PlannedSite:
     """Loaders build an `nn.Linear` there, not a Conv1D."""
     packable: bool = True
     """And no subclass of it."""
+    zero_points: ZeroPoints = "folded"
 
     @property
     def layout(self) -> Layout:
         """How its codes are stored."""
-        return layout_on_disk(self.scheme, packable=self.packable)
+        return layout_on_disk(self.scheme, packable=self.packable, zero_points=self.zero_points)
 
     @property
     def group(self) -> int | None:
@@ -94,20 +117,25 @@ class Unsupported:
         return f"{self.site}: {self.reason}"
 
 
-def unsupported(
-    model_map: ModelMap, schemes: Mapping[str, Scheme], *, merged_on_load: bool = False
-) -> list[Unsupported]:
-    """Sites that compressed-tensors cannot hold; `schemes` says how each site (full name) will be quantized.
+def planned_sites(
+    model_map: ModelMap, schemes: Mapping[str, Scheme], loader: Loader, zero_points: ZeroPoints
+) -> dict[str, PlannedSite]:
+    """How compressed-tensors would hold each site; `schemes` says how each (full name) will be quantized."""
+    found = {}
+    for block in model_map.blocks:
+        for site in block.structure.sites:
+            name = block.full(site.name)
+            if name in schemes:
+                packable = name not in loader.subclassed
+                found[name] = PlannedSite(name, schemes[name], site.inputs, not site.transposed, packable, zero_points)
+    return found
 
-    `merged_on_load`: what `checkpoint.merges_on_load` says of the model.
-    """
-    planned = [
-        PlannedSite(block.full(site.name), schemes[block.full(site.name)], site.inputs, not site.transposed)
-        for block in model_map.blocks
-        for site in block.structure.sites
-        if block.full(site.name) in schemes
-    ]
-    return problems(planned, merged_on_load=merged_on_load)
+
+def unsupported(model_map: ModelMap, schemes: Mapping[str, Scheme], loader: Loader | None = None) -> list[Unsupported]:
+    """Sites that compressed-tensors cannot hold; `schemes` says how each site (full name) will be quantized."""
+    loader = loader or Loader()
+    planned = planned_sites(model_map, schemes, loader, "folded")
+    return problems(planned.values(), merged_on_load=loader.merges_experts)
 
 
 def problems(sites: Iterable[PlannedSite], *, merged_on_load: bool) -> list[Unsupported]:
@@ -140,7 +168,11 @@ def _problem(site: PlannedSite, merged_on_load: bool) -> str | None:
 
 
 def check_format(
-    wanted: Format, model_map: ModelMap, schemes: Mapping[str, Scheme], *, merged_on_load: bool = False
+    wanted: Format,
+    model_map: ModelMap,
+    schemes: Mapping[str, Scheme],
+    loader: Loader | None = None,
+    zero_points: ZeroPoints = "folded",
 ) -> list[str]:
     """Before any work: what the user should know about how the result will be stored, one line each.
 
@@ -151,7 +183,7 @@ def check_format(
         if rounded:
             raise _refusal("a plain folder cannot round activations", rounded, "set `save.format` to auto")
         return []
-    found = unsupported(model_map, schemes, merged_on_load=merged_on_load)
+    found = unsupported(model_map, schemes, loader)
     blocking = [each for each in found if wanted == "compressed-tensors" or not each.dense_instead]
     if blocking:
         raise _refusal(
@@ -159,15 +191,26 @@ def check_format(
             [str(problem) for problem in blocking],
             "use a group length that divides the inputs, one scale per channel, or leave the sites out with `exclude`",
         )
-    dense = [f"{problem}; saved multiplied out to ordinary weights" for problem in found]
-    return dense + [note for scheme in dict.fromkeys(schemes.values()) if (note := _width_note(scheme))]
+    coded = planned_sites(model_map, schemes, loader or Loader(), zero_points)
+    for problem in found:
+        del coded[problem.site]
+    notes = [f"{problem}; saved multiplied out to ordinary weights" for problem in found]
+    return notes + list(dict.fromkeys(note for site in coded.values() if (note := _layout_note(site))))
 
 
-def _width_note(scheme: Scheme) -> str | None:
-    stored = layout_on_disk(scheme).bits_on_disk
-    if stored == scheme.weights.bits:
+def _layout_note(site: PlannedSite) -> str | None:
+    """What a user would be surprised by."""
+    scheme, layout = site.scheme, site.layout
+    if layout.packs_zero_points:
+        return (
+            f"{scheme.name}: zero points are packed; transformers 5 with compressed-tensors 0.18 to 0.20 loads them "
+            "only with `quantization_config=CompressedTensorsConfig(dequantize=True)`"
+        )
+    if layout.bits_on_disk == scheme.weights.bits:
         return None
-    return f"{scheme.name}: codes are stored in {stored}-bit fields, the narrowest that all supported loaders read"
+    field = f"{layout.bits_on_disk}-bit fields, the narrowest that all supported loaders read"
+    note = f"{scheme.name}: codes are stored in {field}"
+    return note if scheme.weights.symmetric or scheme.weights.bits == 3 else f"{note} (see `save.zero_points`)"
 
 
 def _refusal(what: str, lines: list[str], fix: str) -> CompressError:

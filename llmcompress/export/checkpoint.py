@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmcompress.errors import CompressError
+from llmcompress.export.base import Loader
 from llmcompress.export.shards import ShardWriter
 from llmcompress.modules.quant_linear import QuantLinear
 
@@ -31,6 +32,15 @@ _BLOCK = re.compile(r".*?\.\d+\.")
 def quantized_sites(model: nn.Module) -> dict[str, QuantLinear]:
     """Full name → module of everything that holds codes."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def loader_of(config: PretrainedConfig) -> Loader:
+    """What stock transformers will do with a model of this configuration, found without its weights."""
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    linears = linears_of_loader(skeleton)
+    subclassed = (name for name, kind in linears.items() if issubclass(kind, nn.Linear) and kind is not nn.Linear)
+    return Loader(merges_on_load(skeleton), frozenset(subclassed))
 
 
 def linears_of_loader(model: PreTrainedModel) -> dict[str, type[nn.Module]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmcompress.errors import CompressError
-from llmcompress.export.base import Layout, PlannedSite, Saved, problems
+from llmcompress.export.base import Layout, PlannedSite, Saved, ZeroPoints, problems
 from llmcompress.export.checkpoint import linears_of_loader, merges_on_load, quantized_sites, write_model
 from llmcompress.export.config import portable_config
 from llmcompress.export.plain import dense_tensors
@@ -26,7 +26,12 @@ from llmcompress.numerics.grid import spread
 
 
 def save_compressed_tensors(
-    model: PreTrainedModel, folder: Path, *, storage_dtype: torch.dtype, max_shard_size: str
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    storage_dtype: torch.dtype,
+    max_shard_size: str,
+    zero_points: ZeroPoints = "folded",
 ) -> Saved:
     """Write an ordinary Hugging Face folder whose quantized linears are codes and scales; the model is not changed.
 
@@ -36,7 +41,7 @@ def save_compressed_tensors(
     Raises: CompressError when such a site also rounds activations (`check_format` says so before any work).
     """
     sites, linears = quantized_sites(model), linears_of_loader(model)
-    planned = {name: _planned(name, site, linears.get(name, nn.Linear)) for name, site in sites.items()}
+    planned = {name: _planned(name, site, linears.get(name, nn.Linear), zero_points) for name, site in sites.items()}
     dense: dict[str, str] = {}
     for problem in problems(planned.values(), merged_on_load=merges_on_load(model)):
         if not problem.dense_instead:
@@ -72,7 +77,10 @@ def coded_tensors(site: QuantLinear, layout: Layout, storage_dtype: torch.dtype)
     if site.zero_OG is not None and layout.symmetric:
         codes_OI = codes_OI - spread(site.zero_OG, site.scheme.weights, site.in_features)
     elif site.zero_OG is not None:
-        tensors["weight_zero_point"] = site.zero_OG
+        packed = layout.packs_zero_points
+        tensors["weight_zero_point"] = (
+            pack_to_int32(site.zero_OG, layout.bits, packed_dim=0).contiguous() if packed else site.zero_OG
+        )
     if layout.format == "pack-quantized":
         tensors["weight_packed"] = pack_to_int32(codes_OI, layout.bits)
         tensors["weight_shape"] = torch.tensor(codes_OI.shape)
@@ -85,13 +93,14 @@ def coded_tensors(site: QuantLinear, layout: Layout, storage_dtype: torch.dtype)
     return tensors
 
 
-def _planned(name: str, site: QuantLinear, loader_class: type[nn.Module]) -> PlannedSite:
+def _planned(name: str, site: QuantLinear, loader_class: type[nn.Module], zero_points: ZeroPoints) -> PlannedSite:
     return PlannedSite(
         name,
         site.scheme,
         site.in_features,
         is_linear=issubclass(loader_class, nn.Linear),
         packable=loader_class is nn.Linear,
+        zero_points=zero_points,
     )
 
 

@@ -31,6 +31,7 @@ class LinearSite:
 
     @property
     def is_quantized(self) -> bool:
+        """Whether it holds codes already."""
         return isinstance(self.module, QuantLinear)
 
     @property
@@ -43,6 +44,7 @@ class LinearSite:
 
     @property
     def bias_O(self) -> Tensor | None:
+        """A copy of the bias, if there is one."""
         bias = self.module.bias
         return bias.detach().clone() if isinstance(bias, Tensor) else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 from llmcompress.modules.scheme import Scheme, named_scheme
 from llmcompress.numerics.grid import Fitted, restore
@@ -84,11 +85,13 @@ class QuantLinear(nn.Module):
         """Some model code reads `linear.weight.dtype` or its device."""
         return self.dense_weight()
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         if self.scheme.activations:
             x = round_activations(x, self.input_scale)
         return functional.linear(x, self.dense_weight(), self.bias)
 
+    @override
     def extra_repr(self) -> str:
         return f"{self.in_features} → {self.out_features}, {self.scheme.name}"
 

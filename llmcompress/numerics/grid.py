@@ -45,7 +45,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A grid with its numbers, in the dtype of the weights fitted: `scale_OG` holds values of the stored type, `zero_OG` integers."""
+    """A grid with its numbers: `scale_OG` holds values of the stored type, `zero_OG` integers, as floats both."""
 
     grid: Grid
     scale_OG: Tensor

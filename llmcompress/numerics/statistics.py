@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 
 class Statistic(ABC):
@@ -34,13 +35,16 @@ class Gram(Statistic):
         super().__init__(inputs, device)
         self.sum_II = torch.zeros(inputs, inputs, dtype=torch.float32, device=device)
 
+    @override
     def add(self, x_TI: Tensor) -> None:
         self.tokens += len(x_TI)
         self.sum_II.addmm_(x_TI.T, x_TI)
 
+    @override
     def rescale(self, divide_I: Tensor) -> None:
         self.sum_II.div_(divide_I).div_(divide_I[:, None])
 
+    @override
     def is_finite(self) -> bool:
         return bool(torch.isfinite(self.sum_II.diagonal()).all())
 
@@ -52,14 +56,17 @@ class AbsMax(Statistic):
         super().__init__(inputs, device)
         self.max_I = torch.zeros(inputs, dtype=torch.float32, device=device)
 
+    @override
     def add(self, x_TI: Tensor) -> None:
         self.tokens += len(x_TI)
         if len(x_TI):
             torch.maximum(self.max_I, x_TI.abs().amax(0), out=self.max_I)
 
+    @override
     def rescale(self, divide_I: Tensor) -> None:
         self.max_I.div_(divide_I)
 
+    @override
     def is_finite(self) -> bool:
         return bool(torch.isfinite(self.max_I).all())
 
@@ -71,13 +78,16 @@ class AbsMean(Statistic):
         super().__init__(inputs, device)
         self.sum_I = torch.zeros(inputs, dtype=torch.float32, device=device)
 
+    @override
     def add(self, x_TI: Tensor) -> None:
         self.tokens += len(x_TI)
         self.sum_I += x_TI.abs().sum(0)
 
+    @override
     def rescale(self, divide_I: Tensor) -> None:
         self.sum_I.div_(divide_I)
 
+    @override
     def is_finite(self) -> bool:
         return bool(torch.isfinite(self.sum_I).all())
 

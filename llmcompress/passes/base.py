@@ -45,9 +45,8 @@ class BlockPass(BaseModel, ABC):
     @field_validator("overrides")
     @classmethod
     def _only_site_options(cls, overrides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        fixed = cls.whole_block | {"sites", "exclude", "overrides"}
         for glob, options in overrides.items():
-            wrong = sorted(fixed & options.keys())
+            wrong = sorted(cls.whole_block & options.keys())
             if wrong:
                 raise ValueError(f"{wrong[0]!r} cannot differ from site to site (override of {glob!r})")
         return overrides

@@ -27,6 +27,9 @@ class Save(BaseModel):
     """`plain`: multiplied out to ordinary weights; `auto`: compressed-tensors where that format holds every site."""
     dtype: Literal["checkpoint", "bfloat16", "float16", "float32"] = "checkpoint"
     """Of scales and of all that stays dense; `checkpoint`: as it was read."""
+    zero_points: Literal["folded", "packed"] = "folded"
+    """Of 2- and 4-bit asymmetric grids. `folded` into the codes, whose fields are then twice as wide: loads everywhere;
+    `packed`: as small as the grid says, for runtimes that read packed zero points (docs/decisions/0004)."""
     max_shard_size: str = Field(default="5GB", pattern=r"^[1-9][0-9]*(\.[0-9]+)? ?[KMGT]B$", examples=["5GB"])
     """Largest weight file."""
 

@@ -7,15 +7,17 @@ import re
 
 import pytest
 import torch
+import transformers
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.utils.match import match_name
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.export.base import check_format, layout_on_disk, unsupported
+from llmcompress.export.base import Loader, check_format, layout_on_disk, unsupported
 from llmcompress.export.compressed_tensors import coded_tensors, save_compressed_tensors
 from llmcompress.export.quantization_config import name_patterns
 from llmcompress.model.map import BlockInfo, BlockStructure, ModelMap, SiteInfo
@@ -138,7 +140,7 @@ def test_experts_with_several_schemes_are_not_saved_as_codes():
 def test_a_model_merged_on_load_has_no_site_that_fits():
     """transformers 5 expects codes in expert banks of a compressed-tensors folder."""
     schemes = {"layers.0.proj": named_scheme("int4_g32")}
-    assert unsupported(_map(PROJ), schemes, merged_on_load=True) and not unsupported(_map(PROJ), schemes)
+    assert unsupported(_map(PROJ), schemes, Loader(merges_experts=True)) and not unsupported(_map(PROJ), schemes)
 
 
 def test_saver_reports_what_it_multiplied_out(tmp_path):
@@ -164,3 +166,33 @@ def test_a_weight_too_large_for_the_stored_type_is_refused(tmp_path):
     with pytest.raises(CompressError) as caught:
         save_compressed_tensors(model, tmp_path, storage_dtype=torch.float16, max_shard_size="5GB")
     assert caught.value.where == "model.norm.weight"
+
+
+@pytest.mark.parametrize("scheme", ["int4_g32_asym", "int4_channel_asym", "int2_g32_asym"])
+def test_packed_zero_points_are_as_small_as_the_grid_says_and_load(tmp_path, scheme):
+    model = quantized_model("llama", [scheme])
+    for form in ("packed", "folded"):
+        save_compressed_tensors(
+            model, tmp_path / form, storage_dtype=torch.bfloat16, max_shard_size="5GB", zero_points=form
+        )
+    packed, folded = (load_file(tmp_path / form / "model.safetensors") for form in ("packed", "folded"))
+    name = next(name for name in packed if name.endswith("weight_packed"))
+    assert 2 * packed[name].numel() == folded[name].numel()
+    zero = packed[name.replace("weight_packed", "weight_zero_point")]
+    assert zero.dtype == torch.int32
+    # transformers 5 needs to be asked with the newer releases of the library, 4 reads them as they are
+    five = not transformers.__version__.startswith("4.")
+    asked = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if five else {}
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        got, expected = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / form, dtype=torch.bfloat16, **options).eval()(ids).logits
+            for form, options in (("packed", asked), ("folded", {}))
+        )
+    assert torch.equal(got, expected)
+
+
+def test_the_note_on_zero_points_says_what_loads_them():
+    schemes = {"layers.0.proj": named_scheme("int4_g32_asym")}
+    assert "dequantize=True" in check_format("auto", _map(PROJ), schemes, zero_points="packed")[0]
+    assert "save.zero_points" in check_format("auto", _map(PROJ), schemes)[0]
