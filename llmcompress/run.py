@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.report import SiteReport
 from llmcompress.export.disk import disk_errors, sha256, sync
+from llmcompress.export.folder import run_folder
 from llmcompress.export.lock import ProcessLock
 from llmcompress.modules.quant_linear import QuantLinear
 
@@ -46,8 +47,7 @@ class Run:
 
         Raises: CompressError when another process works on it, or it was started with something else.
         """
-        output = output.absolute()
-        run = cls(output.parent / f"{output.name}.run")
+        run = cls(run_folder(output))
         with disk_errors(run.folder, saved="nothing was changed"):
             (run.folder / "blocks").mkdir(parents=True, exist_ok=True)
             run._lock.take()

@@ -15,6 +15,7 @@ from torch import nn
 
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.report import SiteReport
+from llmcompress.export.folder import check_output, staging_folder
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.run import Run
 from tests.export.quantized import quantized_model
@@ -212,3 +213,14 @@ def test_a_full_disk_keeps_the_blocks_before_it(tmp_path):
     assert "output.disk-full 4 the 1 blocks before it" in done.stdout, done.stderr
     with Run.open(tmp_path / "out", fingerprint=SETTINGS, lock_text="", fresh=False) as run:
         assert run.finished_blocks() == [0]
+
+
+def test_what_a_living_run_is_writing_is_not_swept_away(tmp_path):
+    output = tmp_path / "out"
+    with Run.open(output, fingerprint=SETTINGS, lock_text="", fresh=False), staging_folder(output) as staging:
+        check_output(output, overwrite=False)
+        assert staging.is_dir()
+    left = tmp_path / ".out.tmp-left"
+    left.mkdir()
+    check_output(output, overwrite=False)
+    assert not left.exists()

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.export.disk import disk_errors, sha256, sync
+from llmcompress.export.lock import ProcessLock
 from llmcompress.export.shards import INDEX
 
 
@@ -48,6 +49,11 @@ def check_output(output: Path, *, overwrite: bool, needed_bytes: int = 0) -> Non
             fix="free disk space or choose another disk",
             exit_code=ExitCode.RESOURCES,
         )
+
+
+def run_folder(output: Path) -> Path:
+    """Where a run on `output` keeps its unfinished work."""
+    return output.absolute().parent / f"{output.name}.run"
 
 
 @contextmanager
@@ -101,7 +107,12 @@ def _usage(code: str, what: str, output: Path, fix: str) -> CompressError:
 
 
 def _recover(output: Path) -> None:
-    """Undo what a killed run left beside `output`: half-filled folders go, a folder moved aside comes back."""
+    """Undo what a killed run left beside `output`: half-filled folders go, a folder moved aside comes back.
+
+    A living run is left alone: its half-filled folder is its own.
+    """
+    if ProcessLock(run_folder(output)).is_held():
+        return
     for left in output.parent.glob(glob.escape(f".{output.name}.old-") + "*"):
         if output.exists():
             shutil.rmtree(left, ignore_errors=True)

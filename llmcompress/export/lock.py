@@ -25,6 +25,13 @@ class ProcessLock:
         self._path = folder / "process.json"
         self._held = False
 
+    def is_held(self) -> bool:
+        """Whether a living process, this one included, holds it."""
+        try:
+            return _living_owner(self._path.read_text(), time.time() - self._path.stat().st_mtime) is not None
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
     def take(self) -> None:
         """Take the lock; one left by a process that is gone is removed.
 
