@@ -160,7 +160,7 @@ def _bytes_line(report: Report) -> Text:
     before, after = report.bytes_dense, report.bytes_compressed
     ratio = f" ({after / before:.2f} of it)" if before else ""
     weights = [row.bits_per_weight for row in report.sites if row.bits_per_weight is not None]
-    mean = f"; {sum(weights) / len(weights):.2f} bits per weight, averaged over sites" if weights else ""
+    mean = f"; {sum(weights) / len(weights):.2f} bits per weight by the scheme, mean over sites" if weights else ""
     return Text(f"weight files {size(before)} → {size(after)}{ratio}{mean}")
 
 
