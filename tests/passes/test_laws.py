@@ -115,7 +115,8 @@ def test_smoothquant_then_gptq_in_eight_bits_hardly_moves_the_logits(family: str
         family, make("smoothquant", {"folds": "all"}), make("gptq", {"scheme": "int8_channel_a8token"})
     )
     assert {row.algorithm for row in rows} >= {"gptq"}
-    assert (logits(model) - dense).abs().max() < 0.1 * dense.abs().max()
+    # the median: where experts are routed, a token that goes elsewhere moves its logits by any amount
+    assert (logits(model) - dense).abs().median() < 0.02 * dense.abs().max()
 
 
 def test_awq_scales_then_gptq_rounding_equals_gptq_on_the_scaled_weights() -> None:
