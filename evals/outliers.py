@@ -23,10 +23,10 @@ from llmcompress.calibration.stream import BlockStream
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.evaluation.perplexity import perplexity
 from llmcompress.evaluation.settings import PerplexityTask
-from llmcompress.model.load import load_for_compression
+from llmcompress.loading.load import load_for_compression
+from llmcompress.loading.source import find_source
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
-from llmcompress.model.source import find_source
 from llmcompress.numerics.statistics import AbsMax
 from llmcompress.passes.apply import apply_passes
 from llmcompress.progress import Silent

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llmcompress.errors import CompressError
     from llmcompress.evaluation.report import Report
-    from llmcompress.model.load import load
+    from llmcompress.loading.load import load
     from llmcompress.pipeline import compress, evaluate, inspect, plan
     from llmcompress.recipe import Recipe
 
@@ -37,7 +37,7 @@ _HOMES = {
     "compress": "llmcompress.pipeline",
     "evaluate": "llmcompress.pipeline",
     "inspect": "llmcompress.pipeline",
-    "load": "llmcompress.model.load",
+    "load": "llmcompress.loading.load",
     "plan": "llmcompress.pipeline",
 }
 

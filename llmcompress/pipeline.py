@@ -25,11 +25,11 @@ from llmcompress.export.companions import companions
 from llmcompress.export.compressed_tensors import save_compressed_tensors
 from llmcompress.export.folder import check_output, publish, staging_folder
 from llmcompress.export.plain import save_plain
-from llmcompress.model.config import read_config
+from llmcompress.loading.config import read_config
+from llmcompress.loading.load import Loaded, load, load_for_compression
+from llmcompress.loading.source import Source, find_source
 from llmcompress.model.describe import describe
-from llmcompress.model.load import Loaded, load, load_for_compression
 from llmcompress.model.probe import map_model, probe
-from llmcompress.model.source import Source, find_source
 from llmcompress.passes.apply import apply_passes
 from llmcompress.planning import Plan, check_recipe, make_plan, refused, storage_dtype_of
 from llmcompress.presets import as_recipe

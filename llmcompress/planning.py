@@ -15,11 +15,11 @@ from pydantic import BaseModel, ConfigDict
 from llmcompress.cost import peak_memory_bytes, seconds
 from llmcompress.export.base import Layout, Loader, ZeroPoints, check_format, planned_sites, unsupported
 from llmcompress.export.checkpoint import loader_of
+from llmcompress.loading.preflight import Preflight, preflight
+from llmcompress.loading.source import Source
+from llmcompress.loading.tensors import DTYPES
 from llmcompress.model.map import ModelMap, SiteInfo
-from llmcompress.model.preflight import Preflight, preflight
 from llmcompress.model.probe import probe
-from llmcompress.model.source import Source
-from llmcompress.model.tensors import DTYPES
 from llmcompress.modules.scheme import Scheme
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.quantization.resolve import site_schemes

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.export.compressed_tensors import save_compressed_tensors
 from llmcompress.export.plain import save_plain
-from llmcompress.model.load import load_for_compression
+from llmcompress.loading.load import load_for_compression
+from llmcompress.loading.source import Source, find_source
 from llmcompress.model.probe import probe
-from llmcompress.model.source import Source, find_source
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.scheme import named_scheme
 from llmcompress.numerics.grid import fit, round_to_codes

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmcompress.errors import CompressError
-from llmcompress.model.files import some
-from llmcompress.model.preflight import Preflight
-from llmcompress.model.tensors import TensorHeader
+from llmcompress.loading.files import some
+from llmcompress.loading.preflight import Preflight
+from llmcompress.loading.tensors import TensorHeader
 
 
 def refuse_not_finite(model: PreTrainedModel, found: Mapping[str, TensorHeader]) -> None:

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from llmcompress.errors import CompressError
-from llmcompress.model.load import load, load_for_compression, load_model, load_tokenizer
-from llmcompress.model.quiet import quiet_transformers
-from llmcompress.model.source import Source
+from llmcompress.loading.load import load, load_for_compression, load_model, load_tokenizer
+from llmcompress.loading.quiet import quiet_transformers
+from llmcompress.loading.source import Source
 from tests.tiny_folder import SENTENCE, edit_json, edit_tensors, write_tiny_llama
 
 Q = "model.layers.0.self_attn.q_proj.weight"

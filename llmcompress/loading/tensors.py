@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llmcompress.errors import CompressError
-from llmcompress.model.files import INDEX, some, weight_files
+from llmcompress.loading.files import INDEX, some, weight_files
 
 DTYPES = {
     "F64": torch.float64,

@@ -13,10 +13,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, MixtralConfig, OPTConfig
 
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.model.config import read_config
-from llmcompress.model.preflight import preflight
-from llmcompress.model.source import Source
-from llmcompress.model.tensors import headers
+from llmcompress.loading.config import read_config
+from llmcompress.loading.preflight import preflight
+from llmcompress.loading.source import Source
+from llmcompress.loading.tensors import headers
 from llmcompress.progress import Silent
 from tests.tiny_folder import edit_json, edit_tensors, raw_safetensors, write_tiny_llama
 
@@ -51,7 +51,7 @@ def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("preflight computed something")
 
     monkeypatch.setattr(nn.Linear, "forward", refuse)
-    monkeypatch.setattr("llmcompress.model.weights.safe_open", refuse)
+    monkeypatch.setattr("llmcompress.loading.weights.safe_open", refuse)
 
 
 def refused(folder: Path, *parts: str) -> CompressError:

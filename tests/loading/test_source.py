@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import errors
 
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.model.source import BUILTIN, Source, find_source
+from llmcompress.loading.source import BUILTIN, Source, find_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

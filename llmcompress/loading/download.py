@@ -6,7 +6,7 @@ import errno
 from pathlib import Path
 
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.model.files import require_safetensors
+from llmcompress.loading.files import require_safetensors
 
 _WANTED = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken")
 _UNWANTED = ("*/*", "consolidated*")

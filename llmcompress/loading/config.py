@@ -12,8 +12,8 @@ from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llmcompress.errors import CompressError
-from llmcompress.model.files import adapter_error, read_json, refuse_outside
-from llmcompress.model.rotary import rotary_as_in_4
+from llmcompress.loading.files import adapter_error, read_json, refuse_outside
+from llmcompress.loading.rotary import rotary_as_in_4
 
 _HARMLESS = {"_name_or_path", "_commit_hash", "_attn_implementation_autoset", "_from_model_config"}
 """Left behind by transformers itself; dropped without a word."""

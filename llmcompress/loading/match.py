@@ -12,9 +12,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from llmcompress.errors import CompressError
-from llmcompress.model.files import some
-from llmcompress.model.quiet import quiet_transformers, said
-from llmcompress.model.tensors import CODE_DTYPES, TensorHeader
+from llmcompress.loading.files import some
+from llmcompress.loading.quiet import quiet_transformers, said
+from llmcompress.loading.tensors import CODE_DTYPES, TensorHeader
 
 Shape = tuple[int, ...]
 

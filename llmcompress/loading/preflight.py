@@ -9,14 +9,14 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from llmcompress.errors import CompressError
-from llmcompress.model.config import read_config
-from llmcompress.model.files import some
-from llmcompress.model.generation import read_generation_config
-from llmcompress.model.match import Match, match
-from llmcompress.model.quiet import quiet_transformers
-from llmcompress.model.source import Source
-from llmcompress.model.tensors import CODE_DTYPES, TensorHeader, headers
-from llmcompress.model.tokenizer import read_tokenizer
+from llmcompress.loading.config import read_config
+from llmcompress.loading.files import some
+from llmcompress.loading.generation import read_generation_config
+from llmcompress.loading.match import Match, match
+from llmcompress.loading.quiet import quiet_transformers
+from llmcompress.loading.source import Source
+from llmcompress.loading.tensors import CODE_DTYPES, TensorHeader, headers
+from llmcompress.loading.tokenizer import read_tokenizer
 from llmcompress.progress import Progress, Silent
 
 _STORABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -8,8 +8,8 @@ import transformers
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llmcompress.errors import CompressError
-from llmcompress.model.files import read_json
-from llmcompress.model.quiet import quiet_transformers, said
+from llmcompress.loading.files import read_json
+from llmcompress.loading.quiet import quiet_transformers, said
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
 

@@ -13,15 +13,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompress.errors import CompressError
-from llmcompress.model.config import read_config
-from llmcompress.model.generation import read_generation_config
-from llmcompress.model.match import empty_model, missing_error
-from llmcompress.model.preflight import Preflight, preflight
-from llmcompress.model.quiet import quiet_transformers, said
-from llmcompress.model.source import Source, find_source
-from llmcompress.model.tensors import headers
-from llmcompress.model.tokenizer import read_tokenizer
-from llmcompress.model.weights import refuse_contradicting_head, refuse_not_finite
+from llmcompress.loading.config import read_config
+from llmcompress.loading.generation import read_generation_config
+from llmcompress.loading.match import empty_model, missing_error
+from llmcompress.loading.preflight import Preflight, preflight
+from llmcompress.loading.quiet import quiet_transformers, said
+from llmcompress.loading.source import Source, find_source
+from llmcompress.loading.tensors import headers
+from llmcompress.loading.tokenizer import read_tokenizer
+from llmcompress.loading.weights import refuse_contradicting_head, refuse_not_finite
 from llmcompress.progress import Progress
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.model.download import download
+from llmcompress.loading.download import download
 
 BUILTIN = Path(__file__).parent.parent / "builtin"
 
