@@ -18,15 +18,16 @@ from llmcompress.passes.base import PASSES, BlockPass
 
 @PASSES.register("smoothquant")
 class SmoothQuant(BlockPass):
-    """Divide what a norm gives out and multiply the linears that read it; the block computes what it did before.
+    """Divide what gives a linear its input and multiply the linear; the block computes what it did before.
 
-    Source: Xiao et al., arXiv 2211.10438. Works on every fold that the model map proved legal.
+    Source: Xiao et al., arXiv 2211.10438. Differs: works on every fold that the model map proved legal, not only
+    behind norms: the inputs of o_proj and down_proj have outliers too (docs/log.md).
     """
 
     whole_block: ClassVar[frozenset[str]] = frozenset({"folds"})
 
     strength: float = Field(0.5, ge=0, le=1, description="alpha: how much of the difficulty moves into the weights")
-    folds: Literal["norms", "all"] = Field("norms", description="all: also v → o, up → down where that is exact")
+    folds: Literal["norms", "all"] = Field("all", description="norms: leave out v → o and up → down, as the paper does")
 
     def needs(self) -> tuple[type[Statistic], ...]:
         """The largest magnitude of every input channel."""
