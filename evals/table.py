@@ -88,7 +88,7 @@ def outliers(facts: Facts) -> str:
         for row in facts["rows"]
     ]
     head = (
-        f"**{facts['model']}**: {facts['channels']} channels of every norm multiplied by {facts['gain']:g} and the "
+        f"**{facts['model']}**: {facts['channels']} channel(s) of every norm multiplied by {facts['gain']:g} and the "
         f"columns that read them divided by it, so the dense model is what it was. Perplexity on `{facts['text']}` "
         f"({protocol(facts['window'], facts['bos'])})."
     )
