@@ -31,6 +31,7 @@ from llmcompress.recipe import parse_recipe
 
 METHODS = {
     "rtn": "- rtn: {{scheme: {scheme}, on_indivisible: pad}}",
+    "rtn, range mse": "- rtn: {{scheme: {scheme}, range: mse, on_indivisible: pad}}",
     "gptq": "- gptq: {{scheme: {scheme}, on_indivisible: pad}}",
     "awq": "- awq: {{scheme: {scheme}, on_indivisible: pad}}",
     "awq→gptq": "- awq: {{scheme: {scheme}, round: false, on_indivisible: pad}}\n"
@@ -76,7 +77,7 @@ def main(
                 scheme = f"int{width}_g{group}{grid}"
                 for method, passes in METHODS.items():
                     found = []
-                    for seed in range(seeds if method != "rtn" else 1):
+                    for seed in range(1 if method.startswith("rtn") else seeds):
                         recipe = parse_recipe("passes:\n" + passes.format(scheme=scheme), "evals")
                         trial = load_for_compression(source, dtype=torch.float32)
                         settings = Calibration(source=calibration, samples=samples, tokens=tokens)

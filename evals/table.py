@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
-METHODS = ("rtn", "gptq", "awq", "awq→gptq")
+METHODS = ("rtn", "rtn, range mse", "gptq", "awq", "awq→gptq")
 
 Facts = dict[str, Any]
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llmcompress.export.disk import share
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -56,7 +58,9 @@ class ShardWriter:
         return names
 
     def _flush(self) -> None:
-        save_file(self._pending, self._temporary(len(self._shards)), metadata={"format": "pt"})
+        path = self._temporary(len(self._shards))
+        save_file(self._pending, path, metadata={"format": "pt"})
+        share(path)
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 

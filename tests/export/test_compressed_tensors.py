@@ -196,3 +196,13 @@ def test_the_note_on_zero_points_says_what_loads_them():
     schemes = {"layers.0.proj": named_scheme("int4_g32_asym")}
     assert "dequantize=True" in check_format("auto", _map(PROJ), schemes, zero_points="packed")[0]
     assert "save.zero_points" in check_format("auto", _map(PROJ), schemes)[0]
+
+
+def test_files_are_as_readable_as_any_new_file_and_say_nothing_of_this_machine(tmp_path):
+    model = quantized_model("llama", ["int4_g32"])
+    model.config._name_or_path = str(tmp_path)
+    save_compressed_tensors(model, tmp_path / "out", storage_dtype=torch.bfloat16, max_shard_size="5GB")
+    (tmp_path / "new").touch()
+    files = list((tmp_path / "out").iterdir())
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "new").stat().st_mode}
+    assert str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()

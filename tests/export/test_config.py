@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmcompress.export.config import _rotary_as_in_4, portable_config
+from llmcompress.export.config import portable_config
+from llmcompress.loading.rotary import rotary_as_in_4
 from tests.families import FAMILIES, tiny_config, tiny_model
 
 ROTARY = [name for name in FAMILIES if "rope_theta" in str(tiny_config(name).to_dict())]
@@ -35,18 +36,20 @@ def test_experts_are_counted_under_the_name_of_each_major():
 
 def test_scaled_positions_are_spelled_for_4():
     scaled = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
-    assert _rotary_as_in_4(scaled) == {"rope_theta": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}
-    assert _rotary_as_in_4({"rope_type": "default", "rope_theta": 500.0})["rope_scaling"] is None
+    spelled = rotary_as_in_4(scaled)
+    assert spelled["rope_theta"] == 500.0 and spelled["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    assert rotary_as_in_4({"rope_type": "default", "rope_theta": 500.0})["rope_scaling"] is None
 
 
 def test_partial_rotation_and_local_tables_are_spelled_for_4():
-    partial = _rotary_as_in_4({"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.25})
+    partial = rotary_as_in_4({"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.25})
     assert partial["partial_rotary_factor"] == partial["rotary_pct"] == 0.25 and partial["rotary_emb_base"] == 500.0
     kinds = {
         "full_attention": {"rope_type": "default", "rope_theta": 1e6},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     }
-    assert _rotary_as_in_4(kinds) == {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": None}
+    local = rotary_as_in_4(kinds)
+    assert (local["rope_theta"], local["rope_local_base_freq"], local["rope_scaling"]) == (1e6, 1e4, None)
 
 
 def test_the_live_configuration_is_not_changed():

@@ -24,7 +24,8 @@ class GPTQ(QuantizingPass):
     """Second-order rounding on the inputs that the compressed model itself produces.
 
     Source: Frantar et al., arXiv 2210.17323, Algorithm 1. Differs: scales of a group are fitted from weights
-    corrected up to that very column; a site where the sweep ends worse than plain rounding keeps plain rounding.
+    corrected up to that very column, and their ranges shrink where that lowers the output error (docs/log.md);
+    a site where the sweep ends worse than plain rounding keeps plain rounding.
     """
 
     whole_block: ClassVar[frozenset[str]] = frozenset({"true_sequential"})
@@ -33,7 +34,7 @@ class GPTQ(QuantizingPass):
     block: int = Field(128, ge=1, description="columns of one lazy update")
     act_order: bool = Field(True, description="visit columns by falling input energy, with grids fitted beforehand")
     true_sequential: bool = Field(False, description="measure again after every group of sites that share an input")
-    range: RangeSearch = Field("minmax", description="mse: shrink ranges to the least output error")
+    range: RangeSearch = Field("mse", description="mse: shrink ranges to the least output error; minmax: cover all")
 
     def needs(self) -> tuple[type[Statistic], ...]:
         """The Gram matrix of every input."""
