@@ -104,6 +104,7 @@ def main(
         "model": name,
         "calibration": Path(calibration).name,
         "samples": samples,
+        "windows": len(data.windows_NT),
         "tokens": tokens,
         "dense": dense.model_dump() | {"text": Path(text).name},
         "rows": rows,

@@ -74,7 +74,7 @@ def quantization(facts: Facts) -> str:
     head = (
         f"**{facts['model']}**: dense perplexity {dense['perplexity']:.3f} on `{dense['text']}` "
         f"({protocol(dense['window'], dense['bos'])}, {dense['tokens']:,} tokens). "
-        f"Calibrated on {facts['samples']} × {facts['tokens']} tokens of `{facts['calibration']}`; "
+        f"Calibrated on up to {facts['samples']} × {facts['tokens']} tokens of `{facts['calibration']}`; "
         f"mean (lowest–highest) of {draws} calibration draws, × dense."
     )
     return "\n\n".join([head, markdown(["scheme", *methods], rows), environment(facts)])

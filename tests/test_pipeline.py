@@ -221,8 +221,10 @@ def test_inspect_shows_the_map(tiny: Path) -> None:
     assert "self_attn.q_proj" in text and "lm_head" in text
 
 
-def test_one_giant_batch_and_many_small_ones_give_the_same_codes(tiny: Path, tmp_path: Path) -> None:
-    compress(str(tiny), recipe(), tmp_path / "a")
-    compress(str(tiny), recipe(GPTQ.replace("batch: 4", "batch: 1")), tmp_path / "b")
-    difference = logits(tmp_path / "a", dtype=torch.float32) - logits(tmp_path / "b", dtype=torch.float32)
-    assert difference.abs().max() < 0.05 * logits(tmp_path / "a", dtype=torch.float32).abs().max()
+def test_the_batch_size_changes_nothing_but_the_order_of_sums(tiny: Path, tmp_path: Path) -> None:
+    large = compress(str(tiny), recipe(NO_EVALUATION), tmp_path / "a")
+    small = compress(str(tiny), recipe(NO_EVALUATION.replace("batch: 4", "batch: 1")), tmp_path / "b")
+    first_block = [row for row in large.sites if ".layers.0." in row.site]
+    for one, other in zip(first_block, small.sites, strict=False):
+        assert one.site == other.site and one.tokens == other.tokens
+        assert one.error_before == pytest.approx(other.error_before, rel=1e-3)
