@@ -23,6 +23,10 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130
 
 
+NOTHING_SAVED = "nothing was written"
+"""What an error says of the work so far unless whoever raised or passed it on knows better."""
+
+
 class CompressError(ValueError):
     """Anything a user can cause or fix.
 
@@ -37,7 +41,7 @@ class CompressError(ValueError):
         *,
         where: str = "",
         fix: str = "",
-        saved: str = "nothing was written",
+        saved: str = NOTHING_SAVED,
         exit_code: ExitCode = ExitCode.REFUSED,
     ) -> None:
         self.code, self.what, self.where, self.fix, self.saved = code, what, where, fix, saved

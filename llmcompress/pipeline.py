@@ -75,6 +75,7 @@ def compress(
     clock.lap("load")
 
     with Run.open(output, fingerprint=_fingerprint(chosen, source), lock_text=chosen.to_yaml(), fresh=fresh) as run:
+        run.log("begun", model=source.name, recipe=chosen.hash(), finished_blocks=len(run.finished_blocks()))
         torch.manual_seed(chosen.seed)
         data = _calibration(chosen, loaded, progress)
         clock.lap("calibration text")

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llmcompress.errors import CompressError, ExitCode
+from llmcompress.errors import NOTHING_SAVED, CompressError, ExitCode
 from llmcompress.evaluation.report import SiteReport
 from llmcompress.export.disk import disk_errors, sha256, sync
 from llmcompress.export.folder import run_folder
@@ -67,6 +67,10 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, CompressError) and error.saved == NOTHING_SAVED:
+            error.saved = self.saved
+        if error is not None:
+            self.log("stopped", error=f"{type(error).__name__}: {error}", finished_blocks=len(self.finished_blocks()))
         self._lock.release()
 
     def finished_blocks(self) -> list[int]:
@@ -80,7 +84,9 @@ class Run:
     def saved(self) -> str:
         """What is kept, in words for an error."""
         count = len(self.finished_blocks())
-        return f"{count} finished blocks in {self.folder}: run the same command again to go on" if count else "nothing"
+        return (
+            f"{count} finished blocks in {self.folder}: run the same command again to go on" if count else NOTHING_SAVED
+        )
 
     def save_block(self, index: int, block: nn.Module, rows: list[SiteReport]) -> None:
         """Keep every tensor of a block and its report rows; once this returns, a crash cannot lose them.

@@ -189,6 +189,23 @@ def test_a_failing_pass_leaves_finished_blocks_and_no_output(
     assert len(list((tmp_path / "out.run" / "blocks").glob("*.safetensors"))) == 2
 
 
+def test_an_error_in_the_middle_says_which_blocks_are_kept(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = LinearSite.replace
+
+    def failing(site: LinearSite, module: torch.nn.Module) -> None:
+        if ".2." in site.name:
+            raise CompressError("test.error", "something a user can fix")
+        replace(site, module)
+
+    monkeypatch.setattr(LinearSite, "replace", failing)
+    with pytest.raises(CompressError) as stopped:
+        compress(str(tiny), recipe(), tmp_path / "out")
+    assert "2 finished blocks" in stopped.value.saved and "2 finished blocks" in str(stopped.value)
+    assert "something a user can fix" in (tmp_path / "out.run" / "log.jsonl").read_text()
+
+
 def test_activations_that_are_not_finite_stop_the_run_and_name_the_site(tiny: Path, tmp_path: Path) -> None:
     folder = write_tiny_llama(tmp_path / "model", hidden_size=128, intermediate_size=128, num_hidden_layers=3)
     huge = torch.full((128, 128), 3e38, dtype=torch.bfloat16)
