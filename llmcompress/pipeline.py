@@ -67,6 +67,8 @@ def compress(
     check_output(output, overwrite=overwrite)
     progress.stage("load", 1)
     source = find_source(str(chosen.model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
+    # a finished folder is no larger than the model; better refused now than when it is written
+    check_output(output, overwrite=overwrite, needed_bytes=bytes_on_disk(source.folder))
     loaded = load_for_compression(source, trust_remote_code=chosen.trust_remote_code, progress=progress)
     model_map = map_model(loaded.model)
     notes = check_recipe(chosen, model_map, loader_of(loaded.model.config))

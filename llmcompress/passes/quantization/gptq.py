@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -12,11 +13,20 @@ from torch import Tensor
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.site import LinearSite
-from llmcompress.numerics.columns import RoundToGrid, block_length, inverse_factor, sweep_columns
+from llmcompress.numerics.columns import InverseFactor, RoundToGrid, block_length, inverse_factor, sweep_columns
 from llmcompress.numerics.grid import Fitted, Grid, RangeSearch, fit, round_to_codes
 from llmcompress.numerics.statistics import Gram, Statistic
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.quantization.base import QuantizingPass, put_codes, relative_error, report_row
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """In which order the columns of an input are visited (None: as they stand), and the factor for that order."""
+
+    order_I: Tensor | None
+    visit_I: Tensor
+    factor: InverseFactor | None
 
 
 @PASSES.register("gptq")
@@ -56,16 +66,22 @@ class GPTQ(QuantizingPass):
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
         """Quantize every site."""
         rows = []
+        # sites that share an input stand together and share its matrix: it is ordered and factored once for all of them
+        known: tuple[tuple[Gram, float, bool], _Visit] | None = None
         for site in sites:
             scheme = self.scheme_for(site.name, site.info.inputs)
             if scheme is None:
                 continue
+            here = self.for_site(site.name)
             block.progress.inside(f"gptq {site.info.name}")
             weight_OI, gram = site.weight_OI, site.statistic(Gram)
             plain = fit(weight_OI, scheme.weights, scale_dtype=site.storage_dtype)
             plain_OI = round_to_codes(weight_OI, plain)
             error_before = relative_error(weight_OI, plain_OI, plain, gram)
-            codes_OI, fitted, degraded = self.for_site(site.name)._quantize(weight_OI, scheme.weights, gram, site)
+            key = (gram, here.damping, here.act_order)
+            if known is None or known[0] != key:
+                known = (key, here._visit(gram))
+            codes_OI, fitted, degraded = here._quantize(weight_OI, scheme.weights, gram, known[1], site)
             error = relative_error(weight_OI, codes_OI, fitted, gram)
             if error > error_before:
                 codes_OI, fitted, error = plain_OI, plain, error_before
@@ -84,14 +100,17 @@ class GPTQ(QuantizingPass):
             )
         return rows
 
+    def _visit(self, gram: Gram) -> _Visit:
+        diagonal_I = gram.sum_II.diagonal()
+        order_I = diagonal_I.argsort(descending=True, stable=True) if self.act_order else None
+        visit_I = torch.arange(len(diagonal_I), device=diagonal_I.device) if order_I is None else order_I
+        return _Visit(order_I, visit_I, inverse_factor(gram.sum_II[visit_I][:, visit_I], self.damping))
+
     def _quantize(
-        self, weight_OI: Tensor, grid: Grid, gram: Gram, site: LinearSite
+        self, weight_OI: Tensor, grid: Grid, gram: Gram, visit: _Visit, site: LinearSite
     ) -> tuple[Tensor, Fitted, str | None]:
         """Codes, grid and, when a fallback was needed, why."""
-        inputs = weight_OI.shape[1]
-        order_I = gram.sum_II.diagonal().argsort(descending=True, stable=True) if self.act_order else None
-        visit_I = torch.arange(inputs, device=weight_OI.device) if order_I is None else order_I
-        factor = inverse_factor(gram.sum_II[visit_I][:, visit_I], self.damping)
+        order_I, visit_I, factor = visit.order_I, visit.visit_I, visit.factor
         if factor is None:
             fitted = fit(weight_OI, grid, scale_dtype=site.storage_dtype)
             why = "no tokens reached it" if gram.tokens == 0 else "its Gram matrix has no inverse"
