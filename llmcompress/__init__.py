@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import wrapt
+
 if TYPE_CHECKING:
     from llmcompress.errors import CompressError
     from llmcompress.evaluation.report import Report
@@ -40,6 +42,12 @@ _HOMES = {
     "load": "llmcompress.loading.load",
     "plan": "llmcompress.pipeline",
 }
+
+
+@wrapt.when_imported("transformers.quantizers.auto")
+def _register_plugin(_: object) -> None:
+    """Teach `from_pretrained` our manifest as soon as transformers is there, without importing it ourselves."""
+    importlib.import_module("llmcompress.loading.plugin")
 
 
 def __getattr__(name: str) -> Any:

@@ -29,10 +29,10 @@ _SOLVING_PRODUCTS = 40
 def peak_memory_bytes(recipe: Recipe, model_map: ModelMap, *, parameters: int) -> int:
     """Most bytes resident at any time, the interpreter and its libraries included."""
     tokens = recipe.calibration.samples * recipe.calibration.tokens
-    needs_data = any(each.needs() for each in recipe.passes)
+    needs_data = any(each.uses_data() for each in recipe.passes)
     hidden = 2 * _FLOAT * tokens * model_map.hidden_size if needs_data else 0
     statistics = max(
-        (_statistics_bytes(each, block) for each in recipe.passes for block in model_map.blocks), default=0
+        (_statistics_bytes(each, block) for each in _block_passes(recipe) for block in model_map.blocks), default=0
     )
     batch = recipe.calibration.batch * recipe.calibration.tokens if needs_data else 0
     widths = (sum(site.outputs for site in block.structure.sites) for block in model_map.blocks)
@@ -48,7 +48,7 @@ def seconds(recipe: Recipe, model_map: ModelMap) -> float:
     window = recipe.calibration.tokens
     flops = 0.0
     for block in model_map.blocks:
-        measuring = [each for each in recipe.passes if each.needs() and any(_groups(each, block))]
+        measuring = [each for each in _block_passes(recipe) if each.needs() and any(_groups(each, block))]
         weights = sum(site.outputs * site.inputs for site in block.structure.sites)
         forward = 2.0 * tokens * weights + 4.0 * tokens * window * model_map.hidden_size
         flops += forward * (len(measuring) + 1)
@@ -82,6 +82,10 @@ def _statistics_flops(each: BlockPass, block: BlockInfo, tokens: int) -> float:
     measuring = sum(2.0 * tokens * _inputs(block, group) ** 2 for group in _groups(each, block))
     sites = [site for site in block.structure.sites if each.selects(block.full(site.name))]
     return measuring + sum(2.0 * _SOLVING_PRODUCTS * site.outputs * site.inputs**2 for site in sites)
+
+
+def _block_passes(recipe: Recipe) -> list[BlockPass]:
+    return [each for each in recipe.passes if isinstance(each, BlockPass)]
 
 
 def _groups(each: BlockPass, block: BlockInfo) -> Iterator[InputGroup]:

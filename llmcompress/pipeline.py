@@ -22,15 +22,14 @@ from llmcompress.evaluation.report import PerplexityResult, Quality, Report
 from llmcompress.evaluation.settings import Evaluate
 from llmcompress.export.checkpoint import loader_of
 from llmcompress.export.companions import companions
-from llmcompress.export.compressed_tensors import save_compressed_tensors
 from llmcompress.export.folder import check_output, publish, staging_folder
-from llmcompress.export.plain import save_plain
+from llmcompress.export.save import save_model
 from llmcompress.loading.config import read_config
 from llmcompress.loading.load import Loaded, load, load_for_compression
 from llmcompress.loading.source import Source, find_source
 from llmcompress.model.describe import describe
 from llmcompress.model.probe import map_model, probe
-from llmcompress.passes.apply import apply_passes
+from llmcompress.passes.apply import apply_passes, steps
 from llmcompress.planning import Plan, check_recipe, make_plan, refused, storage_dtype_of
 from llmcompress.presets import as_recipe
 from llmcompress.progress import Progress, Silent
@@ -77,14 +76,14 @@ def compress(
     clock.lap("load")
 
     with Run.open(output, fingerprint=_fingerprint(chosen, source), lock_text=chosen.to_yaml(), fresh=fresh) as run:
-        run.log("begun", model=source.name, recipe=chosen.hash(), finished_blocks=len(run.finished_blocks()))
+        run.log("begun", model=source.name, recipe=chosen.hash(), saved=run.saved)
         torch.manual_seed(chosen.seed)
         data = _calibration(chosen, loaded, progress)
         clock.lap("calibration text")
         dense = _measure(loaded.model, texts, where, progress)
         clock.lap("evaluate dense")
-        progress.stage("compress", len(model_map.blocks))
-        rows = apply_passes(
+        progress.stage("compress", steps(chosen.passes, model_map))
+        model, rows = apply_passes(
             loaded.model,
             model_map,
             chosen.passes,
@@ -93,10 +92,11 @@ def compress(
             device=where,
             storage_dtype=storage_dtype,
             progress=progress,
+            seed=chosen.seed,
             keep=run,
         )
         clock.lap("compress")
-        after = _measure(loaded.model, texts, where, progress)
+        after = _measure(model, texts, where, progress)
         clock.lap("evaluate compressed")
         about_data = [*data.warnings, *_overlaps(data, texts)] if data else []
         about_texts = [f"{text.name}: {warning}" for text in texts for warning in text.warnings]
@@ -115,28 +115,32 @@ def compress(
             warnings=tuple(dict.fromkeys([*loaded.preflight.warnings, *notes, *about_data, *about_texts])),
         )
         progress.stage("save", 1)
-        report = _save(chosen, loaded, report, output, storage_dtype=storage_dtype, overwrite=overwrite)
+        report = _save(chosen, model, loaded, report, output, storage_dtype=storage_dtype, overwrite=overwrite)
         progress.step(output.name)
         run.discard()
     return report
 
 
 def _save(
-    recipe: Recipe, loaded: Loaded, report: Report, output: Path, *, storage_dtype: torch.dtype, overwrite: bool
+    recipe: Recipe,
+    model: PreTrainedModel,
+    loaded: Loaded,
+    report: Report,
+    output: Path,
+    *,
+    storage_dtype: torch.dtype,
+    overwrite: bool,
 ) -> Report:
     """Write everything into a folder beside the output, then move it there in one step."""
-    size = recipe.save.max_shard_size
     with staging_folder(output) as staging:
-        if recipe.save.format == "plain":
-            save_plain(loaded.model, staging, storage_dtype=storage_dtype, max_shard_size=size)
-        else:
-            save_compressed_tensors(
-                loaded.model,
-                staging,
-                storage_dtype=storage_dtype,
-                max_shard_size=size,
-                zero_points=recipe.save.zero_points,
-            )
+        save_model(
+            model,
+            staging,
+            recipe.save.format,
+            storage_dtype=storage_dtype,
+            max_shard_size=recipe.save.max_shard_size,
+            zero_points=recipe.save.zero_points,
+        )
         companions(loaded.source.folder, staging, loaded.tokenizer, loaded.preflight.generation_config)
         finished = report.model_copy(update={"bytes_compressed": bytes_on_disk(staging)})
         (staging / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
@@ -213,7 +217,7 @@ class Stopwatch:
 
 
 def _calibration(recipe: Recipe, loaded: Loaded, progress: Progress) -> CalibrationData | None:
-    if not any(each.needs() for each in recipe.passes):
+    if not any(each.uses_data() for each in recipe.passes):
         return None
     return calibration_windows(
         recipe.calibration,

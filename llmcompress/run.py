@@ -2,8 +2,9 @@
 
 <output>.run/   lock.yaml         the resolved recipe; compressing with it repeats the run
                 fingerprint.json  what must be the same for a resume to make sense
-                journal.jsonl     one line per finished block, with the hash of its file
-                blocks/NNN.safetensors, log.jsonl, process.json
+                journal.jsonl     one line per finished file of the next line, with its hash
+                work/SS-NNN.safetensors (block NNN of stage SS), SS-decisions.safetensors, SS-model.safetensors
+                log.jsonl, process.json
 """
 
 from __future__ import annotations
@@ -21,15 +22,21 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from llmcompress.errors import NOTHING_SAVED, CompressError, ExitCode
 from llmcompress.evaluation.report import SiteReport
 from llmcompress.export.disk import disk_errors, sha256, sync
 from llmcompress.export.folder import run_folder
 from llmcompress.export.lock import ProcessLock
-from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.model.stock import stock_outline
+from llmcompress.modules.manifest import Manifest, apply_manifest, changes
 
-_SPECS = "llmcompress.modules"
+_ABOUT = "llmcompress"
+"""Metadata key of a kept file: what its tensors do not say."""
+
+_DECISIONS, _MODEL = "-decisions", "-model"
+_NOT_BLOCKS = (_DECISIONS, _MODEL)
 
 
 class Run:
@@ -38,8 +45,8 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._lock = ProcessLock(folder)
-        self._journal: dict[int, dict[str, Any]] = {}
-        self._verified: set[int] = set()
+        self._journal: dict[str, dict[str, Any]] = {}
+        self._verified: set[str] = set()
 
     @classmethod
     def open(cls, output: Path, *, fingerprint: dict[str, str], lock_text: str, fresh: bool) -> Self:
@@ -49,7 +56,7 @@ class Run:
         """
         run = cls(run_folder(output))
         with disk_errors(run.folder, saved="nothing was changed"):
-            (run.folder / "blocks").mkdir(parents=True, exist_ok=True)
+            (run.folder / "work").mkdir(parents=True, exist_ok=True)
             run._lock.take()
             try:
                 if fresh:
@@ -70,61 +77,75 @@ class Run:
         if isinstance(error, CompressError) and error.saved == NOTHING_SAVED:
             error.saved = self.saved
         if error is not None:
-            self.log("stopped", error=f"{type(error).__name__}: {error}", finished_blocks=len(self.finished_blocks()))
+            self.log("stopped", error=f"{type(error).__name__}: {error}", saved=self.saved)
         self._lock.release()
 
-    def finished_blocks(self) -> list[int]:
-        """Blocks that need no more work: 0, 1, … up to the first whose file is missing or damaged."""
+    def finished_blocks(self, stage: int) -> list[int]:
+        """Blocks of a stage that need no more work: 0, 1, … up to the first whose file is missing or damaged."""
         count = 0
-        while count in self._journal and self._is_valid(count):
+        while self._is_valid(_block_key(stage, count)):
             count += 1
         return list(range(count))
 
     @property
     def saved(self) -> str:
         """What is kept, in words for an error."""
-        count = len(self.finished_blocks())
-        return (
-            f"{count} finished blocks in {self.folder}: run the same command again to go on" if count else NOTHING_SAVED
-        )
+        kept = [key for key in self._journal if self._is_valid(key)]
+        if not kept:
+            return NOTHING_SAVED
+        blocks = sum(not key.endswith(_NOT_BLOCKS) for key in kept)
+        stages = sum(key.endswith(_MODEL) for key in kept)
+        what = [f"{blocks} finished blocks"] * bool(blocks) + [f"{stages} finished passes on the whole model"] * bool(stages)
+        return f"{' and '.join(what or ['decisions'])} in {self.folder}: run the same command again to go on"
 
-    def save_block(self, index: int, block: nn.Module, rows: list[SiteReport]) -> None:
-        """Keep every tensor of a block and its report rows; once this returns, a crash cannot lose them.
+    def save_block(self, stage: int, index: int, block: nn.Module, before: nn.Module, rows: list[SiteReport]) -> None:
+        """Keep every tensor of a block, how it differs from its outline `before`, and its report rows.
 
-        Raises: CompressError when the disk is full; the blocks before are kept.
+        Once this returns, a crash cannot lose them. Raises: CompressError when the disk is full; all before is kept.
         """
-        specs = {name: part.spec() for name, part in block.named_modules() if isinstance(part, QuantLinear)}
-        path = self._block_file(index)
-        part = path.with_suffix(".part")
-        before = f"the {len(self.finished_blocks())} blocks before it, in {self.folder}"
-        with disk_errors(path, saved=before):
-            save_file(_own_memory(block.state_dict()), part, metadata={_SPECS: json.dumps(specs)})
-            sync(part)
-            line = {
-                "block": index,
-                "sha256": sha256(part),
-                "rows": [row.model_dump(mode="json", exclude_none=True) for row in rows],
-            }
-            os.replace(part, path)
-            sync(path.parent)
-            _append(self.folder / "journal.jsonl", line, durable=True)
-        self._journal[index] = line
-        self._verified.add(index)
+        self._save(_block_key(stage, index), block.state_dict(), changes(block, before).to_json(), rows)
 
-    def restore_block(self, index: int, block: nn.Module) -> list[SiteReport]:
-        """Make a freshly loaded block what `save_block` saw, bit for bit; its report rows."""
-        with safe_open(self._block_file(index), framework="pt") as file:
-            specs: dict[str, dict[str, str | int | bool]] = json.loads(file.metadata()[_SPECS])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        for name, spec in specs.items():
-            parent, _, leaf = name.rpartition(".")
-            site = QuantLinear.from_spec(spec, tensors[f"{name}.scale_OG"].dtype)
-            setattr(block.get_submodule(parent), leaf, site.train(block.training))
-        here = block.state_dict()
-        wrong = {name for name, tensor in tensors.items() if name in here and here[name].dtype != tensor.dtype}
-        assert not wrong, f"block {index} was saved in another dtype: {sorted(wrong)[:3]}"
-        block.load_state_dict(tensors, strict=True)
-        return [SiteReport(**row) for row in self._journal[index]["rows"]]
+    def restore_block(self, stage: int, index: int, block: nn.Module) -> list[SiteReport]:
+        """Make a block as it was before its stage what `save_block` saw, bit for bit; its report rows."""
+        key = _block_key(stage, index)
+        tensors, about = self._read(key)
+        dtype = next(block.parameters()).dtype
+        apply_manifest(block, Manifest.from_json(about), dtype)
+        _load(block, tensors, key)
+        return self._rows(key)
+
+    def decisions(self, stage: int) -> dict[str, Tensor] | None:
+        """What the first pass of a stage decided, if it has."""
+        key = f"{stage:02d}{_DECISIONS}"
+        return self._read(key)[0] if self._is_valid(key) else None
+
+    def save_decisions(self, stage: int, decisions: Mapping[str, Tensor]) -> None:
+        """Keep it, or raise CompressError when the disk is full."""
+        self._save(f"{stage:02d}{_DECISIONS}", decisions, {}, [])
+
+    def finished_model(self) -> int | None:
+        """The last stage after which the whole model was kept."""
+        found = [int(key.removesuffix(_MODEL)) for key in self._journal if key.endswith(_MODEL) and self._is_valid(key)]
+        return max(found, default=None)
+
+    def save_model(self, stage: int, model: PreTrainedModel, rows: list[SiteReport]) -> None:
+        """Keep the whole model: its config, how it differs from that config's stock model, all tensors, and all rows.
+
+        Raises: CompressError when the disk is full; all before is kept.
+        """
+        about = {"config": model.config.to_dict(), **changes(model, stock_outline(model)).to_json()}
+        self._save(f"{stage:02d}{_MODEL}", model.state_dict(), about, rows)
+
+    def restore_model(self, stage: int, model: PreTrainedModel) -> tuple[PreTrainedModel, list[SiteReport]]:
+        """The model that was kept after that stage, and all rows until then; `model` is what the run began with."""
+        key = f"{stage:02d}{_MODEL}"
+        tensors, about = self._read(key)
+        kept = stock_outline(model, config=type(model.config).from_dict(about["config"]))
+        apply_manifest(kept, Manifest.from_json(about), model.dtype)
+        kept.load_state_dict(tensors, strict=True, assign=True)
+        kept.tie_weights()
+        kept.generation_config = model.generation_config
+        return kept.eval().requires_grad_(False), self._rows(key)
 
     def log(self, event: str, **facts: Any) -> None:
         """One line in log.jsonl: what happened when, for people and bug reports."""
@@ -135,21 +156,47 @@ class Run:
         self._lock.release()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _is_valid(self, index: int) -> bool:
-        """Whether a block's file is the one its journal line tells of; hashed once."""
-        path = self._block_file(index)
-        if index not in self._verified and path.is_file() and sha256(path) == self._journal[index]["sha256"]:
-            self._verified.add(index)
-        return index in self._verified
+    def _save(self, key: str, tensors: Mapping[str, Tensor], about: dict[str, Any], rows: list[SiteReport]) -> None:
+        path = self._file(key)
+        part = path.with_suffix(".part")
+        with disk_errors(path, saved=self.saved):
+            save_file(_own_memory(tensors), part, metadata={_ABOUT: json.dumps(about)})
+            sync(part)
+            line = {
+                "file": key,
+                "sha256": sha256(part),
+                "rows": [row.model_dump(mode="json", exclude_none=True) for row in rows],
+            }
+            os.replace(part, path)
+            sync(path.parent)
+            _append(self.folder / "journal.jsonl", line, durable=True)
+        self._journal[key] = line
+        self._verified.add(key)
 
-    def _block_file(self, index: int) -> Path:
-        return self.folder / "blocks" / f"{index:03d}.safetensors"
+    def _read(self, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        with safe_open(self._file(key), framework="pt") as file:
+            about: dict[str, Any] = json.loads(file.metadata()[_ABOUT])
+            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (not a mapping)
+
+    def _rows(self, key: str) -> list[SiteReport]:
+        return [SiteReport(**row) for row in self._journal[key]["rows"]]
+
+    def _is_valid(self, key: str) -> bool:
+        """Whether a file is the one that its journal line tells of; hashed once."""
+        if key in self._journal and key not in self._verified:
+            path = self._file(key)
+            if path.is_file() and sha256(path) == self._journal[key]["sha256"]:
+                self._verified.add(key)
+        return key in self._verified
+
+    def _file(self, key: str) -> Path:
+        return self.folder / "work" / f"{key}.safetensors"
 
     def _clear(self) -> None:
         for name in ("journal.jsonl", "fingerprint.json", "lock.yaml", "log.jsonl"):
             (self.folder / name).unlink(missing_ok=True)
-        shutil.rmtree(self.folder / "blocks")
-        (self.folder / "blocks").mkdir()
+        shutil.rmtree(self.folder / "work")
+        (self.folder / "work").mkdir()
 
     def _settle(self, fingerprint: Mapping[str, str], lock_text: str) -> None:
         """Write what this run is, or check that it is the run that was begun here."""
@@ -188,12 +235,23 @@ class Run:
                 line = None
             if line is None:
                 break
-            self._journal[line["block"]] = line
+            self._journal[line["file"]] = line
             good += len(raw)
         if good < len(data):
             with path.open("r+b") as file:
                 file.truncate(good)
             sync(path)
+
+
+def _block_key(stage: int, index: int) -> str:
+    return f"{stage:02d}-{index:03d}"
+
+
+def _load(block: nn.Module, tensors: Mapping[str, Tensor], key: str) -> None:
+    here = block.state_dict()
+    wrong = {name for name, tensor in tensors.items() if name in here and here[name].dtype != tensor.dtype}
+    assert not wrong, f"{key} was saved in another dtype: {sorted(wrong)[:3]}"
+    block.load_state_dict(tensors, strict=True)
 
 
 def _own_memory(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -186,7 +186,7 @@ def test_a_failing_pass_leaves_finished_blocks_and_no_output(
         patch.setattr(LinearSite, "replace", failing)
         compress(str(tiny), recipe(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert len(list((tmp_path / "out.run" / "blocks").glob("*.safetensors"))) == 2
+    assert len(list((tmp_path / "out.run" / "work").glob("*.safetensors"))) == 2
 
 
 def test_an_error_in_the_middle_says_which_blocks_are_kept(

@@ -17,6 +17,7 @@ from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.report import SiteReport
 from llmcompress.export.folder import check_output, staging_folder
 from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.passes.apply import outline
 from llmcompress.run import Run
 from tests.export.quantized import quantized_model
 from tests.families import tiny_model, tiny_tokens
@@ -29,6 +30,10 @@ SCHEMES = ["int4_g32", "int3_g32_asym", "int8_channel_a8token", "int8_channel_a8
 
 def _open(output: Path, *, fresh: bool = False, **changed: str) -> Run:
     return Run.open(output, fingerprint={**SETTINGS, **changed}, lock_text="passes: [rtn]\n", fresh=fresh)
+
+
+def _save(run: Run, index: int, rows: list[SiteReport]) -> None:
+    run.save_block(0, index, _block(index), _block(0), rows)
 
 
 def _block(value: float) -> nn.Module:
@@ -44,11 +49,11 @@ def test_blocks_come_back_bit_for_bit(tmp_path, family):
     blocks, fresh_blocks = (list(m.get_submodule(paths[0])) for m in (model, again))
     with _open(tmp_path / "out") as run:
         for index, block in enumerate(blocks):
-            run.save_block(index, block, ROWS)
+            run.save_block(0, index, block, outline(fresh_blocks[index]), ROWS)
     with _open(tmp_path / "out") as run:
-        assert run.finished_blocks() == list(range(len(blocks)))
+        assert run.finished_blocks(0) == list(range(len(blocks)))
         for index, block in enumerate(fresh_blocks):
-            assert run.restore_block(index, block) == ROWS
+            assert run.restore_block(0, index, block) == ROWS
     for block, back in zip(blocks, fresh_blocks, strict=True):
         assert not back.training
         state, found = block.state_dict(), back.state_dict()
@@ -70,56 +75,56 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def test_a_damaged_or_lost_block_ends_what_is_finished(tmp_path):
     with _open(tmp_path / "out") as run:
         for index in range(4):
-            run.save_block(index, _block(index), [])
+            _save(run, index, [])
         folder = run.folder
-    damaged = folder / "blocks" / "002.safetensors"
+    damaged = folder / "work" / "00-002.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x01")
     with _open(tmp_path / "out") as run:
-        assert run.finished_blocks() == [0, 1]
-        run.save_block(2, _block(2), ROWS)
-        assert run.finished_blocks() == [0, 1, 2, 3]
-    (folder / "blocks" / "000.safetensors").unlink()
+        assert run.finished_blocks(0) == [0, 1]
+        _save(run, 2, ROWS)
+        assert run.finished_blocks(0) == [0, 1, 2, 3]
+    (folder / "work" / "00-000.safetensors").unlink()
     with _open(tmp_path / "out") as run:
-        assert run.finished_blocks() == []
+        assert run.finished_blocks(0) == []
 
 
 @pytest.mark.parametrize("tail", [b'{"block": 2, "sha', b'{"block": 2}', b"\x00\x00\x00", b'{"torn\n{"block": 3}\n'])
 def test_a_torn_journal_is_cut_and_goes_on(tmp_path, tail):
     with _open(tmp_path / "out") as run:
         for index in range(2):
-            run.save_block(index, _block(index), ROWS)
+            _save(run, index, ROWS)
         journal = run.folder / "journal.jsonl"
     whole = journal.read_bytes()
     journal.write_bytes(whole + tail)
     with _open(tmp_path / "out") as run:
-        assert journal.read_bytes() == whole and run.finished_blocks() == [0, 1]
-        run.save_block(2, _block(2), ROWS)
+        assert journal.read_bytes() == whole and run.finished_blocks(0) == [0, 1]
+        _save(run, 2, ROWS)
     with _open(tmp_path / "out") as run:
-        assert run.finished_blocks() == [0, 1, 2]
-        assert run.restore_block(2, _block(9)) == ROWS
+        assert run.finished_blocks(0) == [0, 1, 2]
+        assert run.restore_block(0, 2, _block(9)) == ROWS
     assert all(json.loads(line) for line in journal.read_text().splitlines())
 
 
 def test_a_block_without_its_journal_line_is_not_finished(tmp_path):
     with _open(tmp_path / "out") as run:
-        run.save_block(0, _block(0), [])
+        _save(run, 0, [])
         (run.folder / "journal.jsonl").unlink()
     with _open(tmp_path / "out") as run:
-        assert run.finished_blocks() == []
+        assert run.finished_blocks(0) == []
 
 
 def test_other_settings_are_refused_with_the_difference_and_a_way_out(tmp_path):
     with _open(tmp_path / "out") as run:
-        run.save_block(0, _block(0), [])
+        _save(run, 0, [])
     with pytest.raises(CompressError) as caught:
         _open(tmp_path / "out", recipe="other")
     error = caught.value
     assert error.exit_code == ExitCode.USAGE and "recipe: abc → other" in error.where and "--fresh" in error.fix
     assert "model" not in error.where.split("(")[1]
     with _open(tmp_path / "out") as run:
-        assert run.finished_blocks() == [0], "the refusal changed nothing"
+        assert run.finished_blocks(0) == [0], "the refusal changed nothing"
     with _open(tmp_path / "out", recipe="other", fresh=True) as run:
-        assert run.finished_blocks() == []
+        assert run.finished_blocks(0) == []
     with _open(tmp_path / "out", recipe="other"):
         pass
 
@@ -187,7 +192,7 @@ def test_an_empty_lock_is_stale_once_it_is_old(tmp_path):
 
 def test_a_finished_run_leaves_nothing(tmp_path):
     with _open(tmp_path / "out") as run:
-        run.save_block(0, _block(0), [])
+        _save(run, 0, [])
         run.discard()
     assert not list(tmp_path.iterdir())
 
@@ -199,9 +204,9 @@ def test_a_full_disk_keeps_the_blocks_before_it(tmp_path):
         "from llmcompress.run import Run\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         f"run = Run.open(Path(sys.argv[1]), fingerprint={SETTINGS!r}, lock_text='', fresh=False)\n"
-        "run.save_block(0, nn.Linear(3, 3), [])\n"
+        "run.save_block(0, 0, nn.Linear(3, 3), nn.Linear(3, 3), [])\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        "try:\n    run.save_block(1, nn.Linear(300, 300), [])\n"
+        "try:\n    run.save_block(0, 1, nn.Linear(300, 300), nn.Linear(300, 300), [])\n"
         "except ValueError as error:\n    print(error.code, int(error.exit_code), error.saved)"
     )
     done = subprocess.run(
@@ -212,7 +217,7 @@ def test_a_full_disk_keeps_the_blocks_before_it(tmp_path):
     )
     assert "output.disk-full 4 the 1 blocks before it" in done.stdout, done.stderr
     with Run.open(tmp_path / "out", fingerprint=SETTINGS, lock_text="", fresh=False) as run:
-        assert run.finished_blocks() == [0]
+        assert run.finished_blocks(0) == [0]
 
 
 def test_what_a_living_run_is_writing_is_not_swept_away(tmp_path):

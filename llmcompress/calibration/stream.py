@@ -6,8 +6,9 @@ is several times slower on processors without its instructions, and every statis
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from llmcompress.errors import CompressError
 from llmcompress.model.map import BlockInfo, Fold, ModelMap
+from llmcompress.model.shrink import shrink_block
 from llmcompress.model.site import LinearSite
 from llmcompress.model.skeleton import BlockCall, find_blocks, record
 from llmcompress.model.surgery import apply_fold
@@ -39,10 +41,9 @@ class BlockWork:
     ) -> None:
         self.info, self.module, self.storage_dtype, self.progress = info, module, storage_dtype, progress
         self._inputs, self._calls = inputs, calls
-        self._by_name = {
-            site.name: LinearSite(info.full(site.name), site, module, storage_dtype) for site in info.structure.sites
-        }
-        self.sites = tuple(self._by_name.values())
+        self.decisions: Mapping[str, Tensor] = {}
+        """What the first pass of the stage decided about the whole model."""
+        self._name_sites()
 
     def folds_into(self, sites: Sequence[LinearSite]) -> list[Fold]:
         """Folds all of whose consumers are among `sites`, and which touch nothing that holds codes already."""
@@ -71,6 +72,34 @@ class BlockWork:
     def fold(self, fold: Fold, divide_P: Tensor) -> None:
         """Divide the producer's channels and multiply the consumers' columns."""
         apply_fold(self.module, fold, divide_P, storage_dtype=self.storage_dtype)
+
+    def shrink(self, keep: Mapping[int, Sequence[int]]) -> None:
+        """Keep only these units of the width groups with these indices; the block then has other `sites`, unmeasured.
+
+        Checked on a few tokens: the narrower block computes what the wide one does with those units masked.
+        Raises: CompressError when it cannot; the block is then as it was.
+        """
+        run = self._few_tokens if self._inputs else None
+        structure = shrink_block(self.module, self.info.structure, keep, run=run)
+        self.info = replace(self.info, structure=structure)
+        self._name_sites()
+
+    def _name_sites(self) -> None:
+        self._by_name = {
+            site.name: LinearSite(self.info.full(site.name), site, self.module, self.storage_dtype)
+            for site in self.info.structure.sites
+        }
+        self.sites = tuple(self._by_name.values())
+
+    @torch.no_grad()
+    def _few_tokens(self) -> Tensor:
+        """The output for the first sequence of the first batch; for the whole batch where its axis cannot be told."""
+        hidden, call = self._inputs[0], self._calls[0]
+        batch, tokens, _ = hidden.shape
+        if batch != tokens:
+            hidden = hidden[:1]
+            call = call.with_tensors(lambda tensor: tensor[:1] if tensor.shape[:1] == (batch,) else tensor)
+        return self._run(hidden, call)
 
     @torch.no_grad()
     def measure(self, sites: Sequence[LinearSite], kinds: Sequence[type[Statistic]]) -> None:

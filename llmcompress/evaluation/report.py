@@ -23,6 +23,18 @@ class SiteReport(_Row):
     """The same for the pass's baseline (plain rounding), where the pass compares with one."""
     tokens: int | None = None
     """Calibration tokens that reached the site."""
+    sparsity: float | None = None
+    """Share of weights that are exactly zero afterwards."""
+    rank: int | None = None
+    """Of a low-rank site."""
+    parameters: int | None = None
+    """Of the site (or block) afterwards."""
+    removed: int | None = None
+    """Units, channels or blocks that were removed there."""
+    score: float | None = None
+    """What the decision was made on, in the algorithm's own unit."""
+    active: float | None = None
+    """Share of calibration tokens that the block ran for, or of inputs that the site computed with."""
     degraded: str | None = None
     """Why a fallback was used (`damping raised to 0.1`, `no tokens: rounded to nearest`)."""
 

@@ -21,8 +21,8 @@ from llmcompress.export.base import Loader
 from llmcompress.export.shards import ShardWriter
 from llmcompress.modules.quant_linear import QuantLinear
 
-SiteTensors = Callable[[str, QuantLinear], dict[str, Tensor]]
-"""What a quantized site of that name looks like on disk, under names relative to the site."""
+Replaced = Mapping[str, Callable[[], dict[str, Tensor]]]
+"""Full name of a module that looks different on disk → its tensors there, under names relative to the module."""
 
 _MAJOR = int(transformers.__version__.split(".")[0])
 
@@ -71,7 +71,7 @@ def write_model(
     model: PreTrainedModel,
     folder: Path,
     config: Mapping[str, Any],
-    site_tensors: SiteTensors,
+    replaced: Replaced,
     *,
     storage_dtype: torch.dtype,
     max_shard_size: str,
@@ -79,7 +79,7 @@ def write_model(
     """Write weights and `config.json`; the names of the weight files and the bytes of all tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     writer = ShardWriter(folder, max_shard_size)
-    for name, tensor in _tensors_on_disk(model, site_tensors, storage_dtype):
+    for name, tensor in _tensors_on_disk(model, replaced, storage_dtype):
         writer.add(name, tensor)
     files = writer.close()
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -87,25 +87,35 @@ def write_model(
 
 
 def _tensors_on_disk(
-    model: PreTrainedModel, site_tensors: SiteTensors, storage_dtype: torch.dtype
+    model: PreTrainedModel, replaced: Replaced, storage_dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the checkpoint, converted one block at a time; of tied tensors only the first name."""
-    sites = quantized_sites(model)
+    begun: set[str] = set()
     written: set[tuple[int, torch.Size]] = set()
     state = model.state_dict(keep_vars=True)
     for _, names in groupby(state, key=_block_of):
         block: dict[str, Tensor] = {}
         for name in names:
-            owner, _, leaf = name.rpartition(".")
+            owner = _owner(name, replaced)
             tensor = state[name]
             place = (tensor.data_ptr(), tensor.shape)
-            if owner in sites:
-                if leaf == "codes_OI":
-                    block |= {f"{owner}.{part}": value for part, value in site_tensors(owner, sites[owner]).items()}
+            if owner is not None:
+                if owner not in begun:
+                    begun.add(owner)
+                    block |= {f"{owner}.{part}": value for part, value in replaced[owner]().items()}
             elif place not in written or not tensor.numel():
                 written.add(place)
                 block[name] = _stored(tensor, storage_dtype, name)
         yield from _under_names_on_disk(model, block).items()
+
+
+def _owner(name: str, replaced: Replaced) -> str | None:
+    """The replaced module that a tensor belongs to, however deep inside."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        if name in replaced:
+            return name
+    return None
 
 
 def _block_of(name: str) -> str:

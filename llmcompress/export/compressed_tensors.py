@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,12 @@ def save_compressed_tensors(
         flat = _flat_inputs(model, {site.name: sites[site.name] for site in coded})
         config["quantization_config"] = quantization_config(coded, flat, linears)
     files, size = write_model(
-        model, folder, config, tensors, storage_dtype=storage_dtype, max_shard_size=max_shard_size
+        model,
+        folder,
+        config,
+        {name: partial(tensors, name, site) for name, site in sites.items()},
+        storage_dtype=storage_dtype,
+        max_shard_size=max_shard_size,
     )
     return Saved(files, size, "compressed-tensors" if coded else "plain", dense)
 

@@ -1,30 +1,37 @@
-"""Saves every quantized linear multiplied out to ordinary weights: any loader reads it."""
+"""Saves every replaced module multiplied out to ordinary weights: any loader reads it."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from llmcompress.errors import CompressError
 from llmcompress.export.base import Saved
-from llmcompress.export.checkpoint import linears_of_loader, quantized_sites, write_model
+from llmcompress.export.checkpoint import linears_of_loader, write_model
 from llmcompress.export.config import portable_config
-from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.model.stock import stock_outline
+from llmcompress.modules.base import CompressedModule
+from llmcompress.modules.manifest import changes
+from llmcompress.modules.wrapper import Wrapper
 
 
 def save_plain(model: PreTrainedModel, folder: Path, *, storage_dtype: torch.dtype, max_shard_size: str) -> Saved:
     """Write an ordinary Hugging Face folder; the model is not changed.
 
-    Products of codes and scales are rounded to `storage_dtype` exactly as the model itself does when it is cast to
-    that dtype, so a loader that uses it gets the same logits bit for bit; float32 keeps every product exact.
+    Products are rounded to `storage_dtype` exactly as the model itself does when it is cast to that dtype, so a loader
+    that uses it gets the same logits bit for bit; float32 keeps every product of codes and scales exact.
 
-    Raises: CompressError when a site rounds activations, which ordinary weights cannot.
+    Raises: CompressError when ordinary weights cannot say what the model computes: a site rounds activations, widths
+    differ from block to block, or a module decides per input what to compute.
     """
-    sites = quantized_sites(model)
-    rounding = [name for name, site in sites.items() if site.scheme.activations]
+    _refuse_other_shapes(model)
+    sites = replaced_modules(model)
+    rounding = [name for name, site in sites.items() if not site.keeps_inputs()]
     if rounding:
         raise CompressError(
             "save.plain-activations",
@@ -38,15 +45,45 @@ def save_plain(model: PreTrainedModel, folder: Path, *, storage_dtype: torch.dty
         model,
         folder,
         portable_config(model, storage_dtype),
-        lambda name, site: dense_tensors(site, classes.get(name, nn.Linear), storage_dtype),
+        {
+            name: partial(dense_tensors, site, classes.get(name, nn.Linear), storage_dtype)
+            for name, site in sites.items()
+        },
         storage_dtype=storage_dtype,
         max_shard_size=max_shard_size,
     )
     return Saved(files, size, "plain", dict.fromkeys(sites, "plain format"))
 
 
-def dense_tensors(site: QuantLinear, loader_class: type[nn.Module], storage_dtype: torch.dtype) -> dict[str, Tensor]:
-    """Weight and bias of a quantized site in the layout of the class that will load them."""
-    weight_OI = site.dense_weight().to(storage_dtype)
-    tensors = {"weight": weight_OI if issubclass(loader_class, nn.Linear) else weight_OI.T}
-    return tensors if site.bias is None else {**tensors, "bias": site.bias.detach().to(storage_dtype)}
+def replaced_modules(model: nn.Module) -> dict[str, CompressedModule]:
+    """Full name → outermost compressed modules, those inside another one left out."""
+    found: dict[str, CompressedModule] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{other}.") for other in found)
+        if isinstance(module, CompressedModule) and not inside:
+            found[name] = module
+    return found
+
+
+def dense_tensors(
+    site: CompressedModule, loader_class: type[nn.Module], storage_dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Weight and bias of a replaced module in the layout of the class that will load them."""
+    weight_OI = site.dense_weight().detach().to(storage_dtype)
+    tensors = {"weight": weight_OI.T if issubclass(loader_class, Conv1D) else weight_OI}
+    bias = site.dense_bias()
+    return tensors if bias is None else {**tensors, "bias": bias.detach().to(storage_dtype)}
+
+
+def _refuse_other_shapes(model: PreTrainedModel) -> None:
+    found = changes(model, stock_outline(model))
+    wrapped = [name for name, module in model.named_modules() if isinstance(module, Wrapper)]
+    other = [*wrapped, *found.shapes, *found.attributes]
+    if other:
+        raise CompressError(
+            "save.plain-shapes",
+            "a plain folder cannot hold this model: no config of its family describes these modules",
+            where=", ".join(other[:3]),
+            fix="set `save.format` to auto: the folder then loads after `import llmcompress`",
+            saved="all finished work: run again with another format",
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -17,6 +18,9 @@ from llmcompress.model.map import BlockInfo, BlockStructure, ModelMap, Refusal
 from llmcompress.model.random_weights import materialise, release
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.model.structure import block_structure
+from llmcompress.modules.base import MODULES
+from llmcompress.modules.manifest import apply_manifest, changes
+from llmcompress.modules.quant_linear import QuantLinear
 
 
 def probe(config: PretrainedConfig) -> ModelMap:
@@ -24,7 +28,27 @@ def probe(config: PretrainedConfig) -> ModelMap:
 
     Raises: CompressError when transformers cannot build it as a causal language model or it has no list of blocks.
     """
-    model = without_weights(config)
+    return _probe(without_weights(config))
+
+
+def map_model(model: PreTrainedModel) -> ModelMap:
+    """The map of a live model, whatever earlier passes made of it: experiments on random weights of its shapes.
+
+    Raises: CompressError when its modules differ from its config in a way that nothing of ours explains.
+    """
+    outline = without_weights(model.config)
+    found = changes(model, outline)
+    quantized = MODULES.name_of(QuantLinear)
+    # a linear made of codes has the shape of the stock one: for the map it is just that
+    modules = {name: spec for name, spec in found.modules.items() if spec["type"] != quantized}
+    apply_manifest(outline, replace(found, modules=modules), torch.float32)
+    _copy_indices(model, outline)
+    tied = model.get_input_embeddings().weight is getattr(model.get_output_embeddings(), "weight", None)
+    return replace(_probe(outline), tied=tied)
+
+
+def _probe(model: PreTrainedModel) -> ModelMap:
+    config = model.config
     blocks = find_blocks(model)
     embedding, head = _name_of(model, model.get_input_embeddings()), _name_of(model, model.get_output_embeddings())
     text = config.get_text_config()
@@ -44,23 +68,15 @@ def probe(config: PretrainedConfig) -> ModelMap:
     return ModelMap(config.model_type, int(text.hidden_size), infos, embedding, head, tied, refused)
 
 
-def map_model(model: PreTrainedModel) -> ModelMap:
-    """The map of a live model: the probe of its config, checked against the modules that are really there.
-
-    Raises: CompressError when the model has other modules than its config says.
-    """
-    found = probe(model.config)
-    there = {name for name, _ in model.named_modules()}
-    missing = [name for name in (*found.site_names(), found.embedding, found.head) if name not in there]
-    if missing or [name for name, _ in find_blocks(model)] != [block.name for block in found.blocks]:
-        raise CompressError(
-            "model.map-mismatch",
-            f"{type(model).__name__} does not have the modules that its config describes",
-            where=", ".join(missing[:3]) or "the list of blocks",
-            fix="load the model with AutoModelForCausalLM.from_pretrained and do not change its modules before",
-        )
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    return replace(found, tied=embedding.weight is getattr(head, "weight", None))
+def _copy_indices(model: nn.Module, outline: nn.Module) -> None:
+    """Whole numbers (which rows are kept) say where values go, so experiments need the real ones."""
+    for name, buffer in model.named_buffers():
+        if not buffer.is_floating_point():
+            owner, _, leaf = name.rpartition(".")
+            with suppress(AttributeError):  # below a linear made of codes
+                module = outline.get_submodule(owner)
+                if leaf in module._buffers:
+                    module._buffers[leaf] = buffer.detach().clone()
 
 
 def without_weights(config: PretrainedConfig) -> PreTrainedModel:

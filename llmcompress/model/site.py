@@ -56,6 +56,13 @@ class LinearSite:
                 weight_OI.T if self.info.transposed else weight_OI
             )
 
+    def write_bias(self, bias_O: Tensor) -> None:
+        """Set the bias; a linear without one gets one."""
+        module = self.module
+        assert not self.is_quantized and hasattr(module, "bias"), f"{self.name} holds codes"
+        like = self._block.get_parameter(f"{self.info.name}.weight")
+        module.bias = nn.Parameter(bias_O.detach().to(like), requires_grad=like.requires_grad)
+
     def replace(self, module: nn.Module) -> None:
         """Put another module at the site."""
         parent, _, leaf = self.info.name.rpartition(".")

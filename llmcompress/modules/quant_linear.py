@@ -7,11 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
+from llmcompress.modules.base import MODULES, CompressedModule, Spec
 from llmcompress.modules.scheme import Scheme, named_scheme
 from llmcompress.numerics.grid import Fitted, restore
 
 
-class QuantLinear(nn.Module):
+@MODULES.register("quant_linear")
+class QuantLinear(CompressedModule):
     """Replaces `nn.Linear` (or Conv1D): `codes_OI` int8, `scale_OG`, `zero_OG` int8 (asymmetric), optional bias.
 
     `input_scale` exists for static activations only. Buffers follow `.to(dtype)`: scales hold values of the
@@ -50,10 +52,12 @@ class QuantLinear(nn.Module):
         zero_OG = None if scheme.weights.symmetric else fitted.zero_OG.to(torch.int8)
         return cls(scheme, codes_OI, fitted.scale_OG, zero_OG, bias_O, input_scale)
 
-    def spec(self) -> dict[str, str | int | bool]:
-        """What, with the state dict, makes this module again (`from_spec`)."""
+    def _guard(self) -> None:
+        """None here: `weight` is what the codes stand for, and files hold the codes themselves under that name."""
+
+    @override
+    def spec(self) -> Spec:
         return {
-            "type": "quant_linear",
             "scheme": self.scheme.name,
             "outputs": self.out_features,
             "inputs": self.in_features,
@@ -61,8 +65,8 @@ class QuantLinear(nn.Module):
         }
 
     @classmethod
-    def from_spec(cls, spec: dict[str, str | int | bool], dtype: torch.dtype) -> QuantLinear:
-        """An empty module of the right shapes, ready for `load_state_dict`."""
+    @override
+    def from_spec(cls, spec: Spec, dtype: torch.dtype) -> QuantLinear:
         scheme = named_scheme(str(spec["scheme"]))
         outputs, inputs = int(spec["outputs"]), int(spec["inputs"])
         shape = (outputs, scheme.weights.groups(inputs))
@@ -75,13 +79,17 @@ class QuantLinear(nn.Module):
             torch.ones(1, dtype=dtype) if scheme.activations == "tensor" else None,
         )
 
+    @override
+    def keeps_inputs(self) -> bool:
+        return self.scheme.activations is None
+
+    @override
     def dense_weight(self) -> Tensor:
-        """The weight that the codes stand for, O×I, in the scales' dtype."""
         zero_OG = torch.zeros_like(self.scale_OG) if self.zero_OG is None else self.zero_OG.to(self.scale_OG.dtype)
         return restore(self.codes_OI, Fitted(self.scheme.weights, self.scale_OG, zero_OG))
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         """Some model code reads `linear.weight.dtype` or its device."""
         return self.dense_weight()
 

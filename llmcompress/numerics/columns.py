@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.numerics.grid import Grid, RangeSearch, fit
+from llmcompress.numerics.masks import Pattern, due, lowest, lowest_of
 
 MOST_DAMPING = 10.0
 """Above ten times the mean diagonal the Gram matrix no longer says anything: round to nearest instead."""
@@ -30,7 +31,7 @@ class InverseFactor:
 def inverse_factor(gram_II: Tensor, damping: float) -> InverseFactor | None:
     """Upper Cholesky factor of the damped inverse; damping rises tenfold until it exists, None if it never does.
 
-    Inputs that never were non-zero get a unit diagonal: their weights are rounded to nearest and repair nothing.
+    Inputs that never were non-zero have the damping alone: their weights repair nothing and are dropped first.
     One factorisation instead of the usual three steps (factor, invert, factor): the reversed matrix is factored,
     so that G = R Rᵀ with R upper triangular, and the wanted factor is R⁻¹.
     """
@@ -41,7 +42,7 @@ def inverse_factor(gram_II: Tensor, damping: float) -> InverseFactor | None:
         return None
     while damping <= MOST_DAMPING:
         damped_II = gram_II.clone()
-        damped_II.diagonal().add_(damping * mean).masked_fill_(dead_I, 1.0)
+        damped_II.diagonal().add_(damping * mean)
         lower_II, failed = torch.linalg.cholesky_ex(damped_II.flip(0, 1))
         if not failed:
             identity_II = torch.eye(len(gram_II), dtype=gram_II.dtype, device=gram_II.device)
@@ -55,8 +56,12 @@ def inverse_factor(gram_II: Tensor, damping: float) -> InverseFactor | None:
 class ColumnTreatment(Protocol):
     """What becomes of one column."""
 
+    @property
+    def every(self) -> int:
+        """`begin` is called at columns that are multiples of this; 0: never."""
+
     def begin(self, column: int, ahead_BO: Tensor) -> None:
-        """Called before each column; `ahead_BO` are this and the following columns of the lazy block, corrected."""
+        """Called before the column; `ahead_BO` are this and the following columns of the lazy block, corrected."""
 
     def __call__(self, column: int, weight_O: Tensor) -> Tensor:
         """The new values of the column."""
@@ -76,7 +81,8 @@ def sweep_columns(weight_OI: Tensor, upper_II: Tensor, treat: ColumnTreatment, *
         upper_BB = upper_II[start:stop, start:stop]
         errors_BO = torch.empty_like(block_BO)
         for j in range(stop - start):
-            treat.begin(start + j, block_BO[j:])
+            if treat.every and (start + j) % treat.every == 0:
+                treat.begin(start + j, block_BO[j:])
             new_O = treat(start + j, block_BO[j])
             errors_BO[j] = (block_BO[j] - new_O) / upper_BB[j, j]
             block_BO[j] = new_O
@@ -108,16 +114,13 @@ class RoundToGrid:
         self.fitted = fit(weight_OI, grid, scale_dtype=scale_dtype, search=search, gram_II=gram_II)
         self.codes_IO = torch.zeros(inputs, len(weight_OI), dtype=torch.int8, device=weight_OI.device)
         self._order = list(range(inputs)) if order_I is None else order_I.tolist()
-        self._refit = grid.group is not None and order_I is None
+        self.every = grid.group if grid.group is not None and order_I is None else 0
         self._grid, self._scale_dtype, self._search, self._gram_II = grid, scale_dtype, search, gram_II
 
     def begin(self, column: int, ahead_BO: Tensor) -> None:
         """At a group's first column: fit its scales again, now that earlier errors have been repaired."""
-        length = self._grid.group
-        if not self._refit or length is None or column % length:
-            return
-        group = column // length
-        weight_ON = ahead_BO[:length].T
+        group = column // self.every
+        weight_ON = ahead_BO[: self.every].T
         stop = column + weight_ON.shape[1]
         again = fit(
             weight_ON,
@@ -137,6 +140,71 @@ class RoundToGrid:
         codes_O = (weight_O / scale_O + zero_O).round_().clamp_(self._grid.low, self._grid.high)
         self.codes_IO[true] = codes_O.to(torch.int8)
         return (codes_O - zero_O) * scale_O
+
+
+class DropWeights:
+    """Makes some weights zero; the others stay, or become what another treatment makes of the column.
+
+    The error of a dropped weight is its whole corrected value, which the sweep spreads onto the later columns. The
+    mask is given, or chosen on the way: see `DropLowest`.
+    """
+
+    def __init__(self, zero_IO: Tensor, then: ColumnTreatment | None = None) -> None:
+        self.zero_IO, self._then = zero_IO, then
+        self.every = then.every if then else 0
+
+    def begin(self, column: int, ahead_BO: Tensor) -> None:
+        """The other treatment sees zeros where they are known already."""
+        if self._then and self._then.every and column % self._then.every == 0:
+            known_BO = self.zero_IO[column : column + len(ahead_BO)]
+            self._then.begin(column, ahead_BO.masked_fill(known_BO, 0.0))
+
+    def __call__(self, column: int, weight_O: Tensor) -> Tensor:
+        """Zeros where weights are dropped; a grid holds zero exactly, so rounding keeps them."""
+        kept_O = weight_O.masked_fill(self.zero_IO[column], 0.0)
+        return self._then(column, kept_O) if self._then else kept_O
+
+
+class DropLowest(DropWeights):
+    """Chooses what to drop from weights already corrected: the lowest w² ÷ U² of a span of columns.
+
+    `pattern` drops so many of every few columns in each row; otherwise the lowest of `span` columns and all rows
+    together are dropped, so rows may differ; lazy blocks must hold whole spans. Weights that are zero already are
+    among those dropped.
+
+    Source: Frantar, Alistarh, arXiv 2301.00774, section 3.2. Differs: exactly the share is dropped, without ties.
+    """
+
+    def __init__(
+        self,
+        weight_OI: Tensor,
+        upper_II: Tensor,
+        *,
+        share: float,
+        pattern: Pattern | None,
+        span: int,
+        then: ColumnTreatment | None = None,
+    ) -> None:
+        super().__init__((weight_OI == 0).T.contiguous(), then)
+        self._scale_I1 = upper_II.diagonal()[:, None]
+        self._share, self._pattern = share, pattern
+        self._span = pattern.of if pattern else span
+        self.every = math.gcd(self._span, self.every)
+
+    def begin(self, column: int, ahead_BO: Tensor) -> None:
+        """At the first column of a span: choose."""
+        if column % self._span == 0:
+            here = slice(column, column + min(self._span, len(ahead_BO)))
+            now_SO = ahead_BO[: self._span]
+            score_SO = (now_SO / self._scale_I1[here]).square_().masked_fill_(self.zero_IO[here], -1.0)
+            self.zero_IO[here] |= self._chosen(score_SO, here)
+        super().begin(column, ahead_BO)
+
+    def _chosen(self, score_SO: Tensor, here: slice) -> Tensor:
+        if self._pattern:
+            return torch.stack(lowest_of(score_SO.unbind(0), self._pattern.zeros))
+        outputs = score_SO.shape[1]
+        return lowest(score_SO, due(self._share, outputs * here.stop) - due(self._share, outputs * here.start))
 
 
 def block_length(group: int | None, wanted: int) -> int:

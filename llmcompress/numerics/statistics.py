@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -95,3 +96,92 @@ class AbsMean(Statistic):
     def mean_I(self) -> Tensor:
         """Zeros when no token was seen."""
         return self.sum_I / max(self.tokens, 1)
+
+
+class SquaredNorm(Statistic):
+    """Sum of squares of every channel: Wanda's measure of salience, the diagonal of the Gram matrix."""
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        super().__init__(inputs, device)
+        self.sum_I = torch.zeros(inputs, dtype=torch.float32, device=device)
+
+    @override
+    def add(self, x_TI: Tensor) -> None:
+        self.tokens += len(x_TI)
+        self.sum_I += x_TI.square().sum(0)
+
+    @override
+    def rescale(self, divide_I: Tensor) -> None:
+        self.sum_I.div_(divide_I).div_(divide_I)
+
+    @override
+    def is_finite(self) -> bool:
+        return bool(torch.isfinite(self.sum_I).all())
+
+
+class Sketch(Statistic):
+    """Random ± sums of all tokens: squared output errors estimated to some ten per cent, at a share of a Gram matrix.
+
+    With signs s the mean of (ΔW Σ sₜ xₜ)² over draws is Σ (ΔW xₜ)². Source: Alon, Matias, Szegedy, STOC 1996.
+    """
+
+    DRAWS: ClassVar[int] = 128
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        super().__init__(inputs, device)
+        self.sum_DI = torch.zeros(self.DRAWS, inputs, dtype=torch.float32, device=device)
+        self._generator = torch.Generator().manual_seed(0)
+
+    @override
+    def add(self, x_TI: Tensor) -> None:
+        self.tokens += len(x_TI)
+        bits_DT = torch.randint(0, 2, (self.DRAWS, len(x_TI)), generator=self._generator, dtype=torch.float32)
+        self.sum_DI.addmm_(bits_DT.to(x_TI.device).mul_(2).sub_(1), x_TI)
+
+    @override
+    def rescale(self, divide_I: Tensor) -> None:
+        self.sum_DI.div_(divide_I)
+
+    @override
+    def is_finite(self) -> bool:
+        return bool(torch.isfinite(self.sum_DI).all())
+
+    def output_error(self, difference_OI: Tensor) -> float:
+        """An estimate of Σ over tokens and outputs of (ΔW x)²."""
+        return float((difference_OI @ self.sum_DI.T).square().sum(dtype=torch.float64)) / self.DRAWS
+
+
+class Moments(Statistic):
+    """Mean and variance of every channel: what FLAP asks of an input, and what a bias can take over."""
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        super().__init__(inputs, device)
+        self.mean_I = torch.zeros(inputs, dtype=torch.float32, device=device)
+        self._squares_I = torch.zeros(inputs, dtype=torch.float32, device=device)
+
+    @override
+    def add(self, x_TI: Tensor) -> None:
+        count = len(x_TI)
+        if not count:
+            return
+        # merged by Chan's formula: the plain sums of squares lose the variance of channels with a large mean
+        mean_I = x_TI.mean(0)
+        shift_I = mean_I - self.mean_I
+        total = self.tokens + count
+        self._squares_I += (x_TI - mean_I).square().sum(0) + shift_I.square() * (self.tokens * count / total)
+        self.mean_I += shift_I * (count / total)
+        self.tokens = total
+
+    @override
+    def rescale(self, divide_I: Tensor) -> None:
+        self.mean_I.div_(divide_I)
+        self._squares_I.div_(divide_I).div_(divide_I)
+
+    @override
+    def is_finite(self) -> bool:
+        return bool(torch.isfinite(self._squares_I).all() and torch.isfinite(self.mean_I).all())
+
+    @property
+    def variance_I(self) -> Tensor:
+        """Mean squared distance from the mean; zeros when no token was seen."""
+        return self._squares_I / max(self.tokens, 1)

@@ -1,54 +1,123 @@
-"""The inner loop of a run: every block once, every pass on it, finished blocks kept."""
+"""The inner loop of a run: stage after stage, block after block, pass after pass; what is finished is kept.
+
+A stage is a chain of block passes that one stream over the blocks can serve, or one pass on the whole model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmcompress.calibration.stream import BlockStream
+from llmcompress.calibration.whole import WholeModel
 from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.conform import conformed
 from llmcompress.model.map import ModelMap
-from llmcompress.passes.base import BlockPass
+from llmcompress.model.probe import map_model
+from llmcompress.passes.base import BlockPass, ModelPass, Pass
 from llmcompress.progress import Progress
 
 
-class FinishedBlocks(Protocol):
-    """Where finished blocks are kept, so that a killed run need not compute them again."""
+@dataclass(frozen=True)
+class Stage:
+    """Passes that share one stream over the blocks; or one `ModelPass` alone."""
 
-    def finished_blocks(self) -> list[int]:
-        """Indices from 0 on, without a gap."""
+    index: int
+    passes: tuple[Pass, ...]
 
-    def save_block(self, index: int, block: nn.Module, rows: list[SiteReport]) -> None:
-        """Keep a block and its report."""
+    @property
+    def model_pass(self) -> ModelPass | None:
+        """The pass on the whole model, if this is one."""
+        return self.passes[0] if isinstance(self.passes[0], ModelPass) else None
 
-    def restore_block(self, index: int, block: nn.Module) -> list[SiteReport]:
+    @property
+    def block_passes(self) -> tuple[BlockPass, ...]:
+        """The passes on blocks."""
+        return tuple(each for each in self.passes if isinstance(each, BlockPass))
+
+    @property
+    def changes_sites(self) -> bool:
+        """Whether the model needs another map afterwards."""
+        return self.model_pass is not None or any(each.changes_sites for each in self.block_passes)
+
+
+def stages(passes: Sequence[Pass]) -> list[Stage]:
+    """Cut before a pass that must see the whole model first, and after one that changes what the linears are."""
+    cut: list[list[Pass]] = []
+    closed = True
+    for each in passes:
+        alone = isinstance(each, ModelPass)
+        if closed or alone or (isinstance(each, BlockPass) and each.decides):
+            cut.append([])
+        cut[-1].append(each)
+        closed = alone or (isinstance(each, BlockPass) and each.changes_sites)
+    return [Stage(index, tuple(members)) for index, members in enumerate(cut)]
+
+
+class FinishedWork(Protocol):
+    """Where finished work is kept, so that a killed run need not compute it again."""
+
+    def finished_blocks(self, stage: int) -> list[int]:
+        """Indices of the blocks that a stage has done, from 0 on, without a gap."""
+
+    def save_block(self, stage: int, index: int, block: nn.Module, before: nn.Module, rows: list[SiteReport]) -> None:
+        """Keep a block and its report; `before` is its outline from before the stage."""
+
+    def restore_block(self, stage: int, index: int, block: nn.Module) -> list[SiteReport]:
         """Make the block what was kept, bit for bit; its report."""
+
+    def decisions(self, stage: int) -> dict[str, Tensor] | None:
+        """What the stage's passes decided, if they have."""
+
+    def save_decisions(self, stage: int, decisions: Mapping[str, Tensor]) -> None:
+        """Keep it."""
+
+    def finished_model(self) -> int | None:
+        """The last stage after which the whole model was kept."""
+
+    def save_model(self, stage: int, model: PreTrainedModel, rows: list[SiteReport]) -> None:
+        """Keep the whole model and all report rows up to here."""
+
+    def restore_model(self, stage: int, model: PreTrainedModel) -> tuple[PreTrainedModel, list[SiteReport]]:
+        """The model that was kept after that stage, and the rows; `model` is what the run began with."""
+
+
+class Compressed(NamedTuple):
+    """What came out: the model may be another object than the one that went in."""
+
+    model: PreTrainedModel
+    rows: list[SiteReport]
 
 
 def apply_passes(
     model: PreTrainedModel,
     model_map: ModelMap,
-    passes: Sequence[BlockPass],
+    passes: Sequence[Pass],
     windows_NT: Tensor,
     *,
     batch: int,
     device: torch.device,
     storage_dtype: torch.dtype,
     progress: Progress,
-    keep: FinishedBlocks | None = None,
-) -> list[SiteReport]:
-    """Stream the model over the calibration windows and apply the passes to each block, top to bottom, in place.
+    seed: int = 0,
+    keep: FinishedWork | None = None,
+) -> Compressed:
+    """Apply the passes in order; the given model is changed in place where that is possible.
 
-    With `keep`, finished blocks are restored instead of computed, and every new one is kept. Without windows
-    (0×T) nothing is measured and nothing is fed onward.
+    With `keep`, finished work is restored instead of computed, and all new work is kept. Without windows (0×T) nothing
+    is measured and nothing is fed onward.
     """
     rows: list[SiteReport] = []
-    finished = set(keep.finished_blocks()) if keep else set()
-    stream = BlockStream(
+    done = keep.finished_model() if keep else None
+    if keep and done is not None:
+        model, rows = keep.restore_model(done, model)
+        model_map = map_model(model)
+    whole = WholeModel(
         model,
         model_map,
         windows_NT,
@@ -56,16 +125,81 @@ def apply_passes(
         device=device,
         storage_dtype=storage_dtype,
         progress=progress,
+        seed=seed,
     )
-    for work in stream:
+    todo = [stage for stage in stages(passes) if done is None or stage.index > done]
+    for stage in todo:
+        for each in stage.passes:
+            each.check(whole.map)
+        if stage.model_pass:
+            rows += stage.model_pass.apply(whole)
+            _settle(whole.model, storage_dtype)
+        else:
+            rows += _stream(whole, stage, keep)
+        if stage.changes_sites:
+            whole.model = conformed(whole.model)
+        if keep and stage.model_pass:
+            keep.save_model(stage.index, whole.model, rows)
+        if stage.changes_sites and stage is not todo[-1]:
+            whole.map = map_model(whole.model)
+        if stage.model_pass:
+            progress.step(f"stage {stage.index + 1}")
+    return Compressed(whole.model, rows)
+
+
+def steps(passes: Sequence[Pass], model_map: ModelMap) -> int:
+    """How many steps `apply_passes` reports as progress."""
+    return sum(1 if stage.model_pass else len(model_map.blocks) for stage in stages(passes))
+
+
+def _stream(whole: WholeModel, stage: Stage, keep: FinishedWork | None) -> list[SiteReport]:
+    """One stream over the blocks with all passes of the stage."""
+    rows: list[SiteReport] = []
+    decisions = _decisions(whole, stage, keep)
+    finished = set(keep.finished_blocks(stage.index)) if keep else set()
+    count = len(whole.map.blocks)
+    for work in whole.stream():
         index = work.info.index
         if keep and index in finished:
-            block_rows = keep.restore_block(index, work.module)
+            block_rows = keep.restore_block(stage.index, index, work.module)
         else:
-            block_rows = [row for each in passes for row in each.run(work)]
+            before = outline(work.module)
+            work.decisions = decisions
+            block_rows = [row for each in stage.block_passes for row in each.run(work)]
             work.settle()
             if keep:
-                keep.save_block(index, work.module, block_rows)
+                keep.save_block(stage.index, index, work.module, before, block_rows)
         rows += block_rows
-        progress.step(f"block {index + 1}/{len(model_map.blocks)}")
+        whole.progress.step(f"block {index + 1}/{count}")
     return rows
+
+
+def _decisions(whole: WholeModel, stage: Stage, keep: FinishedWork | None) -> dict[str, Tensor]:
+    """Only the first pass of a stage can decide; what it decided is kept."""
+    first = stage.block_passes[0]
+    if not first.decides:
+        return {}
+    known = keep.decisions(stage.index) if keep else None
+    if known is None:
+        known = first.decide(whole)
+        if keep:
+            keep.save_decisions(stage.index, known)
+    return known
+
+
+@torch.no_grad()
+def outline(module: nn.Module) -> nn.Module:
+    """A copy of a module's structure whose tensors are all on the meta device."""
+    tensors: Iterator[Tensor] = (t for owner in (module.parameters(), module.buffers()) for t in owner)
+    memo: dict[int, object] = {}
+    for tensor in tensors:
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(module, memo)
+
+
+def _settle(model: nn.Module, storage_dtype: torch.dtype) -> None:
+    """Round every parameter to what will be stored, as the stream does block by block."""
+    for parameter in model.parameters():
+        parameter.data.copy_(parameter.data.to(storage_dtype))
+

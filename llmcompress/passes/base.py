@@ -1,35 +1,99 @@
-"""What a compression algorithm is: a frozen set of options, and one method that works on one block."""
+"""What a compression algorithm is: a frozen set of options, and one method that works on a block or on the whole model."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Self
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor
 
 from llmcompress.calibration.stream import BlockWork
+from llmcompress.calibration.whole import WholeModel
 from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.map import ModelMap
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.registry import Registry
 
+Trait = Literal["codes", "zeros", "pattern", "factors", "shapes", "dynamic"]
+"""What a pass leaves behind: integer codes, exact zeros, N:M zeros, low-rank factors, fewer rows and columns, modules
+that decide per input what they compute."""
 
-class BlockPass(BaseModel, ABC):
-    """One algorithm. The fields are exactly the options that a recipe may set.
+NOTHING: Mapping[Trait, str] = MappingProxyType({})
+
+
+class Pass(BaseModel, ABC):
+    """One algorithm. The fields are exactly the options that a recipe may set."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    makes: ClassVar[frozenset[Trait]] = frozenset()
+    """Traits of what it works on, afterwards."""
+
+    spoils: ClassVar[Mapping[Trait, str]] = NOTHING
+    """Traits of an earlier pass on the same site that it would undo, each with the reason told to the user."""
+
+    keeps_codes: ClassVar[bool] = False
+    """Whether it may work on sites that hold codes already: it does not change weights."""
+
+    whole_block: ClassVar[frozenset[str]] = frozenset()
+    """Options that concern a block as a whole, so that `overrides` for single sites cannot change them."""
+
+    def selects(self, site: str) -> bool:
+        """Whether this pass works on the site with that full name; by default on all."""
+        return True
+
+    def for_site(self, site: str) -> Self:
+        """The same pass with the overrides that match the site applied."""
+        return self
+
+    def traits(self) -> frozenset[Trait]:
+        """What sites have afterwards, with these options."""
+        return self.makes
+
+    def names_after(self, site: str) -> tuple[str, ...]:
+        """Full names of the linears that stand there afterwards: factors have names of their own."""
+        return (site,)
+
+    def undoes(self, trait: Trait) -> str | None:
+        """Why this pass may not follow one that left that trait on the same site; None when it may."""
+        if trait == "codes" and not self.keeps_codes:
+            return "would change weights that are codes already"
+        if trait == "dynamic":
+            return "needs blocks that run in full for every input; what decides per input comes last"
+        return self.spoils.get(trait)
+
+    def check(self, model_map: ModelMap) -> None:
+        """Whether it can work on all selected sites of that model, asked before any of them is touched.
+
+        Raises: CompressError when it cannot.
+        """
+
+    def quantizes(self) -> bool:
+        """Whether the sites hold codes afterwards, with these options."""
+        return "codes" in self.traits()
+
+    @abstractmethod
+    def uses_data(self) -> bool:
+        """Whether calibration windows are needed."""
+
+
+class BlockPass(Pass):
+    """An algorithm that works on one block after the other, each as the model with all earlier blocks done sees it.
 
     `sites`, `exclude` and the keys of `overrides` are globs on full module names (`*.down_proj`); an override
     changes options for the sites it matches, the last match wins.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    decides: ClassVar[bool] = False
+    """Whether `decide` must see the whole model before any block is touched."""
 
-    produces_codes: ClassVar[bool] = False
-    """Whether the sites it touches hold codes afterwards, so that no later pass may touch their weights."""
-
-    whole_block: ClassVar[frozenset[str]] = frozenset()
-    """Options that concern a block as a whole, so that `overrides` for single sites cannot change them."""
+    changes_sites: ClassVar[bool] = False
+    """Whether a block's linears are others afterwards, so that later passes need a new map."""
 
     sites: tuple[str, ...] = Field(("*",), description="globs of module names to work on")
     exclude: tuple[str, ...] = Field((), description="globs of module names to leave alone")
@@ -65,13 +129,20 @@ class BlockPass(BaseModel, ABC):
         }
         return type(self)(**{**self.model_dump(), **changed, "overrides": {}}) if changed else self
 
-    def quantizes(self) -> bool:
-        """Whether the sites hold codes afterwards, with these options."""
-        return self.produces_codes
+    def uses_data(self) -> bool:
+        """Whether anything is measured; a pass that decides by data overrides this."""
+        return bool(self.needs())
 
     @abstractmethod
     def needs(self) -> tuple[type[Statistic], ...]:
         """Which statistics of the inputs `apply` reads; empty for a pass that needs no data."""
+
+    def decide(self, whole: WholeModel) -> dict[str, Tensor]:
+        """What `apply` must know about all blocks, as `block.decisions`. Kept, so a killed run does not repeat it.
+
+        The model must be as it was when this returns.
+        """
+        return {}
 
     @abstractmethod
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
@@ -89,8 +160,19 @@ class BlockPass(BaseModel, ABC):
         return rows
 
 
+class ModelPass(Pass):
+    """An algorithm that must work on the whole model at once: blocks are dropped, the residual stream is rotated.
+
+    What it leaves is kept in the run folder when it is done; a killed one starts again.
+    """
+
+    @abstractmethod
+    def apply(self, whole: WholeModel) -> list[SiteReport]:
+        """Change the model in place, or give `whole.replace_model` another; rows for what was touched."""
+
+
 def _matches(site: str, globs: tuple[str, ...]) -> bool:
     return any(fnmatchcase(site, glob) for glob in globs)
 
 
-PASSES: Registry[BlockPass] = Registry("pass", "llmcompress.passes")
+PASSES: Registry[Pass] = Registry("pass", "llmcompress.passes")

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationInf
 from llmcompress.calibration.settings import Calibration
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.settings import Evaluate
-from llmcompress.passes.base import PASSES, BlockPass
+from llmcompress.passes.base import PASSES, Pass
 from llmcompress.recipe.document import write_yaml
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -48,7 +48,7 @@ class Recipe(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of everything random: which calibration windows, what `self` samples."""
     calibration: Calibration = Calibration()
-    passes: tuple[SerializeAsAny[BlockPass], ...]
+    passes: tuple[SerializeAsAny[Pass], ...]
     """Top to bottom inside each block."""
     evaluate: Evaluate = Evaluate()
     save: Save = Save()
@@ -66,7 +66,7 @@ class Recipe(BaseModel):
         return trusted
 
     @field_serializer("passes")
-    def _named(self, passes: tuple[BlockPass, ...]) -> list[dict[str, Any]]:
+    def _named(self, passes: tuple[Pass, ...]) -> list[dict[str, Any]]:
         return [{PASSES.name_of(type(each)): each.model_dump(mode="json")} for each in passes]
 
     def to_yaml(self) -> str:

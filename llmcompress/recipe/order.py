@@ -3,47 +3,58 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from itertools import combinations
 
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.passes.base import PASSES, BlockPass
+from llmcompress.passes.base import PASSES, BlockPass, Pass, Trait
 from llmcompress.recipe.document import Document
 
 
-def check_order(passes: Sequence[BlockPass], site_names: Sequence[str]) -> None:
-    """No pass may change the weights of a site that already holds codes.
+def check_order(passes: Sequence[Pass], site_names: Sequence[str]) -> None:
+    """No pass may undo what an earlier one did to the same site.
 
-    Raises: CompressError `recipe.order` naming both passes and the first such site.
+    Raises: CompressError `recipe.order` naming both passes, the reason and the first such site.
     """
     for site in site_names:
-        chosen = [(index, each) for index, each in enumerate(passes) if each.selects(site)]
-        for (first, earlier), (second, later) in combinations(chosen, 2):
-            if earlier.for_site(site).quantizes():
-                raise _undone(first, earlier, second, later, where=f"{_label(second, later)}, site {site}")
+        before: list[tuple[int, Pass, frozenset[Trait]]] = []
+        for index, (each, names) in enumerate(zip(passes, _names_by_pass(passes, site), strict=True)):
+            chosen = [name for name in names if each.selects(name)]
+            if not chosen:
+                continue
+            for first, earlier, traits in before:
+                reason = _reason(traits, each.for_site(chosen[0]))
+                if reason:
+                    raise _undone(first, earlier, index, each, reason, where=f"{_label(index, each)}, site {chosen[0]}")
+            before.append((index, each, each.for_site(chosen[0]).traits()))
 
 
-def check_order_of_globs(passes: Sequence[BlockPass], document: Document) -> None:
+def check_order_of_globs(passes: Sequence[Pass], document: Document) -> None:
     """The same before the model is known: refuse where one pass surely selects sites of the other.
 
     Raises: CompressError `recipe.order` with the line of the later pass.
     """
     for (first, earlier), (second, later) in combinations(enumerate(passes), 2):
-        if _surely_quantizes(earlier) and (_covers(earlier, later) or _covers(later, earlier)):
+        reason = _reason(_sure_traits(earlier), later)
+        if reason and (_covers(earlier, later) or _covers(later, earlier)):
             where = document.where(("passes", second, PASSES.name_of(type(later))))
-            raise _undone(first, earlier, second, later, where=where)
+            raise _undone(first, earlier, second, later, reason, where=where)
 
 
-def check_sites(passes: Sequence[BlockPass], site_names: Sequence[str]) -> None:
+def check_sites(passes: Sequence[Pass], site_names: Sequence[str]) -> None:
     """Every glob of every pass matches at least one site, and every pass has sites left.
 
     Raises: CompressError `recipe.no-such-site` with the nearest names.
     """
+    by_site = [_names_by_pass(passes, site) for site in site_names]
     for index, each in enumerate(passes):
-        selected = [site for site in site_names if each.selects(site)]
+        if not isinstance(each, BlockPass):
+            continue
+        names = [name for of_site in by_site for name in of_site[index]]
+        selected = [name for name in names if each.selects(name)]
         for key, glob in _globs(each):
-            among = selected if key == "overrides" else site_names
+            among = selected if key == "overrides" else names
             if not any(fnmatchcase(site, glob) for site in among):
                 what = f"{key} {glob!r} matches no {'site that the pass works on' if among is selected else 'site'}"
                 raise CompressError(
@@ -63,6 +74,20 @@ def check_sites(passes: Sequence[BlockPass], site_names: Sequence[str]) -> None:
             )
 
 
+def _names_by_pass(passes: Sequence[Pass], site: str) -> list[tuple[str, ...]]:
+    """What stands at an original site when each pass begins: itself, or the factors an earlier pass made of it."""
+    names: tuple[str, ...] = (site,)
+    found = []
+    for each in passes:
+        found.append(names)
+        names = tuple(after for name in names for after in (each.names_after(name) if each.selects(name) else (name,)))
+    return found
+
+
+def _reason(traits: Iterable[Trait], later: Pass) -> str | None:
+    return next((reason for trait in sorted(traits) if (reason := later.undoes(trait))), None)
+
+
 def _globs(each: BlockPass) -> Iterator[tuple[str, str]]:
     for key, globs in (("sites", each.sites), ("exclude", each.exclude), ("overrides", each.overrides)):
         yield from ((key, glob) for glob in globs)
@@ -76,40 +101,45 @@ def _nearest_sites(glob: str, site_names: Sequence[str]) -> str:
     return f"{'did you mean' if near else 'sites end in'} {', '.join(f'`*.{word}`' for word in shown)}?"
 
 
-def _surely_quantizes(each: BlockPass) -> bool:
-    """Whether every selected site holds codes afterwards, whatever the overrides do."""
-    return each.quantizes() and all(each.model_copy(update=changed).quantizes() for changed in each.overrides.values())
+def _sure_traits(each: Pass) -> frozenset[Trait]:
+    """What every selected site has afterwards, whatever the overrides do."""
+    changed = each.overrides.values() if isinstance(each, BlockPass) else ()
+    return each.traits().intersection(*(each.model_copy(update=options).traits() for options in changed))
 
 
-def _covers(wide: BlockPass, narrow: BlockPass) -> bool:
+def _covers(wide: Pass, narrow: Pass) -> bool:
     """True when `wide` surely selects everything that some glob of `narrow` selects."""
-    shared = "*" in wide.sites or set(wide.sites) & set(narrow.sites)
-    return bool(shared) and set(wide.exclude) <= set(narrow.exclude)
+    if not isinstance(wide, BlockPass):
+        return True
+    others = set(narrow.sites) if isinstance(narrow, BlockPass) else {"*"}
+    left_out = set(narrow.exclude) if isinstance(narrow, BlockPass) else set[str]()
+    shared = "*" in wide.sites or set(wide.sites) & others
+    return bool(shared) and set(wide.exclude) <= left_out
 
 
-def _undone(first: int, earlier: BlockPass, second: int, later: BlockPass, *, where: str) -> CompressError:
+def _undone(first: int, earlier: Pass, second: int, later: Pass, reason: str, *, where: str) -> CompressError:
     one, two = PASSES.name_of(type(earlier)), PASSES.name_of(type(later))
     if _rounds_by_choice(earlier):
         fix = f"write `{one}: {{round: false}}`: it then only scales, and {two} rounds"
     elif _rounds_by_choice(later):
         fix = f"put `{two}: {{round: false}}` before {one}"
-    elif not later.quantizes():
+    elif _reason(later.traits(), earlier) is None:
         fix = f"put {two} before {one}"
     else:
         fix = "keep one of the two, or give them different `sites`"
     return CompressError(
         "recipe.order",
-        f"{_label(second, later)} would change weights that {_label(first, earlier)} has already turned into codes",
+        f"{_label(second, later)} cannot follow {_label(first, earlier)}: it {reason}",
         where=where,
         fix=fix,
         exit_code=ExitCode.USAGE,
     )
 
 
-def _rounds_by_choice(each: BlockPass) -> bool:
+def _rounds_by_choice(each: Pass) -> bool:
     """Whether the pass can leave rounding to another."""
     return "round" in type(each).model_fields and not each.model_copy(update={"round": False}).quantizes()
 
 
-def _label(index: int, each: BlockPass) -> str:
+def _label(index: int, each: Pass) -> str:
     return f"passes.{index}.{PASSES.name_of(type(each))}"

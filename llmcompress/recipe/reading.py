@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.passes.base import PASSES, BlockPass
+from llmcompress.passes.base import PASSES, BlockPass, Pass
 from llmcompress.recipe.document import MAX_BYTES, Document, Path, read_document
 from llmcompress.recipe.model import Recipe
 from llmcompress.recipe.order import check_order_of_globs
@@ -69,7 +69,7 @@ def check_document(document: Document, schema: Schema) -> Recipe:
     return recipe.model_copy(update={"passes": tuple(passes)})
 
 
-def _read_passes(document: Document, schema: Schema, problems: Problems) -> list[BlockPass]:
+def _read_passes(document: Document, schema: Schema, problems: Problems) -> list[Pass]:
     items = document.data.get("passes")
     if not isinstance(items, list):
         what = "`passes` is missing" if "passes" not in document.data else "`passes` must be a list"
@@ -79,7 +79,7 @@ def _read_passes(document: Document, schema: Schema, problems: Problems) -> list
     return [each for each in read if each is not None]
 
 
-def _read_pass(item: Any, path: Path, document: Document, schema: Schema, problems: Problems) -> BlockPass | None:
+def _read_pass(item: Any, path: Path, document: Document, schema: Schema, problems: Problems) -> Pass | None:
     """One item of the list: `rtn` or `gptq: {scheme: int4_g128}`."""
     if isinstance(item, str):
         item = {item: None}
@@ -104,14 +104,14 @@ def _read_pass(item: Any, path: Path, document: Document, schema: Schema, proble
         for key, value in (options or {}).items()
     }
     found = _validated(PASSES[name], spelled, path, document, schema, problems)
-    for glob, changed in (found.overrides if found else {}).items():
+    for glob, changed in (found.overrides if isinstance(found, BlockPass) else {}).items():
         _check_override(PASSES[name], spelled, (*path, "overrides", glob), changed, document, schema, problems)
     return found
 
 
 def _validated(
-    cls: type[BlockPass], options: dict[str, Any], path: Path, document: Document, schema: Schema, problems: Problems
-) -> BlockPass | None:
+    cls: type[Pass], options: dict[str, Any], path: Path, document: Document, schema: Schema, problems: Problems
+) -> Pass | None:
     try:
         return cls.model_validate_json(json.dumps(options), strict=True)
     except ValidationError as found:
@@ -121,7 +121,7 @@ def _validated(
 
 
 def _check_override(
-    cls: type[BlockPass],
+    cls: type[Pass],
     options: dict[str, Any],
     path: Path,
     changed: dict[str, Any],

@@ -33,7 +33,8 @@ def json_schema() -> Schema:
     passes["items"] = {"anyOf": [{**one_pass, "minProperties": 1}, {"type": "string", "enum": list(classes)}]}
     task = found["Evaluate"]["properties"]["perplexity"]
     task["items"] = {"anyOf": [task["items"], {"type": "string", "description": "source or source:split"}]}
-    used = {name: part for name, part in found.items() if name in ("Calibration", "Evaluate", "PerplexityTask", "Save")}
+    unused = {Recipe.__name__, *(cls.__name__ for cls in classes.values())}
+    used = {name: part for name, part in found.items() if name not in unused}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **root, "$defs": used}
 
 
@@ -67,12 +68,13 @@ def _pass_schema(definitions: Schema, reference: Schema) -> Schema:
     schema = copy.deepcopy(_resolve(definitions, reference))
     options: Schema = schema["properties"]
     overridable = {name: part for name, part in options.items() if name not in SELECTORS}
-    options["overrides"]["additionalProperties"] = {
-        "type": "object",
-        "properties": overridable,
-        "additionalProperties": False,
-    }
-    for name in ("sites", "exclude"):
+    if "overrides" in options:
+        options["overrides"]["additionalProperties"] = {
+            "type": "object",
+            "properties": overridable,
+            "additionalProperties": False,
+        }
+    for name in {"sites", "exclude"} & options.keys():
         kept = {key: value for key, value in options[name].items() if key in ("default", "description")}
         options[name] = {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "string"}], **kept}
     return schema

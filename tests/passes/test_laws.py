@@ -55,7 +55,7 @@ def make(name: str, options: dict[str, Any]) -> BlockPass:
 
 def compressed(family: str, *passes: BlockPass, dtype: torch.dtype = torch.float32) -> tuple[Any, list[SiteReport]]:
     model = tiny_model(family, seed=1)
-    rows = apply_passes(
+    model, rows = apply_passes(
         model,
         map_of(family, model),
         passes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -16,7 +17,7 @@ from llmcompress.modules.scheme import Scheme
 from llmcompress.numerics.grid import Fitted, Grid, fit, restore, round_to_codes, row_errors
 from llmcompress.numerics.scaling import search_factors
 from llmcompress.numerics.statistics import AbsMean, Gram, Statistic
-from llmcompress.passes.base import PASSES
+from llmcompress.passes.base import PASSES, Trait
 from llmcompress.passes.quantization.base import QuantizingPass, put_codes, relative_error, report_row
 
 
@@ -30,14 +31,16 @@ class AWQ(QuantizingPass):
     passes (see `numerics/scaling.py`); no scaling at all is always among the candidates.
     """
 
+    sitewise: ClassVar[bool] = False
+
     scheme: str = Field("int4_g128_asym", description="int{2,3,4,8}_{gN|channel}[_asym][_a8token|_a8tensor]")
     points: int = Field(20, ge=1, le=200, description="exponents tried per fold, 0 included")
     clip: bool = Field(True, description="shrink each group's range to the least output error")
     round: bool = Field(True, description="false: only scale, and leave rounding to a later pass")
 
-    def quantizes(self) -> bool:
-        """Only when it rounds."""
-        return self.round
+    def traits(self) -> frozenset[Trait]:
+        """Codes, but only when it rounds."""
+        return self.makes if self.round else frozenset()
 
     def needs(self) -> tuple[type[Statistic], ...]:
         """Gram matrix for errors, mean magnitude for salience."""

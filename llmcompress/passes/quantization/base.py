@@ -9,19 +9,23 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.map import ModelMap
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.scheme import Scheme, named_scheme
 from llmcompress.numerics.grid import Fitted, output_error, restore
 from llmcompress.numerics.statistics import AbsMax, Gram, Statistic
-from llmcompress.passes.base import BlockPass
-from llmcompress.passes.quantization.resolve import resolve_scheme
+from llmcompress.passes.base import BlockPass, Trait
+from llmcompress.passes.quantization.resolve import resolve_scheme, site_schemes
 
 
 class QuantizingPass(BlockPass):
     """A pass that replaces its sites by integer codes and scales."""
 
-    produces_codes: ClassVar[bool] = True
+    makes: ClassVar[frozenset[Trait]] = frozenset({"codes"})
+
+    sitewise: ClassVar[bool] = True
+    """Whether it leaves codes and nothing else changed, site by site: such a pass can serve inside another one."""
 
     scheme: str = Field("int4_g128", description="int{2,3,4,8}_{gN|channel}[_asym][_a8token|_a8tensor]")
     on_indivisible: Literal["error", "skip", "channel", "pad"] = Field(
@@ -33,6 +37,10 @@ class QuantizingPass(BlockPass):
     @classmethod
     def _known(cls, name: str) -> str:
         return named_scheme(name).name
+
+    def check(self, model_map: ModelMap) -> None:
+        """Raises: CompressError listing every site whose inputs do not divide into groups."""
+        site_schemes([self], model_map)
 
     def schemes(self) -> tuple[str, ...]:
         """Every scheme this pass may use, overrides included."""

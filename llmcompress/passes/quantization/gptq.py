@@ -13,7 +13,14 @@ from torch import Tensor
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.site import LinearSite
-from llmcompress.numerics.columns import InverseFactor, RoundToGrid, block_length, inverse_factor, sweep_columns
+from llmcompress.numerics.columns import (
+    DropWeights,
+    InverseFactor,
+    RoundToGrid,
+    block_length,
+    inverse_factor,
+    sweep_columns,
+)
 from llmcompress.numerics.grid import Fitted, Grid, RangeSearch, fit, round_to_codes
 from llmcompress.numerics.statistics import Gram, Statistic
 from llmcompress.passes.base import PASSES
@@ -124,7 +131,10 @@ class GPTQ(QuantizingPass):
             order_I=order_I,
         )
         lazy = self.block if order_I is not None else block_length(grid.group, self.block)
-        sweep_columns(weight_OI[:, visit_I], factor.upper_II, rounding, block=lazy)
+        visited_OI = weight_OI[:, visit_I]
+        # zeros are an earlier pass's mask: they stay zero, whatever the errors of other columns would make of them
+        keeping = DropWeights((visited_OI == 0).T.contiguous(), rounding)
+        sweep_columns(visited_OI, factor.upper_II, keeping, block=lazy)
         raised = factor.damping > self.damping
         return (
             rounding.codes_IO.T.contiguous(),

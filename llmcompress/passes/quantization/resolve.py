@@ -12,7 +12,7 @@ from typing import Literal, Protocol, runtime_checkable
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.model.map import ModelMap
 from llmcompress.modules.scheme import Scheme, named_scheme
-from llmcompress.passes.base import BlockPass
+from llmcompress.passes.base import Pass
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 """A block or expert in a site's name: the error lists kinds of sites, not every one of thousands."""
@@ -25,8 +25,8 @@ class HasScheme(Protocol):
     """A quantizing pass with the overrides of one site applied."""
 
     @property
-    def scheme(self) -> str:
-        """Name of the scheme."""
+    def scheme(self) -> str | None:
+        """Name of the scheme; None for a pass that only rounds when asked to."""
 
     @property
     def on_indivisible(self) -> OnIndivisible:
@@ -49,6 +49,8 @@ def resolve_scheme(pass_for_site: HasScheme, site_name: str, inputs: int) -> Sch
 
     Raises: CompressError when the inputs do not divide and the pass says `error`.
     """
+    if pass_for_site.scheme is None:
+        return None
     scheme = named_scheme(pass_for_site.scheme)
     group = scheme.weights.group
     if group is None or inputs % group == 0 or pass_for_site.on_indivisible == "pad":
@@ -60,7 +62,7 @@ def resolve_scheme(pass_for_site: HasScheme, site_name: str, inputs: int) -> Sch
     raise indivisible_error([Indivisible(site_name, inputs, scheme)])
 
 
-def site_schemes(passes: Iterable[BlockPass], model_map: ModelMap) -> dict[str, Scheme]:
+def site_schemes(passes: Iterable[Pass], model_map: ModelMap) -> dict[str, Scheme]:
     """Full name → scheme of every site that will hold codes when all passes are done.
 
     Raises: CompressError listing every site that does not divide, not only the first.
@@ -86,6 +88,7 @@ def _try(chosen: HasScheme, name: str, inputs: int, problems: dict[str, Indivisi
     try:
         return resolve_scheme(chosen, name, inputs)
     except CompressError:
+        assert chosen.scheme is not None, "only groups of a scheme can fail to divide"
         problems.setdefault(name, Indivisible(name, inputs, named_scheme(chosen.scheme)))
         return None
 

@@ -1,0 +1,116 @@
+"""The whole model as passes see it that cannot decide block by block. B = sequences, T = tokens, N = windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from llmcompress.calibration.stream import BlockStream, BlockWork
+from llmcompress.errors import CompressError
+from llmcompress.model.map import ModelMap
+from llmcompress.model.site import LinearSite
+from llmcompress.model.skeleton import find_blocks
+from llmcompress.progress import Progress
+
+
+class WholeModel:
+    """The live model, its map and the calibration windows; all windows have the same length and no padding."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        model_map: ModelMap,
+        windows_NT: Tensor,
+        *,
+        batch: int,
+        device: torch.device,
+        storage_dtype: torch.dtype,
+        progress: Progress,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.map, self.windows_NT = model, model_map, windows_NT
+        self.batch, self.device, self.storage_dtype = batch, device, storage_dtype
+        self.progress, self.seed = progress, seed
+
+    def stream(self) -> Iterator[BlockWork]:
+        """Every block once, on the device and in float32; what the caller leaves in a block is fed onward."""
+        return iter(
+            BlockStream(
+                self.model,
+                self.map,
+                self.windows_NT,
+                batch=self.batch,
+                device=self.device,
+                storage_dtype=self.storage_dtype,
+                progress=self.progress,
+            )
+        )
+
+    def sites(self) -> list[LinearSite]:
+        """All sites of all blocks, in model order."""
+        modules = dict(find_blocks(self.model))
+        return [
+            LinearSite(info.full(site.name), site, modules[info.name], self.storage_dtype)
+            for info in self.map.blocks
+            for site in info.structure.sites
+        ]
+
+    @contextmanager
+    def resident(self) -> Iterator[PreTrainedModel]:
+        """The whole model on the device in float32, in eval mode; back on the CPU afterwards.
+
+        Gradients that were left in parameters are dropped, and which parameters wanted one is restored.
+        """
+        wanted = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+        self.model.to(self.device, torch.float32)
+        self.model.eval()
+        try:
+            yield self.model
+        finally:
+            self.model.zero_grad(set_to_none=True)
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(wanted.get(name, False))
+            self.model.to("cpu")
+
+    def batches(self) -> Iterator[Tensor]:
+        """B×T token ids on the device."""
+        for ids_BT in torch.split(self.windows_NT, self.batch):
+            yield ids_BT.to(self.device)
+
+    def loss(self, ids_BT: Tensor) -> Tensor:
+        """Mean negative log-likelihood of the next token in nats; the model must be resident."""
+        logits_BTV = self.model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
+        return functional.cross_entropy(logits_BTV.float().flatten(0, 1), ids_BT[:, 1:].flatten())
+
+    @torch.no_grad()
+    def perplexity(self) -> float:
+        """Over all calibration windows; the model must be resident.
+
+        Raises: CompressError when it is not a number: the model overflows.
+        """
+        tokens, total = 0, 0.0
+        for ids_BT in self.batches():
+            count = ids_BT[:, 1:].numel()
+            total += float(self.loss(ids_BT)) * count
+            tokens += count
+        if not math.isfinite(total):
+            raise CompressError(
+                "numerics.not-finite",
+                "the model computes NaN or Inf on the calibration data",
+                fix="check the checkpoint with a plain forward pass; try another calibration text",
+            )
+        return math.exp(min(total / max(tokens, 1), 80.0))
+
+    def replace_model(self, model: PreTrainedModel) -> None:
+        """The model became another object; the map is made anew when the pass is done."""
+        self.model = model
+
+    def generator(self) -> torch.Generator:
+        """On the CPU, seeded from the recipe: the same numbers on every call."""
+        return torch.Generator().manual_seed(self.seed)

@@ -1,0 +1,109 @@
+"""The experiments on the residual stream, set up for a live model: random weights, one block of each kind."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmcompress.model.random_weights import materialise, release
+from llmcompress.model.residual import Bench, NotReached, Ports, Residual, find_ports, refused
+from llmcompress.model.skeleton import BlockCall, find_blocks, record, recorders
+
+_SEQUENCES, _LENGTH = (4, 16, 64), 32
+"""Tokens of an experiment; more where not every expert of a layer was reached by so many."""
+_VOCABULARY = 8
+"""Entries of the embedding and the head that stand in for the real ones."""
+
+Blocks = Sequence[tuple[str, nn.Module]]
+
+
+def find_residual(model: PreTrainedModel) -> Residual:
+    """Who reads and writes the residual stream of a live model; its weights are neither read nor changed.
+
+    Raises: CompressError, naming the module, where a change of basis could not be exact.
+    """
+    shell = _shell(model)
+    missing = ""
+    for sequences in _SEQUENCES:
+        try:
+            return _find(shell, torch.arange(sequences * _LENGTH).reshape(sequences, _LENGTH) % (_VOCABULARY - 3) + 3)
+        except NotReached as error:
+            missing = str(error)
+    raise refused("this parameter is not used", missing)
+
+
+def _find(shell: PreTrainedModel, ids_BT: Tensor) -> Residual:
+    blocks = find_blocks(shell)
+    materialise(blocks[0][1])  # a recorder runs it once, to learn what blocks return
+    recording = record(shell, blocks, ids_BT)
+    width = recording.hidden.shape[-1]
+    kinds: dict[object, Ports] = {}
+    found = []
+    for (name, block), call in zip(blocks, recording.calls, strict=True):
+        kind = _kind(block)
+        if kind not in kinds:
+            materialise(block)
+            kinds[kind] = find_ports(_block_bench(name, block, call, recording.hidden.shape), width)
+        release(block)
+        found.append((name, kinds[kind]))
+    materialise(blocks[0][1])
+    residual = Residual(width, _around(shell, blocks, ids_BT, width), tuple(found))
+    if len({norm.form.centred for ports in (residual.around, *kinds.values()) for norm in ports.norms}) > 1:
+        raise refused("some norms subtract the mean and others do not", residual.around.norms[0].name)
+    return residual
+
+
+def _shell(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy with random weights outside the blocks, a small embedding and a small head; blocks are on the meta device."""
+    memo: dict[int, object] = {
+        id(p): nn.Parameter(torch.empty(p.shape, dtype=torch.float32, device="meta"), requires_grad=False)
+        for p in model.parameters()
+    }
+    shell = copy.deepcopy(model, memo).eval()
+    embedding, head = shell.get_input_embeddings(), shell.get_output_embeddings()
+    width = embedding.weight.shape[1]
+    small = nn.Embedding(_VOCABULARY, width, device="meta")
+    shell.set_input_embeddings(small)
+    if head is not None:
+        outputs = nn.Linear(head.weight.shape[1], _VOCABULARY, bias=getattr(head, "bias", None) is not None, device="meta")
+        shell.set_output_embeddings(outputs)
+    materialise(shell, skip=[block for _, block in find_blocks(shell)])
+    return shell
+
+
+def _block_bench(name: str, block: nn.Module, call: BlockCall, shape: torch.Size) -> Bench:
+    generator = torch.Generator().manual_seed(0)
+    samples = [torch.randn(shape, generator=generator) for _ in range(2)]
+
+    def run(sample: int) -> tuple[Tensor, Tensor]:
+        return samples[sample], call.run(block, samples[sample].clone())
+
+    return Bench(name, block, run, written=1)
+
+
+def _around(shell: PreTrainedModel, blocks: Blocks, ids_BT: Tensor, width: int) -> Ports:
+    with recorders(shell, blocks) as standing:
+
+        def run(sample: int) -> tuple[Tensor, Tensor]:
+            logits = shell(input_ids=ids_BT.roll(sample, 1), use_cache=False).logits
+            hidden = standing[0].hidden
+            assert hidden is not None
+            return hidden, logits
+
+        run(0)
+        ports = find_ports(Bench("", shell, run, written=0), width)
+    if len(ports.norms) != 1:
+        raise refused("between the last block and the head there is not exactly one norm", type(shell).__name__)
+    return ports
+
+
+def _kind(block: nn.Module) -> object:
+    """Blocks with the same modules and shapes are of one kind."""
+    return tuple(
+        (name, type(owner), tuple((key, p.shape) for key, p in owner.named_parameters(recurse=False)))
+        for name, owner in block.named_modules()
+    )

@@ -1,0 +1,57 @@
+"""The stock model of a config, without weights, to compare a live model with."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+_PASSING = frozenset({"training", "gradient_checkpointing"})
+"""Attributes that say how a module is used at the moment, not what it is."""
+
+
+def outline(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """The stock model of a config, all on the meta device; the config is copied."""
+    with torch.device("meta"):
+        return kind(copy.deepcopy(config)).eval()
+
+
+def without_parameters(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """The stock model of this very config with its parameters on the meta device and its buffers (rotary tables) real."""
+    with init_empty_weights(include_buffers=False):
+        return kind(config).eval()
+
+
+def stock_outline(model: PreTrainedModel, *, config: PretrainedConfig | None = None) -> PreTrainedModel:
+    """What `model` would be if its config (or another) were all there is: parameters on the meta device, buffers real.
+
+    Attention is implemented as in `model`, which transformers notes in the config.
+    """
+    wanted = copy.deepcopy(config or model.config)
+    if hasattr(wanted, "quantization_config"):
+        del wanted.quantization_config
+    wanted._attn_implementation = model.config._attn_implementation
+    return without_parameters(type(model), wanted)
+
+
+def reloaded(config: PretrainedConfig) -> PretrainedConfig:
+    """The config as it is after a round trip through config.json: what users of the saved model get."""
+    again = type(config).from_dict(config.to_dict())
+    again._attn_implementation = config._attn_implementation
+    return again
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Numbers, words and tuples of numbers that a module notes about itself."""
+    return {key: value for key, value in vars(module).items() if _is_plain(key, value)}
+
+
+def _is_plain(key: str, value: Any) -> bool:
+    if key.startswith("_") or key in _PASSING:
+        return False
+    parts = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(part, int | float | str) for part in parts)

@@ -1,0 +1,75 @@
+"""What stands in the place of a module after compression, and can be built again from plain data. O = outputs, I = inputs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.registry import Registry
+
+Spec = dict[str, Any]
+"""JSON data."""
+
+
+class CompressedModule(nn.Module, ABC):
+    """Replaces a linear (or an embedding, a block); computes exactly what will be shipped.
+
+    Subclasses register under the name that manifests use: `@MODULES.register("low_rank")`. All that is learned lies in
+    parameters and persistent buffers; everything else is in `spec`.
+
+    The empty buffer `weight` is a guard: a loader without our plug-in builds the stock module, whose `weight` has
+    another shape, and refuses the file. It would only warn of *missing* tensors, and fill them with random numbers.
+    """
+
+    out_features: int
+    in_features: int
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._guard()
+
+    def _guard(self) -> None:
+        self.register_buffer("weight", torch.empty(0))
+
+    @abstractmethod
+    def spec(self) -> Spec:
+        """JSON data that, with the state dict, makes this module again (`from_spec`)."""
+
+    @classmethod
+    @abstractmethod
+    def from_spec(cls, spec: Spec, dtype: torch.dtype) -> Self:
+        """A module of the right shapes, ready for `load_state_dict`; may run under the meta device."""
+
+    def dense_bias(self) -> Tensor | None:
+        """The bias that goes with `dense_weight`, by default the parameter `bias`."""
+        found = getattr(self, "bias", None)
+        return found if isinstance(found, Tensor) else None
+
+    def keeps_inputs(self) -> bool:
+        """Whether it computes with its inputs as they come; one that rounds them cannot become an ordinary weight."""
+        return True
+
+    @abstractmethod
+    def dense_weight(self) -> Tensor:
+        """The one matrix that it stands for, O×I (an embedding: entries × width), in its parameters' dtype."""
+
+
+MODULES: Registry[CompressedModule] = Registry("compressed module", "llmcompress.modules")
+
+
+def named_spec(module: CompressedModule) -> Spec:
+    """The spec with the name under which its class is registered."""
+    return {"type": MODULES.name_of(type(module)), **module.spec()}
+
+
+def from_named_spec(spec: Spec, dtype: torch.dtype) -> CompressedModule:
+    """The module that `named_spec` described, empty.
+
+    Raises: CompressError when no such type is known: the file is from a newer version.
+    """
+    rest = dict(spec)
+    return MODULES[rest.pop("type")].from_spec(rest, dtype)

@@ -1,0 +1,58 @@
+"""A quantized linear plus a branch of low rank that repairs it: W ≈ Q + L R. O = outputs, I = inputs, R = rank."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from llmcompress.modules.base import MODULES, CompressedModule, Spec
+from llmcompress.modules.low_rank import part_bias, part_from_spec, part_shape, part_spec, part_weight, product
+
+
+@MODULES.register("corrected")
+class CorrectedLinear(CompressedModule):
+    """`base(x) + left(right(x))`; every part may be an ordinary linear or a quantized one, `base` holds the bias."""
+
+    base: nn.Module
+    right: nn.Module
+    left: nn.Module
+
+    def __init__(self, base: nn.Module, right: nn.Module, left: nn.Module) -> None:
+        super().__init__()
+        self.base, self.right, self.left = base, right, left
+        self.out_features, self.in_features = part_shape(base)
+        self.rank = part_shape(right)[0]
+        assert part_shape(right) == (self.rank, self.in_features) and part_shape(left) == (self.out_features, self.rank)
+
+    @override
+    def spec(self) -> Spec:
+        return {name: part_spec(part) for name, part in self.named_children()}
+
+    @classmethod
+    @override
+    def from_spec(cls, spec: Spec, dtype: torch.dtype) -> Self:
+        base, right, left = (part_from_spec(spec[name], dtype) for name in ("base", "right", "left"))
+        return cls(base, right, left)
+
+    @override
+    def dense_weight(self) -> Tensor:
+        base_OI = part_weight(self.base)
+        return (base_OI.float() + product(self.left, self.right).float()).to(base_OI.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the linear it replaces."""
+        return part_bias(self.base)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        main: Tensor = self.base(x)
+        repair: Tensor = self.left(self.right(x))
+        return main + repair
+
+    @override
+    def extra_repr(self) -> str:
+        return f"{self.in_features} → {self.out_features}, branch of rank {self.rank}"

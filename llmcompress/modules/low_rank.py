@@ -1,0 +1,128 @@
+"""A linear as two thinner ones, and the parts of which factored linears are made. O = outputs, I = inputs, R = rank."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from llmcompress.modules.base import MODULES, CompressedModule, Spec, from_named_spec, named_spec
+
+_STOCK = "linear"
+
+
+@MODULES.register("low_rank")
+class LowRankLinear(CompressedModule):
+    """`left(right(x))`: `right` maps I to R without bias, `left` maps R to O and holds the bias.
+
+    Both are ordinary linears at first, which later passes find, measure and may quantize.
+    """
+
+    right: nn.Module
+    left: nn.Module
+
+    def __init__(self, right: nn.Module, left: nn.Module) -> None:
+        super().__init__()
+        self.right, self.left = right, left
+        self.rank, self.in_features = part_shape(right)
+        self.out_features, inner = part_shape(left)
+        assert inner == self.rank, f"factors of rank {self.rank} and {inner}"
+
+    @classmethod
+    def from_factors(cls, left_OR: Tensor, right_RI: Tensor, bias_O: Tensor | None) -> Self:
+        """From the two matrices and the bias of the linear they replace."""
+        return cls(linear_of(right_RI, None), linear_of(left_OR, bias_O))
+
+    @override
+    def spec(self) -> Spec:
+        return {"right": part_spec(self.right), "left": part_spec(self.left)}
+
+    @classmethod
+    @override
+    def from_spec(cls, spec: Spec, dtype: torch.dtype) -> Self:
+        return cls(part_from_spec(spec["right"], dtype), part_from_spec(spec["left"], dtype))
+
+    @override
+    def dense_weight(self) -> Tensor:
+        return product(self.left, self.right)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the linear it replaces."""
+        return part_bias(self.left)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.left(self.right(x))
+        return hidden
+
+    @override
+    def extra_repr(self) -> str:
+        return f"{self.in_features} → {self.rank} → {self.out_features}"
+
+
+def linear_of(weight_OI: Tensor, bias_O: Tensor | None) -> nn.Linear:
+    """An ordinary linear that holds these tensors."""
+    linear = _empty(*weight_OI.shape, bias=bias_O is not None, dtype=weight_OI.dtype, device=weight_OI.device)
+    linear.weight = nn.Parameter(weight_OI.detach())
+    if bias_O is not None:
+        linear.bias = nn.Parameter(bias_O.detach().to(weight_OI.dtype))
+    return linear
+
+
+def part_spec(part: nn.Module) -> Spec:
+    """What, with its tensors, makes a part again: an ordinary linear or a compressed one."""
+    if isinstance(part, CompressedModule):
+        return named_spec(part)
+    outputs, inputs = part_shape(part)
+    return {"type": _STOCK, "outputs": outputs, "inputs": inputs, "bias": part_bias(part) is not None}
+
+
+def part_from_spec(spec: Spec, dtype: torch.dtype) -> nn.Module:
+    """The part that `part_spec` described, empty, on the default device."""
+    if spec["type"] != _STOCK:
+        return from_named_spec(spec, dtype)
+    return _empty(
+        int(spec["outputs"]),
+        int(spec["inputs"]),
+        bias=bool(spec["bias"]),
+        dtype=dtype,
+        device=torch.get_default_device(),
+    )
+
+
+def part_weight(part: nn.Module) -> Tensor:
+    """The weight of a part, O×I."""
+    weight = part.dense_weight() if isinstance(part, CompressedModule) else part.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def part_bias(part: nn.Module) -> Tensor | None:
+    """The bias of a part, if it has one."""
+    bias = getattr(part, "bias", None)
+    return bias if isinstance(bias, Tensor) else None
+
+
+def part_shape(part: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a part."""
+    outputs, inputs = part.out_features, part.in_features
+    assert isinstance(outputs, int) and isinstance(inputs, int)
+    return outputs, inputs
+
+
+def product(left: nn.Module, right: nn.Module) -> Tensor:
+    """What two parts one after the other stand for, summed in float32, in their own dtype."""
+    left_OR, right_RI = part_weight(left), part_weight(right)
+    return (left_OR.float() @ right_RI.float()).to(left_OR.dtype)
+
+
+def _empty(outputs: int, inputs: int, *, bias: bool, dtype: torch.dtype, device: torch.device) -> nn.Linear:
+    """Without the random start of an ordinary one: that would move the generator of whoever loads a model."""
+    linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+        nn.Linear, inputs, outputs, bias=bias, dtype=dtype, device=device
+    )
+    assert isinstance(linear, nn.Linear)
+    return linear

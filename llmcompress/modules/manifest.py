@@ -1,0 +1,173 @@
+"""What makes a compressed model differ from the stock model of its config, as plain data; and how to make it so.
+
+Nothing is recorded while passes work: the differences are found by comparing modules.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from llmcompress.errors import CompressError
+from llmcompress.modules.base import MODULES, CompressedModule, Spec, from_named_spec, named_spec
+from llmcompress.modules.wrapper import Wrapper
+
+_PASSING = frozenset({"training", "gradient_checkpointing"})
+"""Attributes that say how a module is used at the moment, not what it is."""
+
+_CONFIG = "config."
+"""Prefix of attributes that a module reads through a config of its own."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All names are full module or parameter names; inner modules of a wrapper stand below `<name>.inner`."""
+
+    modules: dict[str, Spec] = field(default_factory=dict)
+    """Replaced modules, in the order in which they must be put in place."""
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    """Parameters of ordinary modules that have another shape, or exist only here."""
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Numbers that ordinary modules were built with, where they differ."""
+
+    def __bool__(self) -> bool:
+        return bool(self.modules or self.shapes or self.attributes)
+
+    @property
+    def needs_plugin(self) -> bool:
+        """Whether more than quantized linears differs, which compressed-tensors has words for."""
+        quantized = MODULES.name_of(_quant_linear())
+        return bool(self.shapes or self.attributes) or any(s["type"] != quantized for s in self.modules.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON data."""
+        return {"modules": self.modules, "shapes": self.shapes, "attributes": self.attributes}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """What `to_json` gave."""
+        return cls(data.get("modules", {}), data.get("shapes", {}), data.get("attributes", {}))
+
+
+def changes(live: nn.Module, skeleton: nn.Module) -> Manifest:
+    """How `live` differs from `skeleton` (any device, no weights are compared).
+
+    Raises: CompressError for a module of a kind that no manifest can describe.
+    """
+    found = Manifest()
+    _compare(live, skeleton, "", found)
+    return found
+
+
+def _compare(live: nn.Module, stock: nn.Module, name: str, found: Manifest) -> None:
+    if isinstance(live, Wrapper):
+        found.modules[name] = named_spec(live)
+        _compare(live.inner, stock, _join(name, "inner"), found)
+        return
+    if isinstance(live, CompressedModule):
+        found.modules[name] = named_spec(live)
+        return
+    if type(live) is not type(stock):
+        raise CompressError(
+            "manifest.unknown-module",
+            f"a {type(stock).__name__} was replaced by a {type(live).__name__}, which cannot be described",
+            where=name,
+            fix="replace modules by registered CompressedModules only",
+        )
+    for leaf, parameter in live.named_parameters(recurse=False):
+        before = stock._parameters.get(leaf)
+        if before is None or before.shape != parameter.shape:
+            found.shapes[_join(name, leaf)] = list(parameter.shape)
+    differing = _attributes(live, stock)
+    if differing:
+        found.attributes[name] = differing
+    for leaf, child in live.named_children():
+        there = stock._modules.get(leaf)
+        if there is None:
+            raise CompressError(
+                "manifest.unknown-module",
+                f"there is a {type(child).__name__} that the stock model does not have",
+                where=_join(name, leaf),
+                fix="replace modules by registered CompressedModules only",
+            )
+        _compare(child, there, _join(name, leaf), found)
+
+
+def _attributes(live: nn.Module, stock: nn.Module) -> dict[str, Any]:
+    """Plain numbers (and tuples of them) that differ, those of a private config included."""
+    differing = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in vars(live).items()
+        if _is_plain(key, value) and vars(stock).get(key) != value
+    }
+    mine, theirs = getattr(live, "config", None), getattr(stock, "config", None)
+    if mine is not None and theirs is not None and hasattr(mine, "__dict__"):
+        differing |= {
+            _CONFIG + key: value
+            for key, value in vars(mine).items()
+            if isinstance(value, int | float) and not key.startswith("_") and getattr(theirs, key, None) != value
+        }
+    return differing
+
+
+def _is_plain(key: str, value: Any) -> bool:
+    if key.startswith("_") or key in _PASSING:
+        return False
+    numbers = value if isinstance(value, tuple) and value else (value,)
+    return all(isinstance(number, int | float) for number in numbers)
+
+
+def apply_manifest(skeleton: nn.Module, manifest: Manifest, dtype: torch.dtype) -> None:
+    """Make the stock model what `changes` described, with empty tensors on the skeleton's device, in place.
+
+    Raises: CompressError when it names something that the skeleton does not have.
+    """
+    device = next(skeleton.parameters()).device
+    with torch.device(device):
+        for name, spec in manifest.modules.items():
+            parent_name, _, leaf = name.rpartition(".")
+            parent = _module(skeleton, parent_name)
+            new = from_named_spec(spec, dtype)
+            if isinstance(new, Wrapper):
+                new.take(_module(skeleton, name))
+            setattr(parent, leaf, new.train(parent.training))
+        for name, shape in manifest.shapes.items():
+            owner, _, leaf = name.rpartition(".")
+            value = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+            _module(skeleton, owner)._parameters[leaf] = value
+    for name, values in manifest.attributes.items():
+        module = _module(skeleton, name)
+        for key, value in values.items():
+            if key.startswith(_CONFIG):
+                if module.config is getattr(skeleton, "config", None) or "config" not in vars(module):
+                    module.config = copy.deepcopy(module.config)
+                setattr(module.config, key.removeprefix(_CONFIG), value)
+            else:
+                setattr(module, key, tuple(value) if isinstance(value, list) else value)
+    for part in skeleton.modules():
+        if isinstance(part, Wrapper):
+            part.connect(skeleton)
+
+
+def _module(root: nn.Module, name: str) -> nn.Module:
+    try:
+        return root.get_submodule(name)
+    except AttributeError:
+        raise CompressError(
+            "manifest.no-such-module",
+            "the manifest names a module that this version of transformers does not build",
+            where=name,
+            fix="load it with the version of transformers in its llmcompress_report.json",
+        ) from None
+
+
+def _quant_linear() -> type[CompressedModule]:
+    return MODULES["quant_linear"]
+
+
+def _join(name: str, leaf: str) -> str:
+    return f"{name}.{leaf}" if name else leaf

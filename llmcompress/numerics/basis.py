@@ -1,0 +1,62 @@
+"""Orthonormal bases of the residual stream: principal directions, random ones, frames without a mean. D = width, K = kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class SecondMoment:
+    """Sum over tokens of x xᵀ, accumulated in float64, of the tokens as they are or all brought to one length."""
+
+    def __init__(self, width: int, device: torch.device, *, unit_length: bool) -> None:
+        self.sum_DD = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self.unit_length = unit_length
+
+    def add(self, x_TD: Tensor) -> None:
+        """Take in more tokens; one product is summed in float32, products are summed in float64."""
+        x_TD = x_TD.float()
+        if self.unit_length:
+            # a token that is all zeros stays so
+            x_TD = x_TD / x_TD.square().mean(1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        self.sum_DD += (x_TD.T @ x_TD).double()
+
+
+def principal_basis(moment_DD: Tensor) -> Tensor:
+    """Columns: eigenvectors of a symmetric matrix by falling eigenvalue, in float64.
+
+    No damping: a multiple of the identity changes no eigenvector.
+    """
+    moment_DD = moment_DD.double()
+    return torch.linalg.eigh((moment_DD + moment_DD.T) / 2).eigenvectors.flip(1)
+
+
+def random_basis(width: int, generator: torch.Generator) -> Tensor:
+    """Columns: an orthonormal basis uniform over all of them, in float64."""
+    normal_DD = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    basis_DD, triangle_DD = torch.linalg.qr(normal_DD)
+    # without the signs the result is not uniform
+    return basis_DD * triangle_DD.diagonal().sign()
+
+
+def zero_mean_frame(width: int) -> Tensor:
+    """`width - 1` orthonormal rows of that width, each with mean zero, in float64: almost the first unit vectors.
+
+    Rows of the reflection that swaps the last unit vector and the direction of all ones.
+    """
+    ones = torch.full((width,), width**-0.5, dtype=torch.float64)
+    last = torch.zeros(width, dtype=torch.float64)
+    last[-1] = 1.0
+    return reflected(torch.eye(width, dtype=torch.float64)[:-1], ones - last)
+
+
+def reflected(x_ND: Tensor, normal_D: Tensor) -> Tensor:
+    """Rows mirrored in the hyperplane with that normal, whatever its length; a zero normal changes nothing."""
+    squared = normal_D.square().sum()
+    return x_ND if squared == 0 else x_ND - torch.outer(x_ND @ normal_D, normal_D) * (2 / squared)
+
+
+def mirror_normal(width: int, generator: torch.Generator) -> Tensor:
+    """A random direction with mean zero: mirroring along it keeps the direction of all ones as it is; float64."""
+    normal_D = torch.randn(width, generator=generator, dtype=torch.float64)
+    return normal_D - normal_D.mean()

@@ -1,0 +1,110 @@
+"""What passes share that add a low-rank branch to a quantized site. O = outputs, I = inputs, R = rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.site import LinearSite
+from llmcompress.modules.corrected import CorrectedLinear
+from llmcompress.modules.low_rank import linear_of, part_weight
+from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.modules.scheme import Scheme, named_scheme
+from llmcompress.numerics.low_rank import Factors, output_spectrum, truncate
+from llmcompress.numerics.rounded_factors import Codes, RoundedFactors, round_factors
+from llmcompress.numerics.statistics import Gram
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Two factors in the checkpoint's dtype, or as codes of `scheme`."""
+
+    factors: Factors | RoundedFactors
+    scheme: Scheme | None
+
+    def product(self) -> Tensor:
+        """The matrix that the branch adds, O×I."""
+        return self.factors.product()
+
+    def put(self, site: LinearSite, base: QuantLinear) -> None:
+        """Replace the site by the codes and this branch."""
+        if isinstance(self.factors, Factors):
+            right, left = linear_of(self.factors.right_RI, None), linear_of(self.factors.left_OR, None)
+            site.replace(CorrectedLinear(base, right, left))
+        else:
+            assert self.scheme is not None
+            quantized = (_quantized(codes, self.scheme) for codes in (self.factors.right, self.factors.left))
+            site.replace(CorrectedLinear(base, *quantized))
+
+
+def branch(
+    missing_OI: Tensor, metric: Tensor | None, rank: int, *, scheme: str | None, storage_dtype: torch.dtype, gram: Gram
+) -> Branch:
+    """The branch of that rank that comes nearest to what is missing; rounded as it will be stored."""
+    rank = min(rank, *missing_OI.shape)
+    factors = truncate(missing_OI, output_spectrum(missing_OI, metric), rank)
+    if scheme is None:
+        stored = (each.to(storage_dtype).to(each.dtype) for each in (factors.left_OR, factors.right_RI))
+        return Branch(Factors(*stored), None)
+    known = named_scheme(scheme)
+    rounded = round_factors(factors, missing_OI, gram.sum_II, known.weights, scale_dtype=storage_dtype)
+    return Branch(rounded, known)
+
+
+def corrected_row(
+    site: LinearSite, algorithm: str, base: SiteReport, rank: int, scheme: str | None, *, error: float, tokens: int
+) -> SiteReport:
+    """The row of a corrected site: the bits of codes and branch together, and the error of the codes alone before.
+
+    Bits per weight = bits of the codes + bits of the factors · R (O + I) / (O I).
+    """
+    outputs, inputs = site.info.outputs, site.info.inputs
+    rank = min(rank, outputs, inputs)
+    storage = torch.finfo(site.storage_dtype).bits
+    right, left = (rank, inputs), (outputs, rank)
+    known = None if scheme is None else named_scheme(scheme)
+    bits = sum(
+        rows * columns * (known.bits_per_weight(rows, columns, storage) if known else storage)
+        for rows, columns in (right, left)
+    )
+    assert base.bits_per_weight is not None
+    return SiteReport(
+        site=site.name,
+        algorithm=algorithm,
+        scheme=base.scheme,
+        bits_per_weight=base.bits_per_weight + bits / (outputs * inputs),
+        error=error,
+        error_before=base.error,
+        tokens=tokens,
+        rank=rank,
+        degraded=base.degraded,
+    )
+
+
+def weight_only_scheme(name: str | None) -> str | None:
+    """The name of a scheme for factors.
+
+    Raises: ValueError when it would round activations too; CompressError when there is no such scheme.
+    """
+    if name is not None and named_scheme(name).activations:
+        raise ValueError(f"factors round weights only: write {name.partition('_a8')[0]!r}")
+    return name
+
+
+def codes_at(site: LinearSite) -> QuantLinear:
+    """The quantized linear that stands at the site now."""
+    module = site.module
+    assert isinstance(module, QuantLinear), f"{site.name} was not quantized"
+    return module
+
+
+def dense_of(base: QuantLinear) -> Tensor:
+    """The weight that the codes stand for, in float32."""
+    return part_weight(base).float()
+
+
+def _quantized(codes: Codes, scheme: Scheme) -> QuantLinear:
+    return QuantLinear.from_fitted(scheme, codes.codes, codes.fitted, None)

@@ -1,0 +1,136 @@
+"""A low-rank branch that repairs what any quantizer did to a site. O = outputs, I = inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from llmcompress.calibration.stream import BlockWork
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.map import ModelMap
+from llmcompress.model.site import LinearSite
+from llmcompress.numerics.low_rank import relative_output_error
+from llmcompress.numerics.statistics import AbsMean, Gram, Statistic
+from llmcompress.passes.base import PASSES, BlockPass, Trait
+from llmcompress.passes.decomposition.branch import branch, codes_at, corrected_row, dense_of, weight_only_scheme
+from llmcompress.passes.quantization.base import QuantizingPass
+from llmcompress.passes.quantization.resolve import site_schemes
+
+_SELECTORS = frozenset({"sites", "exclude", "overrides"})
+
+
+@PASSES.register("low_rank_correction")
+class LowRankCorrection(BlockPass):
+    """Quantize each site with another pass, then add the branch that best restores its outputs.
+
+    The quantizer sees the very weights that the branch is measured against, so it is named here and not in the recipe
+    before this pass.
+
+    Source: Liu et al., arXiv 2410.21271 (EoRA: `gram`); Zhang et al., arXiv 2402.02446 (LQER: `activation`).
+    """
+
+    makes: ClassVar[frozenset[Trait]] = frozenset({"codes", "factors"})
+    spoils: ClassVar[Mapping[Trait, str]] = {
+        "zeros": "would fill zeros with its dense branch",
+        "pattern": "would fill zeros with its dense branch",
+    }
+    whole_block: ClassVar[frozenset[str]] = frozenset({"whitening"})
+
+    quantizer: dict[str, dict[str, Any]] = Field(
+        {"gptq": {}}, description="one quantizing pass with its options, e.g. {gptq: {scheme: int3_g128}}"
+    )
+    rank: int = Field(64, ge=1, description="of the branch")
+    whitening: Literal["gram", "activation"] = Field("gram", description="gram: EoRA; activation: LQER")
+    factor_scheme: str | None = Field(
+        None, description="of the factors, e.g. int8_channel; null: the dtype of the model"
+    )
+
+    @field_validator("factor_scheme")
+    @classmethod
+    def _weights_only(cls, name: str | None) -> str | None:
+        return weight_only_scheme(name)
+
+    @field_validator("quantizer")
+    @classmethod
+    def _known_quantizer(cls, named: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        quantizer_of(named)
+        return named
+
+    @property
+    def inner(self) -> QuantizingPass:
+        """The quantizing pass."""
+        return quantizer_of(self.quantizer)
+
+    @property
+    def scheme(self) -> str:
+        """The scheme of the codes."""
+        return self.inner.scheme
+
+    @property
+    def on_indivisible(self) -> Literal["error", "skip", "channel", "pad"]:
+        """What happens to sites that do not divide into the scheme's groups."""
+        return self.inner.on_indivisible
+
+    def check(self, model_map: ModelMap) -> None:
+        """What the quantizer asks of the sites that are selected here.
+
+        Raises: CompressError listing every site whose inputs do not divide into groups.
+        """
+        site_schemes([self], model_map)
+
+    def needs(self) -> tuple[type[Statistic], ...]:
+        """The Gram matrix for errors, the mean magnitude for LQER, and what the quantizers read."""
+        inner = [quantizer_of(options["quantizer"]) for options in self.overrides.values() if "quantizer" in options]
+        kinds: list[type[Statistic]] = [Gram, *(kind for each in (self.inner, *inner) for kind in each.needs())]
+        if self.whitening == "activation":
+            kinds.append(AbsMean)
+        return tuple(dict.fromkeys(kinds))
+
+    def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
+        """Quantize and correct site by site; what the quantizer leaves dense stays so."""
+        rows = []
+        for site in sites:
+            here = self.for_site(site.name)
+            weight_OI, gram = site.weight_OI, site.statistic(Gram)
+            for row in here.inner.apply(block, [site]):
+                rows.append(here._correct(site, weight_OI, row) if gram.tokens else row)
+        return rows
+
+    def _correct(self, site: LinearSite, weight_OI: Tensor, base_row: SiteReport) -> SiteReport:
+        base, gram = codes_at(site), site.statistic(Gram)
+        metric = gram.sum_II if self.whitening == "gram" else site.statistic(AbsMean).mean_I.square()
+        missing_OI = weight_OI - dense_of(base)
+        repair = branch(
+            missing_OI, metric, self.rank, scheme=self.factor_scheme, storage_dtype=site.storage_dtype, gram=gram
+        )
+        before = relative_output_error(weight_OI, dense_of(base), gram.sum_II)
+        error = relative_output_error(weight_OI, dense_of(base) + repair.product(), gram.sum_II)
+        repair.put(site, base)
+        row = base_row.model_copy(update={"error": before})
+        return corrected_row(
+            site, "low_rank_correction", row, self.rank, self.factor_scheme, error=error, tokens=gram.tokens
+        )
+
+
+def quantizer_of(named: Mapping[str, dict[str, Any]]) -> QuantizingPass:
+    """The quantizing pass that `{name: {option: value}}` stands for.
+
+    Raises: ValueError when it is none, or could not work inside another pass.
+    """
+    if len(named) != 1:
+        raise ValueError("name exactly one quantizing pass, e.g. {gptq: {scheme: int3_g128}}")
+    ((name, options),) = named.items()
+    known = [each for each in PASSES if issubclass(PASSES[each], QuantizingPass)]
+    serving = [each for each in known if getattr(PASSES[each], "sitewise", False)]
+    if name not in serving:
+        why = "changes more than single sites: put it before, with `round: false`" if name in known else "is none"
+        raise ValueError(f"use one of {', '.join(serving)}; {name!r} {why}")
+    cls = PASSES[name]
+    assert issubclass(cls, QuantizingPass)
+    foreign = sorted((_SELECTORS | cls.whole_block) & options.keys())
+    if foreign:
+        raise ValueError(f"{foreign[0]!r} cannot be set inside `quantizer`: sites are given to it one by one")
+    return cls(**options)

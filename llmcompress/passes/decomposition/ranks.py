@@ -1,0 +1,137 @@
+"""The rank of every site under one budget, decided on the whole dense model. O = outputs, K = directions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from llmcompress.calibration.whole import WholeModel
+from llmcompress.errors import CompressError, ExitCode
+from llmcompress.model.site import LinearSite
+from llmcompress.numerics.low_rank import output_spectrum
+from llmcompress.numerics.rank_allocation import Matrix, allocate_ranks, equal_shares
+from llmcompress.numerics.statistics import Statistic
+
+RankRule = Literal["uniform", "energy", "loss"]
+
+
+class FactorOptions(Protocol):
+    """What must be known of the pass that factors."""
+
+    @property
+    def ranks(self) -> RankRule:
+        """How ranks are found."""
+
+    @property
+    def round_to(self) -> int:
+        """Ranks are multiples of this."""
+
+    @property
+    def keep(self) -> float:
+        """Share of a site's parameters that goes into the budget."""
+
+    def selects(self, site: str) -> bool:
+        """Whether it works on that site."""
+
+    def for_site(self, site: str) -> FactorOptions:
+        """The options for that site."""
+
+    def needs(self) -> tuple[type[Statistic], ...]:
+        """Statistics that `metric` reads."""
+
+    def metric(self, site: LinearSite) -> Tensor | None:
+        """What the site's inputs are like."""
+
+
+def decide_ranks(options: FactorOptions, whole: WholeModel) -> dict[str, Tensor]:
+    """Site → rank, such that all together keep their share of parameters and lose least.
+
+    `energy` counts each site's lost share of its own squared output. `loss` weighs each lost direction of the output
+    by the squared gradient of the loss along it, which is the expected growth of the loss to second order.
+
+    Source: for the loss, Hsu et al., arXiv 2207.00112 (Fisher-weighted SVD), with activations instead of weights.
+    Raises: CompressError when not even the least ranks fit the budget.
+    """
+    names = [site.name for site in whole.sites() if options.selects(site.name)]
+    weights = squared_gradients(whole, names) if options.ranks == "loss" else {}
+    matrices: dict[str, Matrix] = {}
+    for block in whole.stream():
+        sites = [site for site in block.sites if options.selects(site.name)]
+        if sites and options.needs():
+            block.measure(sites, options.needs())
+        for site in sites:
+            block.progress.inside(f"spectrum of {site.info.name}")
+            spectrum = output_spectrum(site.weight_OI, options.metric(site))
+            step = options.for_site(site.name).round_to
+            gain_K = equal_shares(spectrum.energy_K)
+            if weights:
+                gain_K = spectrum.energy_K * (spectrum.basis_OK.square().T @ weights[site.name].double())
+            matrices[site.name] = Matrix(site.info.outputs, site.info.inputs, gain_K.cpu(), step)
+        block.forget()
+        whole.progress.note(f"ranks: spectra of block {block.info.index + 1} of {len(whole.map.blocks)} known")
+    shares = (options.for_site(name).keep * each.outputs * each.inputs for name, each in matrices.items())
+    try:
+        ranks = allocate_ranks(list(matrices.values()), int(sum(shares)))
+    except ValueError as error:
+        raise CompressError(
+            "ranks.budget",
+            str(error),
+            fix="set a smaller `ratio` or a smaller `round_to`",
+            exit_code=ExitCode.USAGE,
+        ) from None
+    return {name: torch.tensor(rank) for name, rank in zip(matrices, ranks, strict=True)}
+
+
+def squared_gradients(whole: WholeModel, names: Sequence[str]) -> dict[str, Tensor]:
+    """Per site and output channel: the sum over tokens of the squared gradient of the loss; zeros where none came."""
+    sums: dict[str, Tensor] = {}
+    with whole.resident() as model, ExitStack() as hooks:
+        model.requires_grad_(False)
+        hooks.enter_context(_needing_gradient(model.get_input_embeddings()))
+        for site in whole.sites():
+            if site.name in names:
+                sums[site.name] = torch.zeros(site.info.outputs, device=whole.device)
+                hooks.enter_context(_gradients_of(site.module, sums[site.name]))
+        for ids_BT in whole.batches():
+            with torch.enable_grad():
+                whole.loss(ids_BT).backward()  # type: ignore[no-untyped-call]
+    return sums
+
+
+@contextmanager
+def _gradients_of(module: nn.Module, sum_O: Tensor) -> Iterator[None]:
+    """Add the squares of the gradients of the module's output to `sum_O`."""
+
+    def add(gradient: Tensor) -> None:
+        sum_O.add_(gradient.detach().reshape(-1, gradient.shape[-1]).float().square().sum(0))
+
+    def watch(_: nn.Module, __: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(add)  # type: ignore[no-untyped-call]
+
+    with _hooked(module.register_forward_hook(watch)):
+        yield
+
+
+@contextmanager
+def _needing_gradient(embedding: nn.Module) -> Iterator[None]:
+    """Let gradients reach every block although no parameter wants one."""
+
+    def ask(_: nn.Module, __: Any, output: Tensor) -> None:
+        output.requires_grad_(True)
+
+    with _hooked(embedding.register_forward_hook(ask)):
+        yield
+
+
+@contextmanager
+def _hooked(handle: RemovableHandle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,159 @@
+"""Two thin linears in place of one: what the site's outputs lose least by dropping. O = outputs, I = inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from llmcompress.calibration.stream import BlockWork
+from llmcompress.calibration.whole import WholeModel
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.site import LinearSite
+from llmcompress.modules.low_rank import LowRankLinear
+from llmcompress.numerics.low_rank import best_left, break_even, output_spectrum, relative_output_error, truncate
+from llmcompress.numerics.rank_allocation import uniform_rank
+from llmcompress.numerics.statistics import AbsMean, Gram, Statistic
+from llmcompress.passes.base import PASSES, BlockPass, Trait
+from llmcompress.passes.decomposition.ranks import RankRule, decide_ranks
+
+Whitening = Literal["none", "activation", "gram"]
+
+
+@PASSES.register("svd")
+class SingularValues(BlockPass):
+    """Factor every site into two linears of the rank that is worth its parameters.
+
+    `ratio` is the share of parameters REMOVED from the selected sites. Sites that would not get smaller stay dense.
+
+    Source: Wang et al., arXiv 2403.07378 (SVD-LLM: `gram`, `refit`); Yuan et al., arXiv 2312.05821 (ASVD:
+    `activation`). Differs: no metric is inverted (`numerics/low_rank.py`), so none needs damping; inputs are those that
+    the blocks compressed before really give.
+    """
+
+    makes: ClassVar[frozenset[Trait]] = frozenset({"factors"})
+    spoils: ClassVar[Mapping[Trait, str]] = {
+        "zeros": "would multiply zeros out into two dense factors",
+        "pattern": "would multiply zeros out into two dense factors",
+        "factors": "would factor factors again",
+    }
+    decides: ClassVar[bool] = True
+    changes_sites: ClassVar[bool] = True
+    whole_block: ClassVar[frozenset[str]] = frozenset({"whitening", "alpha", "ranks", "refit"})
+
+    ratio: float | None = Field(None, gt=0, lt=1, description="share of parameters removed (0.2 if no rank is given)")
+    rank: int | None = Field(None, ge=1, description="instead of a ratio: this rank for every site")
+    whitening: Whitening = Field("gram", description="inputs count by: nothing, mean magnitude, Gram matrix")
+    alpha: float | None = Field(None, gt=0, le=2, description="whitening: activation; power of the magnitude (0.5)")
+    ranks: RankRule = Field("uniform", description="equal shares; energy: least output lost; loss: least loss gained")
+    round_to: int = Field(1, ge=1, description="ranks are multiples of this")
+    refit: bool = Field(False, description="fit left factors again to the inputs that compressed blocks give")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.rank is not None and self.ratio is not None:
+            raise ValueError("give `ratio` or `rank`, not both (null takes one back)")
+        if self.rank is not None and self.ranks != "uniform":
+            raise ValueError(f"`rank` fixes every rank: `ranks: {self.ranks}` needs a `ratio`")
+        if self.alpha is not None and self.whitening != "activation":
+            raise ValueError("`alpha` belongs to `whitening: activation`")
+        return self
+
+    @property
+    def keep(self) -> float:
+        """Share of a site's parameters that its factors may have."""
+        return 1 - (0.2 if self.ratio is None else self.ratio)
+
+    def names_after(self, site: str) -> tuple[str, ...]:
+        """Two linears below the site's own name."""
+        return (f"{site}.right", f"{site}.left")
+
+    def uses_data(self) -> bool:
+        """Plain singular values of the weights need none."""
+        return bool(self.needs()) or self.ranks == "loss" or self.refit
+
+    def needs(self) -> tuple[type[Statistic], ...]:
+        """What the metric is made of."""
+        kinds: dict[Whitening, tuple[type[Statistic], ...]] = {"none": (), "activation": (AbsMean,), "gram": (Gram,)}
+        return kinds[self.whitening]
+
+    def decide(self, whole: WholeModel) -> dict[str, Tensor]:
+        """The rank of every site, where that depends on all the others."""
+        return {} if self.ranks == "uniform" else decide_ranks(self, whole)
+
+    def metric(self, site: LinearSite) -> Tensor | None:
+        """What the site's inputs are like, as measured; None where they do not count or none came."""
+        if not self.needs() or site.statistic(self.needs()[0]).tokens == 0:
+            return None
+        if self.whitening == "gram":
+            return site.statistic(Gram).sum_II
+        alpha = 0.5 if self.alpha is None else self.alpha
+        return site.statistic(AbsMean).mean_I.pow(2 * alpha)
+
+    def rank_of(self, site: LinearSite, decisions: Mapping[str, Tensor]) -> int:
+        """The decided rank, else the one that the options of the site give."""
+        if site.name in decisions:
+            return int(decisions[site.name])
+        here = self.for_site(site.name)
+        outputs, inputs = site.info.outputs, site.info.inputs
+        if here.rank is not None:
+            return min(here.rank, outputs, inputs)
+        return uniform_rank(outputs, inputs, here.keep, here.round_to)
+
+    def run(self, block: BlockWork) -> list[SiteReport]:
+        """Factor all sites; with `refit`, then fit the left factors again, in order of execution."""
+        weights = {site.name: site.weight_OI for site in block.sites if self.refit and self.selects(site.name)}
+        rows = super().run(block)
+        return _refitted(block, weights, rows) if self.refit else rows
+
+    def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
+        """Factor every site by itself."""
+        rows = []
+        for site in sites:
+            block.progress.inside(f"svd {site.info.name}")
+            rows.append(self._factor(site, self.rank_of(site, block.decisions)))
+        return rows
+
+    def _factor(self, site: LinearSite, rank: int) -> SiteReport:
+        outputs, inputs = site.info.outputs, site.info.inputs
+        tokens = site.statistic(self.needs()[0]).tokens if self.needs() else None
+        if rank >= break_even(outputs, inputs):
+            why = f"stays dense: two factors of rank {rank} would not be smaller"
+            parameters = outputs * inputs
+            return SiteReport(site=site.name, algorithm="svd", parameters=parameters, tokens=tokens, degraded=why)
+        weight_OI, metric = site.weight_OI, self.metric(site)
+        factors = truncate(weight_OI, output_spectrum(weight_OI, metric), rank)
+        site.replace(LowRankLinear.from_factors(factors.left_OR, factors.right_RI, site.bias_O))
+        seen = self.whitening == "gram" and bool(tokens)
+        return SiteReport(
+            site=site.name,
+            algorithm="svd",
+            rank=rank,
+            parameters=rank * (outputs + inputs),
+            error=relative_output_error(weight_OI, factors.product(), site.statistic(Gram).sum_II) if seen else None,
+            tokens=tokens,
+            degraded="no tokens reached it: plain singular values" if tokens == 0 else None,
+        )
+
+
+@torch.no_grad()
+def _refitted(block: BlockWork, weights: Mapping[str, Tensor], rows: list[SiteReport]) -> list[SiteReport]:
+    """Left factors that lose least on what the factored linears before them in the block now give."""
+    errors: dict[str, float] = {}
+    for group in block.input_groups():
+        sites = [site for site in group if site.name in weights and isinstance(site.module, LowRankLinear)]
+        if not sites:
+            continue
+        block.measure(sites, (Gram,))
+        for site in sites:
+            module, gram = site.module, site.statistic(Gram)
+            assert isinstance(module, LowRankLinear)
+            right_RI, left_OR = module.right.get_parameter("weight"), module.left.get_parameter("weight")
+            if gram.tokens:
+                left_OR.copy_(best_left(weights[site.name], right_RI, gram.sum_II))
+            errors[site.name] = relative_output_error(weights[site.name], left_OR @ right_RI, gram.sum_II)
+        block.forget()
+    return [row.model_copy(update={"error": errors[row.site]}) if row.site in errors else row for row in rows]

@@ -1,0 +1,81 @@
+"""Activation sparsity: inputs that are small on calibration text are left out, column by column, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from typing_extensions import override
+
+from llmcompress.calibration.stream import BlockWork
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.map import BlockStructure
+from llmcompress.model.site import LinearSite
+from llmcompress.modules.dynamic_activations import ThresholdedLinear
+from llmcompress.numerics.sample import InputSample
+from llmcompress.numerics.statistics import Statistic
+from llmcompress.passes.base import PASSES, BlockPass, Trait
+
+
+@PASSES.register("activation_sparsity")
+class ActivationSparsity(BlockPass):
+    """Every linear ignores inputs whose magnitude lies below its own threshold, the `sparsity` quantile on calibration text.
+
+    Source: Liu et al. (TEAL), arXiv 2408.14690; Lee et al. (CATS), arXiv 2404.08763.
+    Differs: one share for all selected sites (TEAL searches one per block); by default only the activations inside the
+    feed-forward network, as in CATS. Weights stay as they are and the files as large; decoding one text reads fewer
+    columns of them. Several tokens at once (a prompt, a batch) compute the same and gain nothing.
+    """
+
+    makes: ClassVar[frozenset[Trait]] = frozenset({"dynamic"})
+    spoils: ClassVar[Mapping[Trait, str]] = {"factors": "needs the one matrix that the factors replaced"}
+    changes_sites: ClassVar[bool] = True
+    whole_block: ClassVar[frozenset[str]] = frozenset({"inputs"})
+
+    sparsity: float = Field(0.5, ge=0, lt=1, description="share of the inputs left out, on calibration text")
+    inputs: Literal["ffn", "all"] = Field(
+        "ffn", description="ffn: what the feed-forward network computes inside; all: the input of every selected site"
+    )
+
+    @override
+    def needs(self) -> tuple[type[Statistic], ...]:
+        return (InputSample,)
+
+    @override
+    def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
+        """Replace the sites; what they hold is not changed."""
+        inner = feed_forward_readers(block.info.structure)
+        rows = []
+        for site in sites:
+            if self.inputs == "ffn" and site.info.name not in inner:
+                continue
+            sample = site.statistic(InputSample)
+            threshold = sample.magnitude_below(self.for_site(site.name).sparsity)
+            columns_IO = site.weight_OI.T.contiguous()
+            site.replace(ThresholdedLinear(columns_IO, site.bias_O, threshold))
+            left = float((sample.rows_KI.abs() > threshold).float().mean()) if sample.tokens else 1.0
+            rows.append(
+                SiteReport(
+                    site=site.name,
+                    algorithm="activation_sparsity",
+                    tokens=sample.tokens,
+                    score=threshold,
+                    active=left,
+                    degraded=None if sample.tokens else "no tokens: nothing is left out",
+                )
+            )
+        return rows
+
+
+def feed_forward_readers(structure: BlockStructure) -> frozenset[str]:
+    """Sites that read what a feed-forward network computes inside: channels that can go one by one.
+
+    Attention's can only go by whole heads.
+    """
+    return frozenset(
+        part.site
+        for group in structure.width_groups
+        for part in group.parts
+        if part.axis == "columns" and group.units > 1 and all(len(columns) == 1 for columns in part.indices)
+    )

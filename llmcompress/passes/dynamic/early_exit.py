@@ -1,0 +1,175 @@
+"""Early exit: tokens whose prediction is sure before the last block leave the remaining ones.
+
+N = calibration tokens, D = hidden size, E = exits, C = candidate thresholds.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from llmcompress.calibration.whole import WholeModel
+from llmcompress.errors import CompressError, ExitCode
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.skeleton import find_blocks
+from llmcompress.modules.dynamic_exit import ExitBlock, readings
+from llmcompress.numerics.linear_map import LinearMap
+from llmcompress.passes.base import PASSES, ModelPass, Trait
+from llmcompress.passes.dynamic.states import measured, put_around, readout_of, states_at
+
+NEVER = 2.0
+"""No probability reaches it."""
+CANDIDATES = 256
+AGREEMENT = 0.95
+
+
+@PASSES.register("early_exit")
+class EarlyExit(ModelPass):
+    """A token leaves before block e when the head, applied there, gives one token a probability of `threshold` or more.
+
+    Blocks that a token has left still store its keys and values, computed from the state it left with; so later
+    tokens attend to everything, and a cached decode computes what one forward over the text computes. With `jump` a
+    linear map, fitted on calibration text, first carries the state to where the last block would bring it.
+
+    One threshold for all exits is chosen on calibration text: the lowest at which the share `agreement` of predictions
+    is still that of the whole model, or the one that leaves the mean share `depth` of blocks to run; or it is given.
+
+    Source: Schuster et al. (CALM), arXiv 2207.07061, softmax response and state copying; Din et al., arXiv 2303.09435,
+    the linear jump. Differs: no training, the largest probability in the place of the difference of two.
+    Costs: every check multiplies by the whole head; where the vocabulary is large beside the blocks nothing is gained.
+    """
+
+    makes: ClassVar[frozenset[Trait]] = frozenset({"dynamic"})
+    keeps_codes: ClassVar[bool] = True
+
+    exits: tuple[int, ...] | None = Field(
+        None, description="before which blocks a token may leave, counted from 0; null: at half and at three quarters"
+    )
+    threshold: float | None = Field(None, gt=0, description="probability at which a token leaves; above 1: never")
+    agreement: float | None = Field(
+        None, gt=0, le=1, description=f"share of predictions that must stay on calibration text; {AGREEMENT} by default"
+    )
+    depth: float | None = Field(None, gt=0, le=1, description="mean share of blocks to run on calibration text")
+    jump: bool = Field(True, description="carry leaving states to the end by a linear map, stored beside the exit")
+    ridge: float = Field(0.01, gt=0, description="pull of that map towards the identity, as a share of the mean square")
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        if sum(rule is not None for rule in (self.threshold, self.agreement, self.depth)) > 1:
+            raise ValueError("give one of `threshold`, `agreement` and `depth`")
+        return self
+
+    @override
+    def uses_data(self) -> bool:
+        return True
+
+    @override
+    def undoes(self, trait: Trait) -> str | None:
+        return None
+
+    @override
+    @torch.no_grad()
+    def apply(self, whole: WholeModel) -> list[SiteReport]:
+        """Fit the jumps, choose the threshold, put the blocks from the first exit on into exit blocks.
+
+        Raises: CompressError when there is no block behind an exit, or the readout cannot be repeated.
+        """
+        with whole.resident() as model:
+            blocks = find_blocks(model)
+            exits = self._exits(len(blocks))
+            readout = readout_of(model, next(whole.batches())[:1])
+            jumps = self._jumps(whole, model, exits)
+            outcomes = self._outcomes(whole, model, exits, readout, jumps)
+            depths_E = torch.tensor(exits) / len(blocks)
+            threshold = self._threshold(*outcomes, depths_E)
+            wrappers = {
+                index: ExitBlock(threshold if index in exits else None, readout, jumps.get(index))
+                for index in range(min(exits), len(blocks))
+            }
+            put_around(model, wrappers)
+            return measured(whole, model, [blocks[index][0] for index in wrappers], "early_exit", threshold)
+
+    def _exits(self, blocks: int) -> tuple[int, ...]:
+        chosen = self.exits or (blocks // 2, 3 * blocks // 4)
+        exits = tuple(sorted({index for index in chosen if self.exits or index}))
+        wrong = [index for index in exits if not 0 < index < blocks]
+        if wrong or not exits:
+            raise CompressError(
+                "dynamic.exits",
+                f"there is no exit before block {wrong[0]}" if wrong else "a model of one block has no exit",
+                where=f"early_exit.exits of {blocks} blocks",
+                fix=f"use numbers from 1 to {blocks - 1}",
+                exit_code=ExitCode.USAGE,
+            )
+        return exits
+
+    def _jumps(
+        self, whole: WholeModel, model: PreTrainedModel, exits: tuple[int, ...]
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """Matrix and shift of every exit, rounded as they will be stored."""
+        if not self.jump:
+            return {}
+        width = whole.map.hidden_size
+        maps = {index: LinearMap(width, width, whole.device) for index in exits}
+        end = len(whole.map.blocks)
+        for states in states_at(whole, model, {*exits, end}):
+            for index, fitted in maps.items():
+                fitted.add(states[index], states[end])
+        start_ID = torch.eye(width + 1, device=whole.device)[:, :width]
+        found = {}
+        for index, fitted in maps.items():
+            map_ID = fitted.solve(start_ID, self.ridge).to(whole.storage_dtype).float()
+            found[index] = map_ID[:-1].T.contiguous(), map_ID[-1].clone()
+        return found
+
+    def _outcomes(
+        self,
+        whole: WholeModel,
+        model: PreTrainedModel,
+        exits: tuple[int, ...],
+        readout: tuple[str, ...],
+        jumps: dict[int, tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        """N×E: how sure each token is at each exit, and whether it would predict what the whole model predicts."""
+        read = [model.get_submodule(name) for name in readout]
+        trial = {index: ExitBlock(None, readout, jumps.get(index)) for index in exits}
+        end = len(whole.map.blocks)
+        sure, agrees = [], []
+        for states in states_at(whole, model, {*exits, end}):
+            final_N = readings(read, states[end])[1]
+            here = [readings(read, trial[index].jump(states[index])) for index in exits]
+            sure.append(torch.stack([each[0] for each in here], 1).cpu())
+            agrees.append(torch.stack([each[1] == final_N for each in here], 1).cpu())
+        return torch.cat(sure), torch.cat(agrees)
+
+    def _threshold(self, sure_NE: Tensor, agrees_NE: Tensor, depths_E: Tensor) -> float:
+        if self.threshold is not None:
+            return self.threshold
+        quantiles_C = torch.linspace(0, 1, CANDIDATES, dtype=torch.float64)
+        ranks_C = (quantiles_C * (sure_NE.numel() - 1)).round().long()
+        candidates_C = sure_NE.double().flatten().sort().values[ranks_C]
+        ladder = [NEVER, *candidates_C.flip(0).tolist()]
+        at = [outcome_at(each, sure_NE, agrees_NE, depths_E) for each in ladder]
+        if self.depth is not None:
+            return min(zip(ladder, at, strict=True), key=lambda pair: abs(pair[1][0] - self.depth))[0]  # type: ignore[operator]
+        wanted = AGREEMENT if self.agreement is None else self.agreement
+        enough = [agreement >= wanted for _, agreement in at]
+        return ladder[(enough.index(False) if False in enough else len(ladder)) - 1]
+
+
+def outcome_at(threshold: float, sure_NE: Tensor, agrees_NE: Tensor, depths_E: Tensor) -> tuple[float, float]:
+    """Mean depth and agreement when every token leaves at its first exit where it is as sure as `threshold`.
+
+    `depths_E` is the share of blocks that have run there. As if the tokens before it had all seen every block.
+    """
+    leaves_NE = sure_NE >= threshold
+    first_N = leaves_NE.int().argmax(1)
+    leaves_N = leaves_NE.any(1)
+    depth_N = torch.where(leaves_N, depths_E[first_N], torch.ones(()))
+    agrees_N = agrees_NE.gather(1, first_N[:, None])[:, 0] | ~leaves_N
+    return float(depth_N.double().mean()), float(agrees_N.double().mean())

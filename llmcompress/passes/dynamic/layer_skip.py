@@ -1,0 +1,121 @@
+"""Layer skipping: tokens pass by the blocks that would hardly change them. N = calibration tokens, D = hidden size."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from llmcompress.calibration.whole import WholeModel
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.skeleton import find_blocks
+from llmcompress.modules.dynamic_skip import SkipBlock, unit_mean_square
+from llmcompress.numerics.linear_map import LinearMap
+from llmcompress.passes.base import PASSES, ModelPass, Trait
+from llmcompress.passes.dynamic.states import measured, put_around, watching
+
+
+SMALLEST = 1e-6
+"""Influence below what float32 can tell from none."""
+
+
+@PASSES.register("layer_skip")
+class LayerSkip(ModelPass):
+    """A linear test before each block foretells its influence on the token, 1 - cos(before, behind); small: skipped.
+
+    The tests are ridge regressions of the influence's logarithm on calibration text. One threshold for all blocks, so that the share `skip` of all
+    (token, block) pairs is skipped there; blocks that no calibration token would skip stay as they are. A skipped
+    block still stores the token's keys and values, so later tokens attend to everything and a cached decode computes
+    what one forward over the text computes.
+
+    Source: influence from Men et al. (ShortGPT), arXiv 2403.03853; a router per block from Raposo et al.
+    (Mixture-of-Depths), arXiv 2404.02258. Differs: nothing is trained, and the number of tokens is not fixed.
+    Time is saved where all tokens of a call skip: in decoding one text. A batch gains only where its texts agree.
+    """
+
+    makes: ClassVar[frozenset[Trait]] = frozenset({"dynamic"})
+    keeps_codes: ClassVar[bool] = True
+
+    skip: float | None = Field(
+        None, ge=0, lt=1, description="share of (token, block) pairs to skip on calibration text; 0.1 by default"
+    )
+    threshold: float | None = Field(None, ge=0, description="influence below which a token skips; 0: never")
+    ridge: float = Field(0.01, gt=0, description="pull of the tests towards one constant, as a share of the mean square")
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        if self.skip is not None and self.threshold is not None:
+            raise ValueError("give one of `skip` and `threshold`")
+        return self
+
+    @override
+    def uses_data(self) -> bool:
+        return True
+
+    @override
+    def undoes(self, trait: Trait) -> str | None:
+        return None
+
+    @override
+    @torch.no_grad()
+    def apply(self, whole: WholeModel) -> list[SiteReport]:
+        """Fit the tests, choose the threshold, put blocks that someone skips into skip blocks."""
+        with whole.resident() as model:
+            blocks = find_blocks(model)
+            trials = self._tests(whole, model, len(blocks))
+            foretold_LN = self._foretold(whole, model, trials)
+            threshold = self.threshold
+            if threshold is None:
+                threshold = threshold_for(foretold_LN, 0.1 if self.skip is None else self.skip)
+            for trial in trials:
+                trial.threshold = threshold
+            used = {index: trial for index, trial in enumerate(trials) if bool((foretold_LN[index] < threshold).any())}
+            put_around(model, used)
+            return measured(whole, model, [blocks[index][0] for index in used], "layer_skip", threshold)
+
+    def _tests(self, whole: WholeModel, model: PreTrainedModel, blocks: int) -> list[SkipBlock]:
+        """One per block, rounded as they will be stored."""
+        width = whole.map.hidden_size
+        maps = [LinearMap(width, 1, whole.device) for _ in range(blocks)]
+        before = torch.empty(0)
+
+        def see(index: int, state_ND: Tensor) -> None:
+            nonlocal before
+            if index:
+                influence_N1 = (1 - functional.cosine_similarity(before, state_ND, dim=1)[:, None]).clamp_min(SMALLEST)
+                maps[index - 1].add(unit_mean_square(before), influence_N1.log(), torch.ones(len(before)).to(before))
+            before = state_ND
+
+        with watching(model, see):
+            for ids_BT in whole.batches():
+                model.base_model(input_ids=ids_BT, use_cache=False)
+        trials = []
+        for fitted in maps:
+            map_I1 = fitted.solve(torch.zeros(width + 1, 1, device=whole.device), self.ridge)
+            router_D = map_I1[:-1, 0].to(whole.storage_dtype).float()
+            trials.append(SkipBlock(router_D, bias=float(map_I1[-1, 0]), threshold=0.0))
+        return trials
+
+    def _foretold(self, whole: WholeModel, model: PreTrainedModel, trials: list[SkipBlock]) -> Tensor:
+        """What the tests say of every token, blocks × N."""
+        foretold: list[list[Tensor]] = [[] for _ in trials]
+
+        def see(index: int, state_ND: Tensor) -> None:
+            if index < len(trials):
+                foretold[index].append(trials[index].foretell(state_ND).cpu())
+
+        with watching(model, see):
+            for ids_BT in whole.batches():
+                model.base_model(input_ids=ids_BT, use_cache=False)
+        return torch.stack([torch.cat(each) for each in foretold])
+
+
+def threshold_for(foretold_LN: Tensor, skip: float) -> float:
+    """The threshold below which the share `skip` of all values lies, or as few more or less as ties allow."""
+    ordered = foretold_LN.flatten().sort().values
+    return float(ordered[min(round(skip * len(ordered)), len(ordered) - 1)]) if skip else 0.0

@@ -1,0 +1,109 @@
+"""How many units each group gives up: the same share everywhere, or the least worthy of the model. U = units."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from llmcompress.passes.pruning.units import UnitGroup
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of one group."""
+
+    group: UnitGroup
+    ratio: float
+    """Share of its units to remove; of all groups together under a global budget."""
+    multiple: int = 1
+    """The number of units that stay is a multiple of this, where the group has that many."""
+    floor: float = 0.0
+    """Least share of its units that stays."""
+
+
+Allocation = Callable[[Sequence[Request], Sequence[Tensor]], list[Tensor]]
+"""Requests and priorities (greater: keep) → True for the units that stay."""
+
+
+def uniform(requests: Sequence[Request], priorities: Sequence[Tensor]) -> list[Tensor]:
+    """Every group keeps its own best units, all equally many where the same is asked: a plain config can say that."""
+    return [best(priority_U, kept_units(request)) for request, priority_U in zip(requests, priorities, strict=True)]
+
+
+def global_budget(requests: Sequence[Request], priorities: Sequence[Tensor]) -> list[Tensor]:
+    """The least worthy units of the whole model go, until as many weights are gone as uniform ratios would take.
+
+    Units go in steps that keep the multiples. Every group keeps its floor: without it whole layers vanish, and the
+    first and last ones are what the model can least do without.
+    """
+    target = sum(request.ratio * request.group.units * request.group.parameters for request in requests)
+    steps = [
+        step
+        for index, (request, priority_U) in enumerate(zip(requests, priorities, strict=True))
+        if request.ratio > 0
+        for step in _steps(index, request, priority_U)
+    ]
+    keep = [request.group.units for request in requests]
+    closed: set[int] = set()
+    gone = 0
+    for step in sorted(steps):
+        weights = step.units * requests[step.index].group.parameters
+        # the step is taken when that comes nearer to the target than stopping before it
+        if step.index in closed or gone + weights / 2 > target:
+            closed.add(step.index)
+            continue
+        keep[step.index] -= step.units
+        gone += weights
+    return [best(priority_U, count) for priority_U, count in zip(priorities, keep, strict=True)]
+
+
+ALLOCATIONS: Mapping[str, Allocation] = MappingProxyType({"uniform": uniform, "global": global_budget})
+
+
+def kept_units(request: Request) -> int:
+    """How many units stay: the multiple nearest to the wanted share, at least one, and all when nothing is asked."""
+    units, multiple = request.group.units, request.multiple
+    if request.ratio == 0:
+        return units
+    nearest = multiple * math.floor((1 - request.ratio) * units / multiple + 0.5)
+    return min(units, max(nearest, multiple, _least(request)))
+
+
+def best(priority_U: Tensor, count: int) -> Tensor:
+    """True for the `count` greatest; of equals the first."""
+    kept_U = torch.zeros(len(priority_U), dtype=torch.bool)
+    kept_U[priority_U.cpu().argsort(descending=True, stable=True)[:count]] = True
+    return kept_U
+
+
+@dataclass(frozen=True, order=True)
+class _Step:
+    """Units of one group that go together: their mean priority, and the order in which the group gives steps up."""
+
+    priority: float
+    index: int
+    turn: int
+    units: int
+
+
+def _steps(index: int, request: Request, priority_U: Tensor) -> list[_Step]:
+    ascending = priority_U.double().cpu().sort().values
+    left, least = request.group.units, max(_least(request), min(request.multiple, request.group.units))
+    steps: list[_Step] = []
+    gone = 0
+    while True:
+        size = left % request.multiple or request.multiple
+        if left - size < least:
+            return steps
+        steps.append(_Step(float(ascending[gone : gone + size].mean()), index, len(steps), size))
+        left, gone = left - size, gone + size
+
+
+def _least(request: Request) -> int:
+    least = max(1, math.ceil(request.floor * request.group.units))
+    return min(request.group.units, request.multiple * math.ceil(least / request.multiple))

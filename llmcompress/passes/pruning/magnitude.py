@@ -1,0 +1,74 @@
+"""Magnitude pruning: the smallest weights become zero; the baseline of the others. O = outputs, I = inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from llmcompress.calibration.stream import BlockWork
+from llmcompress.calibration.whole import WholeModel
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.site import LinearSite
+from llmcompress.numerics.masks import due, lowest_counts, lowest_per_row, zeros_first
+from llmcompress.numerics.statistics import Statistic
+from llmcompress.passes.base import PASSES
+from llmcompress.passes.pruning.sparse import SparsePass, magnitude_mask, sparsity
+
+
+@PASSES.register("magnitude")
+class Magnitude(SparsePass):
+    """The smallest weights of every site, of every row, or of all sites together.
+
+    Source: Han et al., arXiv 1510.00149. Differs: pruned once, without training.
+    """
+
+    whole_block: ClassVar[frozenset[str]] = SparsePass.whole_block | {"comparison"}
+
+    comparison: Literal["row", "layer", "global"] = Field(
+        "layer", description="weights are compared within an output's row, within a site, or over all selected sites"
+    )
+
+    @model_validator(mode="after")
+    def _comparable(self) -> Self:
+        if self.zeros and self.comparison != "layer":
+            raise ValueError(f"pattern {self.pattern} compares inside its groups: leave `comparison` out")
+        if self.comparison == "global" and self.allocation != "uniform":
+            raise ValueError("`comparison: global` is an allocation itself: `allocation` must be uniform")
+        return self
+
+    def needs(self) -> tuple[type[Statistic], ...]:
+        """Nothing."""
+        return ()
+
+    def decide(self, whole: WholeModel) -> dict[str, Tensor]:
+        """How many of the smallest weights of all lie in each site."""
+        if self.comparison != "global":
+            return super().decide(whole)
+        sites = [site for site in whole.sites() if self.selects(site.name) and not self.has_own_share(site.name)]
+
+        def magnitudes() -> Iterator[Tensor]:
+            return (site.weight_OI.abs() for site in sites)
+
+        weights = sum(site.info.outputs * site.info.inputs for site in sites)
+        counts = lowest_counts(magnitudes, due(self.target, weights))
+        return {site.name: torch.tensor(count) for site, count in zip(sites, counts, strict=True)}
+
+    def mask(self, weight_OI: Tensor, squares_I: Tensor | None, share: float) -> Tensor:
+        """The smallest weights, wherever they are compared."""
+        if self.comparison == "row":
+            return lowest_per_row(zeros_first(weight_OI.abs(), weight_OI), share)
+        return magnitude_mask(weight_OI, share, self.zeros)
+
+    def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
+        """Zero them."""
+        rows = []
+        for here, site, share in self.chosen(block, sites):
+            weight_OI = site.weight_OI
+            pruned_OI = weight_OI.masked_fill(here.mask(weight_OI, None, share), 0.0)
+            site.write(pruned_OI)
+            rows.append(SiteReport(site=site.name, algorithm="magnitude", sparsity=sparsity(pruned_OI)))
+        return rows

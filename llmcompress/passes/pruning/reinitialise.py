@@ -1,0 +1,43 @@
+"""Start from fresh random weights, as the model's own code makes them: for what is meant to be trained from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from typing_extensions import override
+
+from llmcompress.calibration.whole import WholeModel
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.passes.base import PASSES, ModelPass, Trait
+
+_FIRST = "would throw away what the passes before it did: put it first"
+
+
+@PASSES.register("reinitialise")
+class Reinitialise(ModelPass):
+    """All weights are drawn anew from the family's own initialisation; nothing of the trained model is left."""
+
+    spoils: ClassVar[Mapping[Trait, str]] = {
+        "zeros": _FIRST,
+        "pattern": _FIRST,
+        "factors": _FIRST,
+        "shapes": _FIRST,
+    }
+
+    seed: int = Field(0, ge=0, description="of the random weights")
+
+    @override
+    def uses_data(self) -> bool:
+        return False
+
+    @override
+    @torch.no_grad()
+    def apply(self, whole: WholeModel) -> list[SiteReport]:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(self.seed)
+            fresh = type(whole.model)(whole.model.config)
+        whole.model.load_state_dict(fresh.state_dict())
+        return [SiteReport(site=name, algorithm="reinitialise") for name in whole.map.site_names()]

@@ -1,0 +1,131 @@
+"""Scores from what flows through the units on calibration data. O = outputs, I = inputs, U = units."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from llmcompress.calibration.whole import WholeModel
+from llmcompress.model.site import LinearSite
+from llmcompress.numerics.importance import output_products, per_unit, similarity, unique_importance
+from llmcompress.numerics.regression import lasso_order
+from llmcompress.numerics.statistics import Gram, Moments, SquaredNorm, Statistic
+from llmcompress.passes.pruning.scores.base import SCORES, Score
+from llmcompress.passes.pruning.scores.gradients import TaylorFirst
+from llmcompress.passes.pruning.units import UnitGroup
+
+
+class _Activations(Score):
+    """Something computed from a reader's weight and a statistic of its input, added up over the readers."""
+
+    statistic: ClassVar[type[Statistic]]
+
+    @abstractmethod
+    def of_reader(self, site: LinearSite, unit_of_I: Tensor, units: int) -> Tensor:
+        """One number per unit (or per pair of units) from one measured reader."""
+
+    def combined(self, sum_U: Tensor) -> Tensor:
+        """The sum over all readers → importance."""
+        return sum_U
+
+    @override
+    def importance(self, whole: WholeModel, groups: Sequence[UnitGroup]) -> list[Tensor]:
+        found: dict[str, Tensor] = {}
+        for block in whole.stream():
+            here = [group for group in groups if group.block.index == block.info.index]
+            readers = {name for group in here for name in group.readers}
+            sites = {site.name: site for site in block.sites if site.name in readers}
+            block.measure(list(sites.values()), (self.statistic,))
+            for group in here:
+                owners = group.unit_of_column(next(block.module.parameters()).device)
+                parts = [self.of_reader(sites[name], owners, group.units) for name in group.readers]
+                found[group.key] = self.combined(torch.stack(parts).sum(0)).cpu()
+            block.forget()
+        return [found[group.key] for group in groups]
+
+
+@SCORES.register("activation")
+class Activation(_Activations):
+    """Σ |w| ‖x‖ over the unit's columns: Wanda's score, summed.
+
+    Source: Sun et al., arXiv 2306.11695; Bonsai (arXiv 2402.05406) uses it as its prior.
+    """
+
+    statistic = SquaredNorm
+
+    @override
+    def of_reader(self, site: LinearSite, unit_of_I: Tensor, units: int) -> Tensor:
+        norm_I = site.statistic(SquaredNorm).sum_I.sqrt()
+        return per_unit(site.weight_OI.abs().sum(0) * norm_I, unit_of_I, units)
+
+
+@SCORES.register("fluctuation")
+class Fluctuation(_Activations):
+    """Σ var(x) ‖w‖²: how much of the output a constant could not replace.
+
+    Source: An et al., arXiv 2312.11983 (FLAP), eq. 5; goes with `refit: bias`, which adds that constant.
+    """
+
+    statistic = Moments
+
+    @override
+    def of_reader(self, site: LinearSite, unit_of_I: Tensor, units: int) -> Tensor:
+        return per_unit(site.weight_OI.square().sum(0) * site.statistic(Moments).variance_I, unit_of_I, units)
+
+
+@SCORES.register("lasso")
+class Lasso(_Activations):
+    """How long a unit stays in a sparse combination of units that makes the readers' outputs.
+
+    Source: He et al., arXiv 1707.06168; goes with `refit: columns`, its second step.
+    """
+
+    statistic = Gram
+
+    @override
+    def of_reader(self, site: LinearSite, unit_of_I: Tensor, units: int) -> Tensor:
+        return output_products(site.weight_OI, site.statistic(Gram).sum_II, unit_of_I, units)
+
+    @override
+    def combined(self, sum_U: Tensor) -> Tensor:
+        return lasso_order(sum_U)
+
+
+class _Similarity(_Activations):
+    """U×U for every group: how alike the units' activations are."""
+
+    statistic = Gram
+
+    @override
+    def of_reader(self, site: LinearSite, unit_of_I: Tensor, units: int) -> Tensor:
+        return similarity(site.statistic(Gram).sum_II, unit_of_I, units)
+
+    @override
+    def combined(self, sum_U: Tensor) -> Tensor:
+        # readers share their input, so every one of them gave the same
+        return sum_U / sum_U.diagonal().max().clamp_min(1)
+
+
+@SCORES.register("uniqueness")
+class Uniqueness(Score):
+    """`taylor_first`, times one minus the likeness to the most similar unit that matters more.
+
+    Source: Santacroce et al., arXiv 2302.03773 (GUM). Differs: sensitivity is measured once on the trained model, not
+    summed up while it is tuned, and uniqueness is a factor, not a regulariser.
+    """
+
+    estimates_loss: ClassVar[bool] = True
+
+    @override
+    def importance(self, whole: WholeModel, groups: Sequence[UnitGroup]) -> list[Tensor]:
+        sensitivity = TaylorFirst().importance(whole, groups)
+        alike = _Similarity().importance(whole, groups)
+        return [
+            unique_importance(importance_U.cpu(), similarity_UU)
+            for importance_U, similarity_UU in zip(sensitivity, alike, strict=True)
+        ]

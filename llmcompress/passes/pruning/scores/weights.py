@@ -1,0 +1,75 @@
+"""Scores that look at the weights only. U = units."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from llmcompress.calibration.whole import WholeModel
+from llmcompress.numerics.importance import per_unit
+from llmcompress.passes.pruning.scores.base import SCORES, Score
+from llmcompress.passes.pruning.units import UnitGroup
+
+
+@SCORES.register("random")
+class Random(Score):
+    """Every choice is as good as any other: what the other scores must beat."""
+
+    needs_data: ClassVar[bool] = False
+
+    @override
+    def importance(self, whole: WholeModel, groups: Sequence[UnitGroup]) -> list[Tensor]:
+        generator = whole.generator()
+        return [torch.rand(group.units, generator=generator) for group in groups]
+
+
+class _Norm(Score):
+    """A norm of all weights of a unit: its rows of the producers and its columns of the readers."""
+
+    needs_data: ClassVar[bool] = False
+
+    @abstractmethod
+    def elements(self, weight_OI: Tensor) -> Tensor:
+        """What each weight adds to the norm."""
+
+    @override
+    def importance(self, whole: WholeModel, groups: Sequence[UnitGroup]) -> list[Tensor]:
+        sites = {site.name: site for site in whole.sites()}
+        found = []
+        for group in groups:
+            sum_U = torch.zeros(group.units)
+            for part in group.parts:
+                elements_OI = self.elements(sites[group.block.full(part.site)].weight_OI)
+                along = elements_OI.sum(1 if part.axis == "rows" else 0)
+                sum_U += per_unit(along, group.unit_of(part, len(along)), group.units)
+            found.append(sum_U)
+        return found
+
+
+@SCORES.register("l1")
+class L1(_Norm):
+    """Sum of |w| over the unit.
+
+    Source: Li et al., arXiv 1608.08710. Differs: of all rows and columns that go together, not of the filter alone.
+    """
+
+    @override
+    def elements(self, weight_OI: Tensor) -> Tensor:
+        return weight_OI.abs()
+
+
+@SCORES.register("l2")
+class L2(_Norm):
+    """Sum of w² over the unit: the same order as its L2 norm.
+
+    Source: Li et al., arXiv 1608.08710. Differs: of all rows and columns that go together, not of the filter alone.
+    """
+
+    @override
+    def elements(self, weight_OI: Tensor) -> Tensor:
+        return weight_OI.square()

@@ -1,0 +1,166 @@
+"""What all passes share that zero single weights: how many, in which pattern, and where. O = outputs, I = inputs."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from math import gcd
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from llmcompress.calibration.stream import BlockWork
+from llmcompress.calibration.whole import WholeModel
+from llmcompress.errors import CompressError, ExitCode
+from llmcompress.model.map import ModelMap
+from llmcompress.model.site import LinearSite
+from llmcompress.numerics.masks import Pattern, due, lowest, lowest_per_group, named_pattern, zeros_first
+from llmcompress.passes.base import BlockPass, Trait
+from llmcompress.passes.pruning.sparse_counts import decide_counts
+
+Allocation = Literal["uniform", "outliers", "error"]
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+"""A block or expert in a site's name: the error lists kinds of sites, not every one of thousands."""
+
+
+class SparsePass(BlockPass):
+    """A pass that sets weights to zero and leaves the shapes; a later pass keeps what is exactly zero."""
+
+    makes: ClassVar[frozenset[Trait]] = frozenset({"zeros"})
+    decides: ClassVar[bool] = True
+    whole_block: ClassVar[frozenset[str]] = frozenset({"allocation", "outlier_times", "within"})
+
+    sparsity: float | None = Field(None, ge=0, lt=1, description="share of weights that become zero (0.5)")
+    pattern: str = Field("unstructured", description="unstructured, or N:M: N zeros in every M neighbouring inputs")
+    allocation: Allocation = Field(
+        "uniform", description="outliers: blocks with more outliers lose less (OWL); error: least sum of output errors"
+    )
+    outlier_times: float | None = Field(
+        None, gt=1, description="allocation: outliers; a score this many times the block's mean is an outlier (5)"
+    )
+    within: float | None = Field(
+        None, gt=0, lt=1, description="no block's (outliers) or site's (error) sparsity is further from the mean (0.08)"
+    )
+
+    @field_validator("pattern")
+    @classmethod
+    def _known_pattern(cls, name: str) -> str:
+        found = named_pattern(name)
+        return found.name if found else name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        shape = named_pattern(self.pattern)
+        if shape and self.sparsity not in (None, shape.share):
+            raise ValueError(f"pattern {shape.name} fixes `sparsity` at {shape.share:g}: leave it out, or write null")
+        if shape and self.allocation != "uniform":
+            raise ValueError(f"pattern {shape.name} fixes the sparsity everywhere: `allocation` must be uniform")
+        if self.outlier_times is not None and self.allocation != "outliers":
+            raise ValueError("`outlier_times` belongs to `allocation: outliers`")
+        if self.within is not None and self.allocation == "uniform":
+            raise ValueError("`within` belongs to `allocation: outliers` or `error`")
+        return self
+
+    @property
+    def zeros(self) -> Pattern | None:
+        """The pattern; None for unstructured."""
+        return named_pattern(self.pattern)
+
+    @property
+    def target(self) -> float:
+        """Share of weights to become zero."""
+        shape = self.zeros
+        if shape:
+            return shape.share
+        return 0.5 if self.sparsity is None else self.sparsity
+
+    def traits(self) -> frozenset[Trait]:
+        """Zeros, and whether they follow a pattern."""
+        return self.makes | {"pattern"} if self.zeros else self.makes
+
+    def uses_data(self) -> bool:
+        """What is measured, or what the allocation must know."""
+        return bool(self.needs()) or self.allocation != "uniform"
+
+    def check(self, model_map: ModelMap) -> None:
+        """Whether every selected site divides into groups of its pattern.
+
+        Raises: CompressError listing all that do not.
+        """
+        self._check_widths(
+            (block.full(site.name), site.inputs)
+            for block in model_map.blocks
+            for site in block.structure.sites
+            if self.selects(block.full(site.name))
+        )
+
+    def decide(self, whole: WholeModel) -> dict[str, Tensor]:
+        """How many weights each site loses, where that depends on the others."""
+        return {} if self.allocation == "uniform" else decide_counts(self, whole)
+
+    def chosen(self, block: BlockWork, sites: Sequence[LinearSite]) -> Iterator[tuple[Self, LinearSite, float]]:
+        """Every site with the options it has, and the share of its weights to become zero."""
+        self._check_widths((site.name, site.info.inputs) for site in sites)
+        for site in sites:
+            here = self.for_site(site.name)
+            count = block.decisions.get(site.name)
+            weights = site.info.outputs * site.info.inputs
+            yield here, site, here.target if count is None else int(count) / weights
+
+    @abstractmethod
+    def mask(self, weight_OI: Tensor, squares_I: Tensor, share: float) -> Tensor:
+        """True where a weight is dropped; `squares_I` are sums of squared inputs."""
+
+    def has_own_share(self, site: str) -> bool:
+        """Whether an override fixes the site's sparsity, so that no allocation moves it."""
+        here = self.for_site(site)
+        return here.zeros is not None or here.target != self.target
+
+    def _check_widths(self, widths: Iterable[tuple[str, int]]) -> None:
+        wrong = []
+        for name, inputs in widths:
+            shape = self.for_site(name).zeros
+            if shape and inputs % shape.of:
+                wrong.append((name, inputs, shape))
+        if wrong:
+            raise _indivisible(wrong)
+
+
+def magnitude_mask(weight_OI: Tensor, share: float, pattern: Pattern | None) -> Tensor:
+    """The smallest weights of a site: the baseline of every other mask."""
+    score_OI = zeros_first(weight_OI.abs(), weight_OI)
+    if pattern:
+        return lowest_per_group(score_OI, pattern)
+    return lowest(score_OI, due(share, weight_OI.numel()))
+
+
+def sparsity(weight_OI: Tensor) -> float:
+    """Share of weights that are exactly zero."""
+    return int((weight_OI == 0).sum()) / weight_OI.numel()
+
+
+def _indivisible(wrong: Sequence[tuple[str, int, Pattern]]) -> CompressError:
+    """One error for all sites, with every way out."""
+    kinds = dict.fromkeys(f"{re.sub(_NUMBER, '*', name)}: {inputs} inputs, {each.name}" for name, inputs, each in wrong)
+    leaves = sorted({f'"*.{name.rpartition(".")[2]}"' for name, _, _ in wrong})
+    shape = wrong[0][2]
+    common = gcd(*(inputs for _, inputs, _ in wrong))
+    step = shape.of // gcd(shape.zeros, shape.of)
+    fitting = [of for of in range(step, shape.of, step) if common % of == 0]
+    fixes = [f"`pattern: {round(max(fitting) * shape.share)}:{max(fitting)}`"] if fitting else []
+    fixes += [
+        f"leave these sites dense with `exclude: [{', '.join(leaves)}]`",
+        f"drop the same share without a pattern: `overrides: {{{leaves[0]}: {{pattern: unstructured, "
+        f"sparsity: {shape.share:g}}}}}`",
+    ]
+    return CompressError(
+        "sparsity.indivisible",
+        f"{'1 site has inputs' if len(wrong) == 1 else f'{len(wrong)} sites have inputs'} "
+        "that do not divide into groups of the pattern",
+        where="; ".join(kinds),
+        fix="use " * bool(fitting) + ", or ".join(fixes),
+        exit_code=ExitCode.USAGE,
+    )

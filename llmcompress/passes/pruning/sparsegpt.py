@@ -1,0 +1,173 @@
+"""SparseGPT: drop weights column by column, repair each error with the columns to come. O = outputs, I = inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import lcm
+from typing import NamedTuple
+
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from llmcompress.calibration.stream import BlockWork
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.map import ModelMap
+from llmcompress.model.site import LinearSite
+from llmcompress.modules.scheme import Scheme, named_scheme
+from llmcompress.numerics.columns import (
+    DropLowest,
+    InverseFactor,
+    RoundToGrid,
+    block_length,
+    inverse_factor,
+    sweep_columns,
+)
+from llmcompress.numerics.grid import Fitted, RangeSearch, fit, output_error, restore, round_to_codes
+from llmcompress.numerics.masks import due, lowest, lowest_per_group, zeros_first
+from llmcompress.numerics.statistics import AbsMax, Gram, Statistic
+from llmcompress.passes.base import PASSES, Trait
+from llmcompress.passes.pruning.sparse import SparsePass, magnitude_mask, sparsity
+from llmcompress.passes.quantization.base import put_codes, report_row
+from llmcompress.passes.quantization.resolve import OnIndivisible, resolve_scheme, site_schemes
+
+
+class _Pruned(NamedTuple):
+    """New weights, and their codes where they are rounded."""
+
+    weight_OI: Tensor
+    codes: tuple[Tensor, Fitted] | None
+
+
+class _Tried(NamedTuple):
+    """A way to prune, its relative output error, and why it is not what was asked for."""
+
+    pruned: _Pruned
+    error: float
+    degraded: str | None
+
+
+@PASSES.register("sparsegpt")
+class SparseGPT(SparsePass):
+    """Second-order pruning, and with `scheme` rounding in the same sweep, on the inputs the compressed model produces.
+
+    Source: Frantar, Alistarh, arXiv 2301.00774. Differs: exactly the share is dropped, ties included; with `scheme`
+    every group's scales are fitted when it is reached; a site where the sweep ends worse than its own mask without
+    repair keeps the mask alone.
+    """
+
+    damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to the Gram matrix")
+    block: int = Field(128, ge=1, description="columns among which weights are compared, and of one lazy update")
+    scheme: str | None = Field(None, description="also round: int{2,3,4,8}_{gN|channel}[_asym][_a8token|_a8tensor]")
+    range: RangeSearch = Field("mse", description="with a scheme: how ranges are found, as in gptq")
+    on_indivisible: OnIndivisible = Field("error", description="with a scheme: inputs that do not divide, as in gptq")
+
+    @field_validator("scheme")
+    @classmethod
+    def _known_scheme(cls, name: str | None) -> str | None:
+        return None if name is None else named_scheme(name).name
+
+    def traits(self) -> frozenset[Trait]:
+        """Codes too, when it rounds."""
+        return super().traits() | {"codes"} if self.scheme else super().traits()
+
+    def check(self, model_map: ModelMap) -> None:
+        """Whether every site divides into groups of its pattern and of its scheme.
+
+        Raises: CompressError listing all that do not.
+        """
+        super().check(model_map)
+        site_schemes([self], model_map)
+
+    def needs(self) -> tuple[type[Statistic], ...]:
+        """The Gram matrix of every input, and the largest input where activations get a fixed scale."""
+        schemes = [self.scheme, *(options.get("scheme") for options in self.overrides.values())]
+        static = any(name and named_scheme(name).activations == "tensor" for name in schemes)
+        return (Gram, AbsMax) if static else (Gram,)
+
+    def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
+        """Prune every site."""
+        rows = []
+        # sites that share an input stand together and share its matrix: it is factored once for all of them
+        known: tuple[tuple[Gram, float], InverseFactor | None] | None = None
+        for here, site, share in self.chosen(block, sites):
+            block.progress.inside(f"sparsegpt {site.info.name}")
+            key = (site.statistic(Gram), here.damping)
+            if known is None or known[0] != key:
+                known = (key, inverse_factor(key[0].sum_II, here.damping))
+            rows.append(here._prune(site, share, known[1]))
+        return rows
+
+    def mask(self, weight_OI: Tensor, squares_I: Tensor, share: float) -> Tensor:
+        """What would be dropped if nothing were repaired on the way."""
+        score_OI = zeros_first(weight_OI.square() * squares_I, weight_OI)
+        return lowest_per_group(score_OI, self.zeros) if self.zeros else lowest(score_OI, due(share, score_OI.numel()))
+
+    def _prune(self, site: LinearSite, share: float, factor: InverseFactor | None) -> SiteReport:
+        weight_OI, gram = site.weight_OI, site.statistic(Gram)
+        scheme = resolve_scheme(self, site.name, site.info.inputs)
+        signal = float(output_error(weight_OI, gram.sum_II)) or 1.0
+
+        def tried(pruned: _Pruned, degraded: str | None) -> _Tried:
+            return _Tried(pruned, float(output_error(pruned.weight_OI - weight_OI, gram.sum_II)) / signal, degraded)
+
+        smallest = _masked(site, scheme, magnitude_mask(weight_OI, share, self.zeros))
+        if factor is None:
+            why = "no tokens reached it" if gram.tokens == 0 else "its Gram matrix has no inverse"
+            best = baseline = tried(smallest, f"{why}: dropped by magnitude")
+        else:
+            raised = f"damping raised from {self.damping:g} to {factor.damping:g}"
+            swept, mask_OI = self._sweep(site, scheme, share, factor)
+            alone = _masked(site, scheme, mask_OI)
+            baseline = tried(smallest, "the sweep ended worse than magnitude: dropped by magnitude")
+            best = min(
+                tried(swept, raised if factor.damping > self.damping else None),
+                tried(alone, "the repair ended worse than the mask alone: not repaired"),
+                baseline,
+                key=lambda each: each.error,
+            )
+        row = SiteReport(site=site.name, algorithm="sparsegpt")
+        if scheme and best.pruned.codes:
+            put_codes(site, scheme, *best.pruned.codes)
+            row = report_row(site, scheme, "sparsegpt")
+        else:
+            site.write(best.pruned.weight_OI)
+        return row.model_copy(
+            update={
+                "sparsity": sparsity(best.pruned.weight_OI),
+                "error": best.error,
+                "error_before": baseline.error,
+                "tokens": gram.tokens,
+                "degraded": best.degraded,
+            }
+        )
+
+    def _sweep(
+        self, site: LinearSite, scheme: Scheme | None, share: float, factor: InverseFactor
+    ) -> tuple[_Pruned, Tensor]:
+        """The pruned and repaired weights, and what was dropped."""
+        weight_OI = site.weight_OI
+        group = scheme.weights.group if scheme else None
+        rounding = None
+        if scheme:
+            rounding = RoundToGrid(
+                weight_OI,
+                scheme.weights,
+                scale_dtype=site.storage_dtype,
+                search=self.range,
+                gram_II=site.statistic(Gram).sum_II,
+            )
+        lazy = block_length(lcm(group or 1, self.zeros.of if self.zeros else 1), self.block)
+        dropping = DropLowest(weight_OI, factor.upper_II, share=share, pattern=self.zeros, span=lazy, then=rounding)
+        swept_OI = sweep_columns(weight_OI, factor.upper_II, dropping, block=lazy)
+        codes = (rounding.codes_IO.T.contiguous(), rounding.fitted) if rounding else None
+        return _Pruned(restore(*codes) if codes else swept_OI, codes), dropping.zero_IO.T
+
+
+def _masked(site: LinearSite, scheme: Scheme | None, mask_OI: Tensor) -> _Pruned:
+    """The mask and nothing else, rounded to nearest where there is a scheme."""
+    masked_OI = site.weight_OI.masked_fill(mask_OI, 0.0)
+    if scheme is None:
+        return _Pruned(masked_OI, None)
+    fitted = fit(masked_OI, scheme.weights, scale_dtype=site.storage_dtype)
+    codes_OI = round_to_codes(masked_OI, fitted)
+    return _Pruned(restore(codes_OI, fitted), (codes_OI, fitted))

@@ -1,0 +1,65 @@
+"""SynFlow: prune in many small rounds by the flow of ones through |W|, without data; no layer is ever emptied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+from typing_extensions import override
+
+from llmcompress.calibration.whole import WholeModel
+from llmcompress.model.site import LinearSite
+from llmcompress.numerics.flow import flow_scores
+from llmcompress.numerics.schedule import exponential_shares
+from llmcompress.passes.base import PASSES
+from llmcompress.passes.pruning.at_init import AtInitPass
+from llmcompress.passes.pruning.flow_graph import flow_stages
+
+
+@PASSES.register("synflow")
+class SynFlow(AtInitPass):
+    """Zeros where the least synaptic flow passes, scored again after each of many rounds.
+
+    Source: Tanaka et al., arXiv 2006.05467. Differs: what flows through a decoder, see `numerics/flow.py`; embedding
+    and head are never pruned, so the flow begins and ends with ones in the residual stream.
+    """
+
+    whole_block: ClassVar[frozenset[str]] = AtInitPass.whole_block | {"rounds"}
+
+    rounds: int = Field(100, ge=1, description="rounds of pruning; the share that is kept falls exponentially")
+
+    @override
+    def uses_data(self) -> bool:
+        return False
+
+    @override
+    def masks(self, whole: WholeModel, sites: Sequence[LinearSite]) -> list[Tensor]:
+        every = {site.name: site for site in whole.sites()}
+        blocks = [flow_stages(info.structure) for info in whole.map.blocks]
+        zeros = [site.weight_OI == 0 for site in sites]
+        masks = zeros
+        for index, share in enumerate(exponential_shares(self.sparsity, self.rounds)):
+            whole.progress.inside(f"synflow round {index + 1}/{self.rounds}")
+            dropped = {site.name: mask for site, mask in zip(sites, masks, strict=True)}
+            weights = [
+                {site.name: _without(every[info.full(site.name)], dropped) for site in info.structure.sites}
+                for info in whole.map.blocks
+            ]
+            found = flow_scores(whole.map.hidden_size, blocks, weights)
+            by_name = {
+                info.full(name): score
+                for info, scores in zip(whole.map.blocks, found, strict=True)
+                for name, score in scores.items()
+            }
+            # logarithms: the scores of deep models do not fit float32
+            logs = [by_name[site.name].log().float() for site in sites]
+            masks = self.drop(logs, [mask | zero for mask, zero in zip(masks, zeros, strict=True)], share)
+        return masks
+
+
+def _without(site: LinearSite, dropped: dict[str, Tensor]) -> Tensor:
+    weight_OI = site.weight_OI.double()
+    mask_OI = dropped.get(site.name)
+    return weight_OI if mask_OI is None else weight_OI.masked_fill(mask_OI, 0)

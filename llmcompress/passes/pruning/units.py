@@ -1,0 +1,129 @@
+"""The units that width pruning removes, with full names; masks for them; gradients of those masks. U = units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.calibration.whole import WholeModel
+from llmcompress.model.map import BlockInfo, ModelMap, WidthPart
+from llmcompress.model.shrink import kind_of
+
+Kind = Literal["channels", "heads"]
+
+
+@dataclass(frozen=True, eq=False)
+class UnitGroup:
+    """One width group of one block: units that can be removed one by one."""
+
+    block: BlockInfo
+    index: int
+    kind: Kind
+    units: int
+    parameters: int
+    """Weights of one unit; biases are not counted."""
+
+    @property
+    def key(self) -> str:
+        """Under which decisions about it are kept."""
+        return f"{self.block.index}.{self.index}"
+
+    @property
+    def parts(self) -> tuple[WidthPart, ...]:
+        """Rows and columns of sites, by names relative to the block."""
+        return self.block.structure.width_groups[self.index].parts
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """Sites that read the units, by full name: cutting their columns cuts the units off."""
+        return tuple(self.block.full(part.site) for part in self.parts if part.axis == "columns")
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Full names of all sites that have a part in it."""
+        return tuple(self.block.full(part.site) for part in self.parts)
+
+    def unit_of_column(self, device: torch.device | None = None) -> Tensor:
+        """For every column of the readers the unit it belongs to, -1 for none."""
+        part = next(part for part in self.parts if part.axis == "columns")
+        return self.unit_of(part, self.block.structure.site(part.site).inputs, device)
+
+    def unit_of(self, part: WidthPart, length: int, device: torch.device | None = None) -> Tensor:
+        """For every row or column of a part the unit it belongs to, -1 for none."""
+        owners = torch.full((length,), -1, dtype=torch.long)
+        for unit, indices in enumerate(part.indices):
+            owners[list(indices)] = unit
+        return owners.to(device)
+
+
+def unit_groups(model_map: ModelMap) -> list[UnitGroup]:
+    """All width groups of all blocks, in model order."""
+    return [group for info in model_map.blocks for group in groups_of(info)]
+
+
+def groups_of(info: BlockInfo) -> list[UnitGroup]:
+    """The width groups of one block."""
+    return [
+        UnitGroup(
+            info, index, kind_of(group, info.structure), group.units, _parameters(info, group.parts) // group.units
+        )
+        for index, group in enumerate(info.structure.width_groups)
+    ]
+
+
+@contextmanager
+def masked(model: nn.Module, groups: Sequence[UnitGroup], masks: Sequence[Tensor]) -> Iterator[None]:
+    """The model computes as if every unit's output were multiplied by its mask, for as long as the context lasts."""
+    with ExitStack() as stack:
+        for group, mask_U in zip(groups, masks, strict=True):
+            owner_I = group.unit_of_column(mask_U.device)
+            ones = mask_U.new_ones(1)
+            mask_I = torch.cat([mask_U, ones])[torch.where(owner_I < 0, len(mask_U), owner_I)]
+            for name in group.readers:
+                stack.enter_context(_input_times(model.get_submodule(name), mask_I))
+        yield
+
+
+def mask_gradients(whole: WholeModel, groups: Sequence[UnitGroup], *, sequences: int) -> Iterator[list[Tensor]]:
+    """The gradient of the loss in every unit's mask at 1, for `sequences` windows at a time, summed over them.
+
+    A unit's mask multiplies what its readers see of it, so this is the sum of activation × gradient over the unit.
+    """
+    with whole.resident() as model:
+        model.requires_grad_(False)
+        for ids_BT in torch.split(whole.windows_NT, sequences):
+            masks = [torch.ones(group.units, device=whole.device, requires_grad=True) for group in groups]
+            with torch.enable_grad(), masked(model, groups, masks):
+                loss = whole.loss(ids_BT.to(whole.device)) * len(ids_BT)
+                gradients = torch.autograd.grad(loss, masks, allow_unused=True)
+            yield [
+                torch.zeros_like(mask_U).detach() if gradient is None else gradient
+                for mask_U, gradient in zip(masks, gradients, strict=True)
+            ]
+
+
+@contextmanager
+def _input_times(module: nn.Module, mask_I: Tensor) -> Iterator[None]:
+    def multiply(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0] * mask_I.to(args[0].dtype), *args[1:])
+
+    handle = module.register_forward_pre_hook(multiply)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _parameters(info: BlockInfo, parts: Sequence[WidthPart]) -> int:
+    """Weights in the rows and columns of all units together."""
+    total = 0
+    for part in parts:
+        site = info.structure.site(part.site)
+        across = site.inputs if part.axis == "rows" else site.outputs
+        total += across * sum(map(len, part.indices))
+    return total

@@ -1,0 +1,56 @@
+"""Wanda: drop the weights that move an output least, by magnitude times input norm. O = outputs, I = inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from llmcompress.calibration.stream import BlockWork
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.site import LinearSite
+from llmcompress.numerics.masks import lowest_per_group, lowest_per_row, zeros_first
+from llmcompress.numerics.statistics import Sketch, SquaredNorm, Statistic
+from llmcompress.passes.base import PASSES
+from llmcompress.passes.pruning.sparse import SparsePass, magnitude_mask, sparsity
+
+
+@PASSES.register("wanda")
+class Wanda(SparsePass):
+    """The lowest |w| · ‖x‖ of every output's row become zero; nothing else is changed.
+
+    Errors in the report are estimates (`Sketch`): the Gram matrix that gives them exactly costs more than all the rest.
+
+    Source: Sun et al., arXiv 2306.11695.
+    """
+
+    def needs(self) -> tuple[type[Statistic], ...]:
+        """Norms of the inputs, and what errors are estimated from."""
+        return (SquaredNorm, Sketch)
+
+    def mask(self, weight_OI: Tensor, squares_I: Tensor, share: float) -> Tensor:
+        """The lowest scores of every row, or of every group of the pattern."""
+        score_OI = zeros_first(weight_OI.abs() * squares_I.sqrt(), weight_OI)
+        return lowest_per_group(score_OI, self.zeros) if self.zeros else lowest_per_row(score_OI, share)
+
+    def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
+        """Zero them; by magnitude alone where no token came."""
+        rows = []
+        for here, site, share in self.chosen(block, sites):
+            block.progress.inside(f"wanda {site.info.name}")
+            rows.append(here._drop(site, share))
+        return rows
+
+    def _drop(self, site: LinearSite, share: float) -> SiteReport:
+        weight_OI, norm = site.weight_OI, site.statistic(SquaredNorm)
+        smallest_OI = magnitude_mask(weight_OI, share, self.zeros)
+        mask_OI = self.mask(weight_OI, norm.sum_I, share) if norm.tokens else smallest_OI
+        pruned_OI = weight_OI.masked_fill(mask_OI, 0.0)
+        site.write(pruned_OI)
+        row = SiteReport(site=site.name, algorithm="wanda", sparsity=sparsity(pruned_OI), tokens=norm.tokens)
+        if not norm.tokens:
+            return row.model_copy(update={"degraded": "no tokens reached it: dropped by magnitude"})
+        sketch = site.statistic(Sketch)
+        signal = sketch.output_error(weight_OI) or 1.0
+        error, before = (sketch.output_error(weight_OI * each) / signal for each in (mask_OI, smallest_OI))
+        return row.model_copy(update={"error": error, "error_before": before})

@@ -1,0 +1,215 @@
+"""Width pruning: FFN channels and whole heads go, rows and columns together, and the rest makes up for them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+from typing_extensions import override
+
+from llmcompress.calibration.stream import BlockWork
+from llmcompress.calibration.whole import WholeModel
+from llmcompress.errors import CompressError, ExitCode
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.map import ModelMap
+from llmcompress.model.site import LinearSite
+from llmcompress.numerics.refit import Refitted
+from llmcompress.numerics.statistics import Statistic
+from llmcompress.passes.base import PASSES, BlockPass, Trait
+from llmcompress.passes.pruning.allocation import ALLOCATIONS, Request, kept_units
+from llmcompress.passes.pruning.refits import REFITS, RefitName
+from llmcompress.passes.pruning.scores.base import SCORES, Allocate
+from llmcompress.passes.pruning.units import UnitGroup, groups_of, unit_groups
+
+
+class WidthPass(BlockPass):
+    """What all passes that remove units share: which, how many, from where, and what makes up for them.
+
+    A unit is an FFN channel or a head; where query heads share keys and values, the whole group of them.
+    """
+
+    decides: ClassVar[bool] = True
+    changes_sites: ClassVar[bool] = True
+    makes: ClassVar[frozenset[Trait]] = frozenset({"shapes"})
+    spoils: ClassVar[Mapping[Trait, str]] = {
+        "pattern": "would shift the columns that N:M groups are counted in",
+        "factors": "cannot remove rows and columns of low-rank factors",
+    }
+    whole_block: ClassVar[frozenset[str]] = frozenset({"channels", "heads", "allocation"})
+
+    ratio: float = Field(0.25, ge=0, lt=1, description="share of the channels, and of the heads, to remove")
+    channels: bool = Field(True, description="remove FFN channels")
+    heads: bool = Field(True, description="remove attention heads, whole key-value groups at a time")
+    allocation: Literal["uniform", "global"] = Field(
+        "uniform",
+        description="uniform: as many in every layer, so a plain config holds the result; "
+        "global: the least important of the whole model, as many weights in sum",
+    )
+    floor: float = Field(0.25, ge=0, le=1, description="least share of the units of any layer that stays")
+    round_to: int = Field(1, ge=1, description="the number of channels that stay is a multiple of this")
+    refit: RefitName = Field(
+        "columns",
+        description="how what reads the units makes up for them: columns (least squares on its weights), scales (one "
+        "number per unit), bias (the mean of what is gone), none",
+    )
+    damping: float = Field(0.01, gt=0, le=1, description="of the least squares, as a share of the mean diagonal")
+
+    @abstractmethod
+    def choose(self, whole: WholeModel, groups: Sequence[UnitGroup], requests: Sequence[Request]) -> list[Tensor]:
+        """True for the units that stay, for every group."""
+
+    def needs(self) -> tuple[type[Statistic], ...]:
+        """Nothing at once: heads and channels are measured one after the other, in `apply`."""
+        return ()
+
+    @override
+    def uses_data(self) -> bool:
+        """Heads always need some: how attention counts them is found by running the block."""
+        refits = {self.refit, *(options["refit"] for options in self.overrides.values() if "refit" in options)}
+        return self.heads or refits != {"none"}
+
+    @override
+    def check(self, model_map: ModelMap) -> None:
+        if not self._groups(unit_groups(model_map)):
+            raise CompressError(
+                "width.nothing-to-remove",
+                "no selected site has units that can be removed",
+                fix="a unit needs all its sites selected (gate, up and down; or q, k, v and o), and attention with "
+                "a single key-value head has none; `llmcompress inspect` shows them",
+                exit_code=ExitCode.USAGE,
+            )
+
+    @override
+    def decide(self, whole: WholeModel) -> dict[str, Tensor]:
+        groups = self._groups(unit_groups(whole.map))
+        requests = [self._request(group) for group in groups]
+        asked = [
+            (group, request)
+            for group, request in zip(groups, requests, strict=True)
+            if request.ratio > 0 and (self.allocation == "global" or kept_units(request) < group.units)
+        ]
+        if not asked:
+            return {}
+        groups = [group for group, _ in asked]
+        keep = self.choose(whole, groups, [request for _, request in asked])
+        return {group.key: kept_U.nonzero().flatten().cpu() for group, kept_U in zip(groups, keep, strict=True)}
+
+    def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
+        """Cut the units off, refit what read them, then take their rows and columns out."""
+        kept = {
+            group: block.decisions[group.key]
+            for group in groups_of(block.info)
+            if group.key in block.decisions and len(block.decisions[group.key]) < group.units
+        }
+        if not kept:
+            return []
+        refitted: dict[str, Refitted] = {}
+        # heads first: the FFN behind them is refitted on what it gets once they are gone
+        for kind in ("heads", "channels"):
+            refitted |= self._cut_off(block, {group: units for group, units in kept.items() if group.kind == kind})
+        rows = self._rows(block, kept, refitted)
+        block.shrink({group.index: units.tolist() for group, units in kept.items()})
+        return rows
+
+    def _groups(self, groups: Sequence[UnitGroup]) -> list[UnitGroup]:
+        """The groups of the wanted kinds all of whose sites are selected."""
+        wanted = {"channels": self.channels, "heads": self.heads}
+        return [group for group in groups if wanted[group.kind] and all(map(self.selects, group.sites))]
+
+    def _request(self, group: UnitGroup) -> Request:
+        here = self.for_site(group.readers[0])
+        multiple = here.round_to if group.kind == "channels" else 1
+        return Request(group, here.ratio, multiple, here.floor)
+
+    def _cut_off(self, block: BlockWork, kept: Mapping[UnitGroup, Tensor]) -> dict[str, Refitted]:
+        """Write zeros and new weights into the readers of these groups, all measured in one forward."""
+        readers = [(site, group) for site in block.sites for group in kept if site.name in group.readers]
+        measured = {site.name: site for site, _ in readers if self.for_site(site.name).refit != "none"}
+        kinds = {kind: None for name in measured for kind in REFITS[self.for_site(name).refit].needs}
+        if measured:
+            block.measure(list(measured.values()), tuple(kinds))
+        done: dict[str, Refitted] = {}
+        for site, group in readers:
+            block.progress.inside(f"{PASSES.name_of(type(self))} {site.info.name}")
+            here = self.for_site(site.name)
+            weight_OI = site.weight_OI
+            owner_I = group.unit_of_column(weight_OI.device)
+            kept_U = torch.zeros(group.units + 1, dtype=torch.bool, device=weight_OI.device)
+            kept_U[kept[group].to(weight_OI.device)] = True
+            kept_U[-1] = True  # where the owner is -1: columns of no unit stay
+            new = REFITS[here.refit](site, kept_U[owner_I], owner_I, group.units, here.damping)
+            site.write(new.weight_OI)
+            if new.bias_O is not None:
+                old_O = site.bias_O
+                site.write_bias(new.bias_O if old_O is None else old_O + new.bias_O)
+            done[site.name] = new
+        block.forget()
+        return done
+
+    def _rows(
+        self, block: BlockWork, kept: Mapping[UnitGroup, Tensor], refitted: Mapping[str, Refitted]
+    ) -> list[SiteReport]:
+        """One row per site that becomes smaller."""
+        rows = []
+        for site in block.sites:
+            sizes = {"rows": site.info.outputs, "columns": site.info.inputs}
+            removed = 0
+            for group, units in kept.items():
+                for part in group.parts:
+                    if part.site == site.info.name:
+                        stay = set(units.tolist())
+                        gone = (len(indices) for unit, indices in enumerate(part.indices) if unit not in stay)
+                        sizes[part.axis] -= sum(gone)
+                        removed += group.units - len(stay)
+            if not removed:
+                continue
+            new = refitted.get(site.name)
+            biases = 0 if site.bias_O is None else sizes["rows"]
+            rows.append(
+                SiteReport(
+                    site=site.name,
+                    algorithm=PASSES.name_of(type(self)),
+                    error=new.error if new else None,
+                    error_before=new.error_deleted if new else None,
+                    parameters=sizes["rows"] * sizes["columns"] + biases,
+                    removed=removed,
+                    degraded=new.degraded if new else None,
+                )
+            )
+        return rows
+
+
+@PASSES.register("width")
+class Width(WidthPass):
+    """Remove the units with the lowest score.
+
+    Source: Ma et al., arXiv 2305.11627 (groups, Taylor scores); the other scores and refits name their own. Differs:
+    units are found by experiment, the same share goes in every layer by default, and what reads them is refitted.
+    """
+
+    whole_block: ClassVar[frozenset[str]] = WidthPass.whole_block | {"score"}
+
+    score: str = Field(
+        "taylor_first",
+        description="random, l1, l2, taylor_vector, taylor_first, taylor_second, taylor_mix, fisher, group_fisher, "
+        "activation, fluctuation, lasso, uniqueness",
+    )
+
+    @field_validator("score")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return SCORES.name_of(SCORES[name])
+
+    @override
+    def uses_data(self) -> bool:
+        return super().uses_data() or SCORES[self.score].needs_data
+
+    @override
+    def choose(self, whole: WholeModel, groups: Sequence[UnitGroup], requests: Sequence[Request]) -> list[Tensor]:
+        allocate: Allocate = partial(ALLOCATIONS[self.allocation], requests)
+        return SCORES[self.score]().choose(whole, groups, allocate)

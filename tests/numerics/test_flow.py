@@ -1,0 +1,77 @@
+"""Synaptic flow: equal to the product of matrices where there is nothing else, and conserved along every branch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmcompress.numerics.flow import Branch, Factor, flow_scores
+
+D, U = 6, 5
+
+
+def gated(seed: int) -> tuple[tuple[tuple[Branch, ...], ...], dict[str, Tensor]]:
+    """up and gate of U rows, down of U columns."""
+    generator = torch.Generator().manual_seed(seed)
+    each = torch.arange(U)
+    branch = Branch("up", each, each, U, (Factor("gate", each),), "down")
+    weights = {
+        "up": torch.randn(U, D, generator=generator).double(),
+        "gate": torch.randn(U, D, generator=generator).double(),
+        "down": torch.randn(D, U, generator=generator).double(),
+    }
+    return ((branch,),), weights
+
+
+def test_a_chain_of_linears_is_the_textbook_product() -> None:
+    """R = 1ᵀ (I + |B| |A|/rms) 1 for one branch without gates; scores by central differences of R."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {"a": torch.randn(U, D, generator=generator).double(), "b": torch.randn(D, U, generator=generator).double()}
+    branch = Branch("a", torch.arange(U), torch.full((U,), -1), 0, (), "b")
+    [found] = flow_scores(D, [((branch,),)], [weights])
+
+    def total(a: Tensor, b: Tensor) -> Tensor:
+        ones = torch.ones(D).double()
+        return (ones + b.abs() @ (a.abs() @ ones)).sum()
+
+    for name in ("a", "b"):
+        for index in [(0, 0), (2, 3), (4, 4)]:
+            up = {key: each.clone() for key, each in weights.items()}
+            up[name][index] = 0
+            # R is linear in one weight: its score is what R loses without it
+            expected = total(weights["a"], weights["b"]) - total(up["a"], up["b"])
+            torch.testing.assert_close(found[name][index], expected, atol=1e-10, rtol=1e-10)
+
+
+def test_the_scores_of_the_linears_of_a_branch_have_the_same_sum_in_deep_networks() -> None:
+    blocks, weights = zip(*(gated(seed) for seed in range(60)), strict=True)
+    scores = flow_scores(D, blocks, weights)
+    for block in scores:
+        sums = torch.stack([each.sum() for each in block.values()])
+        assert sums.isfinite().all() and (sums > 0).all()
+        torch.testing.assert_close(sums, sums[:1].expand_as(sums), rtol=1e-9, atol=0)
+
+
+def test_a_unit_whose_gate_is_gone_lets_nothing_through() -> None:
+    blocks, weights = gated(1)
+    weights["gate"][2] = 0
+    [scores] = flow_scores(D, [blocks], [weights])
+    assert (scores["up"][2] == 0).all() and (scores["down"][:, 2] == 0).all()
+    assert (scores["up"][[0, 1, 3, 4]] > 0).all()
+
+
+def test_signs_and_a_global_factor_change_no_order() -> None:
+    blocks, weights = gated(2)
+    [scores] = flow_scores(D, [blocks], [weights])
+    [flipped] = flow_scores(D, [blocks], [{name: -each for name, each in weights.items()}])
+    for name in scores:
+        assert torch.equal(scores[name], flipped[name])
+
+
+def test_what_has_no_place_is_scored_by_its_size() -> None:
+    alone = Branch("x", torch.arange(3), torch.full((3,), -1), 0, (), None)
+    weight = torch.tensor([[1.0, -2.0], [3.0, 0.0], [0.5, 4.0]]).double()
+    [scores] = flow_scores(2, [((alone,),)], [{"x": weight}])
+    torch.testing.assert_close(scores["x"], weight.abs())
+    [other_width] = flow_scores(7, [((alone,),)], [{"x": weight}])
+    torch.testing.assert_close(other_width["x"], weight.abs())
