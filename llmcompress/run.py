@@ -93,10 +93,13 @@ class Run:
         kept = [key for key in self._journal if self._is_valid(key)]
         if not kept:
             return NOTHING_SAVED
-        blocks = sum(not key.endswith(_NOT_BLOCKS) for key in kept)
-        stages = sum(key.endswith(_MODEL) for key in kept)
-        what = [f"{blocks} finished blocks"] * bool(blocks) + [f"{stages} finished passes on the whole model"] * bool(stages)
-        return f"{' and '.join(what or ['decisions'])} in {self.folder}: run the same command again to go on"
+        counts = {
+            "finished blocks": sum(not key.endswith(_NOT_BLOCKS) for key in kept),
+            "finished passes on the whole model": sum(key.endswith(_MODEL) for key in kept),
+            "decisions": sum(key.endswith(_DECISIONS) for key in kept),
+        }
+        what = " and ".join(f"{count} {name}" for name, count in counts.items() if count)
+        return f"{what} in {self.folder}: run the same command again to go on"
 
     def save_block(self, stage: int, index: int, block: nn.Module, before: nn.Module, rows: list[SiteReport]) -> None:
         """Keep every tensor of a block, how it differs from its outline `before`, and its report rows.

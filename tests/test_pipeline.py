@@ -17,6 +17,7 @@ from llmcompress import CompressError, compress, evaluate, inspect, load, plan
 from llmcompress.evaluation.footprint import bytes_on_disk
 from llmcompress.evaluation.settings import Evaluate
 from llmcompress.model.site import LinearSite
+from llmcompress.progress import Silent
 from llmcompress.presets import load_preset, preset_names
 from llmcompress.recipe import Recipe, parse_recipe
 from tests.tiny_folder import edit_tensors, write_tiny_llama
@@ -129,36 +130,68 @@ compress(sys.argv[1], parse_recipe(Path(sys.argv[3]).read_text(), "test"), sys.a
 """
 
 
+def killed_at(moment: str, text: str, model: Path, folder: Path) -> None:
+    """Compress in a process of its own that ends at a step of its progress, without any clean-up."""
+    (folder / "recipe.yaml").write_text(text)
+    arguments = [str(model), str(folder / "out"), str(folder / "recipe.yaml"), moment]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=environment, check=False)
+    assert killed.returncode == 9
+    assert not (folder / "out").exists() and (folder / "out.run").exists()
+
+
+class Watching(Silent):
+    """Notes what is computed."""
+
+    def __init__(self) -> None:
+        self.computed: list[str] = []
+        self.steps: list[str] = []
+
+    def inside(self, text: str) -> None:
+        self.computed.append(text)
+
+    def step(self, text: str) -> None:
+        self.steps.append(text)
+
+
 @pytest.mark.parametrize("passes", ["gptq: {scheme: int4_g16}", "awq: {scheme: int4_g16_asym}"])
 def test_a_run_killed_at_a_block_and_resumed_equals_an_uninterrupted_one(
     passes: str, tiny: Path, tmp_path: Path
 ) -> None:
     text = GPTQ.replace("gptq: {scheme: int4_g16}", passes)
     whole = compress(str(tiny), recipe(text), tmp_path / "whole")
-    (tmp_path / "recipe.yaml").write_text(text)
-    arguments = [str(tiny), str(tmp_path / "out"), str(tmp_path / "recipe.yaml"), "block 2/3"]
-    root = Path(__file__).parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=environment, check=False)
-    assert killed.returncode == 9
-    assert not (tmp_path / "out").exists() and (tmp_path / "out.run").exists()
+    killed_at("block 2/3", text, tiny, tmp_path)
     with pytest.raises(CompressError, match="other settings") as other:
         compress(str(tiny), recipe(text.replace("int4", "int8")), tmp_path / "out")
     assert "--fresh" in other.value.fix
-
-    computed = []
-
-    class Watching:
-        def stage(self, title: str, steps: int) -> None: ...
-        def step(self, text: str) -> None: ...
-        def note(self, text: str) -> None: ...
-        def inside(self, text: str) -> None:
-            computed.append(text)
-
-    resumed = compress(str(tiny), recipe(text), tmp_path / "out", progress=Watching())
+    watching = Watching()
+    resumed = compress(str(tiny), recipe(text), tmp_path / "out", progress=watching)
     assert weights_hash(tmp_path / "out") == weights_hash(tmp_path / "whole")
     assert resumed.sites == whole.sites
-    assert 0 < len(computed) <= 11, "only the last block may be computed again"
+    assert 0 < len(watching.computed) <= 11, "only the last block may be computed again"
+
+
+STAGES = {
+    "factors, then codes": "[{svd: {ratio: 0.3}}, {gptq: {scheme: int4_g16, on_indivisible: pad}}]",
+    "decided widths, then codes": "[{width: {ratio: 0.25, score: activation}}, {gptq: {scheme: int4_g16}}]",
+    "fewer blocks, then zeros": "[{depth: {remove: 1}}, {wanda: {sparsity: 0.5}}]",
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("moment", ["first", "second"])
+def test_a_run_of_several_stages_killed_in_any_and_resumed_equals_an_uninterrupted_one(
+    name: str, moment: str, tiny: Path, tmp_path: Path
+) -> None:
+    text = NO_EVALUATION.replace("[{gptq: {scheme: int4_g16}}]", STAGES[name])
+    watching = Watching()
+    whole = compress(str(tiny), recipe(text), tmp_path / "whole", progress=watching)
+    steps = [step for step in watching.steps if step.startswith("stage")]
+    killed_at(steps[0 if moment == "first" else -2], text, tiny, tmp_path)
+    resumed = compress(str(tiny), recipe(text), tmp_path / "out")
+    assert weights_hash(tmp_path / "out") == weights_hash(tmp_path / "whole")
+    assert (tmp_path / "out" / "config.json").read_text() == (tmp_path / "whole" / "config.json").read_text()
+    assert resumed.sites == whole.sites
 
 
 def test_an_existing_output_is_kept_unless_told_otherwise(tiny: Path, tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ def test_a_full_disk_keeps_the_blocks_before_it(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert "output.disk-full 4 the 1 blocks before it" in done.stdout, done.stderr
+    assert "output.disk-full 4 1 finished blocks in" in done.stdout, done.stderr
     with Run.open(tmp_path / "out", fingerprint=SETTINGS, lock_text="", fresh=False) as run:
         assert run.finished_blocks(0) == [0]
 

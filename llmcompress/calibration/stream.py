@@ -6,8 +6,8 @@ is several times slower on processors without its instructions, and every statis
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +43,7 @@ class BlockWork:
         self._inputs, self._calls = inputs, calls
         self.decisions: Mapping[str, Tensor] = {}
         """What the first pass of the stage decided about the whole model."""
+        self._known_outputs: list[Tensor] | None = None
         self._name_sites()
 
     def folds_into(self, sites: Sequence[LinearSite]) -> list[Fold]:
@@ -146,8 +147,28 @@ class BlockWork:
             parameter.data.copy_(parameter.data.to(self.storage_dtype))
 
     @torch.no_grad()
+    def watch(self, module: nn.Module, see: Callable[[Tensor], None]) -> None:
+        """Show every input of one of the block's modules; the block runs over all data, each time only that far."""
+
+        def show(_: nn.Module, args: tuple[Any, ...]) -> None:
+            see(args[0])
+            raise _SeenEnough
+
+        with ExitStack() as stack:
+            stack.callback(module.register_forward_pre_hook(show).remove)
+            for inputs, call in zip(self._inputs, self._calls, strict=True):
+                with suppress(_SeenEnough):
+                    self._run(inputs, call)
+
+    def become(self, module: nn.Module, outputs: list[Tensor] | None = None) -> None:
+        """Another module takes the block's place; `outputs`, where they are known, are fed onward as they are."""
+        self.module, self._known_outputs = module, outputs
+
+    @torch.no_grad()
     def outputs(self) -> list[Tensor]:
         """The block's output for every batch, on the CPU."""
+        if self._known_outputs is not None:
+            return self._known_outputs
         return [self._run(inputs, call).cpu() for inputs, call in zip(self._inputs, self._calls, strict=True)]
 
     @property
@@ -157,6 +178,10 @@ class BlockWork:
     def _run(self, inputs: Tensor, call: BlockCall) -> Tensor:
         there = call.with_tensors(lambda tensor: tensor.to(self._device))
         return there.run(self.module, inputs.to(self._device))
+
+
+class _SeenEnough(Exception):
+    """Ends a forward early; private, so it can hide no error of the model's."""
 
 
 class BlockStream:
@@ -199,7 +224,7 @@ class BlockStream:
             yield work
             if info.index + 1 < len(self._blocks):
                 self._hidden = work.outputs()
-            module.to("cpu")
+            work.module.to("cpu")
 
 
 def _sharing(call: BlockCall, first: BlockCall) -> BlockCall:

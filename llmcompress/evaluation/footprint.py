@@ -2,25 +2,61 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 
-from torch import nn
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
 
+from llmcompress.evaluation.stored import CodedSite, Stored, Tensors, stored
+from llmcompress.loading.config import read_config
+from llmcompress.loading.match import empty_model
+from llmcompress.loading.source import find_source
+from llmcompress.loading.tensors import TensorHeader
+from llmcompress.model.skeleton import find_blocks
 from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.numerics.entropy import entropy, huffman_code, mean_bits
+
+TWICE = "stored twice"
 
 
-@dataclass(frozen=True)
-class Footprint:
-    """Size of one model. Sparse weights stored densely are as large as dense ones, and are counted so."""
+class Footprint(BaseModel):
+    """Size of one saved model. Sparse weights stored densely are as large as dense ones, and are counted so."""
 
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    format: str
+    """`plain`, `compressed-tensors` or `llmcompress`."""
     parameters: int
-    """Weights that the model computes with; codes count as the weights they stand for."""
-    ideal_bytes: int
-    """Codes at their own width, scales, zero points and everything else, without padding or headers."""
+    """Weights that the model computes with; codes count as the weights they stand for, a tied tensor once."""
+    embedding: int
+    head: int
+    """0 where it is the embedding."""
+    blocks: int
+    other: int
+    nonzero: int
+    """Parameters that are not exactly zero."""
+    bytes_on_disk: int
+    """Of the weight files."""
     stored_bytes: int
-    """Bytes of the weight files."""
+    """Of the tensors in them: without headers."""
+    ideal_bytes: int
+    """Codes at their own width, scales, zero points and everything else, without padding."""
+    sparse_ideal_bytes: int
+    """The same if every tensor stored its non-zeros and a bit for every place, where that is less. No file here is
+    stored so, and no count above includes it."""
+    codes: int
+    """Parameters that are stored as codes."""
+    entropy_bits_per_code: float | None
+    """Bits that no lossless code for single codes could go below; None without codes."""
+    huffman_bits_per_code: float | None
+    """What Huffman's code would take, tables left out. Theory like the line above."""
 
     @property
     def ideal_bits_per_weight(self) -> float:
@@ -30,12 +66,65 @@ class Footprint:
     @property
     def stored_bits_per_weight(self) -> float:
         """What the format keeps of that promise."""
-        return 8 * self.stored_bytes / self.parameters
+        return 8 * self.bytes_on_disk / self.parameters
 
 
-def footprint(model: nn.Module, folder: Path | str) -> Footprint:
-    """Size of `model`, saved in `folder`."""
-    return Footprint(parameters(model), ideal_bytes(model), bytes_on_disk(folder))
+def footprint(model: str | Path) -> Footprint:
+    """Size of a saved model: a Hub id, a folder or `builtin:...`. Weights are read one tensor at a time.
+
+    Raises: CompressError when there is no such model, or its format is not understood.
+    """
+    source = find_source(str(model))
+    found = stored(source.folder)
+    parts = _parts(source.folder)
+    read = Tensors()
+    sizes: Counter[str] = Counter()
+    codes: Counter[int] = Counter()
+    nonzero = ideal_bits = sparse_bits = 0
+    for tensor in found.dense:
+        if (part := _part_of(tensor.name, parts)) == TWICE:
+            continue
+        bits = 8 * tensor.bytes
+        ideal_bits += bits
+        if not tensor.dtype.is_floating_point:  # indices of what was kept: needed, but no parameters
+            sparse_bits += bits
+            continue
+        count = prod(tensor.shape)
+        there = int(torch.count_nonzero(read(tensor)))
+        sizes[part] += count
+        nonzero += there
+        sparse_bits += min(bits, there * 8 * tensor.dtype.itemsize + count)
+    for site in found.coded:
+        fields_OI = site.codes(read)
+        there = int(torch.count_nonzero(fields_OI))
+        sizes[_part_of(site.name, parts)] += site.weights
+        nonzero += there
+        codes.update(_histogram(fields_OI))
+        ideal_bits += site.ideal_bits
+        sparse_bits += min(site.ideal_bits, site.ideal_bits - (site.weights - there) * _code_bits(site) + site.weights)
+    return Footprint(
+        model=source.name,
+        format=found.format,
+        parameters=sizes.total(),
+        embedding=sizes["embedding"],
+        head=sizes["head"],
+        blocks=sizes["blocks"],
+        other=sizes["other"],
+        nonzero=nonzero,
+        bytes_on_disk=bytes_on_disk(source.folder),
+        stored_bytes=_stored_bytes(found),
+        ideal_bytes=-(-ideal_bits // 8),
+        sparse_ideal_bytes=-(-sparse_bits // 8),
+        codes=codes.total(),
+        entropy_bits_per_code=entropy(codes) if codes else None,
+        huffman_bits_per_code=mean_bits(huffman_code(codes), codes) if codes else None,
+    )
+
+
+def ratios(model: Footprint, against: Footprint) -> dict[str, float]:
+    """What each size of `model` is of the other's."""
+    names = ("parameters", "blocks", "nonzero", "bytes_on_disk", "ideal_bytes")
+    return {name: getattr(model, name) / getattr(against, name) for name in names if getattr(against, name)}
 
 
 def bytes_on_disk(folder: Path | str) -> int:
@@ -54,13 +143,13 @@ def bytes_on_disk(folder: Path | str) -> int:
 
 
 def parameters(model: nn.Module) -> int:
-    """Weights and biases; a tensor used twice (tied embeddings) counts once."""
+    """Weights and biases of a live model, compressed or not; a tensor used twice (tied embeddings) counts once."""
     coded = sum(module.codes_OI.numel() for module in model.modules() if isinstance(module, QuantLinear))
     return coded + sum(parameter.numel() for parameter in model.parameters())
 
 
 def ideal_bytes(model: nn.Module) -> int:
-    """What the model's numbers take when nothing is wasted."""
+    """What a live model's numbers take when nothing is wasted."""
     bits = sum(8 * parameter.numel() * parameter.element_size() for parameter in model.parameters())
     for module in model.modules():
         if isinstance(module, QuantLinear):
@@ -70,3 +159,40 @@ def ideal_bytes(model: nn.Module) -> int:
             if module.input_scale is not None:
                 bits += 8 * module.input_scale.numel() * module.input_scale.element_size()
     return -(-bits // 8)
+
+
+def _parts(folder: Path) -> dict[str, str]:
+    """Beginnings of tensor names → what they belong to; a checkpoint may leave the model's own prefix out.
+
+    A tied head that is stored a second time belongs to nothing.
+    """
+    config = copy.deepcopy(read_config(folder, may_be_quantized=True)[0])
+    config.__dict__.pop("quantization_config", None)
+    model = empty_model(config)
+    names = {id(part): name for name, part in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    found = {
+        find_blocks(model)[0][0].rpartition(".")[0]: "blocks",
+        names[id(embedding)]: "embedding",
+        names[id(head)]: TWICE if head.weight is embedding.weight else "head",
+    }
+    prefix = f"{model.base_model_prefix}."
+    return found | {name.removeprefix(prefix): part for name, part in found.items()}
+
+
+def _part_of(tensor: str, parts: Mapping[str, str]) -> str:
+    return next((part for name, part in parts.items() if f"{tensor}.".startswith(f"{name}.")), "other")
+
+
+def _code_bits(site: CodedSite) -> int:
+    return site.scheme.weights.bits if site.scheme else site.field_bits
+
+
+def _histogram(codes_OI: Tensor) -> dict[int, int]:
+    symbols, counts = codes_OI.unique(return_counts=True)
+    return dict(zip(symbols.tolist(), counts.tolist(), strict=True))
+
+
+def _stored_bytes(found: Stored) -> int:
+    coded: list[TensorHeader] = [tensor for site in found.coded for tensor in site.tensors.values()]
+    return sum(tensor.bytes for tensor in (*found.dense, *coded))

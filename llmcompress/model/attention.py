@@ -31,14 +31,22 @@ _TOKENS = 4
 
 
 @dataclass(frozen=True)
+class Atom:
+    """Key rows and, per query head, the query rows that only meet each other in the scores; often one rotary pair."""
+
+    keys: tuple[int, ...]
+    queries: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
 class HeadGroup:
     """Query heads that share their keys and values. Rows are numbers of channels (see `Attention.channels`)."""
 
     values: tuple[int, ...]
     heads: tuple[tuple[int, ...], ...]
     """Columns of the reader, one tuple per query head; column i is fed by value row i."""
-    atoms: tuple[tuple[int, ...], ...]
-    """Query and key rows that only meet each other in the scores, so that each set can go alone; often rotary pairs."""
+    atoms: tuple[Atom, ...]
+    """Each can go without the others; one alone where a norm lets every row meet every other."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,14 @@ class Attention:
     def from_json(cls, text: str) -> Attention:
         """What `to_json` wrote."""
         data = json.loads(text)
-        groups = tuple(HeadGroup(*(_tuples(group[key]) for key in ("values", "heads", "atoms"))) for group in data["groups"])
+        groups = tuple(
+            HeadGroup(
+                _tuples(group["values"]),
+                _tuples(group["heads"]),
+                tuple(Atom(_tuples(atom["keys"]), _tuples(atom["queries"])) for atom in group["atoms"]),
+            )
+            for group in data["groups"]
+        )
         return cls(_tuples(data["taps"]), data["reader"], groups, data["averages"])
 
 
@@ -158,7 +173,7 @@ class _Bench:
         queries = [frozenset(row.nonzero().flatten().tolist()) for row in last_HR & ~earlier_HR]
         return queries, keys
 
-    def _atoms(self, groups: Sequence[tuple[list[int], list[frozenset[int]]]]) -> list[tuple[tuple[int, ...], ...]]:
+    def _atoms(self, groups: Sequence[tuple[list[int], list[frozenset[int]]]]) -> list[tuple[Atom, ...]]:
         """Connected query and key rows of every group; key row number i of all groups stands in sequence i."""
         longest = max((len(keys) for keys, _ in groups), default=0)
         if not longest:
@@ -178,7 +193,16 @@ class _Bench:
                 for query in frozenset[int]().union(*queries)
                 if moved_NR[number][query]
             ]
-            found.append(_components(links))
+            parts = _components(links)
+            found.append(
+                tuple(
+                    Atom(
+                        tuple(sorted(part.intersection(keys))),
+                        tuple(tuple(sorted(part & of_head)) for of_head in queries),
+                    )
+                    for part in parts
+                )
+            )
         return found
 
     @torch.enable_grad()
@@ -208,7 +232,7 @@ class _Bench:
         return self._calls[batch]
 
 
-def _components(links: Sequence[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:
+def _components(links: Sequence[tuple[int, int]]) -> list[frozenset[int]]:
     parent: dict[int, int] = {}
 
     def root(node: int) -> int:
@@ -222,7 +246,7 @@ def _components(links: Sequence[tuple[int, int]]) -> tuple[tuple[int, ...], ...]
     members: dict[int, list[int]] = {}
     for node in sorted(parent):
         members.setdefault(root(node), []).append(node)
-    return tuple(tuple(nodes) for nodes in members.values())
+    return [frozenset(nodes) for nodes in members.values()]
 
 
 @contextmanager

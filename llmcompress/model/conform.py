@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -23,6 +24,9 @@ HEAD_SIZE = "head_dim"
 """The one name that must be known: many families read it, and only some note it in their config."""
 
 
+_MOST_ROUNDS = 8
+"""Searches before giving up; two are enough in all families tried."""
+
 _WITHOUT_END: list[tuple[Any, Any]] = [(None, None)] * 10**6
 """The differences from a config of which no model can be built."""
 
@@ -37,16 +41,14 @@ def conformed(model: PreTrainedModel) -> PreTrainedModel:
     search = _Search(model)
     if search.is_conformed() or not search.is_uniform():
         return model
-    changes = next((found for start in search.starts() if (found := search.improve(start)) is not None), None)
-    if changes is None:
-        return model
-    stock = _with_tensors_of(model, changed(model.config, changes), search.replaced)
     tokens = _random_tokens(model)
-    try:
-        agree = same(_logits(stock, tokens), _logits(model, tokens))
-    except RuntimeError:  # the right sizes, and yet the family's forward does not fit them
-        agree = False
-    return stock if agree else model
+    expected = _logits(model, tokens)
+    for changes in search.solutions():
+        stock = _with_tensors_of(model, changed(model.config, changes), search.replaced)
+        with suppress(RuntimeError):  # the right sizes, and yet the family's forward does not fit them
+            if same(_logits(stock, tokens), expected):
+                return stock
+    return model
 
 
 def changed(config: PretrainedConfig, changes: Changes) -> PretrainedConfig:
@@ -75,6 +77,7 @@ class _Search:
         self.replaced = replaced_modules(model, stock)
         self._stock = Facts.of(stock, self.replaced)
         self._live = Facts.of(model, self.replaced).only_changed_from(self._stock)
+        self._inert: set[str] = set()
         self._known: dict[frozenset[tuple[str, Any]], Facts | None] = {frozenset(): self._stock}
 
     def is_conformed(self) -> bool:
@@ -85,7 +88,24 @@ class _Search:
         """Whether one set of numbers could describe all blocks."""
         return self._live.is_uniform_beside(self._stock)
 
-    def starts(self) -> Iterator[Changes]:
+    def solutions(self) -> Iterator[Changes]:
+        """Changes that leave no difference; after each, others that do without one of its changes.
+
+        Half as many heads and heads of half the size look alike from outside: the logits must tell.
+        """
+        waiting: list[frozenset[tuple[str, Any]]] = [frozenset()]
+        for _ in range(_MOST_ROUNDS):
+            if not waiting:
+                return
+            banned = waiting.pop(0)
+            for start in self._starts():
+                found, fits = self._improve(start, banned)
+                waiting += [banned | {change} for change in found.items() if change not in start.items()]
+                if fits:
+                    yield found
+                    break
+
+    def _starts(self) -> Iterator[Changes]:
         """The config as it is; then with the size of a head written down, where that changes nothing but is read."""
         yield {}
         text = self._config.get_text_config()
@@ -96,19 +116,18 @@ class _Search:
             if self._facts({HEAD_SIZE: size}) == self._stock and other not in (self._stock, None):
                 yield {HEAD_SIZE: size}
 
-    def improve(self, changes: Changes) -> Changes | None:
-        """Changes that leave no difference, starting from some; None when no step helps any more."""
+    def _improve(self, changes: Changes, banned: frozenset[tuple[str, Any]]) -> tuple[Changes, bool]:
+        """As few differences as single moves and pairs of moves lead to, and whether none is left."""
         found = self._differences(changes)
         while found:
-            moves = self._moves(changes, found)
-            single = [changes | {move.name: move.value} for move in moves]
-            step, left = self._best(single)
+            moves = [move for move in self._moves(changes, found) if (move.name, move.value) not in banned]
+            step, left = self._best(changes | {move.name: move.value} for move in moves)
             if len(left) >= len(found):
                 step, left = self._best(changes | pair for pair in self._pairs(changes, moves))
             if len(left) >= len(found):
-                return None
+                return changes, False
             changes, found = step, left
-        return self._needed(changes)
+        return self._needed(changes), True
 
     def _differences(self, changes: Changes) -> list[tuple[Any, Any]]:
         """How the live model differs from the stock model of the changed config."""
@@ -133,7 +152,7 @@ class _Search:
         numbers = {pair for pair in found if all(isinstance(side, int | float) for side in pair)}
         moves: dict[_Move, None] = {}
         for name, value in config.items():
-            if name.startswith("_") or isinstance(value, bool):
+            if name.startswith("_") or isinstance(value, bool) or name in self._inert:
                 continue
             for live, stock in sorted(numbers):
                 if value is None and isinstance(live, int):
@@ -145,9 +164,10 @@ class _Search:
         return list(moves)
 
     def _pairs(self, changes: Changes, moves: Iterable[_Move]) -> Iterator[Changes]:
-        """Pairs of moves each of which has an effect on the model."""
+        """Pairs of moves of which each alone changes the model (or makes it impossible); others are not tried again."""
         before = self._facts(changes)
         effective = [move for move in moves if self._facts(changes | {move.name: move.value}) != before]
+        self._inert |= {move.name for move in moves} - {move.name for move in effective}
         for one, other in combinations(effective, 2):
             if one.name != other.name:
                 yield {one.name: one.value, other.name: other.value}

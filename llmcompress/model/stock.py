@@ -10,13 +10,18 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+try:
+    from transformers.initialization import no_init_weights
+except ImportError:  # transformers 4
+    from transformers.modeling_utils import no_init_weights
+
 _PASSING = frozenset({"training", "gradient_checkpointing"})
 """Attributes that say how a module is used at the moment, not what it is."""
 
 
 def outline(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
     """The stock model of a config, all on the meta device; the config is copied."""
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():  # initialising meta tensors would take most of the time
         return kind(copy.deepcopy(config)).eval()
 
 

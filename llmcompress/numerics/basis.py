@@ -7,18 +7,20 @@ from torch import Tensor
 
 
 class SecondMoment:
-    """Sum over tokens of x xᵀ, accumulated in float64, of the tokens as they are or all brought to one length."""
+    """Sum over tokens of x xᵀ, every token brought to unit mean square first: as a norm sees it.
 
-    def __init__(self, width: int, device: torch.device, *, unit_length: bool) -> None:
+    A stream grows from block to block, and some tokens are a thousand times longer than others; without unit lengths
+    they alone would decide. One product is summed in float32, products are summed in float64.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
         self.sum_DD = torch.zeros(width, width, dtype=torch.float64, device=device)
-        self.unit_length = unit_length
 
     def add(self, x_TD: Tensor) -> None:
-        """Take in more tokens; one product is summed in float32, products are summed in float64."""
+        """Take in more tokens; one that is all zeros stays so."""
         x_TD = x_TD.float()
-        if self.unit_length:
-            # a token that is all zeros stays so
-            x_TD = x_TD / x_TD.square().mean(1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        square_T1 = x_TD.square().mean(1, keepdim=True)
+        x_TD = x_TD * square_T1.clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
         self.sum_DD += (x_TD.T @ x_TD).double()
 
 
@@ -60,3 +62,20 @@ def mirror_normal(width: int, generator: torch.Generator) -> Tensor:
     """A random direction with mean zero: mirroring along it keeps the direction of all ones as it is; float64."""
     normal_D = torch.randn(width, generator=generator, dtype=torch.float64)
     return normal_D - normal_D.mean()
+
+
+def refitted(moment_DD: Tensor, kept_DK: Tensor, *, damping: float) -> Tensor:
+    """D×K: by which a reader of the whole stream is best replaced by one of the kept directions.
+
+    W A xₖ with A = (M Q + λQ)(Qᵀ M Q + λ)⁻¹ is the least squares estimate of W x from xₖ = Qᵀ x, given the second
+    moment M; Q itself when Q holds eigenvectors of M, or all directions. λ pulls towards Q.
+    """
+    moment_DD, kept_DK = moment_DD.double(), kept_DK.double()
+    cross_DK = moment_DD @ kept_DK
+    inner_KK = kept_DK.T @ cross_DK
+    extra = damping * float(inner_KK.diagonal().mean())
+    if extra == 0.0:  # nothing was seen
+        return kept_DK
+    inner_KK.diagonal().add_(extra)
+    estimate_DK: Tensor = torch.linalg.solve(inner_KK, (cross_DK + extra * kept_DK).T).T
+    return estimate_DK

@@ -11,7 +11,9 @@ The network is what is left of a decoder when everything that is no product with
 * gates and attention are scaled to a mean of 1 over their units, a constant as well.
 
 So the total flow R is linear in the weights of any one linear, and by Euler's theorem the scores |w| ∂R/∂|w| of the
-linears that make up one branch have the same sum: the conservation law from which SynFlow has that no layer is emptied.
+linears that make up one branch have the same sum. In a chain that sum is the same everywhere, hence no layer is ever
+emptied. Here the residual stream leads around every branch, and weak ones would be: so each branch's scores are
+divided by what flows through it, and the law of the chain holds again.
 
 Source: Tanaka et al., arXiv 2006.05467. Differs: their networks have neither attention, gates nor norms.
 """
@@ -95,9 +97,9 @@ def _read(weight_OI: Tensor, normed_D: Tensor) -> Tensor:
 def flow_scores(
     hidden_size: int, blocks: Sequence[Sequence[Stage]], weights: Sequence[Mapping[str, Tensor]]
 ) -> list[dict[str, Tensor]]:
-    """|w| ∂R/∂|w| of every weight of every block, by name; R is the sum of the last hidden state and of ended flows.
+    """|w| ∂R/∂|w| of every weight of every block, by name, divided by the flow through its branch.
 
-    Only one block's graph exists at a time: the hidden states between blocks are single vectors.
+    R is the sum of the last hidden state and of flows that ended. Only one block's graph exists at a time: the hidden states between blocks are single vectors.
     """
     some = next(iter(weights[0].values()))
     hidden_D = some.new_ones(hidden_size)
@@ -117,10 +119,22 @@ def flow_scores(
             found = torch.autograd.grad(total, [entry_D, *sizes.values()], allow_unused=True)
         assert found[0] is not None
         gradient_D = found[0]
-        scores.append(
-            {
-                name: torch.zeros_like(size) if each is None else (size * each).detach()
-                for (name, size), each in zip(sizes.items(), found[1:], strict=True)
-            }
-        )
+        products = {
+            name: torch.zeros_like(size) if each is None else (size * each).detach()
+            for (name, size), each in zip(sizes.items(), found[1:], strict=True)
+        }
+        scores.append(_per_branch(products, stages))
     return scores[::-1]
+
+
+def _per_branch(products: dict[str, Tensor], stages: Sequence[Stage]) -> dict[str, Tensor]:
+    """Divided by the flow through the branches that a linear is part of."""
+    flows: dict[str, Tensor] = {}
+    for branch in (branch for stage in stages for branch in stage):
+        members = [branch.source, branch.consumer, *(factor.site for factor in branch.factors)]
+        names = {name for name in members if name is not None}
+        last = branch.consumer or branch.source
+        assert last is not None
+        for name in names:
+            flows[name] = flows.get(name, 0.0) + products[last].sum()
+    return {name: each / flows[name] if flows[name] > 0 else each for name, each in products.items()}

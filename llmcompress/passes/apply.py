@@ -127,7 +127,8 @@ def apply_passes(
         progress=progress,
         seed=seed,
     )
-    todo = [stage for stage in stages(passes) if done is None or stage.index > done]
+    cut = stages(passes)
+    todo = [stage for stage in cut if done is None or stage.index > done]
     for stage in todo:
         for each in stage.passes:
             each.check(whole.map)
@@ -135,7 +136,7 @@ def apply_passes(
             rows += stage.model_pass.apply(whole)
             _settle(whole.model, storage_dtype)
         else:
-            rows += _stream(whole, stage, keep)
+            rows += _stream(whole, stage, keep, label=f"stage {stage.index + 1}/{len(cut)}, " if len(cut) > 1 else "")
         if stage.changes_sites:
             whole.model = conformed(whole.model)
         if keep and stage.model_pass:
@@ -143,7 +144,7 @@ def apply_passes(
         if stage.changes_sites and stage is not todo[-1]:
             whole.map = map_model(whole.model)
         if stage.model_pass:
-            progress.step(f"stage {stage.index + 1}")
+            progress.step(f"stage {stage.index + 1}/{len(cut)}")
     return Compressed(whole.model, rows)
 
 
@@ -152,7 +153,7 @@ def steps(passes: Sequence[Pass], model_map: ModelMap) -> int:
     return sum(1 if stage.model_pass else len(model_map.blocks) for stage in stages(passes))
 
 
-def _stream(whole: WholeModel, stage: Stage, keep: FinishedWork | None) -> list[SiteReport]:
+def _stream(whole: WholeModel, stage: Stage, keep: FinishedWork | None, *, label: str) -> list[SiteReport]:
     """One stream over the blocks with all passes of the stage."""
     rows: list[SiteReport] = []
     decisions = _decisions(whole, stage, keep)
@@ -170,7 +171,7 @@ def _stream(whole: WholeModel, stage: Stage, keep: FinishedWork | None) -> list[
             if keep:
                 keep.save_block(stage.index, index, work.module, before, block_rows)
         rows += block_rows
-        whole.progress.step(f"block {index + 1}/{count}")
+        whole.progress.step(f"{label}block {index + 1}/{count}")
     return rows
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,12 +74,14 @@ def train(
     after_step: AfterStep | None = None,
     masks: Masks | None = None,
     checkpoint: Checkpoint | None = None,
+    start: int = 0,
     title: str = "train",
 ) -> TrainingReport:
     """Train in place; the model must be on the device in float32, in the mode (`eval`: no dropout) it shall train in.
 
     Without `parameters` everything is trained. Exact zeros of matrices stay exact zeros, unless other `masks` are
-    given. The same seed gives the same weights, also when killed and resumed from a `checkpoint`.
+    given. The same seed gives the same weights, also when killed and resumed from a `checkpoint`. With `start` the
+    first steps are skipped: batches and learning rates are those of the steps after it.
 
     Raises: CompressError when the loss or its gradient is no longer finite.
     """
@@ -93,19 +96,17 @@ def train(
     optimizer: Optimizer = accelerator.prepare(plain)
     masks = masks or ZerosStay(trained)
     pieces, losses = settings.gradient_accumulation, list[float]()
-    progress.stage(title, settings.steps)
+    began = time.monotonic()
     random = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with _trainable(model, trained), random, torch.enable_grad():
         before = _validation_loss(model, validation_NT, settings, device)
         torch.manual_seed(seed)
-        fingerprint = _fingerprint(settings, seed, windows_NT, trained)
+        fingerprint = _fingerprint(settings, seed, start, windows_NT, trained)
         reached = None
         if checkpoint:
             reached = load_state(checkpoint.path, trained, optimizer, masks, device=device, fingerprint=fingerprint)
-        reached = reached or Reached(0, (), finished=False)
+        reached = reached or Reached(start, (), finished=False)
         losses += reached.losses
-        for _ in losses:
-            progress.step("restored")
         for step in range(reached.step + 1, 1 if reached.finished else settings.steps + 1):
             loss = 0.0
             for micro in range(pieces):
@@ -122,7 +123,8 @@ def train(
             optimizer.zero_grad()
             masks.after_step(step, optimizer)
             losses.append(loss)
-            progress.step(f"step {step}/{settings.steps}, loss {loss:.3f}")
+            left = (time.monotonic() - began) / (step - reached.step) * (settings.steps - step)
+            progress.inside(f"{title}: step {step}/{settings.steps}, loss {loss:.3f}, {left:.0f} s left")
             stop = bool(after_step and after_step(step))
             finished = stop or step == settings.steps
             if checkpoint and (finished or step % checkpoint.every == 0):
@@ -185,10 +187,10 @@ def _trainable(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[No
             each.grad = None
 
 
-def _fingerprint(settings: Training, seed: int, windows_NT: Tensor, trained: Sequence[nn.Parameter]) -> str:
+def _fingerprint(settings: Training, seed: int, start: int, windows_NT: Tensor, trained: Sequence[nn.Parameter]) -> str:
     """The same for trainings that go the same way."""
     digest = hashlib.sha256(settings.model_dump_json().encode())
-    digest.update(repr((seed, windows_NT.shape, [tuple(each.shape) for each in trained])).encode())
+    digest.update(repr((seed, start, windows_NT.shape, [tuple(each.shape) for each in trained])).encode())
     digest.update(windows_NT.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -15,7 +16,10 @@ from llmcompress.numerics.schedule import exponential_shares, moved_share
 
 def scores(seed: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator) * scale for shape, scale in [((7, 11), 1.0), ((1, 5), 1e-30), ((13, 3), 1e20)]]
+    return [
+        torch.randn(shape, generator=generator) * scale
+        for shape, scale in [((7, 11), 1.0), ((1, 5), 1e-30), ((13, 3), 1e20)]
+    ]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.77, 0.99])
@@ -52,7 +56,7 @@ def test_shares_grow_exponentially_to_the_target() -> None:
     shares = exponential_shares(0.99, 4)
     assert shares[-1] == pytest.approx(0.99)
     kept = [1.0, *(1 - share for share in shares)]
-    assert all(after / before == pytest.approx(0.01**0.25) for before, after in zip(kept, kept[1:], strict=False))
+    assert all(after / before == pytest.approx(0.01**0.25) for before, after in itertools.pairwise(kept))
 
 
 def test_the_moved_share_falls_from_alpha_to_nothing() -> None:
@@ -63,7 +67,9 @@ def test_the_moved_share_falls_from_alpha_to_nothing() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 5, 20, 1000])
 @pytest.mark.parametrize("density", [0.0, 0.3, 0.9, 1.0])
-def test_as_many_grow_as_are_dropped_the_smallest_weights_for_the_greatest_gradients(count: int, density: float) -> None:
+def test_as_many_grow_as_are_dropped_the_smallest_weights_for_the_greatest_gradients(
+    count: int, density: float
+) -> None:
     generator = torch.Generator().manual_seed(count)
     active = torch.rand(9, 7, generator=generator) < density
     weight = torch.randn(9, 7, generator=generator) * active

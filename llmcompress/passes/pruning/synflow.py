@@ -36,30 +36,24 @@ class SynFlow(AtInitPass):
 
     @override
     def masks(self, whole: WholeModel, sites: Sequence[LinearSite]) -> list[Tensor]:
-        every = {site.name: site for site in whole.sites()}
         blocks = [flow_stages(info.structure) for info in whole.map.blocks]
-        zeros = [site.weight_OI == 0 for site in sites]
-        masks = zeros
+        weights = {site.name: site.weight_OI.double() for site in whole.sites()}
+        by_block = [
+            {site.name: weights[info.full(site.name)] for site in info.structure.sites} for info in whole.map.blocks
+        ]
+        masks = [weights[site.name] == 0 for site in sites]
         for index, share in enumerate(exponential_shares(self.sparsity, self.rounds)):
             whole.progress.inside(f"synflow round {index + 1}/{self.rounds}")
-            dropped = {site.name: mask for site, mask in zip(sites, masks, strict=True)}
-            weights = [
-                {site.name: _without(every[info.full(site.name)], dropped) for site in info.structure.sites}
-                for info in whole.map.blocks
-            ]
-            found = flow_scores(whole.map.hidden_size, blocks, weights)
-            by_name = {
+            scores = {
                 info.full(name): score
-                for info, scores in zip(whole.map.blocks, found, strict=True)
-                for name, score in scores.items()
+                for info, found in zip(
+                    whole.map.blocks, flow_scores(whole.map.hidden_size, blocks, by_block), strict=True
+                )
+                for name, score in found.items()
             }
             # logarithms: the scores of deep models do not fit float32
-            logs = [by_name[site.name].log().float() for site in sites]
-            masks = self.drop(logs, [mask | zero for mask, zero in zip(masks, zeros, strict=True)], share)
+            logs = [scores[site.name].log().float() for site in sites]
+            masks = self.drop(logs, masks, share)
+            for site, mask_OI in zip(sites, masks, strict=True):
+                weights[site.name].masked_fill_(mask_OI, 0)
         return masks
-
-
-def _without(site: LinearSite, dropped: dict[str, Tensor]) -> Tensor:
-    weight_OI = site.weight_OI.double()
-    mask_OI = dropped.get(site.name)
-    return weight_OI if mask_OI is None else weight_OI.masked_fill(mask_OI, 0)

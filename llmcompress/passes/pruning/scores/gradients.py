@@ -109,21 +109,22 @@ class TaylorMix(_Taylor):
 
 @SCORES.register("fisher")
 class Fisher(Score):
-    """Squared gradients of the masks, batch by batch; then swaps within each group by the full Fisher matrix.
+    """Squared gradients of the masks; then swaps within each group by the full Fisher matrix.
 
-    Source: Kwon et al., arXiv 2204.09656. Differs: the search for the number of heads is the allocation `global`,
-    by importance per weight. The gradient of a batch is squared, as there, so the batch size changes the scores.
+    Source: Kwon et al., arXiv 2204.09656. Differs: the search for the number of heads is the allocation `global`, by
+    importance per weight; and gradients are those of single windows. Squaring the sum over a batch, as there, makes
+    scores depend on the batch size, and measured worse (docs/log.md).
     """
 
     estimates_loss: ClassVar[bool] = True
 
     @override
     def importance(self, whole: WholeModel, groups: Sequence[UnitGroup]) -> list[Tensor]:
-        return [gradients_SU.square().sum(0) for gradients_SU in _stacked(whole, groups, sequences=whole.batch)]
+        return [gradients_SU.square().sum(0) for gradients_SU in _stacked(whole, groups)]
 
     @override
     def choose(self, whole: WholeModel, groups: Sequence[UnitGroup], allocate: Allocate) -> list[Tensor]:
-        gradients = _stacked(whole, groups, sequences=whole.batch)
+        gradients = _stacked(whole, groups)
         kept = allocate(self.priorities(groups, [gradients_SU.square().sum(0) for gradients_SU in gradients]))
         return [
             ~rearranged(gradients_SU.T @ gradients_SU, ~kept_U)
@@ -149,9 +150,9 @@ class GroupFisher(Score):
         return found
 
 
-def _stacked(whole: WholeModel, groups: Sequence[UnitGroup], *, sequences: int) -> list[Tensor]:
-    """For every group the gradients of its masks, samples × units, in float64 on the CPU."""
-    rows = list(mask_gradients(whole, groups, sequences=sequences))
+def _stacked(whole: WholeModel, groups: Sequence[UnitGroup]) -> list[Tensor]:
+    """For every group the gradients of its masks, windows × units, in float64 on the CPU."""
+    rows = list(mask_gradients(whole, groups, sequences=1))
     return [torch.stack([each[index] for each in rows]).double().cpu() for index in range(len(groups))]
 
 

@@ -1,0 +1,151 @@
+"""Magnitude, wanda and sparsegpt on one trained model, at several sparsities: perplexity on text none of them saw.
+
+    python evals/sparse.py --name books-llama
+    python evals/sparse.py --model FOLDER --calibration train.txt --text test.txt --name NAME
+
+Also: rounding after pruning against rounding in the same sweep, and one budget for all blocks against the same share
+everywhere. Calibration and measured text must differ; nothing is tuned on the measured text.
+Writes evals/results/sparse-NAME.json.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+from pathlib import Path
+
+import click
+import torch
+from transformers import PreTrainedModel
+
+from llmcompress.calibration.data import calibration_windows
+from llmcompress.calibration.settings import Calibration
+from llmcompress.evaluation.environment import machine, versions
+from llmcompress.evaluation.perplexity import perplexity
+from llmcompress.evaluation.settings import PerplexityTask
+from llmcompress.loading.load import load_for_compression
+from llmcompress.loading.source import find_source
+from llmcompress.model.probe import map_model
+from llmcompress.passes.apply import apply_passes
+from llmcompress.progress import Silent
+from llmcompress.recipe import parse_recipe
+
+SHARES = {"50 %": "sparsity: 0.5", "60 %": "sparsity: 0.6", "2:4": 'pattern: "2:4"', "4:8": 'pattern: "4:8"'}
+MASKS = {
+    "magnitude": "- magnitude: {{{share}}}",
+    "wanda": "- wanda: {{{share}}}",
+    "sparsegpt": "- sparsegpt: {{{share}}}",
+}
+BUDGETS = {
+    "magnitude": "- magnitude: {{{share}}}",
+    "magnitude, global": "- magnitude: {{{share}, comparison: global}}",
+    "wanda": "- wanda: {{{share}}}",
+    "wanda, outliers": "- wanda: {{{share}, allocation: outliers}}",
+    "wanda, error": "- wanda: {{{share}, allocation: error}}",
+    "sparsegpt": "- sparsegpt: {{{share}}}",
+    "sparsegpt, outliers": "- sparsegpt: {{{share}, allocation: outliers}}",
+    "sparsegpt, error": "- sparsegpt: {{{share}, allocation: error}}",
+}
+ROUNDED = {
+    "gptq alone": "- gptq: {{scheme: int4_g32, on_indivisible: pad}}",
+    "magnitude→rtn": "- magnitude: {{{share}}}\n- rtn: {{scheme: int4_g32, on_indivisible: pad}}",
+    "wanda→gptq": "- wanda: {{{share}}}\n- gptq: {{scheme: int4_g32, on_indivisible: pad}}",
+    "sparsegpt→rtn": "- sparsegpt: {{{share}}}\n- rtn: {{scheme: int4_g32, on_indivisible: pad}}",
+    "sparsegpt→gptq": "- sparsegpt: {{{share}}}\n- gptq: {{scheme: int4_g32, on_indivisible: pad}}",
+    "sparsegpt, joint": "- sparsegpt: {{{share}, scheme: int4_g32, on_indivisible: pad}}",
+}
+TABLES = {
+    "masks": (SHARES, MASKS),
+    "budgets": ({"60 %": "sparsity: 0.6", "70 %": "sparsity: 0.7"}, BUDGETS),
+    "rounded": ({"50 %": "sparsity: 0.5", "2:4": 'pattern: "2:4"'}, ROUNDED),
+}
+NO_DATA = ("magnitude", "magnitude, global", "magnitude→rtn")
+
+
+@click.command()
+@click.option("--model", default="builtin:books-llama", show_default=True)
+@click.option("--calibration", default="builtin:calibration", show_default=True)
+@click.option("--text", default="builtin:evaluation", show_default=True, help="measured text, held out")
+@click.option("--name", required=True, help="of the result file and the table row")
+@click.option("--samples", default=64, show_default=True)
+@click.option("--tokens", default=256, show_default=True)
+@click.option("--window", default=512, show_default=True)
+@click.option("--max-windows", default=100, show_default=True)
+@click.option("--seeds", default=3, show_default=True, help="calibration draws; the table shows mean and range")
+def main(
+    model: str,
+    calibration: str,
+    text: str,
+    name: str,
+    samples: int,
+    tokens: int,
+    window: int,
+    max_windows: int,
+    seeds: int,
+) -> None:
+    """Measure every method at every sparsity."""
+    task = PerplexityTask(source=text, window=window, bos="always", max_windows=max_windows)
+    loaded = load_for_compression(find_source(model), dtype=torch.float32)
+    storage_dtype, tokenizer = loaded.preflight.storage_dtype, loaded.tokenizer
+    model_map = map_model(loaded.model)
+    settings = Calibration(source=calibration, samples=samples, tokens=tokens)
+    draws = [
+        calibration_windows(settings, tokenizer, max_positions=window, seed=seed, progress=Silent()).windows_NT
+        for seed in range(seeds)
+    ]
+
+    def measured(tried: PreTrainedModel) -> float:
+        found = perplexity(tried, tokenizer, task, device=torch.device("cpu"), progress=Silent())
+        return found.perplexity
+
+    def compressed(passes: str, seed: int) -> tuple[float, float]:
+        """Perplexity, and the share of zeros in all sites."""
+        tried, _ = apply_passes(
+            copy.deepcopy(loaded.model),
+            model_map,
+            parse_recipe("passes:\n" + passes, "evals").passes,
+            draws[seed],
+            batch=8,
+            device=torch.device("cpu"),
+            storage_dtype=storage_dtype,
+            progress=Silent(),
+        )
+        weights = [tried.get_submodule(site).weight for site in model_map.site_names()]
+        zeros = sum(int((weight == 0).sum()) for weight in weights)
+        return measured(tried), zeros / sum(weight.numel() for weight in weights)
+
+    dense = perplexity(loaded.model, tokenizer, task, device=torch.device("cpu"), progress=Silent())
+    rows: list[dict[str, object]] = []
+    known: dict[str, list[tuple[float, float]]] = {}
+    for table, (shares, methods) in TABLES.items():
+        for label, share in shares.items():
+            for method, template in methods.items():
+                passes = template.format(share=share)
+                if passes not in known:
+                    count = 1 if method in NO_DATA else seeds
+                    known[passes] = [compressed(passes, seed) for seed in range(count)]
+                found = [each for each, _ in known[passes]]
+                zeros = known[passes][0][1]
+                rows.append({"table": table, "share": label, "method": method, "perplexity": found, "zeros": zeros})
+                click.echo(
+                    f"{table:8s} {label:5s} {method:20s} {statistics.mean(found):9.3f} {found} {zeros:.6f}", err=True
+                )
+    facts = {
+        "model": name,
+        "calibration": Path(calibration).name,
+        "samples": samples,
+        "windows": len(draws[0]),
+        "tokens": tokens,
+        "dense": dense.model_dump() | {"text": Path(text).name},
+        "rows": rows,
+        "versions": versions(),
+        "machine": machine(),
+    }
+    path = Path(__file__).parent / "results" / f"sparse-{name}.json"
+    path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    click.echo(str(path))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""A block whose residual stream changes its basis on every skip: lanes inside, shortcut matrices at the ends.
+
+The block's own forward only ever adds to its input. So the wrapper gives it the stream several times side by side: in
+every lane, the stream in the basis that belongs there. Norms read one lane, what they feed adds to the next, and no line
+of the block's code knows. D = channels of a stream, L = all lanes together.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from typing_extensions import override
+
+from llmcompress.modules.base import MODULES, CompressedModule, Spec
+from llmcompress.modules.wrapper import Wrapper
+
+
+@MODULES.register("lane_norm")
+class LaneNorm(CompressedModule):
+    """RMSNorm without gain of the channels `start` to `start + width`, as if they were `divisor` channels.
+
+    Source: Ashkboos et al., arXiv 2401.15024: what was sliced away counts as zero, so the mean square is still one
+    over the original width.
+    """
+
+    def __init__(self, start: int, width: int, divisor: int, epsilon: float) -> None:
+        super().__init__()
+        self.start, self.width, self.divisor, self.epsilon = start, width, divisor, epsilon
+        self.in_features = self.out_features = width
+
+    @override
+    def spec(self) -> Spec:
+        return {"start": self.start, "width": self.width, "divisor": self.divisor, "epsilon": self.epsilon}
+
+    @classmethod
+    @override
+    def from_spec(cls, spec: Spec, dtype: torch.dtype) -> Self:
+        return cls(int(spec["start"]), int(spec["width"]), int(spec["divisor"]), float(spec["epsilon"]))
+
+    @override
+    def dense_weight(self) -> Tensor:
+        raise TypeError("a norm stands for no matrix")
+
+    @override
+    def forward(self, hidden: Tensor) -> Tensor:
+        lane = hidden[..., self.start : self.start + self.width]
+        wide = lane.float()
+        scale = (wide.square().sum(-1, keepdim=True) / self.divisor + self.epsilon).rsqrt()
+        return (wide * scale).to(lane.dtype)
+
+    @override
+    def extra_repr(self) -> str:
+        return f"{self.start}:{self.start + self.width} of the lanes, divisor {self.divisor}"
+
+
+@MODULES.register("lane")
+class Lane(Wrapper):
+    """A linear whose outputs stand between `before` and `after` zeros: it adds to one lane only."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.before, self.after = before, after
+
+    @override
+    def spec(self) -> Spec:
+        return {"before": self.before, "after": self.after}
+
+    @classmethod
+    @override
+    def from_spec(cls, spec: Spec, dtype: torch.dtype) -> Self:
+        return cls(int(spec["before"]), int(spec["after"]))
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.pad(self.inner(x), (self.before, self.after))
+
+
+@MODULES.register("shortcuts")
+class ShortcutBlock(Wrapper):
+    """A block with its residual stream in another basis after every addition.
+
+    Lanes: the stream as it enters; then, for every addition, the stream in the basis it has from there on. The first
+    shortcut brings the input into lane 1 before the block runs, the second brings lane 1 into the basis of lane 2
+    afterwards; a block that adds only once (attention and FFN side by side) has no second.
+    """
+
+    def __init__(self, widths: tuple[int, ...], dtype: torch.dtype) -> None:
+        super().__init__()
+        assert len(widths) in (2, 3)
+        self.widths = widths
+        self.shortcut_in = nn.Parameter(torch.empty(widths[1], widths[0], dtype=dtype), requires_grad=False)
+        self.shortcut_out = (
+            nn.Parameter(torch.empty(widths[2], widths[1], dtype=dtype), requires_grad=False)
+            if len(widths) == 3
+            else None
+        )
+
+    @override
+    def spec(self) -> Spec:
+        return {"widths": list(self.widths)}
+
+    @classmethod
+    @override
+    def from_spec(cls, spec: Spec, dtype: torch.dtype) -> Self:
+        return cls(tuple(int(width) for width in spec["widths"]), dtype)
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's output, in its own form; the hidden state comes first or by keyword."""
+        by_keyword = "hidden_states" in kwargs
+        hidden = kwargs.pop("hidden_states") if by_keyword else args[0]
+        lanes = [hidden, functional.linear(hidden, self.shortcut_in)]
+        lanes += [hidden.new_zeros(*hidden.shape[:-1], width) for width in self.widths[2:]]
+        inside = torch.cat(lanes, -1)
+        output = (
+            self.inner(*args, hidden_states=inside, **kwargs) if by_keyword else self.inner(inside, *args[1:], **kwargs)
+        )
+        if isinstance(output, Tensor):
+            return self._merged(output)
+        return (self._merged(output[0]), *output[1:])
+
+    def _merged(self, inside: Tensor) -> Tensor:
+        _, first, *rest = inside.split(self.widths, -1)
+        return functional.linear(first, self.shortcut_out) + rest[0] if self.shortcut_out is not None else first
+
+    @override
+    def extra_repr(self) -> str:
+        return " → ".join(str(width) for width in self.widths)

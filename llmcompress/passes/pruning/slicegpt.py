@@ -1,0 +1,85 @@
+"""SliceGPT: the residual stream in a basis of principal directions, of which the last ones are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self, override
+
+from llmcompress.calibration.whole import WholeModel
+from llmcompress.errors import CompressError, ExitCode
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.residual_probe import find_residual
+from llmcompress.passes.base import PASSES, ModelPass, Trait
+from llmcompress.passes.pruning.slicing import FORMS, BasisName, Slicing
+
+
+@PASSES.register("slicegpt")
+class SliceGPT(ModelPass):
+    """Fewer channels in the residual stream: everything that reads or writes it gets smaller, attention and FFN do not.
+
+    `form: global` gives the whole stream one basis and cuts it once: an ordinary smaller model. `form: shortcuts` is
+    the paper's: a basis of its own after every addition, and a matrix on every skip that leads from one to the next.
+
+    Source: Ashkboos et al., arXiv 2401.15024. Differs: the paper knows no global form; tokens count at unit length, as
+    norms see them; the mean is taken out of what is written only where norms subtract it; nothing is damped before the
+    decomposition, which would change no direction.
+    """
+
+    makes: ClassVar[frozenset[Trait]] = frozenset({"shapes"})
+    spoils: ClassVar[Mapping[Trait, str]] = {
+        "zeros": "would fill the zeros: a rotation mixes all channels",
+        "pattern": "would fill the zeros: a rotation mixes all channels",
+    }
+
+    ratio: float = Field(0.25, ge=0, lt=1, description="share of the channels of the residual stream to remove")
+    form: Literal["global", "shortcuts"] = Field(
+        "global",
+        description="global: one basis, an ordinary smaller model; shortcuts: one after every addition, as in the "
+        "paper: better at equal width, but larger, and only our plug-in loads it",
+    )
+    basis: BasisName = Field("pca", description="pca: principal directions; random: for comparison")
+    round_to: int = Field(8, ge=1, description="the width that stays is rounded down to a multiple of this")
+    refit: bool = Field(
+        True, description="global: what reads the stream makes up by least squares for what each norm loses"
+    )
+    damping: float = Field(0.001, gt=0, le=1, description="of the least squares, as a share of the mean diagonal")
+
+    @model_validator(mode="after")
+    def _only_global_is_refitted(self) -> Self:
+        if self.form != "global" and {"refit", "damping"} & self.model_fields_set:
+            raise ValueError("`refit` and `damping` belong to `form: global`: a basis per norm leaves nothing to refit")
+        return self
+
+    @override
+    def uses_data(self) -> bool:
+        """Not for a random basis, unless what reads it is refitted."""
+        return self.basis == "pca" or (self.form == "global" and self.refit)
+
+    @override
+    def apply(self, whole: WholeModel) -> list[SiteReport]:
+        """Find who reads and writes the stream, prove it by mirroring it, then slice.
+
+        Raises: CompressError where a change of basis is not exact, or nothing would be left.
+        """
+        residual = find_residual(whole.model)
+        width = self._width(residual.width)
+        whole.model.float()
+        slicing = Slicing(width, self.basis, self.damping if self.refit else None)
+        return FORMS[self.form](whole, residual, slicing)
+
+    def _width(self, before: int) -> int:
+        if self.ratio == 0:
+            return before
+        width = int((1 - self.ratio) * before) // self.round_to * self.round_to
+        if width < 2:
+            raise CompressError(
+                "slicegpt.nothing-left",
+                f"{1 - self.ratio:.0%} of {before} channels are less than `round_to`: {self.round_to}",
+                where="slicegpt",
+                fix="remove less, or set a smaller `round_to`",
+                exit_code=ExitCode.USAGE,
+            )
+        return width

@@ -1,0 +1,330 @@
+"""Passes that zero single weights, and what later passes make of the zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llmcompress.calibration.whole import WholeModel
+from llmcompress.errors import CompressError
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.map import ModelMap
+from llmcompress.model.probe import map_model
+from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.numerics.masks import due
+from llmcompress.numerics.statistics import Gram
+from llmcompress.passes.apply import apply_passes
+from llmcompress.passes.base import PASSES, Pass
+from llmcompress.passes.pruning.sparse import SparsePass
+from llmcompress.progress import Silent
+from llmcompress.recipe import parse_recipe
+from tests.families import VOCABULARY, tiny_model
+
+FAMILIES = ("llama_gqa", "gpt2", "qwen3_moe")
+METHODS: list[tuple[str, dict[str, Any]]] = [
+    ("magnitude", {"sparsity": 0.37}),
+    ("magnitude", {"comparison": "row"}),
+    ("magnitude", {"pattern": "2:4"}),
+    ("wanda", {"sparsity": 0.61}),
+    ("wanda", {"pattern": "4:8"}),
+    ("sparsegpt", {"sparsity": 0.61}),
+    ("sparsegpt", {"pattern": "2:4", "block": 13}),
+]
+QUANTIZERS: list[tuple[tuple[str, dict[str, Any]], ...]] = [
+    (("rtn", {"scheme": "int4_g32_asym"}),),
+    (("gptq", {"scheme": "int3_g32_asym"}),),
+    (("gptq", {"scheme": "int4_g16", "act_order": False, "true_sequential": True}),),
+    (("awq", {"scheme": "int3_g32_asym", "points": 4}),),
+    (("awq", {"round": False, "points": 4}), ("gptq", {"scheme": "int4_channel"})),
+    (("smoothquant", {}), ("gptq", {"scheme": "int8_channel_a8tensor"})),
+    (("wanda", {"pattern": "2:4"}),),
+    (("sparsegpt", {"sparsity": 0.6, "scheme": "int4_g32"}),),
+]
+
+_maps: dict[str, ModelMap] = {}
+
+
+def map_of(family: str) -> ModelMap:
+    if family not in _maps:
+        _maps[family] = map_model(tiny_model(family, seed=1))
+    return _maps[family]
+
+
+def windows(count: int = 6, tokens: int = 24) -> Tensor:
+    return torch.randint(3, VOCABULARY, (count, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def make(name: str, options: Mapping[str, Any]) -> Pass:
+    padded = {"on_indivisible": "pad"} if "on_indivisible" in PASSES[name].model_fields else {}
+    return PASSES[name](**{**padded, **options})
+
+
+def compressed(family: str, *passes: Pass, dtype: torch.dtype = torch.float32) -> tuple[Any, list[SiteReport]]:
+    return apply_passes(
+        tiny_model(family, seed=1),
+        map_of(family),
+        passes,
+        windows(),
+        batch=4,
+        device=torch.device("cpu"),
+        storage_dtype=dtype,
+        progress=Silent(),
+    )
+
+
+def whole_model(family: str) -> WholeModel:
+    return WholeModel(
+        tiny_model(family, seed=1),
+        map_of(family),
+        windows(),
+        batch=4,
+        device=torch.device("cpu"),
+        storage_dtype=torch.float32,
+        progress=Silent(),
+    )
+
+
+def weight_at(model: nn.Module, site: str) -> Tensor:
+    """Outputs × inputs, also for the transposed linears of GPT-2."""
+    module = model.get_submodule(site)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if type(module).__name__ == "Conv1D" else weight
+
+
+def share_of_zeros(model: nn.Module, sites: tuple[str, ...]) -> tuple[int, int]:
+    weights = [weight_at(model, site) for site in sites]
+    return sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("name", "options"), METHODS, ids=str)
+def test_every_site_loses_exactly_its_share_and_the_report_says_so(
+    family: str, name: str, options: dict[str, Any]
+) -> None:
+    each = make(name, options)
+    assert isinstance(each, SparsePass)
+    model, rows = compressed(family, each)
+    again, rows_again = compressed(family, each)
+    assert rows == rows_again
+    assert {row.site for row in rows} == set(map_of(family).site_names())
+    for row in rows:
+        weight = weight_at(model, row.site)
+        assert torch.equal(weight, weight_at(again, row.site))
+        assert int((weight == 0).sum()) == due(each.target, weight.numel())
+        assert row.sparsity == int((weight == 0).sum()) / weight.numel()
+        if each.zeros:
+            groups = (weight == 0).reshape(len(weight), -1, each.zeros.of)
+            assert (groups.sum(-1) == each.zeros.zeros).all()
+        if name == "sparsegpt" and row.error is not None and row.error_before is not None:
+            assert row.error <= row.error_before
+    assert torch.isfinite(model(windows()).logits).all()
+
+
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt"])
+def test_no_sparsity_changes_nothing(name: str) -> None:
+    model, rows = compressed("llama_gqa", make(name, {"sparsity": 0.0}))
+    before = tiny_model("llama_gqa", seed=1).state_dict()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert {row.sparsity for row in rows} == {0.0} and {row.error for row in rows} <= {None, 0.0}
+
+
+@pytest.mark.parametrize("family", ["llama_gqa", "opt"])
+@pytest.mark.parametrize("later", QUANTIZERS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_zero_stays_zero_in_every_later_pass(
+    family: str, later: tuple[tuple[str, dict[str, Any]], ...], dtype: torch.dtype
+) -> None:
+    masked, _ = compressed(family, make("magnitude", {}), dtype=dtype)
+    model, _ = compressed(family, make("magnitude", {}), *(make(*each) for each in later), dtype=dtype)
+    for site in map_of(family).site_names():
+        zeros = weight_at(masked, site) == 0
+        assert zeros.float().mean() == 0.5
+        assert (weight_at(model, site)[zeros] == 0).all(), site
+        assert (weight_at(model, site)[~zeros] != 0).any(), site
+
+
+@pytest.mark.parametrize("scheme", ["int4_g32", "int3_channel_asym", "int8_g16_a8tensor"])
+@pytest.mark.parametrize("options", [{"sparsity": 0.5}, {"pattern": "2:4"}], ids=str)
+def test_sparsegpt_with_a_scheme_leaves_codes_with_exact_zeros(scheme: str, options: dict[str, Any]) -> None:
+    each = make("sparsegpt", {**options, "scheme": scheme})
+    assert each.quantizes() and "zeros" in each.traits()
+    model, rows = compressed("llama_gqa", each)
+    for row in rows:
+        assert isinstance(model.get_submodule(row.site), QuantLinear)
+        assert row.scheme == scheme and row.sparsity is not None and row.sparsity >= 0.5
+        zeros = (weight_at(model, row.site) == 0).view(-1, 4).sum(1)
+        assert zeros.min() >= 2 if "pattern" in options else zeros.sum() >= 2 * len(zeros)
+        assert row.error is not None and row.error_before is not None and row.error <= row.error_before
+
+
+def test_sparsegpt_repairs_what_its_mask_breaks() -> None:
+    """On the very inputs it was measured on, the whole output is nearer than with the mask alone."""
+    model, rows = compressed("llama_gqa", make("sparsegpt", {}))
+    mask_alone, rows_alone = compressed("llama_gqa", make("magnitude", {}))
+    dense = tiny_model("llama_gqa", seed=1)(windows()).logits
+    errors = [(each(windows()).logits - dense).square().mean() for each in (model, mask_alone)]
+    assert errors[0] < errors[1]
+    assert not [row for row in (*rows, *rows_alone) if row.degraded]
+
+
+def test_a_repair_that_ends_worse_is_undone_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(weight_OI: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return torch.where(sweep(weight_OI, *args, **kwargs) == 0, 0.0, 100.0)
+
+    from llmcompress.passes.pruning import sparsegpt
+
+    sweep: Any = sparsegpt.sweep_columns
+    monkeypatch.setattr(sparsegpt, "sweep_columns", spoil)
+    _, rows = compressed("llama_gqa", make("sparsegpt", {}))
+    for row in rows:
+        assert row.degraded and "worse" in row.degraded and row.sparsity == 0.5
+        assert row.error is not None and row.error_before is not None and row.error <= row.error_before < 1
+
+
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt"])
+def test_a_site_that_no_token_reached_is_pruned_by_magnitude_and_reported(name: str) -> None:
+    """As experts are that the router never chose."""
+    each, whole = make(name, {}), whole_model("llama_gqa")
+    assert isinstance(each, SparsePass)
+    block = next(whole.stream())
+    for site in block.sites:
+        site.set_statistics({kind: kind(site.info.inputs, whole.device) for kind in each.needs()})
+    rows = each.apply(block, block.sites)
+    by_magnitude, _ = compressed("llama_gqa", make("magnitude", {}))
+    for row in rows:
+        assert row.tokens == 0 and row.sparsity == 0.5 and row.degraded and "no tokens" in row.degraded
+        assert torch.equal(weight_at(whole.model, row.site), weight_at(by_magnitude, row.site))
+
+
+def test_one_threshold_for_all_sites_drops_the_smallest_of_all() -> None:
+    model, _ = compressed("llama_gqa", make("magnitude", {"sparsity": 0.4, "comparison": "global"}))
+    sites = map_of("llama_gqa").site_names()
+    dense = torch.cat([weight_at(tiny_model("llama_gqa", seed=1), site).flatten() for site in sites]).abs()
+    kept = torch.cat([weight_at(model, site).flatten() for site in sites]) != 0
+    assert int((~kept).sum()) == due(0.4, dense.numel())
+    assert dense[~kept].max() <= dense[kept].min()
+    assert len({share_of_zeros(model, (site,)) for site in sites}) > 3
+
+
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("allocation", ["outliers", "error"])
+def test_an_allocation_moves_shares_within_bounds_and_meets_the_target_exactly(name: str, allocation: str) -> None:
+    own = "*.layers.1.mlp.down_proj"
+    options = {"sparsity": 0.6, "allocation": allocation, "within": 0.1, "overrides": {own: {"sparsity": 0.25}}}
+    each = make(name, options)
+    assert each.uses_data()
+    model, rows = compressed("llama_gqa", each)
+    shared = tuple(row.site for row in rows if "layers.1.mlp.down_proj" not in row.site)
+    zeros, weights = share_of_zeros(model, shared)
+    assert zeros == due(0.6, weights)
+    found = {row.site: row.sparsity for row in rows}
+    assert len(set(found.values())) > 2
+    assert all(abs((found[site] or 0.0) - 0.6) < 0.1 + 1e-3 for site in shared)
+    assert found["model.layers.1.mlp.down_proj"] == 0.25
+    if allocation == "outliers":
+        blocks = [{round(found[site] or 0.0, 2) for site in shared if f"layers.{index}." in site} for index in range(3)]
+        assert all(max(shares) - min(shares) <= 0.011 for shares in blocks)
+
+
+def test_errors_decide_as_measured() -> None:
+    """No other choice among the shares tried has a smaller sum of errors: moving any two sites does not help."""
+    each = make("magnitude", {"sparsity": 0.5, "allocation": "error", "within": 0.2})
+    assert isinstance(each, SparsePass)
+    whole = whole_model("llama_gqa")
+    counts = {site: int(count) for site, count in each.decide(whole).items()}
+    errors: dict[str, list[float]] = {}
+    for block in whole.stream():
+        block.measure(block.sites, (Gram,))
+        for site in block.sites:
+            weight, gram = site.weight_OI.double(), site.statistic(Gram).sum_II.double()
+
+            def error(share: float, weight: Tensor = weight, gram: Tensor = gram) -> float:
+                lost = weight.masked_fill(
+                    weight.abs() > weight.abs().flatten().sort().values[due(share, weight.numel()) - 1], 0
+                )
+                return float(((lost @ gram) * lost).sum() / ((weight @ gram) * weight).sum())
+
+            share = counts[site.name] / weight.numel()
+            step = 0.02
+            errors[site.name] = [
+                (error(min(share + step, 0.7)) - error(share)) / weight.numel(),
+                (error(share) - error(max(share - step, 0.3))) / weight.numel(),
+            ]
+    gain = min(more for site, (more, _) in errors.items() if counts[site] < 0.69 * size(whole, site))
+    saving = max(less for site, (_, less) in errors.items() if counts[site] > 0.31 * size(whole, site))
+    assert gain > 0.7 * saving
+
+
+def size(whole: WholeModel, name: str) -> int:
+    site = next(site for site in whole.sites() if site.name == name)
+    return site.info.outputs * site.info.inputs
+
+
+def test_overrides_give_some_sites_another_share_or_pattern() -> None:
+    model, rows = compressed(
+        "llama_gqa",
+        make(
+            "wanda",
+            {"overrides": {"*.q_proj": {"sparsity": 0.25}, "*.mlp.*": {"pattern": "1:4"}}, "exclude": ["*.o_proj"]},
+        ),
+    )
+    found = {row.site.rsplit(".", 1)[1]: row.sparsity for row in rows}
+    half, quarter = ("k_proj", "v_proj"), ("q_proj", "gate_proj", "up_proj", "down_proj")
+    assert found == dict.fromkeys(half, 0.5) | dict.fromkeys(quarter, 0.25)
+    groups = (weight_at(model, "model.layers.0.mlp.up_proj") == 0).view(-1, 4).sum(1)
+    assert (groups == 1).all()
+
+
+def test_widths_that_no_pattern_fits_are_refused_before_any_work_with_every_way_out() -> None:
+    each = make("magnitude", {"pattern": "2:4", "exclude": ["*.o_proj"]})
+    with pytest.raises(CompressError) as found:
+        each.check(map_of("llama_odd"))
+    error = found.value
+    assert error.code == "sparsity.indivisible" and "18 sites" in error.what
+    assert "model.layers.*.mlp.down_proj: 75 inputs, 2:4" in error.where
+    assert '"*.down_proj"' in error.fix and "pattern: unstructured" in error.fix
+    make("magnitude", {"pattern": "1:3", "exclude": ["*.o_proj"]}).check(map_of("llama_odd"))
+    only_even = make("magnitude", {"pattern": "2:4", "exclude": ["*.down_proj"]})
+    with pytest.raises(CompressError, match="do not divide") as found:
+        compressed("llama_odd", only_even)
+    assert "`pattern: 1:2`" in found.value.fix
+    with pytest.raises(CompressError, match="scheme"):
+        PASSES["sparsegpt"](scheme="int4_g128").check(map_of("llama_odd"))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("{pattern: 2:4, sparsity: 0.6}", "fixes `sparsity`"),
+        ("{pattern: 2:4, allocation: outliers}", "must be uniform"),
+        ("{outlier_times: 3}", "belongs to `allocation: outliers`"),
+        ("{within: 0.1}", "belongs to `allocation"),
+        ("{pattern: 4:2}", "not a pattern"),
+        ("{sparsity: 1.0}", "sparsity"),
+        ("{comparison: global, allocation: error}", "must be uniform"),
+        ("{comparison: row, pattern: 2:4}", "leave `comparison` out"),
+        ('{overrides: {"*.q_proj": {allocation: error}}}', "allocation"),
+    ],
+)
+def test_options_that_contradict_are_refused_with_their_line(options: str, said: str) -> None:
+    with pytest.raises(CompressError, match=said) as found:
+        parse_recipe(f"model: builtin:books-llama\npasses:\n  - magnitude: {options}\n", "recipe.yaml")
+    assert "line 3" in found.value.where
+
+
+def test_a_pattern_needs_no_quotes_in_yaml() -> None:
+    recipe = parse_recipe("model: builtin:books-llama\npasses:\n  - wanda: {pattern: 2:4}\n", "recipe.yaml")
+    (each,) = recipe.passes
+    assert isinstance(each, SparsePass) and each.pattern == "2:4" and "pattern" in each.traits()
+
+
+def test_pruning_after_rounding_is_refused_and_before_it_is_not() -> None:
+    late = "model: builtin:books-llama\npasses:\n  - rtn: {scheme: int4_g32}\n  - wanda: {sparsity: 0.5}\n"
+    with pytest.raises(CompressError, match="codes"):
+        parse_recipe(late, "recipe.yaml")
+    parse_recipe("model: builtin:books-llama\npasses:\n  - wanda\n  - gptq: {scheme: int4_g32}\n", "recipe.yaml")
