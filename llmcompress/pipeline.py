@@ -20,6 +20,7 @@ from llmcompress.evaluation.footprint import bytes_on_disk
 from llmcompress.evaluation.perplexity import EvaluationText, evaluation_text, measure
 from llmcompress.evaluation.report import PerplexityResult, Quality, Report
 from llmcompress.evaluation.settings import Evaluate
+from llmcompress.evaluation.speed import SpeedResult, speed_of
 from llmcompress.export.checkpoint import loader_of
 from llmcompress.export.companions import companions
 from llmcompress.export.folder import check_output, publish, staging_folder
@@ -200,6 +201,29 @@ def evaluate(
     live, tokenizer = load(model, dtype=torch.float32, device=where)
     texts = [evaluation_text(task, tokenizer, live.config) for task in (settings or Evaluate()).perplexity]
     return _measure(live, texts, where, progress or Silent())
+
+
+def speed(
+    models: Sequence[str],
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    prompt_tokens: int = 128,
+    new_tokens: int = 32,
+    repeats: int = 5,
+) -> dict[str, SpeedResult]:
+    """Tokens per second of dense or compressed models, measured in turns; `dtype` auto: float32 on a CPU.
+
+    Raises: CompressError when a model cannot be read.
+    """
+    return speed_of(
+        models,
+        device=_device(device),
+        dtype=dtype,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repeats=repeats,
+    )
 
 
 class Stopwatch:

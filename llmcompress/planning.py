@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from math import prod
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from llmcompress.cost import peak_memory_bytes, seconds
+from llmcompress.errors import CompressError
 from llmcompress.export.base import Layout, Loader, ZeroPoints, check_format, planned_sites, unsupported
 from llmcompress.export.checkpoint import loader_of
 from llmcompress.loading.preflight import Preflight, preflight
@@ -21,6 +23,7 @@ from llmcompress.loading.tensors import DTYPES
 from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.model.probe import probe
 from llmcompress.modules.scheme import Scheme
+from llmcompress.passes.apply import stages
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.quantization.resolve import site_schemes
 from llmcompress.progress import Progress
@@ -43,9 +46,11 @@ class PlannedSite(_Row):
     scheme: str | None
     """None: it stays dense."""
     bits_per_weight: float
-    """Bits on disk ÷ weights: codes, scales and zero points, or the dense type."""
+    """Bits on disk ÷ weights of the dense site: codes, scales and zero points, or the dense type."""
     bytes: int
     """On disk, its bias included."""
+    kept_share: float = 1.0
+    """Share of its parameters left after pruning or decomposition; an estimate where data decide."""
 
 
 class Plan(_Row):
@@ -59,7 +64,7 @@ class Plan(_Row):
     bytes_dense: int
     """Weight files that are read."""
     output_bytes: int
-    """Weight files that would be written."""
+    """Weight files that would be written; an estimate when any site's `kept_share` is below 1."""
     peak_memory_bytes: int
     estimated_seconds: float
     """Of compression on this machine; text, evaluation and saving come on top."""
@@ -77,25 +82,29 @@ def make_plan(
     model_map = model_map or probe(checked.config)
     loader = loader_of(checked.config)
     notes = check_recipe(recipe, model_map, loader)
-    schemes = site_schemes(recipe.passes, model_map)
+    schemes = planned_schemes(recipe, model_map)
     dtype = storage_dtype_of(recipe, checked)
     layouts = {} if recipe.save.format == "plain" else _layouts(schemes, model_map, loader, recipe.save.zero_points)
 
     tensors = _other_tensors(checked, model_map, dtype)
-    sites = []
+    sites, removed = [], 0
     for block in model_map.blocks:
         for site in block.structure.sites:
             name = block.full(site.name)
             stored = _stored(site, schemes.get(name), layouts.get(name), dtype)
             tensors |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
             weight_bytes = sum(_bytes(*tensor) for part, tensor in stored.items() if part != "bias")
+            share = prod(each.kept_share(name, site, model_map) for each in recipe.passes if each.selects(name))
+            total = sum(_bytes(*tensor) for tensor in stored.values())
+            removed += round(total * (1 - share))
             sites.append(
                 PlannedSite(
                     site=name,
                     passes=tuple(PASSES.name_of(type(each)) for each in recipe.passes if each.selects(name)),
                     scheme=schemes[name].name if name in schemes else None,
-                    bits_per_weight=8 * weight_bytes / (site.outputs * site.inputs),
-                    bytes=sum(_bytes(*tensor) for tensor in stored.values()),
+                    bits_per_weight=8 * share * weight_bytes / (site.outputs * site.inputs),
+                    bytes=round(total * share),
+                    kept_share=share,
                 )
             )
     parameters = sum(prod(shape) for shape in checked.contents.shapes.values())
@@ -105,7 +114,7 @@ def make_plan(
         sites=tuple(sites),
         refused=refused(model_map),
         bytes_dense=checked.bytes_weights,
-        output_bytes=_file_bytes(tensors),
+        output_bytes=_file_bytes(tensors) - removed,
         peak_memory_bytes=peak_memory_bytes(recipe, model_map, parameters=parameters),
         estimated_seconds=seconds(recipe, model_map),
         warnings=tuple(dict.fromkeys([*checked.warnings, *notes])),
@@ -120,8 +129,25 @@ def check_recipe(recipe: Recipe, model_map: ModelMap, loader: Loader) -> list[st
     """
     check_sites(recipe.passes, model_map.site_names())
     check_order(recipe.passes, model_map.site_names())
-    schemes = site_schemes(recipe.passes, model_map)
+    for each in stages(recipe.passes)[0].passes:
+        each.check(model_map)
+    schemes = planned_schemes(recipe, model_map)
     return check_format(recipe.save.format, model_map, schemes, loader, recipe.save.zero_points)
+
+
+def planned_schemes(recipe: Recipe, model_map: ModelMap) -> dict[str, Scheme]:
+    """Full name → scheme of every site that will hold codes, on the model as it is now.
+
+    Once a pass changes what the linears are, sizes are others and are asked again when the later stage begins.
+    Raises: CompressError listing every site of the first stages whose inputs do not divide into groups.
+    """
+    cut = stages(recipe.passes)
+    first = next((stage.index for stage in cut if stage.changes_sites), len(cut))
+    schemes = site_schemes([each for stage in cut if stage.index <= first for each in stage.passes], model_map)
+    for stage in cut[first + 1 :]:
+        with suppress(CompressError):
+            schemes |= site_schemes(stage.passes, model_map)
+    return schemes
 
 
 def storage_dtype_of(recipe: Recipe, checked: Preflight) -> torch.dtype:

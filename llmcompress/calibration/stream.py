@@ -97,7 +97,15 @@ class BlockWork:
         """The output for the first sequence of the first batch; for the whole batch where its axis cannot be told."""
         hidden, call = self._inputs[0], self._calls[0]
         batch, tokens, _ = hidden.shape
-        if batch != tokens:
+        rows: list[int] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            rows.extend(tensor.shape[:1])
+            return tensor
+
+        call.with_tensors(note)
+        # Bloom and Falcon hand their blocks biases of batch · heads rows
+        if batch != tokens and all(count <= batch or count % batch for count in rows):
             hidden = hidden[:1]
             call = call.with_tensors(lambda tensor: tensor[:1] if tensor.shape[:1] == (batch,) else tensor)
         return self._run(hidden, call)
@@ -163,6 +171,10 @@ class BlockWork:
     def become(self, module: nn.Module, outputs: list[Tensor] | None = None) -> None:
         """Another module takes the block's place; `outputs`, where they are known, are fed onward as they are."""
         self.module, self._known_outputs = module, outputs
+
+    def inputs(self) -> list[Tensor]:
+        """The block's input for every batch, on the CPU; not to be changed."""
+        return list(self._inputs)
 
     @torch.no_grad()
     def outputs(self) -> list[Tensor]:

@@ -12,7 +12,9 @@ from rich.text import Text
 from llmcompress.cli.terminal import duration, size
 
 if TYPE_CHECKING:
+    from llmcompress.evaluation.footprint import Footprint
     from llmcompress.evaluation.report import PerplexityResult, Report
+    from llmcompress.evaluation.speed import SpeedResult
 
 WORST_SITES = 5
 ROWS_SHOWN = 40
@@ -92,6 +94,51 @@ def perplexity_table(results: Sequence[PerplexityResult]) -> Table:
         for each in results
     ]
     return plain_table(("text", "#perplexity", "#bits per byte", "#window", "BOS", "#tokens"), rows)
+
+
+def footprint_tables(found: Sequence[Footprint], compared: dict[str, float] | None) -> list[RenderableType]:
+    """One column per model, and the ratio of two; what no file stores in a table of its own."""
+    ratio = ("",) if compared is None else ("", "#ratio")
+    names = [f"#{each.model}" for each in found]
+    facts: list[tuple[str, ...]] = [("format", *(each.format for each in found))]
+    for name in ("parameters", "embedding", "head", "blocks", "other", "nonzero"):
+        facts.append((name.replace("nonzero", "not zero"), *(f"{getattr(each, name):,}" for each in found)))
+    for name, label in (("bytes_on_disk", "weight files"), ("ideal_bytes", "bytes without padding or headers")):
+        facts.append((label, *(size(getattr(each, name)) for each in found)))
+    facts.append(("bits per weight, on disk", *(f"{each.stored_bits_per_weight:.3f}" for each in found)))
+    keys = [None, "parameters", None, None, "blocks", None, "nonzero", "bytes_on_disk", "ideal_bytes", None]
+    if compared is not None:
+        cells = (f"{compared[key]:.3f}" if key in compared else "" for key in keys)
+        facts = [(*row, cell) for row, cell in zip(facts, cells, strict=True)]
+    theory: list[tuple[str, ...]] = [
+        ("non-zeros and a bit per place", *(size(each.sparse_ideal_bytes) for each in found)),
+        ("entropy, bits per code", *(_number(each.entropy_bits_per_code) for each in found)),
+        ("Huffman's code, bits per code", *(_number(each.huffman_bits_per_code) for each in found)),
+    ]
+    title = "in theory: no file here is stored so"
+    return [plain_table(("", *names, *ratio[1:]), facts), plain_table(("", *names), theory, title=title)]
+
+
+def speed_table(results: dict[str, SpeedResult]) -> Table:
+    """One row per model, ratios to the first."""
+    first = next(iter(results.values()))
+    rows = [
+        (
+            name,
+            f"{each.prefill_tokens_per_second:.1f} ±{each.prefill_spread / 2:.0%}",
+            f"{each.prefill_tokens_per_second / first.prefill_tokens_per_second:.2f}",
+            f"{each.decode_tokens_per_second:.1f} ±{each.decode_spread / 2:.0%}",
+            f"{each.decode_tokens_per_second / first.decode_tokens_per_second:.2f}",
+            f"{each.seconds_to_first_token * 1000:.0f} ms",
+        )
+        for name, each in results.items()
+    ]
+    title = (
+        f"{first.device}, {first.threads} threads, {first.dtype}: prompt of {first.prompt_tokens} tokens, "
+        f"{first.new_tokens} new, median of {first.repeats}"
+    )
+    headings = ("", "#prefill tokens/s", "#ratio", "#decode tokens/s", "#ratio", "#first token")
+    return plain_table(headings, rows, title=title)
 
 
 def map_tables(found: dict[str, Any]) -> list[RenderableType]:
@@ -178,6 +225,10 @@ def _reasons(title: str, reasons: dict[str, str]) -> Table:
 def _kind(site: str) -> str:
     """`model.layers.*.mlp.up_proj`: the same site of all blocks."""
     return ".".join("*" if part.isdecimal() else part for part in site.split("."))
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _percent(share: float | None) -> str:

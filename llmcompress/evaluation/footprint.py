@@ -10,8 +10,10 @@ from math import prod
 from pathlib import Path
 
 import torch
+import transformers
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from llmcompress.evaluation.stored import CodedSite, Stored, Tensors, stored
 from llmcompress.loading.config import read_config
@@ -174,10 +176,20 @@ def _parts(folder: Path) -> dict[str, str]:
     found = {
         find_blocks(model)[0][0].rpartition(".")[0]: "blocks",
         names[id(embedding)]: "embedding",
-        names[id(head)]: TWICE if head.weight is embedding.weight else "head",
+        _name_on_disk(model, names[id(head)]): TWICE if head.weight is embedding.weight else "head",
     }
     prefix = f"{model.base_model_prefix}."
     return found | {name.removeprefix(prefix): part for name, part in found.items()}
+
+
+def _name_on_disk(model: PreTrainedModel, module: str) -> str:
+    """What a checkpoint calls a module's weight, without `.weight`: transformers 5 renames GPT-NeoX's head."""
+    if int(transformers.__version__.split(".")[0]) < 5:
+        return module
+    from transformers.core_model_loading import revert_weight_conversion
+
+    renamed = revert_weight_conversion(model, {f"{module}.weight": torch.empty(0, device="meta")})
+    return str(next(iter(renamed))).removesuffix(".weight")
 
 
 def _part_of(tensor: str, parts: Mapping[str, str]) -> str:
@@ -189,7 +201,7 @@ def _code_bits(site: CodedSite) -> int:
 
 
 def _histogram(codes_OI: Tensor) -> dict[int, int]:
-    symbols, counts = codes_OI.unique(return_counts=True)
+    symbols, counts = torch.unique(codes_OI, return_counts=True)
     return dict(zip(symbols.tolist(), counts.tolist(), strict=True))
 
 

@@ -43,7 +43,7 @@ class SpeedResult(BaseModel):
     """Median, from the prompt to the first new token."""
 
 
-def speed(
+def speed_of(
     models: Sequence[str],
     *,
     device: str | torch.device = "cpu",
@@ -64,9 +64,7 @@ def speed(
     return compare_speed(loaded, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats)
 
 
-def measure_speed(
-    model: nn.Module, *, prompt_tokens: int = 128, new_tokens: int = 32, repeats: int = 5
-) -> SpeedResult:
+def measure_speed(model: nn.Module, *, prompt_tokens: int = 128, new_tokens: int = 32, repeats: int = 5) -> SpeedResult:
     """Speed of one model on the device where it is."""
     return compare_speed({"model": model}, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats)["model"]
 
@@ -89,7 +87,9 @@ def compare_speed(
     assert new_tokens > 1 and repeats > 0
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     modes = {name: model.training for name, model in models.items()}
-    prompts = {name: _prompt(model, prompt_tokens) if prompt_1T is None else prompt_1T for name, model in models.items()}
+    prompts = {
+        name: _prompt(model, prompt_tokens) if prompt_1T is None else prompt_1T for name, model in models.items()
+    }
     collecting = gc.isenabled()
     gc.disable()  # a collection in the middle of a run would be counted as the model's time
     try:

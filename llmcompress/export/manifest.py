@@ -23,7 +23,7 @@ VERSION = 1
 def save_with_manifest(
     model: PreTrainedModel, folder: Path, found: Manifest, *, storage_dtype: torch.dtype, max_shard_size: str
 ) -> Saved:
-    """Write a folder that `from_pretrained` loads after `import llmcompress`, and refuses without; `found` is its manifest."""
+    """Write a folder that `from_pretrained` loads after `import llmcompress` and refuses without."""
     config = portable_config(model, storage_dtype)
     config["quantization_config"] = {"quant_method": METHOD, "version": VERSION, **found.to_json()}
     files, size = write_model(
@@ -40,4 +40,4 @@ def save_with_manifest(
 def packed_tensors(site: QuantLinear, storage_dtype: torch.dtype) -> dict[str, Tensor]:
     """Codes at their own width, scales and bias as they are stored."""
     tensors = PackedLinear.pack(site).state_dict()
-    return {name: tensor.to(storage_dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    return {name: part.to(storage_dtype) if part.is_floating_point() else part for name, part in tensors.items()}

@@ -84,7 +84,7 @@ class Attention:
 
 
 def find_attentions(model: PreTrainedModel, index: int, structure: BlockStructure) -> list[Attention]:
-    """The attentions of one block whose values reach their reader through a fold of the map; the model is not changed."""
+    """The attentions of one block whose values reach a reader through a fold of the map; the model is not changed."""
     block = copy.deepcopy(find_blocks(model)[index][1]).float().requires_grad_(False)
     found = []
     for fold in structure.folds:

@@ -122,8 +122,9 @@ class _Search:
         while found:
             moves = [move for move in self._moves(changes, found) if (move.name, move.value) not in banned]
             step, left = self._best(changes | {move.name: move.value} for move in moves)
+            self._note_inert(changes, moves)
             if len(left) >= len(found):
-                step, left = self._best(changes | pair for pair in self._pairs(changes, moves))
+                step, left = self._best(changes | pair for pair in self._pairs(moves))
             if len(left) >= len(found):
                 return changes, False
             changes, found = step, left
@@ -163,11 +164,14 @@ class _Search:
                     moves[_Move(name, value * live // max(stock, 1))] = None
         return list(moves)
 
-    def _pairs(self, changes: Changes, moves: Iterable[_Move]) -> Iterator[Changes]:
-        """Pairs of moves of which each alone changes the model (or makes it impossible); others are not tried again."""
+    def _note_inert(self, changes: Changes, moves: Iterable[_Move]) -> None:
+        """Attributes that do nothing to the model are not tried again: building models takes nearly all the time."""
         before = self._facts(changes)
-        effective = [move for move in moves if self._facts(changes | {move.name: move.value}) != before]
-        self._inert |= {move.name for move in moves} - {move.name for move in effective}
+        effective = {move.name for move in moves if self._facts(changes | {move.name: move.value}) != before}
+        self._inert |= {move.name for move in moves} - effective
+
+    def _pairs(self, moves: Iterable[_Move]) -> Iterator[Changes]:
+        effective = (move for move in moves if move.name not in self._inert)
         for one, other in combinations(effective, 2):
             if one.name != other.name:
                 yield {one.name: one.value, other.name: other.value}

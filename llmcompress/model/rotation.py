@@ -22,14 +22,14 @@ Constants = Literal["bias", "mean"]
 """Where the bias of a norm goes when its reader has none: into a new bias of the reader; or into the direction of all
 ones, which a centred norm never gives: the norm's bias becomes 1 everywhere, and the mean of a reader's row the constant."""
 
-_SIZES: dict[tuple[str, int], tuple[str, ...]] = {
-    ("Linear", 0): ("out_features",),
-    ("Linear", 1): ("in_features",),
-    ("Conv1D", 0): ("nx",),
-    ("Conv1D", 1): ("nf",),
-    ("Embedding", 1): ("embedding_dim",),
+_SIZES: dict[tuple[str, int], str] = {
+    ("Linear", 0): "out_features",
+    ("Linear", 1): "in_features",
+    ("Conv1D", 0): "nx",
+    ("Conv1D", 1): "nf",
+    ("Embedding", 1): "embedding_dim",
 }
-"""Under which names modules note the sizes of their weight's axes."""
+"""Under which names modules note the sizes of their weight's axes; others note what they like."""
 
 
 @torch.no_grad()
@@ -67,27 +67,40 @@ def untie(model: PreTrainedModel) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head.weight is embedding.weight:
         head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
-    model.config.tie_word_embeddings = False
-    model.config.get_text_config().tie_word_embeddings = False
+    for noted in (model.config, model.config.get_text_config(), model):
+        if getattr(noted, "tie_word_embeddings", False):
+            noted.tie_word_embeddings = False
 
 
 @torch.no_grad()
 def contract(model: nn.Module, name: str, axis: int, matrix_DW: Tensor) -> None:
-    """Multiply a parameter by a matrix along the axis that meets the stream."""
+    """Multiply a parameter by a matrix along the axis that meets the stream; its owner notes the new size."""
     parameter = model.get_parameter(name)
     matrix_DW = matrix_DW.to(parameter.device, torch.float32)
-    put(model, name, (parameter.detach().float().movedim(axis, -1) @ matrix_DW).movedim(-1, axis), axis)
-
-
-def put(model: nn.Module, name: str, value: Tensor, axis: int) -> None:
-    """Another value for a parameter, whose owner notes its size along that axis."""
+    value = (parameter.detach().float().movedim(axis, -1) @ matrix_DW).movedim(-1, axis).contiguous()
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
-    setattr(owner, leaf, nn.Parameter(value.contiguous(), requires_grad=False))
-    if value.dim() == 2:
-        for kind in type(owner).__mro__:
-            for size in _SIZES.get((kind.__name__, axis), ()):
-                setattr(owner, size, value.shape[axis])
+    setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
+    if value.dim() < 2:
+        return
+    before, width = matrix_DW.shape
+    noted = [size for kind in type(owner).__mro__ if (size := _SIZES.get((kind.__name__, axis)))]
+    if not noted:  # routers and banks of experts
+        noted = [key for key, number in vars(owner).items() if type(number) is int and number == before]
+    for size in noted:
+        setattr(owner, size, width)
+
+
+@torch.no_grad()
+def readers_gram(model: nn.Module, prefix: str, norm: StreamNorm, device: torch.device) -> Tensor:
+    """D×D, float64: sum of WᵀW over all that reads what the norm gives."""
+    total: Tensor | float = 0.0
+    for port in norm.readers:
+        weight = model.get_parameter(prefix + port.parameter).detach().movedim(port.axis, -1)
+        rows = weight.reshape(-1, weight.shape[-1]).to(device, torch.float32)
+        total = total + (rows.T @ rows).double()
+    assert isinstance(total, Tensor)
+    return total
 
 
 def resize_norm(norm: nn.Module, before: int, width: int) -> None:
@@ -146,12 +159,15 @@ def _centred(rows: Tensor, centred: bool) -> Tensor:
 
 
 def few_tokens(model: PreTrainedModel) -> Tensor:
+    """Two short sequences of random tokens, on the CPU."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocabulary, (2, 8), generator=generator)
 
 
+@torch.no_grad()
 def logits_of(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
+    """What the model computes for them."""
     device = model.get_input_embeddings().weight.device
     logits: Tensor = model(input_ids=ids_BT.to(device), use_cache=False).logits
     return logits

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.model.map import SiteInfo
-from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.modules.base import CompressedModule
 from llmcompress.numerics.statistics import Statistic
 
 S = TypeVar("S", bound=Statistic)
@@ -31,16 +31,18 @@ class LinearSite:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether it holds codes already."""
-        return isinstance(self.module, QuantLinear)
+        """Whether it holds codes or factors already, so that there is no dense weight to change."""
+        return isinstance(self.module, CompressedModule)
 
     @property
     def weight_OI(self) -> Tensor:
-        """A float32 copy of the weight, outputs × inputs."""
-        weight = self.module.weight
+        """A float32 copy of the weight, outputs × inputs; of codes or factors, what they stand for."""
+        module = self.module
+        if isinstance(module, CompressedModule):
+            return module.dense_weight().detach().float().clone()
+        weight = module.weight
         assert isinstance(weight, Tensor)
-        flipped = self.info.transposed and not self.is_quantized
-        return (weight.T if flipped else weight).detach().float().clone()
+        return (weight.T if self.info.transposed else weight).detach().float().clone()
 
     @property
     def bias_O(self) -> Tensor | None:

@@ -29,7 +29,7 @@ class BlockCall:
     hidden_by_keyword: bool = False
 
     def run(self, block: nn.Module, hidden_BTD: Tensor) -> Tensor:
-        """The block's output hidden state, always B×T×D.
+        """The block's output hidden state, always B×T×D (of another width where the basis changes).
 
         Newer transformers blocks return a tensor, whose `[0]` would silently be the first sequence of the batch.
         """
@@ -38,7 +38,7 @@ class BlockCall:
         else:
             output = block(hidden_BTD, *self.args, **self.kwargs)
         hidden = output if isinstance(output, Tensor) else output[0]
-        assert isinstance(hidden, Tensor) and hidden.shape == hidden_BTD.shape, "a block must keep its hidden's shape"
+        assert isinstance(hidden, Tensor) and hidden.shape[:-1] == hidden_BTD.shape[:-1], "a block must keep all tokens"
         return hidden
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> BlockCall:
@@ -150,11 +150,11 @@ def recorders(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> Iter
     standing = [Recorder(block, form) for _, block in blocks]
     try:
         for (name, _), recorder in zip(blocks, standing, strict=True):
-            _put(model, name, recorder)
+            put_module(model, name, recorder)
         yield standing
     finally:
         for name, block in blocks:
-            _put(model, name, block)
+            put_module(model, name, block)
 
 
 @torch.no_grad()
@@ -179,7 +179,8 @@ def record(model: PreTrainedModel, blocks: Sequence[tuple[str, nn.Module]], inpu
     return Recording(hidden, [call for call in calls if call is not None])
 
 
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Another module under a full name."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 

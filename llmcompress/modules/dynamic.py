@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,13 +124,11 @@ def fill_cache(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if cache is None:
         return None
     filling = _FillingCache(cache)
-    try:
+    with suppress(CacheFilledError):
         block(
             *(filling if value is cache else value for value in args),
             **{name: filling if value is cache else value for name, value in kwargs.items()},
         )
-    except CacheFilledError:
-        pass
     return cache
 
 

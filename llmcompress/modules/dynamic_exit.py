@@ -117,7 +117,7 @@ def readings(read: Sequence[nn.Module], hidden_ND: Tensor) -> tuple[Tensor, Tens
     sure, tokens = [], []
     width = getattr(read[-1], "out_features", LOGITS_AT_ONCE)
     assert isinstance(width, int)
-    for hidden_KD in hidden_ND.split(max(1, LOGITS_AT_ONCE // width)):
+    for hidden_KD in torch.split(hidden_ND, max(1, LOGITS_AT_ONCE // width)):
         state = hidden_KD[None]
         for module in read:
             state = module(state)

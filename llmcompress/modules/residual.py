@@ -7,6 +7,7 @@ of the block's code knows. D = channels of a stream, L = all lanes together.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -28,8 +29,8 @@ class LaneNorm(CompressedModule):
 
     def __init__(self, start: int, width: int, divisor: int, epsilon: float) -> None:
         super().__init__()
-        self.start, self.width, self.divisor, self.epsilon = start, width, divisor, epsilon
-        self.in_features = self.out_features = width
+        self.divisor, self.epsilon = divisor, epsilon
+        self.place(start, width)
 
     @override
     def spec(self) -> Spec:
@@ -43,6 +44,11 @@ class LaneNorm(CompressedModule):
     @override
     def dense_weight(self) -> Tensor:
         raise TypeError("a norm stands for no matrix")
+
+    def place(self, start: int, width: int) -> None:
+        """Read other channels."""
+        self.start = start
+        self.width = self.in_features = self.out_features = width
 
     @override
     def forward(self, hidden: Tensor) -> Tensor:
@@ -106,6 +112,12 @@ class ShortcutBlock(Wrapper):
     @override
     def from_spec(cls, spec: Spec, dtype: torch.dtype) -> Self:
         return cls(tuple(int(width) for width in spec["widths"]), dtype)
+
+    def set_shortcuts(self, matrices: Sequence[Tensor]) -> None:
+        """The matrices of the skips, in order, each outputs × inputs."""
+        self.shortcut_in = nn.Parameter(matrices[0].contiguous(), requires_grad=False)
+        if self.shortcut_out is not None:
+            self.shortcut_out = nn.Parameter(matrices[1].contiguous(), requires_grad=False)
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -31,4 +31,5 @@ class LinearMap:
         pull = ridge * gram_II.diagonal().mean()
         regular_II = gram_II + pull * torch.eye(len(gram_II), dtype=torch.float64, device=gram_II.device)
         change_IO = torch.linalg.solve(regular_II, cross_IO - gram_II @ start_IO)
-        return start_IO + change_IO
+        solved_IO: Tensor = start_IO + change_IO
+        return solved_IO

@@ -16,8 +16,8 @@ from llmcompress.numerics.columns import inverse_factor
 def nystrom_channels(gram_CC: Tensor, keep: int, *, ridge: float) -> Tensor:
     """True for the channels that stay: those that the others explain worst.
 
-    That is the highest ridge leverage 1 - λ [(G + λ)⁻¹]ᵢᵢ, so the smallest diagonal of the inverse; λ is `ridge` times the
-    mean diagonal. Channels that were always zero go first; where no inverse exists the energy decides.
+    That is the highest ridge leverage 1 - λ [(G + λ)⁻¹]ᵢᵢ, so the smallest diagonal of the inverse; λ is `ridge` times
+    the mean diagonal. Channels that were always zero go first; where no inverse exists the energy decides.
 
     Source: Lin et al., arXiv 2408.09632, Algorithm 1.
     """
@@ -55,7 +55,7 @@ def value_basis(readers_OV: Sequence[Tensor], grams_VV: Sequence[Tensor], rank: 
     """Orthonormal rows K×V: the directions of a value head whose loss changes what its readers put out least.
 
     One reader and one Gram matrix (of what it reads of this head) per query head. With one query head the product of
-    reader and basis is the best there is: Σ V' of the reader's weight times the root of the Gram matrix, cut at the rank.
+    reader and basis is the best there is: the reader's weight times the root of the Gram matrix, cut at the rank.
     Heads that share their values share the basis; their Gram matrices are averaged.
 
     Source: Lin et al., arXiv 2408.09632, Algorithm 3. Differs: the Gram matrix is that of the averaged values that the
@@ -70,14 +70,15 @@ def value_basis(readers_OV: Sequence[Tensor], grams_VV: Sequence[Tensor], rank: 
     strongest_VK = found_VV.flip(1)[:, :rank]
     # W A U = (W G½ Q) (Qᵀ G^-½): the rows of Qᵀ G^-½ span what must be kept of the values
     inverse_VV = axes_VV * torch.where(energy_V > 1e-12 * energy_V[-1].clamp_min(1e-300), energy_V, torch.inf).rsqrt()
-    return torch.linalg.qr(inverse_VV @ strongest_VK)[0].T
+    basis_VK: Tensor = torch.linalg.qr(inverse_VV @ strongest_VK)[0]
+    return basis_VK.T
 
 
 def allocate(influence_L: Tensor, sizes_L: Tensor, most_L: Tensor, *, ratio: float, temperature: float) -> Tensor:
     """Share of every block to remove: more where a block changes its input less; all together exactly `ratio`.
 
-    Shares are proportional to softmax(-influence ÷ temperature). No block loses more than its share in `most_L`; what is
-    cut off there is spread over the others.
+    Shares are proportional to softmax(-influence ÷ temperature). No block loses more than its share in `most_L`; what
+    is cut off there is spread over the others.
 
     Source: Lin et al., arXiv 2408.09632, eq. 12. Differs: shares are clipped (the formula can exceed 1) and weighted by
     the blocks' sizes.

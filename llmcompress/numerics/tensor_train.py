@@ -115,7 +115,7 @@ def _sweep(tensors_VD: Tensor, axes: Sequence[int], choose: Callable[[int, Tenso
 def _left_directions(matrices_VAB: Tensor) -> tuple[Tensor, Tensor]:
     """Left singular vectors of every matrix, strongest first, and the energy of each place over all matrices."""
     step = max(1, _AT_ONCE // math.prod(matrices_VAB.shape[1:]))
-    parts = [torch.linalg.svd(some_CAB, full_matrices=False)[:2] for some_CAB in matrices_VAB.split(step)]
+    parts = [torch.linalg.svd(some_CAB, full_matrices=False)[:2] for some_CAB in torch.split(matrices_VAB, step)]
     energy_K = torch.stack([values_CK.square().sum(0) for _, values_CK in parts]).sum(0)
     return torch.cat([directions_CAK for directions_CAK, _ in parts]), energy_K
 
@@ -124,7 +124,8 @@ def _unfolding_energy(tensor_D: Tensor, axes: Sequence[int], bond: int) -> Tenso
     unfolding_AB = tensor_D.reshape(math.prod(axes[:bond]), -1)
     wide = unfolding_AB.shape[0] <= unfolding_AB.shape[1]
     gram = unfolding_AB @ unfolding_AB.T if wide else unfolding_AB.T @ unfolding_AB
-    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
+    energy_K: Tensor = torch.linalg.eigvalsh(gram)
+    return energy_K.flip(0).clamp_min(0)
 
 
 def _least_rank(energy_K: Tensor, allowed: float) -> int:

@@ -1,4 +1,4 @@
-"""Tucker decomposition of a three-way tensor: one thin factor per axis around a small core. A, B, C = axes, a, b, c = ranks."""
+"""Tucker decomposition of a tensor with axes A, B, C: a thin factor along each (ranks a, b, c) around a small core."""
 
 from __future__ import annotations
 
@@ -106,4 +106,5 @@ def _strongest(tensor: Tensor, axis: int, rank: int) -> tuple[Tensor, Tensor]:
 
 def _multiply(tensor: Tensor, axis: int, matrix_XA: Tensor) -> Tensor:
     """The tensor with one axis multiplied by a matrix."""
-    return torch.tensordot(matrix_XA, tensor, dims=([1], [axis])).movedim(0, axis)
+    product: Tensor = torch.tensordot(matrix_XA, tensor, dims=([1], [axis]))
+    return product.movedim(0, axis)

@@ -1,4 +1,4 @@
-"""What a compression algorithm is: a frozen set of options, and one method that works on a block or on the whole model."""
+"""What a compression algorithm is: a frozen set of options, and one method that works on a block or a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.evaluation.report import SiteReport
-from llmcompress.model.map import ModelMap
+from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.registry import Registry
@@ -58,6 +58,10 @@ class Pass(BaseModel, ABC):
     def names_after(self, site: str) -> tuple[str, ...]:
         """Full names of the linears that stand there afterwards: factors have names of their own."""
         return (site,)
+
+    def kept_share(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
+        """About which share of a site's parameters is left, as far as the options tell before any work."""
+        return 1.0
 
     def undoes(self, trait: Trait) -> str | None:
         """Why this pass may not follow one that left that trait on the same site; None when it may."""

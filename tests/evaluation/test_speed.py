@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from llmcompress.evaluation import speed as speed_module
-from llmcompress.evaluation.speed import SpeedResult, compare_speed, measure_speed, speed
+from llmcompress.evaluation.speed import SpeedResult, compare_speed, measure_speed, speed_of
 from tests.families import tiny_model
 
 
@@ -60,7 +60,9 @@ def test_decoding_really_uses_the_cache_and_gives_the_greedy_tokens() -> None:
     model = tiny_model("llama_gqa")
     prompt = torch.randint(3, 100, (1, 6), generator=torch.Generator().manual_seed(0))
     seen: list[int] = []
-    handle = model.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["input_ids"][0, -1].item()), with_kwargs=True)
+    handle = model.register_forward_pre_hook(
+        lambda _, __, kwargs: seen.append(kwargs["input_ids"][0, -1].item()), with_kwargs=True
+    )
     compare_speed({"m": model}, prompt_1T=prompt, new_tokens=5, repeats=1)
     handle.remove()
     ids = prompt
@@ -70,13 +72,15 @@ def test_decoding_really_uses_the_cache_and_gives_the_greedy_tokens() -> None:
 
 
 def test_models_are_found_by_name() -> None:
-    found = speed(["builtin:books-llama"], prompt_tokens=4, new_tokens=2, repeats=1)
+    found = speed_of(["builtin:books-llama"], prompt_tokens=4, new_tokens=2, repeats=1)
     assert list(found) == ["builtin:books-llama"] and found["builtin:books-llama"].dtype == "float32"
 
 
 def test_garbage_is_collected_between_runs_and_collecting_goes_on_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     during: list[bool] = []
     once = speed_module._once
-    monkeypatch.setattr(speed_module, "_once", lambda *args: (during.append(speed_module.gc.isenabled()), once(*args))[1])
+    monkeypatch.setattr(
+        speed_module, "_once", lambda *args: (during.append(speed_module.gc.isenabled()), once(*args))[1]
+    )
     measure_speed(tiny_model("llama_gqa"), prompt_tokens=3, new_tokens=2, repeats=1)
     assert during == [False, False] and speed_module.gc.isenabled()

@@ -75,7 +75,7 @@ def test_fewer_heads_everywhere_are_a_plain_config_where_the_family_reads_the_si
     assert_stock_computes_the_same(result, live, family, tmp_path)
 
 
-@pytest.mark.parametrize("family", sorted(FIXED_HEADS))
+@pytest.mark.parametrize("family", ["opt", "gpt2", "falcon", "stablelm"])
 def test_where_no_config_can_say_it_the_live_model_stays_as_it_is(family):
     live, _ = shrunk_model(family, half_heads(family))
     tokens = tiny_tokens(family)
@@ -172,7 +172,8 @@ def test_replaced_linears_come_along_whole():
 
 def test_half_precision_stays_half_precision():
     live, _ = shrunk_model("llama", channels("llama"))
-    live.to(torch.bfloat16)
+    for parameter in live.parameters():  # not buffers: from_pretrained keeps rotary tables in float32
+        parameter.data = parameter.data.to(torch.bfloat16)
     result = conformed(live)
     assert result is not live
     assert result.dtype == torch.bfloat16

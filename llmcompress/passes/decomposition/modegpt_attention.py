@@ -11,7 +11,6 @@ from torch import Tensor
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.attention import Attention, HeadGroup
-from llmcompress.model.site import LinearSite
 from llmcompress.modules.selected import SelectedColumns, SelectedRows
 from llmcompress.numerics.low_rank import best_left, relative_output_error
 from llmcompress.numerics.modular import coupling, row_energy, value_basis

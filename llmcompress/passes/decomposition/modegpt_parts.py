@@ -50,6 +50,12 @@ def parts_of(info: BlockInfo, attentions: Sequence[Attention], selects: Callable
     return parts
 
 
+def reasons(info: BlockInfo, attentions: Sequence[Attention]) -> list[str]:
+    """Why something of an attention cannot be made smaller."""
+    mixed = [MIXED for attention in attentions if not can_couple(attention)]
+    return mixed + [SINKS for attention in attentions if not can_move(info, attention)]
+
+
 def can_couple(attention: Attention) -> bool:
     """Whether some query and key rows can go without all others of their head."""
     return all(len(group.atoms) > 1 for group in attention.groups)

@@ -14,7 +14,14 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.low_rank import LowRankLinear
-from llmcompress.numerics.low_rank import best_left, break_even, output_spectrum, relative_output_error, truncate
+from llmcompress.numerics.low_rank import (
+    Factors,
+    best_left,
+    break_even,
+    output_spectrum,
+    relative_output_error,
+    truncate,
+)
 from llmcompress.numerics.rank_allocation import uniform_rank
 from llmcompress.numerics.statistics import AbsMean, Gram, Statistic
 from llmcompress.passes.base import PASSES, BlockPass, Trait
@@ -114,19 +121,25 @@ class SingularValues(BlockPass):
         rows = []
         for site in sites:
             block.progress.inside(f"svd {site.info.name}")
-            rows.append(self._factor(site, self.rank_of(site, block.decisions)))
+            rows.append(self._compress(site, self.rank_of(site, block.decisions)))
         return rows
 
-    def _factor(self, site: LinearSite, rank: int) -> SiteReport:
+    def factor(self, site: LinearSite, rank: int) -> Factors:
+        """Replace the measured site by its best factors of that rank."""
+        weight_OI = site.weight_OI
+        factors = truncate(weight_OI, output_spectrum(weight_OI, self.metric(site)), rank)
+        site.replace(LowRankLinear.from_factors(factors.left_OR, factors.right_RI, site.bias_O))
+        return factors
+
+    def _compress(self, site: LinearSite, rank: int) -> SiteReport:
         outputs, inputs = site.info.outputs, site.info.inputs
         tokens = site.statistic(self.needs()[0]).tokens if self.needs() else None
         if rank >= break_even(outputs, inputs):
             why = f"stays dense: two factors of rank {rank} would not be smaller"
             parameters = outputs * inputs
             return SiteReport(site=site.name, algorithm="svd", parameters=parameters, tokens=tokens, degraded=why)
-        weight_OI, metric = site.weight_OI, self.metric(site)
-        factors = truncate(weight_OI, output_spectrum(weight_OI, metric), rank)
-        site.replace(LowRankLinear.from_factors(factors.left_OR, factors.right_RI, site.bias_O))
+        weight_OI = site.weight_OI
+        factors = self.factor(site, rank)
         seen = self.whitening == "gram" and bool(tokens)
         return SiteReport(
             site=site.name,

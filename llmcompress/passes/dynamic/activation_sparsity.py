@@ -9,8 +9,9 @@ from pydantic import Field
 from typing_extensions import override
 
 from llmcompress.calibration.stream import BlockWork
+from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.report import SiteReport
-from llmcompress.model.map import BlockStructure
+from llmcompress.model.map import BlockStructure, ModelMap
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.dynamic_activations import ThresholdedLinear
 from llmcompress.numerics.sample import InputSample
@@ -20,7 +21,7 @@ from llmcompress.passes.base import PASSES, BlockPass, Trait
 
 @PASSES.register("activation_sparsity")
 class ActivationSparsity(BlockPass):
-    """Every linear ignores inputs whose magnitude lies below its own threshold, the `sparsity` quantile on calibration text.
+    """Every linear ignores inputs below a threshold of its own, the `sparsity` quantile of their magnitudes.
 
     Source: Liu et al. (TEAL), arXiv 2408.14690; Lee et al. (CATS), arXiv 2404.08763.
     Differs: one share for all selected sites (TEAL searches one per block); by default only the activations inside the
@@ -41,6 +42,19 @@ class ActivationSparsity(BlockPass):
     @override
     def needs(self) -> tuple[type[Statistic], ...]:
         return (InputSample,)
+
+    @override
+    def check(self, model_map: ModelMap) -> None:
+        """Raises: CompressError when `sites` leaves no feed-forward network."""
+        inner = {block.full(name) for block in model_map.blocks for name in feed_forward_readers(block.structure)}
+        if self.inputs == "ffn" and not any(self.selects(name) for name in inner):
+            raise CompressError(
+                "dynamic.no-sites",
+                "none of the selected sites reads the inside of a feed-forward network",
+                where=f"activation_sparsity.sites: {', '.join(self.sites)}",
+                fix=f"select {', '.join(sorted(inner)[:1]) or 'other sites'}, or set `inputs: all`",
+                exit_code=ExitCode.USAGE,
+            )
 
     @override
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:

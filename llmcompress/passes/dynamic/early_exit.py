@@ -152,14 +152,15 @@ class EarlyExit(ModelPass):
             return self.threshold
         quantiles_C = torch.linspace(0, 1, CANDIDATES, dtype=torch.float64)
         ranks_C = (quantiles_C * (sure_NE.numel() - 1)).round().long()
-        candidates_C = sure_NE.double().flatten().sort().values[ranks_C]
-        ladder = [NEVER, *candidates_C.flip(0).tolist()]
+        falling_C = sure_NE.double().flatten().sort().values[ranks_C].flip(0)
+        ladder: list[float] = [NEVER, *falling_C.tolist()]
         at = [outcome_at(each, sure_NE, agrees_NE, depths_E) for each in ladder]
         if self.depth is not None:
-            return min(zip(ladder, at, strict=True), key=lambda pair: abs(pair[1][0] - self.depth))[0]  # type: ignore[operator]
+            distances = [abs(depth - self.depth) for depth, _ in at]
+            return ladder[distances.index(min(distances))]
         wanted = AGREEMENT if self.agreement is None else self.agreement
-        enough = [agreement >= wanted for _, agreement in at]
-        return ladder[(enough.index(False) if False in enough else len(ladder)) - 1]
+        short = [agreement < wanted for _, agreement in at]
+        return ladder[(short.index(True) if True in short else len(ladder)) - 1]
 
 
 def outcome_at(threshold: float, sure_NE: Tensor, agrees_NE: Tensor, depths_E: Tensor) -> tuple[float, float]:

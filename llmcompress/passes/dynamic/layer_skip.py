@@ -19,7 +19,6 @@ from llmcompress.numerics.linear_map import LinearMap
 from llmcompress.passes.base import PASSES, ModelPass, Trait
 from llmcompress.passes.dynamic.states import measured, put_around, watching
 
-
 SMALLEST = 1e-6
 """Influence below what float32 can tell from none."""
 
@@ -28,10 +27,10 @@ SMALLEST = 1e-6
 class LayerSkip(ModelPass):
     """A linear test before each block foretells its influence on the token, 1 - cos(before, behind); small: skipped.
 
-    The tests are ridge regressions of the influence's logarithm on calibration text. One threshold for all blocks, so that the share `skip` of all
-    (token, block) pairs is skipped there; blocks that no calibration token would skip stay as they are. A skipped
-    block still stores the token's keys and values, so later tokens attend to everything and a cached decode computes
-    what one forward over the text computes.
+    The tests are ridge regressions of the influence's logarithm on calibration text. One threshold for all blocks, so
+    that the share `skip` of all (token, block) pairs is skipped there; blocks that no calibration token would skip stay
+    as they are. A skipped block still stores the token's keys and values, so later tokens attend to everything and a
+    cached decode computes what one forward over the text computes.
 
     Source: influence from Men et al. (ShortGPT), arXiv 2403.03853; a router per block from Raposo et al.
     (Mixture-of-Depths), arXiv 2404.02258. Differs: nothing is trained, and the number of tokens is not fixed.
@@ -45,7 +44,9 @@ class LayerSkip(ModelPass):
         None, ge=0, lt=1, description="share of (token, block) pairs to skip on calibration text; 0.1 by default"
     )
     threshold: float | None = Field(None, ge=0, description="influence below which a token skips; 0: never")
-    ridge: float = Field(0.01, gt=0, description="pull of the tests towards one constant, as a share of the mean square")
+    ridge: float = Field(
+        0.01, gt=0, description="pull of the tests towards one constant, as a share of the mean square"
+    )
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:

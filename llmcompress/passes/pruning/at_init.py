@@ -1,4 +1,4 @@
-"""What snip, grasp and synflow share: scores of all weights first, then zeros, exactly as many as asked for."""
+"""What snip, grasp, synflow and random share: all masks first, then zeros, exactly as many as asked for."""
 
 from __future__ import annotations
 
@@ -24,17 +24,14 @@ from llmcompress.passes.pruning.bits import packed, unpacked
 from llmcompress.passes.pruning.sparse import sparsity
 
 
-class AtInitPass(BlockPass):
-    """Zeros where a score of the untouched model is lowest; works on trained and on freshly initialised weights."""
+class MaskPass(BlockPass):
+    """Chooses all zeros from the untouched model, then writes them block by block."""
 
     makes: ClassVar[frozenset[Trait]] = frozenset({"zeros"})
     decides: ClassVar[bool] = True
-    whole_block: ClassVar[frozenset[str]] = frozenset({"sparsity", "comparison"})
+    whole_block: ClassVar[frozenset[str]] = frozenset({"sparsity"})
 
     sparsity: float = Field(0.5, ge=0, lt=1, description="share of the weights of all selected sites that are zero")
-    comparison: Comparison = Field(
-        "global", description="weights are compared over all selected sites, or within a site (layer)"
-    )
 
     @override
     def needs(self) -> tuple[type[Statistic], ...]:
@@ -61,6 +58,16 @@ class AtInitPass(BlockPass):
             site.write(weight_OI)
             rows.append(SiteReport(site=site.name, algorithm=PASSES.name_of(type(self)), sparsity=sparsity(weight_OI)))
         return rows
+
+
+class AtInitPass(MaskPass):
+    """Zeros where a score is lowest; works on trained and on freshly initialised weights."""
+
+    whole_block: ClassVar[frozenset[str]] = MaskPass.whole_block | {"comparison"}
+
+    comparison: Comparison = Field(
+        "global", description="weights are compared over all selected sites, or within a site (layer)"
+    )
 
     def drop(self, scores: Sequence[Tensor], zeros: Sequence[Tensor], share: float | None = None) -> list[Tensor]:
         """Masks that drop the lowest scores, weights that are zero already before all others."""

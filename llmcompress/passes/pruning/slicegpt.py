@@ -13,7 +13,10 @@ from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.residual_probe import find_residual
 from llmcompress.passes.base import PASSES, ModelPass, Trait
-from llmcompress.passes.pruning.slicing import FORMS, BasisName, Slicing
+from llmcompress.passes.pruning.shortcuts import slice_with_shortcuts
+from llmcompress.passes.pruning.slicing import BasisName, Slicing, slice_globally
+
+FORMS = {"global": slice_globally, "shortcuts": slice_with_shortcuts}
 
 
 @PASSES.register("slicegpt")

@@ -1,0 +1,40 @@
+"""`llmcompress footprint`: parameters and bytes of a saved model, stored and theoretical."""
+
+from __future__ import annotations
+
+import click
+
+from llmcompress.cli.output import json_option, print_json, print_tables, quiet_libraries
+
+
+@click.command(short_help="Count parameters and bytes, stored and theoretical.")
+@click.argument("model")
+@click.option("--against", metavar="OTHER", help="A second model; ratios of MODEL to it.")
+@json_option
+def footprint(model: str, against: str | None, as_json: bool) -> None:
+    """Count the parameters and bytes of MODEL, dense or compressed.
+
+    A zero counts like any number: only what the files really store smaller is smaller. What sparse storage and lossless
+    codes could reach in theory is shown apart.
+
+    \b
+    Examples:
+      llmcompress footprint builtin:books-llama
+      llmcompress footprint out --against builtin:books-llama --json
+    """
+    quiet_libraries()
+    from llmcompress.cli.tables import footprint_tables
+    from llmcompress.cli.terminal import TerminalProgress
+
+    with TerminalProgress() as progress:
+        progress.stage("starting", 0)
+        from llmcompress.evaluation.footprint import footprint as measure
+        from llmcompress.evaluation.footprint import ratios
+
+        found = [measure(name) for name in (model, against) if name is not None]
+    compared = ratios(*found) if len(found) == 2 else None
+    if as_json:
+        facts = [each.model_dump(mode="json") for each in found]
+        print_json(facts[0] if compared is None else {"model": facts[0], "against": facts[1], "ratios": compared})
+    else:
+        print_tables(*footprint_tables(found, compared))

@@ -1,0 +1,166 @@
+"""Linears and embeddings held as tensor trains. O = outputs, I = inputs, V = entries, D = width, R = bonds of a train."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from typing_extensions import override
+
+from llmcompress.modules.base import MODULES, CompressedModule, Spec
+from llmcompress.numerics.tensor_train import compose, tensor_to_matrix
+
+
+@MODULES.register("tensor_train")
+class TensorTrainLinear(CompressedModule):
+    """A matrix as a chain of cores R×M×N×R, one for each pair of an output axis M and an input axis N."""
+
+    def __init__(self, cores: Sequence[Tensor], bias_O: Tensor | None) -> None:
+        super().__init__()
+        self.outputs = tuple(core.shape[1] for core in cores)
+        self.inputs = tuple(core.shape[2] for core in cores)
+        self.ranks = tuple(core.shape[3] for core in cores[:-1])
+        self.out_features, self.in_features = math.prod(self.outputs), math.prod(self.inputs)
+        self.cores = _parameters(cores)
+        self.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
+
+    @override
+    def spec(self) -> Spec:
+        axes = {"outputs": list(self.outputs), "inputs": list(self.inputs), "ranks": list(self.ranks)}
+        return {**axes, "bias": self.bias is not None}
+
+    @classmethod
+    @override
+    def from_spec(cls, spec: Spec, dtype: torch.dtype) -> Self:
+        bonds = (1, *spec["ranks"], 1)
+        shapes = zip(bonds[:-1], spec["outputs"], spec["inputs"], bonds[1:], strict=True)
+        bias_O = torch.zeros(math.prod(spec["outputs"]), dtype=dtype) if spec["bias"] else None
+        return cls([torch.zeros(shape, dtype=dtype) for shape in shapes], bias_O)
+
+    @override
+    def dense_weight(self) -> Tensor:
+        chain = [core.flatten(1, 2)[None] for core in self.cores]
+        return tensor_to_matrix(compose(chain)[0], self.outputs, self.inputs)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.numel() // self.in_features
+        if self._steps() * tokens < self._composing() + self.out_features * self.in_features * tokens:
+            out = self._contracted(x.reshape(tokens, self.in_features)).reshape(*x.shape[:-1], self.out_features)
+            return out if self.bias is None else out + self.bias
+        return functional.linear(x, self.dense_weight(), self.bias)
+
+    def _contracted(self, x_TI: Tensor) -> Tensor:
+        """The product, one core at a time: the matrix is never made."""
+        tokens, done, rank, left = len(x_TI), 1, 1, self.in_features
+        for core in self.cores:
+            before, outputs, inputs, after = core.shape
+            left //= inputs
+            state = x_TI.reshape(tokens, done, before, inputs, left)
+            x_TI = torch.einsum("tdrnl,rmns->tdmsl", state, core)
+            done, rank = done * outputs, after
+        return x_TI.reshape(tokens, self.out_features)
+
+    def _steps(self) -> int:
+        """Multiplications per token, core by core."""
+        total, done, left = 0, 1, self.in_features
+        for core in self.cores:
+            total += done * left * core.shape[0] * core.shape[1] * core.shape[3]
+            done, left = done * core.shape[1], left // core.shape[2]
+        return total
+
+    def _composing(self) -> int:
+        """Multiplications to make the matrix."""
+        total, size = 0, 1
+        for core in self.cores[:-1]:
+            size *= core.shape[1] * core.shape[2]
+            total += size * core.shape[0] * core.shape[3]
+        return total + self.out_features * self.in_features * self.cores[-1].shape[0]
+
+    @override
+    def extra_repr(self) -> str:
+        return f"{self.inputs} → {self.outputs}, ranks {self.ranks}"
+
+
+class _Rows(CompressedModule):
+    """V rows of width D, each its own tensor train: core k holds V×R×A×R."""
+
+    def __init__(self, cores: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.axes = tuple(core.shape[2] for core in cores)
+        self.ranks = tuple(core.shape[3] for core in cores[:-1])
+        self.out_features, self.in_features = cores[0].shape[0], math.prod(self.axes)
+        self.cores = _parameters(cores)
+
+    @override
+    def spec(self) -> Spec:
+        return {"entries": self.out_features, "axes": list(self.axes), "ranks": list(self.ranks)}
+
+    @override
+    def dense_weight(self) -> Tensor:
+        return compose(list(self.cores))
+
+    @override
+    def extra_repr(self) -> str:
+        return f"{self.out_features} × {self.axes}, ranks {self.ranks}"
+
+
+@MODULES.register("tensor_train_embedding")
+class TensorTrainEmbedding(_Rows):
+    """An embedding that makes only the rows that are looked up; `scale` is what its class multiplies them by."""
+
+    def __init__(self, cores: Sequence[Tensor], scale: float = 1.0) -> None:
+        super().__init__(cores)
+        self.scale = scale
+        self.num_embeddings, self.embedding_dim = self.out_features, self.in_features
+
+    @override
+    def spec(self) -> Spec:
+        return {**super().spec(), "scale": self.scale}
+
+    @classmethod
+    @override
+    def from_spec(cls, spec: Spec, dtype: torch.dtype) -> Self:
+        return cls(_empty_cores(spec, dtype), float(spec["scale"]))
+
+    @override
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = compose([core[ids.reshape(-1)] for core in self.cores])
+        rows = rows if self.scale == 1.0 else rows * self.scale
+        return rows.reshape(*ids.shape, self.embedding_dim)
+
+
+@MODULES.register("tensor_train_head")
+class TensorTrainHead(_Rows):
+    """A head whose rows are tensor trains; all of them are made in every forward."""
+
+    def __init__(self, cores: Sequence[Tensor], bias_O: Tensor | None) -> None:
+        super().__init__(cores)
+        self.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
+
+    @override
+    def spec(self) -> Spec:
+        return {**super().spec(), "bias": self.bias is not None}
+
+    @classmethod
+    @override
+    def from_spec(cls, spec: Spec, dtype: torch.dtype) -> Self:
+        return cls(_empty_cores(spec, dtype), torch.zeros(spec["entries"], dtype=dtype) if spec["bias"] else None)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.dense_weight(), self.bias)
+
+
+def _parameters(cores: Sequence[Tensor]) -> nn.ParameterList:
+    return nn.ParameterList(nn.Parameter(core, requires_grad=False) for core in cores)
+
+
+def _empty_cores(spec: Spec, dtype: torch.dtype) -> list[Tensor]:
+    bonds = (1, *spec["ranks"], 1)
+    shapes = zip(bonds[:-1], spec["axes"], bonds[1:], strict=True)
+    return [torch.zeros(spec["entries"], left, axis, right, dtype=dtype) for left, axis, right in shapes]

@@ -1,0 +1,78 @@
+"""A linear of several heads as a Tucker decomposition of (heads, rows of a head, inputs). H, R, I = axes; h, r, i = ranks."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from llmcompress.modules.base import MODULES, CompressedModule, Spec
+
+Split = Literal["rows", "columns"]
+
+
+@MODULES.register("tucker")
+class TuckerLinear(CompressedModule):
+    """All heads share one factor for their rows and one for the inputs; the core says how they combine.
+
+    `split` says on which side of the matrix the heads stand: `rows` (queries, keys, values: the outputs are H·R) or
+    `columns` (what reads the heads: the inputs are H·R and the third axis are the outputs).
+    """
+
+    def __init__(
+        self,
+        core_hri: Tensor,
+        heads_Hh: Tensor,
+        rows_Rr: Tensor,
+        across_Ii: Tensor,
+        bias: Tensor | None,
+        *,
+        split: Split,
+    ) -> None:
+        super().__init__()
+        self.split: Split = split
+        inside, across = len(heads_Hh) * len(rows_Rr), len(across_Ii)
+        self.out_features, self.in_features = (inside, across) if split == "rows" else (across, inside)
+        self.core_hri, self.heads_Hh = nn.Parameter(core_hri, False), nn.Parameter(heads_Hh, False)
+        self.rows_Rr, self.across_Ii = nn.Parameter(rows_Rr, False), nn.Parameter(across_Ii, False)
+        self.bias = None if bias is None else nn.Parameter(bias, False)
+
+    @override
+    def spec(self) -> Spec:
+        return {
+            "split": self.split,
+            "shape": [len(self.heads_Hh), len(self.rows_Rr), len(self.across_Ii)],
+            "ranks": list(self.core_hri.shape),
+            "bias": self.bias is not None,
+        }
+
+    @classmethod
+    @override
+    def from_spec(cls, spec: Spec, dtype: torch.dtype) -> Self:
+        factors = [torch.zeros(size, rank, dtype=dtype) for size, rank in zip(spec["shape"], spec["ranks"], strict=True)]
+        heads, rows, across = spec["shape"]
+        outputs = heads * rows if spec["split"] == "rows" else across
+        bias = torch.zeros(outputs, dtype=dtype) if spec["bias"] else None
+        return cls(torch.zeros(spec["ranks"], dtype=dtype), *factors, bias, split=spec["split"])
+
+    @override
+    def dense_weight(self) -> Tensor:
+        full = torch.einsum("hri,Hh,Rr,Ii->HRI", self.core_hri, self.heads_Hh, self.rows_Rr, self.across_Ii)
+        return full.flatten(0, 1) if self.split == "rows" else full.flatten(0, 1).T
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        if self.split == "rows":
+            small = torch.einsum("...i,hri->...hr", x @ self.across_Ii, self.core_hri)
+            out = (self.heads_Hh @ small @ self.rows_Rr.T).flatten(-2)
+        else:
+            heads = x.unflatten(-1, (len(self.heads_Hh), len(self.rows_Rr)))
+            small = self.heads_Hh.T @ heads @ self.rows_Rr
+            out = torch.einsum("...hr,hri->...i", small, self.core_hri) @ self.across_Ii.T
+        return out if self.bias is None else out + self.bias
+
+    @override
+    def extra_repr(self) -> str:
+        return f"{self.in_features} → {self.out_features}, ranks {tuple(self.core_hri.shape)} of {self.spec()['shape']}"

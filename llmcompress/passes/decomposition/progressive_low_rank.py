@@ -1,0 +1,145 @@
+"""Low rank by several small cuts, with a short training of the factors after each. R = rank, K = min(O, I)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from pydantic import Field, field_validator, model_validator
+from torch import nn
+from typing_extensions import override
+
+from llmcompress.calibration.whole import WholeModel
+from llmcompress.errors import CompressError, ExitCode
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.map import ModelMap
+from llmcompress.modules.low_rank import LowRankLinear
+from llmcompress.numerics.low_rank import break_even
+from llmcompress.passes.base import PASSES, ModelPass, Trait
+from llmcompress.passes.decomposition.ranks import RankRule
+from llmcompress.passes.decomposition.svd import SingularValues
+from llmcompress.training.loop import train
+from llmcompress.training.settings import Training
+
+
+@PASSES.register("progressive_low_rank")
+class ProgressiveLowRank(ModelPass):
+    """Factors as `svd` makes them, but ranks fall in equal steps from full rank, and the factors train in between.
+
+    `ratio` is the share of parameters REMOVED from the selected sites; the training's steps are shared out among cuts.
+
+    Source: the idea of PLRD (progressive low-rank decomposition), whose details no card confirms; the cut itself is
+    SVD-LLM's, arXiv 2403.07378.
+    """
+
+    makes: ClassVar[frozenset[Trait]] = SingularValues.makes
+    spoils: ClassVar[Mapping[Trait, str]] = SingularValues.spoils
+
+    ratio: float = Field(0.2, gt=0, lt=1, description="share of parameters removed")
+    cuts: int = Field(4, ge=1, le=100, description="cuts of the ranks, each followed by its share of the training")
+    ranks: RankRule = Field("uniform", description="equal shares; energy: least output lost; loss: least loss gained")
+    round_to: int = Field(1, ge=1, description="final ranks are multiples of this")
+    sites: tuple[str, ...] = Field(("*",), description="globs of module names to work on")
+    exclude: tuple[str, ...] = Field((), description="globs of module names to leave alone")
+    training: Training = Field(default_factory=Training, description="all steps together, learning rate and batches")
+
+    @field_validator("sites", "exclude", mode="before")
+    @classmethod
+    def _one_glob(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _every_cut_trains(self) -> Self:
+        if self.training.steps < self.cuts:
+            raise ValueError(f"{self.cuts} cuts need at least as many training steps, there are {self.training.steps}")
+        return self
+
+    @override
+    def selects(self, site: str) -> bool:
+        return self._svd().selects(site)
+
+    @override
+    def names_after(self, site: str) -> tuple[str, ...]:
+        return self._svd().names_after(site)
+
+    @override
+    def uses_data(self) -> bool:
+        return True
+
+    @override
+    def check(self, model_map: ModelMap) -> None:
+        if not any(self.selects(name) for name in model_map.site_names()):
+            raise CompressError(
+                "recipe.no-such-site",
+                "`sites` and `exclude` leave nothing to factor",
+                where="progressive_low_rank",
+                fix="`llmcompress inspect MODEL` lists the names of sites",
+                exit_code=ExitCode.USAGE,
+            )
+
+    @override
+    def apply(self, whole: WholeModel) -> list[SiteReport]:
+        svd = self._svd()
+        decided = svd.decide(whole)
+        goals = {
+            site.name: rank
+            for site in whole.sites()
+            if svd.selects(site.name)
+            and (rank := svd.rank_of(site, decided)) < break_even(site.info.outputs, site.info.inputs)
+        }
+        done = 0
+        for cut in range(1, self.cuts + 1):
+            self._cut(whole, svd, goals, cut)
+            until = round(self.training.steps * cut / self.cuts)
+            self._train(whole, goals, until - done, cut)
+            done = until
+        return [
+            self._row(site.name, goals.get(site.name), site.info.outputs, site.info.inputs)
+            for site in whole.sites()
+            if svd.selects(site.name)
+        ]
+
+    def _cut(self, whole: WholeModel, svd: SingularValues, goals: Mapping[str, int], cut: int) -> None:
+        """Lower all ranks by one part of the way; inputs are those that the cut blocks before give."""
+        for block in whole.stream():
+            sites = [site for site in block.sites if site.name in goals]
+            if sites:
+                block.measure(sites, svd.needs())
+            for site in sites:
+                full, goal = min(site.info.outputs, site.info.inputs), goals[site.name]
+                svd.factor(site, full - round((full - goal) * cut / self.cuts))
+            block.forget()
+
+    def _train(self, whole: WholeModel, goals: Mapping[str, int], steps: int, cut: int) -> None:
+        with whole.resident() as model:
+            train(
+                model,
+                whole.windows_NT,
+                self.training.model_copy(update={"steps": steps}),
+                device=whole.device,
+                progress=whole.progress,
+                seed=whole.seed + cut,
+                parameters=[weight for name in goals for weight in _weights(model.get_submodule(name))],
+                title=f"train after cut {cut} of {self.cuts}",
+            )
+
+    def _svd(self) -> SingularValues:
+        return SingularValues.model_validate(
+            {
+                "ratio": self.ratio,
+                "ranks": self.ranks,
+                "round_to": self.round_to,
+                "sites": self.sites,
+                "exclude": self.exclude,
+            }
+        )
+
+    def _row(self, name: str, rank: int | None, outputs: int, inputs: int) -> SiteReport:
+        parameters = outputs * inputs if rank is None else rank * (outputs + inputs)
+        why = None if rank else "stays dense: two factors of its rank would not be smaller"
+        return SiteReport(site=name, algorithm="progressive_low_rank", rank=rank, parameters=parameters, degraded=why)
+
+
+def _weights(module: nn.Module) -> list[nn.Parameter]:
+    assert isinstance(module, LowRankLinear)
+    return [module.right.get_parameter("weight"), module.left.get_parameter("weight")]

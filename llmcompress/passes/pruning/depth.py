@@ -1,0 +1,200 @@
+"""Whole blocks go: the cheapest real speed-up, and the result is an ordinary smaller model. N = tokens, D = hidden size."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional
+from typing_extensions import Self, override
+
+from llmcompress.calibration.whole import WholeModel
+from llmcompress.errors import CompressError
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.depth import drop_blocks
+from llmcompress.model.map import ModelMap, SiteInfo
+from llmcompress.model.skeleton import find_blocks, recorders
+from llmcompress.passes.base import PASSES, ModelPass
+
+_MOST_TOKENS = 16384
+"""Hidden states that are kept of every depth; more would change a mean cosine by less than blocks differ."""
+
+Scored = list[tuple[int, float]]
+"""Blocks in the order in which they go, each with the score it went by."""
+
+
+@PASSES.register("depth")
+class Depth(ModelPass):
+    """Remove the blocks that matter least.
+
+    Source: Men et al., arXiv 2403.03853 (block influence, one shot); Kim et al., arXiv 2402.02834 (perplexity without
+    a block); Gromov et al., arXiv 2403.17887 (consecutive blocks, angular distance).
+    Differs: angles are averaged over all tokens, in Gromov et al. over the last token of every window.
+    """
+
+    keeps_codes = True
+
+    remove: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] = Field(
+        description="how many blocks go: a number, or a share of all (rounded, at least one)"
+    )
+    score: Literal["block_influence", "perplexity", "random"] = Field(
+        "block_influence",
+        description="block_influence: 1 - cosine of a block's input and output; perplexity: of the model without the "
+        "block, on calibration windows",
+    )
+    mode: Literal["one_shot", "greedy", "contiguous"] = Field(
+        "one_shot",
+        description="one_shot: all by one scoring; greedy: score again after each removal; contiguous: consecutive "
+        "blocks, scored together",
+    )
+    skip_first_token: bool = Field(
+        False, description="leave the first token of each window out of block_influence: its state is often an outlier"
+    )
+
+    @model_validator(mode="after")
+    def _only_options_that_act(self) -> Self:
+        if self.score == "random" and self.mode == "greedy":
+            raise ValueError("random blocks need no greedy mode: use one_shot or contiguous")
+        if self.score != "block_influence" and self.skip_first_token:
+            raise ValueError(f"skip_first_token concerns block_influence only; the score is {self.score}")
+        return self
+
+    @override
+    def uses_data(self) -> bool:
+        """Always, except for random blocks."""
+        return self.score != "random"
+
+    @override
+    def check(self, model_map: ModelMap) -> None:
+        """Refuse to remove every block.
+
+        Raises: CompressError when none would stay.
+        """
+        self.count(len(model_map.blocks))
+
+    @override
+    def kept_share(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
+        """The share of blocks that stay: which ones is not known before."""
+        return 1 - self.count(len(model_map.blocks)) / len(model_map.blocks)
+
+    def count(self, blocks: int) -> int:
+        """How many of so many blocks go.
+
+        Raises: CompressError when none would stay.
+        """
+        wanted = self.remove if isinstance(self.remove, int) else max(1, round(self.remove * blocks))
+        if wanted >= blocks:
+            raise CompressError(
+                "depth.nothing-left",
+                f"{wanted} of {blocks} blocks cannot be removed: one must stay",
+                where="depth: remove",
+                fix=f"remove at most {blocks - 1}",
+            )
+        return wanted
+
+    @override
+    def apply(self, whole: WholeModel) -> list[SiteReport]:
+        """Score, remove, report one row per removed block under the name that it had."""
+        names = [block.name for block in whole.map.blocks]
+        chosen = self._chosen(whole, self.count(len(names)))
+        drop_blocks(whole.model, [index for index, _ in chosen])
+        return [
+            SiteReport(
+                site=names[index],
+                algorithm="depth",
+                removed=1,
+                parameters=0,
+                score=None if self.score == "random" else score,
+                tokens=whole.windows_NT.numel() if self.uses_data() else None,
+            )
+            for index, score in chosen
+        ]
+
+    def _chosen(self, whole: WholeModel, count: int) -> Scored:
+        blocks = range(len(whole.map.blocks))
+        if self.mode == "contiguous":
+            runs = [tuple(range(start, start + count)) for start in blocks[: len(blocks) - count + 1]]
+            scores = self._scores(whole, runs, span=count)
+            best = min(range(len(runs)), key=scores.__getitem__)
+            return [(index, scores[best]) for index in runs[best]]
+        chosen: Scored = []
+        while len(chosen) < count:
+            gone = tuple(index for index, _ in chosen)
+            left = [index for index in blocks if index not in gone]
+            scores = self._scores(whole, [(*gone, index) for index in left], skipped=gone)
+            ranked = sorted(zip(left, scores, strict=True), key=lambda pair: pair[1])
+            chosen += ranked[: 1 if self.mode == "greedy" else count]
+        return chosen
+
+    def _scores(
+        self, whole: WholeModel, candidates: Sequence[tuple[int, ...]], *, skipped: Collection[int] = (), span: int = 1
+    ) -> list[float]:
+        """One score per candidate, the set of blocks that would be missing; the lowest goes."""
+        if self.score == "random":
+            order = torch.randperm(len(candidates), generator=whole.generator()).tolist()
+            return [float(place) for place in order]
+        if self.score == "perplexity":
+            return perplexities_without(whole, candidates)
+        distance = angle if self.mode == "contiguous" else influence
+        return distances(whole, distance, span=span, skipped=skipped, first=int(self.skip_first_token))
+
+
+def influence(before_ND: Tensor, after_ND: Tensor) -> float:
+    """1 - mean cosine, from 0 (the states keep their direction) to 2.
+
+    Source: Men et al., arXiv 2403.03853, equation 1.
+    """
+    return 1 - float(functional.cosine_similarity(before_ND, after_ND, dim=-1).double().mean())
+
+
+def angle(before_ND: Tensor, after_ND: Tensor) -> float:
+    """Mean angle between states, in half turns: from 0 to 1.
+
+    Source: Gromov et al., arXiv 2403.17887, equation 6.
+    """
+    cosine_N = functional.cosine_similarity(before_ND, after_ND, dim=-1).double().clamp(-1, 1)
+    return float(cosine_N.arccos().mean()) / math.pi
+
+
+def distances(
+    whole: WholeModel, distance: Callable[[Tensor, Tensor], float], *, span: int, skipped: Collection[int], first: int
+) -> list[float]:
+    """How far each run of `span` blocks moves the hidden states; blocks in `skipped` do nothing and have no score.
+
+    Positions before `first` are left out. One stream over the blocks; the states of the last `span` depths are kept.
+    """
+    found = []
+    earlier: deque[Tensor] = deque(maxlen=span)
+    for work in whole.stream():
+        if work.info.index in skipped:
+            work.become(work.module, work.inputs())
+            continue
+        earlier.append(_states(work.inputs(), first))
+        outputs = work.outputs()
+        work.become(work.module, outputs)  # fed onward as they are, not computed again
+        if len(earlier) == span:
+            found.append(distance(earlier[0], _states(outputs, first)))
+    return found
+
+
+def perplexities_without(whole: WholeModel, candidates: Sequence[Collection[int]]) -> list[float]:
+    """The model's perplexity on the calibration windows, each time with some blocks skipped; it stays as it is."""
+    found = []
+    with whole.resident() as model:
+        named = find_blocks(model)
+        for gone in candidates:
+            with recorders(model, [named[index] for index in gone]):
+                found.append(whole.perplexity())
+    return found
+
+
+def _states(batches: Sequence[Tensor], first: int) -> Tensor:
+    """Hidden states as N×D, evenly thinned out where there are very many."""
+    tokens = sum(batch.shape[0] * max(batch.shape[1] - first, 0) for batch in batches)
+    step = math.ceil(tokens / _MOST_TOKENS) or 1
+    return torch.cat([batch[:, first:].flatten(0, 1)[::step] for batch in batches]).float()

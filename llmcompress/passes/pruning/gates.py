@@ -1,0 +1,187 @@
+"""Gates on heads and FFN channels, trained briefly, then folded into the weights; what they closed is removed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from typing_extensions import override
+
+from llmcompress.calibration.whole import WholeModel
+from llmcompress.errors import CompressError, ExitCode
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.map import ModelMap
+from llmcompress.passes.base import PASSES, ModelPass, Trait
+from llmcompress.passes.pruning.allocation import ALLOCATIONS, Request
+from llmcompress.passes.pruning.gate_hooks import fold_gates
+from llmcompress.passes.pruning.gate_kinds import KINDS, Task
+from llmcompress.passes.pruning.units import UnitGroup, unit_groups
+from llmcompress.training.loop import ExtraLoss, train
+from llmcompress.training.optimizer import ParameterGroup
+from llmcompress.training.settings import Training
+
+Kind = Literal["hard_concrete", "slimming", "group_lasso", "dsa", "decorator"]
+
+STRENGTHS: Mapping[Kind, float] = {"hard_concrete": 10.0, "slimming": 0.1, "group_lasso": 1.0, "dsa": 10.0}
+"""Of the penalties, where the recipe does not say."""
+
+
+@PASSES.register("gates")
+class Gates(ModelPass):
+    """One multiplicative gate per head (key-value group) and FFN channel learns which units the model can do without.
+
+    Source: Louizos et al., arXiv 1712.01312 and Shim et al., arXiv 2110.03252 (hard_concrete); Liu et al., arXiv
+    1708.06519 (slimming); Wen et al., arXiv 1608.03665 (group_lasso); Ning et al., arXiv 2004.02164 (dsa); You et al.,
+    arXiv 1909.08174 (decorator). Differs: exactly as many units go as the budget says, the least wanted first.
+    """
+
+    makes: ClassVar[frozenset[Trait]] = frozenset({"shapes"})
+    spoils: ClassVar[Mapping[Trait, str]] = {
+        "pattern": "would shift the columns that N:M groups are counted in",
+        "factors": "cannot remove rows and columns of low-rank factors",
+    }
+
+    kind: Kind = Field(
+        "hard_concrete",
+        description="hard_concrete: random gates under a budget; slimming: L1 on gates; group_lasso: pulls a unit's "
+        "weights to zero together; dsa: learns each layer's ratio; decorator: |gate · gradient|, in tick-tocks",
+    )
+    ratio: float = Field(0.25, ge=0, lt=1, description="share of the channels, and of the heads, to remove")
+    channels: bool = Field(True, description="gates on FFN channels")
+    heads: bool = Field(True, description="gates on attention heads, whole key-value groups at a time")
+    allocation: Literal["uniform", "global"] = Field(
+        "uniform",
+        description="uniform: as many in every layer, so a plain config holds the result; "
+        "global: as many weights in sum, wherever the gates say",
+    )
+    floor: float = Field(0.25, ge=0, le=1, description="least share of the units of any layer that stays")
+    round_to: int = Field(1, ge=1, description="the number of channels that stay is a multiple of this")
+    weights: bool = Field(True, description="train the model's weights along with the gates")
+    gate_learning_rate: float = Field(0.05, gt=0, description="of the gates; `training` has that of the weights")
+    strength: float | None = Field(None, gt=0, description="of the penalty, or of the pull to the budget")
+    training: Training = Field(default_factory=Training, description="steps, learning rate and batches")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.kind == "dsa" and self.allocation == "uniform":
+            raise ValueError("`kind: dsa` learns how many units each layer keeps: it needs `allocation: global`")
+        if self.kind == "decorator" and self.strength is not None:
+            raise ValueError("`kind: decorator` has no penalty: leave `strength` out")
+        if self.kind in ("group_lasso", "decorator") and not self.weights:
+            raise ValueError(f"`kind: {self.kind}` trains the weights: leave `weights` out")
+        return self
+
+    @override
+    def uses_data(self) -> bool:
+        return True
+
+    @override
+    def check(self, model_map: ModelMap) -> None:
+        if not self._groups(model_map):
+            raise CompressError(
+                "gates.nothing-to-remove",
+                "the model has no units of the wanted kinds that can be removed",
+                fix="attention with a single key-value head has none; `llmcompress inspect` shows what there is",
+                exit_code=ExitCode.USAGE,
+            )
+
+    @override
+    def apply(self, whole: WholeModel) -> list[SiteReport]:
+        groups = self._groups(whole.map)
+        self._rehearse(whole, groups)
+        with whole.resident():
+            keep = self._learn_and_fold(whole, groups)
+        return self._shrink(whole, groups, keep)
+
+    def _learn_and_fold(self, whole: WholeModel, groups: Sequence[UnitGroup]) -> list[Tensor]:
+        """True for the units that stay; the columns of the others are zero afterwards."""
+        learned = KINDS[self.kind](self._task(whole, groups))
+        keep = self._kept(groups, learned.priorities, 1.0)
+        gates = [gate_U * kept_U.to(gate_U) for gate_U, kept_U in zip(learned.gates, keep, strict=True)]
+        fold_gates(whole.sites(), groups, gates)
+        return keep
+
+    def _task(self, whole: WholeModel, groups: Sequence[UnitGroup]) -> Task:
+        model = whole.model
+        weights: tuple[nn.Parameter, ...] = tuple(model.parameters()) if self.weights else ()
+
+        def train_gates(gates: Sequence[nn.Parameter], steps: int, extra_loss: ExtraLoss | None) -> None:
+            fast = ParameterGroup(tuple(gates), learning_rate=self.gate_learning_rate, weight_decay=0.0)
+            train(
+                model,
+                whole.windows_NT,
+                self.training.model_copy(update={"steps": steps}),
+                device=whole.device,
+                progress=whole.progress,
+                seed=whole.seed,
+                parameters=[*weights, *([fast] if gates else [])],
+                extra_loss=extra_loss,
+                title=f"gates ({self.kind})",
+            )
+
+        def measure() -> None:
+            model.requires_grad_(False)
+            with torch.enable_grad():
+                for ids_BT in whole.batches():
+                    whole.progress.inside(f"gates ({self.kind}): gradients")
+                    whole.loss(ids_BT).backward()  # type: ignore[no-untyped-call]
+            model.requires_grad_(True)
+
+        return Task(
+            model,
+            groups,
+            [self.ratio] * len(groups),
+            self.allocation == "global",
+            STRENGTHS.get(self.kind, 0.0) if self.strength is None else self.strength,
+            self.training.steps,
+            lambda priorities, share: self._kept(groups, priorities, share),
+            train_gates,
+            measure,
+        )
+
+    def _kept(self, groups: Sequence[UnitGroup], priorities: Sequence[Tensor], share: float) -> list[Tensor]:
+        requests = [
+            Request(group, self.ratio * share, self.round_to if group.kind == "channels" else 1, self.floor)
+            for group in groups
+        ]
+        return ALLOCATIONS[self.allocation](requests, priorities)
+
+    def _groups(self, model_map: ModelMap) -> list[UnitGroup]:
+        wanted = {"channels": self.channels, "heads": self.heads}
+        return [group for group in unit_groups(model_map) if wanted[group.kind]]
+
+    def _rehearse(self, whole: WholeModel, groups: Sequence[UnitGroup]) -> None:
+        """Shrink a copy of one block of each kind, so that nobody trains for hours to learn that heads cannot go.
+
+        Raises: CompressError when a block cannot do without units.
+        """
+        kinds = {id(group.block.structure): group.block.index for group in reversed(groups)}
+        for work in whole.stream():
+            mine = [group for group in groups if group.block.index == work.info.index]
+            if work.info.index in kinds.values():
+                live, work.module = work.module, copy.deepcopy(work.module)
+                work.shrink({group.index: range(group.units - 1) for group in mine})
+                work.module = live
+            if work.info.index == max(kinds.values()):
+                break
+
+    def _shrink(self, whole: WholeModel, groups: Sequence[UnitGroup], keep: Sequence[Tensor]) -> list[SiteReport]:
+        rows: list[SiteReport] = []
+        for work in whole.stream():
+            mine = {
+                group: kept_U
+                for group, kept_U in zip(groups, keep, strict=True)
+                if group.block.index == work.info.index and not bool(kept_U.all())
+            }
+            work.shrink({group.index: kept_U.nonzero().flatten().tolist() for group, kept_U in mine.items()})
+            gone = {name: int((~kept_U).sum()) for group, kept_U in mine.items() for name in group.sites}
+            for site in work.sites:
+                if site.name in gone:
+                    biases = 0 if site.bias_O is None else site.info.outputs
+                    size = site.info.outputs * site.info.inputs + biases
+                    rows.append(SiteReport(site=site.name, algorithm="gates", removed=gone[site.name], parameters=size))
+        return rows

@@ -1,0 +1,162 @@
+"""Lottery tickets: train, drop the smallest weights, go back to early weights, again; the ticket is what is left."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from typing_extensions import override
+
+from llmcompress.calibration.whole import WholeModel
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.numerics.saliency import Comparison, drop_lowest, hamming_distance
+from llmcompress.passes.base import PASSES, ModelPass, Trait
+from llmcompress.passes.pruning.at_init import trained_weight
+from llmcompress.passes.pruning.sparse import sparsity
+from llmcompress.training.loop import train
+from llmcompress.training.settings import Training
+
+CHECKS = 5
+"""Masks that must agree before an early-bird stop."""
+
+
+@PASSES.register("lottery_ticket")
+class LotteryTicket(ModelPass):
+    """Iterative magnitude pruning with rewinding, on trained or freshly initialised weights.
+
+    After `rounds` rounds a share of 1 - (1 - share) ** rounds of all weights is zero.
+
+    Source: Frankle and Carbin, arXiv 1803.03635; rewinding: Frankle et al., arXiv 1903.01611; early stop: You et al.,
+    arXiv 1909.11957. Differs: AdamW's moments start anew after rewinding.
+    """
+
+    makes: ClassVar[frozenset[Trait]] = frozenset({"zeros"})
+    spoils: ClassVar[Mapping[Trait, str]] = {
+        "pattern": "would add zeros that are not in the pattern",
+    }
+
+    rounds: int = Field(3, ge=1, description="how often to train, prune and rewind")
+    share: float = Field(0.2, gt=0, lt=1, description="share of the remaining weights that each round drops")
+    comparison: Comparison = Field("global", description="weights are compared over the whole model, or within a site")
+    rewind_step: int = Field(0, ge=0, description="go back to the weights after this step of the first training")
+    finish: Literal["trained", "rewound"] = Field(
+        "trained", description="trained: train the ticket at the end; rewound: leave it at the weights of `rewind_step`"
+    )
+    early_bird: bool = Field(False, description="stop a round's training once the mask it would give no longer changes")
+    early_bird_distance: float = Field(
+        0.1, gt=0, lt=1, description="largest share of weights on which the last 5 masks may differ"
+    )
+    early_bird_every: int = Field(5, ge=1, description="steps between two looks at the mask")
+    training: Training = Field(default_factory=Training, description="steps, learning rate and batches of each round")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.rewind_step >= self.training.steps:
+            raise ValueError(f"`rewind_step` must be below the {self.training.steps} steps of `training`")
+        return self
+
+    @override
+    def uses_data(self) -> bool:
+        return True
+
+    @override
+    def apply(self, whole: WholeModel) -> list[SiteReport]:
+        with whole.resident():
+            weights = [trained_weight(site) for site in whole.sites()]
+            start = _Snapshot.of(whole.model)
+            for index in range(self.rounds):
+                dropped = 1 - (1 - self.share) ** (index + 1)
+                start = self._train(whole, weights, start, dropped, first=index == 0)
+                masks = self._masks(weights, dropped)
+                start.restore(whole.model)
+                with torch.no_grad():
+                    for weight, mask in zip(weights, masks, strict=True):
+                        weight.masked_fill_(mask, 0)
+            if self.finish == "trained":
+                self._train(whole, weights, start, None, first=False)
+        return [
+            SiteReport(site=site.name, algorithm="lottery_ticket", sparsity=sparsity(site.weight_OI))
+            for site in whole.sites()
+        ]
+
+    def _train(
+        self,
+        whole: WholeModel,
+        weights: Sequence[nn.Parameter],
+        start: _Snapshot,
+        dropped: float | None,
+        *,
+        first: bool,
+    ) -> _Snapshot:
+        """One training; the first one begins at step 0 and passes the step to rewind to. That step's weights."""
+        watch = _MaskWatch(self.early_bird_distance)
+        found = [start]
+
+        def after_step(step: int) -> bool:
+            if first and step == self.rewind_step:
+                found[0] = _Snapshot.of(whole.model)
+            # a stop before the step to go back to would leave nothing to go back to
+            if dropped is None or not self.early_bird or step % self.early_bird_every or step < self.rewind_step:
+                return False
+            settled = watch.settled(self._masks(weights, dropped))
+            if settled:
+                whole.progress.note(
+                    f"early bird: the mask no longer changes after step {step} of {self.training.steps}"
+                )
+            return settled
+
+        train(
+            whole.model,
+            whole.windows_NT,
+            self.training,
+            device=whole.device,
+            progress=whole.progress,
+            seed=whole.seed,
+            after_step=after_step,
+            start=0 if first else self.rewind_step,
+            title="lottery ticket" if dropped is None else f"lottery ticket, to {dropped:.0%} zeros",
+        )
+        return found[0]
+
+    def _masks(self, weights: Sequence[nn.Parameter], dropped: float) -> list[Tensor]:
+        scores = [weight.detach().abs() for weight in weights]
+        return drop_lowest(scores, [score == 0 for score in scores], dropped, self.comparison)
+
+
+class _MaskWatch:
+    """The last few masks, and whether they still differ.
+
+    Source: You et al., arXiv 1909.11957, section 3.2 (masks drawn at checkpoints, normalised Hamming distance).
+    """
+
+    def __init__(self, distance: float) -> None:
+        self._distance = distance
+        self._latest: deque[list[Tensor]] = deque(maxlen=CHECKS)
+
+    def settled(self, masks: list[Tensor]) -> bool:
+        """Whether this mask and the four before it lie close together."""
+        self._latest.append(masks)
+        if len(self._latest) < CHECKS:
+            return False
+        return max(hamming_distance(masks, earlier) for earlier in self._latest) < self._distance
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """All parameters at some step, on the CPU."""
+
+    parameters: list[Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        return cls([each.detach().cpu().clone() for each in model.parameters()])
+
+    @torch.no_grad()
+    def restore(self, model: nn.Module) -> None:
+        for parameter, kept in zip(model.parameters(), self.parameters, strict=True):
+            parameter.copy_(kept)

@@ -1,0 +1,71 @@
+"""Recovery: a short training after pruning or factoring; zeros stay zeros, shapes stay what they are."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import Field, model_validator
+from typing_extensions import override
+
+from llmcompress.calibration.whole import WholeModel
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.passes.base import PASSES, ModelPass
+from llmcompress.passes.pruning.sparse import sparsity
+from llmcompress.training.adapters import adapted
+from llmcompress.training.loop import train
+from llmcompress.training.masks import ZerosStay
+from llmcompress.training.settings import Training
+
+
+@PASSES.register("recover")
+class Recover(ModelPass):
+    """Train on the calibration text what earlier passes left: all of it, or low-rank adapters that are merged.
+
+    Source: of adapters Hu et al., arXiv 2106.09685; after pruning Ma et al., arXiv 2305.11627, section 3.3. Differs:
+    adapters never touch a zero, so merging keeps the sparsity.
+    """
+
+    rank: int | None = Field(None, ge=1, description="of the adapters on every linear; null: train all weights")
+    scale: float | None = Field(None, gt=0, description="of the adapters, α ÷ rank (2)")
+    training: Training = Field(default_factory=Training, description="steps, learning rate and batches")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.scale is not None and self.rank is None:
+            raise ValueError("`scale` belongs to adapters: give their `rank` too")
+        return self
+
+    @override
+    def uses_data(self) -> bool:
+        return True
+
+    @override
+    def apply(self, whole: WholeModel) -> list[SiteReport]:
+        sites = whole.sites()
+        with whole.resident() as model:
+            if self.rank is None:
+                train(
+                    model,
+                    whole.windows_NT,
+                    self.training,
+                    device=whole.device,
+                    progress=whole.progress,
+                    seed=whole.seed,
+                    title="recover",
+                )
+            else:
+                scale = 2.0 if self.scale is None else self.scale
+                modules = [site.module for site in sites]
+                with adapted(modules, rank=self.rank, scale=scale, seed=whole.seed) as adapters:
+                    train(
+                        model,
+                        whole.windows_NT,
+                        self.training,
+                        device=whole.device,
+                        progress=whole.progress,
+                        seed=whole.seed,
+                        parameters=adapters,
+                        masks=ZerosStay([]),
+                        title="recover",
+                    )
+        return [SiteReport(site=site.name, algorithm="recover", sparsity=sparsity(site.weight_OI)) for site in sites]
