@@ -42,10 +42,10 @@ BUDGETS = {
     "magnitude, global": "- magnitude: {{{share}, comparison: global}}",
     "wanda": "- wanda: {{{share}}}",
     "wanda, outliers": "- wanda: {{{share}, allocation: outliers}}",
-    "wanda, error": "- wanda: {{{share}, allocation: error}}",
+    "wanda, loss": "- wanda: {{{share}, allocation: loss}}",
     "sparsegpt": "- sparsegpt: {{{share}}}",
     "sparsegpt, outliers": "- sparsegpt: {{{share}, allocation: outliers}}",
-    "sparsegpt, error": "- sparsegpt: {{{share}, allocation: error}}",
+    "sparsegpt, loss": "- sparsegpt: {{{share}, allocation: loss}}",
 }
 ROUNDED = {
     "gptq alone": "- gptq: {{scheme: int4_g32, on_indivisible: pad}}",

@@ -102,6 +102,10 @@ class _SeenEnough(Exception):
     """Ends a forward once the reader's input is known."""
 
 
+class _NotReached(Exception):
+    """The reader was not run: an expert that no token goes to."""
+
+
 class _Bench:
     """A block whose projections put out what an experiment wants."""
 
@@ -119,7 +123,9 @@ class _Bench:
     def mixes_tokens(self) -> bool:
         """Whether the reader sees, at the last token, what the first one put out."""
         rows = self.random(1, _TOKENS, self.channels.total).requires_grad_()
-        return bool(self._gradient(rows, lambda seen: seen[:, -1])[:, 0].any())
+        with suppress(_NotReached):
+            return bool(self._gradient(rows, lambda seen: seen[:, -1])[:, 0].any())
+        return False
 
     def averages(self) -> bool:
         """Whether values that are all one give exactly that."""
@@ -221,6 +227,8 @@ class _Bench:
             seen = stack.enter_context(_reads(self.block.get_submodule(self.fold.consumers[0])))
             with suppress(_SeenEnough):
                 call.run(self.block, hidden)
+        if not seen:
+            raise _NotReached
         return seen[0]
 
     def _call(self, batch: int) -> tuple[BlockCall, Tensor]:

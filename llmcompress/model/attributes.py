@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from llmcompress.model.map import WidthGroup
+from llmcompress.modules.private_config import PrivateConfig, config_integers
 
 _MOST_TOGETHER = 4
 """Attributes of different value that a family is known to need changed at once, and one more."""
@@ -30,13 +30,13 @@ class Attribute:
     in_config: bool = False
 
     def set(self, value: int) -> None:
-        """Write it; a config is shared by all modules, so the owner gets a copy of its own first."""
+        """Write it; a config is shared by all modules, so the owner gets one of its own first."""
         if not self.in_config:
             setattr(self.owner, self.name, value)
             return
-        private = copy.deepcopy(self.owner.config)
-        setattr(private, self.name, value)
-        self.owner.config = private  # type: ignore[assignment]
+        own = PrivateConfig.over(self.owner.config)
+        setattr(own, self.name, value)
+        self.owner.config = own  # type: ignore[assignment]
 
 
 def change_until(works: Callable[[], bool], candidates: Sequence[Attribute]) -> tuple[Attribute, ...] | None:
@@ -130,7 +130,6 @@ def _integers(owner: nn.Module) -> Iterator[tuple[str, int, bool]]:
         if type(value) is int and not name.startswith("_"):
             yield name, value, False
     config = getattr(owner, "config", None)
-    if isinstance(config, PretrainedConfig):
-        for name, value in vars(config).items():
-            if type(value) is int and not name.startswith("_"):
-                yield name, value, True
+    if isinstance(config, PretrainedConfig | PrivateConfig):
+        for name, value in config_integers(config).items():
+            yield name, value, True

@@ -156,12 +156,9 @@ class _Search:
             if name.startswith("_") or isinstance(value, bool) or name in self._inert:
                 continue
             for live, stock in sorted(numbers):
-                if value is None and isinstance(live, int):
-                    moves[_Move(name, live)] = None
-                elif isinstance(value, float) and value == stock:
-                    moves[_Move(name, live)] = None
-                elif type(value) is int and type(live) is int and type(stock) is int and value * live % max(stock, 1) == 0:
-                    moves[_Move(name, value * live // max(stock, 1))] = None
+                new = _moved(value, live, stock)
+                if new is not None:
+                    moves[_Move(name, new)] = None
         return list(moves)
 
     def _note_inert(self, changes: Changes, moves: Iterable[_Move]) -> None:
@@ -185,6 +182,17 @@ class _Search:
             except Exception:  # whatever a family raises about sizes that do not fit: there is no such model
                 self._known[key] = None
         return self._known[key]
+
+
+def _moved(value: Any, live: float, stock: float) -> Any:
+    """What an attribute would become so that something that is `stock` becomes `live`; None where it cannot matter."""
+    if value is None:
+        return live if isinstance(live, int) else None
+    if isinstance(value, float):
+        return live if value == stock else None
+    if type(value) is not int or type(live) is not int or type(stock) is not int or not stock:
+        return None
+    return None if value * live % stock else value * live // stock
 
 
 def _with_tensors_of(model: PreTrainedModel, config: PretrainedConfig, replaced: frozenset[str]) -> PreTrainedModel:

@@ -99,7 +99,7 @@ def without_weights(config: PretrainedConfig) -> PreTrainedModel:
 
 def _furnish(model: PreTrainedModel, blocks: Sequence[nn.Module], *, vocabulary: int) -> None:
     """Make everything real that runs outside the blocks, with a tiny embedding; the head never runs."""
-    width = model.get_input_embeddings().weight.shape[1]
+    width = model.get_input_embeddings().embedding_dim  # one that is held as factors has no table
     model.set_input_embeddings(nn.Embedding(vocabulary, width))
     head = model.get_output_embeddings()
     materialise(model, skip=[*blocks, *([] if head is None else [head])])

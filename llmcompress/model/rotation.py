@@ -5,7 +5,7 @@ Works on the live model's parameters, wherever they are, in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -16,6 +16,8 @@ from llmcompress.model.bench import LINEARS
 from llmcompress.model.norms import gain_and_bias
 from llmcompress.model.residual import Port, Ports, Residual, StreamNorm, refused
 from llmcompress.model.shrink import same
+from llmcompress.modules.base import CompressedModule
+from llmcompress.modules.wrapper import Wrapper
 from llmcompress.numerics.basis import mirror_normal, reflected
 
 Constants = Literal["bias", "mean"]
@@ -89,6 +91,17 @@ def contract(model: nn.Module, name: str, axis: int, matrix_DW: Tensor) -> None:
         noted = [key for key, number in vars(owner).items() if type(number) is int and number == before]
     for size in noted:
         setattr(owner, size, width)
+        # a factored linear notes the sizes of its outer factors
+        for outer in _factored_around(model, owner_name):
+            setattr(outer, size, width)
+
+
+def _factored_around(model: nn.Module, name: str) -> Iterator[CompressedModule]:
+    while name := name.rpartition(".")[0]:
+        module = model.get_submodule(name)
+        if not isinstance(module, CompressedModule) or isinstance(module, Wrapper):
+            return
+        yield module
 
 
 @torch.no_grad()

@@ -94,9 +94,7 @@ def same(one: Tensor, other: Tensor) -> bool:
     near = 1e-4 if exact else 3e-2
     one, other = one.double(), other.double()
     # relative to the median: a few channels of a hidden state can be thousands of times larger than the others
-    return one.shape == other.shape and bool(
-        ((one - other).abs() <= near * (other.abs() + other.abs().median())).all()
-    )
+    return one.shape == other.shape and bool(((one - other).abs() <= near * (other.abs() + other.abs().median())).all())
 
 
 def _masked(block: nn.Module, gone: Mapping[str, Cut], run: Callable[[], Tensor]) -> Tensor:

@@ -44,7 +44,8 @@ def cuts(structure: BlockStructure, keep: Mapping[int, Sequence[int]]) -> dict[s
             gone.setdefault((part.site, part.axis), set()).update(indices)
     names = {name for (name, _), indices in gone.items() if indices}
     return {
-        name: Cut(*(tuple(sorted(gone.get((name, axis), ()))) for axis in ("rows", "columns"))) for name in sorted(names)
+        name: Cut(*(tuple(sorted(gone.get((name, axis), ()))) for axis in ("rows", "columns")))
+        for name in sorted(names)
     }
 
 
@@ -81,15 +82,19 @@ _SIZES: dict[str, Axis] = {"out_features": "rows", "in_features": "columns", "nf
 """Under which names `nn.Linear` and `Conv1D` note their sizes."""
 
 
-def cut_structure(structure: BlockStructure, gone: Mapping[str, Cut], keep: Mapping[int, Sequence[int]]) -> BlockStructure:
+def cut_structure(
+    structure: BlockStructure, gone: Mapping[str, Cut], keep: Mapping[int, Sequence[int]]
+) -> BlockStructure:
     """The map of the block after the cuts: the same sites, groups and folds in the new numbering."""
     numbers = {site.name: _Numbers(site, gone.get(site.name, Cut())) for site in structure.sites}
-    sites = tuple(replace(site, **numbers[site.name].sizes()) for site in structure.sites)
+    sites = tuple(numbers[site.name].of(site) for site in structure.sites)
     widths = tuple(
         _width(group, sorted(set(keep.get(index, range(group.units)))), numbers)
         for index, group in enumerate(structure.width_groups)
     )
-    return replace(structure, sites=sites, folds=tuple(_fold(fold, numbers) for fold in structure.folds), width_groups=widths)
+    return replace(
+        structure, sites=sites, folds=tuple(_fold(fold, numbers) for fold in structure.folds), width_groups=widths
+    )
 
 
 class _Numbers:
@@ -101,8 +106,8 @@ class _Numbers:
             "columns": _renumbered(site.inputs, cut.columns),
         }
 
-    def sizes(self) -> dict[str, int]:
-        return {"outputs": len(self.new["rows"]), "inputs": len(self.new["columns"])}
+    def of(self, site: SiteInfo) -> SiteInfo:
+        return replace(site, outputs=len(self.new["rows"]), inputs=len(self.new["columns"]))
 
 
 def _width(group: WidthGroup, stay: Sequence[int], numbers: Mapping[str, _Numbers]) -> WidthGroup:

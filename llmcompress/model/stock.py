@@ -26,7 +26,7 @@ def outline(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrained
 
 
 def without_parameters(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """The stock model of this very config with its parameters on the meta device and its buffers (rotary tables) real."""
+    """The stock model of this very config: parameters on the meta device, buffers (rotary tables) real."""
     with init_empty_weights(include_buffers=False):
         return kind(config).eval()
 

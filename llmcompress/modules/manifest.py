@@ -5,7 +5,6 @@ Nothing is recorded while passes work: the differences are found by comparing mo
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -14,6 +13,8 @@ from torch import nn
 
 from llmcompress.errors import CompressError
 from llmcompress.modules.base import MODULES, CompressedModule, Spec, from_named_spec, named_spec
+from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.modules.private_config import PrivateConfig
 from llmcompress.modules.wrapper import Wrapper
 
 _PASSING = frozenset({"training", "gradient_checkpointing"})
@@ -33,15 +34,19 @@ class Manifest:
     """Parameters of ordinary modules that have another shape, or exist only here."""
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Numbers that ordinary modules were built with, where they differ."""
+    reshaped: set[str] = field(default_factory=set)
+    """Replaced linears with other sizes than the stock model's; found by `changes`, not part of the JSON."""
 
     def __bool__(self) -> bool:
         return bool(self.modules or self.shapes or self.attributes)
 
     @property
     def needs_plugin(self) -> bool:
-        """Whether more than quantized linears differs, which compressed-tensors has words for."""
-        quantized = MODULES.name_of(_quant_linear())
-        return bool(self.shapes or self.attributes) or any(s["type"] != quantized for s in self.modules.values())
+        """Whether more differs than linears of the stock sizes made of codes, for which compressed-tensors has words."""
+        quantized = MODULES.name_of(QuantLinear)
+        return bool(self.shapes or self.attributes or self.reshaped) or any(
+            s["type"] != quantized for s in self.modules.values()
+        )
 
     def to_json(self) -> dict[str, Any]:
         """JSON data."""
@@ -70,6 +75,8 @@ def _compare(live: nn.Module, stock: nn.Module, name: str, found: Manifest) -> N
         return
     if isinstance(live, CompressedModule):
         found.modules[name] = named_spec(live)
+        if isinstance(live, QuantLinear) and sorted(_sizes(stock)) != sorted((live.out_features, live.in_features)):
+            found.reshaped.add(name)
         return
     if type(live) is not type(stock):
         raise CompressError(
@@ -95,6 +102,14 @@ def _compare(live: nn.Module, stock: nn.Module, name: str, found: Manifest) -> N
                 fix="replace modules by registered CompressedModules only",
             )
         _compare(child, there, _join(name, leaf), found)
+
+
+def _sizes(stock: nn.Module) -> tuple[int, ...]:
+    """Of a linear's weight, or of what already replaces it."""
+    if isinstance(stock, CompressedModule):
+        return (stock.out_features, stock.in_features)
+    weight = stock._parameters.get("weight")
+    return () if weight is None else tuple(weight.shape)
 
 
 def _attributes(live: nn.Module, stock: nn.Module) -> dict[str, Any]:
@@ -143,8 +158,8 @@ def apply_manifest(skeleton: nn.Module, manifest: Manifest, dtype: torch.dtype) 
         module = _module(skeleton, name)
         for key, value in values.items():
             if key.startswith(_CONFIG):
-                if module.config is getattr(skeleton, "config", None) or "config" not in vars(module):
-                    module.config = copy.deepcopy(module.config)
+                if not isinstance(module.config, PrivateConfig):
+                    module.config = PrivateConfig(module.config)
                 setattr(module.config, key.removeprefix(_CONFIG), value)
             else:
                 setattr(module, key, tuple(value) if isinstance(value, list) else value)
@@ -163,10 +178,6 @@ def _module(root: nn.Module, name: str) -> nn.Module:
             where=name,
             fix="load it with the version of transformers in its llmcompress_report.json",
         ) from None
-
-
-def _quant_linear() -> type[CompressedModule]:
-    return MODULES["quant_linear"]
 
 
 def _join(name: str, leaf: str) -> str:

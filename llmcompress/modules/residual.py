@@ -141,3 +141,29 @@ class ShortcutBlock(Wrapper):
     @override
     def extra_repr(self) -> str:
         return " → ".join(str(width) for width in self.widths)
+
+
+@MODULES.register("pass_through")
+class PassThrough(CompressedModule):
+    """Gives back what it gets: stands where a norm stood that the embedding has taken in."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.in_features = self.out_features = width
+
+    @override
+    def spec(self) -> Spec:
+        return {"width": self.in_features}
+
+    @classmethod
+    @override
+    def from_spec(cls, spec: Spec, dtype: torch.dtype) -> Self:
+        return cls(int(spec["width"]))
+
+    @override
+    def dense_weight(self) -> Tensor:
+        raise TypeError("it stands for no matrix")
+
+    @override
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden

@@ -1,9 +1,9 @@
-"""Linears and embeddings held as tensor trains. O = outputs, I = inputs, V = entries, D = width, R = bonds of a train."""
+"""Linears, embeddings and heads held as tensor trains. O = outputs, I = inputs, V = entries, D = width, R = bonds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 import torch
@@ -56,30 +56,33 @@ class TensorTrainLinear(CompressedModule):
 
     def _contracted(self, x_TI: Tensor) -> Tensor:
         """The product, one core at a time: the matrix is never made."""
-        tokens, done, rank, left = len(x_TI), 1, 1, self.in_features
+        tokens, done, left = len(x_TI), 1, self.in_features
         for core in self.cores:
-            before, outputs, inputs, after = core.shape
+            before, outputs, inputs, _ = core.shape
             left //= inputs
             state = x_TI.reshape(tokens, done, before, inputs, left)
             x_TI = torch.einsum("tdrnl,rmns->tdmsl", state, core)
-            done, rank = done * outputs, after
+            done *= outputs
         return x_TI.reshape(tokens, self.out_features)
 
     def _steps(self) -> int:
         """Multiplications per token, core by core."""
         total, done, left = 0, 1, self.in_features
-        for core in self.cores:
-            total += done * left * core.shape[0] * core.shape[1] * core.shape[3]
-            done, left = done * core.shape[1], left // core.shape[2]
+        for outputs, inputs, before, after in self._shapes():
+            total += done * left * before * outputs * after
+            done, left = done * outputs, left // inputs
         return total
 
     def _composing(self) -> int:
         """Multiplications to make the matrix."""
         total, size = 0, 1
-        for core in self.cores[:-1]:
-            size *= core.shape[1] * core.shape[2]
-            total += size * core.shape[0] * core.shape[3]
-        return total + self.out_features * self.in_features * self.cores[-1].shape[0]
+        for outputs, inputs, before, after in self._shapes():
+            size *= outputs * inputs
+            total += size * before * after
+        return total
+
+    def _shapes(self) -> Iterator[tuple[int, int, int, int]]:
+        return zip(self.outputs, self.inputs, (1, *self.ranks), (*self.ranks, 1), strict=True)
 
     @override
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""A linear of several heads as a Tucker decomposition of (heads, rows of a head, inputs). H, R, I = axes; h, r, i = ranks."""
+"""A linear of heads as a Tucker decomposition of (heads, rows of a head, inputs): axes H, R, I with ranks h, r, i."""
 
 from __future__ import annotations
 
@@ -51,11 +51,18 @@ class TuckerLinear(CompressedModule):
     @classmethod
     @override
     def from_spec(cls, spec: Spec, dtype: torch.dtype) -> Self:
-        factors = [torch.zeros(size, rank, dtype=dtype) for size, rank in zip(spec["shape"], spec["ranks"], strict=True)]
         heads, rows, across = spec["shape"]
+        h, r, i = spec["ranks"]
         outputs = heads * rows if spec["split"] == "rows" else across
         bias = torch.zeros(outputs, dtype=dtype) if spec["bias"] else None
-        return cls(torch.zeros(spec["ranks"], dtype=dtype), *factors, bias, split=spec["split"])
+        return cls(
+            torch.zeros(h, r, i, dtype=dtype),
+            torch.zeros(heads, h, dtype=dtype),
+            torch.zeros(rows, r, dtype=dtype),
+            torch.zeros(across, i, dtype=dtype),
+            bias,
+            split=spec["split"],
+        )
 
     @override
     def dense_weight(self) -> Tensor:
@@ -68,7 +75,7 @@ class TuckerLinear(CompressedModule):
             small = torch.einsum("...i,hri->...hr", x @ self.across_Ii, self.core_hri)
             out = (self.heads_Hh @ small @ self.rows_Rr.T).flatten(-2)
         else:
-            heads = x.unflatten(-1, (len(self.heads_Hh), len(self.rows_Rr)))
+            heads = x.reshape(*x.shape[:-1], len(self.heads_Hh), len(self.rows_Rr))
             small = self.heads_Hh.T @ heads @ self.rows_Rr
             out = torch.einsum("...hr,hri->...i", small, self.core_hri) @ self.across_Ii.T
         return out if self.bias is None else out + self.bias

@@ -87,7 +87,8 @@ def lasso_order(products_UU: Tensor, *, points: int = 32) -> Tensor:
     steepest = float(torch.linalg.eigvalsh(products_UU)[-1])
     for point in range(points):
         share = 10 ** (-3.2 * (point + 1) / points)
-        beta_U = quadratic_lasso(products_UU, target_U, share * largest, start_F=beta_U, steepest=steepest, iterations=60)
+        penalty = share * largest
+        beta_U = quadratic_lasso(products_UU, target_U, penalty, start_F=beta_U, steepest=steepest, iterations=60)
         entered_U = (beta_U != 0) & (importance_U == 0)
         importance_U = torch.where(entered_U, share * (1 + 0.2 * beta_U.abs() / (1 + beta_U.abs().max())), importance_U)
     never_U = (importance_U == 0) & live_U

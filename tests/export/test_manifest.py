@@ -53,6 +53,14 @@ CASES = {
         "gemma2",
         "[{svd: {ratio: 0.2, sites: '*.down_proj'}}, {rtn: {scheme: int4_channel, sites: '*.gate_proj'}}]",
     ),
+    "codes with a branch of codes": (
+        "opt",
+        "[{caldera: {scheme: int2_g16, rank: 3, iterations: 1, factor_scheme: int4_g8, sites: '*.0.*'}}]",
+    ),
+    "codes of a Conv1D with a branch": (
+        "gpt2",
+        "[{low_rank_correction: {quantizer: {rtn: {scheme: int2_g16}}, rank: 3}}]",
+    ),
 }
 
 

@@ -68,7 +68,7 @@ def test_without_blocks_every_family_computes_as_if_they_were_skipped_and_genera
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 PATTERNS = {
-    "gemma2": (lambda: tiny_config("gemma2"), [0], {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}),
+    "gemma2": (lambda: tiny_config("gemma2"), [0], {"layer_types": [FULL, SLIDING, FULL]}),
     "gemma3": (
         lambda: small("gemma3_text", head_dim=16, sliding_window=4, layer_types=[SLIDING, SLIDING, FULL, SLIDING]),
         [0, 3],
@@ -82,15 +82,17 @@ PATTERNS = {
     "smollm3": (lambda: small("smollm3", no_rope_layers=[1, 0, 1, 0]), [0], {"no_rope_layers": [0, 1, 0]}),
     "gpt_neo": (
         lambda: AutoConfig.for_model(
-            "gpt_neo", vocab_size=128, hidden_size=64, num_layers=4, num_heads=4, attention_types=[[["global", "local"], 2]],
-            window_size=4, intermediate_size=96, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+            "gpt_neo", vocab_size=128, hidden_size=64, num_layers=4, num_heads=4,
+            attention_types=[[["global", "local"], 2]], window_size=4, intermediate_size=96,
+            max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
         ),
         [0],
         {"attention_layers": ["local", "global", "local"]},
     ),
     "qwen3_moe with dense blocks": (
         lambda: small(
-            "qwen3_moe", head_dim=16, num_experts=4, moe_intermediate_size=32, num_experts_per_tok=2, mlp_only_layers=[0, 3]
+            "qwen3_moe", head_dim=16, num_experts=4, moe_intermediate_size=32, num_experts_per_tok=2,
+            mlp_only_layers=[0, 3],
         ),
         [1],
         {"mlp_only_layers": [0, 2]},
@@ -110,8 +112,9 @@ PATTERNS = {
 
 def small(model_type, **options):
     sizes = {
-        "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+        "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
     }  # fmt: skip
     return AutoConfig.for_model(model_type, **{**sizes, **options})
 
@@ -170,12 +173,27 @@ def test_where_the_place_of_a_block_changes_what_it_computes_nothing_is_dropped(
     model = random_model(config)
     tokens = tiny_tokens("gpt2")
     before, said = model(tokens).logits, model.config.to_dict()
-    with pytest.raises(CompressError, match=r"depth\.place-matters"):
+    with pytest.raises(
+        CompressError, match=r"depth\.(place-matters|no-config)"
+    ):  # 4 scales in forward, 5 notes it before
         drop_blocks(model, [0])
     assert torch.equal(model(tokens).logits, before)
     assert model.config.to_dict() == said
     drop_blocks(model, [2])  # the last one: all others keep their place
     assert model.config.n_layer == 2
+
+
+def test_a_block_that_computes_with_its_own_number_is_found_out_and_everything_is_set_back():
+    model = tiny_model("llama")
+    attention = model.model.layers[2].self_attn
+    attention.register_forward_hook(lambda module, _, output: (output[0] * module.layer_idx, *output[1:]))
+    tokens = tiny_tokens("llama")
+    before, said = model(tokens).logits, model.config.to_dict()
+    with pytest.raises(CompressError, match=r"block 2 computes something else[\s\S]*depth\.place-matters"):
+        drop_blocks(model, [1])
+    assert torch.equal(model(tokens).logits, before)
+    assert model.config.to_dict() == said
+    assert attention.layer_idx == 2
 
 
 def test_kinds_of_blocks_that_no_config_can_order_so_are_refused():

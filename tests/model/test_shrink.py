@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from llmcompress.errors import CompressError
@@ -14,6 +16,7 @@ from llmcompress.model.map import SiteInfo
 from llmcompress.model.probe import probe
 from llmcompress.model.shrink import kind_of, shrink_block
 from llmcompress.model.skeleton import find_blocks, record
+from llmcompress.modules.manifest import Manifest, apply_manifest, changes
 from tests.families import FAMILIES, tiny_config, tiny_model, tiny_tokens
 
 ALIBI = {"bloom", "falcon_old"}
@@ -98,21 +101,41 @@ def test_most_families_can_lose_heads_and_channels():
     assert len(WITH_CHANNELS) >= 20
 
 
+SWITCHED = [(family, "sdpa") for family in WITH_HEADS if tiny_model(family)._supports_sdpa]
+"""Attention is chosen anew after the heads are gone, as a user may do."""
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("family", WITH_HEADS)
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(("family", "attention"), [(family, "eager") for family in WITH_HEADS] + SWITCHED)
 def test_without_some_heads_a_model_computes_what_the_masked_one_does_also_with_a_cache(family, attention):
     keep = {i: range(1, group.units) for i, group in groups_of(family, "heads").items()}
     tokens = tiny_tokens(family)
     model, _ = shrunk_model(family, keep)
-    model.set_attn_implementation(attention)
     masked = masked_model(family, keep)
+    if attention != "eager":
+        model.set_attn_implementation(attention)
+        masked.set_attn_implementation(attention)
     torch.testing.assert_close(model(tokens).logits, masked(tokens).logits, rtol=1e-4, atol=2e-5)
     first = model(tokens[:, :7], use_cache=True)
     second = model(tokens[:, 7:], past_key_values=first.past_key_values, use_cache=True)
     stitched = torch.cat([first.logits, second.logits], 1)
     torch.testing.assert_close(stitched, masked(tokens).logits, rtol=1e-4, atol=2e-5)
     assert parameters(tiny_model(family)) - parameters(model) == closed_form(family, keep) > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", WITH_HEADS)
+def test_blocks_with_different_numbers_of_heads_are_built_again_from_a_manifest(family):
+    live, _ = shrunk_model(family, {0: range(1, groups_of(family, "heads")[0].units)})
+    first, blocks = find_blocks(tiny_model(family))[0], find_blocks(live)
+    live.get_submodule(blocks[0][0].rpartition(".")[0])[0] = first[1]  # this block keeps all its heads
+    manifest = changes(live, tiny_model(family))
+    again = tiny_model(family)
+    apply_manifest(again, Manifest.from_json(json.loads(json.dumps(manifest.to_json()))), torch.float32)
+    again.load_state_dict(live.state_dict())
+    tokens = tiny_tokens(family)
+    torch.testing.assert_close(again(tokens).logits, live(tokens).logits, rtol=1e-4, atol=2e-5)
+    assert {name.split(".")[-1] for owned in manifest.attributes.values() for name in owned}.isdisjoint({"layer_idx"})
 
 
 @pytest.mark.parametrize("family", sorted(ALIBI))
@@ -153,9 +176,7 @@ def test_shrinking_twice_is_shrinking_once_by_both(family):
     units = heads[head].units
     once = {head: [units - 1], channel: [3, 5, 8, 40]}
     model, structures = shrunk_model(family, {channel: [3, 4, 5, 8, 40]}, {head: [units - 1]}, {channel: [0, 2, 3, 4]})
-    torch.testing.assert_close(
-        model(tokens).logits, shrunk_model(family, once)[0](tokens).logits, rtol=1e-4, atol=2e-5
-    )
+    torch.testing.assert_close(model(tokens).logits, shrunk_model(family, once)[0](tokens).logits, rtol=1e-4, atol=2e-5)
     assert structures == shrunk_model(family, once)[1]
 
 
@@ -228,6 +249,21 @@ def test_half_precision_blocks_shrink_too():
     assert block.self_attn.num_heads == 2
     assert block.self_attn.q_proj.out_features == 32
     assert block.self_attn.q_proj.weight.dtype == torch.bfloat16
+
+
+def test_a_block_that_already_has_a_private_config_is_shrunk_again():
+    model, _ = shrunk_model("phi3", {1: range(48)}, {0: [1]})
+    assert model.model.layers[0].self_attn.o_proj.in_features == 32
+    wide = tiny_config("phi3")
+    wide.num_key_value_heads = 4
+    model = AutoModelForCausalLM.from_config(wide, attn_implementation="eager").eval()
+    named, structure = find_blocks(model), probe(wide).blocks[0].structure
+    recording = record(model, named, tiny_tokens("phi3", batch=1, length=8))
+    run = functools.partial(recording.calls[0].run, named[0][1], recording.hidden)
+    once = shrink_block(named[0][1], structure, {0: [0, 2, 3]}, run=run)
+    twice = shrink_block(named[0][1], once, {0: [1, 2]}, run=run)
+    assert twice.width_groups[0].units == 2
+    assert model.config.num_attention_heads == 4
 
 
 def test_the_models_own_config_stays_when_a_block_gets_a_private_one():

@@ -97,6 +97,7 @@ class _Work:
         for name, site in self.taps.items():
             gone = self.gone[name]
             if not gone:
+                self._write(name)
                 continue
             rows = [row for row in range(site.info.outputs) if row not in gone]
             bias = self.biases[name]
@@ -117,6 +118,13 @@ class _Work:
                 SelectedColumns.from_columns(new_OK, bias_O, columns=columns, inputs=self.reader.info.inputs)
             )
             yield row
+
+    def _write(self, name: str) -> None:
+        """A linear that keeps all its rows stays what it is, with the values turned that it gives."""
+        site, bias = self.taps[name], self.biases[name]
+        site.write(self.weights[name])
+        if bias is not None:
+            site.write_bias(bias)
 
     def _energy(self, name: str) -> Tensor:
         site = self.taps[name]

@@ -13,8 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.model.site import LinearSite
-from llmcompress.numerics.low_rank import output_spectrum
-from llmcompress.numerics.rank_allocation import Matrix, allocate_ranks, equal_shares
+from llmcompress.numerics.low_rank import output_spectrum, truncate
+from llmcompress.numerics.rank_allocation import Matrix, allocate_ranks, equal_shares, uniform_rank
 from llmcompress.numerics.statistics import Statistic
 
 RankRule = Literal["uniform", "energy", "loss"]
@@ -52,31 +52,25 @@ def decide_ranks(options: FactorOptions, whole: WholeModel) -> dict[str, Tensor]
     """Site → rank, such that all together keep their share of parameters and lose least.
 
     `energy` counts each site's lost share of its own squared output. `loss` weighs each lost direction of the output
-    by the squared gradient of the loss along it, which is the expected growth of the loss to second order.
+    by the squared gradient of the loss along it: the expected growth of the loss to second order.
 
-    Source: for the loss, Hsu et al., arXiv 2207.00112 (Fisher-weighted SVD), with activations instead of weights.
+    Source: for the weights, Hsu et al., arXiv 2207.00112 (Fisher-weighted SVD). Differs: of outputs, not of weights;
+    and gradients are those of the model with uniform ranks (docs/log.md).
     Raises: CompressError when not even the least ranks fit the budget.
     """
-    names = [site.name for site in whole.sites() if options.selects(site.name)]
-    weights = squared_gradients(whole, names) if options.ranks == "loss" else {}
+    weights = _gradients_when_factored(options, whole) if options.ranks == "loss" else {}
     matrices: dict[str, Matrix] = {}
-    for block in whole.stream():
-        sites = [site for site in block.sites if options.selects(site.name)]
-        if sites and options.needs():
-            block.measure(sites, options.needs())
-        for site in sites:
-            block.progress.inside(f"spectrum of {site.info.name}")
-            spectrum = output_spectrum(site.weight_OI, options.metric(site))
-            step = options.for_site(site.name).round_to
+    for site in _measured(options, whole):
+        spectrum = output_spectrum(site.weight_OI, options.metric(site))
+        if weights:
+            gain_K = spectrum.energy_K * (spectrum.basis_OK.square().T @ weights[site.name].double())
+        else:
             gain_K = equal_shares(spectrum.energy_K)
-            if weights:
-                gain_K = spectrum.energy_K * (spectrum.basis_OK.square().T @ weights[site.name].double())
-            matrices[site.name] = Matrix(site.info.outputs, site.info.inputs, gain_K.cpu(), step)
-        block.forget()
-        whole.progress.note(f"ranks: spectra of block {block.info.index + 1} of {len(whole.map.blocks)} known")
+        step = options.for_site(site.name).round_to
+        matrices[site.name] = Matrix(site.info.outputs, site.info.inputs, gain_K.cpu(), step)
     shares = (options.for_site(name).keep * each.outputs * each.inputs for name, each in matrices.items())
     try:
-        ranks = allocate_ranks(list(matrices.values()), int(sum(shares)))
+        ranks = allocate_ranks(list(matrices.values()), int(sum(shares) + 1e-6))
     except ValueError as error:
         raise CompressError(
             "ranks.budget",
@@ -85,6 +79,35 @@ def decide_ranks(options: FactorOptions, whole: WholeModel) -> dict[str, Tensor]
             exit_code=ExitCode.USAGE,
         ) from None
     return {name: torch.tensor(rank) for name, rank in zip(matrices, ranks, strict=True)}
+
+
+def _measured(options: FactorOptions, whole: WholeModel) -> Iterator[LinearSite]:
+    """Every selected site, measured; what the caller leaves there is what later blocks see."""
+    for block in whole.stream():
+        sites = [site for site in block.sites if options.selects(site.name)]
+        if sites and options.needs():
+            block.measure(sites, options.needs())
+        for site in sites:
+            block.progress.inside(f"spectrum of {site.name}")
+            yield site
+        block.forget()
+
+
+def _gradients_when_factored(options: FactorOptions, whole: WholeModel) -> dict[str, Tensor]:
+    """Squared gradients where the compressed model will be: at the dense model, whose gradients all but vanish, they
+    say little of what hurts when everything has become worse. The model is dense again afterwards.
+    """
+    dense: dict[str, Tensor] = {}
+    for site in _measured(options, whole):
+        here, weight_OI = options.for_site(site.name), site.weight_OI
+        dense[site.name] = weight_OI.cpu()
+        rank = uniform_rank(site.info.outputs, site.info.inputs, here.keep, here.round_to)
+        site.write(truncate(weight_OI, output_spectrum(weight_OI, options.metric(site)), rank).product())
+    weights = squared_gradients(whole, list(dense))
+    for site in whole.sites():
+        if site.name in dense:
+            site.write(dense[site.name])
+    return weights
 
 
 def squared_gradients(whole: WholeModel, names: Sequence[str]) -> dict[str, Tensor]:

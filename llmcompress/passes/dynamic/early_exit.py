@@ -48,7 +48,7 @@ class EarlyExit(ModelPass):
     keeps_codes: ClassVar[bool] = True
 
     exits: tuple[int, ...] | None = Field(
-        None, description="before which blocks a token may leave, counted from 0; null: at half and at three quarters"
+        None, min_length=1, description="before which blocks a token may leave, from 0; null: at half and three quarters"
     )
     threshold: float | None = Field(None, gt=0, description="probability at which a token leaves; above 1: never")
     agreement: float | None = Field(

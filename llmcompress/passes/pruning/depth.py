@@ -1,17 +1,17 @@
-"""Whole blocks go: the cheapest real speed-up, and the result is an ordinary smaller model. N = tokens, D = hidden size."""
+"""Whole blocks go: the cheapest real speed-up, and an ordinary smaller model is left. N = tokens, D = hidden size."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError

@@ -18,7 +18,11 @@ _FIRST = "would throw away what the passes before it did: put it first"
 
 @PASSES.register("reinitialise")
 class Reinitialise(ModelPass):
-    """All weights are drawn anew from the family's own initialisation; nothing of the trained model is left."""
+    """All weights are drawn anew from the family's own initialisation; nothing of the trained model is left.
+
+    With `keep_zeros` what is exactly zero stays so: the control experiment for lottery tickets, whose point is that the
+    same zeros are worth less with other weights.
+    """
 
     spoils: ClassVar[Mapping[Trait, str]] = {
         "zeros": _FIRST,
@@ -28,16 +32,25 @@ class Reinitialise(ModelPass):
     }
 
     seed: int = Field(0, ge=0, description="of the random weights")
+    keep_zeros: bool = Field(False, description="leave exact zeros of the linears where they are")
 
     @override
     def uses_data(self) -> bool:
         return False
 
     @override
+    def undoes(self, trait: Trait) -> str | None:
+        return None if self.keep_zeros and trait in ("zeros", "pattern") else super().undoes(trait)
+
+    @override
     @torch.no_grad()
     def apply(self, whole: WholeModel) -> list[SiteReport]:
+        zeros = {site.name: site.weight_OI == 0 for site in whole.sites()} if self.keep_zeros else {}
         with torch.random.fork_rng([]):
             torch.manual_seed(self.seed)
             fresh = type(whole.model)(whole.model.config)
         whole.model.load_state_dict(fresh.state_dict())
+        for site in whole.sites():
+            if site.name in zeros:
+                site.write(site.weight_OI.masked_fill(zeros[site.name], 0))
         return [SiteReport(site=name, algorithm="reinitialise") for name in whole.map.site_names()]

@@ -11,6 +11,7 @@ from typing_extensions import Self, override
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.embedding_norm import bake_embedding_norm
 from llmcompress.model.residual_probe import find_residual
 from llmcompress.passes.base import PASSES, ModelPass, Trait
 from llmcompress.passes.pruning.shortcuts import slice_with_shortcuts
@@ -67,9 +68,10 @@ class SliceGPT(ModelPass):
 
         Raises: CompressError where a change of basis is not exact, or nothing would be left.
         """
+        whole.model.float()
+        bake_embedding_norm(whole.model)
         residual = find_residual(whole.model)
         width = self._width(residual.width)
-        whole.model.float()
         slicing = Slicing(width, self.basis, self.damping if self.refit else None)
         return FORMS[self.form](whole, residual, slicing)
 

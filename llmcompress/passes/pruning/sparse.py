@@ -20,7 +20,7 @@ from llmcompress.numerics.masks import Pattern, due, lowest, lowest_per_group, n
 from llmcompress.passes.base import BlockPass, Trait
 from llmcompress.passes.pruning.sparse_counts import decide_counts
 
-Allocation = Literal["uniform", "outliers", "error"]
+Allocation = Literal["uniform", "outliers", "loss"]
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 """A block or expert in a site's name: the error lists kinds of sites, not every one of thousands."""
@@ -36,13 +36,13 @@ class SparsePass(BlockPass):
     sparsity: float | None = Field(None, ge=0, lt=1, description="share of weights that become zero (0.5)")
     pattern: str = Field("unstructured", description="unstructured, or N:M: N zeros in every M neighbouring inputs")
     allocation: Allocation = Field(
-        "uniform", description="outliers: blocks with more outliers lose less (OWL); error: least sum of output errors"
+        "uniform", description="outliers: blocks with more outliers lose less (OWL); loss: least expected growth"
     )
     outlier_times: float | None = Field(
         None, gt=1, description="allocation: outliers; a score this many times the block's mean is an outlier (5)"
     )
     within: float | None = Field(
-        None, gt=0, lt=1, description="no block's (outliers) or site's (error) sparsity is further from the mean (0.08)"
+        None, gt=0, lt=1, description="no block's (outliers) or site's (loss) sparsity is further from the mean (0.08)"
     )
 
     @field_validator("pattern")
@@ -61,7 +61,7 @@ class SparsePass(BlockPass):
         if self.outlier_times is not None and self.allocation != "outliers":
             raise ValueError("`outlier_times` belongs to `allocation: outliers`")
         if self.within is not None and self.allocation == "uniform":
-            raise ValueError("`within` belongs to `allocation: outliers` or `error`")
+            raise ValueError("`within` belongs to `allocation: outliers` or `loss`")
         return self
 
     @property

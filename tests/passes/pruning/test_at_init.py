@@ -198,3 +198,18 @@ def test_reinitialising_gives_the_same_fresh_weights_for_the_same_seed() -> None
     for name, weight in first.items():
         assert torch.equal(weight, same[name]) and not torch.equal(weight, other[name])
         assert float(weight.std()) == pytest.approx(0.02, rel=0.8), "the family's own initialisation, not ours"
+
+
+def test_reinitialising_around_zeros_keeps_exactly_those() -> None:
+    model = tiny_model("gpt2")
+    compressed(model, "gpt2", PASSES["magnitude"](sparsity=0.5))
+    before = site_weights(model, "gpt2")
+    compressed(model, "gpt2", PASSES["reinitialise"](seed=0, keep_zeros=True))  # type: ignore[call-arg]
+    for name, weight in site_weights(model, "gpt2").items():
+        assert torch.equal(weight == 0, before[name] == 0) and not torch.equal(weight, before[name])
+
+
+def test_only_a_reinitialisation_that_keeps_zeros_may_follow_pruning() -> None:
+    assert PASSES["reinitialise"]().undoes("zeros")
+    assert PASSES["reinitialise"](keep_zeros=True).undoes("zeros") is None  # type: ignore[call-arg]
+    assert PASSES["reinitialise"](keep_zeros=True).undoes("shapes")  # type: ignore[call-arg]

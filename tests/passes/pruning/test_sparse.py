@@ -14,12 +14,13 @@ from llmcompress.errors import CompressError
 from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
+from llmcompress.model.site import LinearSite
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.numerics.masks import due
-from llmcompress.numerics.statistics import Gram
 from llmcompress.passes.apply import apply_passes
 from llmcompress.passes.base import PASSES, Pass
-from llmcompress.passes.pruning.sparse import SparsePass
+from llmcompress.passes.decomposition.ranks import squared_gradients
+from llmcompress.passes.pruning.sparse import SparsePass, magnitude_mask
 from llmcompress.progress import Silent
 from llmcompress.recipe import parse_recipe
 from tests.families import VOCABULARY, tiny_model
@@ -212,7 +213,7 @@ def test_one_threshold_for_all_sites_drops_the_smallest_of_all() -> None:
 
 
 @pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt"])
-@pytest.mark.parametrize("allocation", ["outliers", "error"])
+@pytest.mark.parametrize("allocation", ["outliers", "loss"])
 def test_an_allocation_moves_shares_within_bounds_and_meets_the_target_exactly(name: str, allocation: str) -> None:
     own = "*.layers.1.mlp.down_proj"
     options = {"sparsity": 0.6, "allocation": allocation, "within": 0.1, "overrides": {own: {"sparsity": 0.25}}}
@@ -231,38 +232,33 @@ def test_an_allocation_moves_shares_within_bounds_and_meets_the_target_exactly(n
         assert all(max(shares) - min(shares) <= 0.011 for shares in blocks)
 
 
-def test_errors_decide_as_measured() -> None:
-    """No other choice among the shares tried has a smaller sum of errors: moving any two sites does not help."""
-    each = make("magnitude", {"sparsity": 0.5, "allocation": "error", "within": 0.2})
+def test_a_budget_by_loss_takes_from_where_the_loss_feels_it_least() -> None:
+    """On the dense model, where it is decided: masks of its counts cost less loss than those of equal shares."""
+    each = make("magnitude", {"sparsity": 0.3, "allocation": "loss", "within": 0.3})
     assert isinstance(each, SparsePass)
     whole = whole_model("llama_gqa")
     counts = {site: int(count) for site, count in each.decide(whole).items()}
-    errors: dict[str, list[float]] = {}
-    for block in whole.stream():
-        block.measure(block.sites, (Gram,))
-        for site in block.sites:
-            weight, gram = site.weight_OI.double(), site.statistic(Gram).sum_II.double()
-
-            def error(share: float, weight: Tensor = weight, gram: Tensor = gram) -> float:
-                lost = weight.masked_fill(
-                    weight.abs() > weight.abs().flatten().sort().values[due(share, weight.numel()) - 1], 0
-                )
-                return float(((lost @ gram) * lost).sum() / ((weight @ gram) * weight).sum())
-
-            share = counts[site.name] / weight.numel()
-            step = 0.02
-            errors[site.name] = [
-                (error(min(share + step, 0.7)) - error(share)) / weight.numel(),
-                (error(share) - error(max(share - step, 0.3))) / weight.numel(),
-            ]
-    gain = min(more for site, (more, _) in errors.items() if counts[site] < 0.69 * size(whole, site))
-    saving = max(less for site, (_, less) in errors.items() if counts[site] > 0.31 * size(whole, site))
-    assert gain > 0.7 * saving
+    weights = {site.name: site.info.outputs * site.info.inputs for site in whole.sites()}
+    assert sum(counts.values()) == due(0.3, sum(weights.values()))
+    growth = {"uniform": 0.0, "decided": 0.0}
+    for name, gradient in squared_gradients(whole, list(weights)).items():
+        site = next(site for site in whole.sites() if site.name == name)
+        for label, share in (("uniform", 0.3), ("decided", counts[name] / weights[name])):
+            growth[label] += float(lost_output(whole, site, share) @ gradient)
+    assert growth["decided"] < 0.95 * growth["uniform"]
 
 
-def size(whole: WholeModel, name: str) -> int:
-    site = next(site for site in whole.sites() if site.name == name)
-    return site.info.outputs * site.info.inputs
+def lost_output(whole: WholeModel, site: LinearSite, share: float) -> Tensor:
+    """Per output: the squared sum of what the smallest weights gave, over all tokens, by running the dense model."""
+    mask = magnitude_mask(site.weight_OI, share, None)
+    lost: list[Tensor] = []
+    handle = site.module.register_forward_pre_hook(
+        lambda _, args: lost.append((args[0].reshape(-1, site.info.inputs) @ (site.weight_OI * mask).T).square().sum(0))
+    )
+    with torch.no_grad():
+        whole.model(windows())
+    handle.remove()
+    return torch.stack(lost).sum(0)
 
 
 def test_overrides_give_some_sites_another_share_or_pattern() -> None:
@@ -306,9 +302,9 @@ def test_widths_that_no_pattern_fits_are_refused_before_any_work_with_every_way_
         ("{within: 0.1}", "belongs to `allocation"),
         ("{pattern: 4:2}", "not a pattern"),
         ("{sparsity: 1.0}", "sparsity"),
-        ("{comparison: global, allocation: error}", "must be uniform"),
+        ("{comparison: global, allocation: loss}", "must be uniform"),
         ("{comparison: row, pattern: 2:4}", "leave `comparison` out"),
-        ('{overrides: {"*.q_proj": {allocation: error}}}', "allocation"),
+        ('{overrides: {"*.q_proj": {allocation: loss}}}', "allocation"),
     ],
 )
 def test_options_that_contradict_are_refused_with_their_line(options: str, said: str) -> None:

@@ -232,8 +232,8 @@ def test_mask_gradients_are_the_slope_of_the_loss() -> None:
         return float(nn.functional.cross_entropy(out.flatten(0, 1), ids[:, 1:].flatten()))
 
     for group, squared_U in zip(groups, fisher, strict=True):
-        slopes = [(loss_without(group, u, 1e-4) - loss_without(group, u, -1e-4)) / 2e-4 for u in range(group.units)]
-        torch.testing.assert_close(squared_U.double(), torch.tensor(slopes).double().square(), rtol=1e-2, atol=1e-7)
+        slopes = [(loss_without(group, u, 0.01) - loss_without(group, u, -0.01)) / 0.02 for u in range(group.units)]
+        torch.testing.assert_close(squared_U.double(), torch.tensor(slopes).double().square(), rtol=2e-2, atol=1e-7)
 
 
 def test_norms_are_those_of_all_rows_and_columns_of_a_unit() -> None:

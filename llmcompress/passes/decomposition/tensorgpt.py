@@ -1,0 +1,156 @@
+"""TensorGPT: every row of the embedding as a tensor train of its own. V = entries, D = width."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from llmcompress.calibration.whole import WholeModel
+from llmcompress.errors import CompressError, ExitCode
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.map import ModelMap
+from llmcompress.model.rotation import untie
+from llmcompress.modules.base import CompressedModule
+from llmcompress.modules.tensor_train import TensorTrainEmbedding, TensorTrainHead
+from llmcompress.numerics.tensor_train import (
+    balanced_factors,
+    compose,
+    decompose,
+    decompose_within,
+    full_ranks,
+    train_parameters,
+)
+from llmcompress.passes.base import PASSES, ModelPass, Trait
+
+
+@PASSES.register("tensorgpt")
+class TensorGPT(ModelPass):
+    """Each token's vector becomes a small tensor, and that a chain of cores; no data, no training.
+
+    A tied head cannot stay tied: with a dense matrix of its own the model gets larger, and its row in the report says
+    by how much. `score` in the report is the squared error of the embedding ÷ its square.
+
+    Source: Xu et al., arXiv 2307.00526. Differs: two axes by default, which lose less than more of them at equal
+    parameters on every model measured (evals).
+    """
+
+    makes: ClassVar[frozenset[Trait]] = frozenset({"factors"})
+
+    ratio: float | None = Field(
+        None, gt=0, lt=1, description="share of the embedding's parameters removed (default 0.2)"
+    )
+    rank: int | None = Field(None, ge=1, description="instead of a ratio: of every bond")
+    eps: float | None = Field(None, ge=0, lt=1, description="instead of a ratio: ‖error‖ ≤ eps · ‖embedding‖")
+    ways: int = Field(2, ge=2, le=12, description="axes that a vector is cut into, as even as its factors allow")
+    head: Literal["copy", "keep", "share"] = Field(
+        "copy",
+        description="what becomes of a tied head. copy: a dense matrix of its own, whatever that costs; keep: refuse, "
+        "as the model would get larger by that; share: the same tensor trains, stored twice, if that is smaller",
+    )
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if sum(value is not None for value in (self.ratio, self.rank, self.eps)) > 1:
+            raise ValueError("give one of `ratio`, `rank` and `eps` (null takes one back)")
+        return self
+
+    @override
+    def selects(self, site: str) -> bool:
+        """No linear of a block."""
+        return False
+
+    @override
+    def uses_data(self) -> bool:
+        return False
+
+    @override
+    def check(self, model_map: ModelMap) -> None:
+        if model_map.tied and self.head == "keep":
+            raise CompressError(
+                "tensorgpt.larger",
+                "the head is the embedding: as a dense matrix of its own it makes the model larger",
+                where="head: keep",
+                fix="write `head: share` to give it the same tensor trains, or `head: copy` to do it all the same",
+                exit_code=ExitCode.USAGE,
+            )
+
+    def apply(self, whole: WholeModel) -> list[SiteReport]:
+        """Replace the embedding, and a tied head as the options say."""
+        model = whole.model
+        embedding = model.get_input_embeddings()
+        if isinstance(embedding, CompressedModule) or not isinstance(embedding, nn.Embedding):
+            raise CompressError(
+                "tensorgpt.no-embedding",
+                f"the embedding is a {type(embedding).__name__}, not a plain table",
+                where=whole.map.embedding,
+                fix="do this pass first, and once",
+            )
+        table_VD, tied = embedding.weight.detach().float(), whole.map.tied
+        cores = self._cores(table_VD)
+        stored = sum(core.numel() for core in cores) * (2 if tied and self.head == "share" else 1)
+        if stored >= table_VD.numel():
+            twice = ", twice for a tied head," if tied and self.head == "share" else ""
+            why = f"stays dense: its tensor trains{twice} would not be smaller"
+            return [_row(whole.map.embedding, embedding, degraded=why)]
+        lost = float((compose(cores) - table_VD).double().square().sum() / table_VD.double().square().sum())
+        cores = [core.to(embedding.weight.dtype) for core in cores]
+        train = TensorTrainEmbedding(cores, _scale(model, embedding))
+        head = model.get_output_embeddings()
+        if tied:
+            untie(model)
+        model.set_input_embeddings(train.train(embedding.training))
+        rows = [_row(whole.map.embedding, train, rank=max(train.ranks), score=lost)]
+        if tied and self.head == "share":
+            bias = getattr(head, "bias", None)
+            shared = TensorTrainHead([core.clone() for core in cores], None if bias is None else bias.detach())
+            model.set_output_embeddings(shared.train(head.training))
+            rows.append(_row(whole.map.head, shared, rank=max(train.ranks), score=lost))
+        elif tied:
+            why = f"untied: with a dense matrix of its own the model has {stored} parameters more"
+            rows.append(_row(whole.map.head, head, degraded=why))
+        return rows
+
+    def _cores(self, table_VD: Tensor) -> list[Tensor]:
+        axes = balanced_factors(table_VD.shape[1], self.ways)
+        if self.eps is not None:
+            return decompose_within(table_VD, axes, self.eps)
+        return decompose(table_VD, axes, self._ranks(axes, table_VD.shape[1]))
+
+    def _ranks(self, axes: tuple[int, ...], width: int) -> tuple[int, ...]:
+        """All bonds alike, as far as they go."""
+        full = full_ranks(axes)
+        if self.rank is not None:
+            return tuple(min(self.rank, most) for most in full)
+        keep = 1 - (0.2 if self.ratio is None else self.ratio)
+        fitting = [tuple(min(rank, most) for most in full) for rank in range(1, max(full) + 1)]
+        small = [ranks for ranks in fitting if train_parameters(axes, ranks) <= keep * width]
+        return small[-1] if small else fitting[0]
+
+
+def _row(name: str, module: nn.Module, **facts: float | str | None) -> SiteReport:
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    return SiteReport(site=name, algorithm="tensorgpt", parameters=parameters, **facts)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def _scale(model: PreTrainedModel, embedding: nn.Embedding) -> float:
+    """What the embedding's class multiplies its rows by; found by looking some up.
+
+    Raises: CompressError when it does something else with them.
+    """
+    ids = torch.arange(min(8, embedding.num_embeddings), device=embedding.weight.device)
+    rows, seen = embedding.weight[ids].float(), embedding(ids).float()
+    scale = float((rows * seen).sum() / rows.square().sum()) if bool(rows.any()) else 1.0
+    if not torch.allclose(seen, scale * rows, rtol=2e-2, atol=1e-3 * float(seen.abs().max())):
+        raise CompressError(
+            "tensorgpt.no-embedding",
+            f"{type(embedding).__name__} does more than look rows up",
+            where=type(model).__name__,
+            fix="this family's embedding cannot be replaced",
+        )
+    return 1.0 if torch.equal(seen, rows) else scale
