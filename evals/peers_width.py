@@ -61,10 +61,11 @@ def main(model: str, calibration: str, text: str, name: str, ratio: float, seeds
             count = trials[0].parameters
             found = [trial.perplexity.perplexity for trial in trials]
             rows.append(row(what, f"llmcompress {method}", [trial.parameters for trial in trials], found))
+        share = ratio if what == "channels" else nearest_ratio(setting, count)
         for method in THEIRS:
-            results = [theirs(setting, method, what, ratio, count, seed) for seed in range(seeds)]
+            results = [theirs(setting, method, what, share, seed) for seed in range(seeds)]
             counts, found = [each[0] for each in results], [each[1] for each in results]
-            rows.append(row(what, f"Torch-Pruning {method}", counts, found))
+            rows.append(row(what, f"Torch-Pruning {method} {share:g}", counts, found))
     facts = {
         "model": name,
         "ratio": ratio,
@@ -84,11 +85,15 @@ def row(what: str, method: str, counts: list[int], found: list[float]) -> dict[s
     return {"removed": what, "method": method, "parameters": counts, "perplexity": found}
 
 
-def theirs(setting: Setting, method: str, what: str, ratio: float, count: int, seed: int) -> tuple[int, float]:
+def nearest_ratio(setting: Setting, count: int) -> float:
+    """The ratio at which the peer comes nearest to that many parameters; how units are scored plays no part in it."""
+    shares = [step / 100 for step in range(6, 24, 2)]
+    counts = {share: parameters(peer(setting, "magnitude", "everything", share, seed=0)) for share in shares}
+    return min(shares, key=lambda share: abs(counts[share] - count))
+
+
+def theirs(setting: Setting, method: str, what: str, ratio: float, seed: int) -> tuple[int, float]:
     """Parameters and perplexity of the peer."""
-    if what == "everything":
-        tried = {share: peer(setting, method, what, share, seed) for share in (step / 100 for step in range(4, 24))}
-        ratio = min(tried, key=lambda share: abs(parameters(tried[share]) - count))
     pruned = peer(setting, method, what, ratio, seed)
     tokenizer = load_for_compression(find_source(setting.model), dtype=torch.float32).tokenizer
     result = perplexity(pruned, tokenizer, setting.task, device=torch.device("cpu"), progress=Silent())

@@ -16,8 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import click
+from trial import Setting, Trial, run_trial
 
-from evals.trial import Setting, Trial, run_trial
 from llmcompress.evaluation.environment import machine, versions
 
 METHODS = {
@@ -65,7 +65,9 @@ def main(
         trials = [run_trial(setting, f"- slicegpt: {{{options}}}", seed=seed) for seed in range(seeds)]
         found = [trial.perplexity.perplexity for trial in trials]
         rows.append({"ratio": label, "method": method, "perplexity": found, "parameters": trials[0].parameters})
-        click.echo(f"{label:5s} {method:36s} {statistics.mean(found):9.3f} {trials[0].parameters:>10,} {found}", err=True)
+        click.echo(
+            f"{label:5s} {method:36s} {statistics.mean(found):9.3f} {trials[0].parameters:>10,} {found}", err=True
+        )
         return trials
 
     for ratio in ratios:

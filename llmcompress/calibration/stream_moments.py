@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from llmcompress.calibration.whole import WholeModel
@@ -17,7 +16,8 @@ from llmcompress.numerics.basis import SecondMoment
 
 def first_of_stages(ports: Ports) -> list[StreamNorm]:
     """One norm for every value of the stream that a block's norms read: those of one stage read the same."""
-    return [next(norm for norm in ports.norms if norm.stage == stage) for stage in sorted({n.stage for n in ports.norms})]
+    stages = sorted({norm.stage for norm in ports.norms})
+    return [next(norm for norm in ports.norms if norm.stage == stage) for stage in stages]
 
 
 def stream_moments(whole: WholeModel, residual: Residual) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from llmcompress.modules.residual import PassThrough
 
 @torch.no_grad()
 def bake_embedding_norm(model: PreTrainedModel) -> None:
-    """Replace every row of the embedding by what that norm makes of it, and the norm by nothing; exact, if there is one.
+    """Where there is one, every row of the embedding becomes what the norm makes of it, and the norm is gone; exact.
 
     The model is in float32. Gains that single channels of the stream get from a norm would forbid another basis.
     """

@@ -5,6 +5,8 @@ D = width of the stream, in, out = of one skip, K = directions that stay.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -17,7 +19,7 @@ from llmcompress.modules.residual import Lane, LaneNorm, ShortcutBlock
 
 
 class Lanes:
-    """A block prepared by `make_rotatable`, wrapped: lane 0 is the stream as it enters; all lanes are D wide at first."""
+    """A block prepared by `make_rotatable`, wrapped: lane 0 is the stream as it enters; all are D wide at first."""
 
     @torch.no_grad()
     def __init__(self, block: nn.Module, ports: Ports, width: int) -> None:
@@ -63,7 +65,8 @@ class Lanes:
 
     def lane(self, inside: Tensor, index: int) -> Tensor:
         """One lane of what the block computes with."""
-        return inside.split(self._widths(), -1)[index]
+        widths = self._widths()
+        return inside[..., sum(widths[:index]) : sum(widths[: index + 1])]
 
     def _widths(self) -> tuple[int, ...]:
         return tuple(basis.shape[1] for basis in self.bases)
@@ -80,7 +83,7 @@ class Lanes:
             module = self.block.get_submodule(writer.port.owner)
             assert isinstance(module, Lane)
             module.before, module.after = sum(widths[: writer.stage + 1]), sum(widths[writer.stage + 2 :])
-        self.wrapper.set_shortcuts([after.T @ before for before, after in zip(self.bases, self.bases[1:], strict=False)])
+        self.wrapper.set_shortcuts([after.T @ before for before, after in pairwise(self.bases)])
 
 
 def last_norm_to_lane(model: PreTrainedModel, residual: Residual) -> None:

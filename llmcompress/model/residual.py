@@ -1,8 +1,8 @@
 """Where a model reads and writes its residual stream, found by experiment. D = width of the stream.
 
-A parameter *reads* the stream when it multiplies what a norm makes of it, and *writes* it when it makes what is added to
-it. Both are statements about one axis of the parameter, whatever its module is: a linear, a Conv1D, a router, a bank of
-experts, an embedding. They are tested by gradients that must be exactly zero.
+A parameter *reads* the stream when it multiplies what a norm makes of it, and *writes* it when it makes what is added
+to it. Both are statements about one axis of the parameter, whatever its module is: a linear, a Conv1D, a router, a bank
+of experts, an embedding. They are tested by gradients that must be exactly zero.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class Ports:
     @property
     def stages(self) -> int:
         """How often the stream is added to before it is read again: 2 for attention then FFN, 1 for both at once."""
-        return 1 + max(row.stage for row in (*self.norms, *self.writers))
+        return 1 + max(*(norm.stage for norm in self.norms), *(writer.stage for writer in self.writers))
 
     def readers(self) -> Iterator[Port]:
         """Of all norms."""
@@ -113,10 +114,12 @@ def find_ports(bench: Bench, width: int) -> Ports:
     some_D[torch.randperm(width, generator=torch.Generator().manual_seed(1))[: (width + 1) // 2]] = True
     writers, before = _writers(bench, parameters, norms, some_D)
     stages = sorted(set(before.values()), key=len)
-    if any(not small < large for small, large in zip(stages, stages[1:], strict=False)):
+    if any(not small < large for small, large in pairwise(stages)):
         raise refused("its norms do not read the residual stream one after the other", bench.name)
     rows = tuple(
-        StreamNorm(name, _form(bench, name, width), tuple(_readers(bench, parameters, name, some_D)), stages.index(before[name]))
+        StreamNorm(
+            name, _form(bench, name, width), _readers(bench, parameters, name, some_D), stages.index(before[name])
+        )
         for name in norms
     )
     first = {port: min(i for i, seen in enumerate([*stages, set(writers)]) if port in seen) - 1 for port in writers}
@@ -137,37 +140,21 @@ def _expect_all_run(bench: Bench, parameters: Mapping[str, nn.Parameter]) -> Non
 
 def _stream_norms(bench: Bench, width: int) -> list[str]:
     """Norms whose input moves exactly as the stream does while no norm gives anything."""
-    names: dict[str, None] = {}
-
-    def look(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            nonlocal busy
-            if busy or not args or not isinstance(output, Tensor):
-                return
-            busy = True  # the test runs the module itself
-            if normalises(module, args[0], output, width):
-                names[name] = None
-            busy = False
-
-        return note
-
-    busy = False
-    with torch.no_grad(), ExitStack() as stack:
-        for name, module in bench.root.named_modules():
-            if not any(module.children()):
-                stack.callback(module.register_forward_hook(look(name)).remove)
+    leaves = [name for name, module in bench.root.named_modules() if not any(module.children())]
+    with torch.no_grad(), _inputs(bench, leaves) as entered, _outputs(bench, leaves) as left:
         bench.run(0)
+        names = [
+            name
+            for name in left
+            if name in entered and normalises(bench.root.get_submodule(name), entered[name], left[name], width)
+        ]
     streams, inputs = [], []
     for sample in range(2):
-        with torch.no_grad(), _outputs(bench, names, torch.zeros_like), _inputs(bench, names) as seen:
+        with torch.no_grad(), _changed(bench, names, torch.zeros_like), _inputs(bench, names) as seen:
             streams.append(bench.run(sample)[0])
         inputs.append(seen)
     moved = streams[1] - streams[0]
-    return [
-        name
-        for name in names
-        if _moves_with(inputs[1][name] - inputs[0][name], moved)
-    ]
+    return [name for name in names if _moves_with(inputs[1][name] - inputs[0][name], moved)]
 
 
 def _moves_with(seen: Tensor, moved: Tensor) -> bool:
@@ -189,7 +176,7 @@ def _writers(
 
     While nothing flows back through the norms, a writer's gradient is zero outside of the channels that are looked at.
     """
-    with torch.enable_grad(), _outputs(bench, norms, Tensor.detach), _inputs(bench, norms) as seen:
+    with torch.enable_grad(), _changed(bench, norms, Tensor.detach), _inputs(bench, norms) as seen:
         written = bench.run(0)[bench.written]
         writers = _zero_outside(_gradients(written[..., some_D], parameters), some_D)
         before = {}
@@ -205,15 +192,15 @@ def _writers(
     return writers, before
 
 
-def _readers(bench: Bench, parameters: Mapping[str, nn.Parameter], norm: str, some_D: Tensor) -> list[Port]:
+def _readers(bench: Bench, parameters: Mapping[str, nn.Parameter], norm: str, some_D: Tensor) -> tuple[Port, ...]:
     """Parameters whose gradient is zero exactly on the channels that the norm does not give."""
     others = {key: p for key, p in parameters.items() if key.rpartition(".")[0] != norm}
-    with torch.enable_grad(), _outputs(bench, [norm], lambda y: y * some_D):
+    with torch.enable_grad(), _changed(bench, [norm], lambda y: y * some_D):
         readers = _zero_outside(_gradients(bench.run(0)[1], others), some_D)
     for port in readers:
         if others[port.parameter].dim() < 2:
             raise refused("it multiplies single channels of what a norm gives", _full(bench, port.parameter))
-    return readers
+    return tuple(readers)
 
 
 def _gradients(values: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -238,7 +225,7 @@ def _zero_outside(gradients: Mapping[str, Tensor], some_D: Tensor) -> list[Port]
 
 
 @contextmanager
-def _outputs(bench: Bench, names: Iterable[str], change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _changed(bench: Bench, names: Iterable[str], change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """The outputs of these modules changed."""
     with ExitStack() as stack:
         for name in names:
@@ -248,13 +235,32 @@ def _outputs(bench: Bench, names: Iterable[str], change: Callable[[Tensor], Tens
 
 
 @contextmanager
+def _outputs(bench: Bench, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """The outputs of these modules, by name."""
+    seen: dict[str, Tensor] = {}
+
+    def see(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def note(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, Tensor):
+                seen[name] = output
+
+        return note
+
+    with ExitStack() as stack:
+        for name in names:
+            stack.callback(bench.root.get_submodule(name).register_forward_hook(see(name)).remove)
+        yield seen
+
+
+@contextmanager
 def _inputs(bench: Bench, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """The inputs of these modules, by name."""
     seen: dict[str, Tensor] = {}
 
     def see(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def note(_: nn.Module, args: tuple[Any, ...]) -> None:
-            seen[name] = args[0]
+            if args and isinstance(args[0], Tensor):
+                seen[name] = args[0]
 
         return note
 

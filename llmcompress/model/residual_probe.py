@@ -58,7 +58,7 @@ def _find(shell: PreTrainedModel, ids_BT: Tensor) -> Residual:
 
 
 def _shell(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy with random weights outside the blocks, a small embedding and a small head; blocks are on the meta device."""
+    """A copy: random weights outside the blocks, a small embedding and head, and blocks on the meta device."""
     memo: dict[int, object] = {
         id(p): nn.Parameter(torch.empty(p.shape, dtype=torch.float32, device="meta"), requires_grad=False)
         for p in model.parameters()
@@ -69,8 +69,8 @@ def _shell(model: PreTrainedModel) -> PreTrainedModel:
     small = nn.Embedding(_VOCABULARY, width, device="meta")
     shell.set_input_embeddings(small)
     if head is not None:
-        outputs = nn.Linear(head.weight.shape[1], _VOCABULARY, bias=getattr(head, "bias", None) is not None, device="meta")
-        shell.set_output_embeddings(outputs)
+        bias = getattr(head, "bias", None) is not None
+        shell.set_output_embeddings(nn.Linear(head.weight.shape[1], _VOCABULARY, bias=bias, device="meta"))
     materialise(shell, skip=[block for _, block in find_blocks(shell)])
     return shell
 

@@ -22,7 +22,7 @@ from llmcompress.numerics.basis import mirror_normal, reflected
 
 Constants = Literal["bias", "mean"]
 """Where the bias of a norm goes when its reader has none: into a new bias of the reader; or into the direction of all
-ones, which a centred norm never gives: the norm's bias becomes 1 everywhere, and the mean of a reader's row the constant."""
+ones, which a centred norm never gives: the norm's bias becomes 1 everywhere, and the reader's mean the constant."""
 
 _SIZES: dict[tuple[str, int], str] = {
     ("Linear", 0): "out_features",

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from llmcompress.modules.base import MODULES, Spec
 from llmcompress.modules.dynamic import DynamicBlock
+from llmcompress.modules.foresight import Foresight
 
 LOGITS_AT_ONCE = 2**24
 """Numbers of one matrix of logits: a prompt is judged in pieces of that size."""
@@ -30,17 +31,27 @@ class Exits:
 class ExitBlock(DynamicBlock):
     """A block that tokens skip once they have left; with a threshold, one before which they may leave.
 
-    A token leaves when the largest probability that the model's own head gives it here reaches `threshold` (above 1:
-    never). With `jump_DD`, its state is first carried to where the last block would have brought it by a linear map;
-    the model then goes on with that state behind its last block. `readout` names the modules from there to the logits.
+    A token leaves when it is as sure as `threshold` (above 1: never). With `jump_DD`, the state it leaves with is
+    carried to where the last block would have brought it by a linear map, and the model goes on with that state behind
+    its last block. How sure it is comes from `judge`: a small linear test that foretells how far (in nats) the
+    prediction made here would be from the model's own, as exp(-divergence); without a judge, the largest probability
+    that the model's own head gives here, for which `readout` names the modules from the last block to the logits.
     All blocks from the first exit on must be exit blocks, so that keys and values are stored in every one.
     """
 
     jump_DD: nn.Parameter | None
     jump_D: nn.Parameter | None
+    judge: Foresight | None
 
-    def __init__(self, threshold: float | None, readout: Sequence[str], jump: tuple[Tensor, Tensor] | None) -> None:
+    def __init__(
+        self,
+        threshold: float | None,
+        readout: Sequence[str],
+        jump: tuple[Tensor, Tensor] | None,
+        judge: Foresight | None = None,
+    ) -> None:
         super().__init__()
+        self.judge = judge
         self.threshold, self.readout = threshold, tuple(readout)
         self.jump_DD = None if jump is None else nn.Parameter(jump[0], requires_grad=False)
         self.jump_D = None if jump is None else nn.Parameter(jump[1], requires_grad=False)
@@ -51,14 +62,16 @@ class ExitBlock(DynamicBlock):
     @override
     def spec(self) -> Spec:
         width = None if self.jump_D is None else len(self.jump_D)
-        return {"threshold": self.threshold, "readout": list(self.readout), "jump": width}
+        judge = None if self.judge is None else self.judge.spec()
+        return {"threshold": self.threshold, "readout": list(self.readout), "jump": width, "judge": judge}
 
     @classmethod
     @override
     def from_spec(cls, spec: Spec, dtype: torch.dtype) -> Self:
         width = spec["jump"]
         jump = None if width is None else (torch.zeros(width, width, dtype=dtype), torch.zeros(width, dtype=dtype))
-        return cls(spec["threshold"], spec["readout"], jump)
+        judge = None if spec["judge"] is None else Foresight.from_spec(spec["judge"], dtype)
+        return cls(spec["threshold"], spec["readout"], jump, judge)
 
     @override
     def connect(self, model: nn.Module) -> None:
@@ -105,7 +118,9 @@ class ExitBlock(DynamicBlock):
         return jumped
 
     def confidence(self, hidden_ND: Tensor) -> Tensor:
-        """The largest probability of the next token that could be read off here."""
+        """How sure each token is, from 0 to 1."""
+        if self.judge is not None:
+            return (-self.judge(hidden_ND)).exp()
         return readings(self._read, self.jump(hidden_ND))[0]
 
 
@@ -118,11 +133,16 @@ def readings(read: Sequence[nn.Module], hidden_ND: Tensor) -> tuple[Tensor, Tens
     width = getattr(read[-1], "out_features", LOGITS_AT_ONCE)
     assert isinstance(width, int)
     for hidden_KD in torch.split(hidden_ND, max(1, LOGITS_AT_ONCE // width)):
-        state = hidden_KD[None]
-        for module in read:
-            state = module(state)
-        logits_KV = state[0].float()
+        logits_KV = logits_of(read, hidden_KD)
         most = logits_KV.max(-1)
         sure.append((most.values - logits_KV.logsumexp(-1)).exp())
         tokens.append(most.indices)
     return torch.cat(sure), torch.cat(tokens)
+
+
+def logits_of(read: Sequence[nn.Module], hidden_ND: Tensor) -> Tensor:
+    """N×V in float32, for states behind the last block."""
+    state = hidden_ND[None]
+    for module in read:
+        state = module(state)
+    return state[0].float()

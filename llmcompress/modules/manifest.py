@@ -13,8 +13,8 @@ from torch import nn
 
 from llmcompress.errors import CompressError
 from llmcompress.modules.base import MODULES, CompressedModule, Spec, from_named_spec, named_spec
-from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.private_config import PrivateConfig
+from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.wrapper import Wrapper
 
 _PASSING = frozenset({"training", "gradient_checkpointing"})
@@ -159,7 +159,7 @@ def apply_manifest(skeleton: nn.Module, manifest: Manifest, dtype: torch.dtype) 
         for key, value in values.items():
             if key.startswith(_CONFIG):
                 if not isinstance(module.config, PrivateConfig):
-                    module.config = PrivateConfig(module.config)
+                    module.config = PrivateConfig(module.config)  # type: ignore[assignment]
                 setattr(module.config, key.removeprefix(_CONFIG), value)
             else:
                 setattr(module, key, tuple(value) if isinstance(value, list) else value)

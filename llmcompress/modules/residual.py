@@ -1,8 +1,8 @@
 """A block whose residual stream changes its basis on every skip: lanes inside, shortcut matrices at the ends.
 
 The block's own forward only ever adds to its input. So the wrapper gives it the stream several times side by side: in
-every lane, the stream in the basis that belongs there. Norms read one lane, what they feed adds to the next, and no line
-of the block's code knows. D = channels of a stream, L = all lanes together.
+every lane, the stream in the basis that belongs there. Norms read one lane, what they feed adds to the next, and no
+line of the block's code knows.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ class LaneNorm(CompressedModule):
     @override
     def forward(self, hidden: Tensor) -> Tensor:
         lane = hidden[..., self.start : self.start + self.width]
+        if lane.shape[-1] < self.width:  # a model that is run without its blocks, to see what they would be given
+            lane = functional.pad(lane, (0, self.width - lane.shape[-1]))
         wide = lane.float()
         scale = (wide.square().sum(-1, keepdim=True) / self.divisor + self.epsilon).rsqrt()
         return (wide * scale).to(lane.dtype)
@@ -135,8 +137,9 @@ class ShortcutBlock(Wrapper):
         return (self._merged(output[0]), *output[1:])
 
     def _merged(self, inside: Tensor) -> Tensor:
-        _, first, *rest = inside.split(self.widths, -1)
-        return functional.linear(first, self.shortcut_out) + rest[0] if self.shortcut_out is not None else first
+        start, end = self.widths[0], self.widths[0] + self.widths[1]
+        first = inside[..., start:end]
+        return first if self.shortcut_out is None else functional.linear(first, self.shortcut_out) + inside[..., end:]
 
     @override
     def extra_repr(self) -> str:

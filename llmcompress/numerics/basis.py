@@ -1,4 +1,4 @@
-"""Orthonormal bases of the residual stream: principal directions, random ones, frames without a mean. D = width, K = kept."""
+"""Orthonormal bases: principal directions, random ones, frames without a mean. D = width, K = kept, T = tokens."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ def principal_basis(moment_DD: Tensor) -> Tensor:
     No damping: a multiple of the identity changes no eigenvector.
     """
     moment_DD = moment_DD.double()
-    return torch.linalg.eigh((moment_DD + moment_DD.T) / 2).eigenvectors.flip(1)
+    vectors_DD: Tensor = torch.linalg.eigh((moment_DD + moment_DD.T) / 2).eigenvectors
+    return vectors_DD.flip(1)
 
 
 def random_basis(width: int, generator: torch.Generator) -> Tensor:
     """Columns: an orthonormal basis uniform over all of them, in float64."""
     normal_DD = torch.randn(width, width, generator=generator, dtype=torch.float64)
     basis_DD, triangle_DD = torch.linalg.qr(normal_DD)
-    # without the signs the result is not uniform
-    return basis_DD * triangle_DD.diagonal().sign()
+    uniform_DD: Tensor = basis_DD * triangle_DD.diagonal().sign()  # without the signs it is not
+    return uniform_DD
 
 
 def zero_mean_frame(width: int) -> Tensor:

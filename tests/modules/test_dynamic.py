@@ -15,6 +15,7 @@ from llmcompress.model.stock import stock_outline
 from llmcompress.modules.dynamic import DynamicBlock, tallied
 from llmcompress.modules.dynamic_exit import ExitBlock
 from llmcompress.modules.dynamic_skip import SkipBlock
+from llmcompress.modules.foresight import Foresight
 from llmcompress.modules.manifest import Manifest, apply_manifest, changes
 from llmcompress.passes.dynamic.states import put_around, readout_of, watching
 from tests.families import FAMILIES, HIDDEN, tiny_model, tiny_tokens
@@ -27,7 +28,7 @@ def skip_blocks(model: Any, threshold: float) -> dict[int, SkipBlock]:
     width = model.config.get_text_config().hidden_size
     generator = torch.Generator().manual_seed(3)
     return {
-        index: SkipBlock(torch.randn(width, generator=generator) * width**-0.5, bias=0.0, threshold=threshold)
+        index: SkipBlock(Foresight(torch.randn(width, generator=generator) * width**-0.5, 0.0), threshold)
         for index in range(len(find_blocks(model)))
     }
 

@@ -24,7 +24,7 @@ class FactorOptions(Protocol):
     """What must be known of the pass that factors."""
 
     @property
-    def ranks(self) -> RankRule:
+    def rule(self) -> RankRule:
         """How ranks are found."""
 
     @property
@@ -58,7 +58,7 @@ def decide_ranks(options: FactorOptions, whole: WholeModel) -> dict[str, Tensor]
     and gradients are those of the model with uniform ranks (docs/log.md).
     Raises: CompressError when not even the least ranks fit the budget.
     """
-    weights = _gradients_when_factored(options, whole) if options.ranks == "loss" else {}
+    weights = _gradients_when_factored(options, whole) if options.rule == "loss" else {}
     matrices: dict[str, Matrix] = {}
     for site in _measured(options, whole):
         spectrum = output_spectrum(site.weight_OI, options.metric(site))

@@ -55,7 +55,9 @@ class SingularValues(BlockPass):
     rank: int | None = Field(None, ge=1, description="instead of a ratio: this rank for every site")
     whitening: Whitening = Field("gram", description="inputs count by: nothing, mean magnitude, Gram matrix")
     alpha: float | None = Field(None, gt=0, le=2, description="whitening: activation; power of the magnitude (0.5)")
-    ranks: RankRule = Field("uniform", description="equal shares; energy: least output lost; loss: least loss gained")
+    ranks: RankRule | None = Field(
+        None, description="uniform: equal shares; energy: least output lost; loss: least loss gained (if ratio is used)"
+    )
     round_to: int = Field(1, ge=1, description="ranks are multiples of this")
     refit: bool = Field(False, description="fit left factors again to the inputs that compressed blocks give")
 
@@ -63,7 +65,7 @@ class SingularValues(BlockPass):
     def _consistent(self) -> Self:
         if self.rank is not None and self.ratio is not None:
             raise ValueError("give `ratio` or `rank`, not both (null takes one back)")
-        if self.rank is not None and self.ranks != "uniform":
+        if self.rank is not None and self.ranks not in (None, "uniform"):
             raise ValueError(f"`rank` fixes every rank: `ranks: {self.ranks}` needs a `ratio`")
         if self.alpha is not None and self.whitening != "activation":
             raise ValueError("`alpha` belongs to `whitening: activation`")
@@ -74,13 +76,18 @@ class SingularValues(BlockPass):
         """Share of a site's parameters that its factors may have."""
         return 1 - (0.2 if self.ratio is None else self.ratio)
 
+    @property
+    def rule(self) -> RankRule:
+        """How ranks are found. `loss` is the default because it was measured best (evals/low_rank.py)."""
+        return self.ranks or ("loss" if self.rank is None else "uniform")
+
     def names_after(self, site: str) -> tuple[str, ...]:
         """Two linears below the site's own name."""
         return (f"{site}.right", f"{site}.left")
 
     def uses_data(self) -> bool:
         """Plain singular values of the weights need none."""
-        return bool(self.needs()) or self.ranks == "loss" or self.refit
+        return bool(self.needs()) or self.rule == "loss" or self.refit
 
     def needs(self) -> tuple[type[Statistic], ...]:
         """What the metric is made of."""
@@ -89,7 +96,7 @@ class SingularValues(BlockPass):
 
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
         """The rank of every site, where that depends on all the others."""
-        return {} if self.ranks == "uniform" else decide_ranks(self, whole)
+        return {} if self.rule == "uniform" else decide_ranks(self, whole)
 
     def metric(self, site: LinearSite) -> Tensor | None:
         """What the site's inputs are like, as measured; None where they do not count or none came."""

@@ -5,11 +5,12 @@ N = calibration tokens, D = hidden size, E = exits, C = candidate thresholds.
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
 
@@ -20,7 +21,8 @@ from llmcompress.model.skeleton import find_blocks
 from llmcompress.modules.dynamic_exit import ExitBlock, readings
 from llmcompress.numerics.linear_map import LinearMap
 from llmcompress.passes.base import PASSES, ModelPass, Trait
-from llmcompress.passes.dynamic.states import measured, put_around, readout_of, states_at
+from llmcompress.passes.dynamic.judges import JudgeFit
+from llmcompress.passes.dynamic.states import divergence, measured, put_around, readout_of, states_at
 
 NEVER = 2.0
 """No probability reaches it."""
@@ -30,33 +32,44 @@ AGREEMENT = 0.95
 
 @PASSES.register("early_exit")
 class EarlyExit(ModelPass):
-    """A token leaves before block e when the head, applied there, gives one token a probability of `threshold` or more.
+    """A token leaves before block e when it is as sure of its prediction there as `threshold`.
 
+    How sure: `confidence: divergence` foretells by a linear test how many nats the prediction made there would be from
+    the model's own (exp of its negative); `probability` takes the largest probability that the head gives there.
     Blocks that a token has left still store its keys and values, computed from the state it left with; so later
     tokens attend to everything, and a cached decode computes what one forward over the text computes. With `jump` a
-    linear map, fitted on calibration text, first carries the state to where the last block would bring it.
+    linear map, fitted on calibration text, carries the state to where the last block would have brought it.
 
     One threshold for all exits is chosen on calibration text: the lowest at which the share `agreement` of predictions
     is still that of the whole model, or the one that leaves the mean share `depth` of blocks to run; or it is given.
 
     Source: Schuster et al. (CALM), arXiv 2207.07061, softmax response and state copying; Din et al., arXiv 2303.09435,
-    the linear jump. Differs: no training, the largest probability in the place of the difference of two.
-    Costs: every check multiplies by the whole head; where the vocabulary is large beside the blocks nothing is gained.
+    the linear jump. Differs: nothing is trained; the foretold divergence is ours (measured against the probability
+    in evals/dynamic.py).
     """
 
     makes: ClassVar[frozenset[Trait]] = frozenset({"dynamic"})
     keeps_codes: ClassVar[bool] = True
 
     exits: tuple[int, ...] | None = Field(
-        None, min_length=1, description="before which blocks a token may leave, from 0; null: at half and three quarters"
+        None,
+        min_length=1,
+        description="before which blocks a token may leave, from 0; null: at half and three quarters",
     )
     threshold: float | None = Field(None, gt=0, description="probability at which a token leaves; above 1: never")
     agreement: float | None = Field(
         None, gt=0, le=1, description=f"share of predictions that must stay on calibration text; {AGREEMENT} by default"
     )
     depth: float | None = Field(None, gt=0, le=1, description="mean share of blocks to run on calibration text")
+    confidence: Literal["divergence", "probability"] = Field(
+        "divergence",
+        description="divergence: a linear test foretells how far the prediction would be from the model's; "
+        "probability: the largest one that the head gives here, which costs a product with the whole head",
+    )
     jump: bool = Field(True, description="carry leaving states to the end by a linear map, stored beside the exit")
-    ridge: float = Field(0.01, gt=0, description="pull of that map towards the identity, as a share of the mean square")
+    ridge: float = Field(
+        0.01, gt=0, description="pull of the fitted maps to their simplest form, as a share of the mean square"
+    )
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
@@ -83,16 +96,18 @@ class EarlyExit(ModelPass):
             blocks = find_blocks(model)
             exits = self._exits(len(blocks))
             readout = readout_of(model, next(whole.batches())[:1])
+            read = [model.get_submodule(name) for name in readout]
             jumps = self._jumps(whole, model, exits)
-            outcomes = self._outcomes(whole, model, exits, readout, jumps)
-            depths_E = torch.tensor(exits) / len(blocks)
-            threshold = self._threshold(*outcomes, depths_E)
-            wrappers = {
-                index: ExitBlock(threshold if index in exits else None, readout, jumps.get(index))
-                for index in range(min(exits), len(blocks))
-            }
-            put_around(model, wrappers)
-            return measured(whole, model, [blocks[index][0] for index in wrappers], "early_exit", threshold)
+            trials = {index: ExitBlock(NEVER, readout, jumps.get(index)).to(whole.device) for index in exits}
+            if self.confidence == "divergence":
+                self._judge(whole, model, trials, read)
+            outcomes = _outcomes(whole, model, trials, read)
+            threshold = self._threshold(*outcomes, torch.tensor(exits) / len(blocks))
+            for trial in trials.values():
+                trial.threshold = threshold
+            rest = {index: ExitBlock(None, readout, None) for index in range(min(exits), len(blocks))}
+            put_around(model, rest | trials)
+            return measured(whole, model, [blocks[index][0] for index in rest], "early_exit", threshold)
 
     def _exits(self, blocks: int) -> tuple[int, ...]:
         chosen = self.exits or (blocks // 2, 3 * blocks // 4)
@@ -127,25 +142,17 @@ class EarlyExit(ModelPass):
             found[index] = map_ID[:-1].T.contiguous(), map_ID[-1].clone()
         return found
 
-    def _outcomes(
-        self,
-        whole: WholeModel,
-        model: PreTrainedModel,
-        exits: tuple[int, ...],
-        readout: tuple[str, ...],
-        jumps: dict[int, tuple[Tensor, Tensor]],
-    ) -> tuple[Tensor, Tensor]:
-        """N×E: how sure each token is at each exit, and whether it would predict what the whole model predicts."""
-        read = [model.get_submodule(name) for name in readout]
-        trial = {index: ExitBlock(None, readout, jumps.get(index)) for index in exits}
+    def _judge(
+        self, whole: WholeModel, model: PreTrainedModel, trials: Mapping[int, ExitBlock], read: Sequence[nn.Module]
+    ) -> None:
+        """Give every exit the test that foretells how far its predictions are from the model's."""
         end = len(whole.map.blocks)
-        sure, agrees = [], []
-        for states in states_at(whole, model, {*exits, end}):
-            final_N = readings(read, states[end])[1]
-            here = [readings(read, trial[index].jump(states[index])) for index in exits]
-            sure.append(torch.stack([each[0] for each in here], 1).cpu())
-            agrees.append(torch.stack([each[1] == final_N for each in here], 1).cpu())
-        return torch.cat(sure), torch.cat(agrees)
+        fits = {index: JudgeFit(whole.map.hidden_size, whole.device) for index in trials}
+        for states in states_at(whole, model, {*trials, end}):
+            for index, fit in fits.items():
+                fit.add(states[index], divergence(read, states[end], trials[index].jump(states[index])))
+        for index, trial in trials.items():
+            trial.judge = fits[index].solve(self.ridge, whole.storage_dtype).to(whole.device)
 
     def _threshold(self, sure_NE: Tensor, agrees_NE: Tensor, depths_E: Tensor) -> float:
         if self.threshold is not None:
@@ -161,6 +168,21 @@ class EarlyExit(ModelPass):
         wanted = AGREEMENT if self.agreement is None else self.agreement
         short = [agreement < wanted for _, agreement in at]
         return ladder[(short.index(True) if True in short else len(ladder)) - 1]
+
+
+def _outcomes(
+    whole: WholeModel, model: PreTrainedModel, trials: Mapping[int, ExitBlock], read: Sequence[nn.Module]
+) -> tuple[Tensor, Tensor]:
+    """N×E: how sure each token is at each exit, and whether it would predict what the whole model predicts."""
+    end = len(whole.map.blocks)
+    sure, agrees = [], []
+    for states in states_at(whole, model, {*trials, end}):
+        final_N = readings(read, states[end])[1]
+        here = [(readings(read, trial.jump(states[index])), trial, states[index]) for index, trial in trials.items()]
+        judged = [(-trial.judge(state)).exp() if trial.judge else most for (most, _), trial, state in here]
+        sure.append(torch.stack(judged, 1).cpu())
+        agrees.append(torch.stack([tokens == final_N for (_, tokens), _, _ in here], 1).cpu())
+    return torch.cat(sure), torch.cat(agrees)
 
 
 def outcome_at(threshold: float, sure_NE: Tensor, agrees_NE: Tensor, depths_E: Tensor) -> tuple[float, float]:

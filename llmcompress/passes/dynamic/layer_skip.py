@@ -14,13 +14,11 @@ from typing_extensions import override
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.skeleton import find_blocks
-from llmcompress.modules.dynamic_skip import SkipBlock, unit_mean_square
-from llmcompress.numerics.linear_map import LinearMap
+from llmcompress.modules.dynamic_skip import SkipBlock
+from llmcompress.modules.foresight import Foresight
 from llmcompress.passes.base import PASSES, ModelPass, Trait
+from llmcompress.passes.dynamic.judges import JudgeFit
 from llmcompress.passes.dynamic.states import measured, put_around, watching
-
-SMALLEST = 1e-6
-"""Influence below what float32 can tell from none."""
 
 
 @PASSES.register("layer_skip")
@@ -68,47 +66,42 @@ class LayerSkip(ModelPass):
         """Fit the tests, choose the threshold, put blocks that someone skips into skip blocks."""
         with whole.resident() as model:
             blocks = find_blocks(model)
-            trials = self._tests(whole, model, len(blocks))
-            foretold_LN = self._foretold(whole, model, trials)
+            judges = [judge.to(whole.device) for judge in self._judges(whole, model, len(blocks))]
+            foretold_LN = self._foretold(whole, model, judges)
             threshold = self.threshold
             if threshold is None:
                 threshold = threshold_for(foretold_LN, 0.1 if self.skip is None else self.skip)
-            for trial in trials:
-                trial.threshold = threshold
-            used = {index: trial for index, trial in enumerate(trials) if bool((foretold_LN[index] < threshold).any())}
+            used = {
+                index: SkipBlock(judge, threshold)
+                for index, judge in enumerate(judges)
+                if bool((foretold_LN[index] < threshold).any())
+            }
             put_around(model, used)
             return measured(whole, model, [blocks[index][0] for index in used], "layer_skip", threshold)
 
-    def _tests(self, whole: WholeModel, model: PreTrainedModel, blocks: int) -> list[SkipBlock]:
-        """One per block, rounded as they will be stored."""
-        width = whole.map.hidden_size
-        maps = [LinearMap(width, 1, whole.device) for _ in range(blocks)]
+    def _judges(self, whole: WholeModel, model: PreTrainedModel, blocks: int) -> list[Foresight]:
+        """One test per block."""
+        fits = [JudgeFit(whole.map.hidden_size, whole.device) for _ in range(blocks)]
         before = torch.empty(0)
 
         def see(index: int, state_ND: Tensor) -> None:
             nonlocal before
             if index:
-                influence_N1 = (1 - functional.cosine_similarity(before, state_ND, dim=1)[:, None]).clamp_min(SMALLEST)
-                maps[index - 1].add(unit_mean_square(before), influence_N1.log(), torch.ones(len(before)).to(before))
+                fits[index - 1].add(before, 1 - functional.cosine_similarity(before, state_ND, dim=1))
             before = state_ND
 
         with watching(model, see):
             for ids_BT in whole.batches():
                 model.base_model(input_ids=ids_BT, use_cache=False)
-        trials = []
-        for fitted in maps:
-            map_I1 = fitted.solve(torch.zeros(width + 1, 1, device=whole.device), self.ridge)
-            router_D = map_I1[:-1, 0].to(whole.storage_dtype).float()
-            trials.append(SkipBlock(router_D, bias=float(map_I1[-1, 0]), threshold=0.0))
-        return trials
+        return [fit.solve(self.ridge, whole.storage_dtype) for fit in fits]
 
-    def _foretold(self, whole: WholeModel, model: PreTrainedModel, trials: list[SkipBlock]) -> Tensor:
+    def _foretold(self, whole: WholeModel, model: PreTrainedModel, judges: list[Foresight]) -> Tensor:
         """What the tests say of every token, blocks × N."""
-        foretold: list[list[Tensor]] = [[] for _ in trials]
+        foretold: list[list[Tensor]] = [[] for _ in judges]
 
         def see(index: int, state_ND: Tensor) -> None:
-            if index < len(trials):
-                foretold[index].append(trials[index].foretell(state_ND).cpu())
+            if index < len(judges):
+                foretold[index].append(judges[index](state_ND).cpu())
 
         with watching(model, see):
             for ids_BT in whole.batches():

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from llmcompress.calibration.whole import WholeModel
@@ -18,7 +19,7 @@ from llmcompress.errors import CompressError
 from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.skeleton import HIDDEN_KEYWORD, find_blocks
 from llmcompress.modules.dynamic import DynamicBlock, tallied
-from llmcompress.modules.dynamic_exit import readings
+from llmcompress.modules.dynamic_exit import LOGITS_AT_ONCE, logits_of, readings
 
 SAME_TOKENS = 0.99
 """Share of equal predictions at which a readout counts as found: sums in another order may break ties otherwise."""
@@ -96,6 +97,17 @@ def readout_of(model: PreTrainedModel, ids_BT: Tensor) -> tuple[str, ...]:
             fix="use layer_skip or activation_sparsity",
         )
     return tuple(ran)
+
+
+def divergence(read: Sequence[nn.Module], final_ND: Tensor, here_ND: Tensor) -> Tensor:
+    """KL divergence in nats of the prediction read off `here_ND` from the one read off `final_ND`, token by token."""
+    found = []
+    width = getattr(read[-1], "out_features", LOGITS_AT_ONCE)
+    pieces = max(1, LOGITS_AT_ONCE // width)
+    for final_KD, here_KD in zip(torch.split(final_ND, pieces), torch.split(here_ND, pieces), strict=True):
+        wanted_KV, given_KV = (logits_of(read, state_KD).log_softmax(-1) for state_KD in (final_KD, here_KD))
+        found.append(functional.kl_div(given_KV, wanted_KV, reduction="none", log_target=True).sum(-1))
+    return torch.cat(found)
 
 
 def put_around(model: PreTrainedModel, wrappers: Mapping[int, DynamicBlock]) -> None:

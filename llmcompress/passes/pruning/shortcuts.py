@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import ExitStack, suppress
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ def slice_with_shortcuts(whole: WholeModel, residual: Residual, slicing: Slicing
     _check_lanes(whole, residual)
     moment = SecondMoment(residual.width, whole.device)
     blocks = find_blocks(whole.model)
-    for ids_BT in whole.windows_NT.split(whole.batch) if slicing.basis == "pca" else ():
+    for ids_BT in torch.split(whole.windows_NT, whole.batch) if slicing.basis == "pca" else ():
         moment.add(record(whole.model, blocks, ids_BT).hidden.flatten(0, 1).to(whole.device))
     last_norm_to_lane(whole.model, residual)
     kept_DK = slicing.directions(moment.sum_DD, generator)
@@ -98,7 +99,7 @@ def _slice_block(
     for norm in first_of_stages(lanes.ports)[1:]:
         moment = SecondMoment(width, whole.device)
         if slicing.basis == "pca":
-            work.watch(lanes.norm(norm), lambda inside: moment.add(lanes.lane(inside, norm.stage).flatten(0, -2)))
+            work.watch(lanes.norm(norm), partial(_add_lane, moment, lanes, norm.stage))
         kept_DK = directions(norm.name, moment)
         lost[f"{name}.{norm.name}"] = lost_share(moment.sum_DD, kept_DK)
         lanes.narrow(norm.stage, kept_DK)
@@ -113,6 +114,10 @@ def _slice_block(
     # the narrowed block gives exactly this, so it need not run again
     work.become(lanes.wrapper, [hidden @ kept_DK.to(hidden) for hidden in outputs])
     return kept_DK, moment
+
+
+def _add_lane(moment: SecondMoment, lanes: Lanes, stage: int, inside: Tensor) -> None:
+    moment.add(lanes.lane(inside, stage).flatten(0, -2))
 
 
 @torch.no_grad()

@@ -54,10 +54,8 @@ def slice_globally(whole: WholeModel, residual: Residual, slicing: Slicing) -> l
     """One basis: the principal directions of what all norms read, each norm counting the same."""
     generator = whole.generator()
     make_rotatable(whole.model, residual, constants="mean", generator=generator)
-    if slicing.basis == "pca" or slicing.damping is not None:
-        moments = stream_moments(whole, residual)
-    else:
-        moments = {}
+    measured = slicing.basis == "pca" or slicing.damping is not None
+    moments = stream_moments(whole, residual) if measured else {}
     kept_DK = slicing.directions(_importance(whole, residual, moments), generator, centred=residual.centred)
     readers: dict[str, Tensor] = {}
     if slicing.damping is not None:

@@ -75,12 +75,23 @@ class WidthPass(BlockPass):
 
     @override
     def check(self, model_map: ModelMap) -> None:
-        if not self._groups(unit_groups(model_map)):
+        requests = [self._request(group) for group in self._groups(unit_groups(model_map))]
+        if not requests:
             raise CompressError(
                 "width.nothing-to-remove",
                 "no selected site has units that can be removed",
                 fix="a unit needs all its sites selected (gate, up and down; or q, k, v and o), and attention with "
                 "a single key-value head has none; `llmcompress inspect` shows them",
+                exit_code=ExitCode.USAGE,
+            )
+        asked = [request for request in requests if request.ratio > 0]
+        if self.allocation == "uniform" and asked and all(kept_units(each) == each.group.units for each in asked):
+            units = sorted({request.group.units for request in asked})
+            raise CompressError(
+                "width.rounded-away",
+                f"rounded to whole units and multiples of {self.round_to}, nothing is left to remove",
+                where=f"groups of {', '.join(map(str, units))} units",
+                fix="lower `round_to` or raise `ratio`",
                 exit_code=ExitCode.USAGE,
             )
 

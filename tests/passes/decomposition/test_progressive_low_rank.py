@@ -16,7 +16,14 @@ from tests.passes.decomposition.factored import compressed, logits, map_of
 
 def progressive(**options: Any) -> Any:
     return PASSES["progressive_low_rank"](
-        **{"ratio": 0.3, "cuts": 2, "training": {"steps": 4, "batch": 4}, "sites": "*.mlp.*", **options}
+        **{
+            "ratio": 0.3,
+            "ranks": "uniform",
+            "cuts": 2,
+            "training": {"steps": 4, "batch": 4},
+            "sites": "*.mlp.*",
+            **options,
+        }
     )
 
 
@@ -49,7 +56,7 @@ def test_training_moves_the_factors_and_repeats_itself() -> None:
 def test_with_hardly_any_training_one_cut_is_svd() -> None:
     still = {"steps": 1, "learning_rate": 1e-12, "batch": 4}
     model, _ = compressed("llama_gqa", progressive(cuts=1, training=still))
-    cut, _ = compressed("llama_gqa", PASSES["svd"](ratio=0.3, sites="*.mlp.*"))
+    cut, _ = compressed("llama_gqa", PASSES["svd"](ratio=0.3, ranks="uniform", sites="*.mlp.*"))
     torch.testing.assert_close(logits(model), logits(cut), atol=1e-4, rtol=0)
 
 
