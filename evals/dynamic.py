@@ -38,7 +38,11 @@ QUALITY = {
     "dense": "",
     **{f"early_exit, agreement {a}": f"- early_exit: {{agreement: {a}}}" for a in (0.99, 0.95, 0.9)},
     **{f"early_exit, depth {d}": f"- early_exit: {{depth: {d}}}" for d in (0.9, 0.8)},
-    **{f"early_exit without jump, depth {d}": f"- early_exit: {{depth: {d}, jump: false}}" for d in (0.9, 0.8)},
+    **{
+        f"early_exit by {confidence}{', no jump' * (not jump)}, depth 0.8": "- early_exit: "
+        f"{{depth: 0.8, confidence: {confidence}, jump: {str(jump).lower()}}}"
+        for confidence, jump in (("divergence", False), ("probability", True), ("probability", False))
+    },
     **{f"layer_skip {s}": f"- layer_skip: {{skip: {s}}}" for s in (0.05, 0.1, 0.2)},
     "depth 0.2 (static)": "- depth: {remove: 0.2}",
     **{f"activation_sparsity, ffn {s}": f"- activation_sparsity: {{sparsity: {s}}}" for s in (0.3, 0.5, 0.7)},

@@ -118,7 +118,7 @@ def peer(setting: Setting, method: str, what: str, ratio: float, seed: int) -> P
     only = what == "channels"
     pruner = torch_pruning.pruner.BasePruner(
         model,
-        example_inputs=data.windows_NT[:1, :16],
+        example_inputs=data.windows_NT[:1, :7],
         importance=THEIRS[method](group_reduction="mean"),
         pruning_ratio=0.0 if only else ratio,
         pruning_ratio_dict=channels if only else None,

@@ -49,9 +49,7 @@ BUDGETS = {
 }
 ROUNDED = {
     "gptq alone": "- gptq: {{scheme: int4_g32, on_indivisible: pad}}",
-    "magnitude→rtn": "- magnitude: {{{share}}}\n- rtn: {{scheme: int4_g32, on_indivisible: pad}}",
-    "wanda→gptq": "- wanda: {{{share}}}\n- gptq: {{scheme: int4_g32, on_indivisible: pad}}",
-    "sparsegpt→rtn": "- sparsegpt: {{{share}}}\n- rtn: {{scheme: int4_g32, on_indivisible: pad}}",
+    "magnitude→gptq": "- magnitude: {{{share}}}\n- gptq: {{scheme: int4_g32, on_indivisible: pad}}",
     "sparsegpt→gptq": "- sparsegpt: {{{share}}}\n- gptq: {{scheme: int4_g32, on_indivisible: pad}}",
     "sparsegpt, joint": "- sparsegpt: {{{share}, scheme: int4_g32, on_indivisible: pad}}",
 }
@@ -60,7 +58,7 @@ TABLES = {
     "budgets": ({"60 %": "sparsity: 0.6", "70 %": "sparsity: 0.7"}, BUDGETS),
     "rounded": ({"50 %": "sparsity: 0.5", "2:4": 'pattern: "2:4"'}, ROUNDED),
 }
-NO_DATA = ("magnitude", "magnitude, global", "magnitude→rtn")
+NO_DATA = ("magnitude", "magnitude, global")
 
 
 @click.command()
@@ -71,7 +69,7 @@ NO_DATA = ("magnitude", "magnitude, global", "magnitude→rtn")
 @click.option("--samples", default=64, show_default=True)
 @click.option("--tokens", default=256, show_default=True)
 @click.option("--window", default=512, show_default=True)
-@click.option("--max-windows", default=100, show_default=True)
+@click.option("--max-windows", default=60, show_default=True)
 @click.option("--seeds", default=3, show_default=True, help="calibration draws; the table shows mean and range")
 def main(
     model: str,

@@ -49,6 +49,9 @@ def render(folder: Path) -> str:
     sections = [
         ("Weights only", quantization, read(folder, "quantization-*.json")),
         ("Weights and activations in 8 bits, with outlier channels", outliers, read(folder, "outliers-*.json")),
+        ("Zeros", sparse, read(folder, "sparse-*.json")),
+        ("Zeros, against llm-compressor", sparse_peer, read(folder, "peers-sparse-quality-*.json")),
+        ("What zeros cost, against llm-compressor", sparse_seconds, read(folder, "peers-sparse-seconds.json")),
         ("Mapping a family from its config alone", map_time, read(folder, "map-time.json")),
     ]
     parts = [f"### {title}\n\n" + "\n\n".join(map(table, files)) for title, table, files in sections if files]
@@ -70,14 +73,7 @@ def quantization(facts: Facts) -> str:
         [f"`{scheme}`", *(spread(cells.get((scheme, method)), dense["perplexity"]) for method in methods)]
         for scheme in schemes
     ]
-    draws = max(len(row["perplexity"]) for row in facts["rows"])
-    head = (
-        f"**{facts['model']}**: dense perplexity {dense['perplexity']:.3f} on `{dense['text']}` "
-        f"({protocol(dense['window'], dense['bos'])}, {dense['tokens']:,} tokens). "
-        f"Calibrated on up to {facts['samples']} × {facts['tokens']} tokens of `{facts['calibration']}`; "
-        f"mean (lowest–highest) of {draws} calibration draws, × dense."
-    )
-    return "\n\n".join([head, markdown(["scheme", *methods], rows), environment(facts)])
+    return "\n\n".join([calibrated(facts), markdown(["scheme", *methods], rows), environment(facts)])
 
 
 def outliers(facts: Facts) -> str:
@@ -93,6 +89,63 @@ def outliers(facts: Facts) -> str:
         f"({protocol(facts['window'], facts['bos'])})."
     )
     return "\n\n".join([head, markdown(["method", "perplexity", "against dense"], rows), environment(facts)])
+
+
+SPARSE = {
+    "masks": "zeros",
+    "budgets": "zeros, one budget for all blocks",
+    "rounded": "zeros, and the rest in `int4_g32`",
+}
+
+
+def sparse(facts: Facts) -> str:
+    """Method by share, one table for each question."""
+    dense = facts["dense"]["perplexity"]
+    tables = []
+    for name, title in SPARSE.items():
+        cells = {(row["method"], row["share"]): row["perplexity"] for row in facts["rows"] if row["table"] == name}
+        shares = list(dict.fromkeys(share for _, share in cells))
+        methods = dict.fromkeys(method for method, _ in cells)
+        rows = [[method, *(spread(cells.get((method, share)), dense) for share in shares)] for method in methods]
+        tables.append(markdown([title, *shares], rows))
+    return "\n\n".join([calibrated(facts), *tables, environment(facts)])
+
+
+def sparse_peer(facts: Facts) -> str:
+    """Both programs on the same model, calibration tokens and measurement."""
+    dense = facts["dense"]["perplexity"]
+    rows = [
+        [row["share"], row["method"], spread(row["ours"], dense), spread(row["peer"], dense)] for row in facts["rows"]
+    ]
+    peer = f"{facts['peer']} {facts['peer_versions']['llmcompressor']}"
+    return "\n\n".join([calibrated(facts), markdown(["zeros", "method", "ours", peer], rows), environment(facts)])
+
+
+def sparse_seconds(facts: Facts) -> str:
+    """CPU seconds of one thread in plain forward passes."""
+    rows = [
+        [row["share"], row["method"], *(f"{mean(row[who]):.2f}" if row[who] else "–" for who in ("ours", "peer"))]
+        for row in facts["rows"]
+    ]
+    head = (
+        f"CPU time of one thread ÷ that of a plain float32 forward pass over the same {facts['samples']} × "
+        f"{facts['tokens']} tokens, on a Llama of {facts['parameters'] / 1e6:.0f} M random weights; mean of "
+        f"{len(facts['rows'][0]['ours'])} runs in turn."
+    )
+    peer = f"{facts['peer']} {facts['peer_versions'].get('llmcompressor', '')}"
+    return "\n\n".join([head, markdown(["zeros", "method", "ours", peer], rows), environment(facts)])
+
+
+def calibrated(facts: Facts) -> str:
+    """What was measured, on what, calibrated how."""
+    dense = facts["dense"]
+    draws = max(len(row.get("perplexity") or row["ours"]) for row in facts["rows"])
+    return (
+        f"**{facts['model']}**: dense perplexity {dense['perplexity']:.3f} on `{dense['text']}` "
+        f"({protocol(dense['window'], dense['bos'])}, {dense['tokens']:,} tokens). "
+        f"Calibrated on up to {facts['samples']} × {facts['tokens']} tokens of `{facts['calibration']}`; "
+        f"mean (lowest–highest) of {draws} calibration draws, × dense."
+    )
 
 
 def map_time(facts: Facts) -> str:

@@ -4,7 +4,7 @@
     python evals/peers/sparse_quality.py --model FOLDER --calibration train.txt --text test.txt --name NAME ...
 
 The peer prunes in an environment of its own (`venvs.py`) and hands over dense weights; both results are rounded to the
-checkpoint's dtype and measured by our perplexity. Writes evals/results/peers-sparse-NAME.json.
+checkpoint's dtype and measured by our perplexity. Writes evals/results/peers-sparse-quality-NAME.json.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ METHODS = ("wanda", "sparsegpt")
 @click.option("--samples", default=64, show_default=True)
 @click.option("--tokens", default=256, show_default=True)
 @click.option("--window", default=512, show_default=True)
-@click.option("--max-windows", default=100, show_default=True)
+@click.option("--max-windows", default=60, show_default=True)
 @click.option("--seeds", default=3, show_default=True)
 def main(
     model: str,
@@ -128,7 +128,7 @@ def main(
         "versions": versions(),
         "machine": machine(),
     }
-    path = Path(__file__).parent.parent / "results" / f"peers-sparse-{name}.json"
+    path = Path(__file__).parent.parent / "results" / f"peers-sparse-quality-{name}.json"
     path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     click.echo(str(path))
 

@@ -145,4 +145,5 @@ def logits_of(read: Sequence[nn.Module], hidden_ND: Tensor) -> Tensor:
     state = hidden_ND[None]
     for module in read:
         state = module(state)
-    return state[0].float()
+    logits_NV: Tensor = state[0].float()
+    return logits_NV

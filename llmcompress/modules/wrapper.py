@@ -26,7 +26,10 @@ class Wrapper(CompressedModule):
 
         All names below `inner` are new ones, and of missing tensors a loader without our plug-in only warns.
         """
-        names = (name for name, _ in inner.named_parameters())
+        stock = inner
+        while isinstance(stock, Wrapper):
+            stock = stock.inner
+        names = (name for name, _ in stock.named_parameters())
         path = min(names, key=lambda name: (name.count("."), name)).split(".")
         owner: nn.Module = self
         for part in path[:-1]:

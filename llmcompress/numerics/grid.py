@@ -120,7 +120,19 @@ def output_error(difference_OI: Tensor, gram_II: Tensor) -> Tensor:
 
 def row_errors(difference_OI: Tensor, gram_II: Tensor) -> Tensor:
     """The same for every output by itself."""
-    return (difference_OI @ gram_II).mul_(difference_OI).sum(1)
+    error_O = difference_OI.new_zeros(len(difference_OI))
+    # the matrix is symmetric: what lies right of the diagonal counts twice, what lies left of it is never multiplied
+    for start, stop in stripes(len(gram_II)):
+        seen = difference_OI[:, start:stop] @ gram_II[start:stop, start:]
+        seen[:, stop - start :] *= 2
+        error_O += seen.mul_(difference_OI[:, start:]).sum(1)
+    return error_O
+
+
+def stripes(inputs: int) -> list[tuple[int, int]]:
+    """Start and end of the stripes in which a symmetric matrix is worked on: about eight, none too thin to be fast."""
+    width = max(256, -(-inputs // 8))
+    return [(start, min(start + width, inputs)) for start in range(0, inputs, width)]
 
 
 def _grouped(weight_OI: Tensor, grid: Grid) -> Tensor:

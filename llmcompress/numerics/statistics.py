@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from llmcompress.numerics.grid import stripes
+
 
 class Statistic(ABC):
     """Something accumulated from a site's input; one per group of sites that share it."""
@@ -34,20 +36,34 @@ class Gram(Statistic):
 
     def __init__(self, inputs: int, device: torch.device) -> None:
         super().__init__(inputs, device)
-        self.sum_II = torch.zeros(inputs, inputs, dtype=torch.float32, device=device)
+        self._sum_II = torch.zeros(inputs, inputs, dtype=torch.float32, device=device)
+        self._stripes = stripes(inputs)
+        self._mirrored = True
+
+    @property
+    def sum_II(self) -> Tensor:
+        """The whole symmetric matrix."""
+        if not self._mirrored:
+            for start, stop in self._stripes:
+                self._sum_II[stop:, start:stop] = self._sum_II[start:stop, stop:].T
+            self._mirrored = True
+        return self._sum_II
 
     @override
     def add(self, x_TI: Tensor) -> None:
         self.tokens += len(x_TI)
-        self.sum_II.addmm_(x_TI.T, x_TI)
+        # stripes on and right of the diagonal: nearly half of the products are known from the other half
+        for start, stop in self._stripes:
+            self._sum_II[start:stop, start:].addmm_(x_TI[:, start:stop].T, x_TI[:, start:])
+        self._mirrored = False
 
     @override
     def rescale(self, divide_I: Tensor) -> None:
-        self.sum_II.div_(divide_I).div_(divide_I[:, None])
+        self._sum_II.div_(divide_I).div_(divide_I[:, None])
 
     @override
     def is_finite(self) -> bool:
-        return bool(torch.isfinite(self.sum_II.diagonal()).all())
+        return bool(torch.isfinite(self._sum_II.diagonal()).all())
 
 
 class AbsMax(Statistic):

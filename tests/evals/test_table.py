@@ -33,6 +33,26 @@ def test_quantization_shows_mean_range_ratio_and_protocol(table):
     assert "64 × 256 tokens of `train.txt`" in shown and "3 calibration draws" in shown
 
 
+DENSE = {"text": "test.txt", "window": 512, "bos": True, "tokens": 51100, "perplexity": 50.0, "bits_per_byte": 2.0}
+
+
+def test_zeros_are_shown_by_question_and_against_the_peer(table):
+    rows = [
+        {"table": "masks", "share": "50 %", "method": "magnitude", "perplexity": [60.0]},
+        {"table": "masks", "share": "50 %", "method": "wanda", "perplexity": [54.0, 56.0]},
+        {"table": "budgets", "share": "70 %", "method": "wanda, outliers", "perplexity": [100.0]},
+    ]
+    facts = {"model": "m", "calibration": "train.txt", "samples": 64, "tokens": 256, "dense": DENSE, **MADE}
+    shown = table.sparse({**facts, "rows": rows})
+    assert "| magnitude | 60.00, ×1.200 |" in shown and "| wanda | 55.00 (54.00–56.00), ×1.100 |" in shown
+    assert "| wanda, outliers | 100.00, ×2.000 |" in shown
+    rows = [{"share": "2:4", "method": "wanda", "ours": [55.0], "peer": [60.0]}]
+    peer = {"peer": "p", "peer_versions": {"llmcompressor": "0.14"}}
+    assert "| 2:4 | wanda | 55.00, ×1.100 | 60.00, ×1.200 |" in table.sparse_peer({**facts, **peer, "rows": rows})
+    shown = table.sparse_seconds({**facts, **peer, "parameters": 110e6, "rows": rows})
+    assert "| 2:4 | wanda | 55.00 | 60.00 |" in shown and "110 M random weights" in shown
+
+
 def test_outliers_are_shown_against_dense(table):
     rows = [{"method": "dense", "perplexity": 50.0}, {"method": "naive W8A8, per token", "perplexity": 60.0}]
     facts = {"model": "m", "gain": 30.0, "channels": 2, "text": "t.txt", "window": 512, "bos": True, "rows": rows}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ def skip_blocks(model: Any, threshold: float) -> dict[int, SkipBlock]:
     }
 
 
-def exit_blocks(model: Any, threshold: float, *, jump: bool = True) -> dict[int, ExitBlock]:
+def exit_blocks(model: Any, threshold: float, *, jump: bool = True, foretold: bool = False) -> dict[int, ExitBlock]:
     """Exits before every block but the first."""
     width = model.config.get_text_config().hidden_size
     generator = torch.Generator().manual_seed(4)
@@ -41,7 +42,8 @@ def exit_blocks(model: Any, threshold: float, *, jump: bool = True) -> dict[int,
     found = {}
     for index in range(1, len(find_blocks(model))):
         matrix_DD = torch.eye(width) + 0.2 * width**-0.5 * torch.randn(width, width, generator=generator)
-        found[index] = ExitBlock(threshold, readout, (matrix_DD, torch.zeros(width)) if jump else None)
+        judge = Foresight(torch.randn(width, generator=generator) * width**-0.5, 0.0) if foretold else None
+        found[index] = ExitBlock(threshold, readout, (matrix_DD, torch.zeros(width)) if jump else None, judge)
     return found
 
 
@@ -51,10 +53,10 @@ def skipping(family: str, threshold: float = 1.0) -> Any:
     return model
 
 
-def exiting(family: str, *, jump: bool = True) -> Any:
+def exiting(family: str, *, jump: bool = True, foretold: bool = False) -> Any:
     """About half of all tokens leave at the first exit."""
     model = tiny_model(family, seed=1)
-    blocks = exit_blocks(model, 0.5, jump=jump)
+    blocks = exit_blocks(model, 0.5, jump=jump, foretold=foretold)
     put_around(model, blocks)
     sure = []
     with watching(model, lambda index, state: sure.append(blocks[1].confidence(state)) if index == 1 else None):
@@ -65,7 +67,7 @@ def exiting(family: str, *, jump: bool = True) -> Any:
     return model
 
 
-MAKERS = {"skip": skipping, "exit": exiting}
+MAKERS = {"skip": skipping, "exit": exiting, "exit foretold": partial(exiting, jump=False, foretold=True)}
 
 
 @torch.no_grad()

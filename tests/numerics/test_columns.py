@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.numerics.columns import RoundToGrid, block_length, inverse_factor, sweep_columns
+from llmcompress.numerics.columns import RoundToGrid, block_length, inverse_factor, inverse_of_upper, sweep_columns
 from llmcompress.numerics.grid import Grid, fit, output_error, restore, round_to_codes
 from tests.reference.columns import remove_one_column_at_a_time
 
@@ -30,6 +30,16 @@ def test_factor_is_the_upper_cholesky_factor_of_the_damped_inverse(shape: tuple[
     assert factor is not None and factor.damping == 0.01
     expected = torch.linalg.cholesky(torch.linalg.inv(damped(gram, 0.01)), upper=True)
     torch.testing.assert_close(factor.upper_II, expected, atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("inputs", [1, 128, 129, 257, 300])
+def test_triangles_are_inverted_half_by_half(inputs: int) -> None:
+    generator = torch.Generator().manual_seed(inputs)
+    upper = torch.randn(inputs, inputs, dtype=torch.float64, generator=generator).triu(1) * inputs**-0.5
+    upper += torch.eye(inputs, dtype=torch.float64) * (1 + torch.rand(inputs, dtype=torch.float64, generator=generator))
+    inverse = inverse_of_upper(upper)
+    torch.testing.assert_close(inverse @ upper, torch.eye(inputs, dtype=torch.float64), atol=1e-10, rtol=0)
+    assert torch.equal(inverse, inverse.triu())
 
 
 @pytest.mark.parametrize("lazy", [1, 4, 128])

@@ -88,6 +88,7 @@ def test_more_bits_and_smaller_groups_never_hurt(bits: int) -> None:
     assert bits == 2 or error(Grid(bits, False, 64)) < error(Grid(bits - 1, False, 64))
 
 
-def test_output_error_equals_the_error_on_the_data() -> None:
-    difference, x = weights(5, 7, 1), weights(30, 7, 2)
+@pytest.mark.parametrize("inputs", [1, 7, 257, 600])
+def test_output_error_equals_the_error_on_the_data(inputs: int) -> None:
+    difference, x = weights(5, inputs, 1), weights(30, inputs, 2)
     torch.testing.assert_close(output_error(difference, x.T @ x), (x @ difference.T).square().sum())

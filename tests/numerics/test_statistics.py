@@ -23,6 +23,17 @@ def test_pieces_add_up() -> None:
     assert gram.tokens == largest.tokens == mean.tokens == 37
 
 
+def test_a_wide_gram_matrix_is_symmetric_and_whole_though_only_half_of_it_is_multiplied() -> None:
+    x = torch.randn(50, 613, generator=torch.Generator().manual_seed(1))
+    gram = Gram(613, torch.device("cpu"))
+    for piece in x.split(20):
+        gram.add(piece)
+        torch.testing.assert_close(gram.sum_II[300:, :10], gram.sum_II[:10, 300:].T, atol=0, rtol=0)
+    gram.rescale(torch.linspace(1, 2, 613))
+    x = x / torch.linspace(1, 2, 613)
+    torch.testing.assert_close(gram.sum_II, x.T @ x, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", [Gram, AbsMax, AbsMean])
 def test_rescaling_equals_measuring_the_divided_input(kind: type[Statistic]) -> None:
     divide = torch.tensor([1.0, 2.0, 0.5, 3.0, 7.0, 0.1])

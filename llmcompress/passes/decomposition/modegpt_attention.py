@@ -133,22 +133,20 @@ class _Work:
 
     def _value_bias(self) -> Tensor | None:
         """What value biases add to every input of the reader; they are taken from where they stand."""
-        found = torch.zeros(self.reader.info.inputs, dtype=torch.float64, device=self.reader.weight_OI.device)
-        any_bias = False
+        values: list[int] = []
+        readers: list[int] = []
         for group in self.attention.groups:
-            for number, row in enumerate(group.values):
-                name, index = self.channels.locate(row)
-                bias = self.biases[name]
-                if bias is not None:
-                    any_bias = True
-                    for head in group.heads:
-                        found[head[number]] = bias[index]
-        for row in (row for group in self.attention.groups for row in group.values):
-            name, index = self.channels.locate(row)
-            bias = self.biases[name]
-            if bias is not None:
-                bias[index] = 0.0
-        return found if any_bias else None
+            values += group.values * len(group.heads)
+            readers += [column for head in group.heads for column in head]
+        name = self.channels.locate(values[0])[0]
+        bias = self.biases[name]
+        if bias is None:
+            return None
+        rows = [self.channels.locate(row)[1] for row in values]
+        moved_I = torch.zeros(self.reader.info.inputs, dtype=torch.float64, device=bias.device)
+        moved_I[readers] = bias[rows].double()
+        bias[rows] = 0.0
+        return moved_I
 
     def _basis(self, group: HeadGroup, gram_II: Tensor, weight_OI: Tensor, rank: int) -> Tensor:
         readers = [weight_OI[:, list(head)] for head in group.heads]

@@ -12,7 +12,7 @@ from llmcompress.passes.pruning.units import groups_of
 
 Kind = Literal["coupling", "values", "channels"]
 
-MIXED = "queries and keys kept: a norm over the head lets every row meet every other in the scores"
+MIXED = "queries and keys kept: no row can go without all others of its head, as behind a norm over the head"
 SINKS = "values kept: their bias cannot move behind the attention, whose weights do not sum to one"
 
 

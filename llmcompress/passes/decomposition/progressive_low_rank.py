@@ -38,7 +38,7 @@ class ProgressiveLowRank(ModelPass):
     ratio: float = Field(0.2, gt=0, lt=1, description="share of parameters removed")
     cuts: int = Field(4, ge=1, le=100, description="cuts of the ranks, each followed by its share of the training")
     ranks: RankRule = Field("loss", description="equal shares; energy: least output lost; loss: least loss gained")
-    round_to: int = Field(1, ge=1, description="final ranks are multiples of this")
+    round_to: int = Field(1, ge=1, description="final ranks are multiples of this, one at least")
     sites: tuple[str, ...] = Field(("*",), description="globs of module names to work on")
     exclude: tuple[str, ...] = Field((), description="globs of module names to leave alone")
     training: Training = Field(default_factory=Training, description="all steps together, learning rate and batches")

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from llmcompress.calibration.whole import WholeModel
-from llmcompress.errors import CompressError, ExitCode
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.low_rank import output_spectrum, truncate
 from llmcompress.numerics.rank_allocation import Matrix, allocate_ranks, equal_shares, uniform_rank
@@ -49,14 +48,13 @@ class FactorOptions(Protocol):
 
 
 def decide_ranks(options: FactorOptions, whole: WholeModel) -> dict[str, Tensor]:
-    """Site → rank, such that all together keep their share of parameters and lose least.
+    """Site → rank, such that all together have no more parameters than with uniform ranks, and lose least.
 
     `energy` counts each site's lost share of its own squared output. `loss` weighs each lost direction of the output
     by the squared gradient of the loss along it: the expected growth of the loss to second order.
 
     Source: for the weights, Hsu et al., arXiv 2207.00112 (Fisher-weighted SVD). Differs: of outputs, not of weights;
     and gradients are those of the model with uniform ranks (docs/log.md).
-    Raises: CompressError when not even the least ranks fit the budget.
     """
     weights = _gradients_when_factored(options, whole) if options.rule == "loss" else {}
     matrices: dict[str, Matrix] = {}
@@ -68,16 +66,11 @@ def decide_ranks(options: FactorOptions, whole: WholeModel) -> dict[str, Tensor]
             gain_K = equal_shares(spectrum.energy_K)
         step = options.for_site(site.name).round_to
         matrices[site.name] = Matrix(site.info.outputs, site.info.inputs, gain_K.cpu(), step)
-    shares = (options.for_site(name).keep * each.outputs * each.inputs for name, each in matrices.items())
-    try:
-        ranks = allocate_ranks(list(matrices.values()), int(sum(shares) + 1e-6))
-    except ValueError as error:
-        raise CompressError(
-            "ranks.budget",
-            str(error),
-            fix="set a smaller `ratio` or a smaller `round_to`",
-            exit_code=ExitCode.USAGE,
-        ) from None
+    budget = sum(
+        uniform_rank(each.outputs, each.inputs, options.for_site(name).keep, each.step) * (each.outputs + each.inputs)
+        for name, each in matrices.items()
+    )
+    ranks = allocate_ranks(list(matrices.values()), budget)
     return {name: torch.tensor(rank) for name, rank in zip(matrices, ranks, strict=True)}
 
 

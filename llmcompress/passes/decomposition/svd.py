@@ -58,7 +58,7 @@ class SingularValues(BlockPass):
     ranks: RankRule | None = Field(
         None, description="uniform: equal shares; energy: least output lost; loss: least loss gained (if ratio is used)"
     )
-    round_to: int = Field(1, ge=1, description="ranks are multiples of this")
+    round_to: int = Field(1, ge=1, description="ranks are multiples of this, one at least")
     refit: bool = Field(False, description="fit left factors again to the inputs that compressed blocks give")
 
     @model_validator(mode="after")

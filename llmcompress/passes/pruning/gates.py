@@ -26,7 +26,7 @@ from llmcompress.training.settings import Training
 
 Kind = Literal["hard_concrete", "slimming", "group_lasso", "dsa", "decorator"]
 
-STRENGTHS: Mapping[Kind, float] = {"hard_concrete": 10.0, "slimming": 0.1, "group_lasso": 1.0, "dsa": 10.0}
+STRENGTHS: Mapping[Kind, float] = {"hard_concrete": 10.0, "slimming": 5.0, "group_lasso": 1.0, "dsa": 10.0}
 """Of the penalties, where the recipe does not say."""
 
 

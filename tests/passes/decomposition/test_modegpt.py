@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.calibration.stream import BlockStream
+from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError
 from llmcompress.model.attention import Attention, find_attentions
 from llmcompress.modules.base import CompressedModule
 from llmcompress.modules.manifest import Manifest, apply_manifest, changes
 from llmcompress.modules.selected import SelectedRows
 from llmcompress.numerics.statistics import Gram, Moments
+from llmcompress.passes.decomposition.influence import block_influence
 from llmcompress.passes.decomposition.modegpt import plan
 from llmcompress.passes.decomposition.modegpt_attention import shrink_attention
 from llmcompress.passes.decomposition.modegpt_channels import shrink_channels
@@ -151,6 +154,28 @@ def test_blocks_that_change_their_input_least_lose_most() -> None:
     blocks = sorted((row for row in rows if row.score is not None), key=lambda row: row.score or 0)
     removed = [row.removed or 0 for row in blocks]
     assert removed == sorted(removed, reverse=True) and removed[0] > removed[-1]
+
+
+@pytest.mark.parametrize("family", ["llama_gqa", "gpt2", "falcon"])
+def test_influence_is_one_minus_the_cosine_of_what_enters_and_leaves_a_block(family: str) -> None:
+    model = tiny_model(family, seed=1)
+    with torch.no_grad():
+        hidden = model(windows(), output_hidden_states=True).hidden_states
+    whole = WholeModel(
+        model,
+        map_of(family),
+        windows(),
+        batch=4,
+        device=torch.device("cpu"),
+        storage_dtype=torch.float32,
+        progress=Silent(),
+    )
+    found = block_influence(whole)
+    # the last hidden state is shown behind the final norm
+    for index, (before, after) in enumerate(pairwise(hidden[:-1])):
+        cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1).mean()
+        assert float(found[index]) == pytest.approx(1 - float(cosine), abs=1e-5)
+    assert len(found) == len(hidden) - 1 and 0 <= float(found.min()) <= float(found.max()) <= 2
 
 
 def test_only_selected_blocks_pay_for_all() -> None:

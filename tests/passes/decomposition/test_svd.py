@@ -7,7 +7,6 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from llmcompress.errors import CompressError
 from llmcompress.modules.low_rank import LowRankLinear
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.numerics.low_rank import break_even
@@ -129,9 +128,9 @@ def test_decided_ranks_keep_to_one_budget(family: str, rule: str) -> None:
     assert all(not parameter.grad for parameter in whole.model.parameters())
     assert set(decided) == set(map_of(family).site_names())
     model, rows = compressed(family, chosen)
-    size = sum(s.outputs * s.inputs for block in map_of(family).blocks for s in block.structure.sites)
-    spent = sum(row.parameters or 0 for row in rows)
-    assert 0.6 * size < spent <= round(0.7 * size)
+    _, uniform = compressed(family, block_pass("svd", ratio=0.3, ranks="uniform", round_to=2))
+    equal = sum(row.parameters or 0 for row in uniform)
+    assert 0.95 * equal < sum(row.parameters or 0 for row in rows) <= equal
     for row in rows:
         assert (row.rank is None and row.degraded) or row.rank == int(decided[row.site])
     assert len({row.rank for row in rows}) > 1
@@ -159,11 +158,6 @@ def test_squared_gradients_equal_those_taken_one_site_at_a_time() -> None:
             assert grad is not None
             expected += grad.flatten(0, 1).square().sum(0)
         torch.testing.assert_close(found[name], expected)
-
-
-def test_a_budget_below_the_least_ranks_is_a_clear_error() -> None:
-    with pytest.raises(CompressError, match="the least ranks need"):
-        compressed("llama_gqa", block_pass("svd", ratio=0.9, ranks="energy", round_to=16))
 
 
 def test_refitted_left_factors_lose_no_more_on_the_inputs_that_the_factored_block_gives() -> None:

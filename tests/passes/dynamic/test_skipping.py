@@ -15,10 +15,10 @@ from llmcompress.modules.dynamic_exit import ExitBlock
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.dynamic.early_exit import EarlyExit, outcome_at
 from llmcompress.passes.dynamic.layer_skip import LayerSkip, threshold_for
-from llmcompress.passes.dynamic.states import readout_of, watching
+from llmcompress.passes.dynamic.states import divergence, readout_of, watching
 from llmcompress.progress import Silent
 from llmcompress.recipe import parse_recipe
-from tests.families import FAMILIES, VOCABULARY, tiny_model, tiny_tokens
+from tests.families import FAMILIES, HIDDEN, VOCABULARY, tiny_model, tiny_tokens
 
 
 def whole_of(model: Any, *, storage_dtype: torch.dtype = torch.float32) -> WholeModel:
@@ -84,9 +84,10 @@ def test_a_threshold_above_one_changes_no_bit(family: str) -> None:
 
 
 @pytest.mark.parametrize("jump", [True, False])
-def test_the_mean_depth_asked_for_is_met_on_calibration_text(jump: bool) -> None:
+@pytest.mark.parametrize("confidence", ["divergence", "probability"])
+def test_the_mean_depth_asked_for_is_met_on_calibration_text(jump: bool, confidence: str) -> None:
     model = tiny_model("llama_gqa", seed=1)
-    rows = EarlyExit(depth=0.8, exits=(1, 2), jump=jump).apply(whole_of(model))
+    rows = EarlyExit(depth=0.8, exits=(1, 2), jump=jump, confidence=confidence).apply(whole_of(model))
     assert (1 + sum(row.active for row in rows)) / 3 == pytest.approx(0.8, abs=0.03)
     assert [row.site for row in rows] == ["model.layers.1", "model.layers.2"]
     assert rows[1].active <= rows[0].active, "a token that left stays away"
@@ -105,6 +106,34 @@ def test_agreement_is_kept_and_is_the_rule_by_default() -> None:
     # states of later tokens shift a little once earlier ones have left
     assert float(same.float().mean()) > 0.95 and leaves
     assert all(count.share > 0.5 for count in counts.values())
+
+
+def test_divergence_is_the_textbook_sum_over_the_vocabulary() -> None:
+    model = tiny_model("llama_gqa", seed=1)
+    read = [model.model.norm, model.lm_head]
+    final_ND, here_ND = torch.randn(2, 9, HIDDEN, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        p, q = (model.lm_head(model.model.norm(state)).double().softmax(-1) for state in (final_ND, here_ND))
+        slow = [sum(float(a * (a / b).log()) for a, b in zip(*rows, strict=True)) for rows in zip(p, q, strict=True)]
+        found = divergence(read, final_ND, here_ND)
+    torch.testing.assert_close(found.double(), torch.tensor(slow, dtype=torch.float64), atol=1e-5, rtol=1e-4)
+
+
+def test_the_judge_of_an_exit_follows_the_divergence_it_foretells() -> None:
+    model = tiny_model("llama_gqa", seed=1)
+    states: dict[int, list[Tensor]] = {1: [], 3: []}
+    with (
+        watching(model, lambda index, state: states[index].append(state) if index in states else None),
+        torch.no_grad(),
+    ):
+        for ids in whole_of(model).batches():
+            model(ids)
+    here, final = (torch.cat(states[index]) for index in (1, 3))
+    read = [model.model.norm, model.lm_head]
+    EarlyExit(threshold=0.5, exits=(1,), ridge=1e-6, jump=False).apply(whole_of(model))
+    true = divergence(read, final, here).log()
+    foretold = find_blocks(model)[1][1].judge(here).log()
+    assert (foretold - true).square().mean() < 0.7 * true.var()
 
 
 def test_jumps_are_the_weighted_least_squares_from_exit_to_end_in_the_stored_dtype() -> None:
@@ -196,5 +225,5 @@ def test_the_test_before_a_block_follows_the_influence_it_foretells() -> None:
     for index, (_, block) in enumerate(find_blocks(model)):
         before, after = torch.cat(states[index]), torch.cat(states[index + 1])
         influence = (1 - torch.cosine_similarity(before, after, dim=1)).log()
-        foretold = block.foretell(before).log()
+        foretold = block.judge(before).log()
         assert (foretold - influence).square().mean() < 0.7 * influence.var()
