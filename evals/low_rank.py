@@ -99,8 +99,6 @@ def main(
             "calibration": Path(calibration).name,
             "samples": samples,
             "tokens": tokens,
-            "rank": rank,
-            "steps": steps,
             "dense": dense.perplexity.model_dump() | {"text": Path(text).name},
             "parameters": dense.parameters,
             "rows": rows,
@@ -121,7 +119,7 @@ def _trials(part: str, ratios: tuple[float, ...], rank: int, steps: int) -> Iter
         for bits in (3, 2):
             codes = f"scheme: int{bits}_g32, on_indivisible: pad"
             for method, passes in BRANCHES.items():
-                yield f"int{bits}_g32", method, passes.format(codes=codes, rank=rank)
+                yield f"int{bits}_g32, rank {rank}", method, passes.format(codes=codes, rank=rank)
     elif part == "chains":
         for method, passes in CHAINS.items():
             yield "int4_g32", method, passes
@@ -129,7 +127,7 @@ def _trials(part: str, ratios: tuple[float, ...], rank: int, steps: int) -> Iter
         for ratio in ratios[1::2]:
             for cuts in (1, 2, 4, 8):
                 options = f"ratio: {ratio}, cuts: {cuts}, training: {{steps: {steps}}}"
-                yield f"{ratio:.0%} removed", f"{cuts} cuts", f"- progressive_low_rank: {{{options}}}"
+                yield f"{ratio:.0%} removed, {steps} steps", f"{cuts} cuts", f"- progressive_low_rank: {{{options}}}"
 
 
 def _measured(found: list[Trial]) -> dict[str, Any]:

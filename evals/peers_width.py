@@ -116,13 +116,17 @@ def peer(setting: Setting, method: str, what: str, ratio: float, seed: int) -> P
         heads[attention.k_proj] = heads[attention.v_proj] = config.num_key_value_heads
         channels |= {layer.mlp.gate_proj: ratio, layer.mlp.up_proj: ratio}
     only = what == "channels"
+    fixed = [model.lm_head]
+    if only:
+        others = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj")
+        fixed += [layer.get_submodule(name) for layer in model.model.layers for name in others]
     pruner = torch_pruning.pruner.BasePruner(
         model,
         example_inputs=data.windows_NT[:1, :7],
         importance=THEIRS[method](group_reduction="mean"),
         pruning_ratio=0.0 if only else ratio,
         pruning_ratio_dict=channels if only else None,
-        ignored_layers=[model.lm_head],
+        ignored_layers=fixed,
         num_heads=heads,
         prune_num_heads=not only,
         prune_head_dims=False,

@@ -73,7 +73,9 @@ def variants(sizes: dict[str, Any], dense: PreTrainedModel) -> Iterator[tuple[st
     yield "depth, by the pass", through_the_pass(sizes, shallow.config.num_hidden_layers)
     yield "width, FFN and heads", _nearest(goal, _narrower(sizes))
     yield "slicegpt, global", _nearest(goal, ({**sizes, "hidden_size": d} for d in range(8, sizes["hidden_size"], 8)))
-    yield "low rank", _low_rank(llama(**sizes), goal)
+    factored = _low_rank(llama(**sizes), goal)
+    yield "low rank", factored
+    yield "low rank, left factors by column", _by_column(factored)
     yield "unstructured 50 %", _with_zeros(llama(**sizes), lambda weight: torch.rand_like(weight) < 0.5)
     yield "2:4", _with_zeros(llama(**sizes), _two_of_four)
 
@@ -120,6 +122,14 @@ def _low_rank(model: PreTrainedModel, goal: float) -> PreTrainedModel:
                 factors = torch.randn(part.out_features, rank), torch.randn(rank, part.in_features)
                 setattr(block.get_submodule(parent), leaf, LowRankLinear.from_factors(*factors, None))
     return model.requires_grad_(False)
+
+
+def _by_column(model: PreTrainedModel) -> PreTrainedModel:
+    """Left factors in column order: a product with one token then walks along the outputs, of which there are more."""
+    for part in model.modules():
+        if isinstance(part, LowRankLinear):
+            part.left.weight.data = part.left.weight.data.T.contiguous().T
+    return model
 
 
 def _two_of_four(weight: torch.Tensor) -> torch.Tensor:

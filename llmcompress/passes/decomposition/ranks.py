@@ -75,15 +75,20 @@ def decide_ranks(options: FactorOptions, whole: WholeModel) -> dict[str, Tensor]
 
 
 def _measured(options: FactorOptions, whole: WholeModel) -> Iterator[LinearSite]:
-    """Every selected site, measured; what the caller leaves there is what later blocks see."""
+    """Every site whose rank is to be decided, measured; what the caller leaves there is what later blocks see."""
     for block in whole.stream():
-        sites = [site for site in block.sites if options.selects(site.name)]
+        sites = [site for site in block.sites if _decides(options, site.name)]
         if sites and options.needs():
             block.measure(sites, options.needs())
         for site in sites:
             block.progress.inside(f"spectrum of {site.name}")
             yield site
         block.forget()
+
+
+def _decides(options: FactorOptions, site: str) -> bool:
+    """Whether the site's rank comes from the common budget: an override may fix it."""
+    return options.selects(site) and options.for_site(site).rule == options.rule
 
 
 def _gradients_when_factored(options: FactorOptions, whole: WholeModel) -> dict[str, Tensor]:

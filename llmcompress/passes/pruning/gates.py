@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -26,8 +28,24 @@ from llmcompress.training.settings import Training
 
 Kind = Literal["hard_concrete", "slimming", "group_lasso", "dsa", "decorator"]
 
-STRENGTHS: Mapping[Kind, float] = {"hard_concrete": 10.0, "slimming": 5.0, "group_lasso": 1.0, "dsa": 10.0}
-"""Of the penalties, where the recipe does not say."""
+
+@dataclass(frozen=True)
+class Defaults:
+    """Where the recipe does not say; tried on the bundled model. None: the kind has no such thing."""
+
+    strength: float | None = None
+    gate_learning_rate: float | None = None
+
+
+DEFAULTS: Mapping[Kind, Defaults] = MappingProxyType(
+    {
+        "hard_concrete": Defaults(strength=10.0, gate_learning_rate=0.05),
+        "slimming": Defaults(strength=5.0, gate_learning_rate=0.02),
+        "group_lasso": Defaults(strength=1.0),
+        "dsa": Defaults(strength=10.0, gate_learning_rate=0.05),
+        "decorator": Defaults(),
+    }
+)
 
 
 @PASSES.register("gates")
@@ -61,7 +79,9 @@ class Gates(ModelPass):
     floor: float = Field(0.25, ge=0, le=1, description="least share of the units of any layer that stays")
     round_to: int = Field(1, ge=1, description="the number of channels that stay is a multiple of this")
     weights: bool = Field(True, description="train the model's weights along with the gates")
-    gate_learning_rate: float = Field(0.05, gt=0, description="of the gates; `training` has that of the weights")
+    gate_learning_rate: float | None = Field(
+        None, gt=0, description="of the gates (0.02 or 0.05, by kind); `training` has that of the weights"
+    )
     strength: float | None = Field(None, gt=0, description="of the penalty, or of the pull to the budget")
     training: Training = Field(default_factory=Training, description="steps, learning rate and batches")
 
@@ -69,9 +89,12 @@ class Gates(ModelPass):
     def _consistent(self) -> Self:
         if self.kind == "dsa" and self.allocation == "uniform":
             raise ValueError("`kind: dsa` learns how many units each layer keeps: it needs `allocation: global`")
-        if self.kind == "decorator" and self.strength is not None:
-            raise ValueError("`kind: decorator` has no penalty: leave `strength` out")
-        if self.kind in ("group_lasso", "decorator") and not self.weights:
+        defaults = DEFAULTS[self.kind]
+        if defaults.strength is None and self.strength is not None:
+            raise ValueError(f"`kind: {self.kind}` has no penalty: leave `strength` out")
+        if defaults.gate_learning_rate is None and self.gate_learning_rate is not None:
+            raise ValueError(f"`kind: {self.kind}` trains no gates: leave `gate_learning_rate` out")
+        if defaults.gate_learning_rate is None and not self.weights:
             raise ValueError(f"`kind: {self.kind}` trains the weights: leave `weights` out")
         return self
 
@@ -110,7 +133,8 @@ class Gates(ModelPass):
         weights: tuple[nn.Parameter, ...] = tuple(model.parameters()) if self.weights else ()
 
         def train_gates(gates: Sequence[nn.Parameter], steps: int, extra_loss: ExtraLoss | None) -> None:
-            fast = ParameterGroup(tuple(gates), learning_rate=self.gate_learning_rate, weight_decay=0.0)
+            rate = self.gate_learning_rate or DEFAULTS[self.kind].gate_learning_rate
+            fast = ParameterGroup(tuple(gates), learning_rate=rate, weight_decay=0.0)
             train(
                 model,
                 whole.windows_NT,
@@ -136,7 +160,7 @@ class Gates(ModelPass):
             groups,
             [self.ratio] * len(groups),
             self.allocation == "global",
-            STRENGTHS.get(self.kind, 0.0) if self.strength is None else self.strength,
+            self.strength or DEFAULTS[self.kind].strength or 0.0,
             self.training.steps,
             lambda priorities, share: self._kept(groups, priorities, share),
             train_gates,

@@ -137,6 +137,17 @@ def test_decided_ranks_keep_to_one_budget(family: str, rule: str) -> None:
     assert set(factored(model)) == {row.site for row in rows if row.rank}
 
 
+def test_an_override_can_fix_a_rank_and_the_budget_is_of_the_others() -> None:
+    fixed = {"*.down_proj": {"ratio": None, "rank": 5}}
+    _, rows = compressed("llama_gqa", block_pass("svd", ratio=0.3, overrides=fixed))
+    _, uniform = compressed("llama_gqa", block_pass("svd", ratio=0.3, ranks="uniform", exclude="*.down_proj"))
+    others = [row.parameters or 0 for row in rows if "down_proj" not in row.site]
+    assert (
+        0.9 * sum(row.parameters or 0 for row in uniform) < sum(others) <= sum(row.parameters or 0 for row in uniform)
+    )
+    assert {row.rank for row in rows if "down_proj" in row.site} == {5}
+
+
 def test_squared_gradients_equal_those_taken_one_site_at_a_time() -> None:
     whole = whole_model("llama_gqa")
     names = list(map_of("llama_gqa").site_names())[:4]

@@ -209,6 +209,10 @@ def test_the_budget_pushes_until_the_target_is_met() -> None:
 
 
 def test_options_that_would_do_nothing_are_refused() -> None:
-    for options in ({"kind": "decorator", "strength": 1.0}, {"kind": "group_lasso", "weights": False}):
+    for options in (
+        {"kind": "decorator", "strength": 1.0},
+        {"kind": "group_lasso", "weights": False},
+        {"kind": "group_lasso", "gate_learning_rate": 0.1},
+    ):
         with pytest.raises(ValidationError):
             make(**options)
