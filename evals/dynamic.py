@@ -79,9 +79,12 @@ def quality(model: str, calibration: str, text: str, name: str, samples: int, ma
     torch.set_num_threads(1)
     setting = Setting(model, calibration, text, samples=samples, max_windows=max_windows)
     rows = []
+    blocks = 0
     for method, passes in QUALITY.items():
         trial = run_trial(setting, passes)
-        rows.append({"method": method, "perplexity": trial.perplexity.perplexity, **shares_on_text(trial, setting)})
+        blocks = blocks or len(find_blocks(trial.model))  # of the dense model, which comes first
+        ran = shares_on_text(trial, setting, blocks)
+        rows.append({"method": method, "perplexity": trial.perplexity.perplexity, **ran})
         click.echo(str(rows[-1]), err=True)
     facts = {
         "model": name,
@@ -96,20 +99,19 @@ def quality(model: str, calibration: str, text: str, name: str, samples: int, ma
     write(f"dynamic-{name}", facts)
 
 
-def shares_on_text(trial: Trial, setting: Setting) -> dict[str, float]:
+def shares_on_text(trial: Trial, setting: Setting, blocks: int) -> dict[str, float]:
     """What ran on the first windows of the measured text."""
     task = setting.task.model_copy(update={"max_windows": 10})
     with tallied(trial.model) as counts:
         perplexity(trial.model, trial.tokenizer, task, device=torch.device("cpu"), progress=Silent())
-    return shares(trial.model, {key: count.share for key, count in counts.items()})
+    return shares(trial.model, {key: count.share for key, count in counts.items()}, blocks)
 
 
-def shares(model: PreTrainedModel, active: dict[str, float]) -> dict[str, float]:
-    """Mean depth over all blocks, and mean active inputs over all thresholded linears."""
-    blocks = [name for name, _ in find_blocks(model)]
-    depths = [active.get(name, 1.0) for name in blocks]
-    inputs = [share for name, share in active.items() if name not in blocks]
-    found = {"depth": round(sum(depths) / len(depths), 4)}
+def shares(model: PreTrainedModel, active: dict[str, float], blocks: int) -> dict[str, float]:
+    """Mean share of the dense model's blocks that ran, and of inputs that thresholded linears computed with."""
+    names = [name for name, _ in find_blocks(model)]
+    inputs = [share for name, share in active.items() if name not in names]
+    found = {"depth": round(sum(active.get(name, 1.0) for name in names) / blocks, 4)}
     return found | ({"active": round(sum(inputs) / len(inputs), 4)} if inputs else {})
 
 
@@ -135,7 +137,11 @@ def speed(name: str, clock: str, new_tokens: int, repeats: int) -> None:
         rows.append(
             {
                 "method": method,
-                **shares(models[method], {key: count.share for key, count in counts.items()}),
+                **shares(
+                    models[method],
+                    {key: count.share for key, count in counts.items()},
+                    SHAPES["m110"]["num_hidden_layers"],
+                ),
                 "decode_ratio": round(two.decode_tokens_per_second / one.decode_tokens_per_second, 3),
                 "decode_spread": round(two.decode_spread, 3),
                 "prefill_ratio": round(two.prefill_tokens_per_second / one.prefill_tokens_per_second, 3),

@@ -39,9 +39,9 @@ BRANCHES = {
     "rtn + LQER": "- low_rank_correction: {{quantizer: {{rtn: {{{codes}}}}}, rank: {rank}, whitening: activation}}",
     "rtn + EoRA": "- low_rank_correction: {{quantizer: {{rtn: {{{codes}}}}}, rank: {rank}}}",
     "gptq + EoRA": "- low_rank_correction: {{quantizer: {{gptq: {{{codes}}}}}, rank: {rank}}}",
-    "caldera": "- caldera: {{{codes}, rank: {rank}}}",
-    "caldera, int8 factors": "- caldera: {{{codes}, rank: {rank}, factor_scheme: int8_channel}}",
-    "caldera, int4 factors": "- caldera: {{{codes}, rank: {rank}, factor_scheme: int4_g32}}",
+    "caldera": "- caldera: {{{codes}, rank: {rank}, iterations: 5}}",
+    "caldera, int8 factors": "- caldera: {{{codes}, rank: {rank}, iterations: 5, factor_scheme: int8_channel}}",
+    "caldera, int4 factors": "- caldera: {{{codes}, rank: {rank}, iterations: 5, factor_scheme: int4_g32}}",
 }
 CHAINS = {
     "gptq int4": "- gptq: {scheme: int4_g32, on_indivisible: pad}",
@@ -125,7 +125,7 @@ def _trials(part: str, ratios: tuple[float, ...], rank: int, steps: int) -> Iter
             yield "int4_g32", method, passes
     else:
         for ratio in ratios[1::2]:
-            for cuts in (1, 2, 4, 8):
+            for cuts in (1, 4):
                 options = f"ratio: {ratio}, cuts: {cuts}, training: {{steps: {steps}}}"
                 yield f"{ratio:.0%} removed, {steps} steps", f"{cuts} cuts", f"- progressive_low_rank: {{{options}}}"
 

@@ -17,8 +17,8 @@ from llmcompress import CompressError, compress, evaluate, inspect, load, plan
 from llmcompress.evaluation.footprint import bytes_on_disk
 from llmcompress.evaluation.settings import Evaluate
 from llmcompress.model.site import LinearSite
-from llmcompress.progress import Silent
 from llmcompress.presets import load_preset, preset_names
+from llmcompress.progress import Silent
 from llmcompress.recipe import Recipe, parse_recipe
 from tests.tiny_folder import edit_tensors, write_tiny_llama
 

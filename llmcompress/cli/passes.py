@@ -52,7 +52,11 @@ def _summary(name: str) -> dict[str, Any]:
 
     cls = PASSES[name]
     kind = cls.__module__.split(".")[2]
-    return {"name": name, "kind": kind, "summary": source.cleandoc(cls.__doc__ or "").split("\n\n")[0].replace("\n", " ")}
+    return {
+        "name": name,
+        "kind": kind,
+        "summary": source.cleandoc(cls.__doc__ or "").split("\n\n")[0].replace("\n", " "),
+    }
 
 
 def _options(name: str) -> list[dict[str, str]]:

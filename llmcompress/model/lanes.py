@@ -27,11 +27,10 @@ class Lanes:
 
         Raises: CompressError for a block that adds to the stream by other than linears, or more than twice.
         """
-        like = next(block.parameters())
         if ports.stages > 2:
             raise refused("a block reads it more than twice in a row; `form: global` may do", type(block).__name__)
         self.ports, self.block = ports, block
-        self.bases = [torch.eye(width, device=like.device)] * (1 + ports.stages)
+        self.bases = [torch.eye(width)] * (1 + ports.stages)
         self.wrapper = ShortcutBlock(self._widths(), torch.float32)
         self.wrapper.take(block)
         for owner in dict.fromkeys(writer.port.owner for writer in ports.writers):
@@ -48,7 +47,7 @@ class Lanes:
     @torch.no_grad()
     def narrow(self, lane: int, kept_DK: Tensor) -> None:
         """Another basis for a lane that is still D wide: who writes it, who reads it, and the skips at its ends."""
-        kept_DK = self.bases[lane] = kept_DK.to(self.bases[lane])
+        self.bases[lane] = kept_DK = kept_DK.float()
         for writer in self.ports.writers:
             if writer.stage == lane - 1:
                 owner, _, leaf = writer.port.parameter.rpartition(".")
@@ -83,7 +82,8 @@ class Lanes:
             module = self.block.get_submodule(writer.port.owner)
             assert isinstance(module, Lane)
             module.before, module.after = sum(widths[: writer.stage + 1]), sum(widths[writer.stage + 2 :])
-        self.wrapper.set_shortcuts([after.T @ before for before, after in pairwise(self.bases)])
+        device = next(self.block.parameters()).device
+        self.wrapper.set_shortcuts([after.to(device).T @ before.to(device) for before, after in pairwise(self.bases)])
 
 
 def last_norm_to_lane(model: PreTrainedModel, residual: Residual) -> None:

@@ -1,4 +1,4 @@
-"""What stands in the place of a module after compression, and can be built again from plain data. O = outputs, I = inputs."""
+"""What replaces a module after compression, and is built again from plain data. O = outputs, I = inputs."""
 
 from __future__ import annotations
 

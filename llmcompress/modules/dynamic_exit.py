@@ -120,7 +120,8 @@ class ExitBlock(DynamicBlock):
     def confidence(self, hidden_ND: Tensor) -> Tensor:
         """How sure each token is, from 0 to 1."""
         if self.judge is not None:
-            return (-self.judge(hidden_ND)).exp()
+            sure: Tensor = (-self.judge(hidden_ND)).exp()
+            return sure
         return readings(self._read, self.jump(hidden_ND))[0]
 
 

@@ -42,7 +42,7 @@ class Manifest:
 
     @property
     def needs_plugin(self) -> bool:
-        """Whether more differs than linears of the stock sizes made of codes, for which compressed-tensors has words."""
+        """Whether more differs than linears of stock size made of codes: compressed-tensors has words for those."""
         quantized = MODULES.name_of(QuantLinear)
         return bool(self.shapes or self.attributes or self.reshaped) or any(
             s["type"] != quantized for s in self.modules.values()

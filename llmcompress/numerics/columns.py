@@ -60,7 +60,8 @@ def inverse_of_upper(upper_II: Tensor) -> Tensor:
     inputs = len(upper_II)
     if inputs <= SMALL:
         identity_II = torch.eye(inputs, dtype=upper_II.dtype, device=upper_II.device)
-        return torch.linalg.solve_triangular(upper_II, identity_II, upper=True)
+        inverse_II: Tensor = torch.linalg.solve_triangular(upper_II, identity_II, upper=True)
+        return inverse_II
     half = inputs // 2
     first, last = inverse_of_upper(upper_II[:half, :half]), inverse_of_upper(upper_II[half:, half:])
     inverse_II = torch.zeros_like(upper_II)

@@ -99,7 +99,8 @@ def flow_scores(
 ) -> list[dict[str, Tensor]]:
     """|w| ∂R/∂|w| of every weight of every block, by name, divided by the flow through its branch.
 
-    R is the sum of the last hidden state and of flows that ended. Only one block's graph exists at a time: the hidden states between blocks are single vectors.
+    R is the sum of the last hidden state and of flows that ended. Only one block's graph exists at a time: the hidden
+    states between blocks are single vectors.
     """
     some = next(iter(weights[0].values()))
     hidden_D = some.new_ones(hidden_size)

@@ -203,4 +203,3 @@ def _settle(model: nn.Module, storage_dtype: torch.dtype) -> None:
     """Round every parameter to what will be stored, as the stream does block by block."""
     for parameter in model.parameters():
         parameter.data.copy_(parameter.data.to(storage_dtype))
-

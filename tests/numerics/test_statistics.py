@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmcompress.numerics.statistics import AbsMax, AbsMean, Gram, Statistic
+from llmcompress.numerics.statistics import AbsMax, AbsMean, Gram, Moments, Statistic
 
 X = torch.randn(37, 6, generator=torch.Generator().manual_seed(0))
 
@@ -55,3 +55,17 @@ def test_values_that_are_not_finite_are_noticed(kind: type[Statistic], bad: floa
 
 def test_a_site_that_no_token_reached_is_defined() -> None:
     assert (AbsMean(4, torch.device("cpu")).mean_I == 0).all()
+
+
+def test_moments_are_the_mean_and_variance_of_all_pieces_even_far_from_zero() -> None:
+    moments = filled(Moments, X + 1000)
+    assert isinstance(moments, Moments) and moments.tokens == 37
+    torch.testing.assert_close(moments.mean_I, (X + 1000).mean(0))
+    torch.testing.assert_close(moments.variance_I, X.var(0, unbiased=False), atol=1e-3, rtol=1e-3)
+    divide = torch.tensor([1.0, 2.0, 0.5, 3.0, 7.0, 0.1])
+    rescaled, measured = filled(Moments), filled(Moments, X / divide)
+    assert isinstance(rescaled, Moments) and isinstance(measured, Moments)
+    rescaled.rescale(divide)
+    torch.testing.assert_close(rescaled.variance_I, measured.variance_I)
+    torch.testing.assert_close(rescaled.mean_I, measured.mean_I)
+    assert not filled(Moments, X.clone().fill_(float("nan"))).is_finite()

@@ -15,7 +15,7 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.attention import Attention, find_attentions
-from llmcompress.model.map import BlockInfo
+from llmcompress.model.map import BlockInfo, ModelMap, SiteInfo
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.modular import allocate
 from llmcompress.numerics.statistics import Gram, Moments, Statistic
@@ -63,6 +63,10 @@ class ModularDecomposition(BlockPass):
     def names_after(self, site: str) -> tuple[str, ...]:
         """Where only some rows or columns are left of a site, the linear stands inside."""
         return (site, f"{site}.kept") if self.attention else (site,)
+
+    def kept_share(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
+        """The ratio is one of parameters."""
+        return 1 - self.ratio
 
     @override
     def uses_data(self) -> bool:

@@ -12,7 +12,7 @@ from typing_extensions import override
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.report import SiteReport
-from llmcompress.model.map import ModelMap
+from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.modules.low_rank import LowRankLinear
 from llmcompress.numerics.low_rank import break_even
 from llmcompress.passes.base import PASSES, ModelPass, Trait
@@ -61,6 +61,10 @@ class ProgressiveLowRank(ModelPass):
     @override
     def names_after(self, site: str) -> tuple[str, ...]:
         return self._svd().names_after(site)
+
+    def kept_share(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
+        """The ratio is one of parameters."""
+        return 1 - self.ratio
 
     @override
     def uses_data(self) -> bool:

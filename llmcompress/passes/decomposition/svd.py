@@ -12,6 +12,7 @@ from torch import Tensor
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.low_rank import LowRankLinear
 from llmcompress.numerics.low_rank import (
@@ -84,6 +85,13 @@ class SingularValues(BlockPass):
     def names_after(self, site: str) -> tuple[str, ...]:
         """Two linears below the site's own name."""
         return (f"{site}.right", f"{site}.left")
+
+    def kept_share(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
+        """What the ratio or the rank leaves; never more than the dense site."""
+        here = self.for_site(site)
+        if here.rank is None:
+            return here.keep
+        return min(1.0, here.rank * (info.outputs + info.inputs) / (info.outputs * info.inputs))
 
     def uses_data(self) -> bool:
         """Plain singular values of the weights need none."""

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.tensor_train import TensorTrainLinear
 from llmcompress.numerics.statistics import Statistic
@@ -34,9 +35,8 @@ _MULTIPLIED_OUT: Mapping[Trait, str] = {
 class TensorTrain(BlockPass):
     """Cut both sides of a matrix into short axes and write it as a chain of small cores.
 
-    Weights alone decide, no data. At equal parameters the singular values of whole matrices (`svd`) lose less on every
-    model measured (evals); this is for tiny budgets, below a rank of one. `score` in the report is the squared error
-    of the weight ÷ its square. The cores are no linears: later passes do not see them.
+    Weights alone decide, no data. At equal parameters `svd` loses far less on every model measured (evals). `score` in
+    the report is the squared error of the weight ÷ its square. Cores are no linears: later passes do not see them.
 
     Source: Novikov et al., arXiv 1509.06569; Oseledets, SIAM J. Sci. Comput. 33 (2011).
     """
@@ -59,6 +59,10 @@ class TensorTrain(BlockPass):
     def names_after(self, site: str) -> tuple[str, ...]:
         """None: cores are no linears."""
         return ()
+
+    def kept_share(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
+        """The ratio, if there is one: what `eps` leaves is not known before."""
+        return 1 - (0.2 if self.ratio is None and self.eps is None else self.ratio or 0.0)
 
     def needs(self) -> tuple[type[Statistic], ...]:
         """Nothing."""

@@ -36,7 +36,7 @@ class TensorGPT(ModelPass):
     by how much. `score` in the report is the squared error of the embedding ÷ its square.
 
     Source: Xu et al., arXiv 2307.00526. Differs: two axes by default, which lose less than more of them at equal
-    parameters on every model measured (evals).
+    parameters on the models measured (evals).
     """
 
     makes: ClassVar[frozenset[Trait]] = frozenset({"factors"})

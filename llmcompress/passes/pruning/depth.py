@@ -40,7 +40,7 @@ class Depth(ModelPass):
     keeps_codes = True
 
     remove: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] = Field(
-        description="how many blocks go: a number, or a share of all (rounded, at least one)"
+        0.25, description="how many blocks go: a number, or a share of all (rounded, at least one)"
     )
     score: Literal["block_influence", "perplexity", "random"] = Field(
         "block_influence",

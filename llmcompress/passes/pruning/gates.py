@@ -16,12 +16,12 @@ from typing_extensions import override
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.report import SiteReport
-from llmcompress.model.map import ModelMap
+from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.passes.base import PASSES, ModelPass, Trait
 from llmcompress.passes.pruning.allocation import ALLOCATIONS, Request
 from llmcompress.passes.pruning.gate_hooks import fold_gates
 from llmcompress.passes.pruning.gate_kinds import KINDS, Task
-from llmcompress.passes.pruning.units import UnitGroup, unit_groups
+from llmcompress.passes.pruning.units import UnitGroup, groups_of, kept_share, unit_groups
 from llmcompress.training.loop import ExtraLoss, train
 from llmcompress.training.optimizer import ParameterGroup
 from llmcompress.training.settings import Training
@@ -111,6 +111,13 @@ class Gates(ModelPass):
                 fix="attention with a single key-value head has none; `llmcompress inspect` shows what there is",
                 exit_code=ExitCode.USAGE,
             )
+
+    @override
+    def kept_share(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
+        """About the ratio, of what has gates."""
+        block = next(block for block in model_map.blocks if site.startswith(f"{block.name}."))
+        wanted = {"channels": self.channels, "heads": self.heads}
+        return kept_share([g for g in groups_of(block) if wanted[g.kind]], site, lambda _: self.ratio)
 
     @override
     def apply(self, whole: WholeModel) -> list[SiteReport]:

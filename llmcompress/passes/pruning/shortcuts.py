@@ -51,7 +51,7 @@ def slice_with_shortcuts(whole: WholeModel, residual: Residual, slicing: Slicing
     for work in whole.stream():
         index, (name, ports) = work.info.index, residual.blocks[work.info.index]
         lost[f"{name}.{first_of_stages(ports)[0].name}"] = lost_share(moment.sum_DD, kept_DK)
-        work.become(lanes.wrapper)
+        work.become(lanes.wrapper.to(whole.device))
         is_last = index + 1 == len(residual.blocks)
         kept_DK, moment = _slice_block(whole, work, lanes, slicing, generator, lost, widen=widens and is_last)
         if not is_last:
@@ -67,10 +67,9 @@ def slice_with_shortcuts(whole: WholeModel, residual: Residual, slicing: Slicing
 
 
 def _entered(whole: WholeModel, residual: Residual, index: int, enters_DK: Tensor) -> Lanes:
-    """The block put into lanes, on the device; the stream enters it in that basis."""
+    """The block put into lanes, wherever it is; the stream enters it in that basis."""
     name, ports = residual.blocks[index]
-    block = whole.model.get_submodule(name).to(whole.device)
-    lanes = Lanes(block, ports, residual.width)
+    lanes = Lanes(whole.model.get_submodule(name), ports, residual.width)
     lanes.narrow(0, enters_DK)
     put_module(whole.model, name, lanes.wrapper)
     return lanes

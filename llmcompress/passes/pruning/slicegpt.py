@@ -12,6 +12,7 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.embedding_norm import bake_embedding_norm
+from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.model.residual_probe import find_residual
 from llmcompress.passes.base import PASSES, ModelPass, Trait
 from llmcompress.passes.pruning.shortcuts import slice_with_shortcuts
@@ -63,6 +64,10 @@ class SliceGPT(ModelPass):
         return self.basis == "pca" or (self.form == "global" and self.refit)
 
     @override
+    def kept_share(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
+        """Every linear reads or writes the stream on one side."""
+        return 1 - self.ratio
+
     def apply(self, whole: WholeModel) -> list[SiteReport]:
         """Find who reads and writes the stream, prove it by mirroring it, then slice.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -74,6 +74,18 @@ def groups_of(info: BlockInfo) -> list[UnitGroup]:
         )
         for index, group in enumerate(info.structure.width_groups)
     ]
+
+
+def kept_share(groups: Iterable[UnitGroup], site: str, removed_share: Callable[[UnitGroup], float]) -> float:
+    """Share of a site's weights that stays when every group gives up that share of its units."""
+    kept = 1.0
+    for group in groups:
+        for part in group.parts:
+            if group.block.full(part.site) == site:
+                info = group.block.structure.site(part.site)
+                covered = sum(map(len, part.indices)) / (info.outputs if part.axis == "rows" else info.inputs)
+                kept *= 1 - covered * removed_share(group)
+    return kept
 
 
 @contextmanager

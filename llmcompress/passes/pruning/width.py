@@ -16,7 +16,7 @@ from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.report import SiteReport
-from llmcompress.model.map import ModelMap
+from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.refit import Refitted
 from llmcompress.numerics.statistics import Statistic
@@ -24,7 +24,7 @@ from llmcompress.passes.base import PASSES, BlockPass, Trait
 from llmcompress.passes.pruning.allocation import ALLOCATIONS, Request, kept_units
 from llmcompress.passes.pruning.refits import REFITS, RefitName
 from llmcompress.passes.pruning.scores.base import SCORES, Allocate
-from llmcompress.passes.pruning.units import UnitGroup, groups_of, unit_groups
+from llmcompress.passes.pruning.units import UnitGroup, groups_of, kept_share, unit_groups
 
 
 class WidthPass(BlockPass):
@@ -94,6 +94,16 @@ class WidthPass(BlockPass):
                 fix="lower `round_to` or raise `ratio`",
                 exit_code=ExitCode.USAGE,
             )
+
+    @override
+    def kept_share(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
+        """Exact where all layers lose as much."""
+        block = next(block for block in model_map.blocks if site.startswith(f"{block.name}."))
+
+        def removed(group: UnitGroup) -> float:
+            return 1 - kept_units(self._request(group)) / group.units
+
+        return kept_share(self._groups(groups_of(block)), site, removed)
 
     @override
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:

@@ -264,7 +264,6 @@ def test_one_block_must_stay(remove):
         {"remove": 1.5},
         {"remove": 1, "score": "random", "mode": "greedy"},
         {"remove": 1, "score": "perplexity", "skip_first_token": True},
-        {},
     ],
 )
 def test_options_that_mean_nothing_are_refused(options):
