@@ -21,11 +21,13 @@ from transformers import PreTrainedModel
 
 from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.settings import Calibration
+from llmcompress.errors import CompressError
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.evaluation.perplexity import perplexity
 from llmcompress.evaluation.settings import PerplexityTask
 from llmcompress.loading.load import load_for_compression
 from llmcompress.loading.source import find_source
+from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
 from llmcompress.passes.apply import apply_passes
 from llmcompress.progress import Silent
@@ -118,6 +120,8 @@ def main(
     known: dict[str, list[tuple[float, float]]] = {}
     for table, (shares, methods) in TABLES.items():
         for label, share in shares.items():
+            if not fits(share, model_map):
+                continue
             for method, template in methods.items():
                 passes = template.format(share=share)
                 if passes not in known:
@@ -143,6 +147,16 @@ def main(
     path = Path(__file__).parent / "results" / f"sparse-{name}.json"
     path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     click.echo(str(path))
+
+
+def fits(share: str, model_map: ModelMap) -> bool:
+    """Whether the widths of all sites divide into groups of the pattern."""
+    (each,) = parse_recipe(f"passes: [magnitude: {{{share}}}]", "evals").passes
+    try:
+        each.check(model_map)
+    except CompressError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

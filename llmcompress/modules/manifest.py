@@ -92,6 +92,14 @@ def _compare(live: nn.Module, stock: nn.Module, name: str, found: Manifest) -> N
     differing = _attributes(live, stock)
     if differing:
         found.attributes[name] = differing
+    lost = [leaf for leaf, child in stock.named_children() if live._modules.get(leaf) is None]
+    if lost:
+        raise CompressError(
+            "manifest.unknown-module",
+            "a module of the stock model is not there",
+            where=_join(name, lost[0]),
+            fix="replace modules by registered CompressedModules only",
+        )
     for leaf, child in live.named_children():
         there = stock._modules.get(leaf)
         if there is None:

@@ -47,21 +47,23 @@ class SliceGPT(ModelPass):
     )
     basis: BasisName = Field("pca", description="pca: principal directions; random: for comparison")
     round_to: int = Field(8, ge=1, description="the width that stays is rounded down to a multiple of this")
-    refit: bool = Field(
-        True, description="global: what reads the stream makes up by least squares for what each norm loses"
+    refit: bool | None = Field(
+        None, description="form: global; what reads the stream makes up by least squares for what norms lose (true)"
     )
-    damping: float = Field(0.001, gt=0, le=1, description="of the least squares, as a share of the mean diagonal")
+    damping: float | None = Field(
+        None, gt=0, le=1, description="form: global; of the least squares, as a share of the mean diagonal (0.001)"
+    )
 
     @model_validator(mode="after")
     def _only_global_is_refitted(self) -> Self:
-        if self.form != "global" and {"refit", "damping"} & self.model_fields_set:
+        if self.form != "global" and (self.refit is not None or self.damping is not None):
             raise ValueError("`refit` and `damping` belong to `form: global`: a basis per norm leaves nothing to refit")
         return self
 
     @override
     def uses_data(self) -> bool:
         """Not for a random basis, unless what reads it is refitted."""
-        return self.basis == "pca" or (self.form == "global" and self.refit)
+        return self.basis == "pca" or (self.form == "global" and self.refit is not False)
 
     @override
     def kept_share(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
@@ -77,7 +79,8 @@ class SliceGPT(ModelPass):
         bake_embedding_norm(whole.model)
         residual = find_residual(whole.model)
         width = self._width(residual.width)
-        slicing = Slicing(width, self.basis, self.damping if self.refit else None)
+        damping = 0.001 if self.damping is None else self.damping
+        slicing = Slicing(width, self.basis, None if self.refit is False else damping)
         return FORMS[self.form](whole, residual, slicing)
 
     def _width(self, before: int) -> int:
