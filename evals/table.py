@@ -52,9 +52,16 @@ def render(folder: Path) -> str:
         ("Zeros", sparse, read(folder, "sparse-*.json")),
         ("Zeros, against llm-compressor", sparse_peer, read(folder, "peers-sparse-quality-*.json")),
         ("What zeros cost, against llm-compressor", sparse_seconds, read(folder, "peers-sparse-seconds.json")),
+        ("Fewer blocks", depth, read(folder, "depth-*.json")),
+        ("Fewer heads and FFN channels", width, read(folder, "width-*.json")),
+        ("Thinner everywhere: MoDeGPT, SliceGPT, SVD", modular, read(folder, "decomposition-*.json")),
+        ("Per input", dynamic, read(folder, "dynamic-*.json")),
+        ("Tokens per second", speed, read(folder, "speed-*.json")),
         ("Mapping a family from its config alone", map_time, read(folder, "map-time.json")),
     ]
-    parts = [f"### {title}\n\n" + "\n\n".join(map(table, files)) for title, table, files in sections if files]
+    parts = [
+        f"### {title}\n\n" + "\n\n".join(filter(None, map(table, files))) for title, table, files in sections if files
+    ]
     return "\n\n".join(parts) or "No result files yet: see `evals/README.md`."
 
 
@@ -134,6 +141,82 @@ def sparse_seconds(facts: Facts) -> str:
     )
     peer = f"{facts['peer']} {facts['peer_versions'].get('llmcompressor', '')}"
     return "\n\n".join([head, markdown(["zeros", "method", "ours", peer], rows), environment(facts)])
+
+
+def depth(facts: Facts) -> str:
+    """Method by number of removed blocks; every choice there is, first."""
+    dense = facts["dense"]["perplexity"]
+    cells = {(row["method"], row["remove"]): row["perplexity"] for row in facts["rows"]}
+    counts = list(dict.fromkeys(count for _, count in cells))
+    methods = dict.fromkeys(method for method, _ in cells)
+    rows = [[method, *(spread(cells.get((method, count)), dense) for count in counts)] for method in methods]
+    header = ["blocks chosen by", *(f"{count} of {facts['blocks']} removed" for count in counts)]
+    return "\n\n".join([calibrated(facts), markdown(header, rows), environment(facts)])
+
+
+def width(facts: Facts) -> str:
+    """Score by kind of refit, all at the same number of parameters but for biases."""
+    dense = facts["dense"]["perplexity"]
+    cells = {(row["variant"], row["refit"]): row["perplexity"] for row in facts["rows"]}
+    refits = list(dict.fromkeys(refit for _, refit in cells))
+    variants = dict.fromkeys(variant for variant, _ in cells)
+    rows = [[variant, *(spread(cells.get((variant, refit)), dense) for refit in refits)] for variant in variants]
+    head = f"{calibrated(facts)} {100 * facts['ratio']:g} % of heads and of channels removed from every block."
+    header = ["score", *(f"refit: {refit}" for refit in refits)]
+    return "\n\n".join([head, markdown(header, rows), environment(facts)])
+
+
+def modular(facts: Facts) -> str:
+    """Perplexity and parameters of the blocks' linears, method by share removed."""
+    dense = facts["dense"]["perplexity"]
+    found = [row for row in facts["rows"] if row["part"] == "modular"]
+    rows = [[row["share"], row["method"], spread(row["perplexity"], dense), f"{row['parameters']:,}"] for row in found]
+    header = ["asked for", "method", "perplexity", f"parameters (dense {facts['parameters']:,})"]
+    return "\n\n".join([calibrated(facts), markdown(header, rows), environment(facts)])
+
+
+def dynamic(facts: Facts) -> str:
+    """Mean share of blocks and of inputs that were used, and what it cost."""
+    if "text" not in facts:
+        return ""
+    dense = next(row["perplexity"] for row in facts["rows"] if row["method"] == "dense")
+    rows = [
+        [
+            row["method"],
+            f"{row['perplexity']:.2f}, ×{row['perplexity'] / dense:.3f}",
+            f"{100 * row['depth']:.0f} %",
+            f"{100 * row.get('active', 1.0):.0f} %",
+        ]
+        for row in facts["rows"]
+    ]
+    head = (
+        f"**{facts['model']}** on `{facts['text']}` ({protocol(facts['window'], True)}); thresholds from "
+        f"`{facts['calibration']}`."
+    )
+    return "\n\n".join(
+        [head, markdown(["method", "perplexity", "blocks run", "inputs used"], rows), environment(facts)]
+    )
+
+
+def speed(facts: Facts) -> str:
+    """Ratios to the dense model, measured in turn in one process."""
+    rows = [
+        [
+            row["method"],
+            f"{100 * row['share']:.0f} %",
+            f"×{row['decode_ratio']:.2f}",
+            f"×{row['prefill_ratio']:.2f}",
+            "yes" if row["faster"] else "no",
+        ]
+        for row in facts["rows"]
+    ]
+    head = (
+        f"**{facts['rows'][0]['shape']}**, random weights, float32, {facts['threads']} thread(s), batch 1, "
+        f"{facts['prompt_tokens']} + {facts['new_tokens']} tokens, median of {facts['repeats']} ({facts['clock']} "
+        f"time). One and the same model differs by ×{facts['rows'][0]['decode_ratio']:.3f} from itself."
+    )
+    header = ["method", "parameters", "decode", "prefill", "faster"]
+    return "\n\n".join([head, markdown(header, rows), environment(facts)])
 
 
 def calibrated(facts: Facts) -> str:

@@ -112,6 +112,11 @@ def test_nothing_to_remove_leaves_every_bit(family: str) -> None:
             assert torch.equal(tensor, before[key]), key
 
 
+def test_the_description_names_every_score() -> None:
+    described = Width.model_fields["score"].description
+    assert described is not None and set(described.split(", ")) == set(SCORES)
+
+
 @pytest.mark.parametrize("score", list(SCORES))
 def test_every_score_is_deterministic_and_keeps_the_count(score: str) -> None:
     width = Width(ratio=0.3, score=score, channels=True)

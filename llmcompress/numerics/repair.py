@@ -1,0 +1,41 @@
+"""What remains of a pruned weight, moved to where its output errs least. O = outputs, I = inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def repair_kept(weight_OI: Tensor, pruned_OI: Tensor, kept_OI: Tensor, gram_II: Tensor, *, steps: int) -> Tensor:
+    """The pruned weight after some steps of conjugate gradients towards the best one with the same zeros.
+
+    Every row is a least-squares problem over its own kept inputs; all take their steps together, and no step makes any
+    row's output error larger. A sweep over the columns can only repair a weight with the columns behind it; this moves
+    all of them.
+
+    Source: for the problem, Boža, arXiv 2401.02938, who solves it by another method.
+    """
+    diagonal_I = gram_II.diagonal()
+    scale_I = torch.where(diagonal_I > 0, diagonal_I, torch.ones_like(diagonal_I))
+    kept_OI = kept_OI.to(weight_OI.dtype)
+    pruned_OI = pruned_OI.clone()
+    residual_OI = ((weight_OI - pruned_OI) @ gram_II).mul_(kept_OI)
+    direction_OI = residual_OI / scale_I
+    descent_O1 = (residual_OI * direction_OI).sum(1, keepdim=True)
+    for step in range(steps):
+        seen_OI = (direction_OI @ gram_II).mul_(kept_OI)
+        length_O1 = _divided(descent_O1, (direction_OI * seen_OI).sum(1, keepdim=True))
+        pruned_OI.addcmul_(length_O1, direction_OI)
+        if step + 1 == steps:
+            break
+        residual_OI.addcmul_(length_O1, seen_OI, value=-1)
+        scaled_OI = residual_OI / scale_I
+        before_O1, descent_O1 = descent_O1, (residual_OI * scaled_OI).sum(1, keepdim=True)
+        direction_OI.mul_(_divided(descent_O1, before_O1)).add_(scaled_OI)
+    return pruned_OI
+
+
+def _divided(numerator_O1: Tensor, denominator_O1: Tensor) -> Tensor:
+    """0 where a row has nothing left to descend."""
+    usable_O1 = denominator_O1 > 0
+    return torch.where(usable_O1, numerator_O1 / torch.where(usable_O1, denominator_O1, 1.0), 0.0)
