@@ -1,72 +1,76 @@
-"""Pruning against quantization at equal bytes, on easy and on hard tokens.
+"""Prune or quantize? Both at the same bytes, on a text like the training text and on one unlike it.
 
-    python evals/equal_bytes.py --name books-llama
+    python evals/equal_bytes.py --name books-llama --hard other.txt
+    python evals/equal_bytes.py --model FOLDER --calibration train.txt --easy test.txt --hard other.txt --name NAME
 
-Easy tokens are the half of the measured text that the dense model predicts best, hard ones the other half. Bytes are
-those of the linears in the blocks: 16 bits for a dense weight; for zeros 16 bits for each weight that is left and one
-bit of mask for every weight, which no format in use here stores; codes with their scales. Nothing is trained
-afterwards. Writes evals/results/equal-bytes-NAME.json.
+Bits per weight of the linears in the blocks. Zeros are charged what the tightest common sparse format would take: the
+values that are left in 16 bits and one bit per place. No loader here stores them so; on disk they are as large as dense
+(the last column). Source of the question: Yin et al., arXiv 2310.02277 (small weights matter for hard tasks); Kuzmin et
+al., arXiv 2307.02973 (pruning against quantization). Writes evals/results/equal-bytes-NAME.json.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import click
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from trial import Setting, Trial, run_trial
+from trial import Setting, run_trial
 
 from llmcompress.evaluation.environment import machine, versions
-from llmcompress.evaluation.perplexity import evaluation_text
-from llmcompress.model.probe import map_model
-from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.evaluation.perplexity import perplexity
+from llmcompress.progress import Silent
 
-DENSE = 16
-TRIALS = (
-    ("dense", ""),
-    ("8 bits, rounded", "- rtn: {scheme: int8_g32}"),
-    ("50 % zeros, magnitude", "- magnitude: {sparsity: 0.5}"),
-    ("50 % zeros, SparseGPT", "- sparsegpt: {sparsity: 0.5}"),
-    ("half the width", "- width: {ratio: 0.5}"),
-    ("4 bits, GPTQ", "- gptq: {scheme: int4_g32}"),
-    ("75 % zeros, SparseGPT", "- sparsegpt: {sparsity: 0.75}"),
-    ("half the width, then 8 bits", "- width: {ratio: 0.5, round_to: 32}\n- gptq: {scheme: int8_g32}"),
-)
+VALUE_BITS, PLACE_BITS = 16, 1
+
+
+def zeros(passes: str, sparsity: float) -> tuple[str, float, float]:
+    """Recipe, bits charged, bits on disk of a pruned model."""
+    return passes.format(sparsity=sparsity), VALUE_BITS * (1 - sparsity) + PLACE_BITS, VALUE_BITS
+
+
+METHODS = {
+    "dense": ("", VALUE_BITS, VALUE_BITS),
+    "rtn int8, one scale per output": ("- rtn: {scheme: int8_channel}", 8.1, 8.1),
+    "magnitude 50 %": zeros("- magnitude: {{sparsity: {sparsity}}}", 0.5),
+    "wanda 50 %": zeros("- wanda: {{sparsity: {sparsity}}}", 0.5),
+    "sparsegpt 50 %": zeros("- sparsegpt: {{sparsity: {sparsity}}}", 0.5),
+    "gptq int4, groups of 32": ("- gptq: {scheme: int4_g32, on_indivisible: pad}", 4.5, 4.5),
+    "sparsegpt 75 %": zeros("- sparsegpt: {{sparsity: {sparsity}}}", 0.75),
+    "gptq int3, groups of 32": ("- gptq: {scheme: int3_g32, on_indivisible: pad}", 3.5, 4.5),
+    "sparsegpt 50 % and int4, groups of 32": (
+        "- sparsegpt: {sparsity: 0.5}\n- gptq: {scheme: int4_g32, on_indivisible: pad}",
+        4 / 2 + PLACE_BITS + 0.5,
+        4.5,
+    ),
+}
+"""Name → passes, bits per weight charged, bits per weight on disk."""
 
 
 @click.command()
 @click.option("--model", default="builtin:books-llama", show_default=True)
 @click.option("--calibration", default="builtin:calibration", show_default=True)
-@click.option("--text", default="builtin:evaluation", show_default=True)
-@click.option("--name", required=True)
-def main(model: str, calibration: str, text: str, name: str) -> None:
-    """Measure every trial once, on the same calibration windows."""
-    setting = Setting(model, calibration, text)
-    rows, easy_N, weights = [], torch.empty(0), 0
-    for label, passes in TRIALS:
+@click.option("--easy", default="builtin:evaluation", show_default=True, help="held-out text like the training text")
+@click.option("--hard", required=True, help="held-out text unlike it")
+@click.option("--name", required=True, help="of the result file")
+@click.option("--max-windows", default=40, show_default=True)
+def main(model: str, calibration: str, easy: str, hard: str, name: str, max_windows: int) -> None:
+    """Measure every method on both texts."""
+    torch.set_num_threads(1)
+    setting = Setting(model, calibration, easy, max_windows=max_windows)
+    other = setting.task.model_copy(update={"source": hard})
+    rows = []
+    for method, (passes, bits, bits_on_disk) in METHODS.items():
         trial = run_trial(setting, passes)
-        losses_N = token_losses(trial, setting)
-        if not passes:
-            weights = block_bits(trial) // DENSE
-            easy_N = losses_N <= losses_N.median()
-        row = {
-            "method": label,
-            "bits_per_dense_weight": round(block_bits(trial) / weights, 3),
-            "perplexity": math.exp(float(losses_N.mean())),
-            "easy": math.exp(float(losses_N[easy_N].mean())),
-            "hard": math.exp(float(losses_N[~easy_N].mean())),
-        }
-        rows.append(row)
-        click.echo(str(row), err=True)
+        harder = perplexity(trial.model, trial.tokenizer, other, device=torch.device("cpu"), progress=Silent())
+        row = {"method": method, "bits": bits, "bits_on_disk": bits_on_disk}
+        rows.append(row | {"easy": trial.perplexity.perplexity, "hard": harder.perplexity})
+        click.echo(str(rows[-1]), err=True)
     facts = {
         "model": name,
-        "text": Path(text).name,
-        "window": setting.window,
-        "tokens": len(easy_N),
+        "easy": Path(easy).name,
+        "hard": Path(hard).name,
         "rows": rows,
         "versions": versions(),
         "machine": machine(),
@@ -74,33 +78,6 @@ def main(model: str, calibration: str, text: str, name: str) -> None:
     path = Path(__file__).parent / "results" / f"equal-bytes-{name}.json"
     path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     click.echo(str(path))
-
-
-@torch.no_grad()
-def token_losses(trial: Trial, setting: Setting) -> Tensor:
-    """The loss of every predicted token, in the order of the text."""
-    text = evaluation_text(setting.task, trial.tokenizer, trial.model.config)
-    found = []
-    for window_T in text.windows:
-        logits_TV = trial.model(input_ids=window_T[None], use_cache=False).logits[0, :-1].float()
-        found.append(functional.cross_entropy(logits_TV, window_T[1:], reduction="none"))
-    return torch.cat(found)
-
-
-def block_bits(trial: Trial) -> int:
-    """Bits of all linears in the blocks."""
-    names = map_model(trial.model).site_names()
-    return sum(stored_bits(trial.model.get_submodule(name)) for name in names)
-
-
-def stored_bits(module: nn.Module) -> int:
-    """Bits of one linear, as the head of this file says."""
-    if isinstance(module, QuantLinear):
-        each = module.scheme.bits_per_weight(module.out_features, module.in_features, DENSE)
-        return round(each * module.out_features * module.in_features)
-    weight = module.get_parameter("weight")
-    left = int(weight.count_nonzero())
-    return min(weight.numel() * DENSE, left * DENSE + weight.numel())
 
 
 if __name__ == "__main__":

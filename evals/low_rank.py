@@ -80,32 +80,32 @@ def main(
     max_windows: int,
     seeds: int,
 ) -> None:
-    """Measure every method; parts that are not asked for keep the rows that the file has."""
+    """Measure every method; what is not asked for keeps the row that the file has."""
     setting = Setting(model, calibration, text, samples, tokens, window, max_windows)
     path = Path(__file__).parent / "results" / f"low-rank-{name}.json"
     rows: dict[str, list[dict[str, Any]]] = json.loads(path.read_text())["rows"] if path.exists() else {}
     dense = run_trial(setting)
     click.echo(f"dense {dense.perplexity.perplexity:.3f}, {dense.parameters} parameters", err=True)
     for part in parts:
-        rows[part] = []
         for label, method, passes in _trials(part, ratios, rank, steps):
             draws = 1 if method in NO_DATA else seeds
             found = [run_trial(setting, passes, seed=seed) for seed in range(draws)]
-            rows[part].append({"setting": label, "method": method, **_measured(found)})
-            shown = rows[part][-1]
-            click.echo(f"{label:12s} {method:32s} {statistics.mean(shown['perplexity']):.3f} {shown}", err=True)
-        facts = {
-            "model": name,
-            "calibration": Path(calibration).name,
-            "samples": samples,
-            "tokens": tokens,
-            "dense": dense.perplexity.model_dump() | {"text": Path(text).name},
-            "parameters": dense.parameters,
-            "rows": rows,
-            "versions": versions(),
-            "machine": machine(),
-        }
-        path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+            row = {"setting": label, "method": method, **_measured(found)}
+            others = [each for each in rows.get(part, []) if (each["setting"], each["method"]) != (label, method)]
+            rows[part] = [*others, row]
+            click.echo(f"{label:24s} {method:32s} {statistics.mean(row['perplexity']):.3f}", err=True)
+            facts = {
+                "model": name,
+                "calibration": Path(calibration).name,
+                "samples": samples,
+                "tokens": tokens,
+                "dense": dense.perplexity.model_dump() | {"text": Path(text).name},
+                "parameters": dense.parameters,
+                "rows": rows,
+                "versions": versions(),
+                "machine": machine(),
+            }
+            path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     click.echo(str(path))
 
 

@@ -81,20 +81,21 @@ def main(
         for method, options in EQUAL.items():
             # half a channel more, so that no rounding of the product loses one
             measured(label, method, f"ratio: {max(0.0, 1 - (same + 0.5) / width)}, round_to: 1, {options}")
-    facts = {
-        "model": name,
-        "calibration": Path(calibration).name,
-        "samples": samples,
-        "tokens": tokens,
-        "dense": dense.perplexity.model_dump() | {"text": Path(text).name},
-        "parameters": dense.parameters,
-        "rows": rows,
-        "versions": versions(),
-        "machine": machine(),
-    }
-    path = Path(__file__).parent / "results" / f"slicegpt-{name}.json"
-    path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-    click.echo(str(path))
+        # after every width: a long run that is stopped has shown something
+        facts = {
+            "model": name,
+            "calibration": Path(calibration).name,
+            "samples": samples,
+            "tokens": tokens,
+            "dense": dense.perplexity.model_dump() | {"text": Path(text).name},
+            "parameters": dense.parameters,
+            "rows": rows,
+            "versions": versions(),
+            "machine": machine(),
+        }
+        path = Path(__file__).parent / "results" / f"slicegpt-{name}.json"
+        path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        click.echo(str(path))
 
 
 def _untied(setting: Setting, width: int) -> Iterable[tuple[int, int]]:

@@ -95,15 +95,18 @@ def sweep_columns(weight_OI: Tensor, upper_II: Tensor, treat: ColumnTreatment, *
     for start in range(0, inputs, block):
         stop = min(start + block, inputs)
         block_BO = weight_IO[start:stop]
-        upper_BB = upper_II[start:stop, start:stop]
         errors_BO = torch.empty_like(block_BO)
-        for j in range(stop - start):
+        upper_BB = upper_II[start:stop, start:stop]
+        columns = zip(
+            block_BO.unbind(), errors_BO.unbind(), upper_BB.unbind(), upper_BB.diagonal().tolist(), strict=True
+        )
+        for j, (weight_O, error_O, upper_B, scale) in enumerate(columns):
             if treat.every and (start + j) % treat.every == 0:
                 treat.begin(start + j, block_BO[j:])
-            new_O = treat(start + j, block_BO[j])
-            errors_BO[j] = (block_BO[j] - new_O) / upper_BB[j, j]
-            block_BO[j] = new_O
-            block_BO[j + 1 :].addr_(upper_BB[j, j + 1 :], errors_BO[j], alpha=-1)
+            new_O = treat(start + j, weight_O)
+            torch.sub(weight_O, new_O, out=error_O).div_(scale)
+            weight_O.copy_(new_O)
+            block_BO[j + 1 :].addr_(upper_B[j + 1 :], error_O, alpha=-1)
         weight_IO[stop:].addmm_(upper_II[start:stop, stop:].T, errors_BO, alpha=-1)
     return weight_IO.T.contiguous()
 

@@ -58,6 +58,17 @@ def test_masks_equal_sorting_by_hand_and_drop_exactly_the_share(
     assert int(everywhere.sum()) == int(rows.sum()) == wanted
 
 
+@pytest.mark.parametrize("values", [None, 1, 3, 100_000])
+@pytest.mark.parametrize("share", [0.0, 0.0001, 0.5, 0.9999])
+def test_masks_of_many_weights_are_as_exact_as_those_of_few(share: float, values: int | None) -> None:
+    """From a size on, a sample narrows the search, also when most of the weights are equal."""
+    score = scores((600, 513), values=values)
+    wanted = due(share, score.numel())
+    mask = lowest(score, wanted).flatten()
+    order = score.flatten().argsort(stable=True)
+    assert torch.equal(mask.nonzero().flatten(), order[:wanted].sort().values)
+
+
 @pytest.mark.parametrize("values", [None, 1, 2, 5])
 @pytest.mark.parametrize("name", ["2:4", "4:8", "1:4", "3:4", "1:2", "5:16", "2:3"])
 def test_a_pattern_has_exactly_n_zeros_in_every_group(name: str, values: int | None) -> None:

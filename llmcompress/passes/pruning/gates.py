@@ -52,6 +52,8 @@ DEFAULTS: Mapping[Kind, Defaults] = MappingProxyType(
 class Gates(ModelPass):
     """One multiplicative gate per head (key-value group) and FFN channel learns which units the model can do without.
 
+    Put `recover` behind it: it trains what is left, which is smaller and has no gates.
+
     Source: Louizos et al., arXiv 1712.01312 and Shim et al., arXiv 2110.03252 (hard_concrete); Liu et al., arXiv
     1708.06519 (slimming); Wen et al., arXiv 1608.03665 (group_lasso); Ning et al., arXiv 2004.02164 (dsa); You et al.,
     arXiv 1909.08174 (decorator). Differs: exactly as many units go as the budget says, the least wanted first.
@@ -78,7 +80,11 @@ class Gates(ModelPass):
     )
     floor: float = Field(0.25, ge=0, le=1, description="least share of the units of any layer that stays")
     round_to: int = Field(1, ge=1, description="the number of channels that stay is a multiple of this")
-    weights: bool = Field(True, description="train the model's weights along with the gates")
+    weights: bool | None = Field(
+        None,
+        description="train the model's weights along with the gates (false: `recover` does that better afterwards); "
+        "group_lasso and decorator always do",
+    )
     gate_learning_rate: float | None = Field(
         None, gt=0, description="of the gates (0.02 or 0.05, by kind); `training` has that of the weights"
     )
@@ -94,7 +100,7 @@ class Gates(ModelPass):
             raise ValueError(f"`kind: {self.kind}` has no penalty: leave `strength` out")
         if defaults.gate_learning_rate is None and self.gate_learning_rate is not None:
             raise ValueError(f"`kind: {self.kind}` trains no gates: leave `gate_learning_rate` out")
-        if defaults.gate_learning_rate is None and not self.weights:
+        if defaults.gate_learning_rate is None and self.weights is False:
             raise ValueError(f"`kind: {self.kind}` trains the weights: leave `weights` out")
         return self
 
@@ -137,7 +143,8 @@ class Gates(ModelPass):
 
     def _task(self, whole: WholeModel, groups: Sequence[UnitGroup]) -> Task:
         model = whole.model
-        weights: tuple[nn.Parameter, ...] = tuple(model.parameters()) if self.weights else ()
+        no_gates = DEFAULTS[self.kind].gate_learning_rate is None
+        weights: tuple[nn.Parameter, ...] = tuple(model.parameters()) if self.weights or no_gates else ()
 
         def train_gates(gates: Sequence[nn.Parameter], steps: int, extra_loss: ExtraLoss | None) -> None:
             rate = self.gate_learning_rate or DEFAULTS[self.kind].gate_learning_rate

@@ -24,6 +24,7 @@ from llmcompress.numerics.columns import (
 )
 from llmcompress.numerics.grid import Fitted, RangeSearch, fit, output_error, restore, round_to_codes
 from llmcompress.numerics.masks import due, lowest, lowest_per_group, zeros_first
+from llmcompress.numerics.repair import repair_kept
 from llmcompress.numerics.statistics import AbsMax, Gram, Statistic
 from llmcompress.passes.base import PASSES, Trait
 from llmcompress.passes.pruning.sparse import SparsePass, magnitude_mask, sparsity
@@ -32,10 +33,11 @@ from llmcompress.passes.quantization.resolve import OnIndivisible, resolve_schem
 
 
 class _Pruned(NamedTuple):
-    """New weights, and their codes where they are rounded."""
+    """New weights, their codes where they are rounded, and their squared output error where it is known."""
 
     weight_OI: Tensor
-    codes: tuple[Tensor, Fitted] | None
+    codes: tuple[Tensor, Fitted] | None = None
+    error: float | None = None
 
 
 class _Tried(NamedTuple):
@@ -50,13 +52,14 @@ class _Tried(NamedTuple):
 class SparseGPT(SparsePass):
     """Second-order pruning, and with `scheme` rounding in the same sweep, on the inputs the compressed model produces.
 
-    Source: Frantar, Alistarh, arXiv 2301.00774. Differs: exactly the share is dropped, ties included; with `scheme`
-    every group's scales are fitted when it is reached; a site where the sweep ends worse than its own mask without
-    repair keeps the mask alone.
+    Source: Frantar, Alistarh, arXiv 2301.00774. Differs: exactly the share is dropped, ties included; what is kept is
+    moved once more when the mask is known (`numerics/repair.py`); with `scheme` every group's scales are fitted when it
+    is reached; a site where all that ends worse than its own mask without repair keeps the mask alone.
     """
 
     damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to the Gram matrix")
     block: int = Field(128, ge=1, description="columns among which weights are compared, and of one lazy update")
+    repair_steps: int = Field(2, ge=0, le=100, description="without a scheme: steps that move all kept weights again")
     scheme: str | None = Field(None, description="also round: int{2,3,4,8}_{gN|channel}[_asym][_a8token|_a8tensor]")
     range: RangeSearch = Field("mse", description="with a scheme: how ranges are found, as in gptq")
     on_indivisible: OnIndivisible = Field("error", description="with a scheme: inputs that do not divide, as in gptq")
@@ -108,7 +111,10 @@ class SparseGPT(SparsePass):
         signal = float(output_error(weight_OI, gram.sum_II)) or 1.0
 
         def tried(pruned: _Pruned, degraded: str | None) -> _Tried:
-            return _Tried(pruned, float(output_error(pruned.weight_OI - weight_OI, gram.sum_II)) / signal, degraded)
+            error = pruned.error
+            if error is None:
+                error = float(output_error(pruned.weight_OI - weight_OI, gram.sum_II))
+            return _Tried(pruned, error / signal, degraded)
 
         smallest = _masked(site, scheme, magnitude_mask(weight_OI, share, self.zeros))
         if factor is None:
@@ -145,7 +151,7 @@ class SparseGPT(SparsePass):
         self, site: LinearSite, scheme: Scheme | None, share: float, factor: InverseFactor
     ) -> tuple[_Pruned, Tensor]:
         """The pruned and repaired weights, and what was dropped."""
-        weight_OI = site.weight_OI
+        weight_OI, gram_II = site.weight_OI, site.statistic(Gram).sum_II
         group = scheme.weights.group if scheme else None
         rounding = None
         if scheme:
@@ -154,20 +160,24 @@ class SparseGPT(SparsePass):
                 scheme.weights,
                 scale_dtype=site.storage_dtype,
                 search=self.range,
-                gram_II=site.statistic(Gram).sum_II,
+                gram_II=gram_II,
             )
         lazy = block_length(lcm(group or 1, self.zeros.of if self.zeros else 1), self.block)
         dropping = DropLowest(weight_OI, factor.upper_II, share=share, pattern=self.zeros, span=lazy, then=rounding)
         swept_OI = sweep_columns(weight_OI, factor.upper_II, dropping, block=lazy)
-        codes = (rounding.codes_IO.T.contiguous(), rounding.fitted) if rounding else None
-        return _Pruned(restore(*codes) if codes else swept_OI, codes), dropping.zero_IO.T
+        mask_OI = dropping.zero_IO.T.contiguous()
+        if rounding:
+            codes = (rounding.codes_IO.T.contiguous(), rounding.fitted)
+            return _Pruned(restore(*codes), codes), mask_OI
+        repaired = repair_kept(weight_OI, swept_OI, ~mask_OI, gram_II, steps=self.repair_steps)
+        return _Pruned(repaired.weight_OI, error=repaired.error), mask_OI
 
 
 def _masked(site: LinearSite, scheme: Scheme | None, mask_OI: Tensor) -> _Pruned:
     """The mask and nothing else, rounded to nearest where there is a scheme."""
     masked_OI = site.weight_OI.masked_fill(mask_OI, 0.0)
     if scheme is None:
-        return _Pruned(masked_OI, None)
+        return _Pruned(masked_OI)
     fitted = fit(masked_OI, scheme.weights, scale_dtype=site.storage_dtype)
     codes_OI = round_to_codes(masked_OI, fitted)
     return _Pruned(restore(codes_OI, fitted), (codes_OI, fitted))

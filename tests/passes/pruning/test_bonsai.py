@@ -1,40 +1,50 @@
-"""Bonsai finds useless units, and never asks for a gradient."""
+"""Bonsai's choice fits the loss better than its prior's, and it never asks for a gradient."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from llmcompress.passes.pruning.bonsai import Bonsai
-from llmcompress.passes.pruning.units import unit_groups
-from tests.families import tiny_model
-from tests.passes.pruning.test_width import logits, map_of, pruned, whole_model
+from llmcompress.passes.pruning.units import masked, unit_groups
+from llmcompress.passes.pruning.width import Width
+from llmcompress.progress import Silent
+from tests.passes.pruning.test_width import logits, map_of, masks, pruned, whole_model
 
 
-def test_bonsai_removes_units_that_do_nothing_although_the_prior_likes_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By l2 the units that are cut off from their readers are the largest; the loss does not care for them."""
+class Notes(Silent):
+    """Remembers what was noted."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_forward_passes_alone_find_a_better_choice_than_the_prior(monkeypatch: pytest.MonkeyPatch) -> None:
     family = "llama"
-    model = tiny_model(family, seed=1)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.mlp.down_proj.weight[:, :24] = 0
-            layer.mlp.up_proj.weight[:24] *= 1.2
-    whole = whole_model(family, model)  # before gradients are forbidden: the map is made with some
+    whole = whole_model(family)
+    whole.progress = notes = Notes()
+    groups = unit_groups(map_of(family))
 
-    map_of(family)  # mapping asks for gradients
+    def loss(kept: dict[str, Tensor]) -> float:
+        with whole.resident() as model, torch.no_grad(), masked(model, groups, masks(groups, kept)):
+            return float(whole.loss(whole.windows_NT))
+
+    prior = Width(ratio=0.25, heads=False, score="l2", refit="none").decide(whole)
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a backward pass")
 
-    monkeypatch.setattr(torch.autograd, "grad", refuse)
-    monkeypatch.setattr(torch.Tensor, "backward", refuse)
-    bonsai = Bonsai(ratio=0.25, step=0.25, heads=False, prior="random", masks=120, windows=6)
-    kept = bonsai.decide(whole)
-    groups = [group for group in unit_groups(map_of(family)) if group.kind == "channels"]
-    useless = sum(int((kept[group.key] < 24).sum()) for group in groups)
-    assert all(len(kept[group.key]) == 72 for group in groups)
-    # half of the units are candidates; of 72 useless ones a random choice would keep 54
-    assert useless < 45
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.autograd, "grad", refuse)
+        patched.setattr(torch.Tensor, "backward", refuse)
+        found = Bonsai(ratio=0.25, step=0.25, heads=False, prior="l2", masks=120, windows=6).decide(whole)
+    assert all(len(found[key]) == len(prior[key]) == 72 for key in prior)
+    assert loss(found) < loss(prior)
+    assert len(notes.lines) == 1 and float(notes.lines[0].rsplit(" ", 1)[1]) > 0.3
 
 
 def test_rounds_remove_the_same_number_from_every_layer_and_repeat() -> None:
