@@ -1,33 +1,70 @@
 """Rough foresight: how much memory and time compressing a model takes. N = calibration tokens, O, I = a site's sizes.
 
-Memory: the model in float32, the hidden states of all calibration tokens before and after a block, one batch inside
-a block, and the largest pass's statistics with the copies made while solving. Time: multiplications ÷ the speed of a
-matrix product measured now. Both are meant to be right within a factor of two, and to order alternatives correctly.
+Memory: the model in float32 (offloaded: its largest part), the hidden states of all calibration tokens before and after
+a block, one batch inside a block, and the largest pass's statistics with the copies made while solving. Time:
+multiplications ÷ the speed of a matrix product measured now. Time is meant to be right within a factor of two, memory
+within a fifth, and both to order alternatives correctly.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import psutil
 import torch
 
+from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.perplexity import LOGITS_BYTES
 from llmcompress.model.map import BlockInfo, InputGroup, ModelMap
 from llmcompress.numerics.statistics import Gram
-from llmcompress.passes.base import BlockPass
+from llmcompress.passes.base import PASSES, BlockPass, Pass
 from llmcompress.recipe.model import Recipe
 
+Offload = Literal["auto", "always", "never"]
+"""Whether weights stay on disk while nobody computes with them; auto: when they would not fit into memory."""
+
 _FLOAT = 4
+_SHARE_OF_MEMORY = 0.7
+"""Of the free memory that weights may take; passes need the rest."""
 _SOLVING_COPIES = 8
 """Of a Gram matrix, in float32: permuted, inverted in float64, factored."""
 _SOLVING_PRODUCTS = 40
 """Products ΔW·G of O×I by I×I that solving one site takes in time: AWQ tries about twenty scales and twenty ranges."""
 
 
-def peak_memory_bytes(recipe: Recipe, model_map: ModelMap, *, parameters: int) -> int:
-    """Most bytes resident at any time, the interpreter and its libraries included."""
+def must_offload(offload: Offload, passes: Sequence[Pass], *, weight_bytes: int, processes: int = 1) -> bool:
+    """Whether a run keeps the weights on disk; `weight_bytes` is what they take there, in 16 bits each.
+
+    Raises: CompressError for `always` with a pass that needs the whole model in memory, or with several processes.
+    """
+    if offload == "never":
+        return False
+    blocked = [PASSES.name_of(type(each)) for each in passes if not each.streams()]
+    if offload == "always" and processes > 1:
+        raise CompressError(
+            "memory.processes",
+            f"{processes} processes share one run, and weights on disk serve one process only",
+            fix="run it in one process, or use --offload never",
+            exit_code=ExitCode.USAGE,
+        )
+    if offload == "always" and blocked:
+        raise CompressError(
+            "memory.needed",
+            "some passes need the whole model in memory",
+            where=", ".join(blocked),
+            fix="use --offload never, or leave these passes out",
+            exit_code=ExitCode.USAGE,
+        )
+    too_large = 2 * weight_bytes > _SHARE_OF_MEMORY * psutil.virtual_memory().available
+    return offload == "always" or (too_large and not blocked and processes == 1)
+
+
+def peak_memory_bytes(
+    recipe: Recipe, model_map: ModelMap, *, parameters: int, vocabulary: int, offloaded: bool = False
+) -> int:
+    """Most bytes resident at any time, the interpreter and its libraries included; `vocabulary` = embedding rows."""
     tokens = recipe.calibration.samples * recipe.calibration.tokens
     needs_data = any(each.uses_data() for each in recipe.passes)
     hidden = 2 * _FLOAT * tokens * model_map.hidden_size if needs_data else 0
@@ -39,7 +76,13 @@ def peak_memory_bytes(recipe: Recipe, model_map: ModelMap, *, parameters: int) -
     inside = _FLOAT * batch * max(widths, default=0)
     evaluating = LOGITS_BYTES if recipe.evaluate.perplexity else 0
     libraries = psutil.Process().memory_info().rss
-    return libraries + _FLOAT * parameters + max(hidden + statistics + inside, evaluating)
+    if not offloaded:
+        return libraries + _FLOAT * parameters + max(hidden + statistics + inside, evaluating)
+    blocks = (sum(site.outputs * site.inputs for site in block.structure.sites) for block in model_map.blocks)
+    table = _FLOAT * vocabulary * model_map.hidden_size
+    return libraries + max(
+        hidden + statistics + inside + _FLOAT * max(blocks, default=0), hidden + table, table + evaluating
+    )
 
 
 def seconds(recipe: Recipe, model_map: ModelMap) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ import torch
 from transformers import PreTrainedModel
 
 from llmcompress.calibration.data import CalibrationData, calibration_windows
+from llmcompress.calibration.homes import Home, InMemory, OnDisk
+from llmcompress.calibration.ranks import Ranks, all_ranks, own_device
 from llmcompress.calibration.sources import overlap_warning
 from llmcompress.calibration.tokens import max_positions
+from llmcompress.cost import Offload, must_offload
 from llmcompress.errors import CompressError
+from llmcompress.evaluation.coverage import coverage_warnings
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.evaluation.footprint import bytes_on_disk
 from llmcompress.evaluation.perplexity import EvaluationText, evaluation_text, measure
@@ -23,14 +28,16 @@ from llmcompress.evaluation.settings import Evaluate
 from llmcompress.evaluation.speed import SpeedResult, speed_of
 from llmcompress.export.checkpoint import loader_of
 from llmcompress.export.companions import companions
-from llmcompress.export.folder import check_output, publish, staging_folder
+from llmcompress.export.folder import check_output, publish, run_folder, staging_folder
 from llmcompress.export.save import save_model
 from llmcompress.loading.config import read_config
 from llmcompress.loading.load import Loaded, load, load_for_compression
 from llmcompress.loading.source import Source, find_source
 from llmcompress.model.describe import describe
+from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.probe import map_model, probe
 from llmcompress.passes.apply import apply_passes, steps
+from llmcompress.passes.together import Together
 from llmcompress.planning import Plan, check_recipe, make_plan, refused, storage_dtype_of
 from llmcompress.presets import as_recipe
 from llmcompress.progress import Progress, Silent
@@ -50,6 +57,7 @@ def compress(
     device: str = "auto",
     overwrite: bool = False,
     fresh: bool = False,
+    offload: Offload = "auto",
     progress: Progress | None = None,
 ) -> Report:
     """Compress a model and save it as a Hugging Face folder.
@@ -57,31 +65,74 @@ def compress(
     `model` is a Hub id, a folder or `builtin:books-llama` (None: the recipe names it); `recipe` a `Recipe`, a file or
     the name of a preset. Beside `output` a folder `<output>.run` keeps finished blocks until all is done: a killed run
     started again goes on where it was, unless `fresh`. An existing `output` is only replaced with `overwrite`, after
-    its successor is complete.
+    its successor is complete. With `offload` the weights stay on disk and one block at a time is in memory (auto: when
+    the whole model would not fit). Processes that `torchrun` started share the calibration windows; the first one
+    evaluates and writes, all return the report.
 
     Raises: CompressError for everything a user can cause.
     """
-    progress, clock, output = progress or Silent(), Stopwatch(), Path(output)
     chosen = as_recipe(recipe).for_model(model)
-    where = _device(device)
-    check_output(output, overwrite=overwrite)
+    where = own_device(_device(device))
+    with all_ranks(where) as ranks:
+        return _compress(
+            chosen,
+            Path(output),
+            where,
+            ranks,
+            overwrite=overwrite,
+            fresh=fresh,
+            offload=offload,
+            progress=progress if progress and ranks.is_first else Silent(),
+        )
+
+
+def _compress(
+    chosen: Recipe,
+    output: Path,
+    where: torch.device,
+    ranks: Ranks,
+    *,
+    overwrite: bool,
+    fresh: bool,
+    offload: Offload,
+    progress: Progress,
+) -> Report:
+    clock = Stopwatch()
+    if ranks.is_first:
+        check_output(output, overwrite=overwrite)
     progress.stage("load", 1)
     source = find_source(str(chosen.model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
     # a finished folder is no larger than the model; better refused now than when it is written
-    check_output(output, overwrite=overwrite, needed_bytes=bytes_on_disk(source.folder))
-    loaded = load_for_compression(source, trust_remote_code=chosen.trust_remote_code, progress=progress)
+    if ranks.is_first:
+        check_output(output, overwrite=overwrite, needed_bytes=bytes_on_disk(source.folder))
+    on_disk = must_offload(offload, chosen.passes, weight_bytes=bytes_on_disk(source.folder), processes=ranks.count)
+    loaded = load_for_compression(
+        source,
+        trust_remote_code=chosen.trust_remote_code,
+        scratch=run_folder(output) / "converted" if on_disk else None,
+        progress=progress,
+    )
+    home: Home = InMemory() if loaded.weights is None else OnDisk(loaded.weights)
+    if loaded.weights is None:
+        unfuse_experts(loaded.model)
     model_map = map_model(loaded.model)
     notes = check_recipe(chosen, model_map, loader_of(loaded.model.config))
     texts = [evaluation_text(task, loaded.tokenizer, loaded.model.config) for task in chosen.evaluate.perplexity]
     storage_dtype = storage_dtype_of(chosen, loaded.preflight)
     clock.lap("load")
 
-    with Run.open(output, fingerprint=_fingerprint(chosen, source), lock_text=chosen.to_yaml(), fresh=fresh) as run:
-        run.log("begun", model=source.name, recipe=chosen.hash(), saved=run.saved)
+    opened = (
+        Run.open(output, fingerprint=_fingerprint(chosen, source), lock_text=chosen.to_yaml(), fresh=fresh)
+        if ranks.is_first
+        else nullcontext()
+    )
+    with opened as run:
+        if run:
+            run.log("begun", model=source.name, recipe=chosen.hash(), saved=run.saved)
         torch.manual_seed(chosen.seed)
-        data = _calibration(chosen, loaded, progress)
+        data = _calibration(chosen, loaded, home, progress)
         clock.lap("calibration text")
-        dense = _measure(loaded.model, texts, where, progress)
+        dense = ranks.same(_measure(loaded.model, texts, where, progress, home) if ranks.is_first else [])
         clock.lap("evaluate dense")
         progress.stage("compress", steps(chosen.passes, model_map))
         model, rows = apply_passes(
@@ -94,12 +145,17 @@ def compress(
             storage_dtype=storage_dtype,
             progress=progress,
             seed=chosen.seed,
-            keep=run,
+            keep=run if ranks.count == 1 else Together(run, ranks),
+            home=home,
+            experts=chosen.calibration.experts,
+            ranks=ranks,
         )
         clock.lap("compress")
-        after = _measure(model, texts, where, progress)
+        if run is None:  # the first process evaluates and writes
+            return ranks.same(Report.model_construct())
+        after = _measure(model, texts, where, progress, home)
         clock.lap("evaluate compressed")
-        about_data = [*data.warnings, *_overlaps(data, texts)] if data else []
+        about_data = [*data.warnings, *_overlaps(data, texts), *coverage_warnings(rows, model_map)] if data else []
         about_texts = [f"{text.name}: {warning}" for text in texts for warning in text.warnings]
         report = Report(
             model=source.name,
@@ -116,10 +172,12 @@ def compress(
             warnings=tuple(dict.fromkeys([*loaded.preflight.warnings, *notes, *about_data, *about_texts])),
         )
         progress.stage("save", 1)
-        report = _save(chosen, model, loaded, report, output, storage_dtype=storage_dtype, overwrite=overwrite)
+        report = _save(
+            chosen, model, loaded, report, output, storage_dtype=storage_dtype, overwrite=overwrite, home=home
+        )
         progress.step(output.name)
         run.discard()
-    return report
+    return ranks.same(report)
 
 
 def _save(
@@ -131,6 +189,7 @@ def _save(
     *,
     storage_dtype: torch.dtype,
     overwrite: bool,
+    home: Home,
 ) -> Report:
     """Write everything into a folder beside the output, then move it there in one step."""
     with staging_folder(output) as staging:
@@ -141,6 +200,7 @@ def _save(
             storage_dtype=storage_dtype,
             max_shard_size=recipe.save.max_shard_size,
             zero_points=recipe.save.zero_points,
+            home=home,
         )
         companions(loaded.source.folder, staging, loaded.tokenizer, loaded.preflight.generation_config)
         finished = report.model_copy(update={"bytes_compressed": bytes_on_disk(staging)})
@@ -166,14 +226,14 @@ def _fingerprint(recipe: Recipe, source: Source) -> dict[str, str]:
     }
 
 
-def plan(model: str | None, recipe: Recipe | str | Path) -> Plan:
+def plan(model: str | None, recipe: Recipe | str | Path, *, offload: Offload = "auto") -> Plan:
     """What `compress` would do: sites, bytes, memory, time. Reads config and headers, no weights.
 
     Raises: CompressError for what `compress` would refuse.
     """
     chosen = as_recipe(recipe).for_model(model)
     source = find_source(str(chosen.model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
-    return make_plan(source, chosen)
+    return make_plan(source, chosen, offload=offload)
 
 
 def inspect(model: str) -> dict[str, Any]:
@@ -183,7 +243,7 @@ def inspect(model: str) -> dict[str, Any]:
     """
     source = find_source(model)
     config, _ = read_config(source.folder)
-    return describe(probe(config))
+    return describe(probe(config, unfuse=True))
 
 
 def evaluate(
@@ -200,7 +260,7 @@ def evaluate(
     where = _device(device)
     live, tokenizer = load(model, dtype=torch.float32, device=where)
     texts = [evaluation_text(task, tokenizer, live.config) for task in (settings or Evaluate()).perplexity]
-    return _measure(live, texts, where, progress or Silent())
+    return _measure(live, texts, where, progress or Silent(), InMemory())
 
 
 def speed(
@@ -240,26 +300,25 @@ class Stopwatch:
         self._last = now
 
 
-def _calibration(recipe: Recipe, loaded: Loaded, progress: Progress) -> CalibrationData | None:
+def _calibration(recipe: Recipe, loaded: Loaded, home: Home, progress: Progress) -> CalibrationData | None:
     if not any(each.uses_data() for each in recipe.passes):
         return None
-    return calibration_windows(
-        recipe.calibration,
-        loaded.tokenizer,
-        max_positions=max_positions(loaded.model.config),
-        seed=recipe.seed,
-        model=loaded.model,
-        progress=progress,
-    )
+    with home.running(loaded.model, torch.device("cpu")):
+        return calibration_windows(
+            recipe.calibration,
+            loaded.tokenizer,
+            max_positions=max_positions(loaded.model.config),
+            seed=recipe.seed,
+            model=loaded.model,
+            progress=progress,
+        )
 
 
 def _measure(
-    model: PreTrainedModel, texts: Sequence[EvaluationText], device: torch.device, progress: Progress
+    model: PreTrainedModel, texts: Sequence[EvaluationText], device: torch.device, progress: Progress, home: Home
 ) -> list[PerplexityResult]:
-    model.to(device)
-    results = [measure(model, text, device=device, progress=progress) for text in texts]
-    model.to("cpu")
-    return results
+    with home.running(model, device):
+        return [measure(model, text, device=device, progress=progress) for text in texts]
 
 
 def _overlaps(data: CalibrationData, texts: Sequence[EvaluationText]) -> list[str]:

@@ -13,9 +13,9 @@ from math import prod
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from llmcompress.cost import peak_memory_bytes, seconds
+from llmcompress.cost import Offload, must_offload, peak_memory_bytes, seconds
 from llmcompress.errors import CompressError
-from llmcompress.export.base import Layout, Loader, ZeroPoints, check_format, planned_sites, unsupported
+from llmcompress.export.base import Layout, Loader, ZeroPoints, check_format, planned_sites, speechless, unsupported
 from llmcompress.export.checkpoint import loader_of
 from llmcompress.loading.preflight import Preflight, preflight
 from llmcompress.loading.source import Source
@@ -23,6 +23,8 @@ from llmcompress.loading.tensors import DTYPES
 from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.model.probe import probe
 from llmcompress.modules.scheme import Scheme
+from llmcompress.numerics.formats import POWER_OF_TWO, TWO_LEVEL, ScaleKind
+from llmcompress.numerics.packing import packed_bytes
 from llmcompress.passes.apply import stages
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.quantization.resolve import site_schemes
@@ -65,6 +67,8 @@ class Plan(_Row):
     """Weight files that are read."""
     output_bytes: int
     """Weight files that would be written; an estimate when any site's `kept_share` is below 1."""
+    offloaded: bool = False
+    """Whether weights would stay on disk while nobody computes with them."""
     peak_memory_bytes: int
     estimated_seconds: float
     """Of compression on this machine; text, evaluation and saving come on top."""
@@ -72,26 +76,34 @@ class Plan(_Row):
 
 
 def make_plan(
-    source: Source, recipe: Recipe, model_map: ModelMap | None = None, *, progress: Progress | None = None
+    source: Source,
+    recipe: Recipe,
+    model_map: ModelMap | None = None,
+    *,
+    offload: Offload = "auto",
+    progress: Progress | None = None,
 ) -> Plan:
     """Check everything that can be checked before any work, and foretell the rest.
 
     Raises: CompressError for whatever `compress` would refuse in this model or recipe, all sites at once.
     """
     checked = preflight(source, trust_remote_code=recipe.trust_remote_code, progress=progress)
-    model_map = model_map or probe(checked.config)
+    offloaded = must_offload(offload, recipe.passes, weight_bytes=checked.bytes_weights)
+    model_map = model_map or probe(checked.config, unfuse=not offloaded)
     loader = loader_of(checked.config)
     notes = check_recipe(recipe, model_map, loader)
     schemes = planned_schemes(recipe, model_map)
     dtype = storage_dtype_of(recipe, checked)
     layouts = {} if recipe.save.format == "plain" else _layouts(schemes, model_map, loader, recipe.save.zero_points)
+    by_manifest = recipe.save.format == "auto" and bool(speechless(schemes, dtype))
 
     tensors = _other_tensors(checked, model_map, dtype)
     sites, removed = [], 0
     for block in model_map.blocks:
         for site in block.structure.sites:
             name = block.full(site.name)
-            stored = _stored(site, schemes.get(name), layouts.get(name), dtype)
+            write = _packed if by_manifest and name in schemes else _stored
+            stored = write(site, schemes.get(name), layouts.get(name), dtype)
             tensors |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
             weight_bytes = sum(_bytes(*tensor) for part, tensor in stored.items() if part != "bias")
             share = prod(each.kept_share(name, site, model_map) for each in recipe.passes if each.selects(name))
@@ -115,7 +127,14 @@ def make_plan(
         refused=refused(model_map),
         bytes_dense=checked.bytes_weights,
         output_bytes=_file_bytes(tensors) - removed,
-        peak_memory_bytes=peak_memory_bytes(recipe, model_map, parameters=parameters),
+        offloaded=offloaded,
+        peak_memory_bytes=peak_memory_bytes(
+            recipe,
+            model_map,
+            parameters=parameters,
+            vocabulary=checked.contents.embedding_rows,
+            offloaded=offloaded,
+        ),
         estimated_seconds=seconds(recipe, model_map),
         warnings=tuple(dict.fromkeys([*checked.warnings, *notes])),
     )
@@ -127,8 +146,11 @@ def check_recipe(recipe: Recipe, model_map: ModelMap, loader: Loader) -> list[st
     Raises: CompressError for globs that match nothing, passes that undo each other, groups that do not divide, and
     schemes that the format asked for cannot hold.
     """
-    check_sites(recipe.passes, model_map.site_names())
-    check_order(recipe.passes, model_map.site_names())
+    passes = [each.for_model(model_map) for each in recipe.passes]
+    check_sites(passes, model_map.site_names())
+    check_order(passes, model_map.site_names())
+    for each in recipe.passes:
+        each.check_packages()
     for each in stages(recipe.passes)[0].passes:
         each.check(model_map)
     schemes = planned_schemes(recipe, model_map)
@@ -166,6 +188,8 @@ def _layouts(
     schemes: Mapping[str, Scheme], model_map: ModelMap, loader: Loader, zero_points: ZeroPoints
 ) -> dict[str, Layout]:
     """How codes are stored, without the sites that compressed-tensors cannot hold: those are saved multiplied out."""
+    if speechless(schemes, None):
+        return {}
     dense = {row.site for row in unsupported(model_map, schemes, loader)}
     planned = planned_sites(model_map, schemes, loader, zero_points)
     return {name: site.layout for name, site in planned.items() if name not in dense}
@@ -173,8 +197,12 @@ def _layouts(
 
 def _other_tensors(checked: Preflight, model_map: ModelMap, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, Shape]]:
     """Everything but the sites: embedding, norms, head, what was refused."""
-    sites = {f"{name}.{part}" for name in model_map.site_names() for part in ("weight", "bias")}
-    return {name: (dtype, shape) for name, shape in checked.contents.shapes.items() if name not in sites}
+    names = model_map.site_names()
+    sites = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
+    shapes = checked.contents.shapes
+    holders = {name.rpartition(".")[0] + "." for name, shape in shapes.items() if len(shape) == 3}
+    apart = tuple(holder for holder in holders if any(name.startswith(holder) for name in names))  # banks as linears
+    return {name: (dtype, shape) for name, shape in shapes.items() if name not in sites and not name.startswith(apart)}
 
 
 def _stored(
@@ -185,20 +213,51 @@ def _stored(
     tensors: dict[str, tuple[torch.dtype, Shape]] = {"bias": (dtype, (outputs,))} if site.has_bias else {}
     if scheme is None or layout is None:
         return {"weight": (dtype, (outputs, inputs)), **tensors}
-    groups = scheme.weights.groups(inputs)
-    tensors["weight_scale"] = (dtype, (outputs, groups))
-    if layout.format == "pack-quantized":
+    grid = scheme.weights
+    rows, groups = grid.scale_shape(outputs, inputs)
+    tensors["weight_scale"] = (_scale_dtype(grid.scales, dtype), (1,) if grid.scales.single else (rows, groups))
+    if grid.scales.shared_bits:
+        tensors["weight_global_scale"] = (torch.float32, (1,))
+    if layout.packs_floats:
+        tensors["weight_packed"] = (torch.uint8, (outputs, packed_bytes(inputs, grid.bits)))
+    elif layout.format == "pack-quantized":
         tensors["weight_packed"] = (torch.int32, (outputs, -(-inputs * layout.bits // 32)))
         tensors["weight_shape"] = (torch.int64, (2,))
     else:
-        tensors["weight"] = (torch.int8, (outputs, inputs))
+        tensors["weight"] = (torch.int8 if grid.number is None else torch.float8_e4m3fn, (outputs, inputs))
     if layout.packs_zero_points:
         tensors["weight_zero_point"] = (torch.int32, (-(-outputs * layout.bits // 32), groups))
     elif not layout.symmetric:
         tensors["weight_zero_point"] = (torch.int8, (outputs, groups))
     if scheme.activations == "tensor":
         tensors["input_scale"] = (dtype, (1,))
+    elif scheme.measures_inputs:
+        tensors["input_global_scale"] = (torch.float32, (1,))
     return tensors
+
+
+def _packed(
+    site: SiteInfo, scheme: Scheme | None, _: Layout | None, dtype: torch.dtype
+) -> dict[str, tuple[torch.dtype, Shape]]:
+    """The same as `modules.packed` writes them, for our manifest."""
+    assert scheme is not None
+    grid, shape = scheme.weights, scheme.weights.scale_shape(site.outputs, site.inputs)
+    tensors: dict[str, tuple[torch.dtype, Shape]] = {"bias": (dtype, (site.outputs,))} if site.has_bias else {}
+    size = (site.outputs, packed_bytes(site.inputs, grid.bits))
+    tensors["weight"] = (torch.uint8, (prod(size),) if grid.bits == 8 else size)
+    tensors["scale"] = (dtype if grid.scales.bits is None else torch.uint8, shape)
+    if not grid.symmetric:
+        tensors["zero_point"] = (torch.int8, shape)
+    if grid.scales.shared_bits:
+        tensors["shared_scale"] = (torch.int32, (1,))
+    if scheme.measures_inputs:
+        tensors["input_scale"] = (dtype if scheme.activations == "tensor" else torch.int32, (1,))
+    return tensors
+
+
+def _scale_dtype(kind: ScaleKind, dtype: torch.dtype) -> torch.dtype:
+    """Of scales in a compressed-tensors folder."""
+    return {POWER_OF_TWO: torch.uint8, TWO_LEVEL: torch.float8_e4m3fn}.get(kind, dtype)
 
 
 def _bytes(dtype: torch.dtype, shape: Shape) -> int:
@@ -208,9 +267,12 @@ def _bytes(dtype: torch.dtype, shape: Shape) -> int:
 def _file_bytes(tensors: Mapping[str, tuple[torch.dtype, Shape]]) -> int:
     """Size of one safetensors file with these tensors, its header included."""
     names = {dtype: name for name, dtype in DTYPES.items()}
+    order = list(DTYPES.values())  # of tensors of one width, floats first, as the library lays them out
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+    for name, (dtype, shape) in sorted(
+        tensors.items(), key=lambda item: (-item[1][0].itemsize, order.index(item[1][0]), item[0])
+    ):
         begin, end = end, end + _bytes(dtype, shape)
         header[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": (begin, end)}
     length = len(json.dumps(header, separators=(",", ":")))

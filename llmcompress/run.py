@@ -117,6 +117,10 @@ class Run:
         _load(block, tensors, key)
         return self._rows(key)
 
+    def block_state(self, stage: int, index: int) -> dict[str, Tensor]:
+        """Every tensor of a finished block, mapped from its file: it takes no memory until it is read."""
+        return self._read(_block_key(stage, index))[0]
+
     def decisions(self, stage: int) -> dict[str, Tensor] | None:
         """What the first pass of a stage decided, if it has."""
         key = f"{stage:02d}{_DECISIONS}"

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Experts = Literal["routed", "all"]
+
 
 class Calibration(BaseModel):
     """The text whose activations the passes measure."""
@@ -30,6 +32,8 @@ class Calibration(BaseModel):
     """Tokens in a window; every window is full."""
     batch: int = Field(default=8, ge=1)
     """Windows that go through a block together."""
+    experts: Experts = "routed"
+    """Which tokens an expert is measured on: those that the router sends it, or all of them (several times slower)."""
     min_tokens: int = Field(default=10, ge=1)
     """Rows with fewer tokens are left out."""
     skip_bad_rows: bool = False

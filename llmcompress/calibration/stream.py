@@ -16,6 +16,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from llmcompress.calibration.experts import AllTokens, all_tokens, in_expert
+from llmcompress.calibration.homes import Home, InMemory
+from llmcompress.calibration.ranks import ALONE, Ranks
+from llmcompress.calibration.settings import Experts
 from llmcompress.errors import CompressError
 from llmcompress.model.map import BlockInfo, Fold, ModelMap
 from llmcompress.model.shrink import shrink_block
@@ -38,9 +42,11 @@ class BlockWork:
         *,
         storage_dtype: torch.dtype,
         progress: Progress,
+        experts: Experts = "routed",
+        ranks: Ranks = ALONE,
     ) -> None:
         self.info, self.module, self.storage_dtype, self.progress = info, module, storage_dtype, progress
-        self._inputs, self._calls = inputs, calls
+        self._inputs, self._calls, self._experts, self._ranks = inputs, calls, experts, ranks
         self.decisions: Mapping[str, Tensor] = {}
         """What the first pass of the stage decided about the whole model."""
         self._known_outputs: list[Tensor] | None = None
@@ -119,17 +125,21 @@ class BlockWork:
         wanted = {site.name for site in sites}
         measured: list[tuple[list[LinearSite], dict[type[Statistic], Statistic]]] = []
         with ExitStack() as hooks:
+            every = hooks.enter_context(all_tokens(self.module)) if self._experts == "all" else None
             for group in self.input_groups():
                 members = [site for site in group if site.name in wanted]
                 if members:
                     width = members[0].info.inputs
                     statistics = {kind: kind(width, self._device) for kind in kinds}
-                    hooks.enter_context(_input_of(members[0].module, list(statistics.values())))
+                    only = every if in_expert(members[0].name) else None
+                    hooks.enter_context(_input_of(members[0].module, list(statistics.values()), only))
                     measured.append((members, statistics))
             for inputs, call in zip(self._inputs, self._calls, strict=True):
                 self._run(inputs, call)
         for members, statistics in measured:
             for statistic in statistics.values():
+                if self._ranks.count > 1:
+                    statistic.pool(self._ranks)
                 if not statistic.is_finite():
                     raise CompressError(
                         "numerics.not-finite",
@@ -157,6 +167,7 @@ class BlockWork:
     @torch.no_grad()
     def watch(self, module: nn.Module, see: Callable[[Tensor], None]) -> None:
         """Show every input of one of the block's modules; the block runs over all data, each time only that far."""
+        self._ranks.require_one("a pass of this recipe")
 
         def show(_: nn.Module, args: tuple[Any, ...]) -> None:
             see(args[0])
@@ -174,6 +185,7 @@ class BlockWork:
 
     def inputs(self) -> list[Tensor]:
         """The block's input for every batch, on the CPU; not to be changed."""
+        self._ranks.require_one("a pass of this recipe")
         return list(self._inputs)
 
     @torch.no_grad()
@@ -213,17 +225,24 @@ class BlockStream:
         device: torch.device,
         storage_dtype: torch.dtype,
         progress: Progress,
+        home: Home | None = None,
+        experts: Experts = "routed",
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._experts, self._ranks = experts, ranks
         self._map, self._device, self._storage_dtype, self._progress = model_map, device, storage_dtype, progress
+        self._home = home or InMemory()
         named = find_blocks(model)
         self._blocks = [block for _, block in named]
         self._hidden: list[Tensor] = []
         self._calls: list[list[BlockCall]] = []
-        for ids_BT in torch.split(windows_NT, batch) if len(windows_NT) else ():
-            recording = record(model, named, ids_BT)
-            first = self._calls[0] if self._calls else recording.calls
-            self._hidden.append(recording.hidden)
-            self._calls.append([_sharing(call, same) for call, same in zip(recording.calls, first, strict=True)])
+        with self._home.running(model, torch.device("cpu")):
+            windows_NT = ranks.share(windows_NT)
+            for ids_BT in torch.split(windows_NT, batch) if len(windows_NT) else ():
+                recording = record(model, named, ids_BT)
+                first = self._calls[0] if self._calls else recording.calls
+                self._hidden.append(recording.hidden)
+                self._calls.append([_sharing(call, same) for call, same in zip(recording.calls, first, strict=True)])
 
     def __iter__(self) -> Iterator[BlockWork]:
         """Yield every block, on the device and in float32; when the caller is done with it, feed its outputs onward."""
@@ -231,12 +250,19 @@ class BlockStream:
             module.to(self._device, torch.float32)
             calls = [batch_calls[info.index] for batch_calls in self._calls]
             work = BlockWork(
-                info, module, self._hidden, calls, storage_dtype=self._storage_dtype, progress=self._progress
+                info,
+                module,
+                self._hidden,
+                calls,
+                storage_dtype=self._storage_dtype,
+                progress=self._progress,
+                experts=self._experts,
+                ranks=self._ranks,
             )
             yield work
             if info.index + 1 < len(self._blocks):
                 self._hidden = work.outputs()
-            work.module.to("cpu")
+            self._home.leave(info.name, work.module)
 
 
 def _sharing(call: BlockCall, first: BlockCall) -> BlockCall:
@@ -256,10 +282,15 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 @contextmanager
-def _input_of(module: nn.Module, statistics: Collection[Statistic]) -> Iterator[None]:
-    """Show every input of the module to the statistics, for as long as the context lasts."""
+def _input_of(module: nn.Module, statistics: Collection[Statistic], only: AllTokens | None = None) -> Iterator[None]:
+    """Show every input of the module to the statistics, for as long as the context lasts.
+
+    With `only`, those alone that come while all experts run on all tokens.
+    """
 
     def show(_: nn.Module, args: tuple[Any, ...]) -> None:
+        if only is not None and not only.running:
+            return
         x_TI = args[0].detach().reshape(-1, args[0].shape[-1]).float()
         for statistic in statistics:
             statistic.add(x_TI)

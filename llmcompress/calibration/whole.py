@@ -11,6 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from llmcompress.calibration.homes import Home, InMemory
+from llmcompress.calibration.ranks import ALONE, Ranks
+from llmcompress.calibration.settings import Experts
 from llmcompress.calibration.stream import BlockStream, BlockWork
 from llmcompress.errors import CompressError
 from llmcompress.model.map import ModelMap
@@ -33,10 +36,14 @@ class WholeModel:
         storage_dtype: torch.dtype,
         progress: Progress,
         seed: int = 0,
+        home: Home | None = None,
+        experts: Experts = "routed",
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.map, self.windows_NT = model, model_map, windows_NT
         self.batch, self.device, self.storage_dtype = batch, device, storage_dtype
         self.progress, self.seed = progress, seed
+        self.home, self.experts, self.ranks = home or InMemory(), experts, ranks
 
     def stream(self) -> Iterator[BlockWork]:
         """Every block once, on the device and in float32; what the caller leaves in a block is fed onward."""
@@ -49,6 +56,9 @@ class WholeModel:
                 device=self.device,
                 storage_dtype=self.storage_dtype,
                 progress=self.progress,
+                home=self.home,
+                experts=self.experts,
+                ranks=self.ranks,
             )
         )
 
@@ -66,7 +76,11 @@ class WholeModel:
         """The whole model on the device in float32, in eval mode; back on the CPU afterwards.
 
         Gradients that were left in parameters are dropped, and which parameters wanted one is restored.
+
+        Raises: CompressError when the weights are on disk because memory does not hold them.
         """
+        self.home.require_memory("a pass of this recipe")
+        self.ranks.require_one("a pass of this recipe")
         wanted = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
         self.model.to(self.device, torch.float32)
         self.model.eval()

@@ -12,6 +12,7 @@ from llmcompress.cli.output import device_option, json_option, print_json, print
 from llmcompress.errors import CompressError, ExitCode
 
 if TYPE_CHECKING:
+    from llmcompress.cost import Offload
     from llmcompress.recipe import Recipe
 
 
@@ -35,6 +36,13 @@ if TYPE_CHECKING:
 @click.option(
     "--yes", is_flag=True, help="Answer yes where the command would ask (running code of a model's repository)."
 )
+@click.option(
+    "--offload",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    show_default=True,
+    help="Keep weights on disk and one block in memory (auto: when the model would not fit). Same result.",
+)
 @device_option
 @json_option
 def compress(
@@ -47,6 +55,7 @@ def compress(
     overwrite: bool,
     fresh: bool,
     yes: bool,
+    offload: Offload,
     device: str,
     as_json: bool,
 ) -> None:
@@ -86,12 +95,19 @@ def compress(
         from llmcompress import pipeline
 
         if dry_run:
-            plan = pipeline.plan(recipe.model, recipe).model_dump(mode="json")
+            plan = pipeline.plan(recipe.model, recipe, offload=offload).model_dump(mode="json")
         else:
             assert output is not None
             try:
                 report = pipeline.compress(
-                    recipe.model, recipe, output, device=device, overwrite=overwrite, fresh=fresh, progress=progress
+                    recipe.model,
+                    recipe,
+                    output,
+                    device=device,
+                    overwrite=overwrite,
+                    fresh=fresh,
+                    offload=offload,
+                    progress=progress,
                 )
             except KeyboardInterrupt:
                 raise _interrupted(output) from None

@@ -13,7 +13,7 @@ import click
 from llmcompress import __version__
 from llmcompress.cli.failures import report_failure
 
-COMMANDS = ("compress", "evaluate", "footprint", "inspect", "passes", "recipes", "schema", "speed")
+COMMANDS = ("allocate", "compress", "evaluate", "footprint", "inspect", "passes", "recipes", "schema", "speed")
 
 
 class LazyGroup(click.Group):

@@ -44,6 +44,10 @@ def report_tables(report: Report) -> list[RenderableType]:
         ]
         headings = ("site", "by", "scheme", "#output error", "#plain rounding")
         tables.append(plain_table(headings, rows, title=f"worst sites of {len(worst)}"))
+    caches = [(row.cache_bytes_before, row.cache_bytes) for row in report.sites if row.cache_bytes is not None]
+    if caches:
+        before, after = sum(each[0] or 0 for each in caches), sum(each[1] or 0 for each in caches)
+        tables.append(Text(f"key-value cache {before:,} → {after:,} bytes per token ({after / before:.2f} of it)"))
     if report.degraded:
         sites = {row.site for row in report.sites}
         title = f"degraded: {len({row.site for row in report.degraded})} of {len(sites)} layers"
@@ -72,7 +76,7 @@ def plan_tables(plan: dict[str, Any]) -> list[RenderableType]:
         tables.append(_reasons(f"not compressed: {len(plan['refused'])}", plan["refused"]))
     facts = [
         ("weight files", f"{size(plan['bytes_dense'])} → {size(plan['output_bytes'])}"),
-        ("peak memory", size(plan["peak_memory_bytes"])),
+        ("peak memory", size(plan["peak_memory_bytes"]) + (", weights on disk" if plan.get("offloaded") else "")),
         ("time", f"about {duration(plan['estimated_seconds'])}"),
     ]
     tables.append(plain_table(("", "#"), facts, title="estimate"))
@@ -110,6 +114,10 @@ def footprint_tables(found: Sequence[Footprint], compared: dict[str, float] | No
     if compared is not None:
         cells = (f"{compared[key]:.3f}" if key in compared else "" for key in keys)
         facts = [(*row, cell) for row, cell in zip(facts, cells, strict=True)]
+    if any(each.cache_bytes_per_token for each in found):
+        caches = [each.cache_bytes_per_token for each in found]
+        shown = ("not in codes" if count is None else f"{count:,}" for count in caches)
+        facts.append(("bytes of the key-value cache per token", *shown, *([""] if compared is not None else [])))
     theory: list[tuple[str, ...]] = [
         ("non-zeros and a bit per place", *(size(each.sparse_ideal_bytes) for each in found)),
         ("entropy, bits per code", *(_number(each.entropy_bits_per_code) for each in found)),

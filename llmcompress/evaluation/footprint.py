@@ -17,10 +17,13 @@ from transformers import PreTrainedModel
 
 from llmcompress.evaluation.stored import CodedSite, Stored, Tensors, stored
 from llmcompress.loading.config import read_config
+from llmcompress.loading.files import read_json
 from llmcompress.loading.match import empty_model
 from llmcompress.loading.source import find_source
 from llmcompress.loading.tensors import TensorHeader
 from llmcompress.model.skeleton import find_blocks
+from llmcompress.modules.base import MODULES
+from llmcompress.modules.kv_cache import CodedAttention, bytes_per_token
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.numerics.entropy import entropy, huffman_code, mean_bits
 
@@ -59,6 +62,8 @@ class Footprint(BaseModel):
     """Bits that no lossless code for single codes could go below; None without codes."""
     huffman_bits_per_code: float | None
     """What Huffman's code would take, tables left out. Theory like the line above."""
+    cache_bytes_per_token: int | None = None
+    """Of all keys and values of one token in the caches of generation, where they are stored as codes."""
 
     @property
     def ideal_bits_per_weight(self) -> float:
@@ -120,6 +125,7 @@ def footprint(model: str | Path) -> Footprint:
         codes=codes.total(),
         entropy_bits_per_code=entropy(codes) if codes else None,
         huffman_bits_per_code=mean_bits(huffman_code(codes), codes) if codes else None,
+        cache_bytes_per_token=_cache_bytes(source.folder),
     )
 
 
@@ -180,6 +186,14 @@ def _parts(folder: Path) -> dict[str, str]:
     }
     prefix = f"{model.base_model_prefix}."
     return found | {name.removeprefix(prefix): part for name, part in found.items()}
+
+
+def _cache_bytes(folder: Path) -> int | None:
+    """Of one token, by the specs in the manifest; None for a model whose caches hold ordinary numbers."""
+    modules = (read_json(folder / "config.json").get("quantization_config") or {}).get("modules", {})
+    coded = MODULES.name_of(CodedAttention)
+    found = [bytes_per_token(spec) for spec in modules.values() if spec.get("type") == coded]
+    return sum(found) if found else None
 
 
 def _name_on_disk(model: PreTrainedModel, module: str) -> str:

@@ -138,7 +138,7 @@ def measure(
     embedding = model.get_input_embeddings().weight
     device = embedding.device if device is None else torch.device(device)
     if batch is None:
-        window_bytes = text.window * model.config.get_text_config().vocab_size * embedding.element_size()
+        window_bytes = text.window * model.config.get_text_config().vocab_size * 4
         batch = max(1, LOGITS_BYTES // window_bytes)
     progress.stage(f"perplexity on {text.name}", math.ceil(len(text.windows) / batch))
     was_training = model.training

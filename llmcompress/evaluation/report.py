@@ -35,6 +35,10 @@ class SiteReport(_Row):
     """What the decision was made on, in the algorithm's own unit."""
     active: float | None = None
     """Share of calibration tokens that the block ran for, or of inputs that the site computed with."""
+    cache_bytes: int | None = None
+    """Of the keys and values of one token in that attention's cache afterwards."""
+    cache_bytes_before: int | None = None
+    """The same in the type that the model is stored in."""
     degraded: str | None = None
     """Why a fallback was used (`damping raised to 0.1`, `no tokens: rounded to nearest`)."""
 

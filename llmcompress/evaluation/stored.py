@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from llmcompress.numerics.packing import unpack_bits
 
 REPORT = "llmcompress_report.json"
 _LABELS = {"weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "input_scale", "scale", "zero_point"}
+_LABELS |= {"shared_scale", "weight_global_scale", "input_global_scale"}  # of scales in two levels
 
 
 @dataclass(frozen=True)
@@ -50,19 +52,20 @@ class CodedSite:
         """Codes at their own width, scales and zero points."""
         scale = next(tensor for name, tensor in self.tensors.items() if name in ("scale", "weight_scale"))
         scale_bits = 8 * scale.dtype.itemsize
-        extra = 8 * sum(tensor.bytes for name, tensor in self.tensors.items() if name == "input_scale")
+        extra = 8 * sum(tensor.bytes for name, tensor in self.tensors.items() if name.startswith("input_"))
         if self.scheme:
             return round(self.weights * self.scheme.bits_per_weight(self.outputs, self.inputs, scale_bits)) + extra
         has_zero_points = not {"zero_point", "weight_zero_point"}.isdisjoint(self.tensors)
-        groups = self.outputs * -(-self.inputs // self.group)
+        groups, extra = prod(scale.shape), extra + 32 * ("weight_global_scale" in self.tensors)
         return self.weights * self.field_bits + groups * (scale_bits + self.field_bits * has_zero_points) + extra
 
     def codes(self, read: Tensors) -> Tensor:
-        """O×I int16: each code less its zero point, so 0 is a weight of zero."""
+        """O×I int16: each code less its zero point (or the code of 0), so 0 is a weight of zero."""
         codes_OI = self._fields("weight" if "weight" in self.tensors else "weight_packed", read, self.inputs)
         name = next((name for name in ("zero_point", "weight_zero_point") if name in self.tensors), None)
         if name is None:
-            return codes_OI
+            number = self.scheme.weights.number if self.scheme else None
+            return codes_OI if number is None else codes_OI - number.encode(torch.zeros(1)).to(torch.int16)
         zero = self.tensors[name]
         if zero.dtype == torch.int32:
             low = -(2 ** (self.field_bits - 1))
@@ -74,10 +77,13 @@ class CodedSite:
 
     def _fields(self, name: str, read: Tensors, count: int) -> Tensor:
         tensor = self.tensors[name]
-        if tensor.dtype == torch.int8:
-            return read(tensor).to(torch.int16)
-        low = self.scheme.weights.low if self.scheme and tensor.dtype == torch.uint8 else -(2 ** (self.field_bits - 1))
-        return unpack_bits(read(tensor).view(torch.uint8), self.field_bits, low, count).to(torch.int16)
+        if tensor.dtype in (torch.int8, torch.float8_e4m3fn):
+            return read(tensor).view(torch.int8).to(torch.int16)
+        low = -(2 ** (self.field_bits - 1))
+        if tensor.dtype == torch.uint8:  # ours, or two floats a byte
+            low = self.scheme.weights.low if self.scheme else 0
+        packed_OB = read(tensor).view(torch.uint8).reshape(self.outputs, -1)
+        return unpack_bits(packed_OB, self.field_bits, low, count).to(torch.int16)
 
 
 class Tensors:
@@ -140,11 +146,14 @@ def _from_manifest(
         yield CodedSite(name, outputs, inputs, scheme.weights.bits, group, scheme, _at(name, found))
 
 
+_CODED = ("quant_linear", "quant_embedding")
+
+
 def _quantized_specs(modules: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Every quantized linear of a manifest, those that are parts of other modules too."""
     for name, spec in modules.items():
         if isinstance(spec, Mapping):
-            if spec.get("type") == "quant_linear":
+            if spec.get("type") in _CODED:
                 yield prefix + name, spec
             else:
                 yield from _quantized_specs(spec, f"{prefix}{name}.")
@@ -162,7 +171,10 @@ def _from_compressed_tensors(
         if leaf != "weight_scale":
             continue
         tensors = _at(name, found)
-        if "weight_packed" in tensors:
+        if "weight_packed" in tensors and "weight_shape" not in tensors:
+            outputs, packed = tensors["weight_packed"].shape
+            inputs, bits = 2 * packed, 4
+        elif "weight_packed" in tensors:
             outputs, inputs = read(tensors["weight_shape"]).tolist()
             words = tensors["weight_packed"].shape[1]
             bits = next(width for width in widths if -(-inputs * width // 32) == words)

@@ -6,9 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.model.map import ModelMap
 from llmcompress.modules.scheme import Scheme
+from llmcompress.numerics.formats import E2M1, E4M3, POWER_OF_TWO, SINGLE, STORED, TWO_LEVEL, NumberFormat, ScaleKind
 
 Format = Literal["auto", "compressed-tensors", "plain"]
 
@@ -40,11 +43,31 @@ class Saved:
     """Quantized sites that were multiplied out, and why."""
 
 
+LayoutName = Literal[
+    "pack-quantized",
+    "int-quantized",
+    "naive-quantized",
+    "float-quantized",
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+    "mxfp8-quantized",
+]
+
+_FLOATS: dict[tuple[NumberFormat, ScaleKind], LayoutName] = {
+    (E4M3, STORED): "float-quantized",
+    (E4M3, SINGLE): "float-quantized",
+    (E4M3, POWER_OF_TWO): "mxfp8-quantized",
+    (E2M1, POWER_OF_TWO): "mxfp4-pack-quantized",
+    (E2M1, TWO_LEVEL): "nvfp4-pack-quantized",
+}
+"""Floats that the format has words for."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How compressed-tensors stores a scheme's codes: `format` is the library's name, `bits` the width of a field."""
 
-    format: Literal["pack-quantized", "int-quantized", "naive-quantized"]
+    format: LayoutName
     bits: int
     """Bits of the grid as the loader sees it; unpacked formats spend a whole byte on it."""
     symmetric: bool
@@ -56,9 +79,14 @@ class Layout:
         return self.format == "pack-quantized" and not self.symmetric
 
     @property
+    def packs_floats(self) -> bool:
+        """Two 4-bit floats share a byte."""
+        return self.format in ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
+
+    @property
     def bits_on_disk(self) -> int:
         """Stored bits per code."""
-        return self.bits if self.format == "pack-quantized" else 8
+        return self.bits if self.format == "pack-quantized" or self.packs_floats else 8
 
 
 def layout_on_disk(scheme: Scheme, *, packable: bool = True, zero_points: ZeroPoints = "folded") -> Layout:
@@ -69,6 +97,8 @@ def layout_on_disk(scheme: Scheme, *, packable: bool = True, zero_points: ZeroPo
     `packable` is False where loaders build a subclass of `nn.Linear` (Falcon): 5 fails on its missing `weight`.
     """
     grid = scheme.weights
+    if grid.number is not None:
+        return Layout(_FLOATS[grid.number, grid.scales], grid.bits, symmetric=True)
     if scheme.activations:
         return Layout("int-quantized", grid.bits, grid.symmetric)
     if zero_points == "packed" and packable and not grid.symmetric and grid.bits in (2, 4):
@@ -77,6 +107,34 @@ def layout_on_disk(scheme: Scheme, *, packable: bool = True, zero_points: ZeroPo
     if needed > 8 or not packable:
         return Layout("naive-quantized", grid.bits, grid.symmetric)
     return Layout("pack-quantized", next(width for width in (2, 4, 8) if width >= needed), symmetric=True)
+
+
+def speechless(schemes: Mapping[str, Scheme], storage_dtype: torch.dtype | None) -> dict[str, str]:
+    """Site → why `auto` takes our manifest for the whole model instead of compressed-tensors.
+
+    `storage_dtype` None: not known yet.
+    """
+    found = {}
+    for site, scheme in schemes.items():
+        if not _has_words(scheme):
+            found[site] = f"compressed-tensors has no word for {scheme.name}"
+        elif scheme.activations == "group" and scheme.measures_inputs:
+            found[site] = f"transformers 4 and 5 round the inputs of {scheme.name} differently"
+        elif _only_bfloat16(scheme) and storage_dtype not in (None, torch.bfloat16):
+            kind = str(storage_dtype).removeprefix("torch.")
+            found[site] = f"stock loaders restore {scheme.name} to bfloat16 alone, and these weights are {kind}"
+    return found
+
+
+def _has_words(scheme: Scheme) -> bool:
+    """Whether compressed-tensors can name a scheme at all."""
+    number = scheme.weights.number
+    return number is None or (number, scheme.weights.scales) in _FLOATS
+
+
+def _only_bfloat16(scheme: Scheme) -> bool:
+    """MX and NVFP4: the library's decompressors know no other dtype, whatever the model's is."""
+    return scheme.weights.scales.bits is not None
 
 
 @dataclass(frozen=True)
@@ -102,6 +160,9 @@ class PlannedSite:
         """Inputs that share a scale; None when a row is one group."""
         group = self.scheme.weights.group
         return group if group is not None and group <= self.inputs else None
+
+
+_EXPERTS = "experts"
 
 
 @dataclass(frozen=True)
@@ -135,15 +196,18 @@ def unsupported(model_map: ModelMap, schemes: Mapping[str, Scheme], loader: Load
     """Sites that compressed-tensors cannot hold; `schemes` says how each site (full name) will be quantized."""
     loader = loader or Loader()
     planned = planned_sites(model_map, schemes, loader, "folded")
-    return problems(planned.values(), merged_on_load=loader.merges_experts)
+    return problems(planned.values(), merged_on_load=loader.merges_experts, linears=model_map.site_names())
 
 
-def problems(sites: Iterable[PlannedSite], *, merged_on_load: bool) -> list[Unsupported]:
-    """Which of all quantized sites of a model compressed-tensors cannot hold, and why."""
+def problems(sites: Iterable[PlannedSite], *, merged_on_load: bool, linears: Iterable[str] = ()) -> list[Unsupported]:
+    """Which of all quantized sites compressed-tensors cannot hold, and why; `linears` names all, dense ones too."""
     sites = list(sites)
     # transformers 5 recognises experts by this word too, and reads all of them with the scheme of the first
-    experts = [site for site in sites if "experts" in site.name]
+    experts = [site for site in sites if _EXPERTS in site.name]
     mixed = len({(site.layout, site.group, site.scheme.activations) for site in experts}) > 1
+    restored = [site.name for site in experts if not mixed and _is_restored(site)]
+    if restored and set(restored) == {name for name in linears if _EXPERTS in name}:
+        merged_on_load = False  # banks of codes load as well
     found = []
     for site in sites:
         reason = _problem(site, merged_on_load)
@@ -154,9 +218,17 @@ def problems(sites: Iterable[PlannedSite], *, merged_on_load: bool) -> list[Unsu
     return found
 
 
+def _is_restored(site: PlannedSite) -> bool:
+    """Whether transformers 5 makes part of a bank of it."""
+    whole = site.layout.format in ("pack-quantized", "float-quantized") and site.scheme.activations is None
+    return whole and _problem(site, merged_on_load=False) is None
+
+
 def _problem(site: PlannedSite, merged_on_load: bool) -> str | None:
     if merged_on_load:
-        return "transformers 5 loads no compressed-tensors model whose expert banks are ordinary weights"
+        return "transformers 5 loads no compressed-tensors model unless all experts are integers or fp8 of one scheme"
+    if site.layout.packs_floats and not site.packable:
+        return "transformers 5 loads no packed codes into a subclass of nn.Linear"
     if not site.is_linear:
         return "compressed-tensors replaces only nn.Linear, and this is a Conv1D"
     if site.group and site.inputs % site.group:
@@ -183,6 +255,14 @@ def check_format(
         if rounded:
             raise _refusal("a plain folder cannot round activations", rounded, "set `save.format` to auto")
         return []
+    wordless = [name for name, scheme in schemes.items() if not _has_words(scheme)]
+    if wordless and wanted == "compressed-tensors":
+        names = [f"{name}: {schemes[name].name}" for name in wordless]
+        raise _refusal("compressed-tensors has no word for some schemes", names, "set `save.format` to auto or plain")
+    reasons = dict.fromkeys(speechless(schemes, None).values())
+    if reasons and wanted == "auto":
+        ending = "the whole model is saved with our manifest and loads after `import llmcompress`"
+        return [f"{reason}; {ending}" for reason in reasons]
     found = unsupported(model_map, schemes, loader)
     blocking = [each for each in found if wanted == "compressed-tensors" or not each.dense_instead]
     if blocking:
@@ -201,6 +281,8 @@ def check_format(
 def _layout_note(site: PlannedSite) -> str | None:
     """What a user would be surprised by."""
     scheme, layout = site.scheme, site.layout
+    if _only_bfloat16(scheme):
+        return f"{scheme.name}: stock loaders give bfloat16 weights; with another `save.dtype` it is our manifest"
     if layout.packs_zero_points:
         return (
             f"{scheme.name}: zero points are packed; transformers 5 with compressed-tensors 0.18 to 0.20 loads them "

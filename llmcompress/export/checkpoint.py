@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from llmcompress.calibration.homes import Home, InMemory
 from llmcompress.errors import CompressError
 from llmcompress.export.base import Loader
 from llmcompress.export.shards import ShardWriter
@@ -75,11 +76,12 @@ def write_model(
     *,
     storage_dtype: torch.dtype,
     max_shard_size: str,
+    home: Home | None = None,
 ) -> tuple[tuple[str, ...], int]:
     """Write weights and `config.json`; the names of the weight files and the bytes of all tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     writer = ShardWriter(folder, max_shard_size)
-    for name, tensor in _tensors_on_disk(model, replaced, storage_dtype):
+    for name, tensor in _tensors_on_disk(model, replaced, storage_dtype, home or InMemory()):
         writer.add(name, tensor)
     files = writer.close()
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -87,26 +89,44 @@ def write_model(
 
 
 def _tensors_on_disk(
-    model: PreTrainedModel, replaced: Replaced, storage_dtype: torch.dtype
+    model: PreTrainedModel, replaced: Replaced, storage_dtype: torch.dtype, home: Home
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the checkpoint, converted one block at a time; of tied tensors only the first name."""
     begun: set[str] = set()
-    written: set[tuple[int, torch.Size]] = set()
-    state = model.state_dict(keep_vars=True)
-    for _, names in groupby(state, key=_block_of):
+    repeated = _repeated(model)
+    for prefix, names in groupby(list(model.state_dict()), key=_block_of):
         block: dict[str, Tensor] = {}
         for name in names:
             owner = _owner(name, replaced)
-            tensor = state[name]
-            place = (tensor.data_ptr(), tensor.shape)
             if owner is not None:
                 if owner not in begun:
                     begun.add(owner)
                     block |= {f"{owner}.{part}": value for part, value in replaced[owner]().items()}
-            elif place not in written or not tensor.numel():
-                written.add(place)
-                block[name] = _stored(tensor, storage_dtype, name)
+            elif name not in repeated:
+                block[name] = _stored(_tensor(model, name), storage_dtype, name)
         yield from _under_names_on_disk(model, block).items()
+        if prefix:
+            home.leave(prefix.removesuffix("."), model.get_submodule(prefix.removesuffix(".")))
+
+
+def _repeated(model: nn.Module) -> set[str]:
+    """Names of tensors that are in the same memory as an earlier one."""
+    seen: set[tuple[int, torch.Size]] = set()
+    found = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        place = (tensor.data_ptr(), tensor.shape)
+        if place in seen and tensor.numel():
+            found.add(name)
+        seen.add(place)
+    return found
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer itself."""
+    owner, _, leaf = name.rpartition(".")
+    found = getattr(model.get_submodule(owner), leaf)
+    assert isinstance(found, Tensor)
+    return found
 
 
 def _owner(name: str, replaced: Replaced) -> str | None:
@@ -140,6 +160,12 @@ def _stored(tensor: Tensor, storage_dtype: torch.dtype, name: str) -> Tensor:
             saved="all finished blocks: run again with another dtype",
         )
     return cast
+
+
+def name_on_disk(model: PreTrainedModel, module: str) -> str:
+    """What a checkpoint calls a linear."""
+    found = _under_names_on_disk(model, {f"{module}.weight": torch.empty(0, device="meta")})
+    return next(iter(found)).removesuffix(".weight")
 
 
 def _under_names_on_disk(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

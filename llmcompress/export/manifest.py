@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llmcompress.calibration.homes import Home
 from llmcompress.export.base import Saved
 from llmcompress.export.checkpoint import quantized_sites, write_model
 from llmcompress.export.config import portable_config
@@ -21,7 +22,13 @@ VERSION = 1
 
 
 def save_with_manifest(
-    model: PreTrainedModel, folder: Path, found: Manifest, *, storage_dtype: torch.dtype, max_shard_size: str
+    model: PreTrainedModel,
+    folder: Path,
+    found: Manifest,
+    *,
+    storage_dtype: torch.dtype,
+    max_shard_size: str,
+    home: Home | None = None,
 ) -> Saved:
     """Write a folder that `from_pretrained` loads after `import llmcompress` and refuses without."""
     config = portable_config(model, storage_dtype)
@@ -33,6 +40,7 @@ def save_with_manifest(
         {name: partial(packed_tensors, site, storage_dtype) for name, site in quantized_sites(model).items()},
         storage_dtype=storage_dtype,
         max_shard_size=max_shard_size,
+        home=home,
     )
     return Saved(files, size, METHOD)
 

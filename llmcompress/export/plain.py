@@ -10,17 +10,26 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from llmcompress.calibration.homes import Home
 from llmcompress.errors import CompressError
 from llmcompress.export.base import Saved
 from llmcompress.export.checkpoint import linears_of_loader, write_model
 from llmcompress.export.config import portable_config
 from llmcompress.model.stock import stock_outline
 from llmcompress.modules.base import CompressedModule
+from llmcompress.modules.experts import UnfusedExperts
 from llmcompress.modules.manifest import changes
 from llmcompress.modules.wrapper import Wrapper
 
 
-def save_plain(model: PreTrainedModel, folder: Path, *, storage_dtype: torch.dtype, max_shard_size: str) -> Saved:
+def save_plain(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    storage_dtype: torch.dtype,
+    max_shard_size: str,
+    home: Home | None = None,
+) -> Saved:
     """Write an ordinary Hugging Face folder; the model is not changed.
 
     Products are rounded to `storage_dtype` exactly as the model itself does when it is cast to that dtype, so a loader
@@ -51,6 +60,7 @@ def save_plain(model: PreTrainedModel, folder: Path, *, storage_dtype: torch.dty
         },
         storage_dtype=storage_dtype,
         max_shard_size=max_shard_size,
+        home=home,
     )
     return Saved(files, size, "plain", dict.fromkeys(sites, "plain format"))
 
@@ -60,7 +70,7 @@ def replaced_modules(model: nn.Module) -> dict[str, CompressedModule]:
     found: dict[str, CompressedModule] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{other}.") for other in found)
-        if isinstance(module, CompressedModule) and not inside:
+        if isinstance(module, CompressedModule) and not isinstance(module, UnfusedExperts) and not inside:
             found[name] = module
     return found
 

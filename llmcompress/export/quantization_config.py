@@ -8,8 +8,10 @@ from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
 import compressed_tensors
+import torch
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import (
+    DynamicType,
     QuantizationArgs,
     QuantizationConfig,
     QuantizationScheme,
@@ -17,6 +19,7 @@ from compressed_tensors.quantization import (
 )
 
 from llmcompress.export.base import PlannedSite
+from llmcompress.numerics.formats import POWER_OF_TWO, TWO_LEVEL, ScaleKind
 
 
 def quantization_config(sites: Sequence[PlannedSite], flat: Set[str], linears: Iterable[str]) -> dict[str, Any]:
@@ -47,22 +50,33 @@ def quantization_config(sites: Sequence[PlannedSite], flat: Set[str], linears: I
 
 def _kind(site: PlannedSite, flat: bool) -> QuantizationScheme:
     """A site's scheme in the format's own words, without targets."""
-    layout = site.layout
+    layout, grid = site.layout, site.scheme.weights
+    words: dict[str, Any] = {} if grid.number is None else {"type": "float"} | _SCALES.get(grid.scales, {})
+    strategy = "tensor" if grid.scales.single else "group" if site.group else "channel"
     weights = QuantizationArgs(
         num_bits=layout.bits,
         symmetric=layout.symmetric,
-        strategy="group" if site.group else "channel",
-        group_size=site.group,
+        **{"strategy": strategy, "group_size": site.group, **words},
     )
-    inputs = None
+    inputs, words = None, words if site.scheme.activations == "group" else {"type": weights.type}
     if site.scheme.activations == "tensor":
-        inputs = QuantizationArgs(num_bits=8, strategy="tensor", dynamic=False)
+        inputs = QuantizationArgs(num_bits=8, strategy="tensor", dynamic=False, **words)
     elif site.scheme.activations == "token" and not flat:
-        inputs = QuantizationArgs(num_bits=8, strategy="token", dynamic=True)
+        inputs = QuantizationArgs(num_bits=8, strategy="token", dynamic=True, **words)
     elif site.scheme.activations == "token":
         # for tokens × channels the library's `token` takes one scale for all tokens; one group per row is per token
-        inputs = QuantizationArgs(num_bits=8, strategy="group", group_size=site.inputs, dynamic=True)
+        inputs = QuantizationArgs(num_bits=8, strategy="group", group_size=site.inputs, dynamic=True, **words)
+    elif site.scheme.activations == "group":
+        dynamic = DynamicType.LOCAL if site.scheme.measures_inputs else True
+        words = {"strategy": "group", **words}
+        inputs = QuantizationArgs(num_bits=layout.bits, group_size=site.group, dynamic=dynamic, **words)
     return QuantizationScheme(targets=[], weights=weights, input_activations=inputs, format=layout.format)
+
+
+_SCALES: dict[ScaleKind, dict[str, Any]] = {
+    POWER_OF_TWO: {"scale_dtype": torch.uint8, "zp_dtype": torch.uint8},
+    TWO_LEVEL: {"strategy": "tensor_group", "scale_dtype": torch.float8_e4m3fn, "zp_dtype": torch.float8_e4m3fn},
+}
 
 
 def name_patterns(names: Sequence[str], everything: Iterable[str]) -> list[str]:

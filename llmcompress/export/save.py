@@ -7,12 +7,17 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from llmcompress.calibration.homes import Home
 from llmcompress.errors import CompressError
-from llmcompress.export.base import Format, Saved, ZeroPoints
+from llmcompress.export.base import Format, Saved, ZeroPoints, speechless
+from llmcompress.export.bitsandbytes import save_bitsandbytes
+from llmcompress.export.checkpoint import quantized_sites
 from llmcompress.export.compressed_tensors import save_compressed_tensors
 from llmcompress.export.manifest import save_with_manifest
 from llmcompress.export.plain import save_plain
+from llmcompress.model.experts import fuse_dense_experts
 from llmcompress.model.stock import stock_outline
+from llmcompress.modules.experts import UnfusedExperts
 from llmcompress.modules.manifest import changes
 
 
@@ -24,17 +29,27 @@ def save_model(
     storage_dtype: torch.dtype,
     max_shard_size: str,
     zero_points: ZeroPoints = "folded",
+    home: Home | None = None,
 ) -> Saved:
-    """Write an ordinary Hugging Face folder; the model is not changed.
+    """Write an ordinary Hugging Face folder, block after block; the model is not changed, its weights go home.
 
     Raises: CompressError when `wanted` cannot hold the model.
     """
+    fuse_dense_experts(model)
     found = changes(model, stock_outline(model))
+    if wanted == "auto" and found.modules and {spec["type"] for spec in found.modules.values()} == {"bnb_linear"}:
+        return save_bitsandbytes(model, folder, storage_dtype=storage_dtype, max_shard_size=max_shard_size)
     if wanted == "plain":
-        return save_plain(model, folder, storage_dtype=storage_dtype, max_shard_size=max_shard_size)
-    if not found.needs_plugin:
+        return save_plain(model, folder, storage_dtype=storage_dtype, max_shard_size=max_shard_size, home=home)
+    schemes = {name: site.scheme for name, site in quantized_sites(model).items()}
+    if not found.needs_plugin and (wanted == "compressed-tensors" or not speechless(schemes, storage_dtype)):
         return save_compressed_tensors(
-            model, folder, storage_dtype=storage_dtype, max_shard_size=max_shard_size, zero_points=zero_points
+            model,
+            folder,
+            storage_dtype=storage_dtype,
+            max_shard_size=max_shard_size,
+            zero_points=zero_points,
+            home=home,
         )
     if wanted == "compressed-tensors":
         raise CompressError(
@@ -44,4 +59,15 @@ def save_model(
             fix="set `save.format` to auto: the folder then loads after `import llmcompress`",
             saved="all finished work: run again with another format",
         )
-    return save_with_manifest(model, folder, found, storage_dtype=storage_dtype, max_shard_size=max_shard_size)
+    unfused = [name for name, part in model.named_modules() if isinstance(part, UnfusedExperts)]
+    if unfused:
+        raise CompressError(
+            "save.experts",
+            "transformers 5 loads compressed experts only from plain and compressed-tensors folders",
+            where=unfused[0],
+            fix='leave them out with `exclude: "*.experts.*"`, or use integer or fp8 schemes on them',
+            saved="all finished work",
+        )
+    return save_with_manifest(
+        model, folder, found, storage_dtype=storage_dtype, max_shard_size=max_shard_size, home=home
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from llmcompress.errors import CompressError
 from llmcompress.loading.config import read_config
 from llmcompress.loading.generation import read_generation_config
+from llmcompress.loading.mapped import MappedWeights, map_weights
 from llmcompress.loading.match import empty_model, missing_error
 from llmcompress.loading.preflight import Preflight, preflight
 from llmcompress.loading.quiet import quiet_transformers, said
 from llmcompress.loading.source import Source, find_source
-from llmcompress.loading.tensors import headers
+from llmcompress.loading.tensors import TensorHeader, headers
 from llmcompress.loading.tokenizer import read_tokenizer
 from llmcompress.loading.weights import refuse_contradicting_head, refuse_not_finite
 from llmcompress.progress import Progress
@@ -40,6 +41,8 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
     source: Source
     preflight: Preflight
+    weights: MappedWeights | None = None
+    """Where the model's weights are mapped from, if they are not in memory."""
 
 
 def load_for_compression(
@@ -47,17 +50,21 @@ def load_for_compression(
     *,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
+    scratch: Path | None = None,
     progress: Progress | None = None,
 ) -> Loaded:
     """Check everything, then read the weights.
 
     float32 by default: bfloat16 computes several times slower on processors without its instructions. What the
-    result will be stored in is `preflight.storage_dtype`.
+    result will be stored in is `preflight.storage_dtype`. With `scratch`, a folder that must live as long as the model,
+    weights stay in their files, in the files' dtypes, and take memory only where they are used.
 
     Raises: CompressError for any fault of the model.
     """
     checked = preflight(source, trust_remote_code=trust_remote_code, progress=progress)
-    return Loaded(_load(source, checked, dtype, trust_remote_code), checked.tokenizer, source, checked)
+    if scratch is None:
+        return Loaded(_load(source, checked, dtype, trust_remote_code), checked.tokenizer, source, checked)
+    return _load_mapped(source, checked, scratch, trust_remote_code)
 
 
 def load_model(source: Source, *, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -86,22 +93,45 @@ def load(path_or_id: str | Path, *, dtype: torch.dtype | str = "auto", device: t
     config, _ = read_config(source.folder, may_be_quantized=True)
     found = headers(source.folder, how_to_get_again=source.how_to_get_again)
     _refuse_incomplete_codes(found, source.folder)
+    only_bfloat16 = _restores_to_bfloat16(config)
     try:
-        model = _from_pretrained(source.folder, config, dtype, trust_remote_code=False)
+        model = _from_pretrained(source.folder, config, "auto" if only_bfloat16 else dtype, trust_remote_code=False)
     except CompressError as problem:
         raise _explained(problem, config, found, source.folder) from problem
     if model.can_generate():
         model.generation_config, _ = read_generation_config(source.folder, config)
-    model.to(device)
+    if only_bfloat16 and dtype not in ("auto", torch.bfloat16):
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long))  # codes become weights in the first forward
+        model.to(dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    if model.device != torch.device(device):  # transformers 4 refuses `to` for bitsandbytes in 8 bits, whatever it says
+        model.to(device)
     return Ready(model, read_tokenizer(source.folder, config))
+
+
+def _restores_to_bfloat16(config: PretrainedConfig) -> bool:
+    """MX and NVFP4 in a compressed-tensors folder: the library's decompressors know no other dtype."""
+    found = getattr(config, "quantization_config", None) or {}
+    groups = found.get("config_groups", {}) if isinstance(found, dict) else {}
+    return any(str(group.get("format", "")).startswith(("mxfp", "nvfp")) for group in groups.values())
 
 
 def _load(source: Source, checked: Preflight, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     refuse_contradicting_head(checked)
     model = _from_pretrained(source.folder, checked.config, dtype, trust_remote_code=trust_remote_code)
     model.generation_config = checked.generation_config
-    refuse_not_finite(model, checked.headers)
+    refuse_not_finite(model.state_dict(), checked.headers)
     return model
+
+
+def _load_mapped(source: Source, checked: Preflight, scratch: Path, trust_remote_code: bool) -> Loaded:
+    refuse_contradicting_head(checked)
+    model, weights = map_weights(
+        source.folder, checked.config, scratch, dtype=checked.storage_dtype, trust_remote_code=trust_remote_code
+    )
+    model.generation_config = checked.generation_config
+    refuse_not_finite(weights, checked.headers)
+    return Loaded(model, checked.tokenizer, source, checked, weights)
 
 
 def _from_pretrained(
@@ -150,14 +180,18 @@ def _explained(problem: CompressError, config: PretrainedConfig, found: Iterable
     return problem
 
 
-def _refuse_incomplete_codes(found: Iterable[str], folder: Path) -> None:
+def _refuse_incomplete_codes(found: Mapping[str, TensorHeader], folder: Path) -> None:
     """Codes without scales or scales without codes: loaders disagree on whether they notice."""
     names = set(found)
     missing: set[str] = set()
     for name in names:
         site, _, part = name.rpartition(".")
         if part == "weight_packed":
-            missing |= {f"{site}.weight_scale", f"{site}.weight_shape"} - names
+            # two floats a byte need no note of their number
+            packed_integers = found[name].dtype == torch.int32
+            missing |= {f"{site}.weight_scale", *([f"{site}.weight_shape"] if packed_integers else [])} - names
+        elif part == "weight_scale" and found[name].dtype == torch.float8_e4m3fn:
+            missing |= {f"{site}.weight_packed", f"{site}.weight_global_scale"} - names
         elif part == "weight_scale" and not {f"{site}.weight", f"{site}.weight_packed"} & names:
             missing.add(f"{site}.weight_packed")
     if missing:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from llmcompress.errors import CompressError
 from llmcompress.loading.files import some
@@ -15,13 +14,13 @@ from llmcompress.loading.preflight import Preflight
 from llmcompress.loading.tensors import TensorHeader
 
 
-def refuse_not_finite(model: PreTrainedModel, found: Mapping[str, TensorHeader]) -> None:
+def refuse_not_finite(weights: Mapping[str, Tensor], found: Mapping[str, TensorHeader]) -> None:
     """One pass over every weight, tensor by tensor.
 
     Raises: CompressError naming each tensor with NaN or Inf and how many values are.
     """
     bad = []
-    for name, tensor in model.state_dict().items():
+    for name, tensor in weights.items():
         if tensor.is_floating_point() and tensor.numel() and not _all_finite(tensor):
             count = int((~torch.isfinite(tensor)).sum())
             file = f" in {found[name].file.name}" if name in found else ""

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from llmcompress.errors import CompressError
 from llmcompress.model.bench import LINEARS
+from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.map import BlockInfo, BlockStructure, ModelMap, Refusal
 from llmcompress.model.random_weights import materialise, release
 from llmcompress.model.skeleton import find_blocks
@@ -23,12 +24,15 @@ from llmcompress.modules.manifest import apply_manifest, changes
 from llmcompress.modules.quant_linear import QuantLinear
 
 
-def probe(config: PretrainedConfig) -> ModelMap:
-    """The map of the model that this config describes.
+def probe(config: PretrainedConfig, *, unfuse: bool = False) -> ModelMap:
+    """The map of the model that this config describes; `unfuse`: as it is with its experts taken apart.
 
     Raises: CompressError when transformers cannot build it as a causal language model or it has no list of blocks.
     """
-    return _probe(without_weights(config))
+    model = without_weights(config)
+    if unfuse:
+        unfuse_experts(model)
+    return _probe(model)
 
 
 def map_model(model: PreTrainedModel) -> ModelMap:

@@ -44,6 +44,9 @@ class CompressedModule(nn.Module, ABC):
     def from_spec(cls, spec: Spec, dtype: torch.dtype) -> Self:
         """A module of the right shapes, ready for `load_state_dict`; may run under the meta device."""
 
+    def connect(self, model: nn.Module) -> None:
+        """Find what it needs of the rest of the model, once all modules stand; most need nothing."""
+
     def dense_bias(self) -> Tensor | None:
         """The bias that goes with `dense_weight`, by default the parameter `bias`."""
         found = getattr(self, "bias", None)

@@ -13,6 +13,7 @@ from torch import nn
 
 from llmcompress.errors import CompressError
 from llmcompress.modules.base import MODULES, CompressedModule, Spec, from_named_spec, named_spec
+from llmcompress.modules.experts import UnfusedExperts
 from llmcompress.modules.private_config import PrivateConfig
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.wrapper import Wrapper
@@ -35,7 +36,8 @@ class Manifest:
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Numbers that ordinary modules were built with, where they differ."""
     reshaped: set[str] = field(default_factory=set)
-    """Replaced linears with other sizes than the stock model's; found by `changes`, not part of the JSON."""
+    """Replaced linears with other sizes than the stock model's, or with a bias where it has none; found by `changes`,
+    not part of the JSON."""
 
     def __bool__(self) -> bool:
         return bool(self.modules or self.shapes or self.attributes)
@@ -43,9 +45,9 @@ class Manifest:
     @property
     def needs_plugin(self) -> bool:
         """Whether more differs than linears of stock size made of codes: compressed-tensors has words for those."""
-        quantized = MODULES.name_of(QuantLinear)
+        stock = {MODULES.name_of(QuantLinear), MODULES.name_of(UnfusedExperts)}
         return bool(self.shapes or self.attributes or self.reshaped) or any(
-            s["type"] != quantized for s in self.modules.values()
+            s["type"] not in stock for s in self.modules.values()
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -73,9 +75,17 @@ def _compare(live: nn.Module, stock: nn.Module, name: str, found: Manifest) -> N
         found.modules[name] = named_spec(live)
         _compare(live.inner, stock, _join(name, "inner"), found)
         return
-    if isinstance(live, CompressedModule):
+    if isinstance(live, UnfusedExperts):
+        if not isinstance(stock, UnfusedExperts):
+            found.modules[name] = named_spec(live)
+            with torch.device("meta"):
+                stock = from_named_spec(named_spec(live), torch.float32)
+    elif isinstance(live, CompressedModule):
         found.modules[name] = named_spec(live)
-        if isinstance(live, QuantLinear) and sorted(_sizes(stock)) != sorted((live.out_features, live.in_features)):
+        if isinstance(live, QuantLinear) and (
+            sorted(_sizes(stock)) != sorted((live.out_features, live.in_features))
+            or (live.bias is None) != (getattr(stock, "bias", None) is None)
+        ):
             found.reshaped.add(name)
         return
     if type(live) is not type(stock):
@@ -172,7 +182,7 @@ def apply_manifest(skeleton: nn.Module, manifest: Manifest, dtype: torch.dtype) 
             else:
                 setattr(module, key, tuple(value) if isinstance(value, list) else value)
     for part in skeleton.modules():
-        if isinstance(part, Wrapper):
+        if isinstance(part, CompressedModule):
             part.connect(skeleton)
 
 

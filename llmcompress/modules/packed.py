@@ -8,49 +8,54 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.numerics.formats import scales_from_bytes, scales_to_bytes
 from llmcompress.numerics.packing import pack_bits, packed_bytes, unpack_bits
 
 
 class PackedLinear(nn.Module):
     """Holds a `QuantLinear` while a checkpoint is written or read; `weight` is uint8, O×bytes.
 
-    That `weight` has another shape than the stock linear's, so a loader without our plug-in refuses the file.
+    That `weight` has another shape than the stock linear's, so a loader without our plug-in refuses the file: codes of
+    a whole byte lie in one row.
     """
 
     def __init__(self, form: QuantLinear, packed_OB: Tensor) -> None:
         super().__init__()
-        self._spec = form.spec()
+        self._kind, self._spec, self._dtype = type(form), form.spec(), form.scale_OG.dtype
         self.register_buffer("weight", packed_OB)
-        self.register_buffer("scale", form.scale_OG)
+        self.register_buffer("scale", scales_to_bytes(form.scale_OG, form.scheme.weights.scales))
         self.register_buffer("zero_point", form.zero_OG)
         self.register_buffer("input_scale", form.input_scale)
+        self.register_buffer("shared_scale", form.shared_scale)
         self.bias = form.bias
 
     @classmethod
     def pack(cls, site: QuantLinear) -> Self:
         """The packed form of a quantized linear, sharing its scales."""
         grid = site.scheme.weights
-        return cls(site, pack_bits(site.codes_OI, grid.bits, grid.low))
+        packed_OB = pack_bits(site.codes_OI, grid.bits, grid.low)
+        return cls(site, packed_OB.flatten() if grid.bits == 8 else packed_OB)
 
     @classmethod
     def empty(cls, site: QuantLinear) -> Self:
         """Room for the packed form of a linear of that kind, on its device."""
-        size = packed_bytes(site.in_features, site.scheme.weights.bits)
-        return cls(site, torch.zeros(site.out_features, size, dtype=torch.uint8, device=site.codes_OI.device))
+        bits = site.scheme.weights.bits
+        shape = (site.out_features, packed_bytes(site.in_features, bits))
+        size = (shape[0] * shape[1],) if bits == 8 else shape
+        return cls(site, torch.zeros(size, dtype=torch.uint8, device=site.codes_OI.device))
 
     def unpack(self) -> QuantLinear:
         """The linear that was packed, bit for bit."""
-        scale_OG = self.get_buffer("scale")
-        site = QuantLinear.from_spec(self._spec, scale_OG.dtype)
+        site = self._kind.from_spec(self._spec, self._dtype)
         grid = site.scheme.weights
-        return QuantLinear(
-            site.scheme,
-            unpack_bits(self.get_buffer("weight"), grid.bits, grid.low, site.in_features),
-            scale_OG,
-            self._optional("zero_point"),
-            None if self.bias is None else self.bias.data,
-            self._optional("input_scale"),
-        )
+        packed_OB = self.get_buffer("weight").reshape(site.out_features, -1)
+        site.codes_OI = unpack_bits(packed_OB, grid.bits, grid.low, site.in_features)
+        site.scale_OG = scales_from_bytes(self.get_buffer("scale"), grid.scales, self._dtype)
+        site.zero_OG = self._optional("zero_point")
+        site.input_scale = self._optional("input_scale")
+        site.shared_scale = self._optional("shared_scale")
+        site.bias = self.bias
+        return site
 
     def _optional(self, name: str) -> Tensor | None:
         found = self._buffers[name]

@@ -1,6 +1,8 @@
-"""A linear whose weight is integer codes and scales: runs exactly what will be shipped. O = outputs, I = inputs."""
+"""A linear whose weight is codes and scales: runs exactly what will be shipped. O = outputs, I = inputs."""
 
 from __future__ import annotations
+
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +10,9 @@ from torch.nn import functional
 from typing_extensions import override
 
 from llmcompress.modules.base import MODULES, CompressedModule, Spec
+from llmcompress.modules.rounded_inputs import round_inputs
 from llmcompress.modules.scheme import Scheme, named_scheme
+from llmcompress.numerics.formats import TWO_LEVEL
 from llmcompress.numerics.grid import Fitted, restore
 
 
@@ -16,8 +20,9 @@ from llmcompress.numerics.grid import Fitted, restore
 class QuantLinear(CompressedModule):
     """Replaces `nn.Linear` (or Conv1D): `codes_OI` int8, `scale_OG`, `zero_OG` int8 (asymmetric), optional bias.
 
-    `input_scale` exists for static activations only. Buffers follow `.to(dtype)`: scales hold values of the
-    checkpoint's dtype, so casting the module there and back loses nothing.
+    `input_scale` exists for activations that calibration measured. Buffers follow `.to(dtype)`: scales hold values of
+    the checkpoint's dtype, so casting the module there and back loses nothing. The float32 that two-level scales share
+    (`shared_scale`, and `input_scale` of such activations) would: its bits are kept as int32.
     """
 
     codes_OI: Tensor
@@ -25,6 +30,7 @@ class QuantLinear(CompressedModule):
     zero_OG: Tensor | None
     bias: nn.Parameter | None
     input_scale: Tensor | None
+    shared_scale: Tensor | None
 
     def __init__(
         self,
@@ -34,6 +40,7 @@ class QuantLinear(CompressedModule):
         zero_OG: Tensor | None,
         bias_O: Tensor | None,
         input_scale: Tensor | None = None,
+        shared_scale: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.scheme = scheme
@@ -42,15 +49,19 @@ class QuantLinear(CompressedModule):
         self.register_buffer("scale_OG", scale_OG)
         self.register_buffer("zero_OG", zero_OG)
         self.register_buffer("input_scale", input_scale)
+        self.register_buffer("shared_scale", shared_scale)
         self.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
 
     @classmethod
     def from_fitted(
         cls, scheme: Scheme, codes_OI: Tensor, fitted: Fitted, bias_O: Tensor | None, input_scale: Tensor | None = None
-    ) -> QuantLinear:
-        """From the result of rounding."""
+    ) -> Self:
+        """From the result of rounding; `input_scale` is `fixed_scale` of the inputs."""
         zero_OG = None if scheme.weights.symmetric else fitted.zero_OG.to(torch.int8)
-        return cls(scheme, codes_OI, fitted.scale_OG, zero_OG, bias_O, input_scale)
+        if input_scale is not None and scheme.activations == "group":
+            input_scale = as_bits(input_scale)
+        shared = None if fitted.shared is None else as_bits(fitted.shared)
+        return cls(scheme, codes_OI, fitted.stored_OG(), zero_OG, bias_O, input_scale, shared)
 
     def _guard(self) -> None:
         """None here: `weight` is what the codes stand for, and files hold the codes themselves under that name."""
@@ -66,17 +77,19 @@ class QuantLinear(CompressedModule):
 
     @classmethod
     @override
-    def from_spec(cls, spec: Spec, dtype: torch.dtype) -> QuantLinear:
+    def from_spec(cls, spec: Spec, dtype: torch.dtype) -> Self:
         scheme = named_scheme(str(spec["scheme"]))
         outputs, inputs = int(spec["outputs"]), int(spec["inputs"])
-        shape = (outputs, scheme.weights.groups(inputs))
+        shape = scheme.weights.scale_shape(outputs, inputs)
+        bits = torch.int32 if scheme.activations == "group" else dtype
         return cls(
             scheme,
             torch.zeros(outputs, inputs, dtype=torch.int8),
             torch.ones(shape, dtype=dtype),
             None if scheme.weights.symmetric else torch.zeros(shape, dtype=torch.int8),
             torch.zeros(outputs, dtype=dtype) if spec["bias"] else None,
-            torch.ones(1, dtype=dtype) if scheme.activations == "tensor" else None,
+            torch.ones(1, dtype=bits) if scheme.measures_inputs else None,
+            torch.ones(1, dtype=torch.int32) if scheme.weights.scales == TWO_LEVEL else None,
         )
 
     @override
@@ -85,8 +98,9 @@ class QuantLinear(CompressedModule):
 
     @override
     def dense_weight(self) -> Tensor:
-        zero_OG = torch.zeros_like(self.scale_OG) if self.zero_OG is None else self.zero_OG.to(self.scale_OG.dtype)
-        return restore(self.codes_OI, Fitted(self.scheme.weights, self.scale_OG, zero_OG))
+        shared = None if self.shared_scale is None else from_bits(self.shared_scale)
+        fitted = Fitted.of_stored(self.scheme.weights, self.scale_OG, self.zero_OG, shared)
+        return restore(self.codes_OI, fitted).to(self.scale_OG.dtype)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -96,7 +110,10 @@ class QuantLinear(CompressedModule):
     @override
     def forward(self, x: Tensor) -> Tensor:
         if self.scheme.activations:
-            x = round_activations(x, self.input_scale)
+            fixed = self.input_scale
+            if fixed is not None and fixed.dtype == torch.int32:
+                fixed = from_bits(fixed)
+            x = round_inputs(x, self.scheme, fixed)
         return functional.linear(x, self.dense_weight(), self.bias)
 
     @override
@@ -104,13 +121,11 @@ class QuantLinear(CompressedModule):
         return f"{self.in_features} → {self.out_features}, {self.scheme.name}"
 
 
-def round_activations(x: Tensor, scale: Tensor | None) -> Tensor:
-    """int8 round trip of activations: per token when `scale` is None, else with that one scale.
+def as_bits(value: Tensor) -> Tensor:
+    """A float32 as an int32 that no cast of floating tensors touches."""
+    return value.float().view(torch.int32)
 
-    Same arithmetic as compressed-tensors (scale = largest magnitude ÷ 127.5, codes -128 … 127), so a model loaded
-    by stock transformers gives the logits measured here.
-    """
-    if scale is None:
-        scale = x.abs().amax(-1, keepdim=True) / 127.5
-        scale = torch.where(scale == 0, torch.full_like(scale, torch.finfo(scale.dtype).eps), scale)
-    return (x / scale).clamp_(-128, 127).round_() * scale
+
+def from_bits(bits: Tensor) -> Tensor:
+    """The float32 that `as_bits` was given."""
+    return bits.view(torch.float32)

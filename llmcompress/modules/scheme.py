@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import dataclass
 from typing import Literal
 
 from llmcompress.errors import CompressError, ExitCode
+from llmcompress.numerics.formats import (
+    E2M1,
+    E4M3,
+    E5M2,
+    NF4,
+    POWER_OF_TWO,
+    SINGLE,
+    STORED,
+    TWO_LEVEL,
+    NumberFormat,
+)
 from llmcompress.numerics.grid import Grid
 
-Activations = Literal["token", "tensor"]
-"""int8 activations: one scale per token, found while running; or one per tensor, fixed by calibration."""
+Activations = Literal["token", "tensor", "group"]
+"""Inputs rounded too, to int8 or to the weights' own float format: one scale per token, found while running; one per
+tensor, fixed by calibration; or one per group of inputs, found while running."""
 
-_NAME = re.compile(r"int(?P<bits>[2348])_(?:g(?P<group>[1-9]\d*)|channel)(?P<asym>_asym)?(?:_a8(?P<a8>token|tensor))?")
+DESCRIPTION = (
+    "int{2…8}_{gN|channel}[_asym], fp8_{gN|channel|tensor}, fp8e5m2_…, fp4_{gN|channel}, nf4_{gN|channel}, mxfp4, "
+    "mxfp8 or nvfp4; with rounded activations int and fp8 …_a8token or …_a8tensor, mx and nv …_a"
+)
+"""What a recipe may write as `scheme`, for the descriptions of options and for errors."""
+
+_NUMBERS: dict[str, NumberFormat] = {each.name: each for each in (E4M3, E5M2, E2M1, NF4)}
+
+_PER_TENSOR = frozenset({"fp8", "fp8e5m2"})
+"""Eight bits are enough for one scale per matrix."""
+
+_FIXED: dict[str, Grid] = {
+    "mxfp4": Grid.of(E2M1, 32, POWER_OF_TWO),
+    "mxfp8": Grid.of(E4M3, 32, POWER_OF_TWO),
+    "nvfp4": Grid.of(E2M1, 16, TWO_LEVEL),
+}
+"""Formats whose groups and scales are part of their definition."""
+
+_NAME = re.compile(
+    r"(?P<number>int[2-8]|fp8|fp8e5m2|fp4|nf4)_(?:g(?P<group>[1-9]\d*)|(?P<size>channel|tensor))"
+    r"(?P<asym>_asym)?(?:_a8(?P<a8>token|tensor))?"
+)
 
 
 @dataclass(frozen=True)
@@ -25,29 +59,70 @@ class Scheme:
     @property
     def name(self) -> str:
         """The name that `named_scheme` reads back."""
-        size = "channel" if self.weights.group is None else f"g{self.weights.group}"
-        asym = "" if self.weights.symmetric else "_asym"
-        return f"int{self.weights.bits}_{size}{asym}" + (f"_a8{self.activations}" if self.activations else "")
+        for name, grid in _FIXED.items():
+            if grid == self.weights:
+                return name + ("_a" if self.activations else "")
+        grid = self.weights
+        size = "tensor" if grid.scales.single else "channel" if grid.group is None else f"g{grid.group}"
+        number = grid.number.name if grid.number else f"int{grid.bits}"
+        asym = "" if grid.symmetric else "_asym"
+        return f"{number}_{size}{asym}" + (f"_a8{self.activations}" if self.activations else "")
+
+    @property
+    def measures_inputs(self) -> bool:
+        """Whether something about the inputs is fixed by calibration."""
+        return self.activations == "tensor" or (self.activations == "group" and self.weights.scales == TWO_LEVEL)
+
+    def with_group(self, group: int | None) -> Scheme:
+        """The same numbers in groups of another length; a format with groups of its own becomes its plain relative."""
+        grid = self.weights
+        other = Grid(grid.bits, grid.symmetric, group, grid.number, grid.scales if grid.scales.single else STORED)
+        return Scheme(other, None if self.activations == "group" else self.activations)
 
     def bits_per_weight(self, outputs: int, inputs: int, scale_bits: int) -> float:
         """Stored bits ÷ weights: codes, scales and (asymmetric) packed zero points."""
-        per_group = scale_bits + (0 if self.weights.symmetric else self.weights.bits)
-        return self.weights.bits + per_group * self.weights.groups(inputs) / inputs
+        return self.weights.bits + self.weights.scale_bits(outputs, inputs, scale_bits) / (outputs * inputs)
 
 
 def named_scheme(name: str) -> Scheme:
-    """Read `int{2,3,4,8}_{gN,channel}[_asym][_a8{token,tensor}]`.
+    """The scheme of that name: see `DESCRIPTION`.
 
     Raises: CompressError for any other name.
     """
+    for fixed, grid in _FIXED.items():
+        if name in (fixed, f"{fixed}_a"):
+            return Scheme(grid, "group" if name.endswith("_a") else None)
     found = _NAME.fullmatch(name)
-    if not found:
-        raise CompressError(
-            "scheme.unknown",
-            f"{name!r} is not a quantization scheme",
-            fix="write int{2,3,4,8}_{gN|channel}[_asym][_a8token|_a8tensor], e.g. int4_g128, int8_channel_a8token",
-            exit_code=ExitCode.USAGE,
-        )
+    if found is None or not _makes_sense(found):
+        raise _unknown(name)
     group = int(found["group"]) if found["group"] else None
     activations: Activations | None = found["a8"]  # type: ignore[assignment]
-    return Scheme(Grid(int(found["bits"]), symmetric=not found["asym"], group=group), activations)
+    if found["number"] not in _NUMBERS:
+        return Scheme(Grid(int(found["number"][3:]), symmetric=not found["asym"], group=group), activations)
+    scales = SINGLE if found["size"] == "tensor" else STORED
+    return Scheme(Grid.of(_NUMBERS[found["number"]], group, scales), activations)
+
+
+def _makes_sense(found: re.Match[str]) -> bool:
+    """Whether a name of the right form is one of those that exist."""
+    number = found["number"]
+    if found["size"] == "tensor" and number not in _PER_TENSOR:
+        return False
+    return number not in _NUMBERS or (not found["asym"] and (not found["a8"] or _NUMBERS[number].bits == 8))
+
+
+def _unknown(name: str) -> CompressError:
+    numbers = [f"int{bits}" for bits in range(2, 9)] + [*_NUMBERS]
+    sizes = ("channel", "tensor", "g128", "g64", "g32")
+    endings = ("", "_asym", "_a8token", "_a8tensor")
+    tried = (_NAME.fullmatch(f"{each}_{size}{end}") for each in numbers for size in sizes for end in endings)
+    known = [found[0] for found in tried if found and _makes_sense(found)]
+    known += [*_FIXED, *(f"{each}_a" for each in _FIXED)]
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {nearest[0]!r}? Schemes are " if nearest else "write "
+    return CompressError(
+        "scheme.unknown",
+        f"{name!r} is not a quantization scheme",
+        fix=f"{hint}{DESCRIPTION}",
+        exit_code=ExitCode.USAGE,
+    )

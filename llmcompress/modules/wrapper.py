@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,17 +30,16 @@ class Wrapper(CompressedModule):
         stock = inner
         while isinstance(stock, Wrapper):
             stock = stock.inner
-        names = (name for name, _ in stock.named_parameters())
-        path = min(names, key=lambda name: (name.count("."), name)).split(".")
+        path = min(
+            [*_weights(stock)] or [name for name, _ in stock.named_parameters()],
+            key=lambda name: (name.count("."), name),
+        ).split(".")
         owner: nn.Module = self
         for part in path[:-1]:
             owner.add_module(part, nn.Module())
             owner = owner.get_submodule(part)
         owner.register_buffer(path[-1], torch.empty(0))
         self.inner = inner  # last: from here on the wrapper seems to have that parameter already
-
-    def connect(self, model: nn.Module) -> None:
-        """Find what it needs of the rest of the model, once all modules stand; most need nothing."""
 
     def _guard(self) -> None:
         """Not before `take`: it needs a name."""
@@ -56,3 +56,12 @@ class Wrapper(CompressedModule):
     @override
     def dense_weight(self) -> Tensor:
         raise TypeError(f"a {type(self).__name__} stands for no single matrix")
+
+
+def _weights(module: nn.Module, prefix: str = "") -> Iterator[str]:
+    """Names of the weights of the stock module, of compressed ones too: the same before and after compression."""
+    for name, child in module.named_children():
+        if isinstance(child, CompressedModule) or "weight" in child._parameters:
+            yield f"{prefix}{name}.weight"
+        else:
+            yield from _weights(child, f"{prefix}{name}.")

@@ -7,7 +7,7 @@ B = columns of one lazy block. Float32 or float64, as the inputs are.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -31,8 +31,10 @@ class InverseFactor:
     damping: float
 
 
-def inverse_factor(gram_II: Tensor, damping: float) -> InverseFactor | None:
+def inverse_factor(gram_II: Tensor, damping: float, order_I: Tensor | None = None) -> InverseFactor | None:
     """Upper Cholesky factor of the damped inverse; damping rises tenfold until it exists, None if it never does.
+
+    With `order_I` it is that of the matrix whose rows and columns are taken in this order.
 
     Inputs that never were non-zero have the damping alone: their weights repair nothing and are dropped first.
     One factorisation instead of the usual three steps (factor, invert, factor): the reversed matrix is factored,
@@ -43,31 +45,36 @@ def inverse_factor(gram_II: Tensor, damping: float) -> InverseFactor | None:
     mean = float(diagonal_I[~dead_I].mean()) if not bool(dead_I.all()) else 0.0
     if not math.isfinite(mean) or mean == 0.0:
         return None
+    if order_I is None:
+        order_I = torch.arange(len(gram_II), device=gram_II.device)
+    reverse_I = order_I.flip(0)
     while damping <= MOST_DAMPING:
-        damped_II = gram_II.clone()
+        # these matrices are the largest there are: no more than two are alive beside the given one
+        damped_II = gram_II[reverse_I[:, None], reverse_I]
         damped_II.diagonal().add_(damping * mean)
-        lower_II, failed = torch.linalg.cholesky_ex(damped_II.flip(0, 1))
+        lower_II, failed = torch.linalg.cholesky_ex(damped_II)
+        del damped_II
         if not failed:
-            upper_II = inverse_of_upper(lower_II.flip(0, 1))
-            if bool(torch.isfinite(upper_II).all()):
+            upper_II = lower_II.flip(0, 1)
+            del lower_II
+            invert_upper_(upper_II)
+            if bool(torch.isfinite(upper_II.diagonal()).all()) and bool(torch.isfinite(upper_II.sum())):
                 return InverseFactor(upper_II, damping)
         damping *= 10
     return None
 
 
-def inverse_of_upper(upper_II: Tensor) -> Tensor:
-    """The inverse of an upper triangular matrix, half by half: a third of the work of solving for the identity."""
+def invert_upper_(upper_II: Tensor) -> None:
+    """Make an upper triangular matrix its inverse, half by half: a third of the work of solving for the identity."""
     inputs = len(upper_II)
     if inputs <= SMALL:
         identity_II = torch.eye(inputs, dtype=upper_II.dtype, device=upper_II.device)
-        inverse_II: Tensor = torch.linalg.solve_triangular(upper_II, identity_II, upper=True)
-        return inverse_II
+        upper_II.copy_(torch.linalg.solve_triangular(upper_II, identity_II, upper=True))
+        return
     half = inputs // 2
-    first, last = inverse_of_upper(upper_II[:half, :half]), inverse_of_upper(upper_II[half:, half:])
-    inverse_II = torch.zeros_like(upper_II)
-    inverse_II[:half, :half], inverse_II[half:, half:] = first, last
-    inverse_II[:half, half:] = (first @ upper_II[:half, half:] @ last).neg_()
-    return inverse_II
+    invert_upper_(upper_II[:half, :half])
+    invert_upper_(upper_II[half:, half:])
+    upper_II[:half, half:] = (upper_II[:half, :half] @ upper_II[:half, half:] @ upper_II[half:, half:]).neg_()
 
 
 class ColumnTreatment(Protocol):
@@ -112,7 +119,7 @@ def sweep_columns(weight_OI: Tensor, upper_II: Tensor, treat: ColumnTreatment, *
 
 
 class RoundToGrid:
-    """Rounds columns to an integer grid and keeps the codes.
+    """Rounds columns to a grid and keeps the codes.
 
     A group's scales are fitted when its first column is reached, from weights already corrected; with `order`
     (columns visited by importance) all groups are fitted beforehand, so that no index is needed at inference.
@@ -136,6 +143,7 @@ class RoundToGrid:
         self._order = list(range(inputs)) if order_I is None else order_I.tolist()
         self.every = grid.group if grid.group is not None and order_I is None else 0
         self._grid, self._scale_dtype, self._search, self._gram_II = grid, scale_dtype, search, gram_II
+        self._row_grid = replace(grid, group=None)
 
     def begin(self, column: int, ahead_BO: Tensor) -> None:
         """At a group's first column: fit its scales again, now that earlier errors have been repaired."""
@@ -144,10 +152,11 @@ class RoundToGrid:
         stop = column + weight_ON.shape[1]
         again = fit(
             weight_ON,
-            Grid(self._grid.bits, self._grid.symmetric, None),
+            self._row_grid,
             scale_dtype=self._scale_dtype,
             search=self._search,
             gram_II=self._gram_II[column:stop, column:stop],
+            shared=self.fitted.shared,
         )
         self.fitted.scale_OG[:, group] = again.scale_OG[:, 0]
         self.fitted.zero_OG[:, group] = again.zero_OG[:, 0]
@@ -157,6 +166,10 @@ class RoundToGrid:
         true = self._order[column]
         group = 0 if self._grid.group is None else true // self._grid.group
         scale_O, zero_O = self.fitted.scale_OG[:, group], self.fitted.zero_OG[:, group]
+        number = self._grid.number
+        if number is not None:
+            self.codes_IO[true] = floats_O = number.encode(weight_O / scale_O)
+            return number.decode(floats_O, weight_O.dtype) * scale_O
         codes_O = (weight_O / scale_O + zero_O).round_().clamp_(self._grid.low, self._grid.high)
         self.codes_IO[true] = codes_O.to(torch.int8)
         return (codes_O - zero_O) * scale_O

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from llmcompress.numerics import allocation
 from llmcompress.numerics.low_rank import break_even
 
 
@@ -49,50 +49,15 @@ def uniform_rank(outputs: int, inputs: int, keep: float, step: int) -> int:
 def allocate_ranks(matrices: Sequence[Matrix], budget: int) -> list[int]:
     """Ranks whose parameters fit the budget and which together lose least, up to the last step.
 
-    Steps are taken in order of what they gain per parameter; where losses are not convex (a matrix that stays as it
-    is loses nothing at all) several steps are taken as one. What is left goes to the best single steps that fit.
-
     Raises: ValueError when not even one step of rank for each fits.
     """
     options = [matrix.options() for matrix in matrices]
-    chosen = [each[0] for each in options]
-    left = budget - sum(option.parameters for option in chosen)
-    if left < 0:
-        raise ValueError(f"the least ranks need {budget - left} parameters, the budget is {budget}")
-    steps = [(before, after, site) for site, each in enumerate(options) for before, after in pairwise(_hull(each))]
-    for before, after, site in sorted(steps, key=lambda step: _slope(step[0], step[1]), reverse=True):
-        if chosen[site] == before and after.parameters - before.parameters <= left:
-            left -= after.parameters - before.parameters
-            chosen[site] = after
-    while True:
-        fitting = [
-            (_slope(chosen[site], option), site, option)
-            for site, each in enumerate(options)
-            for option in each
-            if 0 < option.parameters - chosen[site].parameters <= left and option.loss < chosen[site].loss
-        ]
-        if not fitting:
-            return [option.rank for option in chosen]
-        _, site, option = max(fitting, key=lambda found: found[0])
-        left -= option.parameters - chosen[site].parameters
-        chosen[site] = option
+    sizes = [[allocation.Option(option.parameters, option.loss) for option in each] for each in options]
+    chosen = allocation.spend(sizes, budget)
+    return [each[index].rank for each, index in zip(options, chosen, strict=True)]
 
 
 def equal_shares(gain_K: Tensor) -> Tensor:
     """Gains as shares of their sum, so that large matrices do not count for more; all zero where nothing was seen."""
     total = gain_K.double().sum()
     return gain_K.double() / total if total > 0 else torch.zeros_like(gain_K, dtype=torch.float64)
-
-
-def _hull(options: Sequence[Option]) -> list[Option]:
-    """The options that some price per parameter would choose."""
-    hull: list[Option] = []
-    for option in options:
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], option):
-            hull.pop()
-        hull.append(option)
-    return hull
-
-
-def _slope(before: Option, after: Option) -> float:
-    return (before.loss - after.loss) / (after.parameters - before.parameters)

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from llmcompress.numerics.allocation import corners
 from llmcompress.numerics.masks import due
 
 
@@ -36,8 +37,9 @@ def counts_by_error(errors_PS: Tensor, shares_S: Tensor, weights_P: Tensor, targ
     errors_PS, shares_S, weights_P = errors_PS.double(), shares_S.double(), weights_P.double()
     steps: list[tuple[float, int, float]] = []
     for part, (errors_S, weights) in enumerate(zip(errors_PS.tolist(), weights_P.tolist(), strict=True)):
-        corners = _convex(shares_S.tolist(), errors_S)
-        for (share, error), (next_share, next_error) in pairwise(corners):
+        points = list(zip(shares_S.tolist(), errors_S, strict=True))
+        curve = (points[index] for index in corners(points))
+        for (share, error), (next_share, next_error) in pairwise(curve):
             dropped = (next_share - share) * weights
             steps.append(((next_error - error) / dropped, part, dropped))
     counts_P = shares_S[0] * weights_P
@@ -55,19 +57,3 @@ def _rounded(shares_P: Tensor, weights_P: Tensor, target: float) -> Tensor:
     ends = [math.floor(end + 0.5) for end in (shares_P * weights_P).cumsum(0).tolist()]
     ends[-1] = due(target, int(weights_P.sum()))
     return torch.tensor([end - start for start, end in pairwise([0, *ends])], dtype=torch.int64)
-
-
-def _convex(shares: list[float], errors: list[float]) -> list[tuple[float, float]]:
-    """The corners of the convex curve from below through the points."""
-    corners: list[tuple[float, float]] = []
-    for point in zip(shares, errors, strict=True):
-        while len(corners) > 1 and _turns_down(corners[-2], corners[-1], point):
-            corners.pop()
-        corners.append(point)
-    return corners
-
-
-def _turns_down(first: tuple[float, float], middle: tuple[float, float], last: tuple[float, float]) -> bool:
-    """Whether the middle point lies above the line between the others."""
-    rise, run = last[1] - first[1], last[0] - first[0]
-    return (middle[1] - first[1]) * run >= rise * (middle[0] - first[0])

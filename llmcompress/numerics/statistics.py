@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from llmcompress.errors import CompressError, ExitCode
 from llmcompress.numerics.grid import stripes
+
+
+class Pool(Protocol):
+    """Several processes that have seen different tokens."""
+
+    @property
+    def index(self) -> int:
+        """Which of them this one is."""
+
+    def add_(self, tensor: Tensor) -> None:
+        """The sum over all of them, in place."""
+
+    def largest_(self, tensor: Tensor) -> None:
+        """The elementwise maximum over all of them, in place."""
 
 
 class Statistic(ABC):
@@ -29,6 +44,23 @@ class Statistic(ABC):
     @abstractmethod
     def is_finite(self) -> bool:
         """Whether no NaN or Inf was seen."""
+
+    def pool(self, pool: Pool) -> None:
+        """Become the statistic of the tokens that all processes have seen.
+
+        Raises: CompressError for a statistic that cannot be put together from parts.
+        """
+        raise CompressError(
+            "ranks.statistic",
+            f"a pass needs `{type(self).__name__}`, which several processes cannot add up",
+            fix="run it in one process, without torchrun",
+            exit_code=ExitCode.USAGE,
+        )
+
+    def _pool_tokens(self, pool: Pool) -> None:
+        tokens = torch.tensor([self.tokens], dtype=torch.int64)
+        pool.add_(tokens)
+        self.tokens = int(tokens)
 
 
 class Gram(Statistic):
@@ -65,6 +97,11 @@ class Gram(Statistic):
     def is_finite(self) -> bool:
         return bool(torch.isfinite(self._sum_II.diagonal()).all())
 
+    @override
+    def pool(self, pool: Pool) -> None:
+        self._pool_tokens(pool)
+        pool.add_(self._sum_II)
+
 
 class AbsMax(Statistic):
     """Largest magnitude of every channel: SmoothQuant's scale and the range of static activations."""
@@ -87,6 +124,11 @@ class AbsMax(Statistic):
     def is_finite(self) -> bool:
         return bool(torch.isfinite(self.max_I).all())
 
+    @override
+    def pool(self, pool: Pool) -> None:
+        self._pool_tokens(pool)
+        pool.largest_(self.max_I)
+
 
 class AbsMean(Statistic):
     """Mean magnitude of every channel: AWQ's measure of salience."""
@@ -107,6 +149,11 @@ class AbsMean(Statistic):
     @override
     def is_finite(self) -> bool:
         return bool(torch.isfinite(self.sum_I).all())
+
+    @override
+    def pool(self, pool: Pool) -> None:
+        self._pool_tokens(pool)
+        pool.add_(self.sum_I)
 
     @property
     def mean_I(self) -> Tensor:
@@ -133,6 +180,11 @@ class SquaredNorm(Statistic):
     @override
     def is_finite(self) -> bool:
         return bool(torch.isfinite(self.sum_I).all())
+
+    @override
+    def pool(self, pool: Pool) -> None:
+        self._pool_tokens(pool)
+        pool.add_(self.sum_I)
 
 
 class Sketch(Statistic):
@@ -161,6 +213,15 @@ class Sketch(Statistic):
     @override
     def is_finite(self) -> bool:
         return bool(torch.isfinite(self.sum_DI).all())
+
+    @override
+    def pool(self, pool: Pool) -> None:
+        self._pool_tokens(pool)
+        # all processes drew the same signs for their tokens: new ones for each process keep their sums independent
+        generator = torch.Generator().manual_seed(1 + pool.index)
+        signs_D1 = torch.randint(0, 2, (self.DRAWS, 1), generator=generator).mul_(2).sub_(1)
+        self.sum_DI *= signs_D1.to(self.sum_DI)
+        pool.add_(self.sum_DI)
 
     def output_error(self, difference_OI: Tensor) -> float:
         """An estimate of Σ over tokens and outputs of (ΔW x)²."""
@@ -196,6 +257,16 @@ class Moments(Statistic):
     @override
     def is_finite(self) -> bool:
         return bool(torch.isfinite(self._squares_I).all() and torch.isfinite(self.mean_I).all())
+
+    @override
+    def pool(self, pool: Pool) -> None:
+        tokens, mean_I = self.tokens, self.mean_I
+        sum_I = mean_I * tokens
+        self._pool_tokens(pool)
+        pool.add_(sum_I)
+        self.mean_I = sum_I / max(self.tokens, 1)
+        self._squares_I += (mean_I - self.mean_I).square() * tokens
+        pool.add_(self._squares_I)
 
     @property
     def variance_I(self) -> Tensor:

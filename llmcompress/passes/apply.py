@@ -8,18 +8,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llmcompress.calibration.homes import Home
+from llmcompress.calibration.ranks import ALONE, Ranks
+from llmcompress.calibration.settings import Experts
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.conform import conformed
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
-from llmcompress.passes.base import BlockPass, ModelPass, Pass
+from llmcompress.passes.base import PASSES, BlockPass, ModelPass, Pass
 from llmcompress.progress import Progress
 
 
@@ -71,6 +75,9 @@ class FinishedWork(Protocol):
     def restore_block(self, stage: int, index: int, block: nn.Module) -> list[SiteReport]:
         """Make the block what was kept, bit for bit; its report."""
 
+    def block_state(self, stage: int, index: int) -> Mapping[str, Tensor]:
+        """Every tensor of a kept block, mapped from its file."""
+
     def decisions(self, stage: int) -> dict[str, Tensor] | None:
         """What the stage's passes decided, if they have."""
 
@@ -106,11 +113,15 @@ def apply_passes(
     progress: Progress,
     seed: int = 0,
     keep: FinishedWork | None = None,
+    home: Home | None = None,
+    experts: Experts = "routed",
+    ranks: Ranks = ALONE,
 ) -> Compressed:
     """Apply the passes in order; the given model is changed in place where that is possible.
 
     With `keep`, finished work is restored instead of computed, and all new work is kept. Without windows (0×T) nothing
-    is measured and nothing is fed onward.
+    is measured and nothing is fed onward. `home` says where weights are while nobody uses them (None: in memory); on
+    disk they are only with `keep`.
     """
     rows: list[SiteReport] = []
     done = keep.finished_model() if keep else None
@@ -126,12 +137,18 @@ def apply_passes(
         storage_dtype=storage_dtype,
         progress=progress,
         seed=seed,
+        home=home,
+        experts=experts,
+        ranks=ranks,
     )
     cut = stages(passes)
     todo = [stage for stage in cut if done is None or stage.index > done]
     for stage in todo:
         for each in stage.passes:
             each.check(whole.map)
+            if not each.streams():
+                whole.home.require_memory(f"`{PASSES.name_of(type(each))}`")
+                ranks.require_one(f"`{PASSES.name_of(type(each))}`")
         if stage.model_pass:
             rows += stage.model_pass.apply(whole)
             _settle(whole.model, storage_dtype)
@@ -168,8 +185,11 @@ def _stream(whole: WholeModel, stage: Stage, keep: FinishedWork | None, *, label
             work.decisions = decisions
             block_rows = [row for each in stage.block_passes for row in each.run(work)]
             work.settle()
+            whole.ranks.same_tensors(work.module)
             if keep:
                 keep.save_block(stage.index, index, work.module, before, block_rows)
+        if keep:
+            whole.home.moved(work.info.name, partial(keep.block_state, stage.index, index))
         rows += block_rows
         whole.progress.step(f"{label}block {index + 1}/{count}")
     return rows

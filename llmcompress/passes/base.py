@@ -19,9 +19,9 @@ from llmcompress.model.site import LinearSite
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.registry import Registry
 
-Trait = Literal["codes", "zeros", "pattern", "factors", "shapes", "dynamic"]
+Trait = Literal["codes", "zeros", "pattern", "factors", "shapes", "dynamic", "cache", "ranges"]
 """What a pass leaves behind: integer codes, exact zeros, N:M zeros, low-rank factors, fewer rows and columns, modules
-that decide per input what they compute."""
+that decide per input what they compute, keys and values cached as codes, inputs rounded on fixed ranges."""
 
 NOTHING: Mapping[Trait, str] = MappingProxyType({})
 
@@ -55,6 +55,10 @@ class Pass(BaseModel, ABC):
         """What sites have afterwards, with these options."""
         return self.makes
 
+    def for_model(self, model_map: ModelMap) -> Self:
+        """The same pass with what it finds in the model written out: `names_after` then speaks of those names."""
+        return self
+
     def names_after(self, site: str) -> tuple[str, ...]:
         """Full names of the linears that stand there afterwards: factors have names of their own."""
         return (site,)
@@ -69,12 +73,22 @@ class Pass(BaseModel, ABC):
             return "would change weights that are codes already"
         if trait == "dynamic":
             return "needs blocks that run in full for every input; what decides per input comes last"
+        if trait == "ranges" and not (self.quantizes() or self.keeps_codes):
+            return "would change inputs that are rounded on fixed ranges"
+        if trait == "cache":
+            return "needs the attention of the dense model; what rounds its cache comes last"
         return self.spoils.get(trait)
 
     def check(self, model_map: ModelMap) -> None:
         """Whether it can work on all selected sites of that model, asked before any of them is touched.
 
         Raises: CompressError when it cannot.
+        """
+
+    def check_packages(self) -> None:
+        """Whether the optional packages that it needs are there, asked of all passes before any work.
+
+        Raises: CompressError saying how to install them.
         """
 
     def quantizes(self) -> bool:
@@ -84,6 +98,10 @@ class Pass(BaseModel, ABC):
     @abstractmethod
     def uses_data(self) -> bool:
         """Whether calibration windows are needed."""
+
+    def streams(self) -> bool:
+        """Whether it never needs more than one block in memory, so that the weights may stay on disk."""
+        return False
 
 
 class BlockPass(Pass):
@@ -140,6 +158,10 @@ class BlockPass(Pass):
     @abstractmethod
     def needs(self) -> tuple[type[Statistic], ...]:
         """Which statistics of the inputs `apply` reads; empty for a pass that needs no data."""
+
+    def streams(self) -> bool:
+        """Yes, unless the blocks become others; a pass that decides with the whole model resident overrides this."""
+        return not self.changes_sites
 
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
         """What `apply` must know about all blocks, as `block.decisions`. Kept, so a killed run does not repeat it.

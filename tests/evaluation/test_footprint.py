@@ -115,7 +115,15 @@ def test_a_saved_model_of_any_family_counts_as_the_live_one(family: str, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "schemes", [["int4_g32"], ["int8_channel_a8token"], ["int4_g32_asym"], ["int3_g32", "int8_g32_asym"]], ids=str
+    "schemes",
+    [
+        ["mxfp4", "nvfp4", "fp8_tensor"],
+        ["int4_g32"],
+        ["int8_channel_a8token"],
+        ["int4_g32_asym"],
+        ["int3_g32", "int8_g32_asym"],
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("zero_points", ["folded", "packed"])
 def test_codes_in_a_compressed_tensors_folder_count_as_what_they_stand_for(

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from llmcompress.model.rotation import untie
 from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.modules.rounded_inputs import fixed_scale
 from llmcompress.modules.scheme import named_scheme
 from llmcompress.numerics.grid import fit, round_to_codes
 from tests.families import tiny_model, tiny_tokens
@@ -26,9 +28,9 @@ from transformers import AutoModelForCausalLM
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
 found = {}
-for name, folder in json.loads(sys.argv[1]).items():
+for name, (folder, dtypes) in json.loads(sys.argv[1]).items():
     ids = torch.load(folder + "/ids.pt")
-    for dtype in ("auto", "float32"):
+    for dtype in dtypes:
         options = {"dtype": dtype, "attn_implementation": "eager", "output_loading_info": True}
         model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
         with torch.no_grad():
@@ -67,9 +69,20 @@ def quantize(model: nn.Module, schemes: Sequence[str]) -> None:
         fitted = fit(weight_OI.float(), scheme.weights, scale_dtype=torch.bfloat16)
         bias_O = None if old.bias is None else old.bias.detach().clone()
         scale = torch.tensor([0.046875]) if scheme.activations == "tensor" else None
+        if scheme.measures_inputs and scheme.activations == "group":
+            scale = fixed_scale(torch.tensor(5.0), scheme)
         parent, _, leaf = name.rpartition(".")
         site = QuantLinear.from_fitted(scheme, round_to_codes(weight_OI.float(), fitted), fitted, bias_O, scale)
         setattr(model.get_submodule(parent), leaf, site)
+
+
+def quantize_head(model: PreTrainedModel, name: str) -> None:
+    """Round the head too, in place; a tied one gets a table of its own."""
+    untie(model)
+    scheme, head = named_scheme(name), model.get_output_embeddings()
+    fitted = fit(head.weight.detach().float(), scheme.weights, scale_dtype=torch.bfloat16)
+    codes_OI = round_to_codes(head.weight.detach().float(), fitted)
+    model.set_output_embeddings(QuantLinear.from_fitted(scheme, codes_OI, fitted, None))
 
 
 @torch.no_grad()
@@ -83,8 +96,10 @@ def logits(model: PreTrainedModel, ids: Tensor, dtype: torch.dtype) -> Tensor:
     return found
 
 
-def load_in_fresh_process(folders: dict[str, Path], families: dict[str, str]) -> dict[str, list[str]]:
-    """Load every folder with both dtypes in one process that knows nothing of ours; the keys that did not fit.
+def load_in_fresh_process(
+    folders: dict[str, Path], families: dict[str, str], dtypes: dict[str, tuple[str, ...]]
+) -> dict[str, list[str]]:
+    """Load every folder with its dtypes in one process that knows nothing of ours; the keys that did not fit.
 
     Logits lie in `auto.pt` and `float32.pt` of each folder.
     """
@@ -92,7 +107,12 @@ def load_in_fresh_process(folders: dict[str, Path], families: dict[str, str]) ->
         torch.save(tiny_tokens(families[name]), folder / "ids.pt")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-c", LOADER, json.dumps({name: str(folder) for name, folder in folders.items()})],
+        [
+            sys.executable,
+            "-c",
+            LOADER,
+            json.dumps({name: (str(folder), dtypes[name]) for name, folder in folders.items()}),
+        ],
         env={**environment, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         cwd=next(iter(folders.values())).parent,
         capture_output=True,

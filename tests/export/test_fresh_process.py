@@ -12,7 +12,7 @@ import transformers
 
 from llmcompress.export.compressed_tensors import save_compressed_tensors
 from llmcompress.export.plain import save_plain
-from tests.export.quantized import load_in_fresh_process, logits, quantized_model
+from tests.export.quantized import load_in_fresh_process, logits, quantize_head, quantized_model
 from tests.families import tiny_tokens
 
 
@@ -25,6 +25,10 @@ class Case:
     exact: tuple[str, ...] = ("auto", "float32")
     """Dtypes for which the logits are equal bit for bit; others within rounding of the weights to bfloat16."""
     config: dict[str, Any] = field(default_factory=dict)
+    dtypes: tuple[str, ...] = ("auto", "float32")
+    """Dtypes that stock loaders can be asked for."""
+    head: str | None = None
+    """Scheme of the head."""
 
 
 def _weight_only() -> dict[str, Case]:
@@ -35,8 +39,22 @@ def _weight_only() -> dict[str, Case]:
 # rounded to bfloat16 when multiplied out, so a float32 loader sees the rounding
 DENSE = ("auto",)
 
+# its decompressor knows bfloat16 alone, and another dtype fails loudly
+BFLOAT16 = ("auto",)
+
 CASES = {
     **_weight_only(),
+    "wide integers": Case("llama", ("int5_g32", "int6_channel", "int7_g32_asym", "int6_g32_a8token")),
+    "fp8": Case("llama", ("fp8_channel", "fp8_g32", "fp8_tensor")),
+    "fp8, rounded inputs": Case("llama", ("fp8_channel_a8token", "fp8_tensor_a8tensor", "fp8_g32_a8token")),
+    "fp8, flat inputs": Case("opt", ("fp8_channel_a8token",)),
+    "fp8 of falcon": Case("falcon", ("fp8_channel",)),
+    "mxfp4": Case("llama", ("mxfp4",), dtypes=BFLOAT16),
+    "mx with rounded inputs": Case("llama", ("mxfp8_a", "mxfp4_a"), dtypes=BFLOAT16),
+    "nvfp4 and others": Case("llama", ("nvfp4", "int4_g32", "mxfp8", "fp8_channel"), dtypes=BFLOAT16),
+    "mxfp4 of falcon": Case("falcon", ("mxfp4",), exact=DENSE),
+    "head": Case("llama", ("int4_g32",), head="int8_channel"),
+    "tied head": Case("llama_gqa", ("fp8_channel",), head="int4_g32"),
     "wider group than the row": Case("llama_gqa", ("int4_g128",)),
     "per token": Case("llama_gqa", ("int8_channel_a8token",)),
     "per token, asymmetric": Case("qwen3", ("int8_channel_asym_a8token",)),
@@ -73,6 +91,8 @@ def loaded(tmp_path_factory) -> tuple[dict[str, Path], dict[str, list[str]]]:
     folders = {name: root / str(number) for number, name in enumerate(CASES)}
     for name, case in CASES.items():
         model = quantized_model(case.family, case.schemes, **case.config)
+        if case.head:
+            quantize_head(model, case.head)
         save = save_plain if case.plain else save_compressed_tensors
         before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
         save(model, folders[name], storage_dtype=case.storage, max_shard_size="60KB" if case.plain else "5GB")
@@ -80,14 +100,15 @@ def loaded(tmp_path_factory) -> tuple[dict[str, Path], dict[str, list[str]]]:
         ids = tiny_tokens(case.family)
         expected = {"float32": logits(model, ids, torch.float32), "auto": logits(model, ids, case.storage)}
         torch.save(expected, folders[name].with_suffix(".pt"))
-    return folders, load_in_fresh_process(folders, {name: case.family for name, case in CASES.items()})
+    families = {name: case.family for name, case in CASES.items()}
+    return folders, load_in_fresh_process(folders, families, {name: case.dtypes for name, case in CASES.items()})
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_fresh_process_computes_the_same_logits(loaded, name):
     folder = loaded[0][name]
     expected = torch.load(folder.with_suffix(".pt"))
-    for dtype in ("auto", "float32"):
+    for dtype in CASES[name].dtypes:
         found = torch.load(folder / f"{dtype}.pt")
         assert found.dtype == expected[dtype].dtype
         if dtype in CASES[name].exact:
@@ -98,7 +119,7 @@ def test_fresh_process_computes_the_same_logits(loaded, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_tensor_of_the_folder_is_used_and_none_is_missing(loaded, name):
-    assert not loaded[1][f"{name} auto"] and not loaded[1][f"{name} float32"]
+    assert not any(loaded[1][f"{name} {dtype}"] for dtype in CASES[name].dtypes)
 
 
 def test_the_loading_process_never_imported_us(loaded):

@@ -45,6 +45,17 @@ for folder in json.loads(sys.argv[1]):
 """
 
 CASES = {
+    "floats of four bits": ("llama_gqa", "[{rtn: {scheme: nf4_g32, overrides: {'*.up_proj': {scheme: fp4_channel}}}}]"),
+    "two levels of scales": ("qwen3", "[{rtn: {scheme: nvfp4, on_indivisible: pad}}]"),
+    "rounded inputs": ("llama", "[{rtn: {scheme: nvfp4_a, overrides: {'*.up_proj': {scheme: fp8e5m2_g32_a8tensor}}}}]"),
+    "powers of two in float32": ("llama", "[{gptq: {scheme: mxfp4_a}}]"),
+    "one table for embedding and head": ("gemma2", "[{embeddings: {embedding: nvfp4, head: nvfp4}}]"),
+    "tables of their own": ("llama_gqa", "[{embeddings: {embedding: int5_g32, head: mxfp8_a, tied: untie}}]"),
+    "embedding alone": ("gpt2", "[{embeddings: {embedding: fp8_tensor, head: null, tied: untie}}]"),
+    "codes and a table": (
+        "opt",
+        "[{awq: {scheme: int3_g32}}, {embeddings: {embedding: int6_channel, head: int6_channel}}]",
+    ),
     "factors": ("llama_gqa", "[{svd: {ratio: 0.2}}]"),
     "factors of a Conv1D": ("gpt2", "[{svd: {ratio: 0.2}}]"),
     "factors with a bias": ("opt", "[{svd: {ratio: 0.2}}]"),

@@ -5,14 +5,24 @@ import torch
 from torch.nn import functional
 
 from llmcompress.errors import CompressError
-from llmcompress.modules.quant_linear import QuantLinear, round_activations
+from llmcompress.modules.packed import PackedLinear
+from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.modules.rounded_inputs import fixed_scale, round_activations
 from llmcompress.modules.scheme import named_scheme
 from llmcompress.numerics.grid import fit, restore, round_to_codes
 
 NAMES = [
-    f"int{bits}_{size}{asym}" for bits in (2, 3, 4, 8) for size in ("channel", "g8", "g32") for asym in ("", "_asym")
+    f"int{bits}_{size}{asym}" for bits in range(2, 9) for size in ("channel", "g8", "g32") for asym in ("", "_asym")
 ]
 NAMES += ["int8_channel_a8token", "int8_channel_a8tensor"]
+NAMES += [
+    f"{fp8}_{size}{a8}"
+    for fp8 in ("fp8", "fp8e5m2")
+    for size in ("g8", "channel", "tensor")
+    for a8 in ("", "_a8token", "_a8tensor")
+]
+NAMES += ["fp4_channel", "fp4_g16", "nf4_g8", "nf4_channel"]
+NAMES += [f"{fixed}{a}" for fixed in ("mxfp4", "mxfp8", "nvfp4") for a in ("", "_a")]
 
 
 def make(name: str, inputs: int = 43, dtype: torch.dtype = torch.float32) -> QuantLinear:
@@ -20,7 +30,7 @@ def make(name: str, inputs: int = 43, dtype: torch.dtype = torch.float32) -> Qua
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(5, inputs, generator=generator)
     fitted = fit(weight, scheme.weights, scale_dtype=dtype)
-    scale = torch.tensor([0.0234375]) if scheme.activations == "tensor" else None
+    scale = fixed_scale(torch.tensor(2.98828125), scheme) if scheme.measures_inputs else None
     return QuantLinear.from_fitted(
         scheme, round_to_codes(weight, fitted), fitted, torch.randn(5, generator=generator), scale
     )
@@ -31,10 +41,59 @@ def test_names_read_back(name: str) -> None:
     assert named_scheme(name).name == name
 
 
-@pytest.mark.parametrize("name", ["int4", "int5_g32", "int4_g0", "int4_g32_a4token", "fp8", "int4_asym_g32", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "int4",
+        "int9_g32",
+        "int4_g0",
+        "int4_tensor",
+        "fp8_g8_asym",
+        "fp4_tensor",
+        "fp4_g8_a8token",
+        "mxfp4_g32",
+        "nvfp4_a8token",
+        "int4_g32_a4token",
+        "fp8",
+        "int4_asym_g32",
+        "",
+    ],
+)
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(CompressError, match="is not a quantization scheme"):
         named_scheme(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("int4_128", "int4_g128"), ("fp8_chanel", "fp8_channel"), ("mxfp5", "mxfp"), ("nf4_64", "nf4_g64")],
+)
+def test_the_nearest_name_is_offered(name: str, meant: str) -> None:
+    with pytest.raises(CompressError) as raised:
+        named_scheme(name)
+    assert raised.value.fix and f"did you mean '{meant}" in raised.value.fix
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_codes_and_scales_come_back_bit_for_bit(name: str, dtype: torch.dtype) -> None:
+    linear = make(name, dtype=dtype).to(dtype)
+    packed = PackedLinear.empty(QuantLinear.from_spec(linear.spec(), dtype))
+    packed.load_state_dict(PackedLinear.pack(linear).state_dict(), strict=True)
+    again = packed.unpack()
+    assert torch.equal(again.dense_weight(), linear.dense_weight())
+    x = torch.randn(2, 3, 43, generator=torch.Generator().manual_seed(1)).to(dtype)
+    assert torch.equal(again(x), linear(x))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_bytes_are_those_of_bits_per_weight(name: str) -> None:
+    linear = make(name, inputs=64, dtype=torch.bfloat16).to(torch.bfloat16)
+    tensors = PackedLinear.pack(linear).state_dict()
+    size = sum(t.numel() * t.element_size() for key, t in tensors.items() if key not in ("bias", "input_scale"))
+    zeros = tensors["zero_point"].numel() if "zero_point" in tensors else 0  # a byte each in the file
+    bits = linear.scheme.bits_per_weight(5, 64, 16) * 5 * 64
+    assert size * 8 == round(bits) + zeros * (8 - linear.scheme.weights.bits)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -63,6 +122,10 @@ def test_bits_per_weight_count_scales_and_zero_points() -> None:
     assert named_scheme("int4_g32").bits_per_weight(64, 64, 16) == 4.5
     assert named_scheme("int4_g32_asym").bits_per_weight(64, 64, 16) == 4.625
     assert named_scheme("int8_channel").bits_per_weight(64, 64, 16) == 8.25
+    assert named_scheme("fp8_tensor").bits_per_weight(64, 64, 16) == 8 + 16 / 4096
+    assert named_scheme("mxfp4").bits_per_weight(64, 64, 16) == 4.25
+    assert named_scheme("nvfp4").bits_per_weight(64, 64, 16) == 4.5 + 32 / 4096
+    assert named_scheme("nf4_g64").bits_per_weight(64, 64, 16) == 4.25
     assert named_scheme("int4_g32").bits_per_weight(64, 43, 16) == 4 + 16 * 2 / 43  # a ragged last group has a scale
 
 

@@ -79,7 +79,7 @@ def test_ranks_are_whole_steps_or_the_matrix_itself(step: int) -> None:
 
 
 def test_a_budget_below_the_least_ranks_is_refused() -> None:
-    with pytest.raises(ValueError, match="the least ranks need"):
+    with pytest.raises(ValueError, match="the least options need"):
         allocate_ranks(matrices(0), 3)
 
 

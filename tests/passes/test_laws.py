@@ -143,8 +143,11 @@ def test_awq_scales_then_gptq_rounding_equals_gptq_on_the_scaled_weights() -> No
 
 SELECTING = [name for name in PASSES if issubclass(PASSES[name], BlockPass)]
 NEEDED: dict[str, dict[str, Any]] = {
+    "outlier_suppression": {"scheme": "int8_channel_a8token"},
     "low_rank_correction": {"quantizer": {"rtn": {"scheme": "int4_g32"}}},
+    "mixed_precision": {"schemes": ("int3_g32", "int4_g32"), "bits": 4.5},
     "tucker": {"sites": ("*.self_attn.*",), "exclude": ("*.0.*",)},
+    "bnb_nf4": {"exclude": ("*.0.*", "*.down_proj")},
 }
 """Options without which a pass refuses a tiny model."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ def weight_only_scheme(name: str | None) -> str | None:
     Raises: ValueError when it would round activations too; CompressError when there is no such scheme.
     """
     if name is not None and named_scheme(name).activations:
-        raise ValueError(f"factors round weights only: write {name.partition('_a8')[0]!r}")
+        raise ValueError(f"factors round weights only: write {replace(named_scheme(name), activations=None).name!r}")
     return name
 
 

@@ -12,6 +12,7 @@ from llmcompress.calibration.stream import BlockWork
 from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.modules.scheme import DESCRIPTION
 from llmcompress.numerics.low_rank import relative_output_error
 from llmcompress.numerics.statistics import Gram, Statistic
 from llmcompress.passes.base import PASSES, Trait
@@ -46,7 +47,7 @@ class Caldera(QuantizingPass):
 
     sitewise: ClassVar[bool] = False
 
-    scheme: str = Field("int2_g64", description="of the codes: int{2,3,4,8}_{gN|channel}[_asym]")
+    scheme: str = Field("int2_g64", description=f"of the codes: {DESCRIPTION}")
     rank: int = Field(64, ge=0, description="of the branch; 0: gptq alone")
     iterations: int = Field(10, ge=1, le=100, description="turns of branch and codes after the first candidate")
     factor_scheme: str | None = Field(

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, Self
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.lookup import row_multiplier
 from llmcompress.model.map import ModelMap
 from llmcompress.model.rotation import untie
 from llmcompress.modules.base import CompressedModule
@@ -99,7 +98,7 @@ class TensorGPT(ModelPass):
             return [_row(whole.map.embedding, embedding, degraded=why)]
         lost = float((compose(cores) - table_VD).double().square().sum() / table_VD.double().square().sum())
         cores = [core.to(embedding.weight.dtype) for core in cores]
-        train = TensorTrainEmbedding(cores, _scale(model, embedding))
+        train = TensorTrainEmbedding(cores, row_multiplier(model, embedding))
         head = model.get_output_embeddings()
         if tied:
             untie(model)
@@ -135,22 +134,3 @@ class TensorGPT(ModelPass):
 def _row(name: str, module: nn.Module, **facts: float | str | None) -> SiteReport:
     parameters = sum(parameter.numel() for parameter in module.parameters())
     return SiteReport(site=name, algorithm="tensorgpt", parameters=parameters, **facts)  # type: ignore[arg-type]
-
-
-@torch.no_grad()
-def _scale(model: PreTrainedModel, embedding: nn.Embedding) -> float:
-    """What the embedding's class multiplies its rows by; found by looking some up.
-
-    Raises: CompressError when it does something else with them.
-    """
-    ids = torch.arange(min(8, embedding.num_embeddings), device=embedding.weight.device)
-    rows, seen = embedding.weight[ids].float(), embedding(ids).float()
-    scale = float((rows * seen).sum() / rows.square().sum()) if bool(rows.any()) else 1.0
-    if not torch.allclose(seen, scale * rows, rtol=2e-2, atol=1e-3 * float(seen.abs().max())):
-        raise CompressError(
-            "tensorgpt.no-embedding",
-            f"{type(embedding).__name__} does more than look rows up",
-            where=type(model).__name__,
-            fix="this family's embedding cannot be replaced",
-        )
-    return 1.0 if torch.equal(seen, rows) else scale

@@ -42,6 +42,10 @@ class MaskPass(BlockPass):
         """True where a weight of the site is dropped, O×I on the CPU."""
 
     @override
+    def streams(self) -> bool:
+        return False
+
+    @override
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
         sites = [site for site in whole.sites() if self.selects(site.name)]
         if not sites:

@@ -13,7 +13,7 @@ from llmcompress.calibration.stream import BlockWork
 from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import ModelMap
 from llmcompress.model.site import LinearSite
-from llmcompress.modules.scheme import Scheme, named_scheme
+from llmcompress.modules.scheme import DESCRIPTION, Scheme, named_scheme
 from llmcompress.numerics.columns import (
     DropLowest,
     InverseFactor,
@@ -60,7 +60,7 @@ class SparseGPT(SparsePass):
     damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to the Gram matrix")
     block: int = Field(128, ge=1, description="columns among which weights are compared, and of one lazy update")
     repair_steps: int = Field(2, ge=0, le=100, description="without a scheme: steps that move all kept weights again")
-    scheme: str | None = Field(None, description="also round: int{2,3,4,8}_{gN|channel}[_asym][_a8token|_a8tensor]")
+    scheme: str | None = Field(None, description=f"also round: {DESCRIPTION}")
     range: RangeSearch = Field("mse", description="with a scheme: how ranges are found, as in gptq")
     on_indivisible: OnIndivisible = Field("error", description="with a scheme: inputs that do not divide, as in gptq")
 
@@ -84,7 +84,7 @@ class SparseGPT(SparsePass):
     def needs(self) -> tuple[type[Statistic], ...]:
         """The Gram matrix of every input, and the largest input where activations get a fixed scale."""
         schemes = [self.scheme, *(options.get("scheme") for options in self.overrides.values())]
-        static = any(name and named_scheme(name).activations == "tensor" for name in schemes)
+        static = any(name and named_scheme(name).measures_inputs for name in schemes)
         return (Gram, AbsMax) if static else (Gram,)
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -13,8 +13,8 @@ from llmcompress.calibration.stream import BlockWork
 from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import Fold
 from llmcompress.model.site import LinearSite
-from llmcompress.modules.scheme import Scheme
-from llmcompress.numerics.grid import Fitted, Grid, fit, restore, round_to_codes, row_errors
+from llmcompress.modules.scheme import DESCRIPTION, Scheme
+from llmcompress.numerics.grid import Fitted, Grid, fit, lesser, restore, round_to_codes, row_errors
 from llmcompress.numerics.scaling import search_factors
 from llmcompress.numerics.statistics import AbsMean, Gram, Statistic
 from llmcompress.passes.base import PASSES, Trait
@@ -32,8 +32,9 @@ class AWQ(QuantizingPass):
     """
 
     sitewise: ClassVar[bool] = False
+    spoils: ClassVar[Mapping[Trait, str]] = {"ranges": "would scale inputs that are rounded on fixed ranges"}
 
-    scheme: str = Field("int4_g128_asym", description="int{2,3,4,8}_{gN|channel}[_asym][_a8token|_a8tensor]")
+    scheme: str = Field("int4_g128_asym", description=DESCRIPTION)
     points: int = Field(20, ge=1, le=200, description="exponents tried per fold, 0 included")
     clip: bool = Field(True, description="shrink each group's range to the least output error")
     round: bool = Field(True, description="false: only scale, and leave rounding to a later pass")
@@ -119,12 +120,7 @@ def _clipped_where_better(weight_OI: Tensor, whole: Fitted, gram_II: Tensor, sca
     error_O, clipped_error_O = (
         row_errors(restore(round_to_codes(weight_OI, each), each) - weight_OI, gram_II) for each in (whole, clipped)
     )
-    better_O1 = (clipped_error_O < error_O)[:, None]
-    return Fitted(
-        whole.grid,
-        torch.where(better_O1, clipped.scale_OG, whole.scale_OG),
-        torch.where(better_O1, clipped.zero_OG, whole.zero_OG),
-    )
+    return lesser(clipped, whole, clipped_error_O[:, None], error_O[:, None])
 
 
 def _rounder(grid: Grid, scale_dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

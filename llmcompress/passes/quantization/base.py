@@ -1,4 +1,4 @@
-"""What all passes that end in integer codes share: the scheme, its exceptions, the finished module, its report row."""
+"""What all passes that end in codes share: the scheme, its exceptions, the finished module, its report row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import ModelMap
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.quant_linear import QuantLinear
-from llmcompress.modules.scheme import Scheme, named_scheme
+from llmcompress.modules.rounded_inputs import fixed_scale
+from llmcompress.modules.scheme import DESCRIPTION, Scheme, named_scheme
 from llmcompress.numerics.grid import Fitted, output_error, restore
 from llmcompress.numerics.statistics import AbsMax, Gram, Statistic
 from llmcompress.passes.base import BlockPass, Trait
@@ -20,14 +21,14 @@ from llmcompress.passes.quantization.resolve import resolve_scheme, site_schemes
 
 
 class QuantizingPass(BlockPass):
-    """A pass that replaces its sites by integer codes and scales."""
+    """A pass that replaces its sites by codes and scales."""
 
     makes: ClassVar[frozenset[Trait]] = frozenset({"codes"})
 
     sitewise: ClassVar[bool] = True
     """Whether it leaves codes and nothing else changed, site by site: such a pass can serve inside another one."""
 
-    scheme: str = Field("int4_g128", description="int{2,3,4,8}_{gN|channel}[_asym][_a8token|_a8tensor]")
+    scheme: str = Field("int4_g128", description=DESCRIPTION)
     on_indivisible: Literal["error", "skip", "channel", "pad"] = Field(
         "error",
         description="for sites whose inputs do not divide into groups: refuse, leave dense, one scale a row, ragged",
@@ -55,16 +56,16 @@ class QuantizingPass(BlockPass):
 
     def activation_statistics(self) -> tuple[type[Statistic], ...]:
         """Static activation scales need the largest input."""
-        static = any(named_scheme(name).activations == "tensor" for name in self.schemes())
-        return (AbsMax,) if static else ()
+        return (AbsMax,) if any(named_scheme(name).measures_inputs for name in self.schemes()) else ()
 
 
 def put_codes(site: LinearSite, scheme: Scheme, codes_OI: Tensor, fitted: Fitted) -> None:
     """Replace the site by its quantized self; static activations get the scale their largest input asks for."""
     input_scale = None
-    if scheme.activations == "tensor":
-        largest = site.statistic(AbsMax).max_I.max().reshape(1) / 127.5
-        rounded = largest.to(site.storage_dtype).float()
+    if scheme.measures_inputs:
+        input_scale = fixed_scale(site.statistic(AbsMax).max_I.max(), scheme)
+    if input_scale is not None and scheme.activations == "tensor":
+        rounded = input_scale.to(site.storage_dtype).float()
         input_scale = torch.where(rounded > 0, rounded, torch.ones_like(rounded))
     site.replace(QuantLinear.from_fitted(scheme, codes_OI, fitted, site.bias_O, input_scale))
 

@@ -111,7 +111,7 @@ class GPTQ(QuantizingPass):
         diagonal_I = gram.sum_II.diagonal()
         order_I = diagonal_I.argsort(descending=True, stable=True) if self.act_order else None
         visit_I = torch.arange(len(diagonal_I), device=diagonal_I.device) if order_I is None else order_I
-        return _Visit(order_I, visit_I, inverse_factor(gram.sum_II[visit_I][:, visit_I], self.damping))
+        return _Visit(order_I, visit_I, inverse_factor(gram.sum_II, self.damping, order_I))
 
     def _quantize(
         self, weight_OI: Tensor, grid: Grid, gram: Gram, visit: _Visit, site: LinearSite

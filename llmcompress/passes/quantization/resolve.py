@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import gcd
 from typing import Literal, Protocol, runtime_checkable
 
@@ -45,7 +45,7 @@ class Indivisible:
 def resolve_scheme(pass_for_site: HasScheme, site_name: str, inputs: int) -> Scheme | None:
     """The scheme a site gets: the one asked for, or what `on_indivisible` says instead (None: it stays dense).
 
-    `channel` keeps the bits and takes one scale per row; `pad` keeps the scheme, and the last group is shorter.
+    `channel` keeps the numbers and takes one scale per row; `pad` keeps the scheme, and the last group is shorter.
 
     Raises: CompressError when the inputs do not divide and the pass says `error`.
     """
@@ -57,8 +57,8 @@ def resolve_scheme(pass_for_site: HasScheme, site_name: str, inputs: int) -> Sch
         return scheme
     if pass_for_site.on_indivisible == "skip":
         return None
-    if pass_for_site.on_indivisible == "channel":
-        return replace(scheme, weights=replace(scheme.weights, group=None))
+    if pass_for_site.on_indivisible == "channel" and scheme.activations != "group":
+        return scheme.with_group(None)
     raise indivisible_error([Indivisible(site_name, inputs, scheme)])
 
 
@@ -97,10 +97,10 @@ def indivisible_error(found: Sequence[Indivisible]) -> CompressError:
     """One error for all sites that do not divide, with every way out."""
     rows = Counter(f"{re.sub(_NUMBER, '*', row.site)}: {row.inputs} inputs, {row.scheme.name}" for row in found)
     scheme, group = found[0].scheme, found[0].scheme.weights.group or 0
-    fixes = [f"`scheme: {replace(scheme, weights=replace(scheme.weights, group=None)).name}`"]
+    fixes = [f"`scheme: {scheme.with_group(None).name}`"]
     smaller = _largest_group(group, [row.inputs for row in found])
     if smaller > 1:
-        fixes.insert(0, f"`scheme: {replace(scheme, weights=replace(scheme.weights, group=smaller)).name}`")
+        fixes.insert(0, f"`scheme: {scheme.with_group(smaller).name}`")
     leaves = sorted({f'"*.{row.site.rpartition(".")[2]}"' for row in found})
     fixes += [
         f"leave these sites dense with `exclude: [{', '.join(leaves)}]`",

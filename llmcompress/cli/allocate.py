@@ -1,0 +1,65 @@
+"""`llmcompress allocate`: decide the schemes of sites, and write them as an ordinary recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from llmcompress.cli.output import json_option, print_json, quiet_libraries
+from llmcompress.errors import CompressError, ExitCode
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option(
+    "--recipe", "recipe_file", metavar="FILE", required=True, type=click.Path(path_type=Path), help="Your recipe."
+)
+@click.option("-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="Write there, not to stdout.")
+@click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, help="Change the recipe first. Repeatable.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
+@json_option
+def allocate(
+    model: str | None,
+    recipe_file: Path,
+    output: Path | None,
+    settings: tuple[str, ...],
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Decide the `mixed_precision` of a recipe for MODEL and write the recipe with ordinary overrides instead.
+
+    \b
+    Examples:
+      llmcompress allocate builtin:books-llama --recipe configs/tiny/mixed-precision.yaml
+      llmcompress allocate --recipe mixed.yaml -o decided.yaml --set passes.mixed_precision.bits=3.0
+    """
+    if output is not None and output.exists() and not overwrite:
+        raise CompressError(
+            "output.exists", f"{output} exists", fix="give another FILE, or add --overwrite", exit_code=ExitCode.USAGE
+        )
+    quiet_libraries()
+    from llmcompress.cli.terminal import TerminalProgress
+    from llmcompress.recipe import read_recipe
+
+    with TerminalProgress() as progress:
+        progress.stage("starting", 0)
+        from llmcompress.allocate import allocate as decide
+
+        decided = decide(model, read_recipe(recipe_file, settings=settings), progress=progress)
+    if output is not None:
+        try:
+            output.write_text(decided.to_yaml(), encoding="utf-8")
+        except OSError as problem:
+            raise CompressError(
+                "output.unwritable",
+                f"cannot write {output}: {problem.strerror}",
+                fix="give another FILE",
+                exit_code=ExitCode.USAGE,
+            ) from None
+    if as_json:
+        print_json(decided.model_dump(mode="json"))
+    elif output is None:
+        click.echo(decided.to_yaml(), nl=False)
+    else:
+        click.echo(str(output))

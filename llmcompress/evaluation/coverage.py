@@ -1,0 +1,28 @@
+"""Whether calibration reached every expert: a router sends each its own share of the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.map import ModelMap
+
+
+def coverage_warnings(rows: Iterable[SiteReport], model_map: ModelMap) -> list[str]:
+    """One line when linears of experts were measured on fewer tokens than they have inputs.
+
+    With fewer tokens than inputs nothing is known of some directions, and rounding is as free there as without data.
+    The tokens of each are in its report row.
+    """
+    inputs = {block.full(site.name): site.inputs for block in model_map.blocks for site in block.structure.sites}
+    seen = {row.site: row.tokens for row in rows if row.tokens is not None and ".experts." in row.site}
+    few = {site: tokens for site, tokens in seen.items() if tokens < inputs.get(site, 0)}
+    if not few:
+        return []
+    least = min(few, key=few.__getitem__)
+    line = (
+        f"{len(few)} of {len(seen)} linears of experts saw fewer calibration tokens than they have inputs (fewest: "
+        f"{least}, {few[least]} tokens for {inputs[least]} inputs): use more `calibration.samples`, or "
+        "`calibration.experts: all` where the router is to blame"
+    )
+    return [line]

@@ -1,0 +1,128 @@
+"""Banks of experts, which transformers 5 keeps in two tensors, taken apart into linears; and put together again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from llmcompress.model.skeleton import put_module
+from llmcompress.model.stock import stock_outline
+from llmcompress.modules.experts import UnfusedExperts
+
+_MAJOR = int(transformers.__version__.split(".")[0])
+_GATE_UP, _DOWN = "gate_up_proj", "down_proj"
+_TOKENS = 8
+
+
+@torch.no_grad()
+def unfuse_experts(model: PreTrainedModel) -> list[str]:
+    """Replace every bank that is understood, in place; the weights are views of the bank's. Names of the banks.
+
+    A bank is left as it is where it has biases or another layout, where a checkpoint does not hold its experts one by
+    one, or where the linears compute something else than the bank (tried, if its weights are there).
+    """
+    if _MAJOR < 5:
+        return []
+    replaced = []
+    for name, bank in list(model.named_modules()):
+        experts = _taken_apart(model, name, bank)
+        if experts is not None:
+            put_module(model, name, experts)
+            replaced.append(name)
+    return replaced
+
+
+@torch.no_grad()
+def fuse_dense_experts(model: PreTrainedModel) -> None:
+    """Make banks again of experts that are all ordinary linears, so that the model is the stock one there."""
+    found = {name: part for name, part in model.named_modules() if isinstance(part, UnfusedExperts)}
+    dense = {name: part for name, part in found.items() if _is_dense(part)}
+    if not dense:
+        return
+    stock = stock_outline(model)
+    for name, experts in dense.items():
+        bank = stock.get_submodule(name)
+        gate, up, down = experts.names
+        both = [torch.cat([_weight(each, gate), _weight(each, up)]) for each in experts]
+        bank._parameters[_GATE_UP] = nn.Parameter(torch.stack(both), requires_grad=False)
+        bank._parameters[_DOWN] = nn.Parameter(torch.stack([_weight(each, down) for each in experts]), False)
+        put_module(model, name, bank.train(experts.training))
+
+
+def _is_dense(experts: UnfusedExperts) -> bool:
+    sizes = {(experts.hidden, experts.inner), (experts.inner, experts.hidden)}
+    return all(
+        type(part) is nn.Linear and part.bias is None and (part.in_features, part.out_features) in sizes
+        for each in experts
+        for part in each.children()
+    )
+
+
+def _weight(expert: nn.Module, name: str) -> Tensor:
+    return expert.get_parameter(f"{name}.weight").detach()
+
+
+def _taken_apart(model: PreTrainedModel, name: str, bank: Any) -> UnfusedExperts | None:
+    parameters = dict(bank.named_parameters(recurse=False))
+    if set(parameters) != {_GATE_UP, _DOWN} or any(parameter.dim() != 3 for parameter in parameters.values()):
+        return None
+    both, down = parameters[_GATE_UP], parameters[_DOWN]
+    count, hidden, inner = down.shape
+    if both.shape != (count, 2 * inner, hidden) or not getattr(bank, "is_concatenated", True):
+        return None
+    names = _names_on_disk(model, name, count)
+    activation = _activation(getattr(bank, "act_fn", None))
+    if names is None or activation is None:
+        return None
+    with torch.device("meta"):
+        experts = UnfusedExperts(count, hidden, inner, names, activation, both.dtype)
+    for index, expert in enumerate(experts):
+        views = (both[index, :inner], both[index, inner:], down[index])
+        for leaf, view in zip(names, views, strict=True):
+            expert.get_submodule(leaf)._parameters["weight"] = nn.Parameter(view.detach(), requires_grad=False)
+    experts.train(bank.training)
+    return experts if both.is_meta or _agree(bank, experts, both) else None
+
+
+def _agree(bank: Callable[..., Tensor], experts: UnfusedExperts, like: Tensor) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    x_NH = torch.randn(_TOKENS, experts.hidden, generator=generator).to(like)
+    chosen_NK = torch.rand(_TOKENS, len(experts), generator=generator).argsort(1)[:, :2].to(like.device)
+    weights_NK = torch.rand(chosen_NK.shape, generator=generator).to(like)
+    expected_NH = bank(x_NH, chosen_NK, weights_NK).float()
+    found_NH = experts(x_NH, chosen_NK, weights_NK).float()
+    return bool((found_NH - expected_NH).abs().max() <= 0.01 * expected_NH.abs().max())
+
+
+def _names_on_disk(model: PreTrainedModel, name: str, count: int) -> tuple[str, str, str] | None:
+    """What a checkpoint calls gate, up and down of each expert: numbers are sent the way on which weights are saved."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    marks = torch.arange(3.0 * count).view(count, 3, 1)
+    sent = {f"{name}.{_GATE_UP}": marks[:, :2].clone(), f"{name}.{_DOWN}": marks[:, 2:].clone()}
+    names: dict[int, set[str]] = {0: set(), 1: set(), 2: set()}
+    arrived = revert_weight_conversion(model, sent)
+    for key, tensor in arrived.items():
+        found = re.search(r"\.experts\.(\d+)\.([^.]+)\.weight$", key)
+        if found is None or tensor.numel() != 1 or int(tensor) // 3 != int(found[1]):
+            return None
+        names[int(tensor) % 3].add(found[2])
+    if len(arrived) != 3 * count or any(len(each) != 1 for each in names.values()):
+        return None
+    gate, up, down = (each.pop() for each in names.values())
+    return gate, up, down
+
+
+def _activation(module: Any) -> str | None:
+    """The name of an activation, if it is one that has no settings of its own."""
+    kinds = {name: ACT2FN[name] for name in ACT2FN}
+    return next(
+        (name for name, kind in kinds.items() if type(kind) is type(module) and repr(kind) == repr(module)), None
+    )

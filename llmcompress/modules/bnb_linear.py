@@ -1,0 +1,171 @@
+"""A linear in the codes of bitsandbytes, computed by bitsandbytes. O = outputs, I = inputs, B = blocks of 64 weights.
+
+The package is an extra: it is imported when such a linear is made or run, not with this file.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from typing_extensions import override
+
+from llmcompress.modules.base import MODULES, CompressedModule, Spec
+
+Kind = Literal["nf4", "int8"]
+
+BLOCK, NESTED_BLOCK = 64, 256
+"""Weights under one scale, and scales under one scale of scales: what the package takes by itself."""
+OUTLIER = 6.0
+"""Inputs beyond it are multiplied in float16 (int8 only), as transformers does by default."""
+
+
+@MODULES.register("bnb_linear")
+class BnbLinear(CompressedModule):
+    """`nf4`: 4-bit codes of blocks whose scales are themselves codes (double quantization); `int8`: LLM.int8().
+
+    Computes what stock transformers computes with the saved folder: nf4 in the type `compute`, int8 with inputs rounded
+    per token. On processors with AVX512-BF16 bitsandbytes has a kernel of its own for nf4, which rounds differently.
+
+    Source: Dettmers et al., arXiv 2305.14314 (NF4, double quantization) and arXiv 2208.07339 (LLM.int8()).
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor
+    offset: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, kind: Kind, outputs: int, inputs: int, bias_O: Tensor | None, compute: torch.dtype) -> None:
+        super().__init__()
+        self.kind, self.out_features, self.in_features, self.compute = kind, outputs, inputs, compute
+        blocks = -(-outputs * inputs // BLOCK)
+        if kind == "nf4":
+            self.register_buffer("codes", torch.zeros(-(-outputs * inputs // 2), 1, dtype=torch.uint8))
+            self.register_buffer("absmax", torch.zeros(blocks, dtype=torch.uint8))
+            self.register_buffer("nested_absmax", torch.ones(-(-blocks // NESTED_BLOCK)))
+            self.register_buffer("offset", torch.zeros(()))
+        else:
+            self.register_buffer("codes", torch.zeros(outputs, inputs, dtype=torch.int8))
+            self.register_buffer("absmax", torch.ones(outputs))
+        self.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
+
+    @classmethod
+    def quantize(cls, kind: Kind, weight_OI: Tensor, bias_O: Tensor | None, compute: torch.dtype) -> Self:
+        """By the package's own functions, from weights in the type that they are stored in."""
+        from bitsandbytes import functional as bnb
+
+        outputs, inputs = weight_OI.shape
+        made = cls(kind, outputs, inputs, bias_O, compute).to(weight_OI.device)
+        stored_OI = weight_OI.to(compute).contiguous()
+        if kind == "int8":
+            made.codes, made.absmax, _ = bnb.int8_vectorwise_quant(stored_OI.to(torch.float16))
+            return made
+        made.codes, state = bnb.quantize_4bit(
+            stored_OI, blocksize=BLOCK, compress_statistics=True, quant_type="nf4", quant_storage=torch.uint8
+        )
+        made.absmax, made.nested_absmax, made.offset = state.absmax, state.state2.absmax, state.offset
+        return made
+
+    @override
+    def spec(self) -> Spec:
+        return {
+            "kind": self.kind,
+            "outputs": self.out_features,
+            "inputs": self.in_features,
+            "bias": self.bias is not None,
+            "compute": str(self.compute).removeprefix("torch."),
+        }
+
+    @classmethod
+    @override
+    def from_spec(cls, spec: Spec, dtype: torch.dtype) -> Self:
+        outputs, inputs = int(spec["outputs"]), int(spec["inputs"])
+        bias_O = torch.zeros(outputs, dtype=dtype) if spec["bias"] else None
+        return cls(spec["kind"], outputs, inputs, bias_O, getattr(torch, spec["compute"]))
+
+    @override
+    def keeps_inputs(self) -> bool:
+        return self.kind == "nf4"
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Scales stay float32 whatever the model is cast to: the package accepts no other."""
+        scales = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in scales.items():
+            after = self.get_buffer(name)
+            if after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    def tensors_on_disk(self) -> dict[str, Tensor]:
+        """Its tensors as `save_pretrained` of transformers names and stores them, without the bias."""
+        if self.kind == "int8":
+            return {"weight": self.codes, "SCB": self.absmax, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+        state = self._state().as_dict(packed=True)
+        return {"weight": self.codes, **{f"weight.{name}": tensor for name, tensor in state.items()}}
+
+    @override
+    def dense_weight(self) -> Tensor:
+        if self.kind == "int8":
+            return self.codes * (self.absmax / 127)[:, None]
+        from bitsandbytes import functional as bnb
+
+        weight_OI: Tensor = bnb.dequantize_4bit(self.codes, self._state())
+        return weight_OI
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "nf4":
+            bias_O = None if self.bias is None else self.bias.to(self.compute)
+            return functional.linear(x.to(self.compute), self.dense_weight().to(self.compute), bias_O).to(x.dtype)
+        import bitsandbytes
+
+        state = bitsandbytes.MatmulLtState()
+        state.CB, state.SCB, state.threshold = self.codes, self.absmax, OUTLIER
+        state.has_fp16_weights = state.is_training = False
+        bias_O = None if self.bias is None else self.bias.to(x.dtype)
+        with _silent("bitsandbytes.autograd._functions"):  # it says on every call that inputs become float16
+            product: Tensor = bitsandbytes.matmul(x, self.codes, bias=bias_O, state=state)
+        return product
+
+    def _state(self) -> Any:
+        from bitsandbytes import functional as bnb
+
+        device = self.codes.device
+        nested = bnb.QuantState(
+            absmax=self.nested_absmax.float(),
+            blocksize=NESTED_BLOCK,
+            code=bnb.create_dynamic_map().to(device),
+            dtype=torch.float32,
+        )
+        return bnb.QuantState(
+            absmax=self.absmax,
+            shape=torch.Size((self.out_features, self.in_features)),
+            dtype=self.compute,
+            blocksize=BLOCK,
+            code=bnb.get_4bit_type("nf4", device=device),
+            quant_type="nf4",
+            offset=self.offset.float(),
+            state2=nested,
+        )
+
+    @override
+    def extra_repr(self) -> str:
+        return f"{self.in_features} → {self.out_features}, bitsandbytes {self.kind}"
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before

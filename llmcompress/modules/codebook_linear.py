@@ -1,0 +1,118 @@
+"""A linear whose columns have codebooks of different sizes, and a few weights in full. O = outputs, I = inputs.
+
+A research format: honest about bytes, slow to run. C = columns of one width, L = levels, N = weights in full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from typing_extensions import override
+
+from llmcompress.modules.base import MODULES, CompressedModule, Spec
+from llmcompress.numerics.codebook import level_values
+from llmcompress.numerics.packing import pack_bits, packed_bytes, unpack_bits
+
+
+@MODULES.register("codebook_linear")
+class CodebookLinear(CompressedModule):
+    """`width_I` says how many bits each column's codes have; codes lie packed, column by column, per width.
+
+    Weights at the flat places `place_N` are `value_N`, whatever their codes say. What is in memory is what is stored;
+    the dense weight is made for every call.
+    """
+
+    width_I: Tensor
+    place_N: Tensor
+    value_N: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        outputs: int,
+        width_I: Tensor,
+        codes: Mapping[int, Tensor],
+        levels: Mapping[int, Tensor],
+        place_N: Tensor,
+        value_N: Tensor,
+        bias_O: Tensor | None,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = outputs, len(width_I)
+        self._widths = tuple(sorted(codes))
+        self.register_buffer("width_I", width_I)
+        for bits in self._widths:
+            self.register_buffer(f"codes_{bits}", codes[bits])
+            self.register_buffer(f"levels_{bits}", levels[bits])
+        self.register_buffer("place_N", place_N)
+        self.register_buffer("value_N", value_N)
+        self.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes_IO: Tensor,
+        width_I: Tensor,
+        levels: Mapping[int, Tensor],
+        place_N: Tensor,
+        value_N: Tensor,
+        bias_O: Tensor | None,
+    ) -> CodebookLinear:
+        """From unpacked codes; `levels` are C×L for the columns of each width, in order."""
+        packed = {bits: pack_bits(codes_IO[width_I == bits], bits, 0) for bits in levels}
+        return cls(codes_IO.shape[1], width_I.to(torch.uint8), packed, levels, place_N.to(torch.int32), value_N, bias_O)
+
+    @override
+    def spec(self) -> Spec:
+        return {
+            "outputs": self.out_features,
+            "columns": {str(bits): len(self.get_buffer(f"codes_{bits}")) for bits in self._widths},
+            "full": len(self.place_N),
+            "bias": self.bias is not None,
+        }
+
+    @classmethod
+    @override
+    def from_spec(cls, spec: Spec, dtype: torch.dtype) -> CodebookLinear:
+        outputs = int(spec["outputs"])
+        columns = {int(bits): int(count) for bits, count in spec["columns"].items()}
+        return cls(
+            outputs,
+            torch.zeros(sum(columns.values()), dtype=torch.uint8),
+            {b: torch.zeros(count, packed_bytes(outputs, b), dtype=torch.uint8) for b, count in columns.items()},
+            {b: torch.zeros(count, 1 << b, dtype=dtype) for b, count in columns.items()},
+            torch.zeros(int(spec["full"]), dtype=torch.int32),
+            torch.zeros(int(spec["full"]), dtype=dtype),
+            torch.zeros(outputs, dtype=dtype) if spec["bias"] else None,
+        )
+
+    @override
+    def dense_weight(self) -> Tensor:
+        weight_IO = torch.empty(
+            self.in_features, self.out_features, dtype=self.value_N.dtype, device=self.value_N.device
+        )
+        for bits in self._widths:
+            levels_CL = self.get_buffer(f"levels_{bits}")
+            # codes of eight bits come back as int8, shifted by half their range
+            low = -128 if bits == 8 else 0
+            codes_CO = unpack_bits(self.get_buffer(f"codes_{bits}"), bits, low, self.out_features)
+            weight_IO[self.width_I == bits] = level_values(codes_CO.to(torch.int16) - low, levels_CL)
+        weight_OI = weight_IO.T.contiguous()
+        weight_OI.view(-1)[self.place_N.long()] = self.value_N
+        return weight_OI
+
+    def stored_bits(self) -> int:
+        """Of everything but the bias, as files hold it."""
+        return sum(8 * buffer.numel() * buffer.element_size() for buffer in self.buffers())
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.dense_weight(), self.bias)
+
+    @override
+    def extra_repr(self) -> str:
+        widths = ", ".join(f"{count} columns of {bits} bits" for bits, count in self.spec()["columns"].items())
+        return f"{self.in_features} → {self.out_features}, {widths}, {len(self.place_N)} weights in full"

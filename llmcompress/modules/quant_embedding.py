@@ -1,0 +1,102 @@
+"""Embeddings whose table is codes and scales, and heads that read the same table. V = entries, D = width."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from typing_extensions import override
+
+from llmcompress.modules.base import MODULES, CompressedModule, Spec
+from llmcompress.modules.quant_linear import QuantLinear, from_bits
+from llmcompress.modules.scheme import Scheme
+from llmcompress.numerics.grid import Fitted, restore
+
+
+@MODULES.register("quant_embedding")
+class QuantEmbedding(QuantLinear):
+    """Restores only the rows that are looked up; `multiplier` is what the embedding's class multiplies them by."""
+
+    multiplier: float = 1.0
+
+    @classmethod
+    def of(cls, scheme: Scheme, codes_VD: Tensor, fitted: Fitted, multiplier: float) -> Self:
+        """From the result of rounding a table."""
+        made = cls.from_fitted(scheme, codes_VD, fitted, None)
+        made.multiplier = multiplier
+        return made
+
+    @property
+    def num_embeddings(self) -> int:
+        """Entries, under the name that ordinary embeddings have for it."""
+        return self.out_features
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width, under the name that ordinary embeddings have for it."""
+        return self.in_features
+
+    @override
+    def spec(self) -> Spec:
+        return {**super().spec(), "multiplier": self.multiplier}
+
+    @classmethod
+    @override
+    def from_spec(cls, spec: Spec, dtype: torch.dtype) -> Self:
+        made = super().from_spec(spec, dtype)
+        made.multiplier = float(spec["multiplier"])
+        return made
+
+    @override
+    def forward(self, ids: Tensor) -> Tensor:
+        flat = ids.reshape(-1)
+        shared = None if self.shared_scale is None else from_bits(self.shared_scale)
+        scale = self.scale_OG if self.scheme.weights.scales.single else self.scale_OG[flat]
+        zero = None if self.zero_OG is None else self.zero_OG[flat]
+        rows = restore(self.codes_OI[flat], Fitted.of_stored(self.scheme.weights, scale, zero, shared))
+        rows = rows.to(self.scale_OG.dtype)
+        rows = rows if self.multiplier == 1.0 else rows * self.multiplier
+        return rows.reshape(*ids.shape, self.in_features)
+
+
+@MODULES.register("shared_head")
+class SharedHead(CompressedModule):
+    """A head that multiplies by the embedding's table: it has no numbers of its own but an optional bias."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, table: str, outputs: int, inputs: int, bias_V: Tensor | None) -> None:
+        super().__init__()
+        self.table, self.out_features, self.in_features = table, outputs, inputs
+        self.bias = None if bias_V is None else nn.Parameter(bias_V, requires_grad=False)
+        self._model: tuple[nn.Module, ...] = ()
+
+    @override
+    def spec(self) -> Spec:
+        sizes = {"outputs": self.out_features, "inputs": self.in_features}
+        return {"table": self.table, **sizes, "bias": self.bias is not None}
+
+    @classmethod
+    @override
+    def from_spec(cls, spec: Spec, dtype: torch.dtype) -> Self:
+        outputs = int(spec["outputs"])
+        bias_V = torch.zeros(outputs, dtype=dtype) if spec["bias"] else None
+        return cls(str(spec["table"]), outputs, int(spec["inputs"]), bias_V)
+
+    @override
+    def connect(self, model: nn.Module) -> None:
+        # in a tuple, or the model would become a part of its own part
+        self._model = (model,)
+
+    @override
+    def dense_weight(self) -> Tensor:
+        assert self._model, "a shared head must be connected"
+        found = self._model[0].get_submodule(self.table)
+        assert isinstance(found, CompressedModule)
+        return found.dense_weight()
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.dense_weight(), self.bias)

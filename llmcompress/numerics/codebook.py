@@ -1,0 +1,85 @@
+"""A codebook for every column of a weight. O = outputs, C = columns, L = levels, I = inputs, N = weights kept aside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def column_levels(weight_CO: Tensor, levels: int, *, turns: int = 15) -> Tensor:
+    """Rising levels of every row of `weight_CO` (a column of the weight) by one-dimensional k-means: C×L.
+
+    Starts from quantiles, so it is deterministic; a level that no value is nearest to stays where it was.
+
+    Source: Lloyd, 1982.
+    """
+    sorted_CO = weight_CO.double().sort(1).values
+    count = sorted_CO.shape[1]
+    sums_CO = torch.nn.functional.pad(sorted_CO.cumsum(1), (1, 0))
+    places = ((torch.arange(levels, device=weight_CO.device) + 0.5) / levels * count).long().clamp_max(count - 1)
+    centres_CL = sorted_CO[:, places].contiguous()
+    for _ in range(turns):
+        ends_CL = torch.searchsorted(sorted_CO, _borders(centres_CL))
+        edge = torch.zeros_like(ends_CL[:, :1])
+        bounds = torch.cat([edge, ends_CL, edge + count], 1)
+        members_CL = bounds.diff(dim=1)
+        means_CL = sums_CO.gather(1, bounds).diff(dim=1) / members_CL.clamp_min(1)
+        centres_CL = torch.where(members_CL > 0, means_CL, centres_CL)
+    return centres_CL.to(weight_CO.dtype)
+
+
+def nearest_level(weight_CO: Tensor, levels_CL: Tensor) -> Tensor:
+    """The index of the nearest of its row's rising levels for every value, as int16."""
+    return torch.searchsorted(_borders(levels_CL), weight_CO.contiguous()).to(torch.int16)
+
+
+def level_values(codes_CO: Tensor, levels_CL: Tensor) -> Tensor:
+    """The values that codes stand for."""
+    return levels_CL.gather(1, codes_CO.long())
+
+
+def outliers(weight_OI: Tensor, squares_I: Tensor | None, share: float) -> Tensor:
+    """Flat indices, rising, of two small sets of weights: those with the largest effect on outputs, and the largest.
+
+    Each set has that share of all weights; the second is taken from what the first leaves. `squares_I` are sums of
+    squared inputs; None: only magnitudes are known, and both sets come from them.
+
+    Source: Chen et al., arXiv 2410.13056 (CMPQ): one set driven by activations, one by weights.
+    """
+    count = round(share * weight_OI.numel())
+    size = weight_OI.abs().flatten()
+    effect = size if squares_I is None else (weight_OI.abs() * squares_I.sqrt()).flatten()
+    first = effect.topk(count).indices
+    rest = size.clone()
+    rest[first] = -1.0
+    return torch.cat([first, rest.topk(count).indices]).sort().values
+
+
+def without(weight_OI: Tensor, flat_N: Tensor) -> Tensor:
+    """The weights with those at the flat indices replaced by the mean of their column's others."""
+    kept_OI = torch.ones(weight_OI.shape, dtype=weight_OI.dtype, device=weight_OI.device)
+    kept_OI.view(-1)[flat_N] = 0.0
+    mean_I = (weight_OI * kept_OI).sum(0) / kept_OI.sum(0).clamp_min(1)
+    return torch.where(kept_OI > 0, weight_OI, mean_I.expand_as(weight_OI))
+
+
+def column_bits(outputs: int, bits: int, stored: int) -> int:
+    """Stored bits of one column: its codes, padded to whole bytes, and its codebook."""
+    return -(-outputs * bits // 8) * 8 + (stored << bits)
+
+
+def squared_errors(weight_CO: Tensor, widths: Sequence[int]) -> Tensor:
+    """The squared error of every column with a codebook of each width in bits: C×widths, float64."""
+    errors = []
+    for bits in widths:
+        levels_CL = column_levels(weight_CO, 1 << bits)
+        rounded_CO = level_values(nearest_level(weight_CO, levels_CL), levels_CL)
+        errors.append((rounded_CO - weight_CO).double().square().sum(1))
+    return torch.stack(errors, 1)
+
+
+def _borders(levels_CL: Tensor) -> Tensor:
+    """Half-way between neighbouring levels."""
+    return ((levels_CL[:, 1:] + levels_CL[:, :-1]) / 2).contiguous()

@@ -1,0 +1,155 @@
+"""Embedding and head as codes: of small models they are most of the bytes. V = entries, D = width."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from llmcompress.calibration.whole import WholeModel
+from llmcompress.errors import CompressError, ExitCode
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.lookup import row_multiplier
+from llmcompress.model.map import ModelMap
+from llmcompress.model.rotation import untie
+from llmcompress.modules.base import CompressedModule
+from llmcompress.modules.quant_embedding import QuantEmbedding, SharedHead
+from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.modules.scheme import DESCRIPTION, Scheme, named_scheme
+from llmcompress.numerics.grid import Fitted, RangeSearch, fit, restore, round_to_codes
+from llmcompress.passes.base import PASSES, ModelPass, Trait
+from llmcompress.passes.quantization.resolve import Indivisible, indivisible_error
+
+
+@PASSES.register("embeddings")
+class Embeddings(ModelPass):
+    """Rounds the embedding and the head, which all other passes leave dense; no data.
+
+    A look-up restores only its rows. `score` in the report is the squared error of a table ÷ its square.
+    """
+
+    makes: ClassVar[frozenset[Trait]] = frozenset({"codes"})
+    keeps_codes: ClassVar[bool] = True
+
+    embedding: str | None = Field("int8_channel", description=f"null: stays dense; weights only: {DESCRIPTION}")
+    head: str | None = Field("int8_channel", description="the same of the head; inputs may be rounded per token")
+    tied: Literal["share", "untie"] = Field(
+        "share",
+        description="of a head that is the embedding. share: one rounded table for both, the schemes must be equal; "
+        "untie: a table each",
+    )
+    range: RangeSearch = Field("mse", description="mse: shrink ranges to the least squared error; minmax: cover all")
+
+    @field_validator("embedding", "head")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None and named_scheme(name).measures_inputs:
+            raise ValueError("no inputs are measured here: take a scheme whose activations are dynamic, or none")
+        return name
+
+    @field_validator("embedding")
+    @classmethod
+    def _no_inputs(cls, name: str | None) -> str | None:
+        if name is not None and named_scheme(name).activations:
+            raise ValueError("the inputs of an embedding are token ids: take a scheme that rounds weights only")
+        return name
+
+    @override
+    def selects(self, site: str) -> bool:
+        """No linear of a block."""
+        return False
+
+    @override
+    def uses_data(self) -> bool:
+        return False
+
+    @override
+    def check(self, model_map: ModelMap) -> None:
+        if self._shares(model_map) and self.embedding != self.head:
+            raise CompressError(
+                "embeddings.tied",
+                "the head is the embedding, and the two were given different schemes",
+                where=f"embedding: {self.embedding}, head: {self.head}",
+                fix="give both the same scheme, or write `tied: untie` for a table each",
+                exit_code=ExitCode.USAGE,
+            )
+
+    def _shares(self, model_map: ModelMap) -> bool:
+        return model_map.tied and self.tied == "share"
+
+    @torch.no_grad()
+    def apply(self, whole: WholeModel) -> list[SiteReport]:
+        """Replace both, as the options say."""
+        model, names, shares = whole.model, whole.map, self._shares(whole.map)
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        _require_plain(embedding, names.embedding)
+        assert isinstance(embedding, nn.Embedding)
+        if names.tied:
+            untie(model)
+        rows = []
+        if self.embedding is not None:
+            scheme, multiplier = named_scheme(self.embedding), row_multiplier(model, embedding)
+            codes_VD, fitted, lost = self._rounded(names.embedding, embedding.weight, scheme, whole.storage_dtype)
+            table = QuantEmbedding.of(scheme, codes_VD, _as(fitted, embedding.weight.dtype), multiplier)
+            model.set_input_embeddings(table.train(embedding.training))
+            rows.append(_row(names.embedding, table, whole.storage_dtype, lost))
+            if shares:
+                bias = getattr(head, "bias", None)
+                outputs, inputs = codes_VD.shape
+                shared = SharedHead(names.embedding, outputs, inputs, None if bias is None else bias.detach())
+                shared.connect(model)
+                model.set_output_embeddings(shared.train(head.training))
+                return [*rows, SiteReport(site=names.head, algorithm="embeddings", scheme=scheme.name, parameters=0)]
+        if self.head is not None:
+            _require_plain(head, names.head)
+            rows.append(self._round_head(model, names.head, head, whole.storage_dtype))
+        return rows
+
+    def _round_head(self, model: PreTrainedModel, name: str, head: nn.Module, storage: torch.dtype) -> SiteReport:
+        scheme, weight, bias = named_scheme(str(self.head)), head.get_parameter("weight"), getattr(head, "bias", None)
+        codes_VD, fitted, lost = self._rounded(name, weight, scheme, storage)
+        bias_V = None if bias is None else bias.detach()
+        linear = QuantLinear.from_fitted(scheme, codes_VD, _as(fitted, weight.dtype), bias_V)
+        model.set_output_embeddings(linear.train(head.training))
+        return _row(name, linear, storage, lost)
+
+    def _rounded(self, name: str, weight: Tensor, scheme: Scheme, storage: torch.dtype) -> tuple[Tensor, Fitted, float]:
+        """Codes, scales and the share lost.
+
+        Raises: CompressError when the width does not divide into groups.
+        """
+        group, weight_VD = scheme.weights.group, weight.detach().float()
+        if group is not None and weight_VD.shape[1] % group:
+            raise indivisible_error([Indivisible(name, weight_VD.shape[1], scheme)])
+        fitted = fit(weight_VD, scheme.weights, scale_dtype=storage, search=self.range)
+        codes_VD = round_to_codes(weight_VD, fitted)
+        error = (restore(codes_VD, fitted) - weight_VD).double().square().sum()
+        return codes_VD, fitted, float(error / weight_VD.double().square().sum().clamp_min(1e-300))
+
+
+def _as(fitted: Fitted, dtype: torch.dtype) -> Fitted:
+    """Scales in the dtype of the model that takes them; two levels stay as they are until they are taken apart."""
+    if fitted.shared is not None:
+        return fitted
+    return Fitted(fitted.grid, fitted.scale_OG.to(dtype), fitted.zero_OG.to(dtype))
+
+
+def _require_plain(module: nn.Module, name: str) -> None:
+    if isinstance(module, CompressedModule) or not isinstance(module, nn.Embedding | nn.Linear):
+        raise CompressError(
+            "embeddings.not-plain",
+            f"{name} is a {type(module).__name__}, not an ordinary table",
+            where=name,
+            fix="do this pass once, and not after one that replaced it",
+            saved="all finished work",
+        )
+
+
+def _row(name: str, module: QuantLinear, storage: torch.dtype, lost: float) -> SiteReport:
+    outputs, inputs = module.codes_OI.shape
+    bits = module.scheme.bits_per_weight(outputs, inputs, torch.finfo(storage).bits)
+    return SiteReport(site=name, algorithm="embeddings", scheme=module.scheme.name, bits_per_weight=bits, score=lost)

@@ -1,0 +1,229 @@
+"""Bits where they matter: a scheme for every site under one budget of stored bits, then any quantizer."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from llmcompress.calibration.stream import BlockWork
+from llmcompress.calibration.whole import WholeModel
+from llmcompress.errors import CompressError, ExitCode
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.map import ModelMap
+from llmcompress.model.site import LinearSite
+from llmcompress.modules.scheme import DESCRIPTION, Scheme, named_scheme
+from llmcompress.numerics.allocation import Option, allocate
+from llmcompress.numerics.statistics import Statistic
+from llmcompress.passes.base import PASSES, BlockPass, Trait
+from llmcompress.passes.quantization.base import QuantizingPass
+from llmcompress.passes.quantization.inside import quantizer_with
+from llmcompress.passes.quantization.resolve import resolve_scheme, site_schemes
+from llmcompress.passes.quantization.sensitivity import Sensitivity, rounding_loss
+
+WITHIN = 0.01
+"""Bits per weight by which the average may stay below `bits`, where the sites' sizes allow it."""
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+@PASSES.register("mixed_precision")
+class MixedPrecision(BlockPass):
+    """Decide which of the candidate schemes each site gets, so that the model loses least; then quantize with them.
+
+    What is decided is ordinary `overrides` of the quantizer: `settled` gives that pass, `llmcompress allocate` writes
+    it as a recipe.
+
+    Source: see `sensitivity.py`. The shares are exact (`numerics/allocation.py`), not rounded from a continuous
+    solution.
+    """
+
+    makes: ClassVar[frozenset[Trait]] = frozenset({"codes"})
+    decides: ClassVar[bool] = True
+    whole_block: ClassVar[frozenset[str]] = frozenset({"quantizer", "bits", "budget", "sensitivity", "samples"})
+
+    quantizer: dict[str, dict[str, Any]] = Field(
+        {"gptq": {}}, description="one quantizing pass with its options but its scheme, e.g. {gptq: {damping: 0.02}}"
+    )
+    schemes: tuple[str, ...] = Field(
+        ("int2_g64", "int3_g64", "int4_g64", "int8_g64"), description=f"candidates, each {DESCRIPTION}"
+    )
+    bits: float | None = Field(
+        None, gt=1, le=32, description="average stored bits per selected weight, scales included (3.5 if no budget)"
+    )
+    budget: str | None = Field(
+        None,
+        pattern=r"^[1-9][0-9]*(\.[0-9]+)? ?[KMGT]B$",
+        description="instead: bytes of all weights, those that stay dense included, e.g. 1.2GB",
+    )
+    sensitivity: Sensitivity = Field(
+        "gradients",
+        description="what a candidate costs. gradients: output errors × squared gradients; rate: the same with errors "
+        "of theory; fisher, hessian: of the weights; kl: one forward each; output: relative errors",
+    )
+    samples: int = Field(32, ge=1, description="calibration windows that the decision looks at")
+
+    @field_validator("schemes", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+    @field_validator("schemes")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if not names:
+            raise ValueError("name at least one candidate")
+        return tuple(dict.fromkeys(named_scheme(name).name for name in names))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.bits is not None and self.budget is not None:
+            raise ValueError("give `bits` or `budget`, not both (null takes one back)")
+        if not self.settled({}).quantizes():
+            raise ValueError("the quantizer inside must round: remove `round: false`")
+        return self
+
+    def settled(self, decisions: Mapping[str, Tensor]) -> QuantizingPass:
+        """The quantizer with what was decided as ordinary overrides; it works on the same sites and does the same."""
+        names = {site: self.for_site(site).schemes[int(index)] for site, index in decisions.items()}
+        common = Counter(names.values()).most_common(1)[0][0] if names else self.scheme
+        overrides = {site: {"scheme": name} for site, name in names.items() if name != common}
+        return self._quantizer(common, overrides)
+
+    @property
+    def scheme(self) -> str:
+        """The candidate whose bits come nearest to the average asked for: what is known before the decision."""
+        wanted = (3.5 if self.bits is None else self.bits) - 0.25
+        return min(self.schemes, key=lambda name: abs(named_scheme(name).weights.bits - wanted))
+
+    @property
+    def on_indivisible(self) -> Literal["error", "skip", "channel", "pad"]:
+        """What the quantizer does with sites that do not divide into a candidate's groups."""
+        return self._quantizer(self.schemes[0], {}).on_indivisible
+
+    def check(self, model_map: ModelMap) -> None:
+        """Every candidate must fit every site that is selected, unless `on_indivisible` says what then.
+
+        Raises: CompressError listing every site whose inputs do not divide into groups.
+        """
+        for scheme in self.schemes:
+            site_schemes([self._quantizer(scheme, {})], model_map)
+
+    def needs(self) -> tuple[type[Statistic], ...]:
+        """What the quantizer reads, whichever candidates are chosen."""
+        each = (self._quantizer(scheme, {}).needs() for scheme in self.schemes)
+        return tuple(dict.fromkeys(kind for kinds in each for kind in kinds))
+
+    def uses_data(self) -> bool:
+        """The decision does."""
+        return True
+
+    def streams(self) -> bool:
+        """Only errors of outputs are found block by block."""
+        return self.sensitivity == "output" and self.settled({}).streams()
+
+    def decide(self, whole: WholeModel) -> dict[str, Tensor]:
+        """The index of every site's scheme among its candidates.
+
+        Raises: CompressError when the budget is below what the smallest candidates need, or `bits` above the largest.
+        """
+        candidates = {
+            site.name: [self._resolved(name, site) for name in self.for_site(site.name).schemes]
+            for site in whole.sites()
+            if self.selects(site.name)
+        }
+        if not candidates:
+            return {}
+        sizes = self._sizes(whole, candidates)
+        weights = sum(site.info.outputs * site.info.inputs for site in whole.sites() if site.name in candidates)
+        goal, floor = self._goal(whole, sizes, weights)
+        few = WholeModel(
+            whole.model,
+            whole.map,
+            whole.windows_NT[: self.samples],
+            batch=whole.batch,
+            device=whole.device,
+            storage_dtype=whole.storage_dtype,
+            progress=whole.progress,
+            seed=whole.seed,
+        )
+        losses = rounding_loss(self.sensitivity, few, candidates, self._quantizers(candidates))
+        options = [_rising(sizes[name], losses[name]) for name in candidates]
+        chosen = allocate(options, goal, at_least=floor)
+        spent = sum(each[index].size for each, index in zip(options, chosen, strict=True))
+        whole.progress.note(f"{spent / weights:.3f} bits per weight on average")
+        return {name: torch.tensor(index) for name, index in zip(candidates, chosen, strict=True)}
+
+    def run(self, block: BlockWork) -> list[SiteReport]:
+        """What the quantizer does, with the schemes that were decided."""
+        return self.settled(self._here(block)).run(block)
+
+    def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
+        """The same on sites that are measured already."""
+        return self.settled(self._here(block)).apply(block, sites)
+
+    def _here(self, block: BlockWork) -> dict[str, Tensor]:
+        names = {site.name for site in block.sites}
+        return {name: index for name, index in block.decisions.items() if name in names}
+
+    def _quantizer(self, scheme: str, overrides: dict[str, dict[str, Any]]) -> QuantizingPass:
+        return quantizer_with(self.quantizer, scheme, sites=self.sites, exclude=self.exclude, overrides=overrides)
+
+    def _quantizers(self, candidates: Mapping[str, Sequence[Scheme | None]]) -> dict[Scheme, QuantizingPass]:
+        """The quantizer with each candidate; none where it does more than quantize site by site."""
+        schemes = dict.fromkeys(scheme for each in candidates.values() for scheme in each if scheme is not None)
+        found = {scheme: self._quantizer(scheme.name, {}) for scheme in schemes}
+        return found if all(each.sitewise for each in found.values()) else {}
+
+    def _resolved(self, scheme: str, site: LinearSite) -> Scheme | None:
+        return resolve_scheme(self._quantizer(scheme, {}), site.name, site.info.inputs)
+
+    def _sizes(self, whole: WholeModel, candidates: Mapping[str, Sequence[Scheme | None]]) -> dict[str, list[int]]:
+        """Stored bits of every candidate of every site."""
+        stored = torch.finfo(whole.storage_dtype).bits
+        infos = {site.name: site.info for site in whole.sites()}
+        return {
+            name: [_bits(scheme, infos[name].outputs, infos[name].inputs, stored) for scheme in schemes]
+            for name, schemes in candidates.items()
+        }
+
+    def _goal(self, whole: WholeModel, sizes: Mapping[str, Sequence[int]], weights: int) -> tuple[int, int]:
+        """The most bits that the sites may take together, and the least that they should."""
+        least, most = (sum(map(pick, sizes.values())) for pick in (min, max))
+        if self.budget is None:
+            bits = 3.5 if self.bits is None else self.bits
+            goal, floor = math.floor(bits * weights), math.ceil((bits - WITHIN) * weights)
+        else:
+            stored = torch.finfo(whole.storage_dtype).bits
+            everything = sum(parameter.numel() for parameter in whole.model.parameters())
+            number, unit = float(self.budget[:-2]), self.budget[-2:]
+            goal, floor = int(8 * number * _UNITS[unit]) - (everything - weights) * stored, 0
+        if goal < least or floor > most:
+            wanted = f"budget: {self.budget}" if self.budget else f"bits: {goal / weights:g}"
+            raise CompressError(
+                "allocation.impossible",
+                f"the candidates take {least / weights:.3f} to {most / weights:.3f} bits per weight on average",
+                where=f"mixed_precision ({wanted}"
+                + (f", which leaves {goal / weights:.3f} bits per weight for these sites)" if self.budget else ")"),
+                fix="change the target, or give other `schemes`",
+                exit_code=ExitCode.USAGE,
+            )
+        return goal, floor
+
+
+def _bits(scheme: Scheme | None, outputs: int, inputs: int, stored: int) -> int:
+    if scheme is None:
+        return stored * outputs * inputs
+    return scheme.weights.bits * outputs * inputs + scheme.weights.scale_bits(outputs, inputs, stored)
+
+
+def _rising(sizes: Sequence[int], losses: Sequence[float]) -> list[Option]:
+    """No larger candidate counts as worse than a smaller one: where it was measured so, that is noise."""
+    return [
+        Option(size, min(loss for other, loss in zip(sizes, losses, strict=True) if other <= size)) for size in sizes
+    ]

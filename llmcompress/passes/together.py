@@ -1,0 +1,66 @@
+"""Finished work that several processes share: the first one keeps it, the others are given what it has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from llmcompress.calibration.ranks import Ranks
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.modules.manifest import Manifest, apply_manifest, changes
+from llmcompress.passes.apply import FinishedWork, outline
+
+
+class Together(FinishedWork):
+    """`keep` is where the first process keeps finished work; the others have none."""
+
+    def __init__(self, keep: FinishedWork | None, ranks: Ranks) -> None:
+        self._keep, self._ranks = keep, ranks
+
+    @override
+    def finished_blocks(self, stage: int) -> list[int]:
+        return self._ranks.same(self._keep.finished_blocks(stage) if self._keep else [])
+
+    @override
+    def save_block(self, stage: int, index: int, block: nn.Module, before: nn.Module, rows: list[SiteReport]) -> None:
+        if self._keep:
+            self._keep.save_block(stage, index, block, before, rows)
+
+    @override
+    def restore_block(self, stage: int, index: int, block: nn.Module) -> list[SiteReport]:
+        before, dtype = outline(block), next(block.parameters()).dtype
+        rows = self._keep.restore_block(stage, index, block) if self._keep else []
+        manifest = self._ranks.same(changes(block, before).to_json() if self._keep else {})
+        if not self._keep:
+            apply_manifest(block, Manifest.from_json(manifest), dtype)
+        self._ranks.same_tensors(block)
+        return self._ranks.same(rows)
+
+    @override
+    def block_state(self, stage: int, index: int) -> Mapping[str, Tensor]:
+        raise AssertionError("several processes hold their weights in memory")
+
+    @override
+    def decisions(self, stage: int) -> dict[str, Tensor] | None:
+        return self._ranks.same(self._keep.decisions(stage) if self._keep else None)
+
+    @override
+    def save_decisions(self, stage: int, decisions: Mapping[str, Tensor]) -> None:
+        if self._keep:
+            self._keep.save_decisions(stage, decisions)
+
+    @override
+    def finished_model(self) -> int | None:
+        """Passes on whole models run in one process."""
+        return None
+
+    @override
+    def save_model(self, stage: int, model: PreTrainedModel, rows: list[SiteReport]) -> None:
+        raise AssertionError("passes on whole models run in one process")
+
+    @override
+    def restore_model(self, stage: int, model: PreTrainedModel) -> tuple[PreTrainedModel, list[SiteReport]]:
+        raise AssertionError("passes on whole models run in one process")
