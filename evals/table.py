@@ -1,37 +1,58 @@
-"""Writes the result tables of the README from evals/results/*.json; nobody edits them by hand.
+"""Writes docs/results.md, and the results of the bundled model in the README, from evals/results/*.json.
 
-    python evals/table.py            rewrite the part of README.md between the `results` markers
-    python evals/table.py --check    exit with 1 when that part is out of date
+    python evals/table.py            rewrite docs/results.md and the part of README.md between the `results` markers
+    python evals/table.py --check    exit with 1 when one of them is out of date
 
-Standard library only.
+Nobody edits them by hand. Standard library only.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 METHODS = ("rtn", "rtn, range mse", "gptq", "awq", "awq→gptq")
+ABOUT = """# Results
+
+Every table is made by `python evals/table.py` from the files in `evals/results/`, and those by the programs in
+[evals/](../evals/README.md). Lower perplexity is better; × is the ratio to the dense model.
+"""
 
 Facts = dict[str, Any]
 
 
+class Section(NamedTuple):
+    """Tables of one kind."""
+
+    title: str
+    table: Callable[[Facts], str]
+    pattern: str
+    """Of the result files."""
+    in_readme: str = ""
+    """The one file that the README shows."""
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Rewrite or check the README."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    wanted = with_results(text, render(ROOT / "evals" / "results"))
-    if "--check" not in arguments:
-        readme.write_text(wanted, encoding="utf-8")
-    elif wanted != text:
-        print("README.md does not show evals/results/*.json: run `python evals/table.py`", file=sys.stderr)
-        return 1
+    """Rewrite or check both documents."""
+    readme, results = ROOT / "README.md", ROOT / "docs" / "results.md"
+    folder = ROOT / "evals" / "results"
+    wanted = {
+        readme: with_results(readme.read_text(encoding="utf-8"), render(folder, short=True)),
+        results: f"{ABOUT}\n{render(folder, heading='##')}\n",
+    }
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    if "--check" in arguments:
+        for path in stale:
+            print(f"{path.name} does not show evals/results/*.json: run `python evals/table.py`", file=sys.stderr)
+        return bool(stale)
+    for path in stale:
+        path.write_text(wanted[path], encoding="utf-8")
     return 0
 
 
@@ -44,24 +65,43 @@ def with_results(text: str, tables: str) -> str:
     return f"{before}{BEGIN}\n{tables}\n{END}{after}"
 
 
-def render(folder: Path) -> str:
-    """All tables, one section per kind of result."""
-    sections = [
-        ("Weights only", quantization, read(folder, "quantization-*.json")),
-        ("Weights and activations in 8 bits, with outlier channels", outliers, read(folder, "outliers-*.json")),
-        ("Zeros", sparse, read(folder, "sparse-*.json")),
-        ("Zeros, against llm-compressor", sparse_peer, read(folder, "peers-sparse-quality-*.json")),
-        ("What zeros cost, against llm-compressor", sparse_seconds, read(folder, "peers-sparse-seconds.json")),
-        ("Fewer blocks", depth, read(folder, "depth-*.json")),
-        ("Fewer heads and FFN channels", width, read(folder, "width-*.json")),
-        ("Thinner everywhere: MoDeGPT, SliceGPT, SVD", modular, read(folder, "decomposition-*.json")),
-        ("Per input", dynamic, read(folder, "dynamic-*.json")),
-        ("Tokens per second", speed, read(folder, "speed-*.json")),
-        ("Mapping a family from its config alone", map_time, read(folder, "map-time.json")),
+def sections() -> list[Section]:
+    """What there is, in the order of the documents."""
+    return [
+        Section("Weights only", quantization, "quantization-*.json", "quantization-books-llama.json"),
+        Section(
+            "Weights and activations in 8 bits, with outlier channels",
+            outliers,
+            "outliers-*.json",
+            "outliers-books-llama.json",
+        ),
+        Section("Bits shared out, low-bit helpers", allocation, "allocation-*.json"),
+        Section("Zeros", sparse, "sparse-*.json", "sparse-books-llama.json"),
+        Section("Zeros, against llm-compressor", sparse_peer, "peers-sparse-quality-*.json"),
+        Section("What zeros cost, against llm-compressor", sparse_seconds, "peers-sparse-seconds.json"),
+        Section("Prune or quantize, at equal bytes", equal_bytes, "equal-bytes-*.json"),
+        Section("Fewer blocks", depth, "depth-*.json"),
+        Section("Fewer heads and FFN channels", width, "width-*.json", "width-books-llama.json"),
+        Section("FFN channels, against Torch-Pruning", width_peer, "peers-width-*.json"),
+        Section("Narrower residual stream: SliceGPT", slicegpt, "slicegpt-*.json", "slicegpt-books-llama.json"),
+        Section("Thinner everywhere: MoDeGPT, SliceGPT, SVD", modular, "decomposition-*.json"),
+        Section("Low rank", low_rank, "low-rank-*.json", "low-rank-books-llama.json"),
+        Section("At initialisation and in training", at_init, "at-init-*.json"),
+        Section("Per input", dynamic, "dynamic-*.json"),
+        Section("Tokens per second", speed, "speed-*.json", "speed-cpu-m110.json"),
+        Section("Memory of a run whose weights stay on disk", memory, "memory-*.json"),
+        Section("Mapping a family from its config alone", map_time, "map-time.json"),
     ]
-    parts = [
-        f"### {title}\n\n" + "\n\n".join(filter(None, map(table, files))) for title, table, files in sections if files
-    ]
+
+
+def render(folder: Path, *, short: bool = False, heading: str = "###") -> str:
+    """All tables, one section per kind of result; `short`: those of the README."""
+    parts = []
+    for section in sections():
+        files = read(folder, section.in_readme if short else section.pattern) if section.in_readme or not short else []
+        tables = [table for table in map(section.table, files) if table]
+        if tables:
+            parts.append(f"{heading} {section.title}\n\n" + "\n\n".join(tables))
     return "\n\n".join(parts) or "No result files yet: see `evals/README.md`."
 
 
@@ -216,6 +256,120 @@ def speed(facts: Facts) -> str:
         f"time). One and the same model differs by ×{facts['rows'][0]['decode_ratio']:.3f} from itself."
     )
     header = ["method", "parameters", "decode", "prefill", "faster"]
+    return "\n\n".join([head, markdown(header, rows), environment(facts)])
+
+
+def grid(facts: Facts, rows: Sequence[Facts], column: str, title: str, *, line: str = "method") -> str:
+    """One line per method, one column per setting."""
+    dense = facts["dense"]["perplexity"]
+    cells = {(row[line], row[column]): row["perplexity"] for row in rows}
+    columns = list(dict.fromkeys(row[column] for row in rows))
+    lines = dict.fromkeys(row[line] for row in rows)
+    body = [[each, *(spread(cells.get((each, where)), dense) for where in columns)] for each in lines]
+    return markdown([title, *map(str, columns)], body)
+
+
+def slicegpt(facts: Facts) -> str:
+    """Form and basis by share of the width removed, and the parameters that are left."""
+    rows = facts["rows"]
+    sizes = {(row["method"], row["ratio"]): row["parameters"] for row in rows}
+    ratios = list(dict.fromkeys(row["ratio"] for row in rows))
+    methods = dict.fromkeys(row["method"] for row in rows)
+    left = [[each, *(f"{sizes[each, ratio]:,}" for ratio in ratios)] for each in methods]
+    return "\n\n".join(
+        [
+            calibrated(facts),
+            grid(facts, rows, "ratio", "removed from the width"),
+            markdown([f"parameters (dense {facts['parameters']:,})", *ratios], left),
+            environment(facts),
+        ]
+    )
+
+
+LOW_RANK = {
+    "factors": "factors instead of linears",
+    "branches": "a branch beside codes",
+    "chains": "factors, then codes",
+    "cuts": "ranks cut at once or in steps",
+}
+
+
+def low_rank(facts: Facts) -> str:
+    """One table for each question."""
+    rows = facts["rows"]
+    flat = {**facts, "rows": [row for part in rows.values() for row in part]}
+    tables = [grid(facts, rows[part], "setting", title) for part, title in LOW_RANK.items() if part in rows]
+    return "\n\n".join([calibrated(flat), *tables, environment(facts)])
+
+
+def allocation(facts: Facts) -> str:
+    """One table for each part of the program."""
+    rows = facts["rows"]
+    flat = {**facts, "rows": [row for part in rows.values() for row in part]}
+    tables = [grid(facts, part, "setting", name) for name, part in rows.items() if part]
+    return "\n\n".join([calibrated(flat), *tables, environment(facts)])
+
+
+def width_peer(facts: Facts) -> str:
+    """Both programs with the same number of parameters."""
+    dense = facts["dense"]
+    rows = [
+        [f"{row['ratio']:.0%}", row["method"], spread(row["perplexity"], dense["perplexity"])] for row in facts["rows"]
+    ]
+    head = (
+        f"**{facts['model']}**: dense perplexity {dense['perplexity']:.3f} on `{dense['text']}` "
+        f"({protocol(dense['window'], dense['bos'])}); the same calibration windows and number of parameters for both."
+    )
+    return "\n\n".join([head, markdown(["channels removed", "method", "perplexity"], rows), environment(facts)])
+
+
+def equal_bytes(facts: Facts) -> str:
+    """Bits charged and bits on disk per weight, on two texts."""
+    rows = [
+        [row["method"], f"{row['bits']:g}", f"{row['bits_on_disk']:g}", f"{row['easy']:.2f}", f"{row['hard']:.2f}"]
+        for row in facts["rows"]
+    ]
+    head = (
+        f"**{facts['model']}**: zeros are charged 16 bits a value that is left and one bit a place; no loader stores them "
+        "so."
+    )
+    header = ["method", "bits charged", "bits on disk", f"`{facts['easy']}`", f"`{facts['hard']}`"]
+    return "\n\n".join([head, markdown(header, rows), environment(facts)])
+
+
+def at_init(facts: Facts) -> str:
+    """Every section by itself, each row with its share of zeros."""
+    parts = [
+        f"**{facts['model']}** on `{facts['text']}` ({protocol(facts['window'], True)}); {facts['steps']} steps of 8 × "
+        f"{facts['tokens']} tokens of `{facts['calibration']}` in every training."
+    ]
+    for section in dict.fromkeys(row["section"] for row in facts["rows"]):
+        rows = [
+            [row["method"], f"{mean(row['perplexity']):.2f}", f"{100 * row['zeros']:.0f} %", f"{row['parameters']:,}"]
+            for row in facts["rows"]
+            if row["section"] == section
+        ]
+        parts.append(markdown([section, "perplexity", "zeros in blocks", "parameters"], rows))
+    return "\n\n".join([*parts, environment(facts)])
+
+
+def memory(facts: Facts) -> str:
+    """Peak resident memory, and what the dry run foretold."""
+    rows = [
+        [
+            str(row["blocks"]),
+            row["offload"],
+            f"{row['bytes_model'] / 1e6:,.0f} MB",
+            f"{row['peak_bytes'] / 1e6:,.0f} MB",
+            f"{row['foretold_bytes'] / 1e6:,.0f} MB",
+        ]
+        for row in facts["rows"]
+    ]
+    head = (
+        f"**{facts['shape']}**, random weights in float16, gptq `{facts['scheme']}`, {facts['samples']} × "
+        f"{facts['tokens']} calibration tokens, one process."
+    )
+    header = ["blocks", "--offload", "weights on disk", "peak resident", "foretold"]
     return "\n\n".join([head, markdown(header, rows), environment(facts)])
 
 

@@ -28,8 +28,10 @@ Offload = Literal["auto", "always", "never"]
 _FLOAT = 4
 _SHARE_OF_MEMORY = 0.7
 """Of the free memory that weights may take; passes need the rest."""
-_SOLVING_COPIES = 8
-"""Of a Gram matrix, in float32: permuted, inverted in float64, factored."""
+_SOLVING_COPIES = 3
+"""Of a Gram matrix, in float32: permuted, factored, inverted."""
+_WEIGHT_COPIES = 4
+"""Of a site's weights while it is solved: as they are, permuted, transposed for the sweep, codes and masks."""
 _SOLVING_PRODUCTS = 40
 """Products ΔW·G of O×I by I×I that solving one site takes in time: AWQ tries about twenty scales and twenty ranges."""
 
@@ -68,21 +70,17 @@ def peak_memory_bytes(
     tokens = recipe.calibration.samples * recipe.calibration.tokens
     needs_data = any(each.uses_data() for each in recipe.passes)
     hidden = 2 * _FLOAT * tokens * model_map.hidden_size if needs_data else 0
-    statistics = max(
-        (_statistics_bytes(each, block) for each in _block_passes(recipe) for block in model_map.blocks), default=0
-    )
     batch = recipe.calibration.batch * recipe.calibration.tokens if needs_data else 0
-    widths = (sum(site.outputs for site in block.structure.sites) for block in model_map.blocks)
-    inside = _FLOAT * batch * max(widths, default=0)
+    working = max(
+        (_working_bytes(each, block, batch) for each in _block_passes(recipe) for block in model_map.blocks), default=0
+    )
     evaluating = LOGITS_BYTES if recipe.evaluate.perplexity else 0
     libraries = psutil.Process().memory_info().rss
     if not offloaded:
-        return libraries + _FLOAT * parameters + max(hidden + statistics + inside, evaluating)
+        return libraries + _FLOAT * parameters + max(hidden + working, evaluating)
     blocks = (sum(site.outputs * site.inputs for site in block.structure.sites) for block in model_map.blocks)
     table = _FLOAT * vocabulary * model_map.hidden_size
-    return libraries + max(
-        hidden + statistics + inside + _FLOAT * max(blocks, default=0), hidden + table, table + evaluating
-    )
+    return libraries + max(hidden + working + _FLOAT * max(blocks, default=0), hidden + table, table + evaluating)
 
 
 def seconds(recipe: Recipe, model_map: ModelMap) -> float:
@@ -111,12 +109,19 @@ def matmul_flops_per_second(size: int = 512, seconds: float = 0.05) -> float:
     return done * 2.0 * size**3 / (time.perf_counter() - started)
 
 
-def _statistics_bytes(each: BlockPass, block: BlockInfo) -> int:
-    """Gram matrices of all input groups at once, and the copies of the largest; vectors do not count."""
+def _working_bytes(each: BlockPass, block: BlockInfo, tokens: int) -> int:
+    """Beside weights and hidden states: one batch inside the block; then its statistics and what solving a site takes.
+
+    Gram matrices of all input groups are there at once; vectors do not count.
+    """
+    sites = block.structure.sites
+    inside = _FLOAT * tokens * sum(site.outputs for site in sites)
     if Gram not in each.needs():
-        return 0
+        return inside
     squares = [_inputs(block, group) ** 2 for group in _groups(each, block)]
-    return _FLOAT * (sum(squares) + _SOLVING_COPIES * max(squares, default=0))
+    weights = max((site.outputs * site.inputs for site in sites), default=0)
+    solving = _SOLVING_COPIES * max(squares, default=0) + _WEIGHT_COPIES * weights
+    return _FLOAT * sum(squares) + max(inside, _FLOAT * solving)
 
 
 def _statistics_flops(each: BlockPass, block: BlockInfo, tokens: int) -> float:

@@ -116,7 +116,7 @@ class OnDisk:
 
 
 def _give_back() -> None:
-    """The C library keeps freed memory for itself, in pieces too small for the next block; glibc can be asked for it."""
+    """The C library keeps freed memory, in pieces too small for the next block; glibc can be asked for it."""
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
