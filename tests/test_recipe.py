@@ -52,7 +52,7 @@ def refusal(text: str | bytes, *settings: str) -> CompressError:
         ("passes: [gptq: {damping: 1e999}]", "recipe.value", "r.yaml line 1", "finite"),
         ("passes: [rtn]\nsave: {format: plian}", "recipe.value", "r.yaml line 2 (save.format)", "`plain`"),
         ("passes: [rtn]\nsave: {max_shard_size: 5Gb}", "recipe.value", "r.yaml line 2", "`max_shard_size: 5GB`"),
-        ("passes: [rtn: {scheme: int5_g3}]", "scheme.unknown", "r.yaml line 1 (passes.0.rtn.scheme)", "int4_g128"),
+        ("passes: [rtn: {scheme: int9_g3}]", "scheme.unknown", "r.yaml line 1 (passes.0.rtn.scheme)", "int4_g128"),
         ("passes: [rtn]\nevaluate: {perplexity: a.txt}", "recipe.type", "r.yaml line 2", "`perplexity: [a.txt]`"),
         ("passes: [rtn]\nevaluate: {perplexity: [{split: a}]}", "recipe.missing", "r.yaml line 2", "`source:`"),
         ("passes: [rtn]\ncalibration: 3", "recipe.type", "r.yaml line 2 (calibration)", "samples"),
@@ -64,7 +64,12 @@ def refusal(text: str | bytes, *settings: str) -> CompressError:
         ("passes:\n  - gptq: {overrides: {'*.a': {blok: 2}}}", "recipe.unknown-key", "overrides.*.a.blok", "`block`"),
         ("passes:\n  - gptq: {overrides: {'*.a': {block: 1.5}}}", "recipe.type", "overrides.*.a.block", "whole number"),
         ("passes:\n  - gptq: {overrides: {'*.a': {sites: x}}}", "recipe.override", "overrides.*.a.sites", "remove"),
-        ("passes:\n  - gptq: {overrides: {'*.a': {scheme: int9}}}", "scheme.unknown", "overrides.*.a.scheme", "int4_"),
+        (
+            "passes:\n  - gptq: {overrides: {'*.a': {scheme: int9}}}",
+            "scheme.unknown",
+            "overrides.*.a.scheme",
+            "int{2…8}_",
+        ),
     ],
 )
 def test_a_mistake_is_refused_with_line_and_what_to_write(text, code, where, fix):

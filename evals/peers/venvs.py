@@ -20,6 +20,11 @@ PEERS: Mapping[str, Sequence[Sequence[str]]] = {
         ("torch==2.13.0",),
         ("llmcompressor==0.14.0.1", "transformers>=5.15,<=5.17", "compressed-tensors==0.19.0"),
     ),
+    "gptqmodel": (
+        ("torch==2.13.0",),
+        ("torch==2.13.0", "transformers==5.23.0", "optimum==2.3.0", "gptqmodel==7.6.0", "datasets"),
+    ),
+    "auto-round": (("torch==2.13.0",), ("torch==2.13.0", "transformers==5.23.0", "auto-round==0.16.1")),
 }
 """Name → what to install, step by step: torch first, or another package chooses its build."""
 
@@ -32,6 +37,8 @@ def run_in(peer: str, script: str, arguments: Sequence[str], *, folder: Path, th
     python = environment(peer, folder)
     command = [str(python), str(Path(__file__).parent / script), *arguments]
     quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    # GPTQModel wants two workers and finds one on a machine of two cores
+    quiet["GPTQMODEL_CPU_WORKERS"] = str(max(2, threads))
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=quiet)
     if done.returncode:
         raise RuntimeError(f"{peer} {script} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")

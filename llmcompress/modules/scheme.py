@@ -123,6 +123,6 @@ def _unknown(name: str) -> CompressError:
     return CompressError(
         "scheme.unknown",
         f"{name!r} is not a quantization scheme",
-        fix=f"{hint}{DESCRIPTION}",
+        fix=f"{hint}{DESCRIPTION}, e.g. int4_g128",
         exit_code=ExitCode.USAGE,
     )

@@ -110,10 +110,12 @@ def fit(
     """Scales and zero points of every group, for weights in float32.
 
     Scales are rounded to `scale_dtype` (or to what the grid's kind of scale allows) before anything is rounded with
-    them, so what is computed here is what a loader of the saved model computes. A group of zeros gets scale 1. With
-    `search="mse"` the range shrinks in twenty steps down to half (float grids also widen it); the error is that of the
-    group's part of the output when `gram_II` is given (AWQ's clipping), plain squared error otherwise. The full range
-    is one of the candidates. `shared` is for a part of a matrix whose two-level scales have been begun.
+    them, so what is computed here is what a loader of the saved model computes. A group of zeros gets scale 1.
+
+    With `search="mse"` the range shrinks down to half, in coarse steps and then in fine ones around the best (float
+    grids also widen it); the error is that of the group's part of the output when `gram_II` is given (AWQ's clipping),
+    plain squared error otherwise. The full range is one of the candidates. `shared` is for a part of a matrix whose
+    two-level scales have been begun.
 
     Source: Jacob et al., arXiv 1712.05877, section 2 (range includes 0, zero is exact);
     Lin et al., arXiv 2306.00978 (clipping per row and group).
@@ -131,11 +133,16 @@ def fit(
         return best
     gram_GNN = None if gram_II is None else _diagonal_blocks(gram_II, grid)
     best_error_OG = _error(grouped_OGN, best, gram_GNN)
-    for factor in _factors(grid):
-        trial = _from_range(bottom_OG * factor, top_OG * factor, grid, scale_dtype, shared)
-        error_OG = _error(grouped_OGN, trial, gram_GNN)
-        best = lesser(trial, best, error_OG, best_error_OG)
-        best_error_OG = torch.where(error_OG < best_error_OG, error_OG, best_error_OG)
+    factor_OG = torch.ones_like(top_OG)
+    for steps in _steps(grid):
+        around_OG = factor_OG
+        for step in steps:
+            tried_OG = (around_OG + step).clamp(_NARROWEST, _WIDEST)
+            trial = _from_range(bottom_OG * tried_OG, top_OG * tried_OG, grid, scale_dtype, shared)
+            error_OG = _error(grouped_OGN, trial, gram_GNN)
+            best = lesser(trial, best, error_OG, best_error_OG)
+            factor_OG = torch.where(error_OG < best_error_OG, tried_OG, factor_OG)
+            best_error_OG = torch.where(error_OG < best_error_OG, error_OG, best_error_OG)
     return best
 
 
@@ -220,17 +227,17 @@ def _diagonal_blocks(gram_II: Tensor, grid: Grid) -> Tensor:
     return torch.stack([padded[group, :, group] for group in range(groups)])
 
 
-def _factors(grid: Grid) -> tuple[float, ...]:
-    """By which a search multiplies ranges, the full range left out."""
+def _steps(grid: Grid) -> tuple[tuple[float, ...], ...]:
+    """What a search adds to the factor of a range: first to 1, then to the best found."""
     if grid.scales == POWER_OF_TWO:
-        return (2.0, 0.5)
-    shrinking = tuple(1 - step / 40 for step in range(1, 20))
-    # values of a float lie wide apart at its end: the largest weight may be better off on a smaller one
-    return shrinking if grid.number is None else (*_WIDER, *shrinking)
+        return ((1.0, -0.5),)
+    # values of a float lie wide apart at its end: the largest weight may be better off on a smaller one, 4 instead of 6
+    return (_COARSE if grid.number is None else (0.5, *_COARSE), _FINE)
 
 
-_WIDER = (1.5,)
-"""Puts the largest weight of a group on 4 instead of 6 (E2M1)."""
+_COARSE = (-0.1, -0.2, -0.3, -0.4, -0.5)
+_FINE = (-0.05, -0.025, 0.025, 0.05)
+_NARROWEST, _WIDEST = 0.5, 2.0
 
 
 def _from_range(

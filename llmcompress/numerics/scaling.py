@@ -50,34 +50,46 @@ def search_factors(
     producers: int,
     *,
     points: int,
+    unscaled: float | None = None,
 ) -> ScaleSearch:
     """AWQ: factors = salience^r, r in 0 … 1, that least disturb the outputs of the linears reading the channels.
 
-    `rounders` map a weight to its rounded self, one per weight. r = 0 leaves everything as it is, so the result is
-    never worse than plain rounding on the calibration data.
+    `rounders` map a weight to its rounded self, one per weight. The search looks at some rows of every weight; what it
+    finds must beat r = 0, which leaves everything as it is, on all of them (`unscaled`: that error, where it is known).
 
     Source: Lin et al., arXiv 2306.00978, section 3.2. Differs: the error is that of the consumers' own outputs,
     which the Gram matrix gives exactly without a forward pass, not that of the enclosing attention or MLP.
     """
     salience_P = reduce_mean(salience_C, channel_map_C, producers).clamp_min(1e-4)
     feeds_P = _feeds_somebody(channel_map_C, producers)
-    best: ScaleSearch | None = None
-    unscaled = 0.0
-    for point in range(points):
-        exponent = point / points
+    assert points, "a search needs at least one point"
+
+    def error_with(factors_P: Tensor, looked_at: Sequence[Tensor]) -> float:
+        factors_C = factors_P[channel_map_C]
+        pairs = zip(looked_at, rounders, strict=True)
+        return sum(
+            float(output_error(rounded(w_OC * factors_C) / factors_C - w_OC, gram_CC)) for w_OC, rounded in pairs
+        )
+
+    def factors_of(exponent: float) -> Tensor:
         factors_P = salience_P.pow(exponent)
         fed_P = factors_P[feeds_P]
-        factors_P = torch.where(feeds_P, factors_P / (fed_P.max() * fed_P.min()).sqrt(), 1.0)
-        factors_C = factors_P[channel_map_C]
-        error = 0.0
-        for weight_OC, rounded in zip(weights_OC, rounders, strict=True):
-            error += float(output_error(rounded(weight_OC * factors_C) / factors_C - weight_OC, gram_CC))
-        if point == 0:
-            unscaled = error
-        if best is None or error < best.error:
-            best = ScaleSearch(factors_P, exponent, error, unscaled)
-    assert best is not None, "a search needs at least one point"
-    return best
+        return torch.where(feeds_P, factors_P / (fed_P.max() * fed_P.min()).sqrt(), 1.0)
+
+    some = [weight_OC[:: -(-len(weight_OC) // ROWS)] for weight_OC in weights_OC]
+    exponents = [point / points for point in range(points)]
+    best = min(exponents, key=lambda exponent: error_with(factors_of(exponent), some))
+    none_P = factors_of(0.0)
+    if unscaled is None:
+        unscaled = error_with(none_P, weights_OC)
+    error = error_with(factors_of(best), weights_OC) if best > 0 else unscaled
+    if error < unscaled:
+        return ScaleSearch(factors_of(best), best, error, unscaled)
+    return ScaleSearch(none_P, 0.0, unscaled, unscaled)
+
+
+ROWS = 128
+"""Of every weight, evenly spaced: enough to tell exponents apart, and a few per cent of all in a large model."""
 
 
 def reduce_max(values_C: Tensor, channel_map_C: Tensor, producers: int) -> Tensor:

@@ -67,14 +67,15 @@ class FakePipeline(types.ModuleType):
         if self.failure:
             raise self.failure
 
-    def compress(self, model, recipe, output, *, device, overwrite, fresh, progress):
+    def compress(self, model, recipe, output, *, device, overwrite, fresh, offload, progress):
         self._called(model, recipe, output, device=device, overwrite=overwrite, fresh=fresh)
+        assert offload == "auto"
         progress.stage("compress", 2)
         progress.note("a decision")
         progress.step("block 1/2")
         return report()
 
-    def plan(self, model, recipe):
+    def plan(self, model, recipe, *, offload):
         self._called(model, recipe)
         return types.SimpleNamespace(model_dump=lambda mode: PLAN)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -14,11 +15,11 @@ from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import Fold
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.scheme import DESCRIPTION, Scheme
-from llmcompress.numerics.grid import Fitted, Grid, fit, lesser, restore, round_to_codes, row_errors
+from llmcompress.numerics.grid import Fitted, Grid, fit, lesser, output_error, restore, round_to_codes, row_errors
 from llmcompress.numerics.scaling import search_factors
 from llmcompress.numerics.statistics import AbsMean, Gram, Statistic
 from llmcompress.passes.base import PASSES, Trait
-from llmcompress.passes.quantization.base import QuantizingPass, put_codes, relative_error, report_row
+from llmcompress.passes.quantization.base import QuantizingPass, put_codes, report_row
 
 
 @PASSES.register("awq")
@@ -49,11 +50,11 @@ class AWQ(QuantizingPass):
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
         """Scale fold by fold, then round site by site."""
-        before = {site.name: self._plain_error(site) for site in sites}
+        before = {site.name: self._plain(site) for site in sites}
         scaled: set[str] = set()
         for fold in block.folds_into(sites):
             block.progress.inside(f"awq scales {fold.producer}")
-            if self._scale(block, fold):
+            if self._scale(block, fold, before):
                 scaled.update(block.site(name).name for name in fold.consumers)
         rows = []
         for site in sites:
@@ -66,7 +67,7 @@ class AWQ(QuantizingPass):
                 rows.append(SiteReport(site=site.name, algorithm="awq", tokens=site.statistic(Gram).tokens))
         return rows
 
-    def _scale(self, block: BlockWork, fold: Fold) -> bool:
+    def _scale(self, block: BlockWork, fold: Fold, before: Mapping[str, _Plain]) -> bool:
         """Search and fold in one set of factors; the consumers' statistics follow. False if none is best."""
         consumers = [block.site(name) for name in fold.consumers]
         schemes = [self.scheme_for(site.name, site.info.inputs) for site in consumers]
@@ -83,6 +84,7 @@ class AWQ(QuantizingPass):
             channel_map_C,
             block.producer_channels(fold),
             points=self.for_site(consumers[0].name).points,
+            unscaled=sum(before[site.name].noise for site, _ in rounded),
         )
         if found.exponent > 0:
             block.fold(fold, found.factors_P)
@@ -91,36 +93,53 @@ class AWQ(QuantizingPass):
                 statistic.rescale(factors_C)
         return found.exponent > 0
 
-    def _round(self, site: LinearSite, scheme: Scheme, error_before: float) -> SiteReport:
+    def _round(self, site: LinearSite, scheme: Scheme, before: _Plain) -> SiteReport:
         weight_OI, gram = site.weight_OI, site.statistic(Gram)
         fitted = fit(weight_OI, scheme.weights, scale_dtype=site.storage_dtype)
+        noise_O = _noise(weight_OI, fitted, gram)
         if self.for_site(site.name).clip:
-            fitted = _clipped_where_better(weight_OI, fitted, gram.sum_II, site.storage_dtype)
-        codes_OI = round_to_codes(weight_OI, fitted)
-        error = relative_error(weight_OI, codes_OI, fitted, gram)
-        put_codes(site, scheme, codes_OI, fitted)
-        return report_row(site, scheme, "awq", error=error, error_before=error_before, tokens=gram.tokens)
+            clipped = fit(weight_OI, scheme.weights, scale_dtype=site.storage_dtype, search="mse", gram_II=gram.sum_II)
+            # the search looks at one group at a time; errors of groups with correlated inputs can still add up
+            clipped_noise_O = _noise(weight_OI, clipped, gram)
+            fitted = lesser(clipped, fitted, clipped_noise_O[:, None], noise_O[:, None])
+            alone = scheme.weights.scales.single
+            noise_O = _noise(weight_OI, fitted, gram) if alone else torch.minimum(noise_O, clipped_noise_O)
+        put_codes(site, scheme, round_to_codes(weight_OI, fitted), fitted)
+        return report_row(
+            site,
+            scheme,
+            "awq",
+            error=before.relative(float(noise_O.sum(dtype=torch.float64))),
+            error_before=before.relative(before.noise),
+            tokens=gram.tokens,
+        )
 
-    def _plain_error(self, site: LinearSite) -> float:
-        """Relative output error of plain rounding, before anything is scaled."""
+    def _plain(self, site: LinearSite) -> _Plain:
+        """Of plain rounding, before anything is scaled."""
         scheme = self.scheme_for(site.name, site.info.inputs)
         if scheme is None:
-            return 0.0
-        weight_OI = site.weight_OI
+            return _Plain(0.0, 0.0)
+        weight_OI, gram = site.weight_OI, site.statistic(Gram)
         fitted = fit(weight_OI, scheme.weights, scale_dtype=site.storage_dtype)
-        return relative_error(weight_OI, round_to_codes(weight_OI, fitted), fitted, site.statistic(Gram))
+        noise_O = _noise(weight_OI, fitted, gram)
+        return _Plain(float(noise_O.sum(dtype=torch.float64)), float(output_error(weight_OI, gram.sum_II)))
 
 
-def _clipped_where_better(weight_OI: Tensor, whole: Fitted, gram_II: Tensor, scale_dtype: torch.dtype) -> Fitted:
-    """Clipped ranges for the rows whose whole output error falls.
+@dataclass(frozen=True)
+class _Plain:
+    """Squared error and square of a site's outputs; scaling leaves the outputs what they are."""
 
-    The search looks at one group at a time; errors of groups with correlated inputs can still add up.
-    """
-    clipped = fit(weight_OI, whole.grid, scale_dtype=scale_dtype, search="mse", gram_II=gram_II)
-    error_O, clipped_error_O = (
-        row_errors(restore(round_to_codes(weight_OI, each), each) - weight_OI, gram_II) for each in (whole, clipped)
-    )
-    return lesser(clipped, whole, clipped_error_O[:, None], error_O[:, None])
+    noise: float
+    signal: float
+
+    def relative(self, noise: float) -> float:
+        """Error ÷ output; 0 where there is no output."""
+        return noise / self.signal if self.signal > 0 else 0.0
+
+
+def _noise(weight_OI: Tensor, fitted: Fitted, gram: Gram) -> Tensor:
+    """Squared output error of every row."""
+    return row_errors(restore(round_to_codes(weight_OI, fitted), fitted) - weight_OI, gram.sum_II)
 
 
 def _rounder(grid: Grid, scale_dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -96,6 +97,11 @@ def report_row(
 
 def relative_error(weight_OI: Tensor, codes_OI: Tensor, fitted: Fitted, gram: Gram) -> float:
     """Squared output error of the codes ÷ squared output, on what `gram` saw; 0 when that was nothing."""
+    return relative_errors(weight_OI, [(codes_OI, fitted)], gram)[0]
+
+
+def relative_errors(weight_OI: Tensor, tried: Sequence[tuple[Tensor, Fitted]], gram: Gram) -> list[float]:
+    """The same for several codes of one weight, whose own output is squared once."""
     signal = float(output_error(weight_OI, gram.sum_II))
-    noise = float(output_error(restore(codes_OI, fitted) - weight_OI, gram.sum_II))
-    return noise / signal if signal > 0 else 0.0
+    noise = [float(output_error(restore(codes_OI, fitted) - weight_OI, gram.sum_II)) for codes_OI, fitted in tried]
+    return [each / signal if signal > 0 else 0.0 for each in noise]

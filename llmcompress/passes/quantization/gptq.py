@@ -24,7 +24,7 @@ from llmcompress.numerics.columns import (
 from llmcompress.numerics.grid import Fitted, Grid, RangeSearch, fit, round_to_codes
 from llmcompress.numerics.statistics import Gram, Statistic
 from llmcompress.passes.base import PASSES
-from llmcompress.passes.quantization.base import QuantizingPass, put_codes, relative_error, report_row
+from llmcompress.passes.quantization.base import QuantizingPass, put_codes, relative_errors, report_row
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,11 @@ class GPTQ(QuantizingPass):
             weight_OI, gram = site.weight_OI, site.statistic(Gram)
             plain = fit(weight_OI, scheme.weights, scale_dtype=site.storage_dtype)
             plain_OI = round_to_codes(weight_OI, plain)
-            error_before = relative_error(weight_OI, plain_OI, plain, gram)
             key = (gram, here.damping, here.act_order)
             if known is None or known[0] != key:
                 known = (key, here._visit(gram))
             codes_OI, fitted, degraded = here._quantize(weight_OI, scheme.weights, gram, known[1], site)
-            error = relative_error(weight_OI, codes_OI, fitted, gram)
+            error_before, error = relative_errors(weight_OI, [(plain_OI, plain), (codes_OI, fitted)], gram)
             if error > error_before:
                 codes_OI, fitted, error = plain_OI, plain, error_before
                 degraded = "the sweep ended worse than plain rounding: rounded to nearest"

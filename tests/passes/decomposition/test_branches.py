@@ -130,7 +130,7 @@ def test_scales_folded_before_and_quantizers_inside_work_together() -> None:
         ({"quantizer": {}}, "exactly one"),
         ({"quantizer": {"svd": {}}}, "'svd' is none"),
         ({"quantizer": {"awq": {}}}, "round: false"),
-        ({"quantizer": {"caldera": {}}}, "use one of gptq, rtn"),
+        ({"quantizer": {"caldera": {}}}, "use one of bias_correction, gptq, hqq, rtn"),
         ({"quantizer": {"gptq": {"sites": "*"}}}, "cannot be set inside"),
         ({"quantizer": {"gptq": {"true_sequential": True}}}, "cannot be set inside"),
         ({"quantizer": {"gptq": {"scheme": "int4_g32", "damping": 7}}}, "damping"),
