@@ -70,6 +70,11 @@ def sections() -> list[Section]:
     return [
         Section("Weights only", quantization, "quantization-*.json", "quantization-books-llama.json"),
         Section(
+            "Codes, against llm-compressor, GPTQModel and AutoRound",
+            codes_peer,
+            "peers-quantization-*.json",
+        ),
+        Section(
             "Weights and activations in 8 bits, with outlier channels",
             outliers,
             "outliers-*.json",
@@ -89,6 +94,7 @@ def sections() -> list[Section]:
         Section("At initialisation and in training", at_init, "at-init-*.json"),
         Section("Per input", dynamic, "dynamic-*.json"),
         Section("Tokens per second", speed, "speed-*.json", "speed-cpu-m110.json"),
+        Section("What quantizing costs", seconds, "seconds.json", "seconds.json"),
         Section("Memory of a run whose weights stay on disk", memory, "memory-*.json"),
         Section("Mapping a family from its config alone", map_time, "map-time.json"),
     ]
@@ -121,6 +127,42 @@ def quantization(facts: Facts) -> str:
         for scheme in schemes
     ]
     return "\n\n".join([calibrated(facts), markdown(["scheme", *methods], rows), environment(facts)])
+
+
+def codes_peer(facts: Facts) -> str:
+    """Who and how by scheme; a reason where a peer could not."""
+    dense = facts["dense"]["perplexity"]
+    cells = {(row["who"], row["method"], row["scheme"]): row for row in facts["rows"]}
+    schemes = list(dict.fromkeys(row["scheme"] for row in facts["rows"]))
+    notes: list[str] = []
+
+    def cell(row: Facts | None) -> str:
+        if not row or not (row["perplexity"] or row.get("reason")):
+            return "–"
+        if row.get("reason") or row.get("note"):
+            said = f"{row['who']} {row['method']}: {row.get('reason') or row['note']}"
+            if said not in notes:
+                notes.append(said)
+        if not row["perplexity"]:
+            return "fails"
+        short = "" if len(row["perplexity"]) == most or row["method"] == "rtn" else f" ({len(row['perplexity'])} draw)"
+        return f"{spread(row['perplexity'], dense)}{short}, {mean(row['cpu_seconds']):.0f} s"
+
+    most = max(len(row["perplexity"]) for row in facts["rows"])
+    lines = dict.fromkeys((row["who"], row["method"]) for row in facts["rows"])
+    body = [[who, method, *(cell(cells.get((who, method, scheme))) for scheme in schemes)] for who, method in lines]
+    flat = {**facts, "rows": [row for row in facts["rows"] if row["perplexity"]]}
+    peers = ", ".join(
+        f"{name} {found.get(name, found.get('llmcompressor', ''))}" for name, found in facts["peer_versions"].items()
+    )
+    told = [
+        "Everybody gets the same tokens; embedding and head stay dense; seconds are CPU seconds of one process. "
+        f"{peers}.",
+        f"`best` is `{facts['recipes']['best'].replace('{{', '{').replace('}}', '}')}`.",
+    ]
+    said = [f"{note}." for note in notes]
+    table = markdown(["", "method", *(f"`{scheme}`" for scheme in schemes)], body)
+    return "\n\n".join([f"{calibrated(flat)} {' '.join(told)}", table, *said, environment(facts)])
 
 
 def outliers(facts: Facts) -> str:
@@ -330,8 +372,8 @@ def equal_bytes(facts: Facts) -> str:
         for row in facts["rows"]
     ]
     head = (
-        f"**{facts['model']}**: zeros are charged 16 bits a value that is left and one bit a place; no loader stores them "
-        "so."
+        f"**{facts['model']}**: zeros are charged 16 bits a value that is left and one bit a place; no loader stores "
+        "them so."
     )
     header = ["method", "bits charged", "bits on disk", f"`{facts['easy']}`", f"`{facts['hard']}`"]
     return "\n\n".join([head, markdown(header, rows), environment(facts)])
@@ -351,6 +393,26 @@ def at_init(facts: Facts) -> str:
         ]
         parts.append(markdown([section, "perplexity", "zeros in blocks", "parameters"], rows))
     return "\n\n".join([*parts, environment(facts)])
+
+
+def seconds(facts: Facts) -> str:
+    """CPU time in plain forward passes, and how it grows."""
+    rows = [
+        [row["method"], f"{row['samples']} × {facts['tokens']}", f"{mean(row['forwards']):.2f}"]
+        for row in facts["rows"]
+    ]
+    head = (
+        f"CPU time of one thread ÷ that of a plain float32 forward pass over the same tokens, on a Llama of "
+        f"{facts['parameters'] / 1e6:.0f} M random weights; mapping, loading and saving left out."
+    )
+    tables = [markdown(["method", "calibration tokens", "forward passes"], rows)]
+    if facts["growth"]:
+        growing = [
+            [row["method"], row["by"], ", ".join(map(str, row["values"])), f"{row['exponent']:.2f}"]
+            for row in facts["growth"]
+        ]
+        tables.append(markdown(["method", "grows with", "values", "exponent"], growing))
+    return "\n\n".join([head, *tables, environment(facts)])
 
 
 def memory(facts: Facts) -> str:

@@ -53,6 +53,22 @@ def test_zeros_are_shown_by_question_and_against_the_peer(table):
     assert "| 2:4 | wanda | 55.00 | 60.00 |" in shown and "110 M random weights" in shown
 
 
+def test_codes_are_shown_against_each_peer_and_failures_keep_their_reason(table):
+    made = {"scheme": "int3_g32", "cpu_seconds": [4.0], "note": ""}
+    rows = [
+        {**made, "who": "ours", "method": "best", "perplexity": [54.0, 56.0]},
+        {**made, "who": "p", "method": "gptq", "perplexity": [60.0]},
+        {**made, "who": "p", "method": "awq", "perplexity": [], "reason": "it stops"},
+    ]
+    facts = {"model": "m", "calibration": "train.txt", "samples": 64, "tokens": 256, "dense": DENSE, **MADE}
+    told = {"recipes": {"best": "[{{gptq: {{scheme: {scheme}}}}}]"}, "peer_versions": {"p": {"p": "7.6", "torch": "2"}}}
+    shown = table.codes_peer({**facts, **told, "rows": rows})
+    assert "| ours | best | 55.00 (54.00–56.00), ×1.100, 4 s |" in shown
+    assert "| p | gptq | 60.00, ×1.200 (1 draw), 4 s |" in shown
+    assert "| p | awq | fails |" in shown and "p awq: it stops." in shown
+    assert "`[{gptq: {scheme: {scheme}}}]`" in shown and "p 7.6." in shown
+
+
 def test_outliers_are_shown_against_dense(table):
     rows = [{"method": "dense", "perplexity": 50.0}, {"method": "naive W8A8, per token", "perplexity": 60.0}]
     facts = {"model": "m", "gain": 30.0, "channels": 2, "text": "t.txt", "window": 512, "bos": True, "rows": rows}
