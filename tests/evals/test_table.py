@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+import table
+from tables import cost, pruning, quantization
 
-SCRIPT = Path(__file__).resolve().parents[2] / "evals" / "table.py"
 MADE = {"versions": {"torch": "2.13.0", "transformers": "5.1"}, "machine": {"cpu": "a processor", "cores": "2"}}
 
 
-@pytest.fixture
-def table():
-    spec = importlib.util.spec_from_file_location("table", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_quantization_shows_mean_range_ratio_and_protocol(table):
+def test_quantization_shows_mean_range_ratio_and_protocol():
     dense = {"text": "test.txt", "window": 512, "bos": True, "tokens": 51100, "perplexity": 50.0, "bits_per_byte": 2.0}
     rows = [
         {"scheme": "int4_g32", "method": "rtn", "perplexity": [60.0]},
         {"scheme": "int4_g32", "method": "gptq", "perplexity": [52.0, 54.0, 53.0]},
     ]
-    shown = table.quantization(
+    shown = quantization.quantization(
         {"model": "m", "calibration": "train.txt", "samples": 64, "tokens": 256, "dense": dense, "rows": rows, **MADE}
     )
     assert "| `int4_g32` | 60.00, ×1.200 | 53.00 (52.00–54.00), ×1.060 |" in shown
@@ -36,24 +26,24 @@ def test_quantization_shows_mean_range_ratio_and_protocol(table):
 DENSE = {"text": "test.txt", "window": 512, "bos": True, "tokens": 51100, "perplexity": 50.0, "bits_per_byte": 2.0}
 
 
-def test_zeros_are_shown_by_question_and_against_the_peer(table):
+def test_zeros_are_shown_by_question_and_against_the_peer():
     rows = [
         {"table": "masks", "share": "50 %", "method": "magnitude", "perplexity": [60.0]},
         {"table": "masks", "share": "50 %", "method": "wanda", "perplexity": [54.0, 56.0]},
         {"table": "budgets", "share": "70 %", "method": "wanda, outliers", "perplexity": [100.0]},
     ]
     facts = {"model": "m", "calibration": "train.txt", "samples": 64, "tokens": 256, "dense": DENSE, **MADE}
-    shown = table.sparse({**facts, "rows": rows})
+    shown = pruning.sparse({**facts, "rows": rows})
     assert "| magnitude | 60.00, ×1.200 |" in shown and "| wanda | 55.00 (54.00–56.00), ×1.100 |" in shown
     assert "| wanda, outliers | 100.00, ×2.000 |" in shown
     rows = [{"share": "2:4", "method": "wanda", "ours": [55.0], "peer": [60.0]}]
     peer = {"peer": "p", "peer_versions": {"llmcompressor": "0.14"}}
-    assert "| 2:4 | wanda | 55.00, ×1.100 | 60.00, ×1.200 |" in table.sparse_peer({**facts, **peer, "rows": rows})
-    shown = table.sparse_seconds({**facts, **peer, "parameters": 110e6, "rows": rows})
+    assert "| 2:4 | wanda | 55.00, ×1.100 | 60.00, ×1.200 |" in pruning.sparse_peer({**facts, **peer, "rows": rows})
+    shown = cost.sparse_seconds({**facts, **peer, "parameters": 110e6, "rows": rows})
     assert "| 2:4 | wanda | 55.00 | 60.00 |" in shown and "110 M random weights" in shown
 
 
-def test_codes_are_shown_against_each_peer_and_failures_keep_their_reason(table):
+def test_codes_are_shown_against_each_peer_and_failures_keep_their_reason():
     made = {"scheme": "int3_g32", "cpu_seconds": [4.0], "note": ""}
     rows = [
         {**made, "who": "ours", "method": "best", "perplexity": [54.0, 56.0]},
@@ -62,31 +52,44 @@ def test_codes_are_shown_against_each_peer_and_failures_keep_their_reason(table)
     ]
     facts = {"model": "m", "calibration": "train.txt", "samples": 64, "tokens": 256, "dense": DENSE, **MADE}
     told = {"recipes": {"best": "[{{gptq: {{scheme: {scheme}}}}}]"}, "peer_versions": {"p": {"p": "7.6", "torch": "2"}}}
-    shown = table.codes_peer({**facts, **told, "rows": rows})
+    shown = quantization.codes_peer({**facts, **told, "rows": rows})
     assert "| ours | best | 55.00 (54.00–56.00), ×1.100, 4 s |" in shown
     assert "| p | gptq | 60.00, ×1.200 (1 draw), 4 s |" in shown
     assert "| p | awq | fails |" in shown and "p awq: it stops." in shown
     assert "`[{gptq: {scheme: {scheme}}}]`" in shown and "p 7.6." in shown
 
 
-def test_outliers_are_shown_against_dense(table):
+def test_outliers_are_shown_against_dense():
     rows = [{"method": "dense", "perplexity": 50.0}, {"method": "naive W8A8, per token", "perplexity": 60.0}]
     facts = {"model": "m", "gain": 30.0, "channels": 2, "text": "t.txt", "window": 512, "bos": True, "rows": rows}
-    assert "| naive W8A8, per token | 60.000 | +20.00 % |" in table.outliers({**facts, **MADE})
+    assert "| naive W8A8, per token | 60.000 | +20.00 % |" in quantization.outliers({**facts, **MADE})
 
 
-def test_map_time_is_shown_per_shape(table):
+def test_rotations_are_shown_with_and_without_outliers():
+    rows = [
+        {"gain": gain, "method": method, "perplexity": [value]}
+        for method, *found in ROTATED
+        for gain, value in zip((1.0, 30.0), found, strict=True)
+    ]
+    shown = quantization.rotation({"model": "m", "text": "t.txt", "window": 512, "bos": True, "rows": rows, **MADE})
+    assert "| recipe | as it is | outliers ×30 |" in shown and "| hadamard | 51.00, ×1.020 | 55.00, ×1.100 |" in shown
+
+
+ROTATED = [("dense", 50.0, 50.0), ("hadamard", 51.0, 55.0)]
+
+
+def test_map_time_is_shown_per_shape():
     rows = [{"shape": "llama 1024 / 4096", "seconds": 12.34, "sites": 7, "folds": 4}]
-    assert "| llama 1024 / 4096 | 12.3 | 7 | 4 |" in table.map_time({"rows": rows, **MADE})
+    assert "| llama 1024 / 4096 | 12.3 | 7 | 4 |" in cost.map_time({"rows": rows, **MADE})
 
 
-def test_only_the_part_between_the_markers_changes(table):
+def test_only_the_part_between_the_markers_changes():
     text = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
     once = table.with_results(text, "new")
     assert once == f"before\n{table.BEGIN}\nnew\n{table.END}\nafter\n"
     assert table.with_results(once, "new") == once
 
 
-def test_a_readme_without_markers_is_an_error(table):
+def test_a_readme_without_markers_is_an_error():
     with pytest.raises(SystemExit, match="needs the lines"):
         table.with_results("nothing", "new")

@@ -1,0 +1,112 @@
+"""Tables of seconds, bytes and tokens per second."""
+
+from __future__ import annotations
+
+from statistics import mean
+
+from tables.cells import Facts, environment, markdown, protocol
+
+
+def sparse_seconds(facts: Facts) -> str:
+    """CPU seconds of one thread in plain forward passes."""
+    rows = [
+        [row["share"], row["method"], *(f"{mean(row[who]):.2f}" if row[who] else "–" for who in ("ours", "peer"))]
+        for row in facts["rows"]
+    ]
+    head = (
+        f"CPU time of one thread ÷ that of a plain float32 forward pass over the same {facts['samples']} × "
+        f"{facts['tokens']} tokens, on a Llama of {facts['parameters'] / 1e6:.0f} M random weights; mean of "
+        f"{len(facts['rows'][0]['ours'])} runs in turn."
+    )
+    peer = f"{facts['peer']} {facts['peer_versions'].get('llmcompressor', '')}"
+    return "\n\n".join([head, markdown(["zeros", "method", "ours", peer], rows), environment(facts)])
+
+
+def seconds(facts: Facts) -> str:
+    """CPU time in plain forward passes, and how it grows."""
+    rows = [
+        [row["method"], f"{row['samples']} × {facts['tokens']}", f"{mean(row['forwards']):.2f}"]
+        for row in facts["rows"]
+    ]
+    head = (
+        f"CPU time of one thread ÷ that of a plain float32 forward pass over the same tokens, on a Llama of "
+        f"{facts['parameters'] / 1e6:.0f} M random weights; mapping, loading and saving left out."
+    )
+    tables = [markdown(["method", "calibration tokens", "forward passes"], rows)]
+    if facts["growth"]:
+        growing = [
+            [row["method"], row["by"], ", ".join(map(str, row["values"])), f"{row['exponent']:.2f}"]
+            for row in facts["growth"]
+        ]
+        tables.append(markdown(["method", "grows with", "values", "exponent"], growing))
+    return "\n\n".join([head, *tables, environment(facts)])
+
+
+def memory(facts: Facts) -> str:
+    """Peak resident memory, and what the dry run foretold."""
+    rows = [
+        [
+            str(row["blocks"]),
+            row["offload"],
+            f"{row['bytes_model'] / 1e6:,.0f} MB",
+            f"{row['peak_bytes'] / 1e6:,.0f} MB",
+            f"{row['foretold_bytes'] / 1e6:,.0f} MB",
+        ]
+        for row in facts["rows"]
+    ]
+    head = (
+        f"**{facts['shape']}**, random weights in float16, gptq `{facts['scheme']}`, {facts['samples']} × "
+        f"{facts['tokens']} calibration tokens, one process."
+    )
+    header = ["blocks", "--offload", "weights on disk", "peak resident", "foretold"]
+    return "\n\n".join([head, markdown(header, rows), environment(facts)])
+
+
+def map_time(facts: Facts) -> str:
+    """Seconds to map one block."""
+    rows = [[row["shape"], f"{row['seconds']:.1f}", str(row["sites"]), str(row["folds"])] for row in facts["rows"]]
+    return markdown(["width / feed-forward", "seconds", "sites", "folds"], rows) + "\n\n" + environment(facts)
+
+
+def dynamic(facts: Facts) -> str:
+    """Mean share of blocks and of inputs that were used, and what it cost."""
+    if "text" not in facts:
+        return ""
+    dense = next(row["perplexity"] for row in facts["rows"] if row["method"] == "dense")
+    rows = [
+        [
+            row["method"],
+            f"{row['perplexity']:.2f}, ×{row['perplexity'] / dense:.3f}",
+            f"{100 * row['depth']:.0f} %",
+            f"{100 * row.get('active', 1.0):.0f} %",
+        ]
+        for row in facts["rows"]
+    ]
+    head = (
+        f"**{facts['model']}** on `{facts['text']}` ({protocol(facts['window'], True)}); thresholds from "
+        f"`{facts['calibration']}`."
+    )
+    return "\n\n".join(
+        [head, markdown(["method", "perplexity", "blocks run", "inputs used"], rows), environment(facts)]
+    )
+
+
+def speed(facts: Facts) -> str:
+    """Ratios to the dense model, measured in turn in one process."""
+    rows = [
+        [
+            row["method"],
+            f"{100 * row['share']:.0f} %",
+            f"×{row['decode_ratio']:.2f}",
+            f"×{row['prefill_ratio']:.2f}",
+            "yes" if row["faster"] else "no",
+        ]
+        for row in facts["rows"]
+    ]
+    head = (
+        f"**{facts['rows'][0]['shape']}**, random weights, float32, {facts['threads']} thread(s), batch 1, "
+        f"{facts['prompt_tokens']} + {facts['new_tokens']} tokens, median of {facts['repeats']} ({facts['clock']} "
+        f"time). One and the same model differs by ×{facts['rows'][0]['decode_ratio']:.3f} from itself."
+    )
+    header = ["method", "parameters", "decode", "prefill", "faster"]
+    return "\n\n".join([head, markdown(header, rows), environment(facts)])
