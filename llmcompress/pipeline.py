@@ -113,8 +113,7 @@ def _compress(
         progress=progress,
     )
     home: Home = InMemory() if loaded.weights is None else OnDisk(loaded.weights)
-    if loaded.weights is None:
-        unfuse_experts(loaded.model)
+    unfuse_experts(loaded.model, loaded.weights)
     model_map = map_model(loaded.model)
     notes = check_recipe(chosen, model_map, loader_of(loaded.model.config))
     texts = [evaluation_text(task, loaded.tokenizer, loaded.model.config) for task in chosen.evaluate.perplexity]

@@ -89,7 +89,7 @@ def make_plan(
     """
     checked = preflight(source, trust_remote_code=recipe.trust_remote_code, progress=progress)
     offloaded = must_offload(offload, recipe.passes, weight_bytes=checked.bytes_weights)
-    model_map = model_map or probe(checked.config, unfuse=not offloaded)
+    model_map = model_map or probe(checked.config, unfuse=True)
     loader = loader_of(checked.config)
     notes = check_recipe(recipe, model_map, loader)
     schemes = planned_schemes(recipe, model_map)

@@ -25,7 +25,7 @@ from llmcompress.loading.source import find_source
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.passes.base import PASSES
 from llmcompress.recipe import Recipe, parse_recipe
-from tests.families import FAMILIES, tiny_model
+from tests.families import FAMILIES, tiny_config, tiny_model
 from tests.tiny_folder import write_tiny_llama
 
 RECIPES = {
@@ -79,6 +79,25 @@ def test_every_family_computes_the_same_from_disk_and_takes_no_memory_afterwards
     torch.testing.assert_close(found, resident(input_ids=tokens, use_cache=False).logits, rtol=0, atol=0)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "passes",
+    ["gptq: {scheme: int4_g16}", "sparsegpt: {sparsity: 0.5}", "rtn: {scheme: nf4_g16, exclude: '*.experts.*'}"],
+    ids=["codes", "zeros", "manifest"],
+)
+def test_experts_on_disk_become_what_experts_in_memory_become(family: str, passes: str, tmp_path: Path) -> None:
+    config = tiny_config(family)
+    config.vocab_size = 288
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(torch.float16)
+    write_tiny_llama(tmp_path / "model")  # for its tokenizer
+    model.save_pretrained(tmp_path / "model")
+    for name, offload in (("here", "never"), ("there", "always")):
+        compress(str(tmp_path / "model"), recipe(f"passes: [{{{passes}}}]"), tmp_path / name, offload=offload)
+    assert weights_hash(tmp_path / "here") == weights_hash(tmp_path / "there")
+    assert (tmp_path / "here" / "config.json").read_text() == (tmp_path / "there" / "config.json").read_text()
 
 
 def test_a_block_that_left_lies_in_its_file_again(tiny: Path, tmp_path: Path) -> None:

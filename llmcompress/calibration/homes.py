@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmcompress.errors import CompressError
-from llmcompress.loading.mapped import put_weights
+from llmcompress.loading.mapped import MappedWeights, put_weights
 from llmcompress.model.skeleton import find_blocks
 
 
@@ -63,7 +63,7 @@ class OnDisk:
     A block takes memory from when it is used until it leaves, so the most that is taken does not grow with the model.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, weights: MappedWeights) -> None:
         self._weights = weights
         self._kept: dict[str, Callable[[], Mapping[str, Tensor]]] = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,10 +16,9 @@ from llmcompress.export.checkpoint import quantized_sites
 from llmcompress.export.compressed_tensors import save_compressed_tensors
 from llmcompress.export.manifest import save_with_manifest
 from llmcompress.export.plain import save_plain
-from llmcompress.model.experts import fuse_dense_experts
 from llmcompress.model.stock import stock_outline
 from llmcompress.modules.experts import UnfusedExperts
-from llmcompress.modules.manifest import changes
+from llmcompress.modules.manifest import Manifest, changes
 
 
 def save_model(
@@ -35,8 +35,7 @@ def save_model(
 
     Raises: CompressError when `wanted` cannot hold the model.
     """
-    fuse_dense_experts(model)
-    found = changes(model, stock_outline(model))
+    found = _without_dense_experts(changes(model, stock_outline(model)), model)
     if wanted == "auto" and found.modules and {spec["type"] for spec in found.modules.values()} == {"bnb_linear"}:
         return save_bitsandbytes(model, folder, storage_dtype=storage_dtype, max_shard_size=max_shard_size)
     if wanted == "plain":
@@ -59,7 +58,7 @@ def save_model(
             fix="set `save.format` to auto: the folder then loads after `import llmcompress`",
             saved="all finished work: run again with another format",
         )
-    unfused = [name for name, part in model.named_modules() if isinstance(part, UnfusedExperts)]
+    unfused = [name for name in found.modules if isinstance(model.get_submodule(name), UnfusedExperts)]
     if unfused:
         raise CompressError(
             "save.experts",
@@ -71,3 +70,10 @@ def save_model(
     return save_with_manifest(
         model, folder, found, storage_dtype=storage_dtype, max_shard_size=max_shard_size, home=home
     )
+
+
+def _without_dense_experts(found: Manifest, model: PreTrainedModel) -> Manifest:
+    """Experts that stayed ordinary linears are stored under the names of the stock model's bank."""
+    banks = {name: part for name, part in model.named_modules() if isinstance(part, UnfusedExperts)}
+    dense = {name for name, bank in banks.items() if bank.is_dense()}
+    return replace(found, modules={name: spec for name, spec in found.modules.items() if name not in dense})

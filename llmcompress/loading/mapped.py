@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -18,6 +18,14 @@ from typing_extensions import override
 from llmcompress.loading.quiet import quiet_transformers
 
 
+class View(NamedTuple):
+    """One matrix inside a tensor of three dimensions."""
+
+    tensor: str
+    first: int
+    rows: slice
+
+
 class MappedWeights(Mapping[str, Tensor]):
     """Every tensor under the name that transformers gives it, mapped anew each time it is asked for.
 
@@ -26,9 +34,30 @@ class MappedWeights(Mapping[str, Tensor]):
 
     def __init__(self, stored: OffloadedWeightsLoader, same: Mapping[str, str]) -> None:
         self._stored, self._same = stored, same
+        self._views: dict[str, View] = {}
+
+    def cut(self, views: Mapping[str, View]) -> None:
+        """Further names, of parts of tensors."""
+        self._views.update(views)
+
+    def together(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Several at once: parts of one tensor share its map, of which a process can have only so many."""
+        whole: dict[str, Tensor] = {}
+        found = {}
+        for name in names:
+            view = self._views.get(name)
+            if view is None:
+                found[name] = self[name]
+                continue
+            if view.tensor not in whole:
+                whole[view.tensor] = self[view.tensor]
+            found[name] = whole[view.tensor][view.first, view.rows]
+        return found
 
     @override
     def __getitem__(self, name: str) -> Tensor:
+        if name in self._views:
+            return self.together([name])[name]
         stored_name = self._same.get(name, name)
         place = self._stored.index.get(stored_name, {})
         if "safetensors_file" not in place:
@@ -38,6 +67,10 @@ class MappedWeights(Mapping[str, Tensor]):
         with safe_open(place["safetensors_file"], framework="pt") as file:
             found: Tensor = file.get_tensor(place.get("weight_name", stored_name))
             return found
+
+    @override
+    def __contains__(self, name: object) -> bool:
+        return name in self._views or name in self._same or name in self._stored.index
 
     @override
     def __iter__(self) -> Iterator[str]:
@@ -77,21 +110,24 @@ def map_weights(
     return model.eval().requires_grad_(False), weights
 
 
-def put_weights(module: nn.Module, weights: Mapping[str, Tensor], prefix: str = "") -> None:
+def put_weights(module: nn.Module, weights: MappedWeights, prefix: str = "") -> None:
     """Give every parameter, and every stored buffer, its mapped tensor; parameters that are one object stay one."""
-    known: dict[int, nn.Parameter] = {}
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    names: dict[nn.Parameter, str] = {}
     for owner_name, owner in module.named_modules():
         for leaf, parameter in owner._parameters.items():
-            if parameter is None:
-                continue
-            if id(parameter) not in known:
-                name = ".".join(filter(None, [prefix, owner_name, leaf]))
-                known[id(parameter)] = nn.Parameter(weights[name], requires_grad=parameter.requires_grad)
-            owner._parameters[leaf] = known[id(parameter)]
+            if parameter is not None:
+                names.setdefault(parameter, ".".join(filter(None, [prefix, owner_name, leaf])))
+                places.setdefault(parameter, []).append((owner, leaf))
         for leaf, buffer in owner._buffers.items():
             name = ".".join(filter(None, [prefix, owner_name, leaf]))
             if buffer is not None and leaf not in owner._non_persistent_buffers_set and name in weights:
                 owner._buffers[leaf] = weights[name].clone()
+    tensors = weights.together(names.values())
+    for parameter, found in places.items():
+        mapped = nn.Parameter(tensors[names[parameter]], requires_grad=parameter.requires_grad)
+        for owner, leaf in found:
+            owner._parameters[leaf] = mapped
 
 
 def _tied(model: nn.Module) -> dict[str, str]:

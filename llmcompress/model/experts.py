@@ -1,4 +1,4 @@
-"""Banks of experts, which transformers 5 keeps in two tensors, taken apart into linears; and put together again."""
+"""Banks of experts, which transformers 5 keeps in two tensors, taken apart into linears."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from llmcompress.loading.mapped import MappedWeights, View, put_weights
 from llmcompress.model.skeleton import put_module
-from llmcompress.model.stock import stock_outline
 from llmcompress.modules.experts import UnfusedExperts
 
 _MAJOR = int(transformers.__version__.split(".")[0])
@@ -22,51 +22,41 @@ _TOKENS = 8
 
 
 @torch.no_grad()
-def unfuse_experts(model: PreTrainedModel) -> list[str]:
+def unfuse_experts(model: PreTrainedModel, mapped: MappedWeights | None = None) -> list[str]:
     """Replace every bank that is understood, in place; the weights are views of the bank's. Names of the banks.
 
     A bank is left as it is where it has biases or another layout, where a checkpoint does not hold its experts one by
-    one, or where the linears compute something else than the bank (tried, if its weights are there).
+    one, or where the linears compute something else than the bank (tried, if its weights are there). `mapped`: where
+    weights that lie on disk come from; it learns the new names, and one bank at a time takes memory.
     """
     if _MAJOR < 5:
         return []
     replaced = []
-    for name, bank in list(model.named_modules()):
+    for name in [name for name, _ in model.named_modules()]:
+        try:
+            bank = model.get_submodule(name)
+        except AttributeError:  # inside a bank that was replaced
+            continue
         experts = _taken_apart(model, name, bank)
         if experts is not None:
             put_module(model, name, experts)
             replaced.append(name)
+            if mapped is not None:
+                mapped.cut(_views(name, experts))
+                put_weights(experts, mapped, name)
     return replaced
 
 
-@torch.no_grad()
-def fuse_dense_experts(model: PreTrainedModel) -> None:
-    """Make banks again of experts that are all ordinary linears, so that the model is the stock one there."""
-    found = {name: part for name, part in model.named_modules() if isinstance(part, UnfusedExperts)}
-    dense = {name: part for name, part in found.items() if _is_dense(part)}
-    if not dense:
-        return
-    stock = stock_outline(model)
-    for name, experts in dense.items():
-        bank = stock.get_submodule(name)
-        gate, up, down = experts.names
-        both = [torch.cat([_weight(each, gate), _weight(each, up)]) for each in experts]
-        bank._parameters[_GATE_UP] = nn.Parameter(torch.stack(both), requires_grad=False)
-        bank._parameters[_DOWN] = nn.Parameter(torch.stack([_weight(each, down) for each in experts]), False)
-        put_module(model, name, bank.train(experts.training))
-
-
-def _is_dense(experts: UnfusedExperts) -> bool:
-    sizes = {(experts.hidden, experts.inner), (experts.inner, experts.hidden)}
-    return all(
-        type(part) is nn.Linear and part.bias is None and (part.in_features, part.out_features) in sizes
-        for each in experts
-        for part in each.children()
-    )
-
-
-def _weight(expert: nn.Module, name: str) -> Tensor:
-    return expert.get_parameter(f"{name}.weight").detach()
+def _views(name: str, experts: UnfusedExperts) -> dict[str, View]:
+    """Where in the bank every expert's weight is."""
+    gate, up, down = experts.names
+    places = {gate: (_GATE_UP, slice(0, experts.inner)), up: (_GATE_UP, slice(experts.inner, None))}
+    places[down] = (_DOWN, slice(None))
+    return {
+        f"{name}.{index}.{leaf}.weight": View(f"{name}.{tensor}", index, rows)
+        for index in range(len(experts))
+        for leaf, (tensor, rows) in places.items()
+    }
 
 
 def _taken_apart(model: PreTrainedModel, name: str, bank: Any) -> UnfusedExperts | None:

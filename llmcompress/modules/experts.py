@@ -54,6 +54,15 @@ class UnfusedExperts(CompressedModule, nn.ModuleList):
         experts, hidden, inner = (int(spec[key]) for key in ("experts", "hidden", "inner"))
         return cls(experts, hidden, inner, spec["names"], str(spec["activation"]), dtype)
 
+    def is_dense(self) -> bool:
+        """Whether all experts are ordinary linears of their first sizes: a checkpoint holds them as the bank's."""
+        sizes = {(self.hidden, self.inner), (self.inner, self.hidden)}
+        return all(
+            type(part) is nn.Linear and part.bias is None and (part.in_features, part.out_features) in sizes
+            for expert in self
+            for part in expert.children()
+        )
+
     @override
     def dense_weight(self) -> Tensor:
         raise TypeError("experts stand for no single matrix")

@@ -13,13 +13,14 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from llmcompress.calibration.stream import BlockStream
 from llmcompress.errors import CompressError
 from llmcompress.evaluation.coverage import coverage_warnings
 from llmcompress.evaluation.report import SiteReport
 from llmcompress.export.save import save_model
-from llmcompress.model.experts import fuse_dense_experts, unfuse_experts
+from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.probe import map_model, probe
 from llmcompress.modules.experts import UnfusedExperts
 from llmcompress.modules.quant_linear import QuantLinear
@@ -70,14 +71,17 @@ def apply(family: str, passes: str, **options: Any) -> Any:
 
 @pytest.mark.parametrize("family", MOE)
 @torch.no_grad()
-def test_experts_taken_apart_compute_what_the_bank_computes_and_go_back_bit_for_bit(family: str) -> None:
+def test_experts_taken_apart_compute_what_the_bank_computes_and_are_stored_as_it_bit_for_bit(
+    family: str, tmp_path: Path
+) -> None:
     stock, model = tiny_model(family, seed=1), unfused(family)
     assert any(isinstance(part, UnfusedExperts) for part in model.modules()) == FIVE
     torch.testing.assert_close(model(WINDOWS).logits, stock(WINDOWS).logits, atol=1e-5, rtol=1e-5)
-    fuse_dense_experts(model)
-    before = stock.state_dict()
-    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
-    assert not any(isinstance(part, UnfusedExperts) for part in model.modules())
+    save_model(model, tmp_path, "auto", storage_dtype=torch.float32, max_shard_size="5GB")
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    again, before = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict(), stock.state_dict()
+    assert again.keys() == before.keys()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in again.items())
 
 
 @pytest.mark.parametrize("family", MOE)
