@@ -19,9 +19,10 @@ from llmcompress.model.site import LinearSite
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.registry import Registry
 
-Trait = Literal["codes", "zeros", "pattern", "factors", "shapes", "dynamic", "cache", "ranges"]
+Trait = Literal["codes", "zeros", "pattern", "factors", "shapes", "dynamic", "cache", "ranges", "tables"]
 """What a pass leaves behind: integer codes, exact zeros, N:M zeros, low-rank factors, fewer rows and columns, modules
-that decide per input what they compute, keys and values cached as codes, inputs rounded on fixed ranges."""
+that decide per input what they compute, keys and values cached as codes, inputs rounded on fixed ranges, an embedding
+or head that is no table of numbers any more."""
 
 NOTHING: Mapping[Trait, str] = MappingProxyType({})
 

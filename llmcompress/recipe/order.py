@@ -28,6 +28,10 @@ def check_order(passes: Sequence[Pass], site_names: Sequence[str]) -> None:
                 if reason:
                     raise _undone(first, earlier, index, each, reason, where=f"{_label(index, each)}, site {chosen[0]}")
             before.append((index, each, each.for_site(chosen[0]).traits()))
+    for (first, earlier), (second, later) in combinations(enumerate(passes), 2):
+        reason = _reason(earlier.traits() & {"tables"}, later)  # which no site has
+        if reason:
+            raise _undone(first, earlier, second, later, reason, where=_label(second, later))
 
 
 def check_order_of_globs(passes: Sequence[Pass], document: Document) -> None:

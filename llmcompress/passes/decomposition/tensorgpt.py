@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -38,7 +39,8 @@ class TensorGPT(ModelPass):
     parameters on the models measured (evals).
     """
 
-    makes: ClassVar[frozenset[Trait]] = frozenset({"factors"})
+    makes: ClassVar[frozenset[Trait]] = frozenset({"tables"})
+    spoils: ClassVar[Mapping[Trait, str]] = {"tables": "needs an embedding that is an ordinary table"}
 
     ratio: float | None = Field(
         None, gt=0, lt=1, description="share of the embedding's parameters removed (default 0.2)"

@@ -37,6 +37,7 @@ class SliceGPT(ModelPass):
     spoils: ClassVar[Mapping[Trait, str]] = {
         "zeros": "would fill the zeros: a rotation mixes all channels",
         "pattern": "would fill the zeros: a rotation mixes all channels",
+        "tables": "needs to rotate an embedding and a head that are ordinary tables",
     }
 
     ratio: float = Field(0.25, ge=0, lt=1, description="share of the channels of the residual stream to remove")

@@ -45,7 +45,11 @@ class Rotation(ModelPass):
     where norms subtract the mean the rotation keeps the direction of all ones; queries and keys are not rotated.
     """
 
-    spoils: ClassVar[Mapping[Trait, str]] = {"zeros": _MIXED, "pattern": _MIXED}
+    spoils: ClassVar[Mapping[Trait, str]] = {
+        "zeros": _MIXED,
+        "pattern": _MIXED,
+        "tables": "needs to rotate an embedding and a head that are ordinary tables",
+    }
 
     basis: Literal["hadamard", "random"] = Field(
         "hadamard", description="hadamard: randomised, spreads outliers best; random: uniform over all bases"

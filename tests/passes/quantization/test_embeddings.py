@@ -15,6 +15,8 @@ from llmcompress.export.save import save_model
 from llmcompress.modules.quant_embedding import QuantEmbedding, SharedHead
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.passes.base import PASSES
+from llmcompress.recipe import parse_recipe
+from llmcompress.recipe.order import check_order
 from tests.families import FAMILIES, tiny_model
 from tests.passes.test_laws import compressed, logits, map_of
 
@@ -93,6 +95,24 @@ def test_codes_of_blocks_and_tables_go_together_and_a_table_is_rounded_once() ->
     assert {row.algorithm for row in rows} == {"rtn", "embeddings"} and torch.isfinite(logits(model)).all()
     with pytest.raises(CompressError, match="not an ordinary table"):
         compressed("llama_gqa", embeddings(), embeddings())
+
+
+@pytest.mark.parametrize("later", ["rotation: {}", "slicegpt: {}", "tensorgpt: {}", "embeddings: {}"])
+def test_what_rotates_or_factors_tables_cannot_follow(later: str) -> None:
+    with pytest.raises(CompressError, match="ordinary table") as caught:
+        parse_recipe(f"passes: [{{embeddings: {{}}}}, {{{later}}}]", "test")
+    assert caught.value.code == "recipe.order"
+    with pytest.raises(CompressError, match="ordinary table"):
+        name, _ = later.split(":")
+        check_order([embeddings(), PASSES[name]()], [])
+
+
+@torch.no_grad()
+def test_blocks_are_compressed_after_the_tables_as_well() -> None:
+    passes = (PASSES["smoothquant"](), PASSES["gptq"](scheme="int8_channel_a8token"))
+    parse_recipe("passes: [{embeddings: {}}, {smoothquant: {}}, {gptq: {scheme: int8_channel_a8token}}]", "test")
+    model, rows = compressed("llama_gqa", embeddings(), *passes)
+    assert {row.algorithm for row in rows} >= {"embeddings", "gptq"} and torch.isfinite(logits(model)).all()
 
 
 @pytest.mark.parametrize("options", [{"embedding": "int8_channel_a8token"}, {"head": "nvfp4_a"}], ids=str)
