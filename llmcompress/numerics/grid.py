@@ -113,9 +113,10 @@ def fit(
     them, so what is computed here is what a loader of the saved model computes. A group of zeros gets scale 1.
 
     With `search="mse"` the range shrinks down to half, in coarse steps and then in fine ones around the best (float
-    grids also widen it); the error is that of the group's part of the output when `gram_II` is given (AWQ's clipping),
-    plain squared error otherwise. The full range is one of the candidates. `shared` is for a part of a matrix whose
-    two-level scales have been begun.
+    grids also widen it). The full range is one of the candidates. The error is that of the group's part of the output
+    when `gram_II` is given (AWQ's clipping), plain squared error otherwise. In groups wider than 256, whole rows above
+    all, errors of inputs are taken as independent there: ten products with the whole matrix would cost more than all
+    else that is done to a site. `shared` is for a part of a matrix whose two-level scales have been begun.
 
     Source: Jacob et al., arXiv 1712.05877, section 2 (range includes 0, zero is exact);
     Lin et al., arXiv 2306.00978 (clipping per row and group).
@@ -131,7 +132,7 @@ def fit(
     best = _from_range(bottom_OG, top_OG, grid, scale_dtype, shared)
     if search == "minmax":
         return best
-    gram_GNN = None if gram_II is None else _diagonal_blocks(gram_II, grid)
+    gram_GNN = None if gram_II is None else _seen_by_groups(gram_II, grid)
     best_error_OG = _error(grouped_OGN, best, gram_GNN)
     factor_OG = torch.ones_like(top_OG)
     for steps in _steps(grid):
@@ -218,11 +219,13 @@ def _grouped(weight_OI: Tensor, grid: Grid) -> Tensor:
     return functional.pad(weight_OI, (0, missing)).view(outputs, -1, length)
 
 
-def _diagonal_blocks(gram_II: Tensor, grid: Grid) -> Tensor:
-    """The part of the Gram matrix that each group sees alone: G×N×N."""
+def _seen_by_groups(gram_II: Tensor, grid: Grid) -> Tensor:
+    """The part of the Gram matrix that each group sees alone: G×N×N; of wide groups the diagonal, G×1×N."""
     inputs = len(gram_II)
     groups, length = grid.groups(inputs), grid.length(inputs)
     missing = groups * length - inputs
+    if length > _WIDE:
+        return functional.pad(gram_II.diagonal(), (0, missing)).view(groups, 1, length)
     padded = functional.pad(gram_II, (0, missing, 0, missing)).view(groups, length, groups, length)
     return torch.stack([padded[group, :, group] for group in range(groups)])
 
@@ -237,6 +240,7 @@ def _steps(grid: Grid) -> tuple[tuple[float, ...], ...]:
 
 _COARSE = (-0.1, -0.2, -0.3, -0.4, -0.5)
 _FINE = (-0.05, -0.025, 0.025, 0.05)
+_WIDE = 256
 _NARROWEST, _WIDEST = 0.5, 2.0
 
 
@@ -286,6 +290,8 @@ def _error(grouped_OGN: Tensor, fitted: Fitted, gram_GNN: Tensor | None) -> Tens
         difference_OGN = codes.sub_(zero).mul_(scale).sub_(grouped_OGN)
     if gram_GNN is None:
         return _per_scale(difference_OGN.square_().sum(-1), fitted.grid)
+    if gram_GNN.shape[1] == 1:
+        return _per_scale(difference_OGN.square_().mul_(gram_GNN[:, 0]).sum(-1), fitted.grid)
     seen_GON = torch.bmm(difference_OGN.transpose(0, 1), gram_GNN)
     return _per_scale(seen_GON.transpose(0, 1).mul(difference_OGN).sum(-1), fitted.grid)
 

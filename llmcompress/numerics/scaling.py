@@ -6,7 +6,7 @@ channel where key-value heads are shared, and then share one factor. O = outputs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +52,9 @@ def search_factors(
     points: int,
     unscaled: float | None = None,
 ) -> ScaleSearch:
-    """AWQ: factors = salience^r, r in 0 … 1, that least disturb the outputs of the linears reading the channels.
+    """AWQ: factors = salience^r that least disturb the outputs of the linears reading the channels.
+
+    r is a multiple of 1 ÷ `points` below 1.
 
     `rounders` map a weight to its rounded self, one per weight. The search looks at some rows of every weight; what it
     finds must beat r = 0, which leaves everything as it is, on all of them (`unscaled`: that error, where it is known).
@@ -77,8 +79,15 @@ def search_factors(
         return torch.where(feeds_P, factors_P / (fed_P.max() * fed_P.min()).sqrt(), 1.0)
 
     some = [weight_OC[:: -(-len(weight_OC) // ROWS)] for weight_OC in weights_OC]
-    exponents = [point / points for point in range(points)]
-    best = min(exponents, key=lambda exponent: error_with(factors_of(exponent), some))
+    errors: dict[int, float] = {}
+
+    def least(tried: Iterable[int]) -> int:
+        errors.update({point: error_with(factors_of(point / points), some) for point in tried})
+        return min(errors, key=errors.__getitem__)
+
+    # the error changes slowly with the exponent: every other one first, then the two beside the best
+    around = least(range(0, points, 2))
+    best = least(point for point in (around - 1, around + 1) if 0 < point < points) / points
     none_P = factors_of(0.0)
     if unscaled is None:
         unscaled = error_with(none_P, weights_OC)
