@@ -123,14 +123,11 @@ class SparseGPT(SparsePass):
         else:
             raised = f"damping raised from {self.damping:g} to {factor.damping:g}"
             swept, mask_OI = self._sweep(site, scheme, share, factor)
-            alone = _masked(site, scheme, mask_OI)
             baseline = tried(smallest, "the sweep ended worse than magnitude: dropped by magnitude")
-            best = min(
-                tried(swept, raised if factor.damping > self.damping else None),
-                tried(alone, "the repair ended worse than the mask alone: not repaired"),
-                baseline,
-                key=lambda each: each.error,
-            )
+            best = tried(swept, raised if factor.damping > self.damping else None)
+            if baseline.error < best.error:
+                alone = tried(_masked(site, scheme, mask_OI), "the repair ended worse than its mask: not repaired")
+                best = min(alone, baseline, key=lambda each: each.error)
         row = SiteReport(site=site.name, algorithm="sparsegpt")
         if scheme and best.pruned.codes:
             put_codes(site, scheme, *best.pruned.codes)
