@@ -94,8 +94,13 @@ def make_plan(
     notes = check_recipe(recipe, model_map, loader)
     schemes = planned_schemes(recipe, model_map)
     dtype = storage_dtype_of(recipe, checked)
-    layouts = {} if recipe.save.format == "plain" else _layouts(schemes, model_map, loader, recipe.save.zero_points)
-    by_manifest = recipe.save.format == "auto" and bool(speechless(schemes, dtype))
+    layouts = (
+        {}
+        if recipe.save.format in ("plain", "llmcompress")
+        else _layouts(schemes, model_map, loader, recipe.save.zero_points)
+    )
+    wanted = recipe.save.format
+    by_manifest = wanted == "llmcompress" or (wanted == "auto" and bool(speechless(schemes, dtype)))
 
     tensors = _other_tensors(checked, model_map, dtype)
     sites, removed = [], 0

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.export.compressed_tensors import save_compressed_tensors
 from llmcompress.export.plain import save_plain
+from llmcompress.export.save import save_model
 from llmcompress.loading.load import load_for_compression
 from llmcompress.loading.source import Source, find_source
 from llmcompress.model.probe import probe
@@ -87,6 +88,15 @@ def test_output_bytes_of_the_bundled_model_are_those_of_the_saved_file(tmp_path)
 def test_output_bytes_of_a_plain_folder_are_those_of_the_saved_file(tiny, tmp_path, dtype, expected):
     plan = make_plan(tiny, Recipe(passes=(RoundToNearest(scheme="int4_g16"),), save=Save(format="plain", dtype=dtype)))
     save_plain(quantized(tiny, plan), tmp_path, storage_dtype=expected, max_shard_size="5GB")
+    assert plan.output_bytes == size_of(tmp_path)
+
+
+@pytest.mark.parametrize("scheme", ["int3_g16", "int4_g16_asym", "int8_channel"])
+def test_output_bytes_of_codes_at_their_own_width_are_those_of_the_saved_file(tiny, tmp_path, scheme):
+    recipe = Recipe(passes=(RoundToNearest(scheme=scheme),), save=Save(format="llmcompress"))
+    plan = make_plan(tiny, recipe)
+    live = quantized(tiny, plan)
+    save_model(live, tmp_path, "llmcompress", storage_dtype=torch.bfloat16, max_shard_size="5GB")
     assert plan.output_bytes == size_of(tmp_path)
 
 

@@ -13,7 +13,7 @@ from llmcompress.model.map import ModelMap
 from llmcompress.modules.scheme import Scheme
 from llmcompress.numerics.formats import E2M1, E4M3, POWER_OF_TWO, SINGLE, STORED, TWO_LEVEL, NumberFormat, ScaleKind
 
-Format = Literal["auto", "compressed-tensors", "plain"]
+Format = Literal["auto", "compressed-tensors", "plain", "llmcompress"]
 
 ZeroPoints = Literal["folded", "packed"]
 """Of 2- and 4-bit asymmetric grids. Folded: subtracted from the codes, which then need a wider field but load anywhere;
@@ -255,6 +255,8 @@ def check_format(
         if rounded:
             raise _refusal("a plain folder cannot round activations", rounded, "set `save.format` to auto")
         return []
+    if wanted == "llmcompress":
+        return ["codes lie at their own width, and the folder loads after `import llmcompress` only"] if schemes else []
     wordless = [name for name, scheme in schemes.items() if not _has_words(scheme)]
     if wordless and wanted == "compressed-tensors":
         names = [f"{name}: {schemes[name].name}" for name in wordless]
@@ -292,7 +294,9 @@ def _layout_note(site: PlannedSite) -> str | None:
         return None
     field = f"{layout.bits_on_disk}-bit fields, the narrowest that all supported loaders read"
     note = f"{scheme.name}: codes are stored in {field}"
-    return note if scheme.weights.symmetric or scheme.weights.bits == 3 else f"{note} (see `save.zero_points`)"
+    if scheme.weights.symmetric or scheme.weights.bits == 3:
+        return f"{note}; `save.format: llmcompress` keeps their own width"
+    return f"{note} (see `save.zero_points`)"
 
 
 def _refusal(what: str, lines: list[str], fix: str) -> CompressError:

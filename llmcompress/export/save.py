@@ -41,7 +41,12 @@ def save_model(
     if wanted == "plain":
         return save_plain(model, folder, storage_dtype=storage_dtype, max_shard_size=max_shard_size, home=home)
     schemes = {name: site.scheme for name, site in quantized_sites(model).items()}
-    if not found.needs_plugin and (wanted == "compressed-tensors" or not speechless(schemes, storage_dtype)):
+    own_width = wanted == "llmcompress" and bool(found)
+    if (
+        not own_width
+        and not found.needs_plugin
+        and (wanted == "compressed-tensors" or not speechless(schemes, storage_dtype))
+    ):
         return save_compressed_tensors(
             model,
             folder,

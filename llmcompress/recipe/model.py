@@ -23,8 +23,9 @@ class Save(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    format: Literal["auto", "compressed-tensors", "plain"] = "auto"
-    """`plain`: multiplied out to ordinary weights; `auto`: compressed-tensors where that format holds every site."""
+    format: Literal["auto", "compressed-tensors", "plain", "llmcompress"] = "auto"
+    """`auto`: compressed-tensors where that format holds every site; `plain`: multiplied out to ordinary weights;
+    `llmcompress`: every code at its own width, 3 bits in 3 bits, for loading after `import llmcompress`."""
     dtype: Literal["checkpoint", "bfloat16", "float16", "float32"] = "checkpoint"
     """Of scales and of all that stays dense; `checkpoint`: as it was read."""
     zero_points: Literal["folded", "packed"] = "folded"

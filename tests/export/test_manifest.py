@@ -143,6 +143,21 @@ def test_codes_take_their_own_bits_on_disk(saved: dict[str, Path]) -> None:
     assert packed.dtype == torch.uint8 and packed.shape[1] == 64 * 3 // 8
 
 
+@pytest.mark.parametrize("scheme", ["int3_g32", "int5_channel", "int4_g32_asym"])
+def test_what_stock_formats_widen_keeps_its_own_bits_on_request(scheme: str, tmp_path: Path) -> None:
+    model, ids = compressed("llama", f"[{{rtn: {{scheme: {scheme}}}}}]"), tiny_tokens("llama")
+    sizes = {}
+    for name in ("auto", "llmcompress"):
+        save_model(model, tmp_path / name, name, storage_dtype=torch.float32, max_shard_size="5GB")
+        sizes[name] = (tmp_path / name / "model.safetensors").stat().st_size
+    assert sizes["llmcompress"] < sizes["auto"]
+    torch.save(ids, tmp_path / "llmcompress" / "ids.pt")
+    assert in_fresh_process([tmp_path / "llmcompress"], "import llmcompress") == ["loaded"]
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "llmcompress" / "logits.pt"), model(ids).logits)
+    assert in_fresh_process([tmp_path / "llmcompress"], "") == ["refused RuntimeError"]
+
+
 def test_plain_multiplies_everything_out(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
