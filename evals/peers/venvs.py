@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import venv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,12 +35,13 @@ def run_in(peer: str, script: str, arguments: Sequence[str], *, folder: Path, th
 
     Raises: RuntimeError with the end of its output when it fails.
     """
-    python = environment(peer, folder)
-    command = [str(python), str(Path(__file__).parent / script), *arguments]
+    python = environment(peer, folder.resolve())
+    command = [str(python), str(Path(__file__).resolve().parent / script), *arguments]
     quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     # GPTQModel wants two workers and finds one on a machine of two cores
     quiet["GPTQMODEL_CPU_WORKERS"] = str(max(2, threads))
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=quiet)
+    with tempfile.TemporaryDirectory() as here:  # some leave logs where they are started
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=quiet, cwd=here)
     if done.returncode:
         raise RuntimeError(f"{peer} {script} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -238,8 +238,8 @@ def _steps(grid: Grid) -> tuple[tuple[float, ...], ...]:
     return (_COARSE if grid.number is None else (0.5, *_COARSE), _FINE)
 
 
-_COARSE = (-0.1, -0.2, -0.3, -0.4, -0.5)
-_FINE = (-0.05, -0.025, 0.025, 0.05)
+_COARSE = (-0.15, -0.3, -0.45)
+_FINE = (-0.05, 0.05)
 _WIDE = 256
 _NARROWEST, _WIDEST = 0.5, 2.0
 
