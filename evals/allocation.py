@@ -140,13 +140,18 @@ def _trials(part: str, group: int) -> Iterator[tuple[str, str, str]]:
 def _allocations(group: int) -> Iterator[tuple[str, str, str]]:
     """Uniform bits, and mixed ones of the same average."""
     small = group // 2
-    candidates = "[" + ", ".join(f"int{bits}_g{group}" for bits in (2, 3, 4, 8)) + "]"
-    for uniform in (f"int3_g{group}", f"int3_g{small}"):
+    kinds = {2: [f"g{group}"], 3: ["channel", f"g{group}", f"g{small}"], 4: ["channel", f"g{group}"]}
+    rows = {bits: ["channel"] for bits in (5, 6, 8)}
+    names = [f"int{bits}_{kind}" for bits, found in {**kinds, **rows}.items() for kind in found]
+    candidates = "[" + ", ".join(names) + "]"
+    for uniform in ("int3_channel", f"int3_g{group}", f"int3_g{small}"):
         for quantizer in ("rtn", "gptq"):
             inside = f"quantizer: {{{quantizer}: {{{PAD}}}}}"
             label = f"as {uniform}"
             yield label, f"{quantizer} {uniform}", f"- {quantizer}: {{scheme: {uniform}, {PAD}}}"
-            for sensitivity in SENSITIVITIES if quantizer == "gptq" else SENSITIVITIES[:1]:
+            for sensitivity in (
+                SENSITIVITIES if quantizer == "gptq" and uniform.endswith(f"g{small}") else SENSITIVITIES[:1]
+            ):
                 fewer = ", samples: 4" if sensitivity == "kl" else ""
                 options = f"bits: {SAME}, sensitivity: {sensitivity}, schemes: {candidates}, {inside}{fewer}"
                 yield label, f"{quantizer}, by {sensitivity}", f"- mixed_precision: {{{options}}}"

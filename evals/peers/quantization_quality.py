@@ -46,8 +46,10 @@ OURS = {
     "awq": "[{{awq: {{scheme: {scheme}}}}}]",
     "awq→gptq": "[{{awq: {{scheme: {scheme}, round: false}}}}, {{gptq: {{scheme: {scheme}}}}}]",
     "best": "[{{awq: {{scheme: {scheme}, round: false}}}}, {{gptq: {{scheme: {scheme}, true_sequential: true}}}}]",
+    "bits shared out": "[{{mixed_precision: {{bits: {bits}}}}}]",
 }
-"""Defaults, and the best recipe that exists as passes: chosen on 100 windows of another text (the books' valid.txt),
+"""Defaults; `bits shared out`: another scheme for every site, at the same stored bits on average, scales included;
+`best`: the best recipe with one scheme everywhere, chosen on 100 windows of another text (the books' valid.txt),
 int3_g32, first calibration draw, among gptq with and without act-order, true_sequential, awq before it, rotation before
 it, minmax ranges and refined scales. The measured text had no part in it."""
 
@@ -203,7 +205,9 @@ def main(
                     break
                 try:
                     if peer is None:
-                        found, seconds = ours(OURS[method].format(scheme=scheme), windows[seed])
+                        found, seconds = ours(
+                            OURS[method].format(scheme=scheme, bits=stored_bits(scheme)), windows[seed]
+                        )
                     else:
                         found, seconds = theirs(peer, scheme, windows[seed])
                     row["perplexity"].append(found)
@@ -215,6 +219,12 @@ def main(
             click.echo(f"{scheme:14s} {who:15s} {method:16s} {shown}", err=True)
     write()
     click.echo(str(path))
+
+
+def stored_bits(scheme: str) -> float:
+    """Bits of a code and of its share of a group's scale and zero point."""
+    grid = named_scheme(scheme).weights
+    return grid.bits + grid.scale_bits(1, int(grid.group or 0), 16) / int(grid.group or 1)
 
 
 def reason(failure: RuntimeError) -> str:

@@ -26,6 +26,12 @@ from llmcompress.passes.quantization.inside import quantizer_with
 from llmcompress.passes.quantization.resolve import resolve_scheme, site_schemes
 from llmcompress.passes.quantization.sensitivity import Sensitivity, rounding_loss
 
+CANDIDATES = (
+    *("int2_g64", "int3_channel", "int3_g64", "int3_g32", "int4_channel", "int4_g64"),
+    *("int5_channel", "int6_channel", "int8_channel"),
+)
+"""Groups and whole rows: where rows will do, the bits of their many scales serve better elsewhere (docs/log.md)."""
+
 WITHIN = 0.01
 """Bits per weight by which the average may stay below `bits`, where the sites' sizes allow it."""
 
@@ -51,7 +57,7 @@ class MixedPrecision(BlockPass):
         {"gptq": {}}, description="one quantizing pass with its options but its scheme, e.g. {gptq: {damping: 0.02}}"
     )
     schemes: tuple[str, ...] = Field(
-        ("int2_g64", "int3_g64", "int4_g64", "int8_g64"), description=f"candidates, each {DESCRIPTION}"
+        CANDIDATES, description=f"candidates, each {DESCRIPTION}; many sizes in small steps serve best"
     )
     bits: float | None = Field(
         None, gt=1, le=32, description="average stored bits per selected weight, scales included (3.5 if no budget)"
