@@ -5,7 +5,6 @@ O = outputs, I = inputs.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from math import prod
@@ -19,7 +18,7 @@ from llmcompress.export.base import Layout, Loader, ZeroPoints, check_format, pl
 from llmcompress.export.checkpoint import loader_of
 from llmcompress.loading.preflight import Preflight, preflight
 from llmcompress.loading.source import Source
-from llmcompress.loading.tensors import DTYPES
+from llmcompress.loading.tensors import write_header
 from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.model.probe import probe
 from llmcompress.modules.scheme import Scheme
@@ -271,14 +270,5 @@ def _bytes(dtype: torch.dtype, shape: Shape) -> int:
 
 def _file_bytes(tensors: Mapping[str, tuple[torch.dtype, Shape]]) -> int:
     """Size of one safetensors file with these tensors, its header included."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    order = list(DTYPES.values())  # of tensors of one width, floats first, as the library lays them out
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, (dtype, shape) in sorted(
-        tensors.items(), key=lambda item: (-item[1][0].itemsize, order.index(item[1][0]), item[0])
-    ):
-        begin, end = end, end + _bytes(dtype, shape)
-        header[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": (begin, end)}
-    length = len(json.dumps(header, separators=(",", ":")))
-    return 8 + -(-length // 8) * 8 + end
+    header, _ = write_header(tensors)
+    return len(header) + sum(_bytes(*tensor) for tensor in tensors.values())

@@ -41,14 +41,6 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def share(path: Path) -> None:
-    """Give a file the mode that new files get here; safetensors makes its files readable by their owner alone."""
-    example = path.with_name(f".{path.name}.mode")
-    example.touch()
-    path.chmod(example.stat().st_mode)
-    example.unlink()
-
-
 def sync(path: Path) -> None:
     """Have the disk confirm a file, or a folder's list of names."""
     handle = os.open(path, os.O_RDONLY)

@@ -1,18 +1,22 @@
-"""Writes tensors one after another into ordinary sharded safetensors, holding at most one shard in memory."""
+"""Writes tensors one after another into ordinary sharded safetensors, holding one tensor in memory."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
+from typing import BinaryIO
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
-from llmcompress.export.disk import share
+from llmcompress.loading.tensors import write_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+_PIECE = 2**24
+"""Bytes copied at a time."""
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -21,23 +25,31 @@ class ShardWriter:
     """Fills `folder` with `model.safetensors`, or with numbered shards and their index when one file is too small.
 
     A tensor larger than a shard gets a shard of its own. Shards get their names in `close`, when their number is
-    known: nothing has to be laid out before the first tensor is written.
+    known: nothing has to be laid out before the first tensor is written. A file begins with the places of all its
+    tensors, so data wait in a second file, not in memory, until a shard is full.
     """
 
     def __init__(self, folder: Path, max_shard_size: str) -> None:
         self._folder, self._limit = folder, size_in_bytes(max_shard_size)
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
+        self._pending: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self._places: dict[str, tuple[int, int]] = {}
+        """Name → where its bytes begin and end among those that wait."""
+        self._end = 0
+        self._waiting: BinaryIO | None = None
         self._shards: list[list[str]] = []
         self.tensor_bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
         """One more tensor of the checkpoint."""
         assert name not in self._pending and all(name not in shard for shard in self._shards[-1:]), name
-        if self._pending and self._pending_bytes + tensor.nbytes > self._limit:
+        if self._pending and self._end + tensor.nbytes > self._limit:
             self._flush()
-        self._pending[name] = _alone(tensor.detach().cpu())
-        self._pending_bytes += tensor.nbytes
+        if self._waiting is None:
+            self._waiting = (self._folder / "data.part").open("w+b")
+        self._waiting.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._pending[name] = (tensor.dtype, tuple(tensor.shape))
+        self._places[name] = (self._end, self._end + tensor.nbytes)
+        self._end += tensor.nbytes
         self.tensor_bytes += tensor.nbytes
 
     def close(self) -> tuple[str, ...]:
@@ -58,11 +70,19 @@ class ShardWriter:
         return names
 
     def _flush(self) -> None:
-        path = self._temporary(len(self._shards))
-        save_file(self._pending, path, metadata={"format": "pt"})
-        share(path)
+        header, order = write_header(self._pending)
+        with self._temporary(len(self._shards)).open("wb") as file:
+            file.write(header)
+            for begin, end in (self._places[name] for name in order):
+                assert self._waiting is not None
+                self._waiting.seek(begin)
+                for start in range(begin, end, _PIECE):
+                    file.write(self._waiting.read(min(_PIECE, end - start)))
+        if self._waiting is not None:
+            self._waiting.close()
+            (self._folder / "data.part").unlink()
         self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
+        self._pending, self._places, self._end, self._waiting = {}, {}, 0, None
 
     def _temporary(self, index: int) -> Path:
         return self._folder / f"shard-{index + 1:05d}.safetensors.part"
@@ -77,9 +97,3 @@ def size_in_bytes(text: str) -> int:
     if not found:
         raise ValueError(f"{text!r} is not a size; write a number and KB, MB, GB or TB, e.g. 5GB")
     return int(float(found[1]) * _UNITS[found[2]])
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """The same values in memory of their own: safetensors writes no views."""
-    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if whole else tensor.clone().contiguous()

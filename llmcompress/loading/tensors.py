@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -30,6 +31,8 @@ DTYPES = {
 }
 CODE_DTYPES = (torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
 """A weight stored in one of these is a quantized code."""
+_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
+"""In which the library writes tensors."""
 _LARGEST_HEADER = 100_000_000
 """The format's own limit."""
 
@@ -115,3 +118,21 @@ def _tensor(name: str, entry: dict[str, Any], file: Path) -> TensorHeader:
     if begin < 0 or end - begin != size:
         raise BadFile(f"tensor {name} of shape {list(shape)} takes {size:,} bytes, not {end - begin:,}")
     return TensorHeader(name, dtype, shape, file, size)
+
+
+def write_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, list[str]]:
+    """The beginning of a safetensors file with these tensors, and the order in which their data follow.
+
+    Both are those of the library: wide types first, so that everything is aligned.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    order = sorted(tensors, key=lambda name: (_ORDER.index(names[tensors[name][0]]), name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        dtype, shape = tensors[name]
+        begin, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, order

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llmcompress.errors import CompressError
@@ -83,6 +83,25 @@ def test_a_view_takes_no_more_room_than_its_values(tmp_path):
     writer.close()
     found = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(found[f"experts.{i}"], bank[i].T) for i in range(4))
+
+
+@pytest.mark.parametrize("size", ["1MB", "4KB"])
+def test_files_are_those_of_the_library_byte_for_byte(size, tmp_path):
+    torch.manual_seed(0)
+    dtypes = [torch.float32, torch.bfloat16, torch.int8, torch.int64, torch.float8_e4m3fn, torch.uint8, torch.float16]
+    tensors = {f"layer.{i}.é": torch.randn(5, 3 + i).to(dtype) for i, dtype in enumerate([*dtypes, *dtypes])}
+    tensors |= {"scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4), "flags": torch.ones(3, dtype=torch.bool)}
+    (tmp_path / "ours").mkdir()
+    writer = ShardWriter(tmp_path / "ours", size)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    files = writer.close()
+    assert sorted(path.name for path in (tmp_path / "ours").glob("*.safetensors")) == sorted(files)
+    assert not list((tmp_path / "ours").glob("*.part"))
+    for file in files:
+        theirs = {name: tensors[name] for name in load_file(tmp_path / "ours" / file)}
+        save_file(theirs, tmp_path / "theirs", metadata={"format": "pt"})
+        assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("20KB", 20_000)])
