@@ -49,6 +49,8 @@ class BlockWork:
         self._inputs, self._calls, self._experts, self._ranks = inputs, calls, experts, ranks
         self.decisions: Mapping[str, Tensor] = {}
         """What the first pass of the stage decided about the whole model."""
+        self.dense_outputs: list[Tensor] = []
+        """What the block gave when all blocks were as the stage found them, on the CPU; for passes that ask for it."""
         self._known_outputs: list[Tensor] | None = None
         self._name_sites()
 
@@ -188,12 +190,27 @@ class BlockWork:
         self._ranks.require_one("a pass of this recipe")
         return list(self._inputs)
 
+    @property
+    def batches(self) -> int:
+        """How many batches there are."""
+        return len(self._inputs)
+
+    def output(self, batch: int) -> Tensor:
+        """The block's output for one batch, on its device; with gradients where they are enabled."""
+        self._ranks.require_one("a pass of this recipe")
+        return self._run(self._inputs[batch], self._calls[batch])
+
     @torch.no_grad()
     def outputs(self) -> list[Tensor]:
         """The block's output for every batch, on the CPU."""
         if self._known_outputs is not None:
             return self._known_outputs
-        return [self._run(inputs, call).cpu() for inputs, call in zip(self._inputs, self._calls, strict=True)]
+        return self.outputs_for(self._inputs)
+
+    @torch.no_grad()
+    def outputs_for(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The same for other inputs of the same batches."""
+        return [self._run(hidden, call).cpu() for hidden, call in zip(inputs, self._calls, strict=True)]
 
     @property
     def _device(self) -> torch.device:
@@ -212,7 +229,8 @@ class BlockStream:
     """Runs the model block by block over calibration windows; later blocks see what earlier ones became.
 
     `windows_NT` are unpadded token ids, so no mask is needed to keep padding out of the statistics. With no windows
-    at all the blocks are only visited: enough for passes that need no data.
+    at all the blocks are only visited: enough for passes that need no data. With `dense` a second stream runs beside
+    the first, through the blocks as they are before anybody works on them.
     """
 
     def __init__(
@@ -228,8 +246,9 @@ class BlockStream:
         home: Home | None = None,
         experts: Experts = "routed",
         ranks: Ranks = ALONE,
+        dense: bool = False,
     ) -> None:
-        self._experts, self._ranks = experts, ranks
+        self._experts, self._ranks, self._dense = experts, ranks, dense
         self._map, self._device, self._storage_dtype, self._progress = model_map, device, storage_dtype, progress
         self._home = home or InMemory()
         named = find_blocks(model)
@@ -246,6 +265,7 @@ class BlockStream:
 
     def __iter__(self) -> Iterator[BlockWork]:
         """Yield every block, on the device and in float32; when the caller is done with it, feed its outputs onward."""
+        dense = self._hidden
         for info, module in zip(self._map.blocks, self._blocks, strict=True):
             module.to(self._device, torch.float32)
             calls = [batch_calls[info.index] for batch_calls in self._calls]
@@ -259,6 +279,8 @@ class BlockStream:
                 experts=self._experts,
                 ranks=self._ranks,
             )
+            if self._dense:
+                work.dense_outputs = dense = work.outputs_for(dense)
             yield work
             if info.index + 1 < len(self._blocks):
                 self._hidden = work.outputs()

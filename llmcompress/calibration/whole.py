@@ -45,8 +45,11 @@ class WholeModel:
         self.progress, self.seed = progress, seed
         self.home, self.experts, self.ranks = home or InMemory(), experts, ranks
 
-    def stream(self) -> Iterator[BlockWork]:
-        """Every block once, on the device and in float32; what the caller leaves in a block is fed onward."""
+    def stream(self, *, dense: bool = False) -> Iterator[BlockWork]:
+        """Every block once, on the device and in float32; what the caller leaves in a block is fed onward.
+
+        With `dense` each knows its `dense_outputs`.
+        """
         return iter(
             BlockStream(
                 self.model,
@@ -59,6 +62,7 @@ class WholeModel:
                 home=self.home,
                 experts=self.experts,
                 ranks=self.ranks,
+                dense=dense,
             )
         )
 

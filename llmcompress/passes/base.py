@@ -115,6 +115,9 @@ class BlockPass(Pass):
     decides: ClassVar[bool] = False
     """Whether `decide` must see the whole model before any block is touched."""
 
+    wants_dense: ClassVar[bool] = False
+    """Whether `apply` reads `block.dense_outputs`: costs one more forward and as much memory as the hidden states."""
+
     changes_sites: ClassVar[bool] = False
     """Whether a block's linears are others afterwards, so that later passes need a new map."""
 

@@ -1,0 +1,179 @@
+"""Which way every weight is rounded, learned block by block. O = outputs, I = inputs, G = groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+from torch.nn import functional
+
+from llmcompress.calibration.stream import BlockWork
+from llmcompress.evaluation.report import SiteReport
+from llmcompress.model.site import LinearSite
+from llmcompress.modules.rounded_inputs import fixed_scale, round_inputs
+from llmcompress.modules.scheme import DESCRIPTION, Scheme, named_scheme
+from llmcompress.numerics.grid import Fitted, fit, round_to_codes, spread
+from llmcompress.numerics.statistics import AbsMax, Gram, Statistic
+from llmcompress.passes.base import PASSES
+from llmcompress.passes.quantization.base import QuantizingPass, put_codes, report_row
+
+_NARROWEST, _WIDEST = 0.7, 1.2
+"""How far a scale may move from where the search of ranges left it."""
+
+
+@PASSES.register("learned_rounding")
+class LearnedRounding(QuantizingPass):
+    """Round each weight up or down, and stretch each scale, so that the block's output errs least on calibration data.
+
+    The block reads what the compressed blocks before it give, and is to give what it gave in the dense model.
+    A step looks at one batch, and all offsets and scales move by the same small length against the sign of their
+    gradients; the length falls to zero. Better at 2 and 3 bits than what looks at one linear at a time, at dozens of
+    times the work. A block that ends worse than it began keeps plain rounding.
+
+    Source: Cheng et al., arXiv 2309.05516 (SignRound). Differs: ranges are searched on Gram matrices first and scales
+    move around what was found; the end is kept, not the best batch on the way.
+    """
+
+    sitewise: ClassVar[bool] = False
+    wants_dense: ClassVar[bool] = True
+    whole_block: ClassVar[frozenset[str]] = frozenset({"steps", "rate"})
+
+    steps: int = Field(200, ge=1, description="batches looked at in every block")
+    rate: float | None = Field(None, gt=0, le=1, description="length of the first step (1 ÷ steps)")
+
+    @field_validator("scheme")
+    @classmethod
+    def _integers(cls, name: str) -> str:
+        scheme = named_scheme(name)
+        if scheme.weights.number is not None:
+            raise ValueError(f"rounding is learned on integer grids, and {name} is none: {DESCRIPTION}")
+        return scheme.name
+
+    def needs(self) -> tuple[type[Statistic], ...]:
+        """Gram matrices for the first ranges."""
+        return (Gram, *self.activation_statistics())
+
+    def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
+        """Learn all sites of the block together."""
+        schemes = {
+            site: scheme for site in sites if (scheme := self.scheme_for(site.name, site.info.inputs)) is not None
+        }
+        if not schemes:
+            return []
+        wanted = [output.to(sites[0].weight_OI.device) for output in block.dense_outputs]
+        dense = {site: site.module for site in schemes}
+        learning = {site: _Learning(site, scheme) for site, scheme in schemes.items()}
+        for site, module in learning.items():
+            site.replace(module)
+        before = _error(block, wanted)
+        self._learn(block, wanted, learning)
+        for site, module in learning.items():
+            module.settle(site.storage_dtype)
+        after = _error(block, wanted)
+        degraded = None
+        if not after <= before:
+            for module in learning.values():
+                module.start_again()
+            after, degraded = before, "what was learned ended worse than plain rounding: rounded to nearest"
+        signal = sum(float(output.square().sum(dtype=torch.float64)) for output in wanted) or 1.0
+        rows = []
+        for site, module in learning.items():
+            site.replace(dense[site])
+            put_codes(site, schemes[site], *module.codes())
+            rows.append(
+                report_row(
+                    site,
+                    schemes[site],
+                    "learned_rounding",
+                    error=after / signal,
+                    error_before=before / signal,
+                    tokens=site.statistic(Gram).tokens,
+                    degraded=degraded,
+                )
+            )
+        return rows
+
+    def _learn(self, block: BlockWork, wanted: Sequence[Tensor], learning: Mapping[LinearSite, _Learning]) -> None:
+        generator = torch.Generator().manual_seed(block.info.index)
+        parameters = [parameter for module in learning.values() for parameter in (module.offset_OI, module.stretch_OG)]
+        first = self.rate or 1 / self.steps
+        order: list[int] = []
+        for step in range(self.steps):
+            block.progress.inside(f"learned_rounding step {step + 1}/{self.steps}")
+            order = order or torch.randperm(block.batches, generator=generator).tolist()
+            index = order.pop()
+            with torch.enable_grad():
+                loss = functional.mse_loss(block.output(index), wanted[index])
+                gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            with torch.no_grad():
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.sub_(gradient.sign_(), alpha=first * (1 - step / self.steps))
+            for module in learning.values():
+                module.confine()
+
+
+class _Learning(nn.Module):
+    """Stands in for a linear while its rounding is learned."""
+
+    def __init__(self, site: LinearSite, scheme: Scheme) -> None:
+        super().__init__()
+        self._weight_OI, self._bias_O, self._scheme = site.weight_OI, site.bias_O, scheme
+        gram_II = site.statistic(Gram).sum_II
+        self._first = fit(
+            self._weight_OI, scheme.weights, scale_dtype=site.storage_dtype, search="mse", gram_II=gram_II
+        )
+        self._fitted = self._first
+        self.offset_OI = nn.Parameter(torch.zeros_like(self._weight_OI))
+        self.stretch_OG = nn.Parameter(torch.ones_like(self._first.scale_OG))
+        self._input_scale = fixed_scale(site.statistic(AbsMax).max_I.max(), scheme) if scheme.measures_inputs else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the rounded linear computes; gradients pass through both roundings as if they were not there."""
+        if self._scheme.activations:
+            x = x + (round_inputs(x.detach(), self._scheme, self._input_scale) - x.detach())
+        return functional.linear(x, self._rounded(), self._bias_O)
+
+    @torch.no_grad()
+    def confine(self) -> None:
+        """Offsets never pass over a code, zeros of an earlier pass stay zero, scales stay near the searched ones."""
+        self.offset_OI.clamp_(-0.5, 0.5).masked_fill_(self._weight_OI == 0, 0.0)
+        self.stretch_OG.clamp_(_NARROWEST, _WIDEST)
+
+    def settle(self, storage_dtype: torch.dtype) -> None:
+        """Take the scales that can be stored."""
+        with torch.no_grad():
+            scale_OG = (self._first.scale_OG * self.stretch_OG).to(storage_dtype).to(self._first.scale_OG.dtype)
+            self._fitted = replace(self._first, scale_OG=torch.where(scale_OG > 0, scale_OG, self._first.scale_OG))
+            self.stretch_OG.fill_(1.0)
+
+    @torch.no_grad()
+    def start_again(self) -> None:
+        """Plain rounding."""
+        self._fitted = self._first
+        self.offset_OI.zero_()
+        self.stretch_OG.fill_(1.0)
+
+    @torch.no_grad()
+    def codes(self) -> tuple[Tensor, Fitted]:
+        """What is stored."""
+        scale_OI = spread(self._fitted.scale_OG, self._fitted.grid, self._weight_OI.shape[1])
+        return round_to_codes(self._weight_OI + self.offset_OI * scale_OI, self._fitted), self._fitted
+
+    def _rounded(self) -> Tensor:
+        grid, inputs = self._fitted.grid, self._weight_OI.shape[1]
+        scale_OI = spread(self._fitted.scale_OG * self.stretch_OG, grid, inputs)
+        zero_OI = spread(self._fitted.zero_OG, grid, inputs)
+        exact_OI = self._weight_OI / scale_OI + zero_OI + self.offset_OI
+        near_OI = exact_OI + (exact_OI.detach().round() - exact_OI.detach())
+        return (near_OI.clamp(grid.low, grid.high) - zero_OI) * scale_OI
+
+
+@torch.no_grad()
+def _error(block: BlockWork, wanted: Sequence[Tensor]) -> float:
+    """Squared error of the block's outputs over all batches."""
+    pairs = ((block.output(index), output) for index, output in enumerate(wanted))
+    return sum(float((found - output).square().sum(dtype=torch.float64)) for found, output in pairs)
