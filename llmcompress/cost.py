@@ -69,7 +69,7 @@ def peak_memory_bytes(
     """Most bytes resident at any time, the interpreter and its libraries included; `vocabulary` = embedding rows."""
     tokens = recipe.calibration.samples * recipe.calibration.tokens
     needs_data = any(each.uses_data() for each in recipe.passes)
-    streams = 2 if any(each.wants_dense for each in _block_passes(recipe)) else 1
+    streams = 2 if any(each.wants_dense() for each in _block_passes(recipe)) else 1
     hidden = 2 * streams * _FLOAT * tokens * model_map.hidden_size if needs_data else 0
     batch = recipe.calibration.batch * recipe.calibration.tokens if needs_data else 0
     working = max(

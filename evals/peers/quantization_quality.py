@@ -47,6 +47,8 @@ OURS = {
     "awq→gptq": "[{{awq: {{scheme: {scheme}, round: false}}}}, {{gptq: {{scheme: {scheme}}}}}]",
     "best": "[{{awq: {{scheme: {scheme}, round: false}}}}, {{gptq: {{scheme: {scheme}, true_sequential: true}}}}]",
     "bits shared out": "[{{mixed_precision: {{bits: {bits}}}}}]",
+    "learned": "[{{learned_rounding: {{scheme: {scheme}}}}}]",
+    "bits shared out, learned": "[{{mixed_precision: {{bits: {bits}, quantizer: {{learned_rounding: {{}}}}}}}}]",
 }
 """Defaults; `bits shared out`: another scheme for every site, at the same stored bits on average, scales included;
 `best`: the best recipe with one scheme everywhere, chosen on 100 windows of another text (the books' valid.txt),

@@ -176,7 +176,7 @@ def _stream(whole: WholeModel, stage: Stage, keep: FinishedWork | None, *, label
     decisions = _decisions(whole, stage, keep)
     finished = set(keep.finished_blocks(stage.index)) if keep else set()
     count = len(whole.map.blocks)
-    for work in whole.stream(dense=any(each.wants_dense for each in stage.block_passes)):
+    for work in whole.stream(dense=any(each.wants_dense() for each in stage.block_passes)):
         index = work.info.index
         if keep and index in finished:
             block_rows = keep.restore_block(stage.index, index, work.module)

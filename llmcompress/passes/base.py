@@ -115,9 +115,6 @@ class BlockPass(Pass):
     decides: ClassVar[bool] = False
     """Whether `decide` must see the whole model before any block is touched."""
 
-    wants_dense: ClassVar[bool] = False
-    """Whether `apply` reads `block.dense_outputs`: costs one more forward and as much memory as the hidden states."""
-
     changes_sites: ClassVar[bool] = False
     """Whether a block's linears are others afterwards, so that later passes need a new map."""
 
@@ -162,6 +159,10 @@ class BlockPass(Pass):
     @abstractmethod
     def needs(self) -> tuple[type[Statistic], ...]:
         """Which statistics of the inputs `apply` reads; empty for a pass that needs no data."""
+
+    def wants_dense(self) -> bool:
+        """Whether `apply` reads `block.dense_outputs`: one more forward, and as much memory as the hidden states."""
+        return False
 
     def streams(self) -> bool:
         """Yes, unless the blocks become others; a pass that decides with the whole model resident overrides this."""

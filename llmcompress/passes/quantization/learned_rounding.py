@@ -39,7 +39,6 @@ class LearnedRounding(QuantizingPass):
     """
 
     sitewise: ClassVar[bool] = False
-    wants_dense: ClassVar[bool] = True
     whole_block: ClassVar[frozenset[str]] = frozenset({"steps", "rate"})
 
     steps: int = Field(200, ge=1, description="batches looked at in every block")
@@ -56,6 +55,10 @@ class LearnedRounding(QuantizingPass):
     def needs(self) -> tuple[type[Statistic], ...]:
         """Gram matrices for the first ranges."""
         return (Gram, *self.activation_statistics())
+
+    def wants_dense(self) -> bool:
+        """What the block is to give."""
+        return True
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
         """Learn all sites of the block together."""

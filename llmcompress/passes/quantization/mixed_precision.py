@@ -129,6 +129,10 @@ class MixedPrecision(BlockPass):
         """The decision does."""
         return True
 
+    def wants_dense(self) -> bool:
+        """As the quantizer."""
+        return self.settled({}).wants_dense()
+
     def streams(self) -> bool:
         """Only errors of outputs are found block by block."""
         return self.sensitivity == "output" and self.settled({}).streams()
