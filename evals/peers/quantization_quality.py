@@ -1,4 +1,4 @@
-"""Our gptq, awq and best recipe against llm-compressor, GPTQModel and AutoRound: one model, one set of windows.
+"""Our gptq, awq and stronger recipes against llm-compressor, GPTQModel and AutoRound: one model, one set of windows.
 
     python evals/peers/quantization_quality.py --name books-llama --environments FOLDER
     python evals/peers/quantization_quality.py --model FOLDER --calibration train.txt --text test.txt --name NAME ...
@@ -7,7 +7,7 @@ Everybody gets the very same token ids, bits, groups and symmetry and leaves emb
 default of each. Peers work in environments of their own (`venvs.py`) on the float32 model and hand over the dense
 weights that their codes stand for, which our perplexity measures as they are, in float32. What a peer cannot do is a
 row with its reason. Writes evals/results/peers-quantization-NAME.json after every measurement; what it has is not done
-again. How `best` was chosen: see `OURS`.
+again.
 """
 
 from __future__ import annotations
@@ -45,15 +45,14 @@ OURS = {
     "gptq": "[{{gptq: {{scheme: {scheme}}}}}]",
     "awq": "[{{awq: {{scheme: {scheme}}}}}]",
     "awq→gptq": "[{{awq: {{scheme: {scheme}, round: false}}}}, {{gptq: {{scheme: {scheme}}}}}]",
-    "best": "[{{awq: {{scheme: {scheme}, round: false}}}}, {{gptq: {{scheme: {scheme}, true_sequential: true}}}}]",
+    "awq→gptq, sequential": "[{{awq: {{scheme: {scheme}, round: false}}}}, "
+    "{{gptq: {{scheme: {scheme}, true_sequential: true}}}}]",
     "bits shared out": "[{{mixed_precision: {{bits: {bits}}}}}]",
     "learned": "[{{learned_rounding: {{scheme: {scheme}}}}}]",
     "bits shared out, learned": "[{{mixed_precision: {{bits: {bits}, quantizer: {{learned_rounding: {{}}}}}}}}]",
 }
 """Defaults; `bits shared out`: another scheme for every site, at the same stored bits on average, scales included;
-`best`: the best recipe with one scheme everywhere, chosen on 100 windows of another text (the books' valid.txt),
-int3_g32, first calibration draw, among gptq with and without act-order, true_sequential, awq before it, rotation before
-it, minmax ranges and refined scales. The measured text had no part in it."""
+`learned`: rounding learned block by block. None of them was chosen by the measured text."""
 
 
 class Peer(NamedTuple):

@@ -51,8 +51,7 @@ def codes_peer(facts: Facts) -> str:
     told = [
         "Everybody gets the same tokens; embedding and head stay dense; seconds are CPU seconds of one process. "
         f"{peers}.",
-        "`bits shared out` takes as many bytes as the scheme named above it. "
-        f"`best` is `{facts['recipes']['best'].replace('{{', '{').replace('}}', '}')}`.",
+        "`bits shared out` takes as many bytes as the scheme named above it.",
     ]
     said = [f"{note}." for note in notes]
     table = markdown(["", "method", *(f"`{scheme}`" for scheme in schemes)], body)

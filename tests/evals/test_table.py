@@ -46,17 +46,17 @@ def test_zeros_are_shown_by_question_and_against_the_peer():
 def test_codes_are_shown_against_each_peer_and_failures_keep_their_reason():
     made = {"scheme": "int3_g32", "cpu_seconds": [4.0], "note": ""}
     rows = [
-        {**made, "who": "ours", "method": "best", "perplexity": [54.0, 56.0]},
+        {**made, "who": "ours", "method": "learned", "perplexity": [54.0, 56.0]},
         {**made, "who": "p", "method": "gptq", "perplexity": [60.0]},
         {**made, "who": "p", "method": "awq", "perplexity": [], "reason": "it stops"},
     ]
     facts = {"model": "m", "calibration": "train.txt", "samples": 64, "tokens": 256, "dense": DENSE, **MADE}
-    told = {"recipes": {"best": "[{{gptq: {{scheme: {scheme}}}}}]"}, "peer_versions": {"p": {"p": "7.6", "torch": "2"}}}
+    told = {"peer_versions": {"p": {"p": "7.6", "torch": "2"}}}
     shown = quantization.codes_peer({**facts, **told, "rows": rows})
-    assert "| ours | best | 55.00 (54.00–56.00), ×1.100, 4 s |" in shown
+    assert "| ours | learned | 55.00 (54.00–56.00), ×1.100, 4 s |" in shown
     assert "| p | gptq | 60.00, ×1.200 (1 draw), 4 s |" in shown
     assert "| p | awq | fails |" in shown and "p awq: it stops." in shown
-    assert "`[{gptq: {scheme: {scheme}}}]`" in shown and "p 7.6." in shown
+    assert "p 7.6." in shown
 
 
 def test_outliers_are_shown_against_dense():
