@@ -51,7 +51,8 @@ def codes_peer(facts: Facts) -> str:
     told = [
         "Everybody gets the same tokens; embedding and head stay dense; seconds are CPU seconds of one process. "
         f"{peers}.",
-        "`bits shared out` takes as many bytes as the scheme named above it.",
+        "`bits shared out` takes as many bytes as the scheme named above it when every code lies at its own width "
+        "(`save.format: llmcompress`).",
     ]
     said = [f"{note}." for note in notes]
     table = markdown(["", "method", *(f"`{scheme}`" for scheme in schemes)], body)

@@ -67,11 +67,12 @@ class LearnedRounding(QuantizingPass):
         }
         if not schemes:
             return []
-        wanted = [output.to(sites[0].weight_OI.device) for output in block.dense_outputs]
         dense = {site: site.module for site in schemes}
         learning = {site: _Learning(site, scheme) for site, scheme in schemes.items()}
         for site, module in learning.items():
             site.replace(module)
+        device = next(iter(learning.values())).offset_OI.device
+        wanted = [output.to(device) for output in block.dense_outputs]
         before = _error(block, wanted)
         self._learn(block, wanted, learning)
         for site, module in learning.items():

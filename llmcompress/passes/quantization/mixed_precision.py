@@ -60,12 +60,16 @@ class MixedPrecision(BlockPass):
         CANDIDATES, description=f"candidates, each {DESCRIPTION}; many sizes in small steps serve best"
     )
     bits: float | None = Field(
-        None, gt=1, le=32, description="average stored bits per selected weight, scales included (3.5 if no budget)"
+        None,
+        gt=1,
+        le=32,
+        description="average bits per selected weight, scales included, codes at their own width as `save.format: "
+        "llmcompress` stores them; stock formats widen 3, 5, 6 and 7 bits (3.5 if no budget)",
     )
     budget: str | None = Field(
         None,
         pattern=r"^[1-9][0-9]*(\.[0-9]+)? ?[KMGT]B$",
-        description="instead: bytes of all weights, those that stay dense included, e.g. 1.2GB",
+        description="instead: bytes of all weights counted so, those that stay dense included, e.g. 1.2GB",
     )
     sensitivity: Sensitivity = Field(
         "gradients",
