@@ -51,8 +51,8 @@ OURS = {
     "learned": "[{{learned_rounding: {{scheme: {scheme}}}}}]",
     "bits shared out, learned": "[{{mixed_precision: {{bits: {bits}, quantizer: {{learned_rounding: {{}}}}}}}}]",
 }
-"""Defaults; `bits shared out`: another scheme for every site, at the same average bits, scales included, codes at their own width;
-`learned`: rounding learned block by block. None of them was chosen by the measured text."""
+"""Defaults; `bits shared out`: another scheme for every site, at the same average bits, scales included, codes at their
+own width; `learned`: rounding learned block by block. None of them was chosen by the measured text."""
 
 
 class Peer(NamedTuple):

@@ -52,23 +52,28 @@ class AWQ(QuantizingPass):
         """Scale fold by fold, then round site by site."""
         before = {site.name: self._plain(site) for site in sites}
         scaled: set[str] = set()
+        divided: set[str] = set()  # whose own outputs are others now, as a fold's producer
         for fold in block.folds_into(sites):
             block.progress.inside(f"awq scales {fold.producer}")
-            if self._scale(block, fold, before):
+            if self._scale(block, fold, {} if divided & {*fold.consumers} else before):
                 scaled.update(block.site(name).name for name in fold.consumers)
+                divided.add(fold.producer)
         rows = []
         for site in sites:
             scheme = self.scheme_for(site.name, site.info.inputs)
             if scheme is None:
                 continue
             if self.for_site(site.name).round:
-                rows.append(self._round(site, scheme, before[site.name]))
+                rows.append(self._round(site, scheme, before[site.name], divided=site.info.name in divided))
             elif site.name in scaled:
                 rows.append(SiteReport(site=site.name, algorithm="awq", tokens=site.statistic(Gram).tokens))
         return rows
 
     def _scale(self, block: BlockWork, fold: Fold, before: Mapping[str, _Plain]) -> bool:
-        """Search and fold in one set of factors; the consumers' statistics follow. False if none is best."""
+        """Search and fold in one set of factors; the consumers' statistics follow. False if none is best.
+
+        `before` is empty where the consumers are no longer what they were measured as.
+        """
         consumers = [block.site(name) for name in fold.consumers]
         schemes = [self.scheme_for(site.name, site.info.inputs) for site in consumers]
         rounded = [(site, scheme) for site, scheme in zip(consumers, schemes, strict=True) if scheme]
@@ -84,7 +89,7 @@ class AWQ(QuantizingPass):
             channel_map_C,
             block.producer_channels(fold),
             points=self.for_site(consumers[0].name).points,
-            unscaled=sum(before[site.name].noise for site, _ in rounded),
+            unscaled=sum(before[site.name].noise for site, _ in rounded) if before else None,
         )
         if found.exponent > 0:
             block.fold(fold, found.factors_P)
@@ -93,7 +98,7 @@ class AWQ(QuantizingPass):
                 statistic.rescale(factors_C)
         return found.exponent > 0
 
-    def _round(self, site: LinearSite, scheme: Scheme, before: _Plain) -> SiteReport:
+    def _round(self, site: LinearSite, scheme: Scheme, before: _Plain, *, divided: bool) -> SiteReport:
         weight_OI, gram = site.weight_OI, site.statistic(Gram)
         fitted = fit(weight_OI, scheme.weights, scale_dtype=site.storage_dtype)
         noise_O = _noise(weight_OI, fitted, gram)
@@ -104,13 +109,14 @@ class AWQ(QuantizingPass):
             fitted = lesser(clipped, fitted, clipped_noise_O[:, None], noise_O[:, None])
             alone = scheme.weights.scales.single
             noise_O = _noise(weight_OI, fitted, gram) if alone else torch.minimum(noise_O, clipped_noise_O)
+        signal = float(output_error(weight_OI, gram.sum_II)) if divided else before.signal
         put_codes(site, scheme, round_to_codes(weight_OI, fitted), fitted)
         return report_row(
             site,
             scheme,
             "awq",
-            error=before.relative(float(noise_O.sum(dtype=torch.float64))),
-            error_before=before.relative(before.noise),
+            error=_relative(float(noise_O.sum(dtype=torch.float64)), signal),
+            error_before=_relative(before.noise, before.signal),
             tokens=gram.tokens,
         )
 
@@ -127,14 +133,15 @@ class AWQ(QuantizingPass):
 
 @dataclass(frozen=True)
 class _Plain:
-    """Squared error and square of a site's outputs; scaling leaves the outputs what they are."""
+    """Squared error and square of a site's outputs; scaling its inputs leaves the outputs what they are."""
 
     noise: float
     signal: float
 
-    def relative(self, noise: float) -> float:
-        """Error ÷ output; 0 where there is no output."""
-        return noise / self.signal if self.signal > 0 else 0.0
+
+def _relative(noise: float, signal: float) -> float:
+    """Error ÷ output; 0 where there is no output."""
+    return noise / signal if signal > 0 else 0.0
 
 
 def _noise(weight_OI: Tensor, fitted: Fitted, gram: Gram) -> Tensor:
