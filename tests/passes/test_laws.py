@@ -228,3 +228,21 @@ def test_bfloat16_scales_and_weights_survive_storage_unchanged() -> None:
         for key, tensor in model.model.layers.state_dict().items():
             if tensor.is_floating_point():
                 assert torch.equal(tensor, tensor.bfloat16().float()), (name, key)
+
+
+@torch.no_grad()
+def test_awq_compares_errors_with_outputs_of_the_same_scale() -> None:
+    """Outputs of v and up are divided where they feed a fold: error and output must both be those after it."""
+    scaled, _ = compressed("llama_gqa", make("awq", {"scheme": "int3_g32", "round": False}))
+    rounded, rows = compressed("llama_gqa", make("awq", {"scheme": "int3_g32"}))
+    reported = {row.site: row.error for row in rows}
+    first = next(site for site in map_of("llama_gqa", scaled).site_names() if site.endswith("v_proj"))
+    for name in (first, first.replace("self_attn.v_proj", "mlp.up_proj")):
+        site, inputs = scaled.get_submodule(name), []
+        handle = site.register_forward_pre_hook(lambda _, args, seen=inputs: seen.append(args[0]))
+        scaled(windows())
+        handle.remove()
+        wanted = inputs[0] @ site.weight.T
+        found = inputs[0] @ rounded.get_submodule(name).dense_weight().T
+        error = float((found - wanted).square().sum() / wanted.square().sum())
+        assert reported[name] == pytest.approx(error, rel=1e-3), name
