@@ -83,7 +83,6 @@ def sections() -> list[Section]:
         Section("Bits shared out, low-bit helpers", quantization.allocation, "allocation-*.json"),
         Section("Zeros", pruning.sparse, "sparse-*.json", "sparse-books-llama.json"),
         Section("Zeros, against llm-compressor", pruning.sparse_peer, "peers-sparse-quality-*.json"),
-        Section("What zeros cost, against llm-compressor", cost.sparse_seconds, "peers-sparse-seconds.json"),
         Section("Prune or quantize, at equal bytes", pruning.equal_bytes, "equal-bytes-*.json"),
         Section("Fewer blocks", pruning.depth, "depth-*.json"),
         Section("Fewer heads and FFN channels", pruning.width, "width-*.json", "width-books-llama.json"),
@@ -94,7 +93,7 @@ def sections() -> list[Section]:
         Section("At initialisation and in training", pruning.at_init, "at-init-*.json"),
         Section("Per input", cost.dynamic, "dynamic-*.json"),
         Section("Tokens per second", cost.speed, "speed-*.json", "speed-cpu-m110.json"),
-        Section("What quantizing costs", cost.seconds, "seconds.json", "seconds.json"),
+        Section("What compressing costs, against llm-compressor", cost.seconds, "seconds.json", "seconds.json"),
         Section("Memory of a run whose weights stay on disk", cost.memory, "memory-*.json"),
         Section("Mapping a family from its config alone", cost.map_time, "map-time.json"),
     ]

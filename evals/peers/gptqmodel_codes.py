@@ -8,17 +8,12 @@ JSON. CPU seconds are those of this process.
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
-import time
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
-from safetensors.torch import load_file, save_file
+from handover import Stopwatch, arguments, hand_over, windows_of
 
 METHODS: dict[str, dict[str, Any]] = {
     "gptq": {},
@@ -31,17 +26,8 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Quantize once."""
-    options = argparse.ArgumentParser()
-    options.add_argument("model", type=Path)
-    options.add_argument("--method", choices=METHODS, required=True)
-    options.add_argument("--bits", type=int, required=True)
-    options.add_argument("--group", type=int, required=True)
-    options.add_argument("--asymmetric", action="store_true")
-    options.add_argument("--windows", type=Path, required=True)
-    options.add_argument("--out", type=Path, required=True)
-    chosen = options.parse_args()
-
-    windows = load_file(chosen.windows)["windows"]
+    chosen = arguments(METHODS).parse_args()
+    windows = windows_of(chosen)
     config = QuantizeConfig(
         bits=chosen.bits,
         group_size=chosen.group,
@@ -52,26 +38,22 @@ def main() -> None:
     )
     data = [{"input_ids": ids.tolist(), "attention_mask": [1] * len(ids)} for ids in windows]
     model = GPTQModel.load(str(chosen.model), config, backend=BACKEND.TORCH, dtype=torch.float32)
-    began, cpu_began = time.perf_counter(), time.process_time()
-    model.quantize(data, batch_size=8, calibration_sort=None, backend=BACKEND.TORCH)
-    cpu_seconds, seconds = time.process_time() - cpu_began, time.perf_counter() - began
+    with Stopwatch() as taken:
+        model.quantize(data, batch_size=8, calibration_sort=None, backend=BACKEND.TORCH)
     with tempfile.TemporaryDirectory() as folder:
         model.save(folder)
         packed = GPTQModel.load(folder, device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)
         state = dense_state(packed.model)
-    rounded = state.pop("rounded")
-    save_file(state, chosen.out)
-    versions = {name: version(name) for name in ("gptqmodel", "transformers", "torch")}
-    print(json.dumps({"cpu_seconds": cpu_seconds, "seconds": seconds, "rounded": int(rounded), "versions": versions}))
+    hand_over(state, chosen, taken, ("gptqmodel", "transformers", "torch"), rounded=len(state))
 
 
 def dense_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Weights of the packed linears; nothing else of the model changed. `rounded`: how many."""
+    """Weights of the packed linears; nothing else of the model changed."""
     state: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
         if hasattr(module, "qweight"):
             state[f"{name}.weight"] = module.dequantize_weight().T.float().contiguous()
-    return {**state, "rounded": torch.tensor(len(state))}
+    return state
 
 
 if __name__ == "__main__":

@@ -65,15 +65,15 @@ class Peer(NamedTuple):
 
 
 PEERS = (
-    Peer("llm-compressor", "llm_compressor_codes.py", "gptq"),
-    Peer("llm-compressor", "llm_compressor_codes.py", "gptq, range mse"),
+    Peer("llm-compressor", "llm_compressor.py", "gptq"),
+    Peer("llm-compressor", "llm_compressor.py", "gptq, range mse"),
     Peer("gptqmodel", "gptqmodel_codes.py", "gptq"),
     Peer("gptqmodel", "gptqmodel_codes.py", "gptq, range mse"),
     Peer("gptqmodel", "gptqmodel_codes.py", "gptq, act-order"),
     Peer("gptqmodel", "gptqmodel_codes.py", "awq"),
-    Peer("llm-compressor", "llm_compressor_codes.py", "awq", "stops without an accelerator: pinned memory left out"),
+    Peer("llm-compressor", "llm_compressor.py", "awq", "stops without an accelerator: pinned memory left out"),
     Peer("auto-round", "auto_round_codes.py", "autoround"),
-    Peer("llm-compressor", "llm_compressor_codes.py", "awq→gptq", "as awq"),
+    Peer("llm-compressor", "llm_compressor.py", "awq→gptq", "as awq"),
 )
 Row = dict[str, Any]
 

@@ -97,7 +97,7 @@ def main(
                     row["ours"].append(ours(f"- {method}: {{{share}}}", data.windows_NT))
                     windows, pruned = Path(folder) / "windows.safetensors", Path(folder) / "pruned.safetensors"
                     save_file({"windows": data.windows_NT.contiguous()}, windows)
-                    options = ["--method", method, "--sparsity", "0.5", "--structure", structure, "--batch", "8"]
+                    options = ["--method", method, "--sparsity", "0.5", "--structure", structure]
                     files = ["--windows", str(windows), "--out", str(pruned)]
                     found = run_in(
                         "llm-compressor",

@@ -7,32 +7,27 @@ from statistics import mean
 from tables.cells import Facts, environment, markdown, protocol
 
 
-def sparse_seconds(facts: Facts) -> str:
-    """CPU seconds of one thread in plain forward passes."""
-    rows = [
-        [row["share"], row["method"], *(f"{mean(row[who]):.2f}" if row[who] else "–" for who in ("ours", "peer"))]
-        for row in facts["rows"]
-    ]
-    head = (
-        f"CPU time of one thread ÷ that of a plain float32 forward pass over the same {facts['samples']} × "
-        f"{facts['tokens']} tokens, on a Llama of {facts['parameters'] / 1e6:.0f} M random weights; mean of "
-        f"{len(facts['rows'][0]['ours'])} runs in turn."
-    )
-    peer = f"{facts['peer']} {facts['peer_versions'].get('llmcompressor', '')}"
-    return "\n\n".join([head, markdown(["zeros", "method", "ours", peer], rows), environment(facts)])
-
-
 def seconds(facts: Facts) -> str:
-    """CPU time in plain forward passes, and how it grows."""
+    """CPU time in plain forward passes, ours and the peer's, and how ours grows."""
+
+    def shown(values: list[float]) -> str:
+        return f"{mean(values):.2f}" + (f" ({min(values):.2f}–{max(values):.2f})" if len(values) > 1 else "")
+
     rows = [
-        [row["method"], f"{row['samples']} × {facts['tokens']}", f"{mean(row['forwards']):.2f}"]
+        [
+            row["method"],
+            f"{row['samples']} × {facts['tokens']}",
+            *(shown(row[who]) if row[who] else "–" for who in ("ours", "peer")),
+        ]
         for row in facts["rows"]
     ]
     head = (
-        f"CPU time of one thread ÷ that of a plain float32 forward pass over the same tokens, on a Llama of "
-        f"{facts['parameters'] / 1e6:.0f} M random weights; mapping, loading and saving left out."
+        f"CPU time of one thread ÷ that of a plain float32 forward pass over the same tokens at the same time, on a "
+        f"Llama of {facts['parameters'] / 1e6:.0f} M random weights; mapping, loading and saving left out; mean "
+        "(lowest–highest) where there are several runs. `perplexity` is measuring itself, logits and loss."
     )
-    tables = [markdown(["method", "calibration tokens", "forward passes"], rows)]
+    peer = f"llm-compressor {facts.get('peer_versions', {}).get('llmcompressor', '')}".rstrip()
+    tables = [markdown(["method", "tokens", "ours", peer], rows)]
     if facts["growth"]:
         growing = [
             [row["method"], row["by"], ", ".join(map(str, row["values"])), f"{row['exponent']:.2f}"]

@@ -7,7 +7,7 @@ numbers are what their format says (`numerics/formats.py`).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,6 +93,10 @@ class Fitted:
             grid, scale_OG, torch.zeros_like(scale_OG) if zero_OG is None else zero_OG.to(scale_OG.dtype), shared
         )
 
+    def rows(self, piece: slice) -> Fitted:
+        """The same for some of the outputs, each of which has its own scales."""
+        return replace(self, scale_OG=self.scale_OG[piece], zero_OG=self.zero_OG[piece])
+
     def stored_OG(self) -> Tensor:
         """The scales as they are stored: of two levels, the E4M3 values."""
         return self.scale_OG if self.shared is None else E4M3.nearest(self.scale_OG * self.shared)
@@ -133,18 +137,21 @@ def fit(
     if search == "minmax":
         return best
     gram_GNN = None if gram_II is None else _seen_by_groups(gram_II, grid)
-    best_error_OG = _error(grouped_OGN, best, gram_GNN)
-    factor_OG = torch.ones_like(top_OG)
-    for steps in _steps(grid):
-        around_OG = factor_OG
-        for step in steps:
-            tried_OG = (around_OG + step).clamp(_NARROWEST, _WIDEST)
-            trial = _from_range(bottom_OG * tried_OG, top_OG * tried_OG, grid, scale_dtype, shared)
-            error_OG = _error(grouped_OGN, trial, gram_GNN)
-            best = lesser(trial, best, error_OG, best_error_OG)
-            factor_OG = torch.where(error_OG < best_error_OG, tried_OG, factor_OG)
-            best_error_OG = torch.where(error_OG < best_error_OG, error_OG, best_error_OG)
-    return best
+    ranges = _Ranges(bottom_OG, top_OG, scale_dtype, shared)
+    if grid.scales.single:
+        return _search(grouped_OGN, ranges, best, gram_GNN)
+    # rows know nothing of each other: in pieces, what a trial needs beside the weights stays small
+    rows = max(1, _AT_ONCE // weight_OI.shape[1])
+    found = [
+        _search(grouped_OGN[piece], ranges.rows(piece), best.rows(piece), gram_GNN)
+        for start in range(0, len(weight_OI), rows)
+        for piece in (slice(start, start + rows),)
+    ]
+    return replace(
+        best,
+        scale_OG=torch.cat([each.scale_OG for each in found]),
+        zero_OG=torch.cat([each.zero_OG for each in found]),
+    )
 
 
 def lesser(first: Fitted, second: Fitted, error_first_OG: Tensor, error_second_OG: Tensor) -> Fitted:
@@ -163,23 +170,23 @@ def lesser(first: Fitted, second: Fitted, error_first_OG: Tensor, error_second_O
 def round_to_codes(weight_OI: Tensor, fitted: Fitted) -> Tensor:
     """Nearest codes, as int8."""
     grid, inputs = fitted.grid, weight_OI.shape[1]
-    scale_OI = spread(fitted.scale_OG, grid, inputs)
+    scaled_OGN = _grouped(weight_OI, grid) / fitted.scale_OG[..., None]
     if grid.number is not None:
-        return grid.number.encode(weight_OI / scale_OI)
-    zero_OI = spread(fitted.zero_OG, grid, inputs)
-    return (weight_OI / scale_OI + zero_OI).round_().clamp_(grid.low, grid.high).to(torch.int8)
+        codes_OGN = grid.number.encode(scaled_OGN)
+    else:
+        codes_OGN = scaled_OGN.add_(fitted.zero_OG[..., None]).round_().clamp_(grid.low, grid.high).to(torch.int8)
+    return _flat(codes_OGN, inputs)
 
 
 def restore(codes_OI: Tensor, fitted: Fitted) -> Tensor:
     """The float weights that codes stand for, in the scales' dtype."""
-    grid, inputs = fitted.grid, codes_OI.shape[1]
-    scale_OI = spread(fitted.scale_OG, grid, inputs)
+    grid, inputs, dtype = fitted.grid, codes_OI.shape[1], fitted.scale_OG.dtype
+    codes_OGN, scale_OG1 = _grouped(codes_OI, grid), fitted.scale_OG[..., None]
     if grid.number is not None:
         # one rounding, of the product: table values and two-level scales have no exact form in 16 bits
-        work = torch.promote_types(scale_OI.dtype, torch.float32)
-        return (grid.number.decode(codes_OI, work) * scale_OI.to(work)).to(scale_OI.dtype)
-    zero_OI = spread(fitted.zero_OG, grid, inputs)
-    return (codes_OI.to(scale_OI.dtype) - zero_OI) * scale_OI
+        work = torch.promote_types(dtype, torch.float32)
+        return _flat(grid.number.decode(codes_OGN, work).mul_(scale_OG1.to(work)).to(dtype), inputs)
+    return _flat(codes_OGN.to(dtype, copy=True).sub_(fitted.zero_OG[..., None]).mul_(scale_OG1), inputs)
 
 
 def spread(per_group_OG: Tensor, grid: Grid, inputs: int) -> Tensor:
@@ -216,7 +223,14 @@ def _grouped(weight_OI: Tensor, grid: Grid) -> Tensor:
     outputs, inputs = weight_OI.shape
     length = grid.length(inputs)
     missing = grid.groups(inputs) * length - inputs
-    return functional.pad(weight_OI, (0, missing)).view(outputs, -1, length)
+    if missing:  # otherwise a view: padding by nothing would copy
+        weight_OI = functional.pad(weight_OI, (0, missing))
+    return weight_OI.reshape(outputs, -1, length)
+
+
+def _flat(grouped_OGN: Tensor, inputs: int) -> Tensor:
+    """Back to O×I."""
+    return grouped_OGN.flatten(1)[:, :inputs].contiguous()
 
 
 def _seen_by_groups(gram_II: Tensor, grid: Grid) -> Tensor:
@@ -226,8 +240,11 @@ def _seen_by_groups(gram_II: Tensor, grid: Grid) -> Tensor:
     missing = groups * length - inputs
     if length > _WIDE:
         return functional.pad(gram_II.diagonal(), (0, missing)).view(groups, 1, length)
-    padded = functional.pad(gram_II, (0, missing, 0, missing)).view(groups, length, groups, length)
-    return torch.stack([padded[group, :, group] for group in range(groups)])
+    seen_GNN = gram_II.new_zeros(groups, length, length)
+    for group, start in enumerate(range(0, inputs, length)):
+        part_NN = gram_II[start : start + length, start : start + length]
+        seen_GNN[group, : len(part_NN), : len(part_NN)] = part_NN
+    return seen_GNN
 
 
 def _steps(grid: Grid) -> tuple[tuple[float, ...], ...]:
@@ -242,6 +259,36 @@ _COARSE = (-0.15, -0.3, -0.45)
 _FINE = (-0.05, 0.05)
 _WIDE = 256
 _NARROWEST, _WIDEST = 0.5, 2.0
+_AT_ONCE = 1 << 21
+
+
+class _Ranges(NamedTuple):
+    """What every group covers before its range shrinks, and how scales are made of it."""
+
+    bottom_OG: Tensor
+    top_OG: Tensor
+    scale_dtype: torch.dtype
+    shared: Tensor | None
+
+    def rows(self, piece: slice) -> _Ranges:
+        return self._replace(bottom_OG=self.bottom_OG[piece], top_OG=self.top_OG[piece])
+
+
+def _search(grouped_OGN: Tensor, ranges: _Ranges, best: Fitted, gram_GNN: Tensor | None) -> Fitted:
+    bottom_OG, top_OG, scale_dtype, shared = ranges
+    grid = best.grid
+    best_error_OG = _error(grouped_OGN, best, gram_GNN)
+    factor_OG = torch.ones_like(top_OG)
+    for steps in _steps(grid):
+        around_OG = factor_OG
+        for step in steps:
+            tried_OG = (around_OG + step).clamp(_NARROWEST, _WIDEST)
+            trial = _from_range(bottom_OG * tried_OG, top_OG * tried_OG, grid, scale_dtype, shared)
+            error_OG = _error(grouped_OGN, trial, gram_GNN)
+            best = lesser(trial, best, error_OG, best_error_OG)
+            factor_OG = torch.where(error_OG < best_error_OG, tried_OG, factor_OG)
+            best_error_OG = torch.where(error_OG < best_error_OG, error_OG, best_error_OG)
+    return best
 
 
 def _from_range(

@@ -39,8 +39,19 @@ def test_zeros_are_shown_by_question_and_against_the_peer():
     rows = [{"share": "2:4", "method": "wanda", "ours": [55.0], "peer": [60.0]}]
     peer = {"peer": "p", "peer_versions": {"llmcompressor": "0.14"}}
     assert "| 2:4 | wanda | 55.00, ×1.100 | 60.00, ×1.200 |" in pruning.sparse_peer({**facts, **peer, "rows": rows})
-    shown = cost.sparse_seconds({**facts, **peer, "parameters": 110e6, "rows": rows})
-    assert "| 2:4 | wanda | 55.00 | 60.00 |" in shown and "110 M random weights" in shown
+
+
+def test_seconds_are_shown_beside_the_peer():
+    rows = [
+        {"method": "wanda 2:4", "samples": 8, "ours": [1.5, 2.5], "peer": [3.0]},
+        {"method": "perplexity", "samples": 8, "ours": [1.05], "peer": []},
+    ]
+    growth = [{"method": "gptq", "by": "blocks", "values": [2, 4], "exponent": 1.0}]
+    facts = {"tokens": 512, "parameters": 110e6, "peer_versions": {"llmcompressor": "0.14"}, **MADE}
+    shown = cost.seconds({**facts, "rows": rows, "growth": growth})
+    assert "| wanda 2:4 | 8 × 512 | 2.00 (1.50–2.50) | 3.00 |" in shown and "110 M random weights" in shown
+    assert "| perplexity | 8 × 512 | 1.05 | – |" in shown and "llm-compressor 0.14" in shown
+    assert "| gptq | blocks | 2, 4 | 1.00 |" in shown
 
 
 def test_codes_are_shown_against_each_peer_and_failures_keep_their_reason():

@@ -103,5 +103,5 @@ def relative_error(weight_OI: Tensor, codes_OI: Tensor, fitted: Fitted, gram: Gr
 def relative_errors(weight_OI: Tensor, tried: Sequence[tuple[Tensor, Fitted]], gram: Gram) -> list[float]:
     """The same for several codes of one weight, whose own output is squared once."""
     signal = float(output_error(weight_OI, gram.sum_II))
-    noise = [float(output_error(restore(codes_OI, fitted) - weight_OI, gram.sum_II)) for codes_OI, fitted in tried]
+    noise = [float(output_error(restore(codes_OI, fitted).sub_(weight_OI), gram.sum_II)) for codes_OI, fitted in tried]
     return [each / signal if signal > 0 else 0.0 for each in noise]
