@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -113,6 +114,22 @@ def test_two_processes_killed_and_started_again_go_on(tiny: Path, tmp_path: Path
 def test_passes_on_the_whole_model_are_refused(tiny: Path, tmp_path: Path) -> None:
     done = in_two_processes(tiny, "passes: [{depth: {remove: 1}}]", tmp_path)
     assert done.returncode != 0 and "ranks.one-only" in done.stdout
+
+
+@pytest.mark.parametrize("recipe", ["{gptq: {scheme: int4_g16}}, depth", "outlier_suppression"])
+def test_what_cannot_be_shared_is_refused_before_any_work(recipe: str, tiny: Path, tmp_path: Path) -> None:
+    done = in_two_processes(tiny, f"passes: [{recipe}]", tmp_path)
+    assert done.returncode != 0 and "ranks.one-only" in done.stdout
+    assert not list(tmp_path.glob("out.run/blocks/*"))
+
+
+def test_rounding_is_learned_by_two_processes_together(tiny: Path, tmp_path: Path) -> None:
+    recipe = "passes: [{learned_rounding: {scheme: int2_g16, steps: 12}}]"
+    done = in_two_processes(tiny, recipe, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "ppl0").read_text() == (tmp_path / "ppl1").read_text()
+    rows = json.loads((tmp_path / "out" / "llmcompress_report.json").read_text())["sites"]
+    assert len(rows) == 21 and all(row["error"] < row["error_before"] for row in rows)
 
 
 def test_every_window_belongs_to_one_process() -> None:

@@ -192,12 +192,15 @@ class BlockWork:
 
     @property
     def batches(self) -> int:
-        """How many batches there are."""
+        """How many batches this process has."""
         return len(self._inputs)
 
+    def pool_(self, tensor: Tensor) -> None:
+        """Make it the sum of what all processes have."""
+        self._ranks.add_(tensor)
+
     def output(self, batch: int) -> Tensor:
-        """The block's output for one batch, on its device; with gradients where they are enabled."""
-        self._ranks.require_one("a pass of this recipe")
+        """The block's output for one of this process's batches, on its device; with gradients where they are enabled."""
         return self._run(self._inputs[batch], self._calls[batch])
 
     @torch.no_grad()

@@ -143,12 +143,14 @@ def apply_passes(
     )
     cut = stages(passes)
     todo = [stage for stage in cut if done is None or stage.index > done]
+    for each in [each for stage in todo for each in stage.passes]:
+        if not each.streams():
+            whole.home.require_memory(f"`{PASSES.name_of(type(each))}`")
+        if not each.pools():
+            ranks.require_one(f"`{PASSES.name_of(type(each))}`")
     for stage in todo:
         for each in stage.passes:
             each.check(whole.map)
-            if not each.streams():
-                whole.home.require_memory(f"`{PASSES.name_of(type(each))}`")
-                ranks.require_one(f"`{PASSES.name_of(type(each))}`")
         if stage.model_pass:
             rows += stage.model_pass.apply(whole)
             _settle(whole.model, storage_dtype)

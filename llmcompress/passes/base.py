@@ -104,6 +104,10 @@ class Pass(BaseModel, ABC):
         """Whether it never needs more than one block in memory, so that the weights may stay on disk."""
         return False
 
+    def pools(self) -> bool:
+        """Whether several processes may share its windows: it reads nothing but sums over tokens."""
+        return self.streams()
+
 
 class BlockPass(Pass):
     """An algorithm that works on one block after the other, each as the model with all earlier blocks done sees it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -30,7 +30,7 @@ class LearnedRounding(QuantizingPass):
     """Round each weight up or down, and stretch each scale, so that the block's output errs least on calibration data.
 
     The block reads what the compressed blocks before it give, and is to give what it gave in the dense model.
-    A step looks at one batch, and all offsets and scales move by the same small length against the sign of their
+    A step looks at one batch (of every process), and all offsets and scales move by the same small length against the sign of their
     gradients; the length falls to zero. Better at 2 and 3 bits than what looks at one linear at a time, at dozens of
     times the work. A block that ends worse than it began keeps plain rounding.
 
@@ -83,7 +83,7 @@ class LearnedRounding(QuantizingPass):
             for module in learning.values():
                 module.start_again()
             after, degraded = before, "what was learned ended worse than plain rounding: rounded to nearest"
-        signal = sum(float(output.square().sum(dtype=torch.float64)) for output in wanted) or 1.0
+        signal = _sum(block, (output.square() for output in wanted)) or 1.0
         rows = []
         for site, module in learning.items():
             site.replace(dense[site])
@@ -115,6 +115,7 @@ class LearnedRounding(QuantizingPass):
                 gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
             with torch.no_grad():
                 for parameter, gradient in zip(parameters, gradients, strict=True):
+                    block.pool_(gradient)
                     parameter.sub_(gradient.sign_(), alpha=first * (1 - step / self.steps))
             for module in learning.values():
                 module.confine()
@@ -179,5 +180,10 @@ class _Learning(nn.Module):
 @torch.no_grad()
 def _error(block: BlockWork, wanted: Sequence[Tensor]) -> float:
     """Squared error of the block's outputs over all batches."""
-    pairs = ((block.output(index), output) for index, output in enumerate(wanted))
-    return sum(float((found - output).square().sum(dtype=torch.float64)) for found, output in pairs)
+    return _sum(block, ((block.output(index) - output).square() for index, output in enumerate(wanted)))
+
+
+def _sum(block: BlockWork, values: Iterable[Tensor]) -> float:
+    total = torch.stack([each.sum(dtype=torch.float64) for each in values]).sum()
+    block.pool_(total)
+    return float(total)

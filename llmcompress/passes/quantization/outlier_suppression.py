@@ -66,6 +66,11 @@ class OutlierSuppression(BlockPass):
         return named_scheme(name).name
 
     @override
+    def pools(self) -> bool:
+        """No: it runs parts of the block on samples of its own."""
+        return False
+
+    @override
     def needs(self) -> tuple[type[Statistic], ...]:
         return (Range,)
 
