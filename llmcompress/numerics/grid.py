@@ -54,6 +54,13 @@ class Grid:
         """Largest code."""
         return self.low + (1 << self.bits) - 1
 
+    @property
+    def mirrors(self) -> bool:
+        """Whether scales may be negative: there is one more code below zero than above, and the longer side of a group
+        then lies there whichever it is. At 8 bits nothing is gained, and integer kernels expect positive scales.
+        """
+        return self.number is None and self.symmetric and self.bits < 8
+
     def groups(self, inputs: int) -> int:
         """Number of scales a row of `inputs` weights has; a ragged last group counts."""
         return 1 if self.group is None else -(-inputs // self.group)
@@ -114,7 +121,8 @@ def fit(
     """Scales and zero points of every group, for weights in float32.
 
     Scales are rounded to `scale_dtype` (or to what the grid's kind of scale allows) before anything is rounded with
-    them, so what is computed here is what a loader of the saved model computes. A group of zeros gets scale 1.
+    them, so what is computed here is what a loader of the saved model computes. A group of zeros gets scale 1; scales
+    of symmetric grids below 8 bits may be negative (`Grid.mirrors`).
 
     With `search="mse"` the range shrinks down to half, in coarse steps and then in fine ones around the best (float
     grids also widen it). The full range is one of the candidates. The error is that of the group's part of the output
@@ -298,13 +306,16 @@ def _from_range(
         scale_OG = _float_scale(torch.maximum(top_OG, -bottom_OG), grid, grid.number, scale_dtype, shared)
         return Fitted(grid, scale_OG, torch.zeros_like(scale_OG), shared)
     if grid.symmetric:
-        # the extreme weight lands on the outermost code of its own sign: with the usual (2^b - 1) / 2 steps it would
-        # lie half-way between a code and one that does not exist
+        # the extreme weight lands on an outermost code: with the usual (2^b - 1) / 2 steps it would lie half-way
+        # between a code and one that does not exist
         span_OG = torch.maximum(bottom_OG / grid.low, top_OG / grid.high)
+        if grid.mirrors:
+            mirrored_OG = torch.maximum(top_OG / -grid.low, bottom_OG / -grid.high)
+            span_OG = torch.where(mirrored_OG < span_OG, -mirrored_OG, span_OG)
     else:
         span_OG = (top_OG - bottom_OG) / (grid.high - grid.low)
     scale_OG = span_OG.to(scale_dtype).to(span_OG.dtype)
-    scale_OG = torch.where(scale_OG > 0, scale_OG, torch.ones_like(scale_OG))
+    scale_OG = torch.where(scale_OG != 0, scale_OG, torch.ones_like(scale_OG))
     if grid.symmetric:
         return Fitted(grid, scale_OG, torch.zeros_like(scale_OG))
     return Fitted(grid, scale_OG, (grid.low - bottom_OG / scale_OG).round().clamp(grid.low, grid.high))

@@ -69,7 +69,7 @@ def _turn(
     power_OG = spread_OGN.square().sum(-1)
     scale_OG = now.scale_OG * (aim_OGN * spread_OGN).sum(-1) / power_OG.clamp_min(1e-12)
     scale_OG = scale_OG.to(scale_dtype).to(scale_OG.dtype)
-    kept_OG = torch.where((power_OG > 0) & (scale_OG > 0), scale_OG, now.scale_OG)
+    kept_OG = torch.where((power_OG > 0) & (scale_OG * now.scale_OG > 0), scale_OG, now.scale_OG)
     return replace(now, scale_OG=kept_OG, zero_OG=zero[..., 0])
 
 

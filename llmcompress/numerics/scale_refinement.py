@@ -28,7 +28,7 @@ def refine_scales(
 
     Every row is a least-squares problem in its scales. Its solution is rounded to what will be stored; then one scale
     after the other moves to the best value that can be stored, given the others. A row whose error does not fall
-    keeps its scales, so no row gets worse. All scales stay positive.
+    keeps its scales, so no row gets worse. No scale changes its sign.
     """
     assert fitted.grid.scales == STORED and not fitted.grid.scales.single, "scales of one dtype, one per row and group"
     ones = replace(fitted, scale_OG=torch.ones_like(fitted.scale_OG))
@@ -68,7 +68,7 @@ def _refine_rows(
     diagonal_CG = square_CGG.diagonal(dim1=1, dim2=2)
     damped_CGG = square_CGG + torch.diag_embed(1e-6 * diagonal_CG + (diagonal_CG <= 0).double())
     solved_CG = stored(torch.linalg.solve(damped_CGG, aim_CG))
-    solved_CG = torch.where((diagonal_CG > 0) & (solved_CG > 0), solved_CG, now_CG)
+    solved_CG = torch.where((diagonal_CG > 0) & (solved_CG * now_CG > 0), solved_CG, now_CG)
     now_CG = torch.where((error_C(solved_CG) < error_C(now_CG))[:, None], solved_CG, now_CG)
     rest_CG = aim_CG - torch.einsum("cgh,ch->cg", square_CGG, now_CG)
     for _ in range(sweeps):
@@ -76,7 +76,7 @@ def _refine_rows(
             diagonal_C, rest_C = diagonal_CG[:, group], rest_CG[:, group]
             trial_C = stored(now_CG[:, group] + rest_C / diagonal_C.clamp_min(1e-300))
             step_C = trial_C - now_CG[:, group]
-            better_C = (diagonal_C > 0) & (trial_C > 0) & (diagonal_C * step_C.square() < 2 * rest_C * step_C)
+            better_C = (diagonal_C > 0) & (trial_C * now_CG[:, group] > 0) & (diagonal_C * step_C.square() < 2 * rest_C * step_C)
             step_C = torch.where(better_C, step_C, torch.zeros_like(step_C))
             now_CG[:, group] += step_C
             rest_CG -= square_CGG[:, :, group] * step_C[:, None]

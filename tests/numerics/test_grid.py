@@ -39,7 +39,7 @@ def test_error_is_at_most_half_a_step_and_zero_stays_zero(
     assert (restored[weight_OI == 0] == 0).all()
     step = fitted.scale_OG.repeat_interleave(grid.length(inputs), 1)[:, :inputs]
     # rounding the scale to a narrow type moves the ends of the range: by half a step at 8 bits, where they are clamped
-    allowed = step * (0.501 if dtype is torch.float32 else 1.01) + weight_OI.abs() * 2.0**-7
+    allowed = step.abs() * (0.501 if dtype is torch.float32 else 1.01) + weight_OI.abs() * 2.0**-7
     assert ((restored - weight_OI).abs() <= allowed).all()
     assert codes.min() >= grid.low and codes.max() <= grid.high
 
@@ -48,6 +48,17 @@ def test_all_zero_groups_and_rows_are_defined() -> None:
     fitted = fit(torch.zeros(3, 8), Grid(4, group=4))
     assert (fitted.scale_OG == 1).all()
     assert (restore(round_to_codes(torch.zeros(3, 8), fitted), fitted) == 0).all()
+
+
+@pytest.mark.parametrize(("bits", "sign"), [(2, -1), (3, -1), (4, -1), (8, 1)])
+def test_the_longer_side_of_a_group_lies_where_there_is_one_code_more(bits: int, sign: int) -> None:
+    weight = torch.tensor([[1.0, -0.4], [-1.0, 0.4]])
+    fitted = fit(weight, Grid(bits))
+    codes = round_to_codes(weight, fitted)
+    outermost = 1 << (bits - 1)
+    assert fitted.scale_OG[0].sign() == sign and fitted.scale_OG[1] > 0
+    assert codes[1, 0] == -outermost and codes[0, 0] == (-outermost if sign < 0 else outermost - 1)
+    torch.testing.assert_close(restore(codes, fitted)[:, 0], weight[:, 0])
 
 
 def test_constant_and_one_sided_groups_restore_exactly_enough() -> None:

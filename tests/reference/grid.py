@@ -12,6 +12,9 @@ def scale_and_zero(values: list[float], grid: Grid) -> tuple[float, int]:
     """Scale and zero point of one group."""
     top, bottom = max([0.0, *values]), min([0.0, *values])
     scale = max(bottom / grid.low, top / grid.high) if grid.symmetric else (top - bottom) / (grid.high - grid.low)
+    if grid.symmetric and grid.bits < 8:  # values seen in a mirror: the side with one code more is the other one
+        mirrored = max(-top / grid.low, -bottom / grid.high)
+        scale = -mirrored if mirrored < scale else scale
     scale = scale or 1.0
     zero = 0 if grid.symmetric else round(grid.low - bottom / scale)
     return scale, min(max(zero, grid.low), grid.high)

@@ -152,7 +152,7 @@ class _Learning(nn.Module):
         """Take the scales that can be stored."""
         with torch.no_grad():
             scale_OG = (self._first.scale_OG * self.stretch_OG).to(storage_dtype).to(self._first.scale_OG.dtype)
-            self._fitted = replace(self._first, scale_OG=torch.where(scale_OG > 0, scale_OG, self._first.scale_OG))
+            self._fitted = replace(self._first, scale_OG=torch.where(scale_OG != 0, scale_OG, self._first.scale_OG))
             self.stretch_OG.fill_(1.0)
 
     @torch.no_grad()
