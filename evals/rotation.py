@@ -30,15 +30,17 @@ from llmcompress.progress import Silent
 from llmcompress.recipe import parse_recipe
 
 WEIGHTS = {
-    f"{label} {scheme}": f"[{first}{{{quantizer}: {{scheme: {scheme}}}}}]"
+    f"{label} {scheme}": f"[{first.format(scheme=scheme)}{{{quantizer}: {{scheme: {scheme}}}}}]"
     for scheme in ("int4_channel", "int3_channel")
     for label, first, quantizer in (
         ("rtn", "", "rtn"),
         ("rotation → rtn", "rotation, ", "rtn"),
-        ("random rotation → rtn", "{rotation: {basis: random}}, ", "rtn"),
-        ("rotation, online → rtn", "{rotation: {online: true}}, ", "rtn"),
+        ("random rotation → rtn", "{{rotation: {{basis: random}}}}, ", "rtn"),
+        ("rotation, online → rtn", "{{rotation: {{online: true}}}}, ", "rtn"),
         ("gptq", "", "gptq"),
         ("rotation → gptq", "rotation, ", "gptq"),
+        ("awq → gptq", "{{awq: {{scheme: {scheme}, round: false}}}}, ", "gptq"),
+        ("rotation → learned rounding", "rotation, ", "learned_rounding"),
     )
 }
 
