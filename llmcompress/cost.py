@@ -28,8 +28,8 @@ Offload = Literal["auto", "always", "never"]
 _FLOAT = 4
 _SHARE_OF_MEMORY = 0.7
 """Of the free memory that weights may take; passes need the rest."""
-_SOLVING_COPIES = 3
-"""Of a Gram matrix, in float32: permuted, factored, inverted."""
+_SOLVING_COPIES = 2
+"""Of a Gram matrix, in float32: permuted and factored; it is inverted in its place."""
 _WEIGHT_COPIES = 4
 """Of a site's weights while it is solved: as they are, permuted, transposed for the sweep, codes and masks."""
 _SOLVING_PRODUCTS = 40
