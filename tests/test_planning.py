@@ -19,7 +19,8 @@ from llmcompress.loading.source import Source, find_source
 from llmcompress.model.probe import probe
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.scheme import named_scheme
-from llmcompress.numerics.grid import fit, round_to_codes
+from llmcompress.numerics.grid import round_to_codes
+from llmcompress.numerics.ranges import fit
 from llmcompress.passes.quantization.awq import AWQ
 from llmcompress.passes.quantization.gptq import GPTQ
 from llmcompress.passes.quantization.resolve import resolve_scheme, site_schemes

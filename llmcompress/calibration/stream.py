@@ -200,7 +200,7 @@ class BlockWork:
         self._ranks.add_(tensor)
 
     def output(self, batch: int) -> Tensor:
-        """The block's output for one of this process's batches, on its device; with gradients where they are enabled."""
+        """The block's output for one of this process's batches, on its device, with gradients where enabled."""
         return self._run(self._inputs[batch], self._calls[batch])
 
     @torch.no_grad()

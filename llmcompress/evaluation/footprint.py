@@ -15,12 +15,12 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmcompress.evaluation.stored import CodedSite, Stored, Tensors, stored
+from llmcompress.evaluation.stored import Stored, stored
 from llmcompress.loading.config import read_config
 from llmcompress.loading.files import read_json
 from llmcompress.loading.match import empty_model
 from llmcompress.loading.source import find_source
-from llmcompress.loading.tensors import TensorHeader
+from llmcompress.loading.tensors import TensorHeader, Tensors
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.modules.base import MODULES
 from llmcompress.modules.kv_cache import CodedAttention, bytes_per_token
@@ -37,7 +37,7 @@ class Footprint(BaseModel):
 
     model: str
     format: str
-    """`plain`, `compressed-tensors` or `llmcompress`."""
+    """`plain`, `compressed-tensors`, `bitsandbytes` or `llmcompress`."""
     parameters: int
     """Weights that the model computes with; codes count as the weights they stand for, a tied tensor once."""
     embedding: int
@@ -108,7 +108,7 @@ def footprint(model: str | Path) -> Footprint:
         nonzero += there
         codes.update(_histogram(fields_OI))
         ideal_bits += site.ideal_bits
-        sparse_bits += min(site.ideal_bits, site.ideal_bits - (site.weights - there) * _code_bits(site) + site.weights)
+        sparse_bits += min(site.ideal_bits, site.ideal_bits - (site.weights - there) * site.code_bits + site.weights)
     return Footprint(
         model=source.name,
         format=found.format,
@@ -208,10 +208,6 @@ def _name_on_disk(model: PreTrainedModel, module: str) -> str:
 
 def _part_of(tensor: str, parts: Mapping[str, str]) -> str:
     return next((part for name, part in parts.items() if f"{tensor}.".startswith(f"{name}.")), "other")
-
-
-def _code_bits(site: CodedSite) -> int:
-    return site.scheme.weights.bits if site.scheme else site.field_bits
 
 
 def _histogram(codes_OI: Tensor) -> dict[int, int]:

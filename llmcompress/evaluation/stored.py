@@ -5,19 +5,19 @@ O = outputs, I = inputs, G = groups of inputs that share a scale.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from llmcompress.errors import CompressError
+from llmcompress.evaluation.stored_bnb import BnbSite, bnb_sites
 from llmcompress.loading.files import read_json
-from llmcompress.loading.tensors import TensorHeader, headers
+from llmcompress.loading.tensors import TensorHeader, Tensors, headers
 from llmcompress.modules.scheme import Scheme, named_scheme
 from llmcompress.numerics.packing import unpack_bits
 
@@ -46,6 +46,11 @@ class CodedSite:
     def weights(self) -> int:
         """How many the codes stand for."""
         return self.outputs * self.inputs
+
+    @property
+    def code_bits(self) -> int:
+        """Of one code at its own width."""
+        return self.scheme.weights.bits if self.scheme else self.field_bits
 
     @property
     def ideal_bits(self) -> int:
@@ -86,22 +91,6 @@ class CodedSite:
         return unpack_bits(packed_OB, self.field_bits, low, count).to(torch.int16)
 
 
-class Tensors:
-    """Reads tensors of a checkpoint one by one; at most one file is open."""
-
-    def __init__(self) -> None:
-        self._path: Path | None = None
-        self._file: Any = None
-
-    def __call__(self, header: TensorHeader) -> Tensor:
-        """The tensor that a header tells of."""
-        if self._path != header.file:
-            self._file = safe_open(header.file, framework="pt")
-            self._path = header.file
-        found: Tensor = self._file.get_tensor(header.name)
-        return found
-
-
 @dataclass(frozen=True)
 class Stored:
     """A checkpoint sorted into codes and everything else."""
@@ -109,15 +98,15 @@ class Stored:
     folder: Path
     format: str
     """`plain`, or the `quant_method` of its config."""
-    coded: tuple[CodedSite, ...]
+    coded: tuple[CodedSite | BnbSite, ...]
     dense: tuple[TensorHeader, ...]
 
 
 def stored(folder: Path) -> Stored:
     """Sort the tensors of a folder; reads no weight.
 
-    Raises: CompressError when the files are damaged, or quantized in a format that is neither ours nor
-    compressed-tensors.
+    Raises: CompressError when the files are damaged, or quantized in a format that is none of ours,
+    compressed-tensors and bitsandbytes.
     """
     found = headers(folder)
     config = read_json(folder / "config.json").get("quantization_config") or {}
@@ -131,7 +120,7 @@ def stored(folder: Path) -> Stored:
             where=f"{folder}/config.json",
             fix=f"use a folder in plain, {' or '.join(_READERS)} format",
         )
-    coded = tuple(_READERS[method](config, found, _schemes(folder)))
+    coded: tuple[CodedSite | BnbSite, ...] = tuple(_READERS[method](config, found, _schemes(folder)))
     taken = {tensor.name for site in coded for tensor in site.tensors.values()}
     return Stored(folder, method, coded, tuple(tensor for name, tensor in found.items() if name not in taken))
 
@@ -185,7 +174,20 @@ def _from_compressed_tensors(
         yield CodedSite(name, outputs, inputs, bits, inputs // groups, schemes.get(name), tensors)
 
 
-_READERS = {"llmcompress": _from_manifest, "compressed-tensors": _from_compressed_tensors}
+def _from_bitsandbytes(
+    _: Mapping[str, Any], found: Mapping[str, TensorHeader], __: Mapping[str, Scheme]
+) -> Iterator[BnbSite]:
+    return bnb_sites(found)
+
+
+_Reader = Callable[
+    [Mapping[str, Any], Mapping[str, TensorHeader], Mapping[str, Scheme]], Iterator[CodedSite] | Iterator[BnbSite]
+]
+_READERS: Mapping[str, _Reader] = {
+    "llmcompress": _from_manifest,
+    "compressed-tensors": _from_compressed_tensors,
+    "bitsandbytes": _from_bitsandbytes,
+}
 
 
 def _at(name: str, found: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:

@@ -1,4 +1,4 @@
-"""What safetensors files say about themselves: names, dtypes and shapes from their headers; no weight is read."""
+"""What safetensors files say about themselves: names, dtypes and shapes from their headers; weights one by one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
 
 from llmcompress.errors import CompressError
 from llmcompress.loading.files import INDEX, some, weight_files
@@ -118,6 +120,22 @@ def _tensor(name: str, entry: dict[str, Any], file: Path) -> TensorHeader:
     if begin < 0 or end - begin != size:
         raise BadFile(f"tensor {name} of shape {list(shape)} takes {size:,} bytes, not {end - begin:,}")
     return TensorHeader(name, dtype, shape, file, size)
+
+
+class Tensors:
+    """Reads tensors of a checkpoint one by one; at most one file is open."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._file: Any = None
+
+    def __call__(self, header: TensorHeader) -> Tensor:
+        """The tensor that a header tells of."""
+        if self._path != header.file:
+            self._file = safe_open(header.file, framework="pt")
+            self._path = header.file
+        found: Tensor = self._file.get_tensor(header.name)
+        return found
 
 
 def write_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, list[str]]:

@@ -13,8 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llmcompress.numerics.grid import Grid, RangeSearch, fit
+from llmcompress.numerics.grid import Grid
 from llmcompress.numerics.masks import Pattern, due, lowest, lowest_of
+from llmcompress.numerics.ranges import RangeSearch, fit
 
 MOST_DAMPING = 10.0
 """Above ten times the mean diagonal the Gram matrix no longer says anything: round to nearest instead."""

@@ -7,7 +7,6 @@ numbers are what their format says (`numerics/formats.py`).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,17 +14,10 @@ from torch.nn import functional
 
 from llmcompress.numerics.formats import (
     E4M3,
-    POWER_OF_TWO,
     STORED,
-    TWO_LEVEL,
     NumberFormat,
     ScaleKind,
-    power_of_two,
-    shared_scale,
 )
-
-RangeSearch = Literal["minmax", "mse"]
-"""Cover a group's whole range, or the shrunken range whose rounding error is least."""
 
 
 @dataclass(frozen=True)
@@ -109,92 +101,26 @@ class Fitted:
         return self.scale_OG if self.shared is None else E4M3.nearest(self.scale_OG * self.shared)
 
 
-def fit(
-    weight_OI: Tensor,
-    grid: Grid,
-    *,
-    scale_dtype: torch.dtype = torch.float32,
-    search: RangeSearch = "minmax",
-    gram_II: Tensor | None = None,
-    shared: Tensor | None = None,
-) -> Fitted:
-    """Scales and zero points of every group, for weights in float32.
-
-    Scales are rounded to `scale_dtype` (or to what the grid's kind of scale allows) before anything is rounded with
-    them, so what is computed here is what a loader of the saved model computes. A group of zeros gets scale 1; scales
-    of symmetric grids below 8 bits may be negative (`Grid.mirrors`).
-
-    With `search="mse"` the range shrinks down to half, in coarse steps and then in fine ones around the best (float
-    grids also widen it). The full range is one of the candidates. The error is that of the group's part of the output
-    when `gram_II` is given (AWQ's clipping), plain squared error otherwise. In groups wider than 256, whole rows above
-    all, errors of inputs are taken as independent there: ten products with the whole matrix would cost more than all
-    else that is done to a site. `shared` is for a part of a matrix whose two-level scales have been begun.
-
-    Source: Jacob et al., arXiv 1712.05877, section 2 (range includes 0, zero is exact);
-    Lin et al., arXiv 2306.00978 (clipping per row and group).
-    """
-    grouped_OGN = _grouped(weight_OI, grid)
-    top_OG = grouped_OGN.amax(-1).clamp_min(0)
-    bottom_OG = grouped_OGN.amin(-1).clamp_max(0)
-    if grid.scales.single:
-        top_OG, bottom_OG = top_OG.amax(0, keepdim=True), bottom_OG.amin(0, keepdim=True)
-    if grid.scales == TWO_LEVEL and shared is None:
-        assert grid.number is not None, "integers have one level of scales"
-        shared = shared_scale(torch.maximum(top_OG.max(), -bottom_OG.min()), grid.number)
-    best = _from_range(bottom_OG, top_OG, grid, scale_dtype, shared)
-    if search == "minmax":
-        return best
-    gram_GNN = None if gram_II is None else _seen_by_groups(gram_II, grid)
-    ranges = _Ranges(bottom_OG, top_OG, scale_dtype, shared)
-    if grid.scales.single:
-        return _search(grouped_OGN, ranges, best, gram_GNN)
-    # rows know nothing of each other: in pieces, what a trial needs beside the weights stays small
-    rows = max(1, _AT_ONCE // weight_OI.shape[1])
-    found = [
-        _search(grouped_OGN[piece], ranges.rows(piece), best.rows(piece), gram_GNN)
-        for start in range(0, len(weight_OI), rows)
-        for piece in (slice(start, start + rows),)
-    ]
-    return replace(
-        best,
-        scale_OG=torch.cat([each.scale_OG for each in found]),
-        zero_OG=torch.cat([each.zero_OG for each in found]),
-    )
-
-
-def lesser(first: Fitted, second: Fitted, error_first_OG: Tensor, error_second_OG: Tensor) -> Fitted:
-    """Of two fits of the same weights, for every scale the one with the lesser error; the second where equal.
-
-    Errors may be O×1, then whole rows are taken; what shares a scale is judged by its sum.
-    """
-    better_OG = _per_scale(error_first_OG, first.grid) < _per_scale(error_second_OG, first.grid)
-    return replace(
-        second,
-        scale_OG=torch.where(better_OG, first.scale_OG, second.scale_OG),
-        zero_OG=torch.where(better_OG, first.zero_OG, second.zero_OG),
-    )
-
-
 def round_to_codes(weight_OI: Tensor, fitted: Fitted) -> Tensor:
     """Nearest codes, as int8."""
     grid, inputs = fitted.grid, weight_OI.shape[1]
-    scaled_OGN = _grouped(weight_OI, grid) / fitted.scale_OG[..., None]
+    scaled_OGN = grouped(weight_OI, grid) / fitted.scale_OG[..., None]
     if grid.number is not None:
         codes_OGN = grid.number.encode(scaled_OGN)
     else:
         codes_OGN = scaled_OGN.add_(fitted.zero_OG[..., None]).round_().clamp_(grid.low, grid.high).to(torch.int8)
-    return _flat(codes_OGN, inputs)
+    return flat(codes_OGN, inputs)
 
 
 def restore(codes_OI: Tensor, fitted: Fitted) -> Tensor:
     """The float weights that codes stand for, in the scales' dtype."""
     grid, inputs, dtype = fitted.grid, codes_OI.shape[1], fitted.scale_OG.dtype
-    codes_OGN, scale_OG1 = _grouped(codes_OI, grid), fitted.scale_OG[..., None]
+    codes_OGN, scale_OG1 = grouped(codes_OI, grid), fitted.scale_OG[..., None]
     if grid.number is not None:
         # one rounding, of the product: table values and two-level scales have no exact form in 16 bits
         work = torch.promote_types(dtype, torch.float32)
-        return _flat(grid.number.decode(codes_OGN, work).mul_(scale_OG1.to(work)).to(dtype), inputs)
-    return _flat(codes_OGN.to(dtype, copy=True).sub_(fitted.zero_OG[..., None]).mul_(scale_OG1), inputs)
+        return flat(grid.number.decode(codes_OGN, work).mul_(scale_OG1.to(work)).to(dtype), inputs)
+    return flat(codes_OGN.to(dtype, copy=True).sub_(fitted.zero_OG[..., None]).mul_(scale_OG1), inputs)
 
 
 def spread(per_group_OG: Tensor, grid: Grid, inputs: int) -> Tensor:
@@ -226,7 +152,7 @@ def stripes(inputs: int) -> list[tuple[int, int]]:
     return [(start, min(start + width, inputs)) for start in range(0, inputs, width)]
 
 
-def _grouped(weight_OI: Tensor, grid: Grid) -> Tensor:
+def grouped(weight_OI: Tensor, grid: Grid) -> Tensor:
     """O×I → O×G×N; a ragged last group is filled with zeros, which no range or error notices."""
     outputs, inputs = weight_OI.shape
     length = grid.length(inputs)
@@ -236,123 +162,6 @@ def _grouped(weight_OI: Tensor, grid: Grid) -> Tensor:
     return weight_OI.reshape(outputs, -1, length)
 
 
-def _flat(grouped_OGN: Tensor, inputs: int) -> Tensor:
+def flat(grouped_OGN: Tensor, inputs: int) -> Tensor:
     """Back to O×I."""
     return grouped_OGN.flatten(1)[:, :inputs].contiguous()
-
-
-def _seen_by_groups(gram_II: Tensor, grid: Grid) -> Tensor:
-    """The part of the Gram matrix that each group sees alone: G×N×N; of wide groups the diagonal, G×1×N."""
-    inputs = len(gram_II)
-    groups, length = grid.groups(inputs), grid.length(inputs)
-    missing = groups * length - inputs
-    if length > _WIDE:
-        return functional.pad(gram_II.diagonal(), (0, missing)).view(groups, 1, length)
-    seen_GNN = gram_II.new_zeros(groups, length, length)
-    for group, start in enumerate(range(0, inputs, length)):
-        part_NN = gram_II[start : start + length, start : start + length]
-        seen_GNN[group, : len(part_NN), : len(part_NN)] = part_NN
-    return seen_GNN
-
-
-def _steps(grid: Grid) -> tuple[tuple[float, ...], ...]:
-    """What a search adds to the factor of a range: first to 1, then to the best found."""
-    if grid.scales == POWER_OF_TWO:
-        return ((1.0, -0.5),)
-    # values of a float lie wide apart at its end: the largest weight may be better off on a smaller one, 4 instead of 6
-    return (_COARSE if grid.number is None else (0.5, *_COARSE), _FINE)
-
-
-_COARSE = (-0.15, -0.3, -0.45)
-_FINE = (-0.05, 0.05)
-_WIDE = 256
-_NARROWEST, _WIDEST = 0.5, 2.0
-_AT_ONCE = 1 << 21
-
-
-class _Ranges(NamedTuple):
-    """What every group covers before its range shrinks, and how scales are made of it."""
-
-    bottom_OG: Tensor
-    top_OG: Tensor
-    scale_dtype: torch.dtype
-    shared: Tensor | None
-
-    def rows(self, piece: slice) -> _Ranges:
-        return self._replace(bottom_OG=self.bottom_OG[piece], top_OG=self.top_OG[piece])
-
-
-def _search(grouped_OGN: Tensor, ranges: _Ranges, best: Fitted, gram_GNN: Tensor | None) -> Fitted:
-    bottom_OG, top_OG, scale_dtype, shared = ranges
-    grid = best.grid
-    best_error_OG = _error(grouped_OGN, best, gram_GNN)
-    factor_OG = torch.ones_like(top_OG)
-    for steps in _steps(grid):
-        around_OG = factor_OG
-        for step in steps:
-            tried_OG = (around_OG + step).clamp(_NARROWEST, _WIDEST)
-            trial = _from_range(bottom_OG * tried_OG, top_OG * tried_OG, grid, scale_dtype, shared)
-            error_OG = _error(grouped_OGN, trial, gram_GNN)
-            best = lesser(trial, best, error_OG, best_error_OG)
-            factor_OG = torch.where(error_OG < best_error_OG, tried_OG, factor_OG)
-            best_error_OG = torch.where(error_OG < best_error_OG, error_OG, best_error_OG)
-    return best
-
-
-def _from_range(
-    bottom_OG: Tensor, top_OG: Tensor, grid: Grid, scale_dtype: torch.dtype, shared: Tensor | None
-) -> Fitted:
-    if grid.number is not None:
-        scale_OG = _float_scale(torch.maximum(top_OG, -bottom_OG), grid, grid.number, scale_dtype, shared)
-        return Fitted(grid, scale_OG, torch.zeros_like(scale_OG), shared)
-    if grid.symmetric:
-        # the extreme weight lands on an outermost code: with the usual (2^b - 1) / 2 steps it would lie half-way
-        # between a code and one that does not exist
-        span_OG = torch.maximum(bottom_OG / grid.low, top_OG / grid.high)
-        if grid.mirrors:
-            mirrored_OG = torch.maximum(top_OG / -grid.low, bottom_OG / -grid.high)
-            span_OG = torch.where(mirrored_OG < span_OG, -mirrored_OG, span_OG)
-    else:
-        span_OG = (top_OG - bottom_OG) / (grid.high - grid.low)
-    scale_OG = span_OG.to(scale_dtype).to(span_OG.dtype)
-    scale_OG = torch.where(scale_OG != 0, scale_OG, torch.ones_like(scale_OG))
-    if grid.symmetric:
-        return Fitted(grid, scale_OG, torch.zeros_like(scale_OG))
-    return Fitted(grid, scale_OG, (grid.low - bottom_OG / scale_OG).round().clamp(grid.low, grid.high))
-
-
-def _float_scale(
-    largest_OG: Tensor, grid: Grid, number: NumberFormat, scale_dtype: torch.dtype, shared: Tensor | None
-) -> Tensor:
-    """What brings the largest magnitude of each group to the number format's reach, as its kind of scale says it."""
-    one = torch.ones_like(largest_OG)
-    if grid.scales == POWER_OF_TWO:
-        scale_OG = power_of_two(largest_OG, number.exponent, scale_dtype)
-    elif shared is not None:
-        # a group too quiet for E4M3 gets its smallest value: 0 would lose it, 1 would be far too coarse
-        local_OG = E4M3.nearest(largest_OG / number.reach * shared).clamp_min(2.0**-9)
-        scale_OG = local_OG / shared
-    else:
-        scale_OG = (largest_OG / number.reach).to(scale_dtype).to(largest_OG.dtype)
-    return torch.where((scale_OG > 0) & (largest_OG > 0), scale_OG, one if shared is None else one / shared)
-
-
-def _error(grouped_OGN: Tensor, fitted: Fitted, gram_GNN: Tensor | None) -> Tensor:
-    number = fitted.grid.number
-    if number is not None:
-        scale = fitted.scale_OG[..., None]
-        difference_OGN = number.nearest(grouped_OGN / scale).mul_(scale).sub_(grouped_OGN)
-    else:
-        scale, zero = fitted.scale_OG[..., None], fitted.zero_OG[..., None]
-        codes = (grouped_OGN / scale + zero).round_().clamp_(fitted.grid.low, fitted.grid.high)
-        difference_OGN = codes.sub_(zero).mul_(scale).sub_(grouped_OGN)
-    if gram_GNN is None:
-        return _per_scale(difference_OGN.square_().sum(-1), fitted.grid)
-    if gram_GNN.shape[1] == 1:
-        return _per_scale(difference_OGN.square_().mul_(gram_GNN[:, 0]).sum(-1), fitted.grid)
-    seen_GON = torch.bmm(difference_OGN.transpose(0, 1), gram_GNN)
-    return _per_scale(seen_GON.transpose(0, 1).mul(difference_OGN).sum(-1), fitted.grid)
-
-
-def _per_scale(error_OG: Tensor, grid: Grid) -> Tensor:
-    return error_OG.sum(0, keepdim=True) if grid.scales.single else error_OG

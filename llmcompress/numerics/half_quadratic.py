@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from llmcompress.numerics.grid import Fitted, Grid, fit, lesser
+from llmcompress.numerics.grid import Fitted, Grid, grouped
+from llmcompress.numerics.ranges import fit, lesser
 
 
 def half_quadratic_fit(
@@ -34,7 +34,7 @@ def half_quadratic_fit(
     them, so the scale is solved for too.
     """
     assert grid.number is None, "half-quadratic fits are made for integers"
-    weight_OGN, there_GN = _grouped(weight_OI, grid)
+    weight_OGN, there_GN = grouped(weight_OI, grid), _there(weight_OI, grid)
     best = current = fit(weight_OI, grid, scale_dtype=scale_dtype)
     best_error_OG = _error(weight_OGN, best, power)
     for _ in range(steps):
@@ -79,10 +79,6 @@ def _error(weight_OGN: Tensor, fitted: Fitted, power: float) -> Tensor:
     return ((codes_OGN - zero) * scale - weight_OGN).abs().pow(power).sum(-1)
 
 
-def _grouped(weight_OI: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """O×G×N, a ragged last group filled with zeros; and 1 where there is a weight, G×N."""
-    outputs, inputs = weight_OI.shape
-    length = grid.length(inputs)
-    missing = grid.groups(inputs) * length - inputs
-    there_I = functional.pad(torch.ones(inputs, dtype=weight_OI.dtype, device=weight_OI.device), (0, missing))
-    return functional.pad(weight_OI, (0, missing)).view(outputs, -1, length), there_I.view(-1, length)
+def _there(weight_OI: Tensor, grid: Grid) -> Tensor:
+    """1 where a group has a weight, 0 where a ragged last one is filled up: G×N."""
+    return grouped(torch.ones_like(weight_OI[:1]), grid)[0]

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmcompress.numerics.grid import Fitted, Grid, fit, output_error, restore, round_to_codes
+from llmcompress.numerics.grid import Fitted, Grid, output_error, restore, round_to_codes
 from llmcompress.numerics.low_rank import Factors, best_left, best_right
+from llmcompress.numerics.ranges import fit
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,11 @@ def _refine_rows(
             diagonal_C, rest_C = diagonal_CG[:, group], rest_CG[:, group]
             trial_C = stored(now_CG[:, group] + rest_C / diagonal_C.clamp_min(1e-300))
             step_C = trial_C - now_CG[:, group]
-            better_C = (diagonal_C > 0) & (trial_C * now_CG[:, group] > 0) & (diagonal_C * step_C.square() < 2 * rest_C * step_C)
+            better_C = (
+                (diagonal_C > 0)
+                & (trial_C * now_CG[:, group] > 0)
+                & (diagonal_C * step_C.square() < 2 * rest_C * step_C)
+            )
             step_C = torch.where(better_C, step_C, torch.zeros_like(step_C))
             now_CG[:, group] += step_C
             rest_CG -= square_CGG[:, :, group] * step_C[:, None]

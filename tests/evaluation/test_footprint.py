@@ -18,7 +18,8 @@ from llmcompress.export.save import save_model
 from llmcompress.modules.low_rank import LowRankLinear
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.scheme import named_scheme
-from llmcompress.numerics.grid import fit, round_to_codes
+from llmcompress.numerics.grid import round_to_codes
+from llmcompress.numerics.ranges import fit
 from tests.export.quantized import quantized_model
 from tests.families import FAMILIES, tiny_model
 from tests.tiny_folder import edit_json, edit_tensors

@@ -19,7 +19,8 @@ from llmcompress.model.rotation import untie
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.rounded_inputs import fixed_scale
 from llmcompress.modules.scheme import named_scheme
-from llmcompress.numerics.grid import fit, round_to_codes
+from llmcompress.numerics.grid import round_to_codes
+from llmcompress.numerics.ranges import fit
 from tests.families import tiny_model, tiny_tokens
 
 LOADER = """

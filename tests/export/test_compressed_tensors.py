@@ -23,7 +23,8 @@ from llmcompress.export.quantization_config import name_patterns
 from llmcompress.model.map import BlockInfo, BlockStructure, ModelMap, SiteInfo
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.scheme import named_scheme
-from llmcompress.numerics.grid import fit, round_to_codes
+from llmcompress.numerics.grid import round_to_codes
+from llmcompress.numerics.ranges import fit
 from tests.export.quantized import quantize, quantized_model
 from tests.families import tiny_model
 

@@ -134,7 +134,8 @@ def _quantized(tmp_path: Path, pristine: Path) -> Path:
     from llmcompress.export.compressed_tensors import save_compressed_tensors
     from llmcompress.modules.quant_linear import QuantLinear
     from llmcompress.modules.scheme import named_scheme
-    from llmcompress.numerics.grid import fit, round_to_codes
+    from llmcompress.numerics.grid import round_to_codes
+    from llmcompress.numerics.ranges import fit
 
     folder = tmp_path / "quantized"
     model = load_model(Source(pristine, "tiny"), dtype=torch.float32)

@@ -10,7 +10,8 @@ from llmcompress.model.conform import conformed
 from llmcompress.model.facts import Facts
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.scheme import named_scheme
-from llmcompress.numerics.grid import fit, round_to_codes
+from llmcompress.numerics.grid import round_to_codes
+from llmcompress.numerics.ranges import fit
 from tests.families import FFN, randomise, tiny_model, tiny_tokens
 from tests.model.test_shrink import WITH_CHANNELS, WITH_HEADS, groups_of, shrunk_model
 

@@ -9,7 +9,8 @@ from llmcompress.model.probe import map_model
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.scheme import named_scheme
-from llmcompress.numerics.grid import fit, round_to_codes
+from llmcompress.numerics.grid import round_to_codes
+from llmcompress.numerics.ranges import fit
 from tests.families import tiny_model
 
 

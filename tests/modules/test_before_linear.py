@@ -14,8 +14,9 @@ from llmcompress.modules.before_linear import ClusteredInput, RotatedInput, unwr
 from llmcompress.modules.low_rank import linear_of
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.scheme import named_scheme
-from llmcompress.numerics.grid import fit, round_to_codes
+from llmcompress.numerics.grid import round_to_codes
 from llmcompress.numerics.hadamard import transformed
+from llmcompress.numerics.ranges import fit
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

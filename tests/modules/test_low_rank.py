@@ -12,7 +12,8 @@ from llmcompress.modules.corrected import CorrectedLinear
 from llmcompress.modules.low_rank import LowRankLinear, linear_of
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.scheme import named_scheme
-from llmcompress.numerics.grid import fit, round_to_codes
+from llmcompress.numerics.grid import round_to_codes
+from llmcompress.numerics.ranges import fit
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -9,7 +9,8 @@ from llmcompress.modules.packed import PackedLinear
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.rounded_inputs import fixed_scale, round_activations
 from llmcompress.modules.scheme import named_scheme
-from llmcompress.numerics.grid import fit, restore, round_to_codes
+from llmcompress.numerics.grid import restore, round_to_codes
+from llmcompress.numerics.ranges import fit
 
 NAMES = [
     f"int{bits}_{size}{asym}" for bits in range(2, 9) for size in ("channel", "g8", "g32") for asym in ("", "_asym")

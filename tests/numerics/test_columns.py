@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from llmcompress.numerics.columns import RoundToGrid, block_length, inverse_factor, invert_upper_, sweep_columns
-from llmcompress.numerics.grid import Grid, fit, output_error, restore, round_to_codes
+from llmcompress.numerics.grid import Grid, output_error, restore, round_to_codes
+from llmcompress.numerics.ranges import fit
 from tests.reference.columns import remove_one_column_at_a_time
 
 SHAPES = [(1, 1), (1, 7), (5, 1), (13, 31), (8, 32), (7, 43), (16, 64), (3, 97)]

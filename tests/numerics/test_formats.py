@@ -21,7 +21,8 @@ from llmcompress.numerics.formats import (
     NumberFormat,
     ScaleKind,
 )
-from llmcompress.numerics.grid import Fitted, Grid, fit, output_error, restore, round_to_codes
+from llmcompress.numerics.grid import Fitted, Grid, output_error, restore, round_to_codes
+from llmcompress.numerics.ranges import fit
 from tests.reference import formats as slow
 
 TABLES: list[tuple[NumberFormat, list[float]]] = [

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmcompress.numerics.grid import Grid, fit, output_error, restore, round_to_codes
+from llmcompress.numerics.grid import Grid, output_error, restore, round_to_codes
+from llmcompress.numerics.ranges import fit
 from tests.reference.grid import round_one_by_one
 
 GRIDS = st.builds(Grid, st.sampled_from([2, 3, 4, 8]), st.booleans(), st.sampled_from([None, 1, 2, 5, 7, 16, 32, 64]))

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from llmcompress.numerics.grid import Grid, fit, restore, round_to_codes
+from llmcompress.numerics.grid import Grid, restore, round_to_codes
 from llmcompress.numerics.half_quadratic import half_quadratic_fit, shrink
+from llmcompress.numerics.ranges import fit
 
 SHAPES = [(1, 1), (3, 7), (5, 64), (4, 53)]
 

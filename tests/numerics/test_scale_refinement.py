@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from llmcompress.numerics.formats import E2M1
-from llmcompress.numerics.grid import Fitted, Grid, fit, restore, round_to_codes, row_errors
+from llmcompress.numerics.grid import Fitted, Grid, restore, round_to_codes, row_errors
+from llmcompress.numerics.ranges import fit
 from llmcompress.numerics.scale_refinement import refine_scales
 
 

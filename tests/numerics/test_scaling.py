@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.numerics.grid import Grid, fit, output_error, restore, round_to_codes
+from llmcompress.numerics.grid import Grid, output_error, restore, round_to_codes
+from llmcompress.numerics.ranges import fit
 from llmcompress.numerics.scaling import reduce_max, reduce_mean, search_factors, smoothing_factors
 
 

@@ -22,8 +22,9 @@ from llmcompress.numerics.columns import (
     inverse_factor,
     sweep_columns,
 )
-from llmcompress.numerics.grid import Fitted, RangeSearch, fit, output_error, restore, round_to_codes
+from llmcompress.numerics.grid import Fitted, output_error, restore, round_to_codes
 from llmcompress.numerics.masks import due, lowest, lowest_per_group, zeros_first
+from llmcompress.numerics.ranges import RangeSearch, fit
 from llmcompress.numerics.repair import repair_kept
 from llmcompress.numerics.statistics import AbsMax, Gram, Statistic
 from llmcompress.passes.base import PASSES, Trait

@@ -15,7 +15,8 @@ from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import Fold
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.scheme import DESCRIPTION, Scheme
-from llmcompress.numerics.grid import Fitted, Grid, fit, lesser, output_error, restore, round_to_codes, row_errors
+from llmcompress.numerics.grid import Fitted, Grid, output_error, restore, round_to_codes, row_errors
+from llmcompress.numerics.ranges import fit, lesser
 from llmcompress.numerics.scaling import search_factors
 from llmcompress.numerics.statistics import AbsMean, Gram, Statistic
 from llmcompress.passes.base import PASSES, Trait

@@ -21,7 +21,8 @@ from llmcompress.modules.base import CompressedModule
 from llmcompress.modules.quant_embedding import QuantEmbedding, SharedHead
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.scheme import DESCRIPTION, Scheme, named_scheme
-from llmcompress.numerics.grid import Fitted, RangeSearch, fit, restore, round_to_codes
+from llmcompress.numerics.grid import Fitted, restore, round_to_codes
+from llmcompress.numerics.ranges import RangeSearch, fit
 from llmcompress.passes.base import PASSES, ModelPass, Trait
 from llmcompress.passes.quantization.resolve import Indivisible, indivisible_error
 

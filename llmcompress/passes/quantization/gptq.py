@@ -21,7 +21,8 @@ from llmcompress.numerics.columns import (
     inverse_factor,
     sweep_columns,
 )
-from llmcompress.numerics.grid import Fitted, Grid, RangeSearch, fit, round_to_codes
+from llmcompress.numerics.grid import Fitted, Grid, round_to_codes
+from llmcompress.numerics.ranges import RangeSearch, fit
 from llmcompress.numerics.statistics import Gram, Statistic
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.quantization.base import QuantizingPass, put_codes, relative_errors, report_row

@@ -25,7 +25,8 @@ from llmcompress.modules.before_linear import unwrapped
 from llmcompress.modules.rounded_inputs import fixed_scale, round_inputs
 from llmcompress.modules.scheme import Scheme, named_scheme
 from llmcompress.numerics.basis import zero_mean_frame
-from llmcompress.numerics.grid import fit, restore, round_to_codes
+from llmcompress.numerics.grid import restore, round_to_codes
+from llmcompress.numerics.ranges import fit
 from llmcompress.training.batches import held_out
 from llmcompress.training.loop import train
 from llmcompress.training.settings import Training

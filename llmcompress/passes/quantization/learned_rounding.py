@@ -16,7 +16,8 @@ from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.rounded_inputs import fixed_scale, round_inputs
 from llmcompress.modules.scheme import DESCRIPTION, Scheme, named_scheme
-from llmcompress.numerics.grid import Fitted, fit, round_to_codes, spread
+from llmcompress.numerics.grid import Fitted, round_to_codes, spread
+from llmcompress.numerics.ranges import fit
 from llmcompress.numerics.statistics import AbsMax, Gram, Statistic
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.quantization.base import QuantizingPass, put_codes, report_row
@@ -30,9 +31,9 @@ class LearnedRounding(QuantizingPass):
     """Round each weight up or down, and stretch each scale, so that the block's output errs least on calibration data.
 
     The block reads what the compressed blocks before it give, and is to give what it gave in the dense model.
-    A step looks at one batch (of every process), and all offsets and scales move by the same small length against the sign of their
-    gradients; the length falls to zero. Better at 2 and 3 bits than what looks at one linear at a time, at dozens of
-    times the work. A block that ends worse than it began keeps plain rounding.
+    A step looks at one batch (of every process), and all offsets and scales move by the same small length against the
+    sign of their gradients; the length falls to zero. Better at 2 and 3 bits than what looks at one linear at a time,
+    at dozens of times the work. A block that ends worse than it began keeps plain rounding.
 
     Source: Cheng et al., arXiv 2309.05516 (SignRound). Differs: ranges are searched on Gram matrices first and scales
     move around what was found; the end is kept, not the best batch on the way.

@@ -9,7 +9,8 @@ from pydantic import Field
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.site import LinearSite
-from llmcompress.numerics.grid import RangeSearch, fit, round_to_codes
+from llmcompress.numerics.grid import round_to_codes
+from llmcompress.numerics.ranges import RangeSearch, fit
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.quantization.base import QuantizingPass, put_codes, report_row

@@ -19,7 +19,8 @@ from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.scheme import Scheme
-from llmcompress.numerics.grid import fit, restore, round_to_codes, row_errors
+from llmcompress.numerics.grid import restore, round_to_codes, row_errors
+from llmcompress.numerics.ranges import fit
 from llmcompress.numerics.statistics import Gram, Statistic
 from llmcompress.passes.decomposition.ranks import squared_gradients
 from llmcompress.passes.quantization.base import QuantizingPass

@@ -15,7 +15,8 @@ from llmcompress.model.site import LinearSite
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.rounded_inputs import fixed_scale
 from llmcompress.modules.scheme import Scheme
-from llmcompress.numerics.grid import fit, round_to_codes
+from llmcompress.numerics.grid import round_to_codes
+from llmcompress.numerics.ranges import fit
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments by position and by name."""

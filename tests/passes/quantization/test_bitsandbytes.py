@@ -15,6 +15,7 @@ import transformers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from llmcompress.errors import CompressError, ExitCode
+from llmcompress.evaluation.footprint import footprint
 from llmcompress.export.save import save_model
 from llmcompress.model.probe import map_model
 from llmcompress.modules.bnb_linear import BnbLinear
@@ -104,6 +105,24 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "False"
     return folders
+
+
+@pytest.mark.parametrize("kind", ["bnb_nf4", "bnb_int8"])
+def test_the_footprint_of_a_folder_is_that_of_the_model(kind: str, tmp_path: Path) -> None:
+    model = apply("llama_gqa", f"[{{wanda: {{sparsity: 0.3}}}}, {{{kind}: {{exclude: '*.down_proj'}}}}]").model
+    save_model(model, tmp_path / "out", "auto", storage_dtype=torch.float32, max_shard_size="5GB")
+    found = footprint(tmp_path / "out")
+    coded = [part for part in model.modules() if isinstance(part, BnbLinear)]
+    weights = sum(part.out_features * part.in_features for part in coded)
+    dense = [parameter for name, parameter in model.named_parameters(remove_duplicate=True)]
+    assert found.codes == weights and found.parameters == weights + sum(each.numel() for each in dense)
+    there = sum(int(part.dense_weight().count_nonzero()) for part in coded)
+    assert found.nonzero == there + sum(int(each.count_nonzero()) for each in dense)
+    scales = sum(part.absmax.numel() for part in coded) * (8 if kind == "bnb_nf4" else 32)
+    bits = weights * (4 if kind == "bnb_nf4" else 8) + scales + sum(32 * each.numel() for each in dense)
+    if kind == "bnb_nf4":
+        bits += sum(32 * (part.nested_absmax.numel() + 1) for part in coded)
+    assert found.format == "bitsandbytes" and found.ideal_bytes == bits // 8
 
 
 @pytest.mark.parametrize("name", CASES)

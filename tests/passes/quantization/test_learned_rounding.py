@@ -11,7 +11,8 @@ from torch import Tensor
 
 from llmcompress.calibration.stream import BlockStream
 from llmcompress.modules.quant_linear import QuantLinear
-from llmcompress.numerics.grid import Fitted, fit, round_to_codes
+from llmcompress.numerics.grid import Fitted, round_to_codes
+from llmcompress.numerics.ranges import fit
 from llmcompress.passes.apply import apply_passes
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.quantization.learned_rounding import LearnedRounding
