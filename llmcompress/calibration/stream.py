@@ -6,18 +6,18 @@ is several times slower on processors without its instructions, and every statis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from llmcompress.calibration.experts import AllTokens, all_tokens, in_expert
+from llmcompress.calibration.experts import all_tokens, in_expert
 from llmcompress.calibration.homes import Home, InMemory
+from llmcompress.calibration.listening import LastInput, input_of
 from llmcompress.calibration.ranks import ALONE, Ranks
 from llmcompress.calibration.settings import Experts
 from llmcompress.errors import CompressError
@@ -49,8 +49,10 @@ class BlockWork:
         self._inputs, self._calls, self._experts, self._ranks = inputs, calls, experts, ranks
         self.decisions: Mapping[str, Tensor] = {}
         """What the first pass of the stage decided about the whole model."""
+        self.dense_inputs: list[Tensor] = []
+        """What the block was given when all blocks were as the stage found them, on the CPU; for passes that ask."""
         self.dense_outputs: list[Tensor] = []
-        """What the block gave when all blocks were as the stage found them, on the CPU; for passes that ask for it."""
+        """What it then gave."""
         self._known_outputs: list[Tensor] | None = None
         self._name_sites()
 
@@ -134,7 +136,7 @@ class BlockWork:
                     width = members[0].info.inputs
                     statistics = {kind: kind(width, self._device) for kind in kinds}
                     only = every if in_expert(members[0].name) else None
-                    hooks.enter_context(_input_of(members[0].module, list(statistics.values()), only))
+                    hooks.enter_context(input_of(members[0].module, list(statistics.values()), only))
                     measured.append((members, statistics))
             for inputs, call in zip(self._inputs, self._calls, strict=True):
                 self._run(inputs, call)
@@ -180,6 +182,22 @@ class BlockWork:
             for inputs, call in zip(self._inputs, self._calls, strict=True):
                 with suppress(_SeenEnough):
                     self._run(inputs, call)
+
+    @torch.no_grad()
+    def side_by_side(self, sites: Sequence[LinearSite], see: Sequence[Callable[[Tensor, Tensor], None]]) -> None:
+        """Show each site's input, T×I in float32, batch by batch: in the dense model, and as it is now."""
+        for dense, inputs, call in zip(self.dense_inputs, self._inputs, self._calls, strict=True):
+            there, here = self._inputs_of(sites, dense, call), self._inputs_of(sites, inputs, call)
+            for show, dense_TI, x_TI in zip(see, there, here, strict=True):
+                show(dense_TI, x_TI)
+
+    def _inputs_of(self, sites: Sequence[LinearSite], inputs: Tensor, call: BlockCall) -> list[Tensor]:
+        seen = [LastInput() for _ in sites]
+        with ExitStack() as hooks:
+            for site, into in zip(sites, seen, strict=True):
+                hooks.enter_context(input_of(site.module, [into]))
+            self._run(inputs, call)
+        return [into.x_TI for into in seen]
 
     def become(self, module: nn.Module, outputs: list[Tensor] | None = None) -> None:
         """Another module takes the block's place; `outputs`, where they are known, are fed onward as they are."""
@@ -283,7 +301,8 @@ class BlockStream:
                 ranks=self._ranks,
             )
             if self._dense:
-                work.dense_outputs = dense = work.outputs_for(dense)
+                work.dense_inputs, dense = dense, work.outputs_for(dense)
+                work.dense_outputs = dense
             yield work
             if info.index + 1 < len(self._blocks):
                 self._hidden = work.outputs()
@@ -304,24 +323,3 @@ def _sharing(call: BlockCall, first: BlockCall) -> BlockCall:
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b))
-
-
-@contextmanager
-def _input_of(module: nn.Module, statistics: Collection[Statistic], only: AllTokens | None = None) -> Iterator[None]:
-    """Show every input of the module to the statistics, for as long as the context lasts.
-
-    With `only`, those alone that come while all experts run on all tokens.
-    """
-
-    def show(_: nn.Module, args: tuple[Any, ...]) -> None:
-        if only is not None and not only.running:
-            return
-        x_TI = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-        for statistic in statistics:
-            statistic.add(x_TI)
-
-    handle: RemovableHandle = module.register_forward_pre_hook(show)
-    try:
-        yield
-    finally:
-        handle.remove()
