@@ -49,7 +49,8 @@ OURS = {
     "{{gptq: {{scheme: {scheme}, true_sequential: true}}}}]",
     "bits shared out": "[{{mixed_precision: {{bits: {bits}}}}}]",
     "errors carried on": "[{{error_propagation: {{scheme: {scheme}}}}}]",
-    "bits shared out, errors carried on": "[{{mixed_precision: {{bits: {bits}, quantizer: {{error_propagation: {{}}}}}}}}]",
+    "bits shared out, errors carried on": "[{{mixed_precision: "
+    "{{bits: {bits}, quantizer: {{error_propagation: {{}}}}}}}}]",
     "learned": "[{{learned_rounding: {{scheme: {scheme}}}}}]",
     "bits shared out, learned": "[{{mixed_precision: {{bits: {bits}, quantizer: {{learned_rounding: {{}}}}}}}}]",
 }
