@@ -26,6 +26,7 @@ QUANTIZERS: list[tuple[str, dict[str, Any]]] = [
     ("gptq", {"scheme": "int4_channel", "true_sequential": True, "act_order": False}),
     ("awq", {"scheme": "int3_g32_asym"}),
     ("learned_rounding", {"scheme": "int3_g32_asym", "steps": 4}),
+    ("error_propagation", {"scheme": "int3_g32_asym"}),
 ]
 WEAKEST: list[tuple[str, dict[str, Any]]] = [
     ("smoothquant", {"strength": 0.0}),
