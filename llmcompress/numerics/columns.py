@@ -99,6 +99,12 @@ def sweep_columns(weight_OI: Tensor, upper_II: Tensor, treat: ColumnTreatment, *
     """
     # transposed, because a column of a row-major matrix is strided and this is all about columns
     weight_IO = weight_OI.T.clone(memory_format=torch.contiguous_format)
+    sweep_columns_(weight_IO, upper_II, treat, block=block)
+    return weight_IO.T.contiguous()
+
+
+def sweep_columns_(weight_IO: Tensor, upper_II: Tensor, treat: ColumnTreatment, *, block: int = 128) -> None:
+    """The same in place, on the transposed weight."""
     inputs = len(weight_IO)
     for start in range(0, inputs, block):
         stop = min(start + block, inputs)
@@ -116,7 +122,6 @@ def sweep_columns(weight_OI: Tensor, upper_II: Tensor, treat: ColumnTreatment, *
             weight_O.copy_(new_O)
             block_BO[j + 1 :].addr_(upper_B[j + 1 :], error_O, alpha=-1)
         weight_IO[stop:].addmm_(upper_II[start:stop, stop:].T, errors_BO, alpha=-1)
-    return weight_IO.T.contiguous()
 
 
 class RoundToGrid:

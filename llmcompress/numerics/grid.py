@@ -93,7 +93,9 @@ class Fitted:
         )
 
     def rows(self, piece: slice) -> Fitted:
-        """The same for some of the outputs, each of which has its own scales."""
+        """The same for some of the outputs."""
+        if self.grid.scales.single:
+            return self
         return replace(self, scale_OG=self.scale_OG[piece], zero_OG=self.zero_OG[piece])
 
     def stored_OG(self) -> Tensor:
@@ -150,6 +152,13 @@ def stripes(inputs: int) -> list[tuple[int, int]]:
     """Start and end of the stripes in which a symmetric matrix is worked on: about eight, none too thin to be fast."""
     width = max(256, -(-inputs // 8))
     return [(start, min(start + width, inputs)) for start in range(0, inputs, width)]
+
+
+def row_pieces(weight_OI: Tensor) -> list[slice]:
+    """Rows in pieces of about two million weights: what is computed beside them stays small, and in the cache."""
+    outputs, inputs = weight_OI.shape
+    rows = max(1, (1 << 21) // max(inputs, 1))
+    return [slice(start, start + rows) for start in range(0, outputs, rows)]
 
 
 def grouped(weight_OI: Tensor, grid: Grid) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from llmcompress.numerics.formats import E4M3, POWER_OF_TWO, TWO_LEVEL, NumberFormat, power_of_two, shared_scale
-from llmcompress.numerics.grid import Fitted, Grid, grouped
+from llmcompress.numerics.grid import Fitted, Grid, grouped, row_pieces
 
 RangeSearch = Literal["minmax", "mse"]
 """Cover a group's whole range, or the shrunken range whose rounding error is least."""
@@ -59,11 +59,8 @@ def fit(
     if grid.scales.single:
         return _search(grouped_OGN, ranges, best, gram_GNN)
     # rows know nothing of each other: in pieces, what a trial needs beside the weights stays small
-    rows = max(1, _AT_ONCE // weight_OI.shape[1])
     found = [
-        _search(grouped_OGN[piece], ranges.rows(piece), best.rows(piece), gram_GNN)
-        for start in range(0, len(weight_OI), rows)
-        for piece in (slice(start, start + rows),)
+        _search(grouped_OGN[piece], ranges.rows(piece), best.rows(piece), gram_GNN) for piece in row_pieces(weight_OI)
     ]
     return replace(
         best,
@@ -111,7 +108,6 @@ _COARSE = (-0.15, -0.3, -0.45)
 _FINE = (-0.05, 0.05)
 _WIDE = 256
 _NARROWEST, _WIDEST = 0.5, 2.0
-_AT_ONCE = 1 << 21
 
 
 class _Ranges(NamedTuple):

@@ -15,7 +15,7 @@ from llmcompress.model.site import LinearSite
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.rounded_inputs import fixed_scale
 from llmcompress.modules.scheme import DESCRIPTION, Scheme, named_scheme
-from llmcompress.numerics.grid import Fitted, output_error, restore
+from llmcompress.numerics.grid import Fitted, output_error, restore, row_pieces
 from llmcompress.numerics.statistics import AbsMax, Gram, Statistic
 from llmcompress.passes.base import BlockPass, Trait
 from llmcompress.passes.quantization.resolve import resolve_scheme, site_schemes
@@ -102,6 +102,11 @@ def relative_error(weight_OI: Tensor, codes_OI: Tensor, fitted: Fitted, gram: Gr
 
 def relative_errors(weight_OI: Tensor, tried: Sequence[tuple[Tensor, Fitted]], gram: Gram) -> list[float]:
     """The same for several codes of one weight, whose own output is squared once."""
-    signal = float(output_error(weight_OI, gram.sum_II))
-    noise = [float(output_error(restore(codes_OI, fitted).sub_(weight_OI), gram.sum_II)) for codes_OI, fitted in tried]
+    signal, noise = 0.0, [0.0] * len(tried)
+    for rows in row_pieces(weight_OI):
+        part_OI = weight_OI[rows]
+        signal += float(output_error(part_OI, gram.sum_II))
+        for index, (codes_OI, fitted) in enumerate(tried):
+            difference_OI = restore(codes_OI[rows], fitted.rows(rows)).sub_(part_OI)
+            noise[index] += float(output_error(difference_OI, gram.sum_II))
     return [each / signal if signal > 0 else 0.0 for each in noise]

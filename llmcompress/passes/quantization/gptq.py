@@ -19,7 +19,7 @@ from llmcompress.numerics.columns import (
     RoundToGrid,
     block_length,
     inverse_factor,
-    sweep_columns,
+    sweep_columns_,
 )
 from llmcompress.numerics.grid import Fitted, Grid, round_to_codes
 from llmcompress.numerics.ranges import RangeSearch, fit
@@ -82,12 +82,14 @@ class GPTQ(QuantizingPass):
                 continue
             here = self.for_site(site.name)
             block.progress.inside(f"gptq {site.info.name}")
-            weight_OI, gram = site.weight_OI, site.statistic(Gram)
-            plain = fit(weight_OI, scheme.weights, scale_dtype=site.storage_dtype)
-            plain_OI = round_to_codes(weight_OI, plain)
+            gram = site.statistic(Gram)
             key = (gram, here.damping, here.act_order)
             if known is None or known[0] != key:
                 known = (key, here._visit(gram))
+            # not before the factorisation, which is what takes the most memory
+            weight_OI = site.weight_OI
+            plain = fit(weight_OI, scheme.weights, scale_dtype=site.storage_dtype)
+            plain_OI = round_to_codes(weight_OI, plain)
             codes_OI, fitted, degraded = here._quantize(weight_OI, scheme.weights, gram, known[1], site)
             error_before, error = relative_errors(weight_OI, [(plain_OI, plain), (codes_OI, fitted)], gram)
             if error > error_before:
@@ -131,10 +133,10 @@ class GPTQ(QuantizingPass):
             order_I=order_I,
         )
         lazy = self.block if order_I is not None else block_length(grid.group, self.block)
-        visited_OI = weight_OI[:, visit_I]
+        visited_IO = weight_OI.T[visit_I]
         # zeros are an earlier pass's mask: they stay zero, whatever the errors of other columns would make of them
-        keeping = DropWeights((visited_OI == 0).T.contiguous(), rounding)
-        sweep_columns(visited_OI, factor.upper_II, keeping, block=lazy)
+        keeping = DropWeights(visited_IO == 0, rounding)
+        sweep_columns_(visited_IO, factor.upper_II, keeping, block=lazy)
         raised = factor.damping > self.damping
         return (
             rounding.codes_IO.T.contiguous(),
