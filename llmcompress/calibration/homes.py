@@ -65,6 +65,7 @@ class OnDisk:
 
     def __init__(self, weights: MappedWeights) -> None:
         self._weights = weights
+        _keep_no_large_memory()
         self._kept: dict[str, Callable[[], Mapping[str, Tensor]]] = {}
 
     def leave(self, name: str, module: nn.Module) -> None:
@@ -115,11 +116,28 @@ class OnDisk:
                 parameter.data = self._weights[f"{name}.{leaf}" if name else leaf]
 
 
+_M_MMAP_THRESHOLD = -3
+_LARGE = 1 << 20
+
+
+def _keep_no_large_memory() -> None:
+    """From now on glibc gives back at once whatever of a megabyte or more is freed, in the whole process.
+
+    By itself it soon keeps pieces of up to 32 MB, between which later ones do not fit: the most that is resident then
+    grows from block to block.
+    """
+    _ask_glibc("mallopt", _M_MMAP_THRESHOLD, _LARGE)
+
+
 def _give_back() -> None:
-    """The C library keeps freed memory, in pieces too small for the next block; glibc can be asked for it."""
+    """What is freed in smaller pieces, too."""
+    _ask_glibc("malloc_trim", 0)
+
+
+def _ask_glibc(function: str, *arguments: int) -> None:
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            getattr(ctypes.CDLL("libc.so.6"), function)(*arguments)
 
 
 def _outside(model: nn.Module, blocks: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
