@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -132,11 +133,27 @@ class _Form:
             if any(parameter.is_meta for parameter in block.parameters()):
                 block = copy.deepcopy(block)
                 materialise(block)
-            with torch.no_grad():
+            with torch.no_grad(), _unheard(block):
                 output = block(*positional, **arguments, **call.kwargs)
             self.length = None if isinstance(output, Tensor) else len(output)
             self.known = True
         return hidden if self.length is None else (hidden, *[None] * (self.length - 1))
+
+
+@contextmanager
+def _unheard(block: nn.Module) -> Iterator[None]:
+    """Hooks inside the block do not see this run: it is on no data, and not on the device they may wait on.
+
+    Those of the block itself stay: they bring its weights.
+    """
+    heard = [(part, part._forward_pre_hooks, part._forward_hooks) for part in block.modules() if part is not block]
+    for part, _, _ in heard:
+        part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for part, before, behind in heard:
+            part._forward_pre_hooks, part._forward_hooks = before, behind
 
 
 @contextmanager

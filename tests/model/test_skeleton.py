@@ -126,3 +126,22 @@ def test_tensors_of_a_call_can_be_changed_together():
     assert halves.args[0].dtype == halves.args[1][0].dtype == halves.kwargs["pair"][0].dtype == torch.float16
     assert halves.kwargs["pair"][1] is None
     assert halves.kwargs["name"] == "x"
+
+
+@torch.no_grad()
+def test_hooks_inside_a_block_do_not_hear_a_recording():
+    model = tiny_model("llama")
+    blocks = find_blocks(model)
+    heard = []
+    handles = [
+        module.register_forward_hook(lambda *_: heard.append("after")) for module in list(blocks[0][1].modules())[1:]
+    ] + [
+        module.register_forward_pre_hook(lambda *_: heard.append("before"))
+        for module in list(blocks[0][1].modules())[1:]
+    ]
+    recording = record(model, blocks, tiny_tokens("llama", batch=2, length=12))
+    assert not heard
+    recording.calls[0].run(blocks[0][1], recording.hidden)
+    assert heard.count("before") == heard.count("after") > 0
+    for handle in handles:
+        handle.remove()
