@@ -156,10 +156,12 @@ def test_killed_offloaded_and_resumed_either_way_equals_uninterrupted(tiny: Path
     assert weights_hash(tmp_path / "out") == weights_hash(tmp_path / "whole")
 
 
-def test_passes_that_need_the_whole_model_are_named_before_any_work(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(CompressError, match="depth") as caught:
-        compress(str(tiny), recipe("passes: [{depth: {remove: 1}}]"), tmp_path / "out", offload="always")
+@pytest.mark.parametrize("pass_", ["{depth: {remove: 1}}", "{wanda: {allocation: loss}}"])
+def test_passes_that_need_the_whole_model_are_named_before_any_work(tiny: Path, tmp_path: Path, pass_: str) -> None:
+    with pytest.raises(CompressError, match="some passes need") as caught:
+        compress(str(tiny), recipe(f"passes: [{pass_}]"), tmp_path / "out", offload="always")
     assert caught.value.code == "memory.needed" and not (tmp_path / "out.run").exists()
+    assert pass_[1:].partition(":")[0] in str(caught.value)
 
 
 def test_auto_keeps_weights_on_disk_only_when_memory_would_not_hold_them() -> None:

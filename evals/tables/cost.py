@@ -27,7 +27,7 @@ def seconds(facts: Facts) -> str:
         "(lowest–highest) where there are several runs. `perplexity` is measuring itself, logits and loss."
     )
     peer = f"llm-compressor {facts.get('peer_versions', {}).get('llmcompressor', '')}".rstrip()
-    tables = [markdown(["method", "tokens", "ours", peer], rows)]
+    tables = [markdown(["method", "tokens", "ours", peer], rows), *_per_sample(facts, peer)]
     if facts["growth"]:
         growing = [
             [row["method"], row["by"], ", ".join(map(str, row["values"])), f"{row['exponent']:.2f}"]
@@ -35,6 +35,21 @@ def seconds(facts: Facts) -> str:
         ]
         tables.append(markdown(["method", "grows with", "values", "exponent"], growing))
     return "\n\n".join([head, *tables, environment(facts)])
+
+
+def _per_sample(facts: Facts, peer: str) -> list[str]:
+    """What one more calibration sample costs, in forward passes over that sample."""
+    found = []
+    for method in dict.fromkeys(row["method"] for row in facts["rows"]):
+        few, *more = sorted((row for row in facts["rows"] if row["method"] == method), key=lambda row: row["samples"])
+        for many in more:
+            sides = []
+            for who in ("ours", "peer"):
+                passes = [mean(row[who]) * row["samples"] for row in (few, many) if row[who]]
+                added = many["samples"] - few["samples"]
+                sides.append(f"{(passes[1] - passes[0]) / added:.2f}" if len(passes) == 2 else "–")
+            found.append([method, f"{few['samples']} → {many['samples']}", *sides])
+    return [markdown(["each added sample", "samples", "ours", peer], found)] if found else []
 
 
 def memory(facts: Facts) -> str:

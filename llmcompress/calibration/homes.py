@@ -65,8 +65,8 @@ class OnDisk:
 
     def __init__(self, weights: MappedWeights) -> None:
         self._weights = weights
-        _keep_no_large_memory()
         self._kept: dict[str, Callable[[], Mapping[str, Tensor]]] = {}
+        _keep_no_large_memory()
 
     def leave(self, name: str, module: nn.Module) -> None:
         """Fresh maps of its files take the place of whatever was read or computed."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from compressed_tensors.utils import get_head_dim, get_num_kv_heads
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -28,6 +29,7 @@ from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.numerics.entropy import entropy, huffman_code, mean_bits
 
 TWICE = "stored twice"
+_CACHE_SCALES = (".k_scale", ".v_scale", ".key_scale", ".value_scale")
 
 
 class Footprint(BaseModel):
@@ -63,7 +65,8 @@ class Footprint(BaseModel):
     huffman_bits_per_code: float | None
     """What Huffman's code would take, tables left out. Theory like the line above."""
     cache_bytes_per_token: int | None = None
-    """Of all keys and values of one token in the caches of generation, where they are stored as codes."""
+    """Of all keys and values of one token in the caches of generation, where they are stored as codes: a folder with
+    our manifest everywhere, a compressed-tensors one where the runtime does (vLLM; transformers only rounds)."""
 
     @property
     def ideal_bits_per_weight(self) -> float:
@@ -93,7 +96,8 @@ def footprint(model: str | Path) -> Footprint:
             continue
         bits = 8 * tensor.bytes
         ideal_bits += bits
-        if not tensor.dtype.is_floating_point:  # indices of what was kept: needed, but no parameters
+        # indices of what was kept, and scales of the cache: needed, but no parameters
+        if not tensor.dtype.is_floating_point or tensor.name.endswith(_CACHE_SCALES):
             sparse_bits += bits
             continue
         count = prod(tensor.shape)
@@ -125,7 +129,7 @@ def footprint(model: str | Path) -> Footprint:
         codes=codes.total(),
         entropy_bits_per_code=entropy(codes) if codes else None,
         huffman_bits_per_code=mean_bits(huffman_code(codes), codes) if codes else None,
-        cache_bytes_per_token=_cache_bytes(source.folder),
+        cache_bytes_per_token=_cache_bytes(source.folder, found),
     )
 
 
@@ -188,12 +192,16 @@ def _parts(folder: Path) -> dict[str, str]:
     return found | {name.removeprefix(prefix): part for name, part in found.items()}
 
 
-def _cache_bytes(folder: Path) -> int | None:
-    """Of one token, by the specs in the manifest; None for a model whose caches hold ordinary numbers."""
-    modules = (read_json(folder / "config.json").get("quantization_config") or {}).get("modules", {})
+def _cache_bytes(folder: Path, found: Stored) -> int | None:
+    """Of one token, by the specs in the manifest or the scheme; None for a model whose caches hold ordinary numbers."""
+    words = read_json(folder / "config.json").get("quantization_config") or {}
+    if scheme := words.get("kv_cache_scheme"):
+        config = read_config(folder, may_be_quantized=True)[0].get_text_config(decoder=True)
+        layers = sum(tensor.name.endswith(".k_scale") for tensor in found.dense)
+        return int(layers * 2 * get_num_kv_heads(config) * get_head_dim(config) * scheme["num_bits"] // 8)
     coded = MODULES.name_of(CodedAttention)
-    found = [bytes_per_token(spec) for spec in modules.values() if spec.get("type") == coded]
-    return sum(found) if found else None
+    specs = [bytes_per_token(spec) for spec in words.get("modules", {}).values() if spec.get("type") == coded]
+    return sum(specs) if specs else None
 
 
 def _name_on_disk(model: PreTrainedModel, module: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -37,12 +38,13 @@ def save_compressed_tensors(
     storage_dtype: torch.dtype,
     max_shard_size: str,
     zero_points: ZeroPoints = "folded",
+    cache: QuantizationArgs | None = None,
     home: Home | None = None,
 ) -> Saved:
     """Write an ordinary Hugging Face folder whose quantized linears are codes and scales; the model is not changed.
 
-    A site that the format cannot hold is multiplied out and named in the result; when no other is left, the folder
-    is a plain one.
+    A site that the format cannot hold is multiplied out and named in the result; when no other is left, and keys and
+    values are not stored as codes (`cache`) either, the folder is a plain one.
 
     Raises: CompressError when such a site also rounds activations (`check_format` says so before any work).
     """
@@ -68,13 +70,15 @@ def save_compressed_tensors(
 
     config = portable_config(model, storage_dtype)
     coded = [planned[name] for name in sites if name not in dense]
+    flat: set[str] = set()
     if coded:
         with (home or InMemory()).running(model, model.device):
             flat = _flat_inputs(model, {site.name: sites[site.name] for site in coded})
+    if coded or cache:
         # experts have other names on disk than as modules of transformers 5
         on_disk = [replace(site, name=name_on_disk(model, site.name)) for site in coded]
         flat = {name_on_disk(model, name) for name in flat}
-        config["quantization_config"] = quantization_config(on_disk, flat, linears)
+        config["quantization_config"] = quantization_config(on_disk, flat, linears, cache)
     files, size = write_model(
         model,
         folder,
@@ -84,7 +88,7 @@ def save_compressed_tensors(
         max_shard_size=max_shard_size,
         home=home,
     )
-    return Saved(files, size, "compressed-tensors" if coded else "plain", dense)
+    return Saved(files, size, "compressed-tensors" if coded or cache else "plain", dense)
 
 
 def coded_tensors(site: QuantLinear, layout: Layout, storage_dtype: torch.dtype) -> dict[str, Tensor]:

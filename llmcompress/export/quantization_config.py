@@ -22,10 +22,13 @@ from llmcompress.export.base import PlannedSite
 from llmcompress.numerics.formats import POWER_OF_TWO, TWO_LEVEL, ScaleKind
 
 
-def quantization_config(sites: Sequence[PlannedSite], flat: Set[str], linears: Iterable[str]) -> dict[str, Any]:
+def quantization_config(
+    sites: Sequence[PlannedSite], flat: Set[str], linears: Iterable[str], cache: QuantizationArgs | None = None
+) -> dict[str, Any]:
     """JSON data for config.json; the linears of the model that are no site are listed under `ignore`.
 
-    `flat` names sites whose input arrives as tokens × channels, without a batch axis.
+    `flat` names sites whose input arrives as tokens × channels, without a batch axis; `cache` is how keys and values
+    are stored.
     """
     members: dict[str, list[str]] = defaultdict(list)
     kinds: dict[str, QuantizationScheme] = {}
@@ -37,12 +40,13 @@ def quantization_config(sites: Sequence[PlannedSite], flat: Set[str], linears: I
     everything = names.union(linears)
     for key, kind in kinds.items():
         kind.targets = name_patterns(members[key], everything)
-    formats = {str(CompressionFormat(kind.format).value) for kind in kinds.values()}
+    formats = {str(CompressionFormat(kind.format).value) for kind in kinds.values()} or {CompressionFormat.dense.value}
     config = QuantizationConfig(
         config_groups={f"group_{i}": kind for i, kind in enumerate(kinds.values())},
         format=formats.pop() if len(formats) == 1 else CompressionFormat.mixed_precision.value,
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=name_patterns(sorted(everything - names), everything),
+        kv_cache_scheme=cache,
     )
     data: dict[str, Any] = config.model_dump(mode="json", exclude_none=True)
     return {"version": compressed_tensors.__version__, **data}

@@ -12,6 +12,7 @@ from llmcompress.calibration.homes import Home
 from llmcompress.errors import CompressError
 from llmcompress.export.base import Format, Saved, ZeroPoints, speechless
 from llmcompress.export.bitsandbytes import save_bitsandbytes
+from llmcompress.export.cache_scheme import stock_attention
 from llmcompress.export.checkpoint import quantized_sites
 from llmcompress.export.compressed_tensors import save_compressed_tensors
 from llmcompress.export.manifest import save_with_manifest
@@ -35,26 +36,26 @@ def save_model(
 
     Raises: CompressError when `wanted` cannot hold the model.
     """
-    found = _without_dense_experts(changes(model, stock_outline(model)), model)
+    found = _differences(model)
     if wanted == "auto" and found.modules and {spec["type"] for spec in found.modules.values()} == {"bnb_linear"}:
         return save_bitsandbytes(model, folder, storage_dtype=storage_dtype, max_shard_size=max_shard_size)
     if wanted == "plain":
         return save_plain(model, folder, storage_dtype=storage_dtype, max_shard_size=max_shard_size, home=home)
     schemes = {name: site.scheme for name, site in quantized_sites(model).items()}
     own_width = wanted == "llmcompress" and bool(found)
-    if (
-        not own_width
-        and not found.needs_plugin
-        and (wanted == "compressed-tensors" or not speechless(schemes, storage_dtype))
-    ):
-        return save_compressed_tensors(
-            model,
-            folder,
-            storage_dtype=storage_dtype,
-            max_shard_size=max_shard_size,
-            zero_points=zero_points,
-            home=home,
-        )
+    if not own_width and (wanted == "compressed-tensors" or not speechless(schemes, storage_dtype)):
+        with stock_attention(model, storage_dtype) as cache:
+            rest = _differences(model) if cache else found
+            if not rest.needs_plugin:
+                return save_compressed_tensors(
+                    model,
+                    folder,
+                    storage_dtype=storage_dtype,
+                    max_shard_size=max_shard_size,
+                    zero_points=zero_points,
+                    cache=cache,
+                    home=home,
+                )
     if wanted == "compressed-tensors":
         raise CompressError(
             "save.format",
@@ -77,8 +78,9 @@ def save_model(
     )
 
 
-def _without_dense_experts(found: Manifest, model: PreTrainedModel) -> Manifest:
-    """Experts that stayed ordinary linears are stored under the names of the stock model's bank."""
+def _differences(model: PreTrainedModel) -> Manifest:
+    """From the stock model; experts that stayed ordinary linears are stored under the names of the stock bank."""
+    found = changes(model, stock_outline(model))
     banks = {name: part for name, part in model.named_modules() if isinstance(part, UnfusedExperts)}
     dense = {name for name, bank in banks.items() if bank.is_dense()}
     return replace(found, modules={name: spec for name, spec in found.modules.items() if name not in dense})

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 Number = Literal["int8", "fp8"]
-"""Eight-bit integers -127 … 127, or floats E4M3 (up to 448)."""
+"""Eight-bit integers -128 … 127, or floats E4M3 (-448 … 448)."""
 
+_LOWEST = {"int8": -128.0, "fp8": -448.0}
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 SCALE_BYTES = 2
 """A scale that is stored with its vector is a bfloat16."""
@@ -26,7 +27,7 @@ def scale_for(peak: Tensor, number: Number) -> Tensor:
 
 def to_codes(x: Tensor, scale: Tensor, number: Number) -> Tensor:
     """The nearest codes, as int8 (of floats: their bits); what lies outside is clipped."""
-    steps = (x.float() / scale.float()).clamp(-_LARGEST[number], _LARGEST[number])
+    steps = (x.float() / scale.float()).clamp(_LOWEST[number], _LARGEST[number])
     if number == "fp8":
         return steps.to(torch.float8_e4m3fn).view(torch.int8)
     return steps.round().to(torch.int8)

@@ -1,32 +1,38 @@
-"""Compress one model with every recipe on the CPU and on CUDA; prints a line of JSON for each: how far apart they are.
+"""Compress one model with tiny recipes on the CPU and on CUDA; prints a line of JSON for each: how far apart they are.
 
-    python tests/pretended_cuda/program.py LIBRARY MODEL OUT RECIPE[:always] ...
+    python tests/pretended_cuda/program.py LIBRARY MODEL OUT NAME[:always] ...
 
-LIBRARY is what `build` made, or `-` on a machine that has a GPU.
+LIBRARY is what `build` made, or `-` on a machine that has a GPU; a NAME is that of a recipe in configs/tiny, with
+`:always` its weights stay on disk.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-if __name__ == "__main__" and sys.argv[1] != "-":
-    ctypes.CDLL(sys.argv[1])  # torch asks once, while it is imported, whether there is a CUDA device
+PRETENDED = None if __name__ != "__main__" or sys.argv[1] == "-" else ctypes.CDLL(sys.argv[1])
+"""Loaded before torch, which asks once, while it is imported, whether there is a CUDA device."""
 
-import accelerate  # noqa: F401 - these decide at import whether to look for CUDA's own packages
-import bitsandbytes  # noqa: F401
-import peft  # noqa: F401
-import torch
-import transformers.trainer  # noqa: F401
-from safetensors.torch import load_file
-from torch.nn.attention import SDPBackend, sdpa_kernel
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
-from llmcompress.pipeline import compress
-from llmcompress.recipe import read_recipe
+for name in ("accelerate", "bitsandbytes", "peft", "transformers.trainer"):
+    # those that are installed decide at import whether to look for CUDA's own packages
+    if importlib.util.find_spec(name.partition(".")[0]):
+        importlib.import_module(name)
+
+from llmcompress.pipeline import compress  # noqa: E402
+from llmcompress.recipe import read_recipe  # noqa: E402
+
+RECIPES = Path(__file__).parent.parent.parent / "configs" / "tiny"
 
 
 def pretend() -> None:
@@ -59,6 +65,13 @@ def refuses_mixed_operands() -> bool:
     return False
 
 
+def work_on_device() -> int:
+    """Grows whenever the device does something: operators it ran; on a GPU, pieces of memory it gave."""
+    if PRETENDED:
+        return int(PRETENDED.device_calls())
+    return int(torch.cuda.memory_stats().get("allocation.all.allocated", 0))
+
+
 def results(model: str, out: Path, recipe: Path, offload: str, device: str) -> tuple[dict[str, torch.Tensor], float]:
     """The tensors that were saved, and the perplexity that was measured on the device."""
     # both with the plain formula for attention: other kernels sum in another order
@@ -68,38 +81,45 @@ def results(model: str, out: Path, recipe: Path, offload: str, device: str) -> t
     return tensors, report.quality[0].compressed.perplexity
 
 
+def worked(function: Callable[..., Any], *arguments: Any) -> tuple[Any, int]:
+    """What a function returns, and how much of its work the device did."""
+    before = work_on_device()
+    return function(*arguments), work_on_device() - before
+
+
 def compared(model: str, out: Path, recipe: Path, offload: str) -> dict[str, Any]:
-    """How far apart the two devices end."""
-    there, perplexity_there = results(model, out / "cpu", recipe, offload, "cpu")
-    here, perplexity_here = results(model, out / "cuda", recipe, offload, "cuda")
-    alike = {name: (each.shape, each.dtype) for name, each in there.items()} == {
-        name: (each.shape, each.dtype) for name, each in here.items()
-    }
+    """How far apart the two devices end.
+
+    Raises: ValueError when they do not save the same tensors.
+    """
+    (there, perplexity_there), idle = worked(results, model, out / "cpu", recipe, offload, "cpu")
+    (here, perplexity_here), busy = worked(results, model, out / "cuda", recipe, offload, "cuda")
+    kinds = [{name: (each.shape, each.dtype) for name, each in side.items()} for side in (there, here)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"other tensors: {dict(kinds[0].items() ^ kinds[1].items())}")
     return {
-        "alike": alike,
         "values": sum(each.numel() for each in there.values()),
-        "other": sum(int((each.float() != here[name].float()).sum()) for name, each in there.items()) if alike else -1,
+        "other": sum(int((each.float() != here[name].float()).sum()) for name, each in there.items()),
         "perplexity": [perplexity_there, perplexity_here],
+        "work": [idle, busy],
     }
 
 
 def main() -> None:
     """One line for each recipe."""
-    library, model, out, *recipes = sys.argv[1:]
+    _, model, out, *asked = sys.argv[1:]
     torch.set_num_threads(1)
-    if library != "-":
+    if PRETENDED:
         pretend()
     if not refuses_mixed_operands():
         raise SystemExit("the device takes operands from elsewhere: it would find nothing")
-    for asked in recipes:
-        path, _, offload = asked.partition(":")
+    for each in asked:
+        name, _, offload = each.partition(":")
         try:
-            found = compared(model, Path(out) / asked.replace("/", "_"), Path(path), offload or "never")
+            found = compared(model, Path(out) / each, RECIPES / f"{name}.yaml", offload or "never")
         except Exception as problem:  # one that fails must not hide the others
             found = {"failed": f"{type(problem).__name__}: {problem}"}
-        sys.stdout.write(
-            "\n" + json.dumps({"recipe": Path(path).stem + (f":{offload}" if offload else ""), **found}) + "\n"
-        )
+        sys.stdout.write("\n" + json.dumps({"recipe": each, **found}) + "\n")
 
 
 if __name__ == "__main__":

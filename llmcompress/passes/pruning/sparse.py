@@ -97,6 +97,10 @@ class SparsePass(BlockPass):
             if self.selects(block.full(site.name))
         )
 
+    def streams(self) -> bool:
+        """Gradients of the loss are those of the whole model."""
+        return self.allocation != "loss"
+
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
         """How many weights each site loses, where that depends on the others."""
         return {} if self.allocation == "uniform" else decide_counts(self, whole)

@@ -42,7 +42,8 @@ class KeyValueCache(ModelPass):
     scales: Scales = Field(
         "token",
         description="token: one per token and head, stored with it (2 bytes); fixed ones from calibration that take "
-        "no memory per token: channel (per head and channel) or tensor (one for keys and one for values of a layer)",
+        "no memory per token: channel (per head and channel) or tensor (one for keys and one for values of a layer; "
+        "compressed-tensors has words for these: vLLM stores the codes, stock transformers rounds)",
     )
 
     @override

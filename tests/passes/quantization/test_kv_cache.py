@@ -108,6 +108,52 @@ def test_a_plain_loader_refuses_loudly(saved: dict[str, Path]) -> None:
     assert in_fresh_process(list(saved.values()), "") == ["refused RuntimeError"] * len(saved)
 
 
+IN_STOCK_WORDS = {
+    "fp8": ("llama_gqa", "[{kv_cache: {dtype: fp8, scales: tensor}}]"),
+    "int8 with biases": ("qwen2", "[{kv_cache: {scales: tensor}}]"),
+    "after codes": ("qwen3", "[{rtn: {scheme: int4_g32}}, {kv_cache: {dtype: fp8, scales: tensor}}]"),
+    "sliding windows": ("gemma2", "[{kv_cache: {scales: tensor}}]"),
+}
+
+
+@pytest.mark.parametrize("case", IN_STOCK_WORDS)
+def test_one_scale_for_keys_and_one_for_values_is_compressed_tensors(tmp_path: Path, case: str) -> None:
+    family, passes = IN_STOCK_WORDS[case]
+    model, ids = apply(family, passes).model, tiny_tokens(family)
+    wrappers = [name for name, part in model.named_modules() if isinstance(part, CodedAttention)]
+    saved = save_model(model, tmp_path, "auto", storage_dtype=torch.float32, max_shard_size="5GB")
+    assert saved.format == "compressed-tensors"
+    assert [name for name, part in model.named_modules() if isinstance(part, CodedAttention)] == wrappers
+    torch.save(ids, tmp_path / "ids.pt")
+    assert in_fresh_process([tmp_path], "") == ["loaded"]
+    with torch.no_grad():
+        # the library's rounding multiplies in another order: a number next to a boundary goes the other way
+        torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(ids).logits, atol=2e-3, rtol=0)
+        new = model.generate(ids[:1, :6], max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert torch.equal(torch.load(tmp_path / "new.pt"), new)
+    size = footprint(tmp_path)
+    text = model.config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
+    assert size.cache_bytes_per_token == len(wrappers) * 2 * heads * head
+    if "rtn" not in passes:
+        dense = tiny_model(family, seed=1)
+        assert size.parameters == sum(part.numel() for part in dense.parameters())
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+def test_attentions_that_the_library_does_not_know_keep_our_manifest(tmp_path: Path, family: str) -> None:
+    model = apply(family, "[{kv_cache: {scales: tensor}}]").model
+    saved = save_model(model, tmp_path, "auto", storage_dtype=torch.float32, max_shard_size="5GB")
+    assert saved.format == "llmcompress"
+
+
+def test_our_format_stores_codes_in_transformers_too(tmp_path: Path) -> None:
+    model = apply("llama_gqa", "[{kv_cache: {dtype: fp8, scales: tensor}}]").model
+    saved = save_model(model, tmp_path, "llmcompress", storage_dtype=torch.float32, max_shard_size="5GB")
+    assert saved.format == "llmcompress" and footprint(tmp_path).cache_bytes_per_token == 3 * 2 * 2 * 16
+
+
 def test_footprint_tells_the_cache_of_a_token(saved: dict[str, Path]) -> None:
     assert footprint(saved["int8"]).cache_bytes_per_token == 3 * 2 * 2 * (16 + 2)
     assert footprint(saved["fp8, fixed"]).cache_bytes_per_token == 3 * 2 * 4 * 16
