@@ -1,10 +1,12 @@
 """Whether smaller is faster: tokens per second of pruned and factored shapes against dense, on random weights.
 
-    python evals/speed.py --name cpu [--shape m110 --shape m500] [--clock cpu]
+    python evals/speed.py --name cpu-m110
+    python evals/speed.py --name cpu-m1100 --shape m1100 --only depth --only "slicegpt, global" --only "low rank"
 
-The weights are random: their number and layout decide the speed, and nothing here says a word about quality. Every
-shape but one is built directly from the config that its pass yields; `depth, by the pass` goes through the real pass.
-Every one is measured in turns with dense, in one process, on one thread. Writes evals/results/speed-NAME.json.
+The weights are random: their number and layout decide the speed, and nothing here says a word about quality. What a
+plain config can say is built directly from the config that its pass yields; the rest, and depth for comparison, goes
+through the real pass. Every one is measured in turns with dense, in one process, on one thread. Writes
+evals/results/speed-NAME.json.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +50,25 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "head_dim": 64,
     },
+    "m1100": {
+        "num_hidden_layers": 22,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+    },
 }
-"""The 110 M shape and a deep one with grouped queries; both with 32,000 tokens and a tied head."""
+"""The 110 M shape, a deep one with grouped queries and that of TinyLlama; all with 32,000 tokens and a tied head."""
+
+BY_PASS = {
+    "slicegpt, shortcuts": "slicegpt: {form: shortcuts, ratio: 0.25}",
+    "modegpt": "modegpt: {ratio: 0.32}",
+    "tensor train": "tensor_train: {ratio: 0.32}",
+    "tucker": "tucker: {ratio: 0.5}",
+    "int8 codes and a branch": "caldera: {scheme: int8_channel, rank: 64, iterations: 1}",
+}
+"""What no plain config can say; ratios that leave about three quarters of all parameters, where a method can."""
 
 FEWER = 0.25
 """Share of all parameters that every structured method has to remove."""
@@ -63,21 +83,24 @@ def llama(**sizes: Any) -> PreTrainedModel:
     return MistralForCausalLM(MistralConfig(**common, **sizes)).eval().requires_grad_(False)
 
 
-def variants(sizes: dict[str, Any], dense: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]]:
+def variants(sizes: dict[str, Any], dense: PreTrainedModel) -> dict[str, Callable[[], PreTrainedModel]]:
     """What each method makes of a dense model, with 25 % fewer parameters wherever that is what it does."""
-    yield "dense again", dense
     goal = (1 - FEWER) * parameters(dense)
     layers = sizes["num_hidden_layers"]
-    shallow = _nearest(goal, ({**sizes, "num_hidden_layers": n} for n in range(1, layers)))
-    yield "depth", shallow
-    yield "depth, by the pass", through_the_pass(sizes, shallow.config.num_hidden_layers)
-    yield "width, FFN and heads", _nearest(goal, _narrower(sizes))
-    yield "slicegpt, global", _nearest(goal, ({**sizes, "hidden_size": d} for d in range(8, sizes["hidden_size"], 8)))
-    factored = _low_rank(llama(**sizes), goal)
-    yield "low rank", factored
-    yield "low rank, left factors by column", _by_column(factored)
-    yield "unstructured 50 %", _with_zeros(llama(**sizes), lambda weight: torch.rand_like(weight) < 0.5)
-    yield "2:4", _with_zeros(llama(**sizes), _two_of_four)
+    left = max(n for n in range(1, layers) if closed_form({**sizes, "num_hidden_layers": n}) <= goal)
+    slices = [{**sizes, "hidden_size": d} for d in range(8, sizes["hidden_size"], 8)]
+    return {
+        "dense again": lambda: dense,
+        "depth": lambda: llama(**{**sizes, "num_hidden_layers": left}),
+        "depth, by the pass": lambda: through_passes(sizes, f"depth: {{remove: {layers - left}}}"),
+        "width, FFN and heads": lambda: _nearest(goal, _narrower(sizes)),
+        "slicegpt, global": lambda: _nearest(goal, iter(slices)),
+        "low rank": lambda: _low_rank(llama(**sizes), goal),
+        "low rank, left factors by column": lambda: _by_column(_low_rank(llama(**sizes), goal)),
+        **{name: partial(through_passes, sizes, passes) for name, passes in BY_PASS.items()},
+        "unstructured 50 %": lambda: _with_zeros(llama(**sizes), lambda weight: torch.rand_like(weight) < 0.5),
+        "2:4": lambda: _with_zeros(llama(**sizes), _two_of_four),
+    }
 
 
 def _narrower(sizes: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -97,7 +120,6 @@ def _narrower(sizes: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _nearest(goal: float, choices: Iterator[dict[str, Any]]) -> PreTrainedModel:
     """The choice with the most parameters that does not exceed the goal."""
-
     return llama(**max((sizes for sizes in choices if closed_form(sizes) <= goal), key=closed_form))
 
 
@@ -145,10 +167,10 @@ def _with_zeros(model: PreTrainedModel, dropped: Callable[[torch.Tensor], torch.
     return model
 
 
-def through_the_pass(sizes: dict[str, Any], layers: int) -> PreTrainedModel:
-    """The same depth, this time by the `depth` pass on the dense model."""
+def through_passes(sizes: dict[str, Any], passes: str) -> PreTrainedModel:
+    """A dense model after a real pass."""
     model = llama(**sizes)
-    recipe = parse_recipe(f"passes:\n- depth: {{remove: {sizes['num_hidden_layers'] - layers}}}", "evals")
+    recipe = parse_recipe(f"passes:\n- {passes}", "evals")
     windows_NT = torch.randint(32000, (2, 64), generator=torch.Generator().manual_seed(0))
     return apply_passes(
         model,
@@ -164,12 +186,21 @@ def through_the_pass(sizes: dict[str, Any], layers: int) -> PreTrainedModel:
 
 @click.command()
 @click.option("--name", required=True, help="of the result file")
-@click.option("--shape", "shapes", multiple=True, type=click.Choice(list(SHAPES)), default=tuple(SHAPES))
+@click.option("--shape", "shapes", multiple=True, type=click.Choice(list(SHAPES)), default=("m110",), show_default=True)
 @click.option("--clock", type=click.Choice(list(CLOCKS)), default="cpu", show_default=True, help="cpu: processor time")
 @click.option("--prompt-tokens", default=128, show_default=True)
 @click.option("--new-tokens", default=16, show_default=True)
 @click.option("--repeats", default=7, show_default=True)
-def main(name: str, shapes: tuple[str, ...], clock: str, prompt_tokens: int, new_tokens: int, repeats: int) -> None:
+@click.option("--only", multiple=True, help="variants to measure beside `dense again`; default: all")
+def main(
+    name: str,
+    shapes: tuple[str, ...],
+    clock: str,
+    prompt_tokens: int,
+    new_tokens: int,
+    repeats: int,
+    only: tuple[str, ...],
+) -> None:
     """Measure every variant of every shape."""
     torch.set_num_threads(1)
     rows = []
@@ -177,7 +208,9 @@ def main(name: str, shapes: tuple[str, ...], clock: str, prompt_tokens: int, new
         sizes = SHAPES[shape]
         dense = llama(**sizes)
         assert parameters(dense) == closed_form(sizes)
-        for method, model in variants(sizes, dense):
+        chosen = variants(sizes, dense)
+        for method in dict.fromkeys(["dense again", *only] if only else chosen):
+            model = chosen[method]()
             models = {"dense": dense, method: model}
             results = compare_speed(
                 models, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, clock=CLOCKS[clock]
