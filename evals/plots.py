@@ -32,8 +32,10 @@ def main() -> None:
         for row in rows:
             panel.loglog(row["values"], row["seconds"], "o-", label=f"{row['method']}: exponent {row['exponent']:.2f}")
         panel.set_xticks(rows[0]["values"])
-        panel.xaxis.set_major_formatter(ScalarFormatter())
-        panel.xaxis.set_minor_formatter(NullFormatter())
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_formatter(ScalarFormatter())
+            axis.set_minor_formatter(NullFormatter())
+        panel.set_yticks([5, 10, 20, 40, 80])
         panel.set_xlabel({"samples": "samples of 512 tokens"}.get(what, what))
         panel.legend(fontsize=8)
         panel.grid(which="major", alpha=0.3)

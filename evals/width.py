@@ -86,7 +86,7 @@ def main(
     dense = perplexity(loaded.model, loaded.tokenizer, setting.task, device=CPU, progress=Silent())
     path = Path(__file__).parent / "results" / f"width-{name}.json"
     known: dict[tuple[str, str], Any] = {}
-    if only:
+    if only and path.exists():
         known = {(row["variant"], row["refit"]): row for row in json.loads(path.read_text())["rows"]}
     for variant in only or VARIANTS:
         for row in measured(setting, loaded, variant, ratio=ratio, seeds=seeds):
