@@ -96,7 +96,6 @@ def variants(sizes: dict[str, Any], dense: PreTrainedModel) -> dict[str, Callabl
         "width, FFN and heads": lambda: _nearest(goal, _narrower(sizes)),
         "slicegpt, global": lambda: _nearest(goal, iter(slices)),
         "low rank": lambda: _low_rank(llama(**sizes), goal),
-        "low rank, left factors by column": lambda: _by_column(_low_rank(llama(**sizes), goal)),
         **{name: partial(through_passes, sizes, passes) for name, passes in BY_PASS.items()},
         "unstructured 50 %": lambda: _with_zeros(llama(**sizes), lambda weight: torch.rand_like(weight) < 0.5),
         "2:4": lambda: _with_zeros(llama(**sizes), _two_of_four),
@@ -144,14 +143,6 @@ def _low_rank(model: PreTrainedModel, goal: float) -> PreTrainedModel:
                 factors = torch.randn(part.out_features, rank), torch.randn(rank, part.in_features)
                 setattr(block.get_submodule(parent), leaf, LowRankLinear.from_factors(*factors, None))
     return model.requires_grad_(False)
-
-
-def _by_column(model: PreTrainedModel) -> PreTrainedModel:
-    """Left factors in column order: a product with one token then walks along the outputs, of which there are more."""
-    for part in model.modules():
-        if isinstance(part, LowRankLinear):
-            part.left.weight.data = part.left.weight.data.T.contiguous().T
-    return model
 
 
 def _two_of_four(weight: torch.Tensor) -> torch.Tensor:

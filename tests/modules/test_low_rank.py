@@ -85,3 +85,17 @@ def test_parameters_of_factors_are_rank_times_outputs_plus_inputs() -> None:
     module = MODULES["factors, bias"]
     assert sum(p.numel() for p in module.parameters()) == 3 * (6 + 10) + 6
     assert all(p.requires_grad for p in module.parameters())
+
+
+def test_left_factors_of_the_cpu_are_used_in_column_order_after_loading_too() -> None:
+    left_OR, right_RI = torch.randn(12, 3), torch.randn(3, 8)
+    made = LowRankLinear.from_factors(left_OR, right_RI, torch.randn(12))
+    loaded = LowRankLinear.from_spec(made.spec(), torch.float32)
+    loaded.load_state_dict({name: part.contiguous() for name, part in made.state_dict().items()}, assign=True)
+    assert loaded.left.weight.is_contiguous()
+    loaded.eval()
+    x = torch.randn(2, 5, 8)
+    for module in (made, loaded):
+        assert module.left.weight.T.is_contiguous() and module.right.weight.is_contiguous()
+    assert torch.equal(made(x), loaded(x))
+    torch.testing.assert_close(made(x), x @ right_RI.T @ left_OR.T + made.left.bias)
