@@ -23,7 +23,7 @@ from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES, BlockPass, Trait
 from llmcompress.passes.pruning.allocation import ALLOCATIONS, Request, kept_units
 from llmcompress.passes.pruning.refits import REFITS, RefitName
-from llmcompress.passes.pruning.scores.base import SCORES, Allocate
+from llmcompress.passes.pruning.scores.base import SCORES, Allocate, Score
 from llmcompress.passes.pruning.units import UnitGroup, groups_of, kept_share, unit_groups
 
 
@@ -215,22 +215,28 @@ class Width(WidthPass):
 
     whole_block: ClassVar[frozenset[str]] = WidthPass.whole_block | {"score"}
 
-    score: str = Field(
-        "taylor_first",
+    score: str | None = Field(
+        None,
         description="random, l1, l2, taylor_vector, taylor_first, taylor_second, taylor_mix, fisher, group_fisher, "
-        "activation, fluctuation, lasso, uniqueness",
+        "activation, fluctuation, lasso, uniqueness; default: activation, with a global allocation taylor_first, "
+        "which counts alike in all layers",
     )
 
     @field_validator("score")
     @classmethod
-    def _known(cls, name: str) -> str:
-        return SCORES.name_of(SCORES[name])
+    def _known(cls, name: str | None) -> str | None:
+        return None if name is None else SCORES.name_of(SCORES[name])
+
+    @property
+    def scored_by(self) -> type[Score]:
+        """The score that was asked for, or the default of the allocation."""
+        return SCORES[self.score or ("activation" if self.allocation == "uniform" else "taylor_first")]
 
     @override
     def uses_data(self) -> bool:
-        return super().uses_data() or SCORES[self.score].needs_data
+        return super().uses_data() or self.scored_by.needs_data
 
     @override
     def choose(self, whole: WholeModel, groups: Sequence[UnitGroup], requests: Sequence[Request]) -> list[Tensor]:
         allocate: Allocate = partial(ALLOCATIONS[self.allocation], requests)
-        return SCORES[self.score]().choose(whole, groups, allocate)
+        return self.scored_by().choose(whole, groups, allocate)
