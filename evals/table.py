@@ -93,6 +93,7 @@ def sections() -> list[Section]:
         Section("At initialisation and in training", pruning.at_init, "at-init-*.json"),
         Section("Per input", cost.dynamic, "dynamic-*.json"),
         Section("Tokens per second", cost.speed, "speed-*.json", "speed-cpu-m110.json"),
+        Section("Tokens per second, per input", cost.dynamic_speed, "dynamic-speed-*.json"),
         Section("What compressing costs, against llm-compressor", cost.seconds, "seconds.json", "seconds.json"),
         Section("Memory of a run whose weights stay on disk", cost.memory, "memory-*.json"),
         Section("Mapping a family from its config alone", cost.map_time, "map-time.json"),

@@ -78,6 +78,25 @@ def map_time(facts: Facts) -> str:
     return markdown(["width / feed-forward", "seconds", "sites", "folds"], rows) + "\n\n" + environment(facts)
 
 
+def dynamic_speed(facts: Facts) -> str:
+    """Ratios to the dense model beside the shares that the timed decode really had."""
+    rows = [
+        [
+            row["method"],
+            f"{100 * row['depth']:.0f} %",
+            f"{100 * row.get('active', 1.0):.0f} %",
+            f"×{row['decode_ratio']:.2f}",
+            f"×{row['prefill_ratio']:.2f}",
+        ]
+        for row in facts["rows"]
+    ]
+    head = (
+        f"**{facts['shape']}**, random weights, float32, {facts['threads']} thread(s), batch 1 ({facts['clock']} time)."
+    )
+    header = ["method", "blocks run", "inputs used", "decode", "prefill"]
+    return "\n\n".join([head, markdown(header, rows), environment(facts)])
+
+
 def dynamic(facts: Facts) -> str:
     """Mean share of blocks and of inputs that were used, and what it cost."""
     if "text" not in facts:
