@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def variants(sizes: dict[str, Any], dense: PreTrainedModel) -> dict[str, Callabl
         "depth": lambda: llama(**{**sizes, "num_hidden_layers": left}),
         "depth, by the pass": lambda: through_passes(sizes, f"depth: {{remove: {layers - left}}}"),
         "width, FFN and heads": lambda: _nearest(goal, _narrower(sizes)),
-        "slicegpt, global": lambda: _nearest(goal, iter(slices)),
+        "slicegpt, global": lambda: _nearest(goal, slices),
         "low rank": lambda: _low_rank(llama(**sizes), goal),
         **{name: partial(through_passes, sizes, passes) for name, passes in BY_PASS.items()},
         "unstructured 50 %": lambda: _with_zeros(llama(**sizes), lambda weight: torch.rand_like(weight) < 0.5),
@@ -117,7 +117,7 @@ def _narrower(sizes: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 }
 
 
-def _nearest(goal: float, choices: Iterator[dict[str, Any]]) -> PreTrainedModel:
+def _nearest(goal: float, choices: Iterable[dict[str, Any]]) -> PreTrainedModel:
     """The choice with the most parameters that does not exceed the goal."""
     return llama(**max((sizes for sizes in choices if closed_form(sizes) <= goal), key=closed_form))
 

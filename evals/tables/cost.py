@@ -78,18 +78,19 @@ def map_time(facts: Facts) -> str:
     return markdown(["width / feed-forward", "seconds", "sites", "folds"], rows) + "\n\n" + environment(facts)
 
 
+def _shares(row: Facts) -> list[str]:
+    """Of the blocks that ran and of the inputs that were computed with."""
+    return [f"{100 * row['depth']:.0f} %", f"{100 * row.get('active', 1.0):.0f} %"]
+
+
+def _rates(row: Facts) -> list[str]:
+    """Tokens per second of decode and prefill, as ratios to dense."""
+    return [f"×{row['decode_ratio']:.2f}", f"×{row['prefill_ratio']:.2f}"]
+
+
 def dynamic_speed(facts: Facts) -> str:
     """Ratios to the dense model beside the shares that the timed decode really had."""
-    rows = [
-        [
-            row["method"],
-            f"{100 * row['depth']:.0f} %",
-            f"{100 * row.get('active', 1.0):.0f} %",
-            f"×{row['decode_ratio']:.2f}",
-            f"×{row['prefill_ratio']:.2f}",
-        ]
-        for row in facts["rows"]
-    ]
+    rows = [[row["method"], *_shares(row), *_rates(row)] for row in facts["rows"]]
     head = (
         f"**{facts['shape']}**, random weights, float32, {facts['threads']} thread(s), batch 1 ({facts['clock']} time)."
     )
@@ -106,8 +107,7 @@ def dynamic(facts: Facts) -> str:
         [
             row["method"],
             f"{row['perplexity']:.2f}, ×{row['perplexity'] / dense:.3f}",
-            f"{100 * row['depth']:.0f} %",
-            f"{100 * row.get('active', 1.0):.0f} %",
+            *_shares(row),
         ]
         for row in facts["rows"]
     ]
@@ -126,8 +126,7 @@ def speed(facts: Facts) -> str:
         [
             row["method"],
             f"{100 * row['share']:.0f} %",
-            f"×{row['decode_ratio']:.2f}",
-            f"×{row['prefill_ratio']:.2f}",
+            *_rates(row),
             "yes" if row["faster"] else "no",
         ]
         for row in facts["rows"]

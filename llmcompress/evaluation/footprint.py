@@ -14,11 +14,10 @@ import transformers
 from compressed_tensors.utils import get_head_dim, get_num_kv_heads
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from llmcompress.evaluation.stored import Stored, stored
 from llmcompress.loading.config import read_config
-from llmcompress.loading.files import read_json
 from llmcompress.loading.match import empty_model
 from llmcompress.loading.source import find_source
 from llmcompress.loading.tensors import TensorHeader, Tensors
@@ -66,7 +65,7 @@ class Footprint(BaseModel):
     """What Huffman's code would take, tables left out. Theory like the line above."""
     cache_bytes_per_token: int | None = None
     """Of all keys and values of one token in the caches of generation, where they are stored as codes: a folder with
-    our manifest everywhere, a compressed-tensors one where the runtime does (vLLM; transformers only rounds)."""
+    our manifest everywhere, a compressed-tensors one where the runtime does (transformers only rounds)."""
 
     @property
     def ideal_bits_per_weight(self) -> float:
@@ -86,7 +85,8 @@ def footprint(model: str | Path) -> Footprint:
     """
     source = find_source(str(model))
     found = stored(source.folder)
-    parts = _parts(source.folder)
+    config = read_config(source.folder, may_be_quantized=True)[0]
+    parts = _parts(config)
     read = Tensors()
     sizes: Counter[str] = Counter()
     codes: Counter[int] = Counter()
@@ -129,7 +129,7 @@ def footprint(model: str | Path) -> Footprint:
         codes=codes.total(),
         entropy_bits_per_code=entropy(codes) if codes else None,
         huffman_bits_per_code=mean_bits(huffman_code(codes), codes) if codes else None,
-        cache_bytes_per_token=_cache_bytes(source.folder, found),
+        cache_bytes_per_token=_cache_bytes(config, found),
     )
 
 
@@ -173,12 +173,12 @@ def ideal_bytes(model: nn.Module) -> int:
     return -(-bits // 8)
 
 
-def _parts(folder: Path) -> dict[str, str]:
+def _parts(config: PretrainedConfig) -> dict[str, str]:
     """Beginnings of tensor names → what they belong to; a checkpoint may leave the model's own prefix out.
 
     A tied head that is stored a second time belongs to nothing.
     """
-    config = copy.deepcopy(read_config(folder, may_be_quantized=True)[0])
+    config = copy.deepcopy(config)
     config.__dict__.pop("quantization_config", None)
     model = empty_model(config)
     names = {id(part): name for name, part in model.named_modules()}
@@ -192,13 +192,13 @@ def _parts(folder: Path) -> dict[str, str]:
     return found | {name.removeprefix(prefix): part for name, part in found.items()}
 
 
-def _cache_bytes(folder: Path, found: Stored) -> int | None:
+def _cache_bytes(config: PretrainedConfig, found: Stored) -> int | None:
     """Of one token, by the specs in the manifest or the scheme; None for a model whose caches hold ordinary numbers."""
-    words = read_json(folder / "config.json").get("quantization_config") or {}
+    words = getattr(config, "quantization_config", None) or {}
     if scheme := words.get("kv_cache_scheme"):
-        config = read_config(folder, may_be_quantized=True)[0].get_text_config(decoder=True)
+        text = config.get_text_config(decoder=True)
         layers = sum(tensor.name.endswith(".k_scale") for tensor in found.dense)
-        return int(layers * 2 * get_num_kv_heads(config) * get_head_dim(config) * scheme["num_bits"] // 8)
+        return int(layers * 2 * get_num_kv_heads(text) * get_head_dim(text) * scheme["num_bits"] // 8)
     coded = MODULES.name_of(CodedAttention)
     specs = [bytes_per_token(spec) for spec in words.get("modules", {}).values() if spec.get("type") == coded]
     return sum(specs) if specs else None

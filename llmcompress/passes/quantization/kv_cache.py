@@ -43,7 +43,7 @@ class KeyValueCache(ModelPass):
         "token",
         description="token: one per token and head, stored with it (2 bytes); fixed ones from calibration that take "
         "no memory per token: channel (per head and channel) or tensor (one for keys and one for values of a layer; "
-        "compressed-tensors has words for these: vLLM stores the codes, stock transformers rounds)",
+        "compressed-tensors has words for these, and stock transformers then rounds but stores no codes)",
     )
 
     @override
