@@ -37,6 +37,7 @@ SHARES = {"50 %": "sparsity: 0.5", "60 %": "sparsity: 0.6", "2:4": 'pattern: "2:
 MASKS = {
     "magnitude": "- magnitude: {{{share}}}",
     "wanda": "- wanda: {{{share}}}",
+    "wanda, per layer": "- wanda: {{{share}, comparison: layer}}",
     "sparsegpt": "- sparsegpt: {{{share}}}",
 }
 BUDGETS = {
@@ -68,6 +69,9 @@ NO_DATA = ("magnitude", "magnitude, global")
 @click.option("--calibration", default="builtin:calibration", show_default=True)
 @click.option("--text", default="builtin:evaluation", show_default=True, help="measured text, held out")
 @click.option("--name", required=True, help="of the result file and the table row")
+@click.option(
+    "--table", "chosen", multiple=True, type=click.Choice(list(TABLES)), default=tuple(TABLES), show_default=True
+)
 @click.option("--samples", default=64, show_default=True)
 @click.option("--tokens", default=256, show_default=True)
 @click.option("--window", default=512, show_default=True)
@@ -78,13 +82,16 @@ def main(
     calibration: str,
     text: str,
     name: str,
+    chosen: tuple[str, ...],
     samples: int,
     tokens: int,
     window: int,
     max_windows: int,
     seeds: int,
 ) -> None:
-    """Measure every method at every sparsity."""
+    """Measure every method at every sparsity; a table that is not asked for keeps the rows that the file has."""
+    path = Path(__file__).parent / "results" / f"sparse-{name}.json"
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
     task = PerplexityTask(source=text, window=window, bos="always", max_windows=max_windows)
     loaded = load_for_compression(find_source(model), dtype=torch.float32)
     storage_dtype, tokenizer = loaded.preflight.storage_dtype, loaded.tokenizer
@@ -116,14 +123,17 @@ def main(
         return measured(tried), zeros / sum(weight.numel() for weight in weights)
 
     dense = perplexity(loaded.model, tokenizer, task, device=torch.device("cpu"), progress=Silent())
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, object]] = [row for row in before if row["table"] not in chosen]
     known: dict[str, list[tuple[float, float]]] = {}
-    for table, (shares, methods) in TABLES.items():
+    for table in chosen:
+        shares, methods = TABLES[table]
         for label, share in shares.items():
             if not fits(share, model_map):
                 continue
             for method, template in methods.items():
                 passes = template.format(share=share)
+                if "pattern" in passes and "comparison" in passes:
+                    continue  # a pattern compares inside its groups
                 if passes not in known:
                     count = 1 if method in NO_DATA else seeds
                     known[passes] = [compressed(passes, seed) for seed in range(count)]
@@ -144,7 +154,6 @@ def main(
         "versions": versions(),
         "machine": machine(),
     }
-    path = Path(__file__).parent / "results" / f"sparse-{name}.json"
     path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     click.echo(str(path))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.site import LinearSite
-from llmcompress.numerics.low_rank import output_spectrum, truncate
+from llmcompress.numerics.low_rank import Spectrum, break_even, output_spectrum, truncate
 from llmcompress.numerics.rank_allocation import Matrix, allocate_ranks, equal_shares, uniform_rank
 from llmcompress.numerics.statistics import Statistic
 
@@ -51,31 +52,100 @@ def decide_ranks(options: FactorOptions, whole: WholeModel) -> dict[str, Tensor]
     """Site → rank, such that all together have no more parameters than with uniform ranks, and lose least.
 
     `energy` counts each site's lost share of its own squared output. `loss` weighs each lost direction of the output
-    by the squared gradient of the loss along it: the expected growth of the loss to second order.
+    by the squared gradient of the loss along it: the expected growth of the loss to second order. Where many
+    directions go and that says little, the loss itself decides: uniform ranks stay unless the others give less.
 
     Source: for the weights, Hsu et al., arXiv 2207.00112 (Fisher-weighted SVD). Differs: of outputs, not of weights;
     and gradients are those of the model with uniform ranks (docs/log.md).
     """
-    weights = _gradients_when_factored(options, whole) if options.rule == "loss" else {}
-    matrices: dict[str, Matrix] = {}
+    found = (_by_loss if options.rule == "loss" else _by_energy)(options, whole)
+    return {name: torch.tensor(rank) for name, rank in found.items()}
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A dense weight and its spectrum, on the CPU; the basis in single precision takes as much memory as the weight."""
+
+    weight_OI: Tensor
+    spectrum: Spectrum
+
+    def of_rank(self, rank: int, device: torch.device) -> Tensor:
+        """The best weight of that rank; the weight itself where factors would not be smaller."""
+        if rank >= break_even(*self.weight_OI.shape):
+            return self.weight_OI
+        spectrum = Spectrum(self.spectrum.basis_OK.to(device).double(), self.spectrum.energy_K)
+        return truncate(self.weight_OI.to(device), spectrum, rank).product()
+
+
+def _by_energy(options: FactorOptions, whole: WholeModel) -> dict[str, int]:
+    matrices = {}
     for site in _measured(options, whole):
-        spectrum = output_spectrum(site.weight_OI, options.metric(site))
-        if weights:
-            gain_K = spectrum.energy_K * (spectrum.basis_OK.square().T @ weights[site.name].double())
-        else:
-            gain_K = equal_shares(spectrum.energy_K)
+        gain_K = equal_shares(output_spectrum(site.weight_OI, options.metric(site)).energy_K)
         step = options.for_site(site.name).round_to
         matrices[site.name] = Matrix(site.info.outputs, site.info.inputs, gain_K.cpu(), step)
+    return _within_budget(options, matrices)
+
+
+def _by_loss(options: FactorOptions, whole: WholeModel) -> dict[str, int]:
+    """Gradients are measured with uniform ranks: at the dense model, whose gradients all but vanish, they say little
+    of what hurts when everything has become worse.
+    """
+    found: dict[str, _Site] = {}
+    for site in _measured(options, whole):
+        spectrum = output_spectrum(site.weight_OI, options.metric(site))
+        basis_OK = spectrum.basis_OK.float().cpu()
+        found[site.name] = _Site(site.weight_OI.cpu(), Spectrum(basis_OK, spectrum.energy_K.cpu()))
+    uniform = {name: _uniform(options, name, *each.weight_OI.shape) for name, each in found.items()}
+    with _truncated(whole, found, uniform):
+        whole.progress.note("gradients with uniform ranks")
+        gradients = squared_gradients(whole, list(found))
+        before = _perplexity(whole)
+    matrices = {}
+    for name, each in found.items():
+        outputs, inputs = each.weight_OI.shape
+        felt_K = each.spectrum.basis_OK.double().square().T @ gradients[name].double().cpu()
+        step = options.for_site(name).round_to
+        matrices[name] = Matrix(outputs, inputs, each.spectrum.energy_K * felt_K, step)
+    ranks = _within_budget(options, matrices)
+    with _truncated(whole, found, ranks):
+        whole.progress.note("loss with the ranks found")
+        return ranks if _perplexity(whole) < before else uniform
+
+
+def _within_budget(options: FactorOptions, matrices: Mapping[str, Matrix]) -> dict[str, int]:
+    """Ranks of the least loss with no more parameters than uniform ones."""
     budget = sum(
-        uniform_rank(each.outputs, each.inputs, options.for_site(name).keep, each.step) * (each.outputs + each.inputs)
+        _uniform(options, name, each.outputs, each.inputs) * (each.outputs + each.inputs)
         for name, each in matrices.items()
     )
-    ranks = allocate_ranks(list(matrices.values()), budget)
-    return {name: torch.tensor(rank) for name, rank in zip(matrices, ranks, strict=True)}
+    return dict(zip(matrices, allocate_ranks(list(matrices.values()), budget), strict=True))
+
+
+def _uniform(options: FactorOptions, site: str, outputs: int, inputs: int) -> int:
+    here = options.for_site(site)
+    return uniform_rank(outputs, inputs, here.keep, here.round_to)
+
+
+@contextmanager
+def _truncated(whole: WholeModel, found: Mapping[str, _Site], ranks: Mapping[str, int]) -> Iterator[None]:
+    """Weights of these ranks; the dense ones again afterwards."""
+    sites = [site for site in whole.sites() if site.name in found]
+    try:
+        for site in sites:
+            site.write(found[site.name].of_rank(ranks[site.name], whole.device))
+        yield
+    finally:
+        for site in sites:
+            site.write(found[site.name].weight_OI)
+
+
+def _perplexity(whole: WholeModel) -> float:
+    with whole.resident():
+        return whole.perplexity()
 
 
 def _measured(options: FactorOptions, whole: WholeModel) -> Iterator[LinearSite]:
-    """Every site whose rank is to be decided, measured; what the caller leaves there is what later blocks see."""
+    """Every site whose rank is to be decided, measured."""
     for block in whole.stream():
         sites = [site for site in block.sites if _decides(options, site.name)]
         if sites and options.needs():
@@ -89,23 +159,6 @@ def _measured(options: FactorOptions, whole: WholeModel) -> Iterator[LinearSite]
 def _decides(options: FactorOptions, site: str) -> bool:
     """Whether the site's rank comes from the common budget: an override may fix it."""
     return options.selects(site) and options.for_site(site).rule == options.rule
-
-
-def _gradients_when_factored(options: FactorOptions, whole: WholeModel) -> dict[str, Tensor]:
-    """Squared gradients where the compressed model will be: at the dense model, whose gradients all but vanish, they
-    say little of what hurts when everything has become worse. The model is dense again afterwards.
-    """
-    dense: dict[str, Tensor] = {}
-    for site in _measured(options, whole):
-        here, weight_OI = options.for_site(site.name), site.weight_OI
-        dense[site.name] = weight_OI.cpu()
-        rank = uniform_rank(site.info.outputs, site.info.inputs, here.keep, here.round_to)
-        site.write(truncate(weight_OI, output_spectrum(weight_OI, options.metric(site)), rank).product())
-    weights = squared_gradients(whole, list(dense))
-    for site in whole.sites():
-        if site.name in dense:
-            site.write(dense[site.name])
-    return weights
 
 
 def squared_gradients(whole: WholeModel, names: Sequence[str]) -> dict[str, Tensor]:

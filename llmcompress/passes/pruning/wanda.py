@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar, Literal, Self
 
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.site import LinearSite
-from llmcompress.numerics.masks import lowest_per_group, lowest_per_row, zeros_first
+from llmcompress.numerics.masks import due, lowest, lowest_per_group, lowest_per_row, zeros_first
 from llmcompress.numerics.statistics import Sketch, SquaredNorm, Statistic
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.pruning.sparse import SparsePass, magnitude_mask, sparsity
@@ -17,21 +19,37 @@ from llmcompress.passes.pruning.sparse import SparsePass, magnitude_mask, sparsi
 
 @PASSES.register("wanda")
 class Wanda(SparsePass):
-    """The lowest |w| · ‖x‖ of every output's row become zero; nothing else is changed.
+    """The lowest |w| · ‖x‖ of every output's row, or of the site, become zero; nothing else is changed.
 
     Errors in the report are estimates (`Sketch`): the Gram matrix that gives them exactly costs more than all the rest.
 
     Source: Sun et al., arXiv 2306.11695.
     """
 
+    whole_block: ClassVar[frozenset[str]] = SparsePass.whole_block | {"comparison"}
+
+    comparison: Literal["row", "layer"] = Field(
+        "row", description="weights are compared within an output's row, or within a site"
+    )
+
+    @model_validator(mode="after")
+    def _comparable(self) -> Self:
+        if self.zeros and self.comparison != "row":
+            raise ValueError(f"pattern {self.pattern} compares inside its groups: leave `comparison` out")
+        return self
+
     def needs(self) -> tuple[type[Statistic], ...]:
         """Norms of the inputs, and what errors are estimated from."""
         return (SquaredNorm, Sketch)
 
     def mask(self, weight_OI: Tensor, squares_I: Tensor, share: float) -> Tensor:
-        """The lowest scores of every row, or of every group of the pattern."""
+        """The lowest scores of every group of the pattern, of every row, or of the site."""
         score_OI = zeros_first(weight_OI.abs() * squares_I.sqrt(), weight_OI)
-        return lowest_per_group(score_OI, self.zeros) if self.zeros else lowest_per_row(score_OI, share)
+        if self.zeros:
+            return lowest_per_group(score_OI, self.zeros)
+        if self.comparison == "layer":
+            return lowest(score_OI, due(share, score_OI.numel()))
+        return lowest_per_row(score_OI, share)
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
         """Zero them; by magnitude alone where no token came."""

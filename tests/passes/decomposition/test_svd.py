@@ -7,9 +7,11 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from llmcompress.calibration.whole import WholeModel
 from llmcompress.modules.low_rank import LowRankLinear
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.numerics.low_rank import break_even
+from llmcompress.numerics.rank_allocation import uniform_rank
 from llmcompress.numerics.statistics import Gram
 from llmcompress.passes.decomposition.ranks import squared_gradients
 from tests.families import FAMILIES, tiny_model
@@ -146,6 +148,20 @@ def test_an_override_can_fix_a_rank_and_the_budget_is_of_the_others() -> None:
         0.9 * sum(row.parameters or 0 for row in uniform) < sum(others) <= sum(row.parameters or 0 for row in uniform)
     )
     assert {row.rank for row in rows if "down_proj" in row.site} == {5}
+
+
+@pytest.mark.parametrize("after", [9.0, 11.0])
+def test_ranks_by_loss_stay_uniform_unless_the_loss_falls(monkeypatch: pytest.MonkeyPatch, after: float) -> None:
+    whole, chosen = whole_model("llama_gqa"), block_pass("svd", ratio=0.3)
+    measured = iter([10.0, after])
+    monkeypatch.setattr(WholeModel, "perplexity", lambda _: next(measured))
+    decided = chosen.decide(whole)
+    uniform = {
+        block.full(site.name): uniform_rank(site.outputs, site.inputs, 0.7, 1)
+        for block in map_of("llama_gqa").blocks
+        for site in block.structure.sites
+    }
+    assert ({name: int(rank) for name, rank in decided.items()} == uniform) == (after > 10)
 
 
 def test_squared_gradients_equal_those_taken_one_site_at_a_time() -> None:

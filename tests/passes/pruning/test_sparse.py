@@ -31,6 +31,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("magnitude", {"comparison": "row"}),
     ("magnitude", {"pattern": "2:4"}),
     ("wanda", {"sparsity": 0.61}),
+    ("wanda", {"sparsity": 0.61, "comparison": "layer"}),
     ("wanda", {"pattern": "4:8"}),
     ("sparsegpt", {"sparsity": 0.61}),
     ("sparsegpt", {"pattern": "2:4", "block": 13}),
@@ -124,6 +125,16 @@ def test_every_site_loses_exactly_its_share_and_the_report_says_so(
         if name == "sparsegpt" and row.error is not None and row.error_before is not None:
             assert row.error <= row.error_before
     assert torch.isfinite(model(windows()).logits).all()
+
+
+def test_wanda_over_a_whole_site_drops_its_lowest_scores() -> None:
+    """Rows of small weights lose all of them; row by row every row loses half."""
+    weight = torch.tensor([[1.0, 2.0, 3.0, 4.0], [10.0, 20.0, 30.0, 40.0]])
+    squares = torch.tensor([1.0, 1.0, 1.0, 4.0])
+    over, by_row = (PASSES["wanda"](comparison=each) for each in ("layer", "row"))
+    assert isinstance(over, SparsePass) and isinstance(by_row, SparsePass)
+    assert over.mask(weight, squares, 0.5).tolist() == [[True] * 4, [False] * 4]
+    assert by_row.mask(weight, squares, 0.5).tolist() == [[True, True, False, False]] * 2
 
 
 @pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt"])
@@ -317,6 +328,11 @@ def test_a_pattern_needs_no_quotes_in_yaml() -> None:
     recipe = parse_recipe("model: builtin:books-llama\npasses:\n  - wanda: {pattern: 2:4}\n", "recipe.yaml")
     (each,) = recipe.passes
     assert isinstance(each, SparsePass) and each.pattern == "2:4" and "pattern" in each.traits()
+
+
+def test_wanda_by_layer_and_a_pattern_contradict() -> None:
+    with pytest.raises(CompressError, match="leave `comparison` out"):
+        parse_recipe("model: m\npasses:\n  - wanda: {pattern: 2:4, comparison: layer}\n", "recipe.yaml")
 
 
 def test_pruning_after_rounding_is_refused_and_before_it_is_not() -> None:
