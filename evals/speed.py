@@ -179,6 +179,7 @@ def through_passes(sizes: dict[str, Any], passes: str) -> PreTrainedModel:
 @click.option("--name", required=True, help="of the result file")
 @click.option("--shape", "shapes", multiple=True, type=click.Choice(list(SHAPES)), default=("m110",), show_default=True)
 @click.option("--clock", type=click.Choice(list(CLOCKS)), default="cpu", show_default=True, help="cpu: processor time")
+@click.option("--threads", default=1, show_default=True, help="of torch; more than one with --clock wall")
 @click.option("--prompt-tokens", default=128, show_default=True)
 @click.option("--new-tokens", default=16, show_default=True)
 @click.option("--repeats", default=7, show_default=True)
@@ -187,13 +188,16 @@ def main(
     name: str,
     shapes: tuple[str, ...],
     clock: str,
+    threads: int,
     prompt_tokens: int,
     new_tokens: int,
     repeats: int,
     only: tuple[str, ...],
 ) -> None:
     """Measure every variant of every shape."""
-    torch.set_num_threads(1)
+    if threads > 1 and clock == "cpu":
+        raise click.UsageError("processor time adds up what all threads took: use --clock wall with --threads")
+    torch.set_num_threads(threads)
     rows = []
     for shape in shapes:
         sizes = SHAPES[shape]

@@ -1,4 +1,4 @@
-"""Writes docs/results.md, and the results of the bundled model in the README, from evals/results/*.json.
+"""Writes docs/results.md, and a summary of it in the README, from evals/results/*.json.
 
     python evals/table.py            rewrite docs/results.md and the part of README.md between the `results` markers
     python evals/table.py --check    exit with 1 when one of them is out of date
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from tables import cost, pruning, quantization
 from tables.cells import Facts
+from tables.summary import LINES, MODEL, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     readme, results = ROOT / "README.md", ROOT / "docs" / "results.md"
     folder = ROOT / "evals" / "results"
     wanted = {
-        readme: with_results(readme.read_text(encoding="utf-8"), render(folder, short=True)),
+        readme: with_results(readme.read_text(encoding="utf-8"), shortened(folder)),
         results: f"{ABOUT}\n{render(folder, heading='##')}\n",
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
@@ -67,7 +68,7 @@ def with_results(text: str, tables: str) -> str:
 def sections() -> list[Section]:
     """What there is, in the order of the documents."""
     return [
-        Section("Weights only", quantization.quantization, "quantization-*.json", "quantization-books-llama.json"),
+        Section("Weights only", quantization.quantization, "quantization-*.json"),
         Section(
             "Codes, against llm-compressor, GPTQModel and AutoRound",
             quantization.codes_peer,
@@ -77,19 +78,18 @@ def sections() -> list[Section]:
             "Weights and activations in 8 bits, with outlier channels",
             quantization.outliers,
             "outliers-*.json",
-            "outliers-books-llama.json",
         ),
         Section("Rotations, shifts and reordering", quantization.rotation, "rotation-*.json"),
         Section("Bits shared out, low-bit helpers", quantization.allocation, "allocation-*.json"),
-        Section("Zeros", pruning.sparse, "sparse-*.json", "sparse-books-llama.json"),
+        Section("Zeros", pruning.sparse, "sparse-*.json"),
         Section("Zeros, against llm-compressor", pruning.sparse_peer, "peers-sparse-quality-*.json"),
         Section("Prune or quantize, at equal bytes", pruning.equal_bytes, "equal-bytes-*.json"),
         Section("Fewer blocks", pruning.depth, "depth-*.json"),
-        Section("Fewer heads and FFN channels", pruning.width, "width-*.json", "width-books-llama.json"),
+        Section("Fewer heads and FFN channels", pruning.width, "width-*.json"),
         Section("FFN channels, against Torch-Pruning", pruning.width_peer, "peers-width-*.json"),
-        Section("Narrower residual stream: SliceGPT", pruning.slicegpt, "slicegpt-*.json", "slicegpt-books-llama.json"),
+        Section("Narrower residual stream: SliceGPT", pruning.slicegpt, "slicegpt-*.json"),
         Section("Thinner everywhere: MoDeGPT, SliceGPT, SVD", pruning.modular, "decomposition-*.json"),
-        Section("Low rank", pruning.low_rank, "low-rank-*.json", "low-rank-books-llama.json"),
+        Section("Low rank", pruning.low_rank, "low-rank-*.json"),
         Section("At initialisation and in training", pruning.at_init, "at-init-*.json"),
         Section("Per input", cost.dynamic, "dynamic-*.json"),
         Section("Tokens per second", cost.speed, "speed-*.json", "speed-cpu-m110.json"),
@@ -98,6 +98,13 @@ def sections() -> list[Section]:
         Section("Memory of a run whose weights stay on disk", cost.memory, "memory-*.json"),
         Section("Mapping a family from its config alone", cost.map_time, "map-time.json"),
     ]
+
+
+def shortened(folder: Path) -> str:
+    """What the README shows."""
+    files = {line.file: read(folder, f"{line.file}-{MODEL}.json") for line in LINES}
+    known = {name: facts for name, (facts,) in files.items()}
+    return f"### Perplexity\n\n{summary(known)}\n\n{render(folder, short=True)}"
 
 
 def render(folder: Path, *, short: bool = False, heading: str = "###") -> str:

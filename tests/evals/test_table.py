@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import table
-from tables import cost, pruning, quantization
+from tables import cost, pruning, quantization, summary
 
 MADE = {"versions": {"torch": "2.13.0", "transformers": "5.1"}, "machine": {"cpu": "a processor", "cores": "2"}}
 
@@ -104,3 +106,19 @@ def test_only_the_part_between_the_markers_changes():
 def test_a_readme_without_markers_is_an_error():
     with pytest.raises(SystemExit, match="needs the lines"):
         table.with_results("nothing", "new")
+
+
+def test_the_summary_sets_every_way_beside_the_naive_one_and_misses_no_row_silently():
+    results: dict[str, dict[str, Any]] = {
+        line.file: {"model": "m", "dense": DENSE, "rows": [], **MADE} for line in summary.LINES
+    }
+    with pytest.raises(KeyError, match="no row"):
+        summary.summary(results)
+    for line in summary.LINES:
+        results[line.file]["rows"] += [
+            {**line.row, "perplexity": [60.0, 70.0]},
+            {**line.naive_row, "perplexity": [100.0]},
+        ]
+    shown = summary.summary(results)
+    assert "| half of the weights zero | `sparsegpt` | ×1.300 | magnitude: ×2.000 |" in shown
+    assert "| `awq` → `gptq` | ×1.300 | rtn: ×2.000 |" in shown and "51,100 tokens" in shown
