@@ -1,9 +1,10 @@
 """Rough foresight: how much memory and time compressing a model takes. N = calibration tokens, O, I = a site's sizes.
 
 Memory: the model in float32 (offloaded: its largest part), the hidden states of all calibration tokens before and after
-a block, one batch inside a block, and the largest pass's statistics with the copies made while solving. Time:
-multiplications ÷ the speed of a matrix product measured now. Time is meant to be right within a factor of two, memory
-within a fifth, and both to order alternatives correctly.
+a block, one batch inside a block, and the largest pass's statistics with the copies made while solving; where gradients
+go through the whole model, all that one batch computes and what the pass keeps. Time: multiplications ÷ the speed of a
+matrix product measured now. Time is meant to be right within a factor of two, memory within a fifth, and both to order
+alternatives correctly.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import psutil
 import torch
 
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.evaluation.perplexity import LOGITS_BYTES
 from llmcompress.model.map import BlockInfo, InputGroup, ModelMap
+from llmcompress.numerics.loss import LOGITS_BYTES, LOGITS_COPIES, windows_at_once
 from llmcompress.numerics.statistics import Gram
 from llmcompress.passes.base import PASSES, BlockPass, Pass
 from llmcompress.recipe.model import Recipe
@@ -32,6 +33,11 @@ _SOLVING_COPIES = 2
 """Of a Gram matrix, in float32: permuted and factored; it is inverted in its place."""
 _WEIGHT_COPIES = 4
 """Of a site's weights while it is solved: as they are, permuted, transposed for the sweep, codes and masks."""
+_SAVED_HIDDEN = 10
+"""Hidden states that a block keeps per token for the gradient, beside its linears' outputs: norms, turned queries and
+keys, sums."""
+_SAVED_OUTPUTS = 2
+"""The outputs of linears themselves, and what is computed from them."""
 _SOLVING_PRODUCTS = 40
 """Products ΔW·G of O×I by I×I that solving one site takes in time: AWQ tries about twenty scales and twenty ranges."""
 
@@ -78,7 +84,10 @@ def peak_memory_bytes(
     evaluating = LOGITS_BYTES if recipe.evaluate.perplexity else 0
     libraries = psutil.Process().memory_info().rss
     if not offloaded:
-        return libraries + _FLOAT * parameters + max(hidden + working, evaluating)
+        gradients = max(
+            (_gradient_bytes(each, recipe, model_map, parameters, vocabulary) for each in recipe.passes), default=0
+        )
+        return libraries + _FLOAT * parameters + max(hidden + working, gradients, evaluating)
     blocks = (sum(site.outputs * site.inputs for site in block.structure.sites) for block in model_map.blocks)
     table = _FLOAT * vocabulary * model_map.hidden_size
     return libraries + max(hidden + working + _FLOAT * max(blocks, default=0), hidden + table, table + evaluating)
@@ -123,6 +132,23 @@ def _working_bytes(each: BlockPass, block: BlockInfo, tokens: int) -> int:
     weights = max((site.outputs * site.inputs for site in sites), default=0)
     solving = _SOLVING_COPIES * max(squares, default=0) + _WEIGHT_COPIES * weights
     return _FLOAT * sum(squares) + max(inside, _FLOAT * solving)
+
+
+def _gradient_bytes(each: Pass, recipe: Recipe, model_map: ModelMap, parameters: int, vocabulary: int) -> int:
+    """Beside the weights, while gradients of the loss go through the whole model; 0 for a pass that takes none."""
+    found = each.backward()
+    if not found:
+        return 0
+    most = min(recipe.calibration.batch, windows_at_once(recipe.calibration.tokens, vocabulary))
+    tokens = (found.windows or most) * recipe.calibration.tokens
+    selects = each.selects if isinstance(each, BlockPass) else lambda _: True
+    weights = saved = 0
+    for block in model_map.blocks:
+        sites = block.structure.sites
+        weights += sum(site.outputs * site.inputs for site in sites if selects(block.full(site.name)))
+        saved += _SAVED_OUTPUTS * sum(site.outputs for site in sites) + _SAVED_HIDDEN * model_map.hidden_size
+    kept = found.copies * weights + found.of_all * parameters
+    return int(_FLOAT * (kept + tokens * (LOGITS_COPIES * vocabulary + saved)))
 
 
 def _statistics_flops(each: BlockPass, block: BlockInfo, tokens: int) -> float:

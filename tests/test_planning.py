@@ -21,6 +21,7 @@ from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.scheme import named_scheme
 from llmcompress.numerics.grid import round_to_codes
 from llmcompress.numerics.ranges import fit
+from llmcompress.passes.base import PASSES
 from llmcompress.passes.quantization.awq import AWQ
 from llmcompress.passes.quantization.gptq import GPTQ
 from llmcompress.passes.quantization.resolve import resolve_scheme, site_schemes
@@ -204,6 +205,23 @@ def test_more_calibration_costs_more_memory_and_time(tiny):
     hidden = 2 * 4 * 4092 * 4096 * 32
     assert large.peak_memory_bytes - small.peak_memory_bytes == pytest.approx(hidden, rel=0.2)
     assert large.estimated_seconds > small.estimated_seconds > 0
+
+
+def test_gradients_through_the_whole_model_are_foretold(tiny):
+    """What one batch computes, logits above all; and of a second-order score the copies of all weights."""
+
+    def peak(each, batch=8):
+        settings = {"samples": 8, "tokens": 4096, "batch": batch}
+        return make_plan(
+            tiny, Recipe(passes=(each,), calibration=settings, evaluate={"perplexity": ()})
+        ).peak_memory_bytes
+
+    uniform, by_loss = (PASSES["svd"](ranks=ranks) for ranks in ("uniform", "loss"))
+    vocabulary = AutoModelForCausalLM.from_pretrained(tiny.folder).config.vocab_size
+    assert peak(by_loss) - peak(uniform) > 4 * 8 * 4096 * 3 * vocabulary
+    assert peak(by_loss) > peak(by_loss, batch=1)
+    second = PASSES["width"](score="taylor_second")  # window by window
+    assert peak(second, batch=8) == pytest.approx(peak(second, batch=1), rel=0.1)
 
 
 def test_a_recipe_whose_globs_match_nothing_is_refused(tiny):

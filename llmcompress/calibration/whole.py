@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from llmcompress.calibration.homes import Home, InMemory
@@ -19,6 +18,7 @@ from llmcompress.errors import CompressError
 from llmcompress.model.map import ModelMap
 from llmcompress.model.site import LinearSite
 from llmcompress.model.skeleton import find_blocks
+from llmcompress.numerics.loss import next_token_loss, windows_at_once
 from llmcompress.progress import Progress
 
 
@@ -96,15 +96,16 @@ class WholeModel:
                 parameter.requires_grad_(wanted.get(name, False))
             self.model.to("cpu")
 
-    def batches(self) -> Iterator[Tensor]:
-        """B×T token ids on the device."""
-        for ids_BT in torch.split(self.windows_NT, self.batch):
+    def batches(self, windows_NT: Tensor | None = None) -> Iterator[Tensor]:
+        """B×T token ids on the device, of all windows or of these; as many at once as their logits allow."""
+        windows_NT = self.windows_NT if windows_NT is None else windows_NT
+        vocabulary = self.model.config.get_text_config().vocab_size
+        for ids_BT in torch.split(windows_NT, min(self.batch, windows_at_once(windows_NT.shape[1], vocabulary))):
             yield ids_BT.to(self.device)
 
     def loss(self, ids_BT: Tensor) -> Tensor:
         """Mean negative log-likelihood of the next token in nats; the model must be resident."""
-        logits_BTV = self.model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
-        return functional.cross_entropy(logits_BTV.float().flatten(0, 1), ids_BT[:, 1:].flatten())
+        return next_token_loss(self.model(input_ids=ids_BT, use_cache=False).logits, ids_BT)
 
     @torch.no_grad()
     def perplexity(self) -> float:

@@ -21,6 +21,7 @@ from llmcompress.calibration.tokens import max_positions, starts_with_bos, unkno
 from llmcompress.errors import CompressError
 from llmcompress.evaluation.report import PerplexityResult
 from llmcompress.evaluation.settings import PerplexityTask
+from llmcompress.numerics.loss import windows_at_once
 from llmcompress.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ LONGEST_DEFAULT_WINDOW = 2048
 CHARACTERS_PER_TOKEN = 8
 """More than any tokenizer's average, so that a streamed text is read far enough."""
 
-LOGITS_BYTES = 2**28
-"""How much one batch of logits may take; more windows at once make nothing faster on a CPU."""
 PIECE_BYTES = 2**22
 """Float32 logits that the loss is computed from at a time: about what a processor's cache holds."""
 
@@ -138,8 +137,7 @@ def measure(
     embedding = model.get_input_embeddings().weight
     device = embedding.device if device is None else torch.device(device)
     if batch is None:
-        window_bytes = text.window * model.config.get_text_config().vocab_size * 4
-        batch = max(1, LOGITS_BYTES // window_bytes)
+        batch = windows_at_once(text.window, model.config.get_text_config().vocab_size)
     progress.stage(f"perplexity on {text.name}", math.ceil(len(text.windows) / batch))
     was_training = model.training
     model.eval()

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
@@ -25,6 +25,17 @@ that decide per input what they compute, keys and values cached as codes, inputs
 or head that is no table of numbers any more."""
 
 NOTHING: Mapping[Trait, str] = MappingProxyType({})
+
+
+class Backward(NamedTuple):
+    """Gradients of the loss through the whole model, as far as memory is concerned."""
+
+    copies: float = 0.0
+    """Beside the model, in float32: of the selected sites' weights."""
+    of_all: float = 0.0
+    """Of all parameters: their gradients, and what an optimizer keeps of them."""
+    windows: int | None = None
+    """In one batch; None: as many as `WholeModel.batches` gives."""
 
 
 class Pass(BaseModel, ABC):
@@ -103,6 +114,10 @@ class Pass(BaseModel, ABC):
     def streams(self) -> bool:
         """Whether it never needs more than one block in memory, so that the weights may stay on disk."""
         return False
+
+    def backward(self) -> Backward | None:
+        """What it holds while it takes gradients of the loss through the whole model; None when it takes none."""
+        return None
 
     def pools(self) -> bool:
         """Whether several processes may share its windows: it reads nothing but sums over tokens."""

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from llmcompress.errors import CompressError
+from llmcompress.numerics.loss import next_token_loss
 from llmcompress.progress import Progress, Silent
 from llmcompress.training.batches import Batches, held_out
 from llmcompress.training.checkpoint import Checkpoint, Reached, load_state, save_state
@@ -142,11 +142,6 @@ def train(
         after = _validation_loss(model, validation_NT, settings, device)
     windows = len(losses) * settings.gradient_accumulation * settings.batch
     return TrainingReport(tuple(losses), windows * (windows_NT.shape[1] - 1), before, after)
-
-
-def next_token_loss(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
-    """Mean negative log-likelihood of every token after the first, in float32."""
-    return functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten())
 
 
 def _loss(

@@ -14,9 +14,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from llmcompress.errors import CompressError
+from llmcompress.numerics.loss import next_token_loss
 from llmcompress.training.batches import Batches, held_out
 from llmcompress.training.checkpoint import Checkpoint
-from llmcompress.training.loop import Forward, next_token_loss, train
+from llmcompress.training.loop import Forward, train
 from llmcompress.training.masks import ZerosStay
 from llmcompress.training.optimizer import ParameterGroup
 from llmcompress.training.settings import Training

@@ -15,7 +15,7 @@ from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.modules.low_rank import LowRankLinear
 from llmcompress.numerics.low_rank import break_even
-from llmcompress.passes.base import PASSES, ModelPass, Trait
+from llmcompress.passes.base import PASSES, Backward, ModelPass, Trait
 from llmcompress.passes.decomposition.ranks import RankRule
 from llmcompress.passes.decomposition.svd import SingularValues
 from llmcompress.training.loop import train
@@ -80,6 +80,10 @@ class ProgressiveLowRank(ModelPass):
                 fix="`llmcompress inspect MODEL` lists the names of sites",
                 exit_code=ExitCode.USAGE,
             )
+
+    @override
+    def backward(self) -> Backward | None:
+        return Backward(of_all=3, windows=self.training.batch)
 
     @override
     def apply(self, whole: WholeModel) -> list[SiteReport]:

@@ -162,7 +162,10 @@ def _decides(options: FactorOptions, site: str) -> bool:
 
 
 def squared_gradients(whole: WholeModel, names: Sequence[str]) -> dict[str, Tensor]:
-    """Per site and output channel: the sum over tokens of the squared gradient of the loss; zeros where none came."""
+    """Per site and output channel: the sum over tokens of the squared gradient of the loss of their window.
+
+    Zeros where none came.
+    """
     sums: dict[str, Tensor] = {}
     with whole.resident() as model, ExitStack() as hooks:
         model.requires_grad_(False)
@@ -173,7 +176,7 @@ def squared_gradients(whole: WholeModel, names: Sequence[str]) -> dict[str, Tens
                 hooks.enter_context(_gradients_of(site.module, sums[site.name]))
         for ids_BT in whole.batches():
             with torch.enable_grad():
-                whole.loss(ids_BT).backward()  # type: ignore[no-untyped-call]
+                (whole.loss(ids_BT) * len(ids_BT)).backward()  # type: ignore[no-untyped-call]
     return sums
 
 

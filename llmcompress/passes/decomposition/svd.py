@@ -25,7 +25,7 @@ from llmcompress.numerics.low_rank import (
 )
 from llmcompress.numerics.rank_allocation import uniform_rank
 from llmcompress.numerics.statistics import AbsMean, Gram, Statistic
-from llmcompress.passes.base import PASSES, BlockPass, Trait
+from llmcompress.passes.base import PASSES, Backward, BlockPass, Trait
 from llmcompress.passes.decomposition.ranks import RankRule, decide_ranks
 
 Whitening = Literal["none", "activation", "gram"]
@@ -101,6 +101,10 @@ class SingularValues(BlockPass):
         """What the metric is made of."""
         kinds: dict[Whitening, tuple[type[Statistic], ...]] = {"none": (), "activation": (AbsMean,), "gram": (Gram,)}
         return kinds[self.whitening]
+
+    def backward(self) -> Backward | None:
+        """For ranks by loss; weights and the bases of their spectra are kept meanwhile."""
+        return Backward(copies=2) if self.rule == "loss" else None
 
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
         """The rank of every site, where that depends on all the others."""

@@ -123,8 +123,8 @@ class Bonsai(WidthPass):
     def _loss(self, whole: WholeModel) -> float:
         windows_NT = whole.windows_NT[: self.windows]
         total = 0.0
-        for ids_BT in torch.split(windows_NT, whole.batch):
-            total += float(whole.loss(ids_BT.to(whole.device))) * len(ids_BT)
+        for ids_BT in whole.batches(windows_NT):
+            total += float(whole.loss(ids_BT)) * len(ids_BT)
         # the perplexity of a broken sub-model counts as 1e8, as in the repository
         return min(total / len(windows_NT), math.log(1e8)) if math.isfinite(total) else math.log(1e8)
 

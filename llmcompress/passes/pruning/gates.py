@@ -17,7 +17,7 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import ModelMap, SiteInfo
-from llmcompress.passes.base import PASSES, ModelPass, Trait
+from llmcompress.passes.base import PASSES, Backward, ModelPass, Trait
 from llmcompress.passes.pruning.allocation import ALLOCATIONS, Request
 from llmcompress.passes.pruning.gate_hooks import fold_gates
 from llmcompress.passes.pruning.gate_kinds import KINDS, Task
@@ -126,6 +126,10 @@ class Gates(ModelPass):
         return kept_share([g for g in groups_of(block) if wanted[g.kind]], site, lambda _: self.ratio)
 
     @override
+    def backward(self) -> Backward | None:
+        return Backward(of_all=3, windows=self.training.batch)
+
+    @override
     def apply(self, whole: WholeModel) -> list[SiteReport]:
         groups = self._groups(whole.map)
         self._rehearse(whole, groups)
@@ -166,7 +170,7 @@ class Gates(ModelPass):
             with torch.enable_grad():
                 for ids_BT in whole.batches():
                     whole.progress.inside(f"gates ({self.kind}): gradients")
-                    whole.loss(ids_BT).backward()  # type: ignore[no-untyped-call]
+                    (whole.loss(ids_BT) * len(ids_BT)).backward()  # type: ignore[no-untyped-call]
             model.requires_grad_(True)
 
         return Task(

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.site import LinearSite
+from llmcompress.numerics.loss import next_token_loss
 from llmcompress.numerics.saliency import kept_gradient_flow
-from llmcompress.passes.base import PASSES
+from llmcompress.passes.base import PASSES, Backward
 from llmcompress.passes.pruning.at_init import AtInitPass, as_stored, finite, gradients_of, trained_weight
 
 
@@ -34,6 +34,10 @@ class GraSP(AtInitPass):
     @override
     def uses_data(self) -> bool:
         return True
+
+    @override
+    def backward(self) -> Backward | None:
+        return Backward(copies=6)
 
     @override
     def masks(self, whole: WholeModel, sites: Sequence[LinearSite]) -> list[Tensor]:
@@ -71,5 +75,4 @@ class GraSP(AtInitPass):
         return products
 
     def _loss(self, model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
-        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].float() / self.temperature
-        return functional.cross_entropy(logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten())
+        return next_token_loss(model(input_ids=ids_BT, use_cache=False).logits / self.temperature, ids_BT)

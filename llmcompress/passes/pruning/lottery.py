@@ -15,7 +15,7 @@ from typing_extensions import override
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.evaluation.report import SiteReport
 from llmcompress.numerics.saliency import Comparison, drop_lowest, hamming_distance
-from llmcompress.passes.base import PASSES, ModelPass, Trait
+from llmcompress.passes.base import PASSES, Backward, ModelPass, Trait
 from llmcompress.passes.pruning.at_init import trained_weight
 from llmcompress.passes.pruning.sparse import sparsity
 from llmcompress.training.loop import train
@@ -63,6 +63,10 @@ class LotteryTicket(ModelPass):
     @override
     def uses_data(self) -> bool:
         return True
+
+    @override
+    def backward(self) -> Backward | None:
+        return Backward(of_all=4, windows=self.training.batch)
 
     @override
     def apply(self, whole: WholeModel) -> list[SiteReport]:

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.evaluation.report import SiteReport
-from llmcompress.passes.base import PASSES, ModelPass
+from llmcompress.passes.base import PASSES, Backward, ModelPass
 from llmcompress.passes.pruning.sparse import sparsity
 from llmcompress.training.adapters import adapted
 from llmcompress.training.loop import train
@@ -38,6 +38,10 @@ class Recover(ModelPass):
     @override
     def uses_data(self) -> bool:
         return True
+
+    @override
+    def backward(self) -> Backward | None:
+        return Backward(of_all=3, windows=self.training.batch)
 
     @override
     def apply(self, whole: WholeModel) -> list[SiteReport]:

@@ -16,7 +16,7 @@ from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.report import SiteReport
 from llmcompress.numerics.rigl import drop_and_grow
 from llmcompress.numerics.schedule import moved_share
-from llmcompress.passes.base import PASSES, ModelPass, Trait
+from llmcompress.passes.base import PASSES, Backward, ModelPass, Trait
 from llmcompress.passes.pruning.at_init import trained_weight
 from llmcompress.passes.pruning.sparse import sparsity
 from llmcompress.training.loop import train
@@ -46,6 +46,10 @@ class RigL(ModelPass):
     @override
     def uses_data(self) -> bool:
         return True
+
+    @override
+    def backward(self) -> Backward | None:
+        return Backward(of_all=3, windows=self.training.batch)
 
     @override
     def apply(self, whole: WholeModel) -> list[SiteReport]:

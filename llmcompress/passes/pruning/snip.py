@@ -11,7 +11,7 @@ from typing_extensions import override
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.saliency import connection_sensitivity
-from llmcompress.passes.base import PASSES
+from llmcompress.passes.base import PASSES, Backward
 from llmcompress.passes.pruning.at_init import AtInitPass, as_stored, finite, gradients_of, trained_weight
 
 
@@ -27,6 +27,10 @@ class SNIP(AtInitPass):
     @override
     def uses_data(self) -> bool:
         return True
+
+    @override
+    def backward(self) -> Backward | None:
+        return Backward(copies=2)
 
     @override
     def masks(self, whole: WholeModel, sites: Sequence[LinearSite]) -> list[Tensor]:

@@ -17,7 +17,7 @@ from llmcompress.errors import CompressError, ExitCode
 from llmcompress.model.map import ModelMap
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.masks import Pattern, due, lowest, lowest_per_group, named_pattern, zeros_first
-from llmcompress.passes.base import BlockPass, Trait
+from llmcompress.passes.base import Backward, BlockPass, Trait
 from llmcompress.passes.pruning.sparse_counts import decide_counts
 
 Allocation = Literal["uniform", "outliers", "loss"]
@@ -100,6 +100,10 @@ class SparsePass(BlockPass):
     def streams(self) -> bool:
         """Gradients of the loss are those of the whole model."""
         return self.allocation != "loss"
+
+    def backward(self) -> Backward | None:
+        """For shares by loss."""
+        return Backward() if self.allocation == "loss" else None
 
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
         """How many weights each site loses, where that depends on the others."""

@@ -20,7 +20,7 @@ from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.refit import Refitted
 from llmcompress.numerics.statistics import Statistic
-from llmcompress.passes.base import PASSES, BlockPass, Trait
+from llmcompress.passes.base import PASSES, Backward, BlockPass, Trait
 from llmcompress.passes.pruning.allocation import ALLOCATIONS, Request, kept_units
 from llmcompress.passes.pruning.refits import REFITS, RefitName
 from llmcompress.passes.pruning.scores.base import SCORES, Allocate, Score
@@ -235,6 +235,10 @@ class Width(WidthPass):
     @override
     def uses_data(self) -> bool:
         return super().uses_data() or self.scored_by.needs_data
+
+    @override
+    def backward(self) -> Backward | None:
+        return self.scored_by.backward
 
     @override
     def choose(self, whole: WholeModel, groups: Sequence[UnitGroup], requests: Sequence[Request]) -> list[Tensor]:

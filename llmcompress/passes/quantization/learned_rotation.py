@@ -110,8 +110,7 @@ def learn(
 
 @torch.no_grad()
 def _loss(whole: WholeModel, windows_NT: Tensor) -> float:
-    batches = (ids_BT.to(whole.device) for ids_BT in torch.split(windows_NT, whole.batch))
-    return sum(float(whole.loss(ids_BT)) * len(ids_BT) for ids_BT in batches) / len(windows_NT)
+    return sum(float(whole.loss(ids_BT)) * len(ids_BT) for ids_BT in whole.batches(windows_NT)) / len(windows_NT)
 
 
 class _Turn(nn.Module):

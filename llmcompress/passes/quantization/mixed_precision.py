@@ -20,7 +20,7 @@ from llmcompress.model.site import LinearSite
 from llmcompress.modules.scheme import DESCRIPTION, Scheme, named_scheme
 from llmcompress.numerics.allocation import Option, allocate
 from llmcompress.numerics.statistics import Statistic
-from llmcompress.passes.base import PASSES, BlockPass, Trait
+from llmcompress.passes.base import PASSES, Backward, BlockPass, Trait
 from llmcompress.passes.quantization.base import QuantizingPass
 from llmcompress.passes.quantization.inside import quantizer_with
 from llmcompress.passes.quantization.resolve import resolve_scheme, site_schemes
@@ -35,6 +35,14 @@ CANDIDATES = (
 WITHIN = 0.01
 """Bits per weight by which the average may stay below `bits`, where the sites' sizes allow it."""
 
+_BACKWARD: Mapping[Sensitivity, Backward | None] = {
+    "gradients": Backward(),
+    "rate": Backward(),
+    "fisher": Backward(copies=2, windows=1),
+    "hessian": Backward(copies=4, windows=1),
+    "kl": None,
+    "output": None,
+}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -140,6 +148,10 @@ class MixedPrecision(BlockPass):
     def streams(self) -> bool:
         """Only errors of outputs are found block by block."""
         return self.sensitivity == "output" and self.settled({}).streams()
+
+    def backward(self) -> Backward | None:
+        """Gradients of outputs are added up as they come; of weights there are copies."""
+        return _BACKWARD[self.sensitivity]
 
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
         """The index of every site's scheme among its candidates.

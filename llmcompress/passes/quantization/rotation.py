@@ -25,7 +25,7 @@ from llmcompress.modules.before_linear import RotatedInput
 from llmcompress.modules.low_rank import linear_of
 from llmcompress.numerics.basis import random_basis
 from llmcompress.numerics.hadamard import hadamard, spreading_basis, transformed, uniform_basis
-from llmcompress.passes.base import PASSES, ModelPass, Trait
+from llmcompress.passes.base import PASSES, Backward, ModelPass, Trait
 from llmcompress.passes.dynamic.activation_sparsity import feed_forward_readers
 from llmcompress.passes.quantization.learned_rotation import LearnedRotation, learn
 
@@ -101,6 +101,10 @@ class Rotation(ModelPass):
                 fix=f"select {', '.join(sorted(_inner_sites(model_map))[:1]) or 'nothing: set `online: false`'}",
                 exit_code=ExitCode.USAGE,
             )
+
+    @override
+    def backward(self) -> Backward | None:
+        return Backward(copies=3, windows=self.learned.batch) if self.learned else None
 
     def apply(self, whole: WholeModel) -> list[SiteReport]:
         """Heads, then online transforms, then the stream.

@@ -10,6 +10,7 @@ from torch import nn
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.modules.low_rank import LowRankLinear
 from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.numerics import loss
 from llmcompress.numerics.low_rank import break_even
 from llmcompress.numerics.rank_allocation import uniform_rank
 from llmcompress.numerics.statistics import Gram
@@ -180,7 +181,7 @@ def test_squared_gradients_equal_those_taken_one_site_at_a_time() -> None:
         expected = torch.zeros_like(found[name])
         for ids in windows().split(4):
             out = model(ids).logits[:, :-1]
-            nn.functional.cross_entropy(out.flatten(0, 1), ids[:, 1:].flatten()).backward()
+            (len(ids) * nn.functional.cross_entropy(out.flatten(0, 1), ids[:, 1:].flatten())).backward()
             grad = kept.pop().grad
             assert grad is not None
             expected += grad.flatten(0, 1).square().sum(0)
@@ -207,6 +208,16 @@ def test_refitted_left_factors_lose_no_more_on_the_inputs_that_the_factored_bloc
     assert errors[1] < errors[0]
     row = next(row for row in models[1][1] if row.site == name)
     assert row.error == pytest.approx(errors[1] / whole, rel=1e-3)
+
+
+def test_how_many_windows_go_at_once_changes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = whole_model("llama_gqa")
+    names = list(map_of("llama_gqa").site_names())
+    before = squared_gradients(whole, names)
+    monkeypatch.setattr(loss, "LOGITS_BYTES", 1)
+    assert {len(ids) for ids in whole.batches()} == {1}
+    for name, found in squared_gradients(whole, names).items():
+        torch.testing.assert_close(found, before[name], rtol=1e-3, atol=1e-3 * float(before[name].max()))
 
 
 def test_no_tokens_means_plain_singular_values_and_the_row_says_so() -> None:

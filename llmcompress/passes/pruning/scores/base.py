@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.numerics.importance import standardised
+from llmcompress.passes.base import Backward
 from llmcompress.passes.pruning.units import UnitGroup
 from llmcompress.registry import Registry
 
@@ -26,6 +27,9 @@ class Score(ABC):
     estimates_loss: ClassVar[bool] = False
     """Whether a unit's importance estimates how much the model's loss grows without it. Such numbers of different
     layers can be compared as they are, per weight removed; others are standardised within their group first."""
+
+    backward: ClassVar[Backward | None] = None
+    """What is held while gradients are taken, for a score that needs them."""
 
     @abstractmethod
     def importance(self, whole: WholeModel, groups: Sequence[UnitGroup]) -> list[Tensor]:

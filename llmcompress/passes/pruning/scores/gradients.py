@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.numerics.importance import first_order, mixed_order, per_unit, rearranged, second_order
+from llmcompress.passes.base import Backward
 from llmcompress.passes.pruning.scores.base import SCORES, Allocate, Score
 from llmcompress.passes.pruning.units import UnitGroup, mask_gradients
 
@@ -20,6 +21,7 @@ class _Taylor(Score):
     """A sum over the weights of a unit, of what the gradient says about them."""
 
     estimates_loss: ClassVar[bool] = True
+    backward: ClassVar[Backward | None] = Backward(copies=2)
     second: ClassVar[bool] = False
     """Whether squared gradients of single windows are needed: they take as much memory again."""
 
@@ -86,6 +88,7 @@ class TaylorSecond(_Taylor):
     Source: Ma et al., arXiv 2305.11627.
     """
 
+    backward: ClassVar[Backward | None] = Backward(copies=3, windows=1)
     second: ClassVar[bool] = True
 
     @override
@@ -100,6 +103,7 @@ class TaylorMix(_Taylor):
     Source: Ma et al., arXiv 2305.11627, eq. 5.
     """
 
+    backward: ClassVar[Backward | None] = Backward(copies=3, windows=1)
     second: ClassVar[bool] = True
 
     @override
@@ -117,6 +121,7 @@ class Fisher(Score):
     """
 
     estimates_loss: ClassVar[bool] = True
+    backward: ClassVar[Backward | None] = Backward(windows=1)
 
     @override
     def importance(self, whole: WholeModel, groups: Sequence[UnitGroup]) -> list[Tensor]:
@@ -140,6 +145,7 @@ class GroupFisher(Score):
     """
 
     estimates_loss: ClassVar[bool] = True
+    backward: ClassVar[Backward | None] = Backward(windows=1)
 
     @override
     def importance(self, whole: WholeModel, groups: Sequence[UnitGroup]) -> list[Tensor]:
@@ -167,7 +173,7 @@ def _weight_gradients(
         squares = {
             name: torch.zeros_like(weight) if second else sums[name].new_zeros(1, 1) for name, weight in weights.items()
         }
-        for ids_BT in torch.split(whole.windows_NT, 1 if second else whole.batch):
+        for ids_BT in torch.split(whole.windows_NT, 1) if second else whole.batches():
             with torch.enable_grad():
                 loss = whole.loss(ids_BT.to(whole.device)) * len(ids_BT)
                 gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
