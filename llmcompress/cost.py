@@ -139,8 +139,8 @@ def _gradient_bytes(each: Pass, recipe: Recipe, model_map: ModelMap, parameters:
     found = each.backward()
     if not found:
         return 0
-    most = min(recipe.calibration.batch, windows_at_once(recipe.calibration.tokens, vocabulary))
-    tokens = (found.windows or most) * recipe.calibration.tokens
+    most = windows_at_once(recipe.calibration.tokens, vocabulary)
+    tokens = min(found.windows or recipe.calibration.batch, most) * recipe.calibration.tokens
     selects = each.selects if isinstance(each, BlockPass) else lambda _: True
     weights = saved = 0
     for block in model_map.blocks:

@@ -35,7 +35,7 @@ class Backward(NamedTuple):
     of_all: float = 0.0
     """Of all parameters: their gradients, and what an optimizer keeps of them."""
     windows: int | None = None
-    """In one batch; None: as many as `WholeModel.batches` gives."""
+    """In one batch, if their logits are not too large; None: as many as for calibration."""
 
 
 class Pass(BaseModel, ABC):

@@ -19,7 +19,7 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from llmcompress.errors import CompressError
-from llmcompress.numerics.loss import next_token_loss
+from llmcompress.numerics.loss import next_token_loss, windows_at_once
 from llmcompress.progress import Progress, Silent
 from llmcompress.training.batches import Batches, held_out
 from llmcompress.training.checkpoint import Checkpoint, Reached, load_state, save_state
@@ -110,10 +110,10 @@ def train(
         for step in range(reached.step + 1, 1 if reached.finished else settings.steps + 1):
             loss = 0.0
             for micro in range(pieces):
-                ids_BT = batches[(step - 1) * pieces + micro].to(device)
-                part = _loss(model, ids_BT, step, settings, extra_loss) / pieces
-                accelerator.backward(part)
-                loss += float(part.detach())
+                for ids_BT, weight in _parts(model, batches[(step - 1) * pieces + micro], settings.batch):
+                    part = _loss(model, ids_BT.to(device), step, settings, extra_loss) * (weight / pieces)
+                    accelerator.backward(part)
+                    loss += float(part.detach())
             masks.before_step(step, optimizer)
             norm = float(accelerator.clip_grad_norm_(trained, settings.max_grad_norm))
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -144,6 +144,13 @@ def train(
     return TrainingReport(tuple(losses), windows * (windows_NT.shape[1] - 1), before, after)
 
 
+def _parts(model: PreTrainedModel, ids_NT: Tensor, batch: int) -> Iterator[tuple[Tensor, float]]:
+    """Windows in parts whose logits are not too large, and each part's share of them: gradients add up to the same."""
+    vocabulary = model.config.get_text_config().vocab_size
+    for ids_BT in torch.split(ids_NT, min(batch, windows_at_once(ids_NT.shape[1], vocabulary))):
+        yield ids_BT, len(ids_BT) / len(ids_NT)
+
+
 def _loss(
     model: PreTrainedModel, ids_BT: Tensor, step: int, settings: Training, extra_loss: ExtraLoss | None
 ) -> Tensor:
@@ -159,11 +166,8 @@ def _validation_loss(
 ) -> float | None:
     if not len(windows_NT):
         return None
-    losses = [
-        float(_loss(model, ids_BT.to(device), 0, settings, None)) * len(ids_BT)
-        for ids_BT in torch.split(windows_NT, settings.batch)
-    ]
-    return sum(losses) / len(windows_NT)
+    parts = _parts(model, windows_NT, settings.batch)
+    return sum(float(_loss(model, ids_BT.to(device), 0, settings, None)) * weight for ids_BT, weight in parts)
 
 
 @contextmanager

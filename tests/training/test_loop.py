@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from llmcompress.errors import CompressError
+from llmcompress.numerics import loss
 from llmcompress.numerics.loss import next_token_loss
 from llmcompress.training.batches import Batches, held_out
 from llmcompress.training.checkpoint import Checkpoint
@@ -222,6 +223,17 @@ def test_validation_windows_are_never_trained_on() -> None:
     report = train(model, ids, settings, device=CPU, seed=4)
     assert report.validation_before == pytest.approx(expected, rel=1e-5)
     assert report.validation_after is not None and report.validation_after != report.validation_before
+
+
+def test_a_batch_in_parts_trains_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of a large vocabulary: as many windows at once as fit, gradients of the whole batch."""
+    whole, parted = tiny_model("llama"), tiny_model("llama")
+    settings = FEW.model_copy(update={"gradient_accumulation": 2, "validation": 0.3})
+    once = train(whole, windows(), settings, device=CPU)
+    monkeypatch.setattr(loss, "LOGITS_BYTES", 1)
+    again = train(parted, windows(), settings, device=CPU)
+    assert again.losses == pytest.approx(once.losses, rel=1e-4) and again.tokens == once.tokens
+    assert again.validation_after == pytest.approx(once.validation_after, rel=1e-4)
 
 
 def test_every_window_is_seen_once_per_pass_over_the_data() -> None:
