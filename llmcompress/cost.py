@@ -38,6 +38,8 @@ _SAVED_HIDDEN = 10
 keys, sums."""
 _SAVED_OUTPUTS = 2
 """The outputs of linears themselves, and what is computed from them."""
+_BACKWARD_FORWARDS = 3
+"""Forward passes that one forward and its gradients cost."""
 _SOLVING_PRODUCTS = 40
 """Products ΔW·G of O×I by I×I that solving one site takes in time: AWQ tries about twenty scales and twenty ranges."""
 
@@ -94,17 +96,25 @@ def peak_memory_bytes(
 
 
 def seconds(recipe: Recipe, model_map: ModelMap) -> float:
-    """Of the passes over all blocks, on the device that `auto` would choose."""
+    """Of passes over all blocks and of gradients, on the device that `auto` would choose; the head is left out."""
     tokens = recipe.calibration.samples * recipe.calibration.tokens
     window = recipe.calibration.tokens
+    through_model = _forwards_of_gradients(recipe)
     flops = 0.0
     for block in model_map.blocks:
         measuring = [each for each in _block_passes(recipe) if each.needs() and any(_groups(each, block))]
         weights = sum(site.outputs * site.inputs for site in block.structure.sites)
         forward = 2.0 * tokens * weights + 4.0 * tokens * window * model_map.hidden_size
-        flops += forward * (len(measuring) + 1)
+        flops += forward * (len(measuring) + 1 + through_model)
         flops += sum(_statistics_flops(each, block, tokens) for each in measuring)
     return flops / matmul_flops_per_second()
+
+
+def _forwards_of_gradients(recipe: Recipe) -> float:
+    """What gradients through the whole model cost, in forward passes over all calibration windows."""
+    samples = recipe.calibration.samples
+    found = [gradients for each in recipe.passes if (gradients := each.backward())]
+    return sum(_BACKWARD_FORWARDS * (each.trained_on or samples) / samples for each in found)
 
 
 def matmul_flops_per_second(size: int = 512, seconds: float = 0.05) -> float:

@@ -224,6 +224,15 @@ def test_gradients_through_the_whole_model_are_foretold(tiny):
     assert peak(second, batch=8) == pytest.approx(peak(second, batch=1), rel=0.1)
 
 
+def test_the_time_of_a_training_grows_with_its_steps(tiny):
+    def seconds(steps):
+        each = PASSES["recover"](training={"steps": steps})
+        settings = {"samples": 8, "tokens": 512}
+        return make_plan(tiny, Recipe(passes=(each,), calibration=settings)).estimated_seconds
+
+    assert seconds(10_000) > 20 * seconds(100) > 0
+
+
 def test_a_recipe_whose_globs_match_nothing_is_refused(tiny):
     with pytest.raises(CompressError, match="no-such-site"):
         make_plan(tiny, Recipe(passes=(RoundToNearest(scheme="int4_g16", sites=("*.dwon_proj",)),)))

@@ -28,7 +28,7 @@ NOTHING: Mapping[Trait, str] = MappingProxyType({})
 
 
 class Backward(NamedTuple):
-    """Gradients of the loss through the whole model, as far as memory is concerned."""
+    """Gradients of the loss through the whole model: what foresight must know of them."""
 
     copies: float = 0.0
     """Beside the model, in float32: of the selected sites' weights."""
@@ -36,6 +36,8 @@ class Backward(NamedTuple):
     """Of all parameters: their gradients, and what an optimizer keeps of them."""
     windows: int | None = None
     """In one batch, if their logits are not too large; None: as many as for calibration."""
+    trained_on: int = 0
+    """Windows that a training sees, repeated ones counted again; 0: no training, every window is seen once."""
 
 
 class Pass(BaseModel, ABC):

@@ -32,3 +32,8 @@ class Training(BaseModel):
     """Multiply in bfloat16 (autocast); weights, gradients, optimizer and loss stay float32."""
     validation: float = Field(default=0.0, ge=0, le=0.5)
     """Share of the windows kept out of the training, whose loss is told before and after."""
+
+    @property
+    def windows(self) -> int:
+        """That all steps together see, repeated ones counted again."""
+        return self.steps * self.gradient_accumulation * self.batch

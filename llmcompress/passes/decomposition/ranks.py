@@ -95,6 +95,8 @@ def _by_loss(options: FactorOptions, whole: WholeModel) -> dict[str, int]:
         spectrum = output_spectrum(site.weight_OI, options.metric(site))
         basis_OK = spectrum.basis_OK.float().cpu()
         found[site.name] = _Site(site.weight_OI.cpu(), Spectrum(basis_OK, spectrum.energy_K.cpu()))
+    if not found:
+        return {}
     uniform = {name: _uniform(options, name, *each.weight_OI.shape) for name, each in found.items()}
     with _truncated(whole, found, uniform):
         whole.progress.note("gradients with uniform ranks")

@@ -127,7 +127,7 @@ class Gates(ModelPass):
 
     @override
     def backward(self) -> Backward | None:
-        return Backward(of_all=3, windows=self.training.batch)
+        return Backward(of_all=3, windows=self.training.batch, trained_on=self.training.windows)
 
     @override
     def apply(self, whole: WholeModel) -> list[SiteReport]:

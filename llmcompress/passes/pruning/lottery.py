@@ -66,7 +66,7 @@ class LotteryTicket(ModelPass):
 
     @override
     def backward(self) -> Backward | None:
-        return Backward(of_all=4, windows=self.training.batch)
+        return Backward(of_all=4, windows=self.training.batch, trained_on=self.rounds * self.training.windows)
 
     @override
     def apply(self, whole: WholeModel) -> list[SiteReport]:

@@ -41,7 +41,8 @@ class Recover(ModelPass):
 
     @override
     def backward(self) -> Backward | None:
-        return Backward(of_all=3, windows=self.training.batch)
+        optimized = 3 if self.rank is None else 0  # adapters are small
+        return Backward(of_all=optimized, windows=self.training.batch, trained_on=self.training.windows)
 
     @override
     def apply(self, whole: WholeModel) -> list[SiteReport]:

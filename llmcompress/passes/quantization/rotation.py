@@ -104,7 +104,9 @@ class Rotation(ModelPass):
 
     @override
     def backward(self) -> Backward | None:
-        return Backward(copies=3, windows=self.learned.batch) if self.learned else None
+        if not self.learned:
+            return None
+        return Backward(copies=3, windows=self.learned.batch, trained_on=self.learned.windows)
 
     def apply(self, whole: WholeModel) -> list[SiteReport]:
         """Heads, then online transforms, then the stream.
