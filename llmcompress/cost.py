@@ -102,10 +102,10 @@ def seconds(recipe: Recipe, model_map: ModelMap) -> float:
     through_model = _forwards_of_gradients(recipe)
     flops = 0.0
     for block in model_map.blocks:
-        measuring = [each for each in _block_passes(recipe) if each.needs() and any(_groups(each, block))]
+        measuring = [each for each in _block_passes(recipe) if each.forwards() and any(_groups(each, block))]
         weights = sum(site.outputs * site.inputs for site in block.structure.sites)
         forward = 2.0 * tokens * weights + 4.0 * tokens * window * model_map.hidden_size
-        flops += forward * (len(measuring) + 1 + through_model)
+        flops += forward * (sum(each.forwards() for each in measuring) + 1 + through_model)
         flops += sum(_statistics_flops(each, block, tokens) for each in measuring)
     return flops / matmul_flops_per_second()
 
@@ -136,7 +136,7 @@ def _working_bytes(each: BlockPass, block: BlockInfo, tokens: int) -> int:
     """
     sites = block.structure.sites
     inside = _FLOAT * tokens * sum(site.outputs for site in sites)
-    if Gram not in each.needs():
+    if Gram not in each.measures():
         return inside
     squares = [_inputs(block, group) ** 2 for group in _groups(each, block)]
     weights = max((site.outputs * site.inputs for site in sites), default=0)
@@ -162,7 +162,7 @@ def _gradient_bytes(each: Pass, recipe: Recipe, model_map: ModelMap, parameters:
 
 
 def _statistics_flops(each: BlockPass, block: BlockInfo, tokens: int) -> float:
-    if Gram not in each.needs():
+    if Gram not in each.measures():
         return 0.0
     measuring = sum(2.0 * tokens * _inputs(block, group) ** 2 for group in _groups(each, block))
     sites = [site for site in block.structure.sites if each.selects(block.full(site.name))]

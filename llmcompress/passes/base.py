@@ -181,6 +181,14 @@ class BlockPass(Pass):
     def needs(self) -> tuple[type[Statistic], ...]:
         """Which statistics of the inputs `apply` reads; empty for a pass that needs no data."""
 
+    def measures(self) -> tuple[type[Statistic], ...]:
+        """What is measured of the selected sites at any time; more than `needs` where `apply` measures by itself."""
+        return self.needs()
+
+    def forwards(self) -> int:
+        """About how often all windows go through a block, beside the once that feeds the next one: for foresight."""
+        return 1 if self.needs() else 0
+
     def wants_dense(self) -> bool:
         """Whether `apply` reads `block.dense_outputs`: one more forward, and as much memory as the hidden states."""
         return False

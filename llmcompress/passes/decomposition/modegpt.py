@@ -77,6 +77,14 @@ class ModularDecomposition(BlockPass):
         return ()
 
     @override
+    def measures(self) -> tuple[type[Statistic], ...]:
+        return (Gram,)
+
+    @override
+    def forwards(self) -> int:
+        return 2
+
+    @override
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
         """How much of every part of every block stays, and what was found out about the attentions."""
         attentions = self._attentions(whole)

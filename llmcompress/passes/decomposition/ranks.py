@@ -99,7 +99,7 @@ def _by_loss(options: FactorOptions, whole: WholeModel) -> dict[str, int]:
         return {}
     uniform = {name: _uniform(options, name, *each.weight_OI.shape) for name, each in found.items()}
     with _truncated(whole, found, uniform):
-        whole.progress.note("gradients with uniform ranks")
+        whole.progress.inside("gradients with uniform ranks")
         gradients = squared_gradients(whole, list(found))
         before = _perplexity(whole)
     matrices = {}
@@ -110,8 +110,12 @@ def _by_loss(options: FactorOptions, whole: WholeModel) -> dict[str, int]:
         matrices[name] = Matrix(outputs, inputs, each.spectrum.energy_K * felt_K, step)
     ranks = _within_budget(options, matrices)
     with _truncated(whole, found, ranks):
-        whole.progress.note("loss with the ranks found")
-        return ranks if _perplexity(whole) < before else uniform
+        after = _perplexity(whole)
+    stay = "" if after < before else ", which stay"
+    whole.progress.note(
+        f"ranks by loss: perplexity {after:.2f} on the calibration text, {before:.2f} with uniform ranks{stay}"
+    )
+    return ranks if after < before else uniform
 
 
 def _within_budget(options: FactorOptions, matrices: Mapping[str, Matrix]) -> dict[str, int]:

@@ -102,6 +102,10 @@ class SingularValues(BlockPass):
         kinds: dict[Whitening, tuple[type[Statistic], ...]] = {"none": (), "activation": (AbsMean,), "gram": (Gram,)}
         return kinds[self.whitening]
 
+    def forwards(self) -> int:
+        """Ranks that depend on each other take a stream of their own, the refit a measurement for every input."""
+        return super().forwards() + 2 * (self.rule != "uniform") + 4 * self.refit
+
     def backward(self) -> Backward | None:
         """For ranks by loss; weights and the bases of their spectra are kept meanwhile."""
         return Backward(copies=2) if self.rule == "loss" else None

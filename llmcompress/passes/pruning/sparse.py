@@ -101,6 +101,10 @@ class SparsePass(BlockPass):
         """Gradients of the loss are those of the whole model."""
         return self.allocation != "loss"
 
+    def forwards(self) -> int:
+        """Shares that depend on each other take a stream of their own."""
+        return super().forwards() + 2 * (self.allocation != "uniform")
+
     def backward(self) -> Backward | None:
         """For shares by loss."""
         return Backward() if self.allocation == "loss" else None

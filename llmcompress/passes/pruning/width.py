@@ -19,7 +19,7 @@ from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.refit import Refitted
-from llmcompress.numerics.statistics import Statistic
+from llmcompress.numerics.statistics import Gram, Statistic
 from llmcompress.passes.base import PASSES, Backward, BlockPass, Trait
 from llmcompress.passes.pruning.allocation import ALLOCATIONS, Request, kept_units
 from llmcompress.passes.pruning.refits import REFITS, RefitName
@@ -66,6 +66,14 @@ class WidthPass(BlockPass):
     def needs(self) -> tuple[type[Statistic], ...]:
         """Nothing at once: heads and channels are measured one after the other, in `apply`."""
         return ()
+
+    @override
+    def measures(self) -> tuple[type[Statistic], ...]:
+        return (Gram,) if self.refit == "columns" else ()
+
+    @override
+    def forwards(self) -> int:
+        return (self.heads + self.channels) * (self.refit != "none")
 
     @override
     def uses_data(self) -> bool:
@@ -239,6 +247,11 @@ class Width(WidthPass):
     @override
     def backward(self) -> Backward | None:
         return self.scored_by.backward
+
+    @override
+    def forwards(self) -> int:
+        scored = 2 * (self.scored_by.needs_data and not self.scored_by.backward)
+        return super().forwards() + scored
 
     @override
     def choose(self, whole: WholeModel, groups: Sequence[UnitGroup], requests: Sequence[Request]) -> list[Tensor]:

@@ -58,6 +58,10 @@ class GPTQ(QuantizingPass):
         """The Gram matrix of every input."""
         return (Gram, *self.activation_statistics())
 
+    def forwards(self) -> int:
+        """One, or one for each input of a usual block."""
+        return 4 if self.true_sequential else super().forwards()
+
     def run(self, block: BlockWork) -> list[SiteReport]:
         """As usual, or one input group after the other, each measured on what the earlier ones became."""
         if not self.true_sequential:

@@ -149,6 +149,10 @@ class MixedPrecision(BlockPass):
         """Only errors of outputs are found block by block."""
         return self.sensitivity == "output" and self.settled({}).streams()
 
+    def forwards(self) -> int:
+        """Errors of the candidates take a stream of their own."""
+        return super().forwards() + 2
+
     def backward(self) -> Backward | None:
         """Gradients of outputs are added up as they come; of weights there are copies."""
         return _BACKWARD[self.sensitivity]
