@@ -43,7 +43,7 @@ def calibrated(facts: Facts) -> str:
         f"**{facts['model']}**: dense perplexity {dense['perplexity']:.3f} on `{dense['text']}` "
         f"({protocol(dense['window'], dense['bos'])}, {dense['tokens']:,} tokens). "
         f"Calibrated on up to {facts['samples']} × {facts['tokens']} tokens of `{facts['calibration']}`; "
-        f"mean (lowest–highest) of {draws} calibration draws, × dense."
+        f"mean (lowest–highest) of up to {draws} calibration draws, × dense."
     )
 
 

@@ -18,7 +18,7 @@ from llmcompress.errors import CompressError
 from llmcompress.model.map import ModelMap
 from llmcompress.model.site import LinearSite
 from llmcompress.model.skeleton import find_blocks
-from llmcompress.numerics.loss import next_token_loss, windows_at_once
+from llmcompress.numerics.loss import in_batches, next_token_loss
 from llmcompress.progress import Progress
 
 
@@ -100,7 +100,7 @@ class WholeModel:
         """B×T token ids on the device, of all windows or of these; as many at once as their logits allow."""
         windows_NT = self.windows_NT if windows_NT is None else windows_NT
         vocabulary = self.model.config.get_text_config().vocab_size
-        for ids_BT in torch.split(windows_NT, min(self.batch, windows_at_once(windows_NT.shape[1], vocabulary))):
+        for ids_BT in in_batches(windows_NT, self.batch, vocabulary):
             yield ids_BT.to(self.device)
 
     def loss(self, ids_BT: Tensor) -> Tensor:

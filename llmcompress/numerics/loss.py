@@ -26,6 +26,11 @@ def next_token_loss(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
     )
 
 
+def in_batches(windows_NT: Tensor, batch: int, vocabulary: int) -> tuple[Tensor, ...]:
+    """Windows in batches of at most so many, and of no more than may have their logits at once."""
+    return torch.split(windows_NT, min(batch, windows_at_once(windows_NT.shape[1], vocabulary)))
+
+
 def windows_at_once(tokens: int, vocabulary: int) -> int:
     """How many windows of so many tokens have logits of `LOGITS_BYTES` together; at least one."""
     return max(1, LOGITS_BYTES // (4 * tokens * vocabulary))

@@ -19,7 +19,7 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from llmcompress.errors import CompressError
-from llmcompress.numerics.loss import next_token_loss, windows_at_once
+from llmcompress.numerics.loss import in_batches, next_token_loss
 from llmcompress.progress import Progress, Silent
 from llmcompress.training.batches import Batches, held_out
 from llmcompress.training.checkpoint import Checkpoint, Reached, load_state, save_state
@@ -147,7 +147,7 @@ def train(
 def _parts(model: PreTrainedModel, ids_NT: Tensor, batch: int) -> Iterator[tuple[Tensor, float]]:
     """Windows in parts whose logits are not too large, and each part's share of them: gradients add up to the same."""
     vocabulary = model.config.get_text_config().vocab_size
-    for ids_BT in torch.split(ids_NT, min(batch, windows_at_once(ids_NT.shape[1], vocabulary))):
+    for ids_BT in in_batches(ids_NT, batch, vocabulary):
         yield ids_BT, len(ids_BT) / len(ids_NT)
 
 

@@ -231,7 +231,10 @@ def test_a_batch_in_parts_trains_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     settings = FEW.model_copy(update={"gradient_accumulation": 2, "validation": 0.3})
     once = train(whole, windows(), settings, device=CPU)
     monkeypatch.setattr(loss, "LOGITS_BYTES", 1)
+    seen: set[int] = set()
+    parted.register_forward_pre_hook(lambda _, __, given: seen.add(len(given["input_ids"])), with_kwargs=True)
     again = train(parted, windows(), settings, device=CPU)
+    assert seen == {1}
     assert again.losses == pytest.approx(once.losses, rel=1e-4) and again.tokens == once.tokens
     assert again.validation_after == pytest.approx(once.validation_after, rel=1e-4)
 

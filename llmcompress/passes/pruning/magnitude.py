@@ -13,7 +13,7 @@ from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.site import LinearSite
-from llmcompress.numerics.masks import due, lowest_counts, lowest_per_row, zeros_first
+from llmcompress.numerics.masks import due, lowest_counts
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.pruning.sparse import SparsePass, magnitude_mask, sparsity
@@ -59,9 +59,7 @@ class Magnitude(SparsePass):
 
     def mask(self, weight_OI: Tensor, squares_I: Tensor | None, share: float) -> Tensor:
         """The smallest weights, wherever they are compared."""
-        if self.comparison == "row":
-            return lowest_per_row(zeros_first(weight_OI.abs(), weight_OI), share)
-        return magnitude_mask(weight_OI, share, self.zeros)
+        return magnitude_mask(weight_OI, share, self.zeros, by_row=self.comparison == "row")
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
         """Zero them."""

@@ -16,7 +16,15 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.model.map import ModelMap
 from llmcompress.model.site import LinearSite
-from llmcompress.numerics.masks import Pattern, due, lowest, lowest_per_group, named_pattern, zeros_first
+from llmcompress.numerics.masks import (
+    Pattern,
+    due,
+    lowest,
+    lowest_per_group,
+    lowest_per_row,
+    named_pattern,
+    zeros_first,
+)
 from llmcompress.passes.base import Backward, BlockPass, Trait
 from llmcompress.passes.pruning.sparse_counts import decide_counts
 
@@ -141,12 +149,16 @@ class SparsePass(BlockPass):
             raise _indivisible(wrong)
 
 
-def magnitude_mask(weight_OI: Tensor, share: float, pattern: Pattern | None) -> Tensor:
-    """The smallest weights of a site: the baseline of every other mask."""
-    score_OI = zeros_first(weight_OI.abs(), weight_OI)
+def lowest_scores(score_OI: Tensor, share: float, pattern: Pattern | None, *, by_row: bool = False) -> Tensor:
+    """The lowest scores of every group of the pattern; without one of every output's row, or of the site."""
     if pattern:
         return lowest_per_group(score_OI, pattern)
-    return lowest(score_OI, due(share, weight_OI.numel()))
+    return lowest_per_row(score_OI, share) if by_row else lowest(score_OI, due(share, score_OI.numel()))
+
+
+def magnitude_mask(weight_OI: Tensor, share: float, pattern: Pattern | None, *, by_row: bool = False) -> Tensor:
+    """The smallest weights of a site: the baseline of every other mask."""
+    return lowest_scores(zeros_first(weight_OI.abs(), weight_OI), share, pattern, by_row=by_row)
 
 
 def sparsity(weight_OI: Tensor) -> float:

@@ -11,10 +11,10 @@ from torch import Tensor
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.site import LinearSite
-from llmcompress.numerics.masks import due, lowest, lowest_per_group, lowest_per_row, zeros_first
+from llmcompress.numerics.masks import zeros_first
 from llmcompress.numerics.statistics import Sketch, SquaredNorm, Statistic
 from llmcompress.passes.base import PASSES
-from llmcompress.passes.pruning.sparse import SparsePass, magnitude_mask, sparsity
+from llmcompress.passes.pruning.sparse import SparsePass, lowest_scores, magnitude_mask, sparsity
 
 
 @PASSES.register("wanda")
@@ -45,11 +45,7 @@ class Wanda(SparsePass):
     def mask(self, weight_OI: Tensor, squares_I: Tensor, share: float) -> Tensor:
         """The lowest scores of every group of the pattern, of every row, or of the site."""
         score_OI = zeros_first(weight_OI.abs() * squares_I.sqrt(), weight_OI)
-        if self.zeros:
-            return lowest_per_group(score_OI, self.zeros)
-        if self.comparison == "layer":
-            return lowest(score_OI, due(share, score_OI.numel()))
-        return lowest_per_row(score_OI, share)
+        return lowest_scores(score_OI, share, self.zeros, by_row=self.comparison == "row")
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
         """Zero them; by magnitude alone where no token came."""
