@@ -20,6 +20,7 @@ import click
 import torch
 from transformers import PreTrainedModel
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.settings import Calibration
 from llmcompress.evaluation.environment import machine, versions
@@ -86,12 +87,7 @@ def main(
             copy.deepcopy(loaded.model),
             model_map,
             parse_recipe("passes:\n" + passes, "evals").passes,
-            draws[seed],
-            batch=8,
-            device=torch.device("cpu"),
-            storage_dtype=loaded.preflight.storage_dtype,
-            progress=Silent(),
-            seed=seed,
+            RunContext(draws[seed], batch=8, storage_dtype=loaded.preflight.storage_dtype, seed=seed),
         )
         return tried, sorted(int(row.site.rpartition(".")[2]) for row in rows)
 

@@ -24,6 +24,7 @@ from speed import CLOCKS, SHAPES, llama
 from transformers import PreTrainedModel
 from trial import Setting, Trial, run_trial
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.evaluation.perplexity import perplexity
 from llmcompress.evaluation.speed import compare_speed
@@ -160,11 +161,7 @@ def made_dynamic(passes: str) -> PreTrainedModel:
         model,
         map_model(model),
         parse_recipe("passes:\n" + passes, "evals").passes,
-        windows_NT,
-        batch=2,
-        device=torch.device("cpu"),
-        storage_dtype=torch.float32,
-        progress=Silent(),
+        RunContext(windows_NT, batch=2),
     ).model
     assert any(isinstance(part, DynamicBlock) or hasattr(part, "columns_IO") for part in found.modules())
     return found

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.settings import Calibration
 from llmcompress.calibration.stream import BlockStream
@@ -46,11 +47,7 @@ def inject(model: PreTrainedModel, model_map: ModelMap, windows_NT: Tensor, *, c
     stream = BlockStream(
         model,
         model_map,
-        windows_NT,
-        batch=8,
-        device=torch.device("cpu"),
-        storage_dtype=torch.float32,
-        progress=Silent(),
+        RunContext(windows_NT, batch=8),
     )
     for work in stream:
         work.measure(work.sites, (AbsMax,))
@@ -89,11 +86,7 @@ def main(
                 loaded.model,
                 model_map,
                 parse_recipe("passes:\n" + passes, "evals").passes,
-                data.windows_NT,
-                batch=8,
-                device=device,
-                storage_dtype=torch.float32,
-                progress=Silent(),
+                RunContext(data.windows_NT, batch=8, device=device),
             )
         result = perplexity(loaded.model, loaded.tokenizer, task, device=device, progress=Silent())
         rows.append({"method": label, "perplexity": result.perplexity})

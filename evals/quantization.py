@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 import torch
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.settings import Calibration
 from llmcompress.cli.terminal import TerminalProgress
@@ -89,11 +90,9 @@ def main(
                             trial.model,
                             map_model(trial.model),
                             recipe.passes,
-                            data.windows_NT,
-                            batch=8,
-                            device=device,
-                            storage_dtype=trial.preflight.storage_dtype,
-                            progress=Silent(),
+                            RunContext(
+                                data.windows_NT, batch=8, device=device, storage_dtype=trial.preflight.storage_dtype
+                            ),
                         )
                         result = perplexity(trial.model, trial.tokenizer, task, device=device, progress=Silent())
                         found.append(result.perplexity)

@@ -17,6 +17,7 @@ import click
 import torch
 from outliers import inject
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.settings import Calibration
 from llmcompress.evaluation.environment import machine, versions
@@ -109,12 +110,7 @@ def main(
                 loaded.model,
                 model_map,
                 parse_recipe(f"passes: {passes}", "evals").passes,
-                data.windows_NT,
-                batch=8,
-                device=cpu,
-                storage_dtype=torch.float32,
-                progress=Silent(),
-                seed=seed,
+                RunContext(data.windows_NT, batch=8, device=cpu, seed=seed),
             ).model
         return perplexity(found, loaded.tokenizer, task, device=cpu, progress=Silent()).perplexity
 

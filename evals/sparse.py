@@ -19,6 +19,7 @@ import click
 import torch
 from transformers import PreTrainedModel
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.settings import Calibration
 from llmcompress.errors import CompressError
@@ -112,11 +113,7 @@ def main(
             copy.deepcopy(loaded.model),
             model_map,
             parse_recipe("passes:\n" + passes, "evals").passes,
-            draws[seed],
-            batch=8,
-            device=torch.device("cpu"),
-            storage_dtype=storage_dtype,
-            progress=Silent(),
+            RunContext(draws[seed], batch=8, storage_dtype=storage_dtype),
         )
         weights = [tried.get_submodule(site).weight for site in model_map.site_names()]
         zeros = sum(int((weight == 0).sum()) for weight in weights)

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.evaluation.footprint import parameters
 from llmcompress.evaluation.speed import SpeedResult, compare_speed
@@ -30,7 +31,6 @@ from llmcompress.model.probe import map_model
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.modules.low_rank import LowRankLinear
 from llmcompress.passes.apply import apply_passes
-from llmcompress.progress import Silent
 from llmcompress.recipe import parse_recipe
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -167,11 +167,7 @@ def through_passes(sizes: dict[str, Any], passes: str) -> PreTrainedModel:
         model,
         map_model(model),
         recipe.passes,
-        windows_NT,
-        batch=2,
-        device=torch.device("cpu"),
-        storage_dtype=torch.float32,
-        progress=Silent(),
+        RunContext(windows_NT, batch=2),
     ).model
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.settings import Calibration
 from llmcompress.evaluation.footprint import parameters
 from llmcompress.evaluation.perplexity import perplexity
-from llmcompress.evaluation.report import PerplexityResult, SiteReport
 from llmcompress.evaluation.settings import PerplexityTask
 from llmcompress.loading.load import load_for_compression
 from llmcompress.loading.source import find_source
@@ -20,6 +20,7 @@ from llmcompress.model.probe import map_model
 from llmcompress.passes.apply import apply_passes
 from llmcompress.progress import Silent
 from llmcompress.recipe import parse_recipe
+from llmcompress.records.report import PerplexityResult, SiteReport
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,7 @@ def run_trial(setting: Setting, passes: str = "", *, seed: int = 0, device: str 
             model,
             map_model(model),
             recipe.passes,
-            data.windows_NT,
-            batch=8,
-            device=where,
-            storage_dtype=loaded.preflight.storage_dtype,
-            progress=Silent(),
-            seed=seed,
+            RunContext(data.windows_NT, batch=8, device=where, storage_dtype=loaded.preflight.storage_dtype, seed=seed),
         )
     result = perplexity(model, loaded.tokenizer, setting.task, device=where, progress=Silent())
     return Trial(result, parameters(model), rows, model, loaded.tokenizer)

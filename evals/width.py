@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trial import Setting
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.settings import Calibration
 from llmcompress.calibration.whole import WholeModel
@@ -148,12 +149,7 @@ def whole_model(loaded: Any, model: PreTrainedModel, windows_NT: Tensor, seed: i
     return WholeModel(
         model,
         map_model(loaded.model),
-        windows_NT,
-        batch=8,
-        device=CPU,
-        storage_dtype=loaded.preflight.storage_dtype,
-        progress=Silent(),
-        seed=seed,
+        RunContext(windows_NT, batch=8, device=CPU, storage_dtype=loaded.preflight.storage_dtype, seed=seed),
     )
 
 

@@ -13,10 +13,10 @@ import wrapt
 
 if TYPE_CHECKING:
     from llmcompress.errors import CompressError
-    from llmcompress.evaluation.report import Report
     from llmcompress.loading.load import load
     from llmcompress.pipeline import compress, evaluate, inspect, plan
     from llmcompress.recipe import Recipe
+    from llmcompress.records.report import Report
 
 __version__ = "0.1.0"
 
@@ -35,7 +35,7 @@ __all__ = [
 _HOMES = {
     "CompressError": "llmcompress.errors",
     "Recipe": "llmcompress.recipe",
-    "Report": "llmcompress.evaluation.report",
+    "Report": "llmcompress.records.report",
     "compress": "llmcompress.pipeline",
     "evaluate": "llmcompress.pipeline",
     "inspect": "llmcompress.pipeline",

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.data import calibration_windows
+from llmcompress.calibration.devices import usable_device
 from llmcompress.calibration.tokens import max_positions
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
@@ -22,7 +24,9 @@ from llmcompress.progress import Progress, Silent
 from llmcompress.recipe import Recipe
 
 
-def allocate(model: str | None, recipe: Recipe | str | Path, *, progress: Progress | None = None) -> Recipe:
+def allocate(
+    model: str | None, recipe: Recipe | str | Path, *, device: str = "auto", progress: Progress | None = None
+) -> Recipe:
     """The recipe with its `mixed_precision` replaced by the quantizer inside and the overrides that were decided.
 
     It makes the same result, without deciding again. Passes before the decision are applied in memory; nothing is
@@ -47,32 +51,21 @@ def allocate(model: str | None, recipe: Recipe | str | Path, *, progress: Progre
         model=live,
         progress=progress,
     )
-    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    storage_dtype = storage_dtype_of(chosen, loaded.preflight)
-    if index:
-        live, _ = apply_passes(
-            live,
-            model_map,
-            chosen.passes[:index],
-            data.windows_NT,
-            batch=chosen.calibration.batch,
-            device=where,
-            storage_dtype=storage_dtype,
-            progress=progress,
-            seed=chosen.seed,
-        )
-        model_map = map_model(live)
-    progress.stage("decide", 1)
-    whole = WholeModel(
-        live,
-        model_map,
+    where = usable_device(device)
+    context = RunContext(
         data.windows_NT,
         batch=chosen.calibration.batch,
         device=where,
-        storage_dtype=storage_dtype,
-        progress=progress,
+        storage_dtype=storage_dtype_of(chosen, loaded.preflight),
         seed=chosen.seed,
+        experts=chosen.calibration.experts,
+        progress=progress,
     )
+    if index:
+        live, _ = apply_passes(live, model_map, chosen.passes[:index], context)
+        model_map = map_model(live)
+    progress.stage("decide", 1)
+    whole = WholeModel(live, model_map, context)
     settled = deciding.settled(deciding.decide(whole))
     progress.step("decided")
     return chosen.model_copy(update={"passes": (*chosen.passes[:index], settled, *chosen.passes[index + 1 :])})

@@ -12,23 +12,22 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.data import CalibrationData, calibration_windows
+from llmcompress.calibration.devices import usable_device
 from llmcompress.calibration.homes import Home, InMemory, OnDisk
 from llmcompress.calibration.ranks import Ranks, all_ranks, own_device
 from llmcompress.calibration.sources import overlap_warning
 from llmcompress.calibration.tokens import max_positions
 from llmcompress.cost import Offload, must_offload
-from llmcompress.errors import CompressError
 from llmcompress.evaluation.coverage import coverage_warnings
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.evaluation.footprint import bytes_on_disk
 from llmcompress.evaluation.perplexity import EvaluationText, evaluation_text, measure
-from llmcompress.evaluation.report import PerplexityResult, Quality, Report
 from llmcompress.evaluation.settings import Evaluate
 from llmcompress.evaluation.speed import SpeedResult, speed_of
 from llmcompress.export.checkpoint import loader_of
 from llmcompress.export.companions import companions
-from llmcompress.export.folder import check_output, publish, run_folder, staging_folder
 from llmcompress.export.save import save_model
 from llmcompress.loading.config import read_config
 from llmcompress.loading.load import Loaded, load, load_for_compression
@@ -42,7 +41,9 @@ from llmcompress.planning import Plan, check_recipe, make_plan, refused, storage
 from llmcompress.presets import as_recipe
 from llmcompress.progress import Progress, Silent
 from llmcompress.recipe import Recipe
+from llmcompress.records.report import PerplexityResult, Quality, Report
 from llmcompress.run import Run
+from llmcompress.storage.folder import check_output, publish, run_folder, staging_folder
 
 REPORT = "llmcompress_report.json"
 RECIPE = "llmcompress_recipe.yaml"
@@ -72,7 +73,7 @@ def compress(
     Raises: CompressError for everything a user can cause.
     """
     chosen = as_recipe(recipe).for_model(model)
-    where = own_device(_device(device))
+    where = own_device(usable_device(device))
     with all_ranks(where) as ranks:
         return _compress(
             chosen,
@@ -134,21 +135,19 @@ def _compress(
         dense = ranks.same(_measure(loaded.model, texts, where, progress, home) if ranks.is_first else [])
         clock.lap("evaluate dense")
         progress.stage("compress", steps(chosen.passes, model_map))
-        model, rows = apply_passes(
-            loaded.model,
-            model_map,
-            chosen.passes,
+        context = RunContext(
             data.windows_NT if data else torch.zeros(0, 1, dtype=torch.long),
             batch=chosen.calibration.batch,
             device=where,
             storage_dtype=storage_dtype,
-            progress=progress,
             seed=chosen.seed,
-            keep=run if ranks.count == 1 else Together(run, ranks),
             home=home,
             experts=chosen.calibration.experts,
             ranks=ranks,
+            keep=run if ranks.count == 1 else Together(run, ranks),
+            progress=progress,
         )
+        model, rows = apply_passes(loaded.model, model_map, chosen.passes, context)
         clock.lap("compress")
         if run is None:  # the first process evaluates and writes
             return ranks.same(Report.model_construct())
@@ -256,7 +255,7 @@ def evaluate(
 
     Raises: CompressError when the model or a text cannot be read.
     """
-    where = _device(device)
+    where = usable_device(device)
     live, tokenizer = load(model, dtype=torch.float32, device=where)
     texts = [evaluation_text(task, tokenizer, live.config) for task in (settings or Evaluate()).perplexity]
     return _measure(live, texts, where, progress or Silent(), InMemory())
@@ -277,7 +276,7 @@ def speed(
     """
     return speed_of(
         models,
-        device=_device(device),
+        device=usable_device(device),
         dtype=dtype,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
@@ -326,18 +325,3 @@ def _overlaps(data: CalibrationData, texts: Sequence[EvaluationText]) -> list[st
         for text in texts
     )
     return [warning for warning in found if warning]
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as problem:
-        raise CompressError(
-            "device.unusable",
-            f"the device {name!r} cannot be used: {str(problem).splitlines()[0]}",
-            fix="use --device auto, cpu or cuda",
-        ) from None
-    return device

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmcompress.errors import NOTHING_SAVED, CompressError, ExitCode
-from llmcompress.evaluation.report import SiteReport
-from llmcompress.export.disk import disk_errors, sha256, sync
-from llmcompress.export.folder import run_folder
-from llmcompress.export.lock import ProcessLock
 from llmcompress.model.stock import stock_outline
 from llmcompress.modules.manifest import Manifest, apply_manifest, changes
+from llmcompress.records.rows import SiteReport
+from llmcompress.storage.disk import disk_errors, sha256, sync
+from llmcompress.storage.folder import run_folder
+from llmcompress.storage.lock import ProcessLock
 
 _ABOUT = "llmcompress"
 """Metadata key of a kept file: what its tensors do not say."""

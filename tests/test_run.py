@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.evaluation.report import SiteReport
-from llmcompress.export.folder import check_output, staging_folder
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.passes.apply import outline
+from llmcompress.records.rows import SiteReport
 from llmcompress.run import Run
+from llmcompress.storage.folder import check_output, staging_folder
 from tests.export.quantized import quantized_model
 from tests.families import tiny_model, tiny_tokens
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from venvs import run_in
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.settings import Calibration
 from llmcompress.evaluation.environment import machine, versions
@@ -145,11 +146,7 @@ def main(
             tried,
             model_map,
             parse_recipe(f"passes: {recipe}", "evals").passes,
-            windows_NT,
-            batch=8,
-            device=torch.device("cpu"),
-            storage_dtype=storage_dtype,
-            progress=Silent(),
+            RunContext(windows_NT, batch=8, storage_dtype=storage_dtype),
         )
         seconds = time.process_time() - began
         return measured(tried), seconds

@@ -28,12 +28,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from venvs import run_in
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.evaluation.perplexity import EvaluationText, measure
 from llmcompress.loading.source import find_source
 from llmcompress.model.probe import map_model
 from llmcompress.passes.apply import apply_passes
-from llmcompress.progress import Silent
 from llmcompress.recipe import parse_recipe
 
 
@@ -165,11 +165,7 @@ def ours(method: Method, model: PreTrainedModel, windows_NT: Tensor) -> Timed:
         tried,
         model_map,
         chosen,
-        windows_NT if uses_data else windows_NT[:0],
-        batch=8,
-        device=torch.device("cpu"),
-        storage_dtype=torch.float16,
-        progress=Silent(),
+        RunContext(windows_NT if uses_data else windows_NT[:0], batch=8, storage_dtype=torch.float16),
     )
     seconds = time.process_time() - began
     return Timed(seconds, mean([before, forward(model, windows_NT)]))

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from venvs import run_in
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.settings import Calibration
 from llmcompress.evaluation.environment import machine, versions
@@ -76,11 +77,7 @@ def main(
             copy.deepcopy(loaded.model),
             model_map,
             parse_recipe("passes:\n" + passes, "evals").passes,
-            windows_NT,
-            batch=8,
-            device=torch.device("cpu"),
-            storage_dtype=storage_dtype,
-            progress=Silent(),
+            RunContext(windows_NT, batch=8, storage_dtype=storage_dtype),
         )
         return measured(tried)
 

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.experts import all_tokens, in_expert
-from llmcompress.calibration.homes import Home, InMemory
 from llmcompress.calibration.listening import LastInput, input_of
-from llmcompress.calibration.ranks import ALONE, Ranks
-from llmcompress.calibration.settings import Experts
 from llmcompress.errors import CompressError
 from llmcompress.model.map import BlockInfo, Fold, ModelMap
 from llmcompress.model.shrink import shrink_block
@@ -27,7 +25,6 @@ from llmcompress.model.site import LinearSite
 from llmcompress.model.skeleton import BlockCall, find_blocks, record
 from llmcompress.model.surgery import apply_fold
 from llmcompress.numerics.statistics import Statistic
-from llmcompress.progress import Progress
 
 
 class BlockWork:
@@ -39,14 +36,10 @@ class BlockWork:
         module: nn.Module,
         inputs: Sequence[Tensor],
         calls: Sequence[BlockCall],
-        *,
-        storage_dtype: torch.dtype,
-        progress: Progress,
-        experts: Experts = "routed",
-        ranks: Ranks = ALONE,
+        context: RunContext,
     ) -> None:
-        self.info, self.module, self.storage_dtype, self.progress = info, module, storage_dtype, progress
-        self._inputs, self._calls, self._experts, self._ranks = inputs, calls, experts, ranks
+        self.info, self.module, self.context = info, module, context
+        self._inputs, self._calls = inputs, calls
         self.decisions: Mapping[str, Tensor] = {}
         """What the first pass of the stage decided about the whole model."""
         self.dense_inputs: list[Tensor] = []
@@ -82,7 +75,7 @@ class BlockWork:
 
     def fold(self, fold: Fold, divide_P: Tensor) -> None:
         """Divide the producer's channels and multiply the consumers' columns."""
-        apply_fold(self.module, fold, divide_P, storage_dtype=self.storage_dtype)
+        apply_fold(self.module, fold, divide_P, storage_dtype=self.context.storage_dtype)
 
     def shrink(self, keep: Mapping[int, Sequence[int]]) -> None:
         """Keep only these units of the width groups with these indices; the block then has other `sites`, unmeasured.
@@ -97,7 +90,7 @@ class BlockWork:
 
     def _name_sites(self) -> None:
         self._by_name = {
-            site.name: LinearSite(self.info.full(site.name), site, self.module, self.storage_dtype)
+            site.name: LinearSite(self.info.full(site.name), site, self.module, self.context.storage_dtype)
             for site in self.info.structure.sites
         }
         self.sites = tuple(self._by_name.values())
@@ -129,7 +122,7 @@ class BlockWork:
         wanted = {site.name for site in sites}
         measured: list[tuple[list[LinearSite], dict[type[Statistic], Statistic]]] = []
         with ExitStack() as hooks:
-            every = hooks.enter_context(all_tokens(self.module)) if self._experts == "all" else None
+            every = hooks.enter_context(all_tokens(self.module)) if self.context.experts == "all" else None
             for group in self.input_groups():
                 members = [site for site in group if site.name in wanted]
                 if members:
@@ -142,8 +135,8 @@ class BlockWork:
                 self._run(inputs, call)
         for members, statistics in measured:
             for statistic in statistics.values():
-                if self._ranks.count > 1:
-                    statistic.pool(self._ranks)
+                if self.context.ranks.count > 1:
+                    statistic.pool(self.context.ranks)
                 if not statistic.is_finite():
                     raise CompressError(
                         "numerics.not-finite",
@@ -166,12 +159,12 @@ class BlockWork:
         Buffers stay: loaders keep rotary tables in float32, and the scales of quantized linears are rounded already.
         """
         for parameter in self.module.parameters():
-            parameter.data.copy_(parameter.data.to(self.storage_dtype))
+            parameter.data.copy_(parameter.data.to(self.context.storage_dtype))
 
     @torch.no_grad()
     def watch(self, module: nn.Module, see: Callable[[Tensor], None]) -> None:
         """Show every input of one of the block's modules; the block runs over all data, each time only that far."""
-        self._ranks.require_one("a pass of this recipe")
+        self.context.ranks.require_one("a pass of this recipe")
 
         def show(_: nn.Module, args: tuple[Any, ...]) -> None:
             see(args[0])
@@ -205,7 +198,7 @@ class BlockWork:
 
     def inputs(self) -> list[Tensor]:
         """The block's input for every batch, on the CPU; not to be changed."""
-        self._ranks.require_one("a pass of this recipe")
+        self.context.ranks.require_one("a pass of this recipe")
         return list(self._inputs)
 
     @property
@@ -215,7 +208,7 @@ class BlockWork:
 
     def pool_(self, tensor: Tensor) -> None:
         """Make it the sum of what all processes have."""
-        self._ranks.add_(tensor)
+        self.context.ranks.add_(tensor)
 
     def output(self, batch: int) -> Tensor:
         """The block's output for one of this process's batches, on its device, with gradients where enabled."""
@@ -255,30 +248,16 @@ class BlockStream:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        model_map: ModelMap,
-        windows_NT: Tensor,
-        *,
-        batch: int,
-        device: torch.device,
-        storage_dtype: torch.dtype,
-        progress: Progress,
-        home: Home | None = None,
-        experts: Experts = "routed",
-        ranks: Ranks = ALONE,
-        dense: bool = False,
+        self, model: PreTrainedModel, model_map: ModelMap, context: RunContext, *, dense: bool = False
     ) -> None:
-        self._experts, self._ranks, self._dense = experts, ranks, dense
-        self._map, self._device, self._storage_dtype, self._progress = model_map, device, storage_dtype, progress
-        self._home = home or InMemory()
+        self._map, self._context, self._dense = model_map, context, dense
         named = find_blocks(model)
         self._blocks = [block for _, block in named]
         self._hidden: list[Tensor] = []
         self._calls: list[list[BlockCall]] = []
-        with self._home.running(model, torch.device("cpu")):
-            windows_NT = ranks.share(windows_NT)
-            for ids_BT in torch.split(windows_NT, batch) if len(windows_NT) else ():
+        with context.home.running(model, torch.device("cpu")):
+            windows_NT = context.ranks.share(context.windows_NT)
+            for ids_BT in torch.split(windows_NT, context.batch) if len(windows_NT) else ():
                 recording = record(model, named, ids_BT)
                 first = self._calls[0] if self._calls else recording.calls
                 self._hidden.append(recording.hidden)
@@ -288,25 +267,16 @@ class BlockStream:
         """Yield every block, on the device and in float32; when the caller is done with it, feed its outputs onward."""
         dense = self._hidden
         for info, module in zip(self._map.blocks, self._blocks, strict=True):
-            module.to(self._device, torch.float32)
+            module.to(self._context.device, torch.float32)
             calls = [batch_calls[info.index] for batch_calls in self._calls]
-            work = BlockWork(
-                info,
-                module,
-                self._hidden,
-                calls,
-                storage_dtype=self._storage_dtype,
-                progress=self._progress,
-                experts=self._experts,
-                ranks=self._ranks,
-            )
+            work = BlockWork(info, module, self._hidden, calls, self._context)
             if self._dense:
                 work.dense_inputs, dense = dense, work.outputs_for(dense)
                 work.dense_outputs = dense
             yield work
             if info.index + 1 < len(self._blocks):
                 self._hidden = work.outputs()
-            self._home.leave(info.name, work.module)
+            self._context.home.leave(info.name, work.module)
 
 
 def _sharing(call: BlockCall, first: BlockCall) -> BlockCall:

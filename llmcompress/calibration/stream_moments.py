@@ -29,7 +29,7 @@ def stream_moments(whole: WholeModel, residual: Residual) -> dict[str, Tensor]:
     moments: dict[str, SecondMoment] = {}
 
     def moment() -> SecondMoment:
-        return SecondMoment(residual.width, whole.device)
+        return SecondMoment(residual.width, whole.context.device)
 
     with ExitStack() as stack:
         for block, ports in residual.blocks:
@@ -42,8 +42,8 @@ def stream_moments(whole: WholeModel, residual: Residual) -> dict[str, Tensor]:
         for work in whole.stream():
             if work.info.index + 1 == len(residual.blocks):
                 for hidden_BTD in work.outputs():
-                    last.add(hidden_BTD.to(whole.device).flatten(0, -2))
-            whole.progress.inside(f"slicegpt: block {work.info.index + 1}/{len(residual.blocks)}")
+                    last.add(hidden_BTD.to(whole.context.device).flatten(0, -2))
+            whole.context.progress.inside(f"slicegpt: block {work.info.index + 1}/{len(residual.blocks)}")
     return finite({name: found.sum_DD for name, found in moments.items()})
 
 

@@ -10,67 +10,37 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmcompress.calibration.homes import Home, InMemory
-from llmcompress.calibration.ranks import ALONE, Ranks
-from llmcompress.calibration.settings import Experts
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.stream import BlockStream, BlockWork
 from llmcompress.errors import CompressError
 from llmcompress.model.map import ModelMap
 from llmcompress.model.site import LinearSite
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.numerics.loss import in_batches, next_token_loss
-from llmcompress.progress import Progress
 
 
 class WholeModel:
     """The live model, its map and the calibration windows; all windows have the same length and no padding."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        model_map: ModelMap,
-        windows_NT: Tensor,
-        *,
-        batch: int,
-        device: torch.device,
-        storage_dtype: torch.dtype,
-        progress: Progress,
-        seed: int = 0,
-        home: Home | None = None,
-        experts: Experts = "routed",
-        ranks: Ranks = ALONE,
-    ) -> None:
-        self.model, self.map, self.windows_NT = model, model_map, windows_NT
-        self.batch, self.device, self.storage_dtype = batch, device, storage_dtype
-        self.progress, self.seed = progress, seed
-        self.home, self.experts, self.ranks = home or InMemory(), experts, ranks
+    def __init__(self, model: PreTrainedModel, model_map: ModelMap, context: RunContext) -> None:
+        self.model, self.map, self.context = model, model_map, context
+
+    def within(self, context: RunContext) -> WholeModel:
+        """The same model seen by another run, which `replace` derived from this one's context."""
+        return WholeModel(self.model, self.map, context)
 
     def stream(self, *, dense: bool = False) -> Iterator[BlockWork]:
         """Every block once, on the device and in float32; what the caller leaves in a block is fed onward.
 
         With `dense` each knows its `dense_outputs`.
         """
-        return iter(
-            BlockStream(
-                self.model,
-                self.map,
-                self.windows_NT,
-                batch=self.batch,
-                device=self.device,
-                storage_dtype=self.storage_dtype,
-                progress=self.progress,
-                home=self.home,
-                experts=self.experts,
-                ranks=self.ranks,
-                dense=dense,
-            )
-        )
+        return iter(BlockStream(self.model, self.map, self.context, dense=dense))
 
     def sites(self) -> list[LinearSite]:
         """All sites of all blocks, in model order."""
         modules = dict(find_blocks(self.model))
         return [
-            LinearSite(info.full(site.name), site, modules[info.name], self.storage_dtype)
+            LinearSite(info.full(site.name), site, modules[info.name], self.context.storage_dtype)
             for info in self.map.blocks
             for site in info.structure.sites
         ]
@@ -83,10 +53,10 @@ class WholeModel:
 
         Raises: CompressError when the weights are on disk because memory does not hold them.
         """
-        self.home.require_memory("a pass of this recipe")
-        self.ranks.require_one("a pass of this recipe")
+        self.context.home.require_memory("a pass of this recipe")
+        self.context.ranks.require_one("a pass of this recipe")
         wanted = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
-        self.model.to(self.device, torch.float32)
+        self.model.to(self.context.device, torch.float32)
         self.model.eval()
         try:
             yield self.model
@@ -98,10 +68,10 @@ class WholeModel:
 
     def batches(self, windows_NT: Tensor | None = None) -> Iterator[Tensor]:
         """B×T token ids on the device, of all windows or of these; as many at once as their logits allow."""
-        windows_NT = self.windows_NT if windows_NT is None else windows_NT
+        windows_NT = self.context.windows_NT if windows_NT is None else windows_NT
         vocabulary = self.model.config.get_text_config().vocab_size
-        for ids_BT in in_batches(windows_NT, self.batch, vocabulary):
-            yield ids_BT.to(self.device)
+        for ids_BT in in_batches(windows_NT, self.context.batch, vocabulary):
+            yield ids_BT.to(self.context.device)
 
     def loss(self, ids_BT: Tensor) -> Tensor:
         """Mean negative log-likelihood of the next token in nats; the model must be resident."""
@@ -129,7 +99,3 @@ class WholeModel:
     def replace_model(self, model: PreTrainedModel) -> None:
         """The model became another object; the map is made anew when the pass is done."""
         self.model = model
-
-    def generator(self) -> torch.Generator:
-        """On the CPU, seeded from the recipe: the same numbers on every call."""
-        return torch.Generator().manual_seed(self.seed)

@@ -13,8 +13,8 @@ from llmcompress.cli.terminal import duration, size
 
 if TYPE_CHECKING:
     from llmcompress.evaluation.footprint import Footprint
-    from llmcompress.evaluation.report import PerplexityResult, Report
     from llmcompress.evaluation.speed import SpeedResult
+    from llmcompress.records.report import PerplexityResult, Report
 
 WORST_SITES = 5
 ROWS_SHOWN = 40

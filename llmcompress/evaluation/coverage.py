@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import ModelMap
+from llmcompress.records.rows import SiteReport
 
 
 def coverage_warnings(rows: Iterable[SiteReport], model_map: ModelMap) -> list[str]:

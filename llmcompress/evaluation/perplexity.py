@@ -19,10 +19,10 @@ from torch.nn import functional
 from llmcompress.calibration.sources import JOINER, paragraph_hashes, read_texts
 from llmcompress.calibration.tokens import max_positions, starts_with_bos, unknown_warning, written_out
 from llmcompress.errors import CompressError
-from llmcompress.evaluation.report import PerplexityResult
 from llmcompress.evaluation.settings import PerplexityTask
 from llmcompress.numerics.loss import windows_at_once
 from llmcompress.progress import Progress, Silent
+from llmcompress.records.report import PerplexityResult
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.loading.tensors import write_header
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+from llmcompress.storage.names import INDEX, SINGLE
 
 _PIECE = 2**24
 """Bytes copied at a time."""

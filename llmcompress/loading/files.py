@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.errors import CompressError
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+from llmcompress.storage.names import INDEX, SINGLE
 
 
 def weight_files(folder: Path, *, how_to_get_again: str) -> tuple[list[Path], dict[str, str]]:

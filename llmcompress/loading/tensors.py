@@ -15,7 +15,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llmcompress.errors import CompressError
-from llmcompress.loading.files import INDEX, some, weight_files
+from llmcompress.loading.files import some, weight_files
+from llmcompress.storage.names import INDEX
 
 DTYPES = {
     "F64": torch.float64,

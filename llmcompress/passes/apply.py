@@ -6,25 +6,22 @@ A stage is a chain of block passes that one stream over the blocks can serve, or
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmcompress.calibration.homes import Home
-from llmcompress.calibration.ranks import ALONE, Ranks
-from llmcompress.calibration.settings import Experts
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.whole import WholeModel
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.conform import conformed
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
 from llmcompress.passes.base import PASSES, BlockPass, ModelPass, Pass
-from llmcompress.progress import Progress
+from llmcompress.records.rows import SiteReport
 
 
 @dataclass(frozen=True)
@@ -63,37 +60,6 @@ def stages(passes: Sequence[Pass]) -> list[Stage]:
     return [Stage(index, tuple(members)) for index, members in enumerate(cut)]
 
 
-class FinishedWork(Protocol):
-    """Where finished work is kept, so that a killed run need not compute it again."""
-
-    def finished_blocks(self, stage: int) -> list[int]:
-        """Indices of the blocks that a stage has done, from 0 on, without a gap."""
-
-    def save_block(self, stage: int, index: int, block: nn.Module, before: nn.Module, rows: list[SiteReport]) -> None:
-        """Keep a block and its report; `before` is its outline from before the stage."""
-
-    def restore_block(self, stage: int, index: int, block: nn.Module) -> list[SiteReport]:
-        """Make the block what was kept, bit for bit; its report."""
-
-    def block_state(self, stage: int, index: int) -> Mapping[str, Tensor]:
-        """Every tensor of a kept block, mapped from its file."""
-
-    def decisions(self, stage: int) -> dict[str, Tensor] | None:
-        """What the stage's passes decided, if they have."""
-
-    def save_decisions(self, stage: int, decisions: Mapping[str, Tensor]) -> None:
-        """Keep it."""
-
-    def finished_model(self) -> int | None:
-        """The last stage after which the whole model was kept."""
-
-    def save_model(self, stage: int, model: PreTrainedModel, rows: list[SiteReport]) -> None:
-        """Keep the whole model and all report rows up to here."""
-
-    def restore_model(self, stage: int, model: PreTrainedModel) -> tuple[PreTrainedModel, list[SiteReport]]:
-        """The model that was kept after that stage, and the rows; `model` is what the run began with."""
-
-
 class Compressed(NamedTuple):
     """What came out: the model may be another object than the one that went in."""
 
@@ -105,57 +71,35 @@ def apply_passes(
     model: PreTrainedModel,
     model_map: ModelMap,
     passes: Sequence[Pass],
-    windows_NT: Tensor,
-    *,
-    batch: int,
-    device: torch.device,
-    storage_dtype: torch.dtype,
-    progress: Progress,
-    seed: int = 0,
-    keep: FinishedWork | None = None,
-    home: Home | None = None,
-    experts: Experts = "routed",
-    ranks: Ranks = ALONE,
+    context: RunContext,
 ) -> Compressed:
     """Apply the passes in order; the given model is changed in place where that is possible.
 
-    With `keep`, finished work is restored instead of computed, and all new work is kept. Without windows (0×T) nothing
-    is measured and nothing is fed onward. `home` says where weights are while nobody uses them (None: in memory); on
-    disk they are only with `keep`.
+    Where the context has a `keep`, finished work is restored instead of computed, and all new work is kept. Without
+    windows (0×T) nothing is measured and nothing is fed onward. Weights are on disk only with `keep`.
     """
     rows: list[SiteReport] = []
+    keep = context.keep
     done = keep.finished_model() if keep else None
     if keep and done is not None:
         model, rows = keep.restore_model(done, model)
         model_map = map_model(model)
-    whole = WholeModel(
-        model,
-        model_map,
-        windows_NT,
-        batch=batch,
-        device=device,
-        storage_dtype=storage_dtype,
-        progress=progress,
-        seed=seed,
-        home=home,
-        experts=experts,
-        ranks=ranks,
-    )
+    whole = WholeModel(model, model_map, context)
     cut = stages(passes)
     todo = [stage for stage in cut if done is None or stage.index > done]
     for each in [each for stage in todo for each in stage.passes]:
         if not each.streams():
-            whole.home.require_memory(f"`{PASSES.name_of(type(each))}`")
+            whole.context.home.require_memory(f"`{PASSES.name_of(type(each))}`")
         if not each.pools():
-            ranks.require_one(f"`{PASSES.name_of(type(each))}`")
+            context.ranks.require_one(f"`{PASSES.name_of(type(each))}`")
     for stage in todo:
         for each in stage.passes:
             each.check(whole.map)
         if stage.model_pass:
             rows += stage.model_pass.apply(whole)
-            _settle(whole.model, storage_dtype)
+            _settle(whole.model, context.storage_dtype)
         else:
-            rows += _stream(whole, stage, keep, label=f"stage {stage.index + 1}/{len(cut)}, " if len(cut) > 1 else "")
+            rows += _stream(whole, stage, label=f"stage {stage.index + 1}/{len(cut)}, " if len(cut) > 1 else "")
         if stage.changes_sites:
             whole.model = conformed(whole.model)
         if keep and stage.model_pass:
@@ -163,7 +107,7 @@ def apply_passes(
         if stage.changes_sites and stage is not todo[-1]:
             whole.map = map_model(whole.model)
         if stage.model_pass:
-            progress.step(f"stage {stage.index + 1}/{len(cut)}")
+            context.progress.step(f"stage {stage.index + 1}/{len(cut)}")
     return Compressed(whole.model, rows)
 
 
@@ -172,10 +116,11 @@ def steps(passes: Sequence[Pass], model_map: ModelMap) -> int:
     return sum(1 if stage.model_pass else len(model_map.blocks) for stage in stages(passes))
 
 
-def _stream(whole: WholeModel, stage: Stage, keep: FinishedWork | None, *, label: str) -> list[SiteReport]:
+def _stream(whole: WholeModel, stage: Stage, *, label: str) -> list[SiteReport]:
     """One stream over the blocks with all passes of the stage."""
     rows: list[SiteReport] = []
-    decisions = _decisions(whole, stage, keep)
+    keep = whole.context.keep
+    decisions = _decisions(whole, stage)
     finished = set(keep.finished_blocks(stage.index)) if keep else set()
     count = len(whole.map.blocks)
     for work in whole.stream(dense=any(each.wants_dense() for each in stage.block_passes)):
@@ -187,19 +132,19 @@ def _stream(whole: WholeModel, stage: Stage, keep: FinishedWork | None, *, label
             work.decisions = decisions
             block_rows = [row for each in stage.block_passes for row in each.run(work)]
             work.settle()
-            whole.ranks.same_tensors(work.module)
+            whole.context.ranks.same_tensors(work.module)
             if keep:
                 keep.save_block(stage.index, index, work.module, before, block_rows)
         if keep:
-            whole.home.moved(work.info.name, partial(keep.block_state, stage.index, index))
+            whole.context.home.moved(work.info.name, partial(keep.block_state, stage.index, index))
         rows += block_rows
-        whole.progress.step(f"{label}block {index + 1}/{count}")
+        whole.context.progress.step(f"{label}block {index + 1}/{count}")
     return rows
 
 
-def _decisions(whole: WholeModel, stage: Stage, keep: FinishedWork | None) -> dict[str, Tensor]:
+def _decisions(whole: WholeModel, stage: Stage) -> dict[str, Tensor]:
     """Only the first pass of a stage can decide; what it decided is kept."""
-    first = stage.block_passes[0]
+    first, keep = stage.block_passes[0], whole.context.keep
     if not first.decides:
         return {}
     known = keep.decisions(stage.index) if keep else None

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.statistics import Statistic
+from llmcompress.records.rows import SiteReport
 from llmcompress.registry import Registry
 
 Trait = Literal["codes", "zeros", "pattern", "factors", "shapes", "dynamic", "cache", "ranges", "tables"]

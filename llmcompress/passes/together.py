@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
 
+from llmcompress.calibration.finished import FinishedWork
 from llmcompress.calibration.ranks import Ranks
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.modules.manifest import Manifest, apply_manifest, changes
-from llmcompress.passes.apply import FinishedWork, outline
+from llmcompress.passes.apply import outline
+from llmcompress.records.rows import SiteReport
 
 
 class Together(FinishedWork):

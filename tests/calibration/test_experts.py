@@ -15,10 +15,10 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.stream import BlockStream
 from llmcompress.errors import CompressError
 from llmcompress.evaluation.coverage import coverage_warnings
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.export.save import save_model
 from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.probe import map_model, probe
@@ -26,8 +26,8 @@ from llmcompress.modules.experts import UnfusedExperts
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.numerics.statistics import Gram
 from llmcompress.passes.apply import apply_passes
-from llmcompress.progress import Silent
 from llmcompress.recipe import parse_recipe
+from llmcompress.records.rows import SiteReport
 from llmcompress.run import Run
 from tests.families import VOCABULARY, tiny_config, tiny_model, tiny_tokens
 
@@ -60,12 +60,7 @@ def apply(family: str, passes: str, **options: Any) -> Any:
         model,
         map_model(model),
         parse_recipe(f"passes: {passes}", "test").passes,
-        WINDOWS,
-        batch=4,
-        device=torch.device("cpu"),
-        storage_dtype=torch.float32,
-        progress=Silent(),
-        **options,
+        RunContext(WINDOWS, batch=4, **options),
     )
 
 
@@ -113,12 +108,7 @@ def test_an_expert_is_measured_on_its_tokens_or_on_all_of_them(family: str, expe
     stream = BlockStream(
         model,
         map_model(model),
-        WINDOWS,
-        batch=4,
-        device=torch.device("cpu"),
-        storage_dtype=torch.float32,
-        progress=Silent(),
-        experts=experts,
+        RunContext(WINDOWS, batch=4, experts=experts),
     )
     work = next(iter(stream))
     before = work.outputs()
@@ -160,12 +150,7 @@ def test_an_expert_without_tokens_is_calibrated_when_all_are_asked_for(family: s
             model,
             map_model(model),
             parse_recipe("passes: [{gptq: {scheme: int3_channel, sites: '*.experts.*'}}]", "test").passes,
-            WINDOWS,
-            batch=4,
-            device=torch.device("cpu"),
-            storage_dtype=torch.float32,
-            progress=Silent(),
-            experts=experts,
+            RunContext(WINDOWS, batch=4, experts=experts),
         ).rows
         return {row.site: row for row in rows}
 

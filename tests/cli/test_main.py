@@ -12,7 +12,7 @@ import pytest
 import llmcompress
 from llmcompress.cli.main import COMMANDS, main
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.evaluation.report import PerplexityResult, Quality, Report, SiteReport
+from llmcompress.records.report import PerplexityResult, Quality, Report, SiteReport
 
 ROOT = Path(__file__).parent.parent.parent
 

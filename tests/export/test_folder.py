@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.export.disk import disk_errors
-from llmcompress.export.folder import check_output, publish, staging_folder
+from llmcompress.storage.disk import disk_errors
+from llmcompress.storage.folder import check_output, publish, staging_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 

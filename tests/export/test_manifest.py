@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.errors import CompressError
 from llmcompress.export.save import save_model
 from llmcompress.model.map import ModelMap
@@ -21,7 +22,6 @@ from llmcompress.model.skeleton import find_blocks
 from llmcompress.model.stock import stock_outline
 from llmcompress.modules.manifest import Manifest, apply_manifest, changes
 from llmcompress.passes.apply import apply_passes
-from llmcompress.progress import Silent
 from llmcompress.recipe import parse_recipe
 from tests.families import tiny_model, tiny_tokens
 
@@ -82,11 +82,7 @@ def compressed(family: str, passes: str) -> Any:
         model,
         map_of(model),
         parse_recipe(f"passes: {passes}", "test").passes,
-        windows,
-        batch=4,
-        device=torch.device("cpu"),
-        storage_dtype=torch.float32,
-        progress=Silent(),
+        RunContext(windows, batch=4),
     ).model
 
 

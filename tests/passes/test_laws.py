@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.stream import BlockStream
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.numerics.statistics import Gram
 from llmcompress.passes.apply import apply_passes
 from llmcompress.passes.base import PASSES, BlockPass
-from llmcompress.progress import Silent
+from llmcompress.records.rows import SiteReport
 from tests.families import FAMILIES, VOCABULARY, tiny_model
 
 QUANTIZERS: list[tuple[str, dict[str, Any]]] = [
@@ -61,11 +61,7 @@ def compressed(family: str, *passes: BlockPass, dtype: torch.dtype = torch.float
         model,
         map_of(family, model),
         passes,
-        windows(),
-        batch=4,
-        device=torch.device("cpu"),
-        storage_dtype=dtype,
-        progress=Silent(),
+        RunContext(windows(), batch=4, storage_dtype=dtype),
     )
     return model, rows
 
@@ -132,11 +128,7 @@ def test_awq_scales_then_gptq_rounding_equals_gptq_on_the_scaled_weights() -> No
         apart,
         map_of("llama_gqa", apart),
         (rounding,),
-        windows(),
-        batch=4,
-        device=torch.device("cpu"),
-        storage_dtype=torch.float32,
-        progress=Silent(),
+        RunContext(windows(), batch=4),
     )
     assert torch.equal(logits(together), logits(apart))
     alone, _ = compressed("llama_gqa", rounding)
@@ -189,11 +181,7 @@ def test_streamed_statistics_equal_those_of_the_whole_model(family: str) -> None
     stream = BlockStream(
         model,
         model_map,
-        windows(),
-        batch=4,
-        device=torch.device("cpu"),
-        storage_dtype=torch.float32,
-        progress=Silent(),
+        RunContext(windows(), batch=4),
     )
     for work in stream:
         work.measure(work.sites, (Gram,))

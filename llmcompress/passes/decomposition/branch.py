@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.corrected import CorrectedLinear
 from llmcompress.modules.low_rank import linear_of, part_weight
@@ -16,6 +15,7 @@ from llmcompress.modules.scheme import Scheme, named_scheme
 from llmcompress.numerics.low_rank import Factors, output_spectrum, truncate
 from llmcompress.numerics.rounded_factors import Codes, RoundedFactors, round_factors
 from llmcompress.numerics.statistics import Gram
+from llmcompress.records.rows import SiteReport
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from llmcompress.calibration.stream import BlockWork
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.scheme import DESCRIPTION
@@ -26,6 +25,7 @@ from llmcompress.passes.decomposition.branch import (
 )
 from llmcompress.passes.quantization.base import QuantizingPass
 from llmcompress.passes.quantization.gptq import GPTQ
+from llmcompress.records.rows import SiteReport
 
 
 @PASSES.register("caldera")
@@ -68,7 +68,7 @@ class Caldera(QuantizingPass):
         rows = []
         for site in sites:
             if self.scheme_for(site.name, site.info.inputs):
-                block.progress.inside(f"caldera {site.info.name}")
+                block.context.progress.inside(f"caldera {site.info.name}")
                 rows.append(self.for_site(site.name)._compress(block, site))
         return rows
 

@@ -26,7 +26,7 @@ def block_influence(whole: WholeModel) -> Tensor:
             cosines.append(hooks.enter_context(_cosines(block.module)))
             if len(cosines) == len(whole.map.blocks):
                 block.outputs()  # the stream itself runs all but the last one
-            whole.progress.note(f"influence of block {len(cosines)} of {len(whole.map.blocks)}")
+            whole.context.progress.note(f"influence of block {len(cosines)} of {len(whole.map.blocks)}")
     return torch.stack([1 - torch.cat(of_block).double().mean() for of_block in cosines])
 
 

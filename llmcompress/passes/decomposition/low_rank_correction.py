@@ -9,7 +9,6 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from llmcompress.calibration.stream import BlockWork
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import ModelMap
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.low_rank import relative_output_error
@@ -18,6 +17,7 @@ from llmcompress.passes.base import PASSES, BlockPass, Trait
 from llmcompress.passes.decomposition.branch import branch, codes_at, corrected_row, dense_of, weight_only_scheme
 from llmcompress.passes.quantization.base import QuantizingPass
 from llmcompress.passes.quantization.resolve import site_schemes
+from llmcompress.records.rows import SiteReport
 
 _SELECTORS = frozenset({"sites", "exclude", "overrides"})
 

@@ -13,7 +13,6 @@ from typing_extensions import override
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.attention import Attention, find_attentions
 from llmcompress.model.map import BlockInfo, ModelMap, SiteInfo
 from llmcompress.model.site import LinearSite
@@ -24,6 +23,7 @@ from llmcompress.passes.decomposition.influence import block_influence
 from llmcompress.passes.decomposition.modegpt_attention import shrink_attention
 from llmcompress.passes.decomposition.modegpt_channels import shrink_channels
 from llmcompress.passes.decomposition.modegpt_parts import Part, parts_of, reasons
+from llmcompress.records.rows import SiteReport
 
 MOST = 0.9
 """No part of a block loses a larger share than this."""
@@ -136,14 +136,14 @@ class ModularDecomposition(BlockPass):
         for number, attention in enumerate(attentions):
             scores, values = fewer.get(("coupling", number)), fewer.get(("values", number))
             if scores is not None or values is not None:
-                block.progress.inside(f"modegpt {attention.reader}")
+                block.context.progress.inside(f"modegpt {attention.reader}")
                 names = [*(name for name, _ in attention.taps), attention.reader]
                 block.measure([block.site(name) for name in names], (Gram, Moments))
                 rows += shrink_attention(block, attention, score_rows=scores, value_rows=values)
                 block.forget()
         channels = {number: kept for (kind, number), kept in fewer.items() if kind == "channels"}
         if channels:
-            block.progress.inside("modegpt channels")
+            block.context.progress.inside("modegpt channels")
             rows += shrink_channels(block, channels, ridge=self.ridge)
         return [*rows, self._block_row(block, info, attentions)]
 

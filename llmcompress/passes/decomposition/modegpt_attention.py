@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from llmcompress.calibration.stream import BlockWork
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.attention import Attention, HeadGroup
 from llmcompress.modules.selected import SelectedColumns, SelectedRows
 from llmcompress.numerics.low_rank import best_left, relative_output_error
 from llmcompress.numerics.modular import coupling, row_energy, value_basis
 from llmcompress.numerics.statistics import Gram, Moments
+from llmcompress.records.rows import SiteReport
 
 
 def shrink_attention(

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from llmcompress.calibration.stream import BlockWork
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.numerics.modular import nystrom_channels
 from llmcompress.numerics.refit import Refitted, refit_columns
 from llmcompress.numerics.statistics import Gram
 from llmcompress.passes.pruning.units import groups_of
+from llmcompress.records.rows import SiteReport
 
 
 def shrink_channels(block: BlockWork, keep: Mapping[int, int], *, ridge: float) -> list[SiteReport]:

@@ -11,13 +11,13 @@ from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.modules.low_rank import LowRankLinear
 from llmcompress.numerics.low_rank import break_even
 from llmcompress.passes.base import PASSES, Backward, ModelPass, Trait
 from llmcompress.passes.decomposition.ranks import RankRule
 from llmcompress.passes.decomposition.svd import SingularValues
+from llmcompress.records.rows import SiteReport
 from llmcompress.training.loop import train
 from llmcompress.training.settings import Training
 
@@ -122,11 +122,11 @@ class ProgressiveLowRank(ModelPass):
         with whole.resident() as model:
             train(
                 model,
-                whole.windows_NT,
+                whole.context.windows_NT,
                 self.training.model_copy(update={"steps": steps}),
-                device=whole.device,
-                progress=whole.progress,
-                seed=whole.seed + cut,
+                device=whole.context.device,
+                progress=whole.context.progress,
+                seed=whole.context.seed + cut,
                 parameters=[weight for name in goals for weight in _weights(model.get_submodule(name))],
                 title=f"train after cut {cut} of {self.cuts}",
             )

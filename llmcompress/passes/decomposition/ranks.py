@@ -99,7 +99,7 @@ def _by_loss(options: FactorOptions, whole: WholeModel) -> dict[str, int]:
         return {}
     uniform = {name: _uniform(options, name, *each.weight_OI.shape) for name, each in found.items()}
     with _truncated(whole, found, uniform):
-        whole.progress.inside("gradients with uniform ranks")
+        whole.context.progress.inside("gradients with uniform ranks")
         gradients = squared_gradients(whole, list(found))
         before = _perplexity(whole)
     matrices = {}
@@ -112,7 +112,7 @@ def _by_loss(options: FactorOptions, whole: WholeModel) -> dict[str, int]:
     with _truncated(whole, found, ranks):
         after = _perplexity(whole)
     stay = "" if after < before else ", which stay"
-    whole.progress.note(
+    whole.context.progress.note(
         f"ranks by loss: perplexity {after:.2f} on the calibration text, {before:.2f} with uniform ranks{stay}"
     )
     return ranks if after < before else uniform
@@ -138,7 +138,7 @@ def _truncated(whole: WholeModel, found: Mapping[str, _Site], ranks: Mapping[str
     sites = [site for site in whole.sites() if site.name in found]
     try:
         for site in sites:
-            site.write(found[site.name].of_rank(ranks[site.name], whole.device))
+            site.write(found[site.name].of_rank(ranks[site.name], whole.context.device))
         yield
     finally:
         for site in sites:
@@ -157,7 +157,7 @@ def _measured(options: FactorOptions, whole: WholeModel) -> Iterator[LinearSite]
         if sites and options.needs():
             block.measure(sites, options.needs())
         for site in sites:
-            block.progress.inside(f"spectrum of {site.name}")
+            block.context.progress.inside(f"spectrum of {site.name}")
             yield site
         block.forget()
 
@@ -178,7 +178,7 @@ def squared_gradients(whole: WholeModel, names: Sequence[str]) -> dict[str, Tens
         hooks.enter_context(_needing_gradient(model.get_input_embeddings()))
         for site in whole.sites():
             if site.name in names:
-                sums[site.name] = torch.zeros(site.info.outputs, device=whole.device)
+                sums[site.name] = torch.zeros(site.info.outputs, device=whole.context.device)
                 hooks.enter_context(_gradients_of(site.module, sums[site.name]))
         for ids_BT in whole.batches():
             with torch.enable_grad():

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.low_rank import LowRankLinear
@@ -27,6 +26,7 @@ from llmcompress.numerics.rank_allocation import uniform_rank
 from llmcompress.numerics.statistics import AbsMean, Gram, Statistic
 from llmcompress.passes.base import PASSES, Backward, BlockPass, Trait
 from llmcompress.passes.decomposition.ranks import RankRule, decide_ranks
+from llmcompress.records.rows import SiteReport
 
 Whitening = Literal["none", "activation", "gram"]
 
@@ -143,7 +143,7 @@ class SingularValues(BlockPass):
         """Factor every site by itself."""
         rows = []
         for site in sites:
-            block.progress.inside(f"svd {site.info.name}")
+            block.context.progress.inside(f"svd {site.info.name}")
             rows.append(self._compress(site, self.rank_of(site, block.decisions)))
         return rows
 

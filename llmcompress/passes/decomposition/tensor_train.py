@@ -10,7 +10,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from llmcompress.calibration.stream import BlockWork
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.tensor_train import TensorTrainLinear
@@ -23,6 +22,7 @@ from llmcompress.numerics.tensor_train import (
     ranks_within,
 )
 from llmcompress.passes.base import PASSES, BlockPass, Trait
+from llmcompress.records.rows import SiteReport
 
 _MULTIPLIED_OUT: Mapping[Trait, str] = {
     "zeros": "would multiply zeros out into dense cores",
@@ -72,7 +72,7 @@ class TensorTrain(BlockPass):
         """Every site by itself."""
         rows = []
         for site in sites:
-            block.progress.inside(f"tensor_train {site.info.name}")
+            block.context.progress.inside(f"tensor_train {site.info.name}")
             rows.append(self.for_site(site.name)._replace(site))
         return rows
 

@@ -11,7 +11,6 @@ from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.lookup import row_multiplier
 from llmcompress.model.map import ModelMap
 from llmcompress.model.rotation import untie
@@ -26,6 +25,7 @@ from llmcompress.numerics.tensor_train import (
     train_parameters,
 )
 from llmcompress.passes.base import PASSES, ModelPass, Trait
+from llmcompress.records.rows import SiteReport
 
 
 @PASSES.register("tensorgpt")

@@ -10,7 +10,6 @@ from typing_extensions import override
 
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import BlockInfo, ModelMap, WidthPart
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.tucker import TuckerLinear
@@ -18,6 +17,7 @@ from llmcompress.numerics.statistics import Statistic
 from llmcompress.numerics.tucker import higher_order_iteration, tucker_parameters, tucker_ranks
 from llmcompress.passes.base import PASSES, BlockPass, Trait
 from llmcompress.passes.pruning.units import groups_of
+from llmcompress.records.rows import SiteReport
 
 
 @PASSES.register("tucker")
@@ -66,7 +66,7 @@ class TuckerHeads(BlockPass):
         rows = []
         for part in _parts(block.info):
             if part.site in selected:
-                block.progress.inside(f"tucker {part.site}")
+                block.context.progress.inside(f"tucker {part.site}")
                 rows.append(self.for_site(selected[part.site].name)._replace(selected[part.site], part))
         return rows
 

@@ -10,13 +10,13 @@ from typing_extensions import override
 
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import BlockStructure, ModelMap
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.dynamic_activations import ThresholdedLinear
 from llmcompress.numerics.sample import InputSample
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES, BlockPass, Trait
+from llmcompress.records.rows import SiteReport
 
 
 @PASSES.register("activation_sparsity")

@@ -16,13 +16,13 @@ from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.modules.dynamic_exit import ExitBlock, readings
 from llmcompress.numerics.linear_map import LinearMap
 from llmcompress.passes.base import PASSES, ModelPass, Trait
 from llmcompress.passes.dynamic.judges import JudgeFit
 from llmcompress.passes.dynamic.states import divergence, measured, put_around, readout_of, states_at
+from llmcompress.records.rows import SiteReport
 
 NEVER = 2.0
 """No probability reaches it."""
@@ -98,7 +98,7 @@ class EarlyExit(ModelPass):
             readout = readout_of(model, next(whole.batches())[:1])
             read = [model.get_submodule(name) for name in readout]
             jumps = self._jumps(whole, model, exits)
-            trials = {index: ExitBlock(NEVER, readout, jumps.get(index)).to(whole.device) for index in exits}
+            trials = {index: ExitBlock(NEVER, readout, jumps.get(index)).to(whole.context.device) for index in exits}
             if self.confidence == "divergence":
                 self._judge(whole, model, trials, read)
             outcomes = _outcomes(whole, model, trials, read)
@@ -130,15 +130,15 @@ class EarlyExit(ModelPass):
         if not self.jump:
             return {}
         width = whole.map.hidden_size
-        maps = {index: LinearMap(width, width, whole.device) for index in exits}
+        maps = {index: LinearMap(width, width, whole.context.device) for index in exits}
         end = len(whole.map.blocks)
         for states in states_at(whole, model, {*exits, end}):
             for index, fitted in maps.items():
                 fitted.add(states[index], states[end])
-        start_ID = torch.eye(width + 1, device=whole.device)[:, :width]
+        start_ID = torch.eye(width + 1, device=whole.context.device)[:, :width]
         found = {}
         for index, fitted in maps.items():
-            map_ID = fitted.solve(start_ID, self.ridge).to(whole.storage_dtype).float()
+            map_ID = fitted.solve(start_ID, self.ridge).to(whole.context.storage_dtype).float()
             found[index] = map_ID[:-1].T.contiguous(), map_ID[-1].clone()
         return found
 
@@ -147,12 +147,12 @@ class EarlyExit(ModelPass):
     ) -> None:
         """Give every exit the test that foretells how far its predictions are from the model's."""
         end = len(whole.map.blocks)
-        fits = {index: JudgeFit(whole.map.hidden_size, whole.device) for index in trials}
+        fits = {index: JudgeFit(whole.map.hidden_size, whole.context.device) for index in trials}
         for states in states_at(whole, model, {*trials, end}):
             for index, fit in fits.items():
                 fit.add(states[index], divergence(read, states[end], trials[index].jump(states[index])))
         for index, trial in trials.items():
-            trial.judge = fits[index].solve(self.ridge, whole.storage_dtype).to(whole.device)
+            trial.judge = fits[index].solve(self.ridge, whole.context.storage_dtype).to(whole.context.device)
 
     def _threshold(self, sure_NE: Tensor, agrees_NE: Tensor, depths_E: Tensor) -> float:
         if self.threshold is not None:

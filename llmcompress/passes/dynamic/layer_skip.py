@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.modules.dynamic_skip import SkipBlock
 from llmcompress.modules.foresight import Foresight
 from llmcompress.passes.base import PASSES, ModelPass, Trait
 from llmcompress.passes.dynamic.judges import JudgeFit
 from llmcompress.passes.dynamic.states import measured, put_around, watching
+from llmcompress.records.rows import SiteReport
 
 
 @PASSES.register("layer_skip")
@@ -66,7 +66,7 @@ class LayerSkip(ModelPass):
         """Fit the tests, choose the threshold, put blocks that someone skips into skip blocks."""
         with whole.resident() as model:
             blocks = find_blocks(model)
-            judges = [judge.to(whole.device) for judge in self._judges(whole, model, len(blocks))]
+            judges = [judge.to(whole.context.device) for judge in self._judges(whole, model, len(blocks))]
             foretold_LN = self._foretold(whole, model, judges)
             threshold = self.threshold
             if threshold is None:
@@ -81,7 +81,7 @@ class LayerSkip(ModelPass):
 
     def _judges(self, whole: WholeModel, model: PreTrainedModel, blocks: int) -> list[Foresight]:
         """One test per block."""
-        fits = [JudgeFit(whole.map.hidden_size, whole.device) for _ in range(blocks)]
+        fits = [JudgeFit(whole.map.hidden_size, whole.context.device) for _ in range(blocks)]
         before = torch.empty(0)
 
         def see(index: int, state_ND: Tensor) -> None:
@@ -93,7 +93,7 @@ class LayerSkip(ModelPass):
         with watching(model, see):
             for ids_BT in whole.batches():
                 model.base_model(input_ids=ids_BT, use_cache=False)
-        return [fit.solve(self.ridge, whole.storage_dtype) for fit in fits]
+        return [fit.solve(self.ridge, whole.context.storage_dtype) for fit in fits]
 
     def _foretold(self, whole: WholeModel, model: PreTrainedModel, judges: list[Foresight]) -> Tensor:
         """What the tests say of every token, blocks × N."""

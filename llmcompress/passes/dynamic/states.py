@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.skeleton import HIDDEN_KEYWORD, find_blocks
 from llmcompress.modules.dynamic import DynamicBlock, tallied
 from llmcompress.modules.dynamic_exit import LOGITS_AT_ONCE, logits_of, readings
+from llmcompress.records.rows import SiteReport
 
 SAME_TOKENS = 0.99
 """Share of equal predictions at which a readout counts as found: sums in another order may break ties otherwise."""
@@ -129,7 +129,7 @@ def measured(
     with tallied(model) as counts:
         for ids_BT in whole.batches():
             model.base_model(input_ids=ids_BT, use_cache=False)
-    tokens = whole.windows_NT.numel()
+    tokens = whole.context.windows_NT.numel()
     return [
         SiteReport(site=name, algorithm=algorithm, score=threshold, active=counts[name].share, tokens=tokens)
         for name in names

@@ -15,13 +15,13 @@ from typing_extensions import override
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.saliency import Comparison, drop_lowest
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES, BlockPass, Trait
 from llmcompress.passes.pruning.bits import packed, unpacked
 from llmcompress.passes.pruning.sparse import sparsity
+from llmcompress.records.rows import SiteReport
 
 
 class MaskPass(BlockPass):

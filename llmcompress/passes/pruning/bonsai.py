@@ -47,11 +47,11 @@ class Bonsai(WidthPass):
 
     @override
     def choose(self, whole: WholeModel, groups: Sequence[UnitGroup], requests: Sequence[Request]) -> list[Tensor]:
-        generator = whole.generator()
+        generator = whole.context.generator()
         kept = [torch.ones(group.units, dtype=torch.bool) for group in groups]
         rounds = max(1, math.ceil(max(request.ratio for request in requests) / self.step - 1e-9))
         for turn in range(1, rounds + 1):
-            whole.progress.inside(f"bonsai round {turn} of {rounds}")
+            whole.context.progress.inside(f"bonsai round {turn} of {rounds}")
             asked = [replace(request, ratio=request.ratio * turn / rounds) for request in requests]
             kept = self._round(whole, groups, asked, kept, generator)
         return kept
@@ -66,7 +66,7 @@ class Bonsai(WidthPass):
     ) -> list[Tensor]:
         """Remove as many more units as the requests ask."""
         score, allocate = SCORES[self.prior](), ALLOCATIONS[self.allocation]
-        with masked(whole.model, groups, [_mask(kept_U, whole.device) for kept_U in kept]):
+        with masked(whole.model, groups, [_mask(kept_U, whole.context.device) for kept_U in kept]):
             prior = [each.cpu() for each in score.importance(whole, groups)]
         known = [
             _gone_last(priority_U, kept_U)
@@ -110,18 +110,18 @@ class Bonsai(WidthPass):
                     masks = [kept_U.clone() for kept_U in kept]
                     for mask_U, tried_C, present_C in zip(masks, candidates, present, strict=True):
                         mask_U[tried_C] = present_C
-                    with masked(model, groups, [_mask(mask_U, whole.device) for mask_U in masks]):
+                    with masked(model, groups, [_mask(mask_U, whole.context.device) for mask_U in masks]):
                         losses.append(self._loss(whole))
                     presence.append(torch.cat(present))
         fitted = fit_by_rank(torch.stack(presence).double(), torch.tensor(losses, dtype=torch.float64))
-        whole.progress.note(
+        whole.context.progress.note(
             f"bonsai: {fitted.model} orders sub-models it has not seen with Kendall tau {fitted.tau:.2f}"
         )
         return fitted.weights_F
 
     @torch.no_grad()
     def _loss(self, whole: WholeModel) -> float:
-        windows_NT = whole.windows_NT[: self.windows]
+        windows_NT = whole.context.windows_NT[: self.windows]
         total = 0.0
         for ids_BT in whole.batches(windows_NT):
             total += float(whole.loss(ids_BT)) * len(ids_BT)

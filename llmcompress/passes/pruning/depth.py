@@ -15,11 +15,11 @@ from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.depth import drop_blocks
 from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.model.skeleton import find_blocks, recorders
 from llmcompress.passes.base import PASSES, ModelPass
+from llmcompress.records.rows import SiteReport
 
 _MOST_TOKENS = 16384
 """Hidden states that are kept of every depth; more would change a mean cosine by less than blocks differ."""
@@ -110,7 +110,7 @@ class Depth(ModelPass):
                 removed=1,
                 parameters=0,
                 score=None if self.score == "random" else score,
-                tokens=whole.windows_NT.numel() if self.uses_data() else None,
+                tokens=whole.context.windows_NT.numel() if self.uses_data() else None,
             )
             for index, score in chosen
         ]
@@ -136,7 +136,7 @@ class Depth(ModelPass):
     ) -> list[float]:
         """One score per candidate, the set of blocks that would be missing; the lowest goes."""
         if self.score == "random":
-            order = torch.randperm(len(candidates), generator=whole.generator()).tolist()
+            order = torch.randperm(len(candidates), generator=whole.context.generator()).tolist()
             return [float(place) for place in order]
         if self.score == "perplexity":
             return perplexities_without(whole, candidates)

@@ -15,13 +15,13 @@ from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.passes.base import PASSES, Backward, ModelPass, Trait
 from llmcompress.passes.pruning.allocation import ALLOCATIONS, Request
 from llmcompress.passes.pruning.gate_hooks import fold_gates
 from llmcompress.passes.pruning.gate_kinds import KINDS, Task
 from llmcompress.passes.pruning.units import UnitGroup, groups_of, kept_share, unit_groups
+from llmcompress.records.rows import SiteReport
 from llmcompress.training.loop import ExtraLoss, train
 from llmcompress.training.optimizer import ParameterGroup
 from llmcompress.training.settings import Training
@@ -155,11 +155,11 @@ class Gates(ModelPass):
             fast = ParameterGroup(tuple(gates), learning_rate=rate, weight_decay=0.0)
             train(
                 model,
-                whole.windows_NT,
+                whole.context.windows_NT,
                 self.training.model_copy(update={"steps": steps}),
-                device=whole.device,
-                progress=whole.progress,
-                seed=whole.seed,
+                device=whole.context.device,
+                progress=whole.context.progress,
+                seed=whole.context.seed,
                 parameters=[*weights, *([fast] if gates else [])],
                 extra_loss=extra_loss,
                 title=f"gates ({self.kind})",
@@ -169,7 +169,7 @@ class Gates(ModelPass):
             model.requires_grad_(False)
             with torch.enable_grad():
                 for ids_BT in whole.batches():
-                    whole.progress.inside(f"gates ({self.kind}): gradients")
+                    whole.context.progress.inside(f"gates ({self.kind}): gradients")
                     (whole.loss(ids_BT) * len(ids_BT)).backward()  # type: ignore[no-untyped-call]
             model.requires_grad_(True)
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.numerics.saliency import Comparison, drop_lowest, hamming_distance
 from llmcompress.passes.base import PASSES, Backward, ModelPass, Trait
 from llmcompress.passes.pruning.at_init import trained_weight
 from llmcompress.passes.pruning.sparse import sparsity
+from llmcompress.records.rows import SiteReport
 from llmcompress.training.loop import train
 from llmcompress.training.settings import Training
 
@@ -109,18 +109,18 @@ class LotteryTicket(ModelPass):
                 return False
             settled = watch.settled(self._masks(weights, dropped))
             if settled:
-                whole.progress.note(
+                whole.context.progress.note(
                     f"early bird: the mask no longer changes after step {step} of {self.training.steps}"
                 )
             return settled
 
         train(
             whole.model,
-            whole.windows_NT,
+            whole.context.windows_NT,
             self.training,
-            device=whole.device,
-            progress=whole.progress,
-            seed=whole.seed,
+            device=whole.context.device,
+            progress=whole.context.progress,
+            seed=whole.context.seed,
             after_step=after_step,
             start=0 if first else self.rewind_step,
             title="lottery ticket" if dropped is None else f"lottery ticket, to {dropped:.0%} zeros",

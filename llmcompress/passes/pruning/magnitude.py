@@ -11,12 +11,12 @@ from torch import Tensor
 
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.masks import due, lowest_counts
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.pruning.sparse import SparsePass, magnitude_mask, sparsity
+from llmcompress.records.rows import SiteReport
 
 
 @PASSES.register("magnitude")

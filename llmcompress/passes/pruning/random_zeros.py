@@ -40,7 +40,7 @@ class RandomZeros(MaskPass):
         shares = [self.sparsity] * len(sites)
         if self.densities == "erk":
             shares = erk_shares([(site.info.outputs, site.info.inputs) for site in sites], self.sparsity)
-        generator = whole.generator()
+        generator = whole.context.generator()
         masks = []
         for site, share in zip(sites, shares, strict=True):
             weight_OI = site.weight_OI.cpu()

@@ -8,9 +8,9 @@ from pydantic import Field, model_validator
 from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.passes.base import PASSES, Backward, ModelPass
 from llmcompress.passes.pruning.sparse import sparsity
+from llmcompress.records.rows import SiteReport
 from llmcompress.training.adapters import adapted
 from llmcompress.training.loop import train
 from llmcompress.training.masks import ZerosStay
@@ -51,24 +51,24 @@ class Recover(ModelPass):
             if self.rank is None:
                 train(
                     model,
-                    whole.windows_NT,
+                    whole.context.windows_NT,
                     self.training,
-                    device=whole.device,
-                    progress=whole.progress,
-                    seed=whole.seed,
+                    device=whole.context.device,
+                    progress=whole.context.progress,
+                    seed=whole.context.seed,
                     title="recover",
                 )
             else:
                 scale = 2.0 if self.scale is None else self.scale
                 modules = [site.module for site in sites]
-                with adapted(modules, rank=self.rank, scale=scale, seed=whole.seed) as adapters:
+                with adapted(modules, rank=self.rank, scale=scale, seed=whole.context.seed) as adapters:
                     train(
                         model,
-                        whole.windows_NT,
+                        whole.context.windows_NT,
                         self.training,
-                        device=whole.device,
-                        progress=whole.progress,
-                        seed=whole.seed,
+                        device=whole.context.device,
+                        progress=whole.context.progress,
+                        seed=whole.context.seed,
                         parameters=adapters,
                         masks=ZerosStay([]),
                         title="recover",

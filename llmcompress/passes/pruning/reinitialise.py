@@ -10,8 +10,8 @@ from pydantic import Field
 from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.passes.base import PASSES, ModelPass, Trait
+from llmcompress.records.rows import SiteReport
 
 _FIRST = "would throw away what the passes before it did: put it first"
 

@@ -13,12 +13,12 @@ from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.numerics.rigl import drop_and_grow
 from llmcompress.numerics.schedule import moved_share
 from llmcompress.passes.base import PASSES, Backward, ModelPass, Trait
 from llmcompress.passes.pruning.at_init import trained_weight
 from llmcompress.passes.pruning.sparse import sparsity
+from llmcompress.records.rows import SiteReport
 from llmcompress.training.loop import train
 from llmcompress.training.settings import Training
 
@@ -71,11 +71,11 @@ class RigL(ModelPass):
             )
             train(
                 model,
-                whole.windows_NT,
+                whole.context.windows_NT,
                 self.training,
-                device=whole.device,
-                progress=whole.progress,
-                seed=whole.seed,
+                device=whole.context.device,
+                progress=whole.context.progress,
+                seed=whole.context.seed,
                 masks=connections,
                 title="rigl",
             )

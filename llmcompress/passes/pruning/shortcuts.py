@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.stream_moments import finite, first_of_stages
 from llmcompress.calibration.whole import WholeModel
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.lanes import Lanes, last_norm_to_lane
 from llmcompress.model.residual import Ports, Residual, refused
 from llmcompress.model.rotation import contract, few_tokens, make_rotatable
@@ -25,6 +24,7 @@ from llmcompress.model.shrink import same
 from llmcompress.model.skeleton import BlockCall, find_blocks, put_module, record, recorders
 from llmcompress.numerics.basis import SecondMoment
 from llmcompress.passes.pruning.slicing import Slicing, lost_share, report_rows
+from llmcompress.records.rows import SiteReport
 
 
 def slice_with_shortcuts(whole: WholeModel, residual: Residual, slicing: Slicing) -> list[SiteReport]:
@@ -33,13 +33,13 @@ def slice_with_shortcuts(whole: WholeModel, residual: Residual, slicing: Slicing
     The last block gives the whole stream again, so the head stays as wide as it was (as the paper's program does);
     except in families whose code asks for equal widths at both ends (GPT-2).
     """
-    generator = whole.generator()
+    generator = whole.context.generator()
     make_rotatable(whole.model, residual, constants="bias", generator=generator)
     _check_lanes(whole, residual)
-    moment = SecondMoment(residual.width, whole.device)
+    moment = SecondMoment(residual.width, whole.context.device)
     blocks = find_blocks(whole.model)
-    for ids_BT in torch.split(whole.windows_NT, whole.batch) if slicing.basis == "pca" else ():
-        moment.add(record(whole.model, blocks, ids_BT).hidden.flatten(0, 1).to(whole.device))
+    for ids_BT in torch.split(whole.context.windows_NT, whole.context.batch) if slicing.basis == "pca" else ():
+        moment.add(record(whole.model, blocks, ids_BT).hidden.flatten(0, 1).to(whole.context.device))
     last_norm_to_lane(whole.model, residual)
     kept_DK = slicing.directions(moment.sum_DD, generator)
     for writer in residual.around.writers:
@@ -51,12 +51,12 @@ def slice_with_shortcuts(whole: WholeModel, residual: Residual, slicing: Slicing
     for work in whole.stream():
         index, (name, ports) = work.info.index, residual.blocks[work.info.index]
         lost[f"{name}.{first_of_stages(ports)[0].name}"] = lost_share(moment.sum_DD, kept_DK)
-        work.become(lanes.wrapper.to(whole.device))
+        work.become(lanes.wrapper.to(whole.context.device))
         is_last = index + 1 == len(residual.blocks)
         kept_DK, moment = _slice_block(whole, work, lanes, slicing, generator, lost, widen=widens and is_last)
         if not is_last:
             lanes = _entered(whole, residual, index + 1, kept_DK)
-        whole.progress.inside(f"slicegpt: block {index + 1}/{len(residual.blocks)}")
+        whole.context.progress.inside(f"slicegpt: block {index + 1}/{len(residual.blocks)}")
     removed = residual.width - slicing.width
     if widens:
         return report_rows(whole, residual, lost, removed=removed, removed_at_head=0)
@@ -96,18 +96,18 @@ def _slice_block(
         return slicing.directions(moment.sum_DD, generator)
 
     for norm in first_of_stages(lanes.ports)[1:]:
-        moment = SecondMoment(width, whole.device)
+        moment = SecondMoment(width, whole.context.device)
         if slicing.basis == "pca":
             work.watch(lanes.norm(norm), partial(_add_lane, moment, lanes, norm.stage))
         kept_DK = directions(norm.name, moment)
         lost[f"{name}.{norm.name}"] = lost_share(moment.sum_DD, kept_DK)
         lanes.narrow(norm.stage, kept_DK)
-    moment = SecondMoment(width, whole.device)
+    moment = SecondMoment(width, whole.context.device)
     if widen:
         return lanes.bases[-1], moment
     outputs = work.outputs()
     for hidden in outputs:
-        moment.add(hidden.to(whole.device).flatten(0, -2))
+        moment.add(hidden.to(whole.context.device).flatten(0, -2))
     kept_DK = directions("output", moment)
     lanes.narrow(lanes.ports.stages, kept_DK)
     # the narrowed block gives exactly this, so it need not run again

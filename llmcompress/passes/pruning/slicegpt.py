@@ -10,13 +10,13 @@ from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.embedding_norm import bake_embedding_norm
 from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.model.residual_probe import find_residual
 from llmcompress.passes.base import PASSES, ModelPass, Trait
 from llmcompress.passes.pruning.shortcuts import slice_with_shortcuts
 from llmcompress.passes.pruning.slicing import BasisName, Slicing, slice_globally
+from llmcompress.records.rows import SiteReport
 
 FORMS = {"global": slice_globally, "shortcuts": slice_with_shortcuts}
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from llmcompress.calibration.stream_moments import stream_moments
 from llmcompress.calibration.whole import WholeModel
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.narrow import narrow
 from llmcompress.model.residual import Residual
 from llmcompress.model.rotation import make_rotatable, places, readers_gram
 from llmcompress.numerics.basis import principal_basis, random_basis, refitted, zero_mean_frame
+from llmcompress.records.rows import SiteReport
 
 BasisName = Literal["pca", "random"]
 
@@ -52,7 +52,7 @@ class Slicing:
 
 def slice_globally(whole: WholeModel, residual: Residual, slicing: Slicing) -> list[SiteReport]:
     """One basis: the principal directions of what all norms read, each norm counting the same."""
-    generator = whole.generator()
+    generator = whole.context.generator()
     make_rotatable(whole.model, residual, constants="mean", generator=generator)
     measured = slicing.basis == "pca" or slicing.damping is not None
     moments = stream_moments(whole, residual) if measured else {}
@@ -68,12 +68,12 @@ def slice_globally(whole: WholeModel, residual: Residual, slicing: Slicing) -> l
 
 def _importance(whole: WholeModel, residual: Residual, moments: Mapping[str, Tensor]) -> Tensor:
     """D×D: how much of every direction there is where norms read, and how much of it is read; norms count alike."""
-    total_DD = torch.zeros(residual.width, residual.width, dtype=torch.float64, device=whole.device)
+    total_DD = torch.zeros(residual.width, residual.width, dtype=torch.float64, device=whole.context.device)
     for prefix, ports in places(residual):
         for norm in ports.norms:
             if prefix + norm.name in moments:
                 total_DD += _unit_trace(moments[prefix + norm.name])
-                total_DD += _READERS * _unit_trace(readers_gram(whole.model, prefix, norm, whole.device))
+                total_DD += _READERS * _unit_trace(readers_gram(whole.model, prefix, norm, whole.context.device))
     return total_DD
 
 

@@ -68,7 +68,7 @@ def _by_loss(each: SparsePass, whole: WholeModel) -> dict[str, Tensor]:
     growth: list[list[float]] = []
     for block, sites in _measured(each, whole, Gram):
         for site in sites:
-            block.progress.inside(f"errors of {site.info.name}")
+            block.context.progress.inside(f"errors of {site.info.name}")
             weight_OI, gram = site.weight_OI, site.statistic(Gram)
             masks = (each.mask(weight_OI, gram.sum_II.diagonal(), share) for share in shares_S.tolist())
             errors = (row_errors(weight_OI.masked_fill(~mask_OI, 0.0), gram.sum_II) for mask_OI in masks)

@@ -10,7 +10,6 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from llmcompress.calibration.stream import BlockWork
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import ModelMap
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.scheme import DESCRIPTION, Scheme, named_scheme
@@ -31,6 +30,7 @@ from llmcompress.passes.base import PASSES, Trait
 from llmcompress.passes.pruning.sparse import SparsePass, magnitude_mask, sparsity
 from llmcompress.passes.quantization.base import put_codes, report_row
 from llmcompress.passes.quantization.resolve import OnIndivisible, resolve_scheme, site_schemes
+from llmcompress.records.rows import SiteReport
 
 
 class _Pruned(NamedTuple):
@@ -94,7 +94,7 @@ class SparseGPT(SparsePass):
         # sites that share an input stand together and share its matrix: it is factored once for all of them
         known: tuple[tuple[Gram, float], InverseFactor | None] | None = None
         for here, site, share in self.chosen(block, sites):
-            block.progress.inside(f"sparsegpt {site.info.name}")
+            block.context.progress.inside(f"sparsegpt {site.info.name}")
             key = (site.statistic(Gram), here.damping)
             if known is None or known[0] != key:
                 known = (key, inverse_factor(key[0].sum_II, here.damping))

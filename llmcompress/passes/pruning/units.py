@@ -108,10 +108,10 @@ def mask_gradients(whole: WholeModel, groups: Sequence[UnitGroup], *, sequences:
     """
     with whole.resident() as model:
         model.requires_grad_(False)
-        for ids_BT in torch.split(whole.windows_NT, sequences):
-            masks = [torch.ones(group.units, device=whole.device, requires_grad=True) for group in groups]
+        for ids_BT in torch.split(whole.context.windows_NT, sequences):
+            masks = [torch.ones(group.units, device=whole.context.device, requires_grad=True) for group in groups]
             with torch.enable_grad(), masked(model, groups, masks):
-                loss = whole.loss(ids_BT.to(whole.device)) * len(ids_BT)
+                loss = whole.loss(ids_BT.to(whole.context.device)) * len(ids_BT)
                 gradients = torch.autograd.grad(loss, masks, allow_unused=True)
             yield [
                 torch.zeros_like(mask_U).detach() if gradient is None else gradient

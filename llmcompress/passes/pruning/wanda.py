@@ -9,12 +9,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from llmcompress.calibration.stream import BlockWork
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.masks import zeros_first
 from llmcompress.numerics.statistics import Sketch, SquaredNorm, Statistic
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.pruning.sparse import SparsePass, lowest_scores, magnitude_mask, sparsity
+from llmcompress.records.rows import SiteReport
 
 
 @PASSES.register("wanda")
@@ -51,7 +51,7 @@ class Wanda(SparsePass):
         """Zero them; by magnitude alone where no token came."""
         rows = []
         for here, site, share in self.chosen(block, sites):
-            block.progress.inside(f"wanda {site.info.name}")
+            block.context.progress.inside(f"wanda {site.info.name}")
             rows.append(here._drop(site, share))
         return rows
 

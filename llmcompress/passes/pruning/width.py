@@ -15,7 +15,6 @@ from typing_extensions import override
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.refit import Refitted
@@ -25,6 +24,7 @@ from llmcompress.passes.pruning.allocation import ALLOCATIONS, Request, kept_uni
 from llmcompress.passes.pruning.refits import REFITS, RefitName
 from llmcompress.passes.pruning.scores.base import SCORES, Allocate, Score
 from llmcompress.passes.pruning.units import UnitGroup, groups_of, kept_share, unit_groups
+from llmcompress.records.rows import SiteReport
 
 
 class WidthPass(BlockPass):
@@ -164,7 +164,7 @@ class WidthPass(BlockPass):
             block.measure(list(measured.values()), tuple(kinds))
         done: dict[str, Refitted] = {}
         for site, group in readers:
-            block.progress.inside(f"{PASSES.name_of(type(self))} {site.info.name}")
+            block.context.progress.inside(f"{PASSES.name_of(type(self))} {site.info.name}")
             here = self.for_site(site.name)
             weight_OI = site.weight_OI
             owner_I = group.unit_of_column(weight_OI.device)

@@ -10,11 +10,11 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from llmcompress.calibration.stream import BlockWork
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.statistics import Gram, Statistic
 from llmcompress.passes.quantization.base import QuantizingPass
 from llmcompress.passes.quantization.inside import quantizer_with
+from llmcompress.records.rows import SiteReport
 
 
 class AroundQuantizer(QuantizingPass):

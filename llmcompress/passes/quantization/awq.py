@@ -11,7 +11,6 @@ from pydantic import Field
 from torch import Tensor
 
 from llmcompress.calibration.stream import BlockWork
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import Fold
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.scheme import DESCRIPTION, Scheme
@@ -21,6 +20,7 @@ from llmcompress.numerics.scaling import search_factors
 from llmcompress.numerics.statistics import AbsMean, Gram, Statistic
 from llmcompress.passes.base import PASSES, Trait
 from llmcompress.passes.quantization.base import QuantizingPass, put_codes, report_row
+from llmcompress.records.rows import SiteReport
 
 
 @PASSES.register("awq")
@@ -55,7 +55,7 @@ class AWQ(QuantizingPass):
         scaled: set[str] = set()
         divided: set[str] = set()  # whose own outputs are others now, as a fold's producer
         for fold in block.folds_into(sites):
-            block.progress.inside(f"awq scales {fold.producer}")
+            block.context.progress.inside(f"awq scales {fold.producer}")
             if self._scale(block, fold, {} if divided & {*fold.consumers} else before):
                 scaled.update(block.site(name).name for name in fold.consumers)
                 divided.add(fold.producer)

@@ -9,7 +9,6 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import ModelMap
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.quant_linear import QuantLinear
@@ -19,6 +18,7 @@ from llmcompress.numerics.grid import Fitted, output_error, restore, row_pieces
 from llmcompress.numerics.statistics import AbsMax, Gram, Statistic
 from llmcompress.passes.base import BlockPass, Trait
 from llmcompress.passes.quantization.resolve import resolve_scheme, site_schemes
+from llmcompress.records.rows import SiteReport
 
 
 class QuantizingPass(BlockPass):

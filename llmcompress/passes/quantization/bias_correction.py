@@ -6,13 +6,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.grid import output_error
 from llmcompress.numerics.statistics import Gram, Moments, Statistic
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.decomposition.branch import codes_at, dense_of
 from llmcompress.passes.quantization.around import AroundQuantizer
+from llmcompress.records.rows import SiteReport
 
 
 @PASSES.register("bias_correction")

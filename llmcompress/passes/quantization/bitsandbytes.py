@@ -12,12 +12,12 @@ from typing_extensions import override
 
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.bnb_linear import BLOCK, NESTED_BLOCK, BnbLinear, Kind
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES, BlockPass, Trait
+from llmcompress.records.rows import SiteReport
 
 _OUTPUTS = 32
 """By which outputs must divide for the 4-bit kernel of processors with AVX512-BF16."""

@@ -10,7 +10,6 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from llmcompress.calibration.stream import BlockWork
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.codebook_linear import CodebookLinear
@@ -26,6 +25,7 @@ from llmcompress.numerics.codebook import (
 from llmcompress.numerics.low_rank import relative_output_error
 from llmcompress.numerics.statistics import Gram, Statistic
 from llmcompress.passes.base import PASSES, BlockPass, Trait
+from llmcompress.records.rows import SiteReport
 
 _PLACE_BITS, _WIDTH_BITS = 32, 8
 """What says where a weight in full stands, and how wide a column's codes are."""
@@ -75,7 +75,7 @@ class ChannelwiseMixedPrecision(BlockPass):
         """Find widths, codebooks and codes of every site by itself."""
         rows = []
         for site in sites:
-            block.progress.inside(f"cmpq {site.info.name}")
+            block.context.progress.inside(f"cmpq {site.info.name}")
             rows.append(self.for_site(site.name)._compress(site))
         return rows
 

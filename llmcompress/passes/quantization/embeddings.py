@@ -13,7 +13,6 @@ from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.lookup import row_multiplier
 from llmcompress.model.map import ModelMap
 from llmcompress.model.rotation import untie
@@ -25,6 +24,7 @@ from llmcompress.numerics.grid import Fitted, restore, round_to_codes
 from llmcompress.numerics.ranges import RangeSearch, fit
 from llmcompress.passes.base import PASSES, ModelPass, Trait
 from llmcompress.passes.quantization.resolve import Indivisible, indivisible_error
+from llmcompress.records.rows import SiteReport
 
 
 @PASSES.register("embeddings")
@@ -96,10 +96,12 @@ class Embeddings(ModelPass):
         rows = []
         if self.embedding is not None:
             scheme, multiplier = named_scheme(self.embedding), row_multiplier(model, embedding)
-            codes_VD, fitted, lost = self._rounded(names.embedding, embedding.weight, scheme, whole.storage_dtype)
+            codes_VD, fitted, lost = self._rounded(
+                names.embedding, embedding.weight, scheme, whole.context.storage_dtype
+            )
             table = QuantEmbedding.of(scheme, codes_VD, _as(fitted, embedding.weight.dtype), multiplier)
             model.set_input_embeddings(table.train(embedding.training))
-            rows.append(_row(names.embedding, table, whole.storage_dtype, lost))
+            rows.append(_row(names.embedding, table, whole.context.storage_dtype, lost))
             if shares:
                 bias = getattr(head, "bias", None)
                 outputs, inputs = codes_VD.shape
@@ -109,7 +111,7 @@ class Embeddings(ModelPass):
                 return [*rows, SiteReport(site=names.head, algorithm="embeddings", scheme=scheme.name, parameters=0)]
         if self.head is not None:
             _require_plain(head, names.head)
-            rows.append(self._round_head(model, names.head, head, whole.storage_dtype))
+            rows.append(self._round_head(model, names.head, head, whole.context.storage_dtype))
         return rows
 
     def _round_head(self, model: PreTrainedModel, name: str, head: nn.Module, storage: torch.dtype) -> SiteReport:

@@ -9,13 +9,13 @@ from pydantic import Field, field_validator
 
 from llmcompress.calibration.experts import in_expert
 from llmcompress.calibration.stream import BlockWork
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.carry import Drift, carried
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.quantization.base import QuantizingPass
 from llmcompress.passes.quantization.inside import quantizer_with
+from llmcompress.records.rows import SiteReport
 
 
 @PASSES.register("error_propagation")

@@ -11,7 +11,6 @@ from pydantic import Field
 from torch import Tensor
 
 from llmcompress.calibration.stream import BlockWork
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.columns import (
     DropWeights,
@@ -26,6 +25,7 @@ from llmcompress.numerics.ranges import RangeSearch, fit
 from llmcompress.numerics.statistics import Gram, Statistic
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.quantization.base import QuantizingPass, put_codes, relative_errors, report_row
+from llmcompress.records.rows import SiteReport
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class GPTQ(QuantizingPass):
             if scheme is None:
                 continue
             here = self.for_site(site.name)
-            block.progress.inside(f"gptq {site.info.name}")
+            block.context.progress.inside(f"gptq {site.info.name}")
             gram = site.statistic(Gram)
             key = (gram, here.damping, here.act_order)
             if known is None or known[0] != key:

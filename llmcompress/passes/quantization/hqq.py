@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pydantic import Field, field_validator
 
 from llmcompress.calibration.stream import BlockWork
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.scheme import named_scheme
 from llmcompress.numerics.grid import round_to_codes
@@ -15,6 +14,7 @@ from llmcompress.numerics.half_quadratic import half_quadratic_fit
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.quantization.base import QuantizingPass, put_codes, report_row
+from llmcompress.records.rows import SiteReport
 
 
 @PASSES.register("hqq")

@@ -12,12 +12,12 @@ from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.cache_users import CacheUser, cache_users, watch_cache
 from llmcompress.model.skeleton import put_module
 from llmcompress.modules.kv_cache import CodedAttention, Scales
 from llmcompress.numerics.cache_codes import Number, scale_for
 from llmcompress.passes.base import PASSES, ModelPass, Trait
+from llmcompress.records.rows import SiteReport
 
 _TOKENS = 8
 """Of the text on which a cached decode is compared with one forward pass."""
@@ -62,7 +62,7 @@ class KeyValueCache(ModelPass):
         Raises: CompressError when the model uses no such cache, or in another way than by storing and reading it.
         """
         with whole.resident() as model:
-            ids_BT = torch.arange(3, 3 + _TOKENS, device=whole.device)[None]
+            ids_BT = torch.arange(3, 3 + _TOKENS, device=whole.context.device)[None]
             users = cache_users(model, ids_BT)
             scales = self._fixed_scales(whole, model) if self.uses_data() else {}
             for user in users:
@@ -70,7 +70,7 @@ class KeyValueCache(ModelPass):
                 wrapper = CodedAttention(self.dtype, self.scales, user.argument, user.heads, user.widths)
                 if user.layer in scales:
                     wrapper.key_scale, wrapper.value_scale = scales[user.layer]
-                wrapper.to(whole.device).take(inner)
+                wrapper.to(whole.context.device).take(inner)
                 put_module(model, user.name, wrapper.train(inner.training))
             _check(model, ids_BT)
             return [self._row(user, whole) for user in users]
@@ -81,9 +81,9 @@ class KeyValueCache(ModelPass):
         return SiteReport(
             site=user.name,
             algorithm="kv_cache",
-            tokens=whole.windows_NT.numel() if self.uses_data() else None,
+            tokens=whole.context.windows_NT.numel() if self.uses_data() else None,
             cache_bytes=wrapper.bytes_per_token,
-            cache_bytes_before=user.numbers_per_token * whole.storage_dtype.itemsize,
+            cache_bytes_before=user.numbers_per_token * whole.context.storage_dtype.itemsize,
         )
 
     def _fixed_scales(self, whole: WholeModel, model: PreTrainedModel) -> dict[int, tuple[Tensor, Tensor]]:

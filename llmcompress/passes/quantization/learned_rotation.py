@@ -73,11 +73,11 @@ def learn(
     manifold; of the bases seen the one that is best on windows kept apart stays, the first one among them.
     """
     scheme = named_scheme(settings.scheme)
-    taught_NT, chosen_NT = held_out(whole.windows_NT, share=settings.validation, seed=whole.seed)
+    taught_NT, chosen_NT = held_out(whole.context.windows_NT, share=settings.validation, seed=whole.context.seed)
     if not len(chosen_NT):
         chosen_NT = taught_NT
     with whole.resident() as model:
-        turn = _Turn(kept_DK.to(whole.device), centred=residual.centred)
+        turn = _Turn(kept_DK.to(whole.context.device), centred=residual.centred)
         with _turning(model, residual, turn), _rounding(sites, scheme):
             first = best = _loss(whole, chosen_NT)
             best_angles = turn.angles.detach().clone()
@@ -93,16 +93,16 @@ def learn(
                 model,
                 taught_NT,
                 settings.model_copy(update={"validation": 0.0}),
-                device=whole.device,
-                progress=whole.progress,
-                seed=whole.seed,
+                device=whole.context.device,
+                progress=whole.context.progress,
+                seed=whole.context.seed,
                 parameters=[turn.angles],
                 after_step=look,
                 title="rotation",
             )
         with torch.no_grad():
             turn.angles.copy_(best_angles)
-            found_DK = (kept_DK.to(whole.device) @ turn.turn().double()).to(kept_DK.device)
+            found_DK = (kept_DK.to(whole.context.device) @ turn.turn().double()).to(kept_DK.device)
     # what float32 leaves of orthogonality is repaired in float64
     basis_DK, triangle_KK = torch.linalg.qr(found_DK)
     return Learned(basis_DK * triangle_KK.diagonal().sign(), best, first)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llmcompress.calibration.stream import BlockWork
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.rounded_inputs import fixed_scale, round_inputs
 from llmcompress.modules.scheme import DESCRIPTION, Scheme, named_scheme
@@ -21,6 +20,7 @@ from llmcompress.numerics.ranges import fit
 from llmcompress.numerics.statistics import AbsMax, Gram, Statistic
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.quantization.base import QuantizingPass, put_codes, report_row
+from llmcompress.records.rows import SiteReport
 
 _NARROWEST, _WIDEST = 0.7, 1.2
 """How far a scale may move from where the search of ranges left it."""
@@ -108,7 +108,7 @@ class LearnedRounding(QuantizingPass):
         first = self.rate or 1 / self.steps
         order: list[int] = []
         for step in range(self.steps):
-            block.progress.inside(f"learned_rounding step {step + 1}/{self.steps}")
+            block.context.progress.inside(f"learned_rounding step {step + 1}/{self.steps}")
             order = order or torch.randperm(block.batches, generator=generator).tolist()
             index = order.pop()
             with torch.enable_grad():

@@ -14,7 +14,6 @@ from torch import Tensor
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import ModelMap
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.scheme import DESCRIPTION, Scheme, named_scheme
@@ -25,6 +24,7 @@ from llmcompress.passes.quantization.base import QuantizingPass
 from llmcompress.passes.quantization.inside import quantizer_with
 from llmcompress.passes.quantization.resolve import resolve_scheme, site_schemes
 from llmcompress.passes.quantization.sensitivity import Sensitivity, rounding_loss
+from llmcompress.records.rows import SiteReport
 
 CANDIDATES = (
     *("int2_g64", "int3_channel", "int3_g64", "int3_g32", "int4_channel", "int4_g64"),
@@ -172,21 +172,12 @@ class MixedPrecision(BlockPass):
         sizes = self._sizes(whole, candidates)
         weights = sum(site.info.outputs * site.info.inputs for site in whole.sites() if site.name in candidates)
         goal, floor = self._goal(whole, sizes, weights)
-        few = WholeModel(
-            whole.model,
-            whole.map,
-            whole.windows_NT[: self.samples],
-            batch=whole.batch,
-            device=whole.device,
-            storage_dtype=whole.storage_dtype,
-            progress=whole.progress,
-            seed=whole.seed,
-        )
+        few = whole.within(whole.context.first_windows(self.samples))
         losses = rounding_loss(self.sensitivity, few, candidates, self._quantizers(candidates))
         options = [_rising(sizes[name], losses[name]) for name in candidates]
         chosen = allocate(options, goal, at_least=floor)
         spent = sum(each[index].size for each, index in zip(options, chosen, strict=True))
-        whole.progress.note(f"{spent / weights:.3f} bits per weight on average")
+        whole.context.progress.note(f"{spent / weights:.3f} bits per weight on average")
         return {name: torch.tensor(index) for name, index in zip(candidates, chosen, strict=True)}
 
     def run(self, block: BlockWork) -> list[SiteReport]:
@@ -215,7 +206,7 @@ class MixedPrecision(BlockPass):
 
     def _sizes(self, whole: WholeModel, candidates: Mapping[str, Sequence[Scheme | None]]) -> dict[str, list[int]]:
         """Stored bits of every candidate of every site."""
-        stored = torch.finfo(whole.storage_dtype).bits
+        stored = torch.finfo(whole.context.storage_dtype).bits
         infos = {site.name: site.info for site in whole.sites()}
         return {
             name: [_bits(scheme, infos[name].outputs, infos[name].inputs, stored) for scheme in schemes]
@@ -229,7 +220,7 @@ class MixedPrecision(BlockPass):
             bits = 3.5 if self.bits is None else self.bits
             goal, floor = math.floor(bits * weights), math.ceil((bits - WITHIN) * weights)
         else:
-            stored = torch.finfo(whole.storage_dtype).bits
+            stored = torch.finfo(whole.context.storage_dtype).bits
             everything = sum(parameter.numel() for parameter in whole.model.parameters())
             number, unit = float(self.budget[:-2]), self.budget[-2:]
             goal, floor = int(8 * number * _UNITS[unit]) - (everything - weights) * stored, 0

@@ -10,7 +10,6 @@ from pydantic import Field, field_validator, model_validator
 from torch.nn import functional
 
 from llmcompress.calibration.stream import BlockWork
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import ModelMap
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.scheme import DESCRIPTION, named_scheme
@@ -20,6 +19,7 @@ from llmcompress.passes.base import PASSES, BlockPass, Trait
 from llmcompress.passes.quantization.base import QuantizingPass
 from llmcompress.passes.quantization.inside import quantizer_with
 from llmcompress.passes.quantization.resolve import site_schemes
+from llmcompress.records.rows import SiteReport
 
 
 @PASSES.register("mixture_of_formats")
@@ -80,7 +80,7 @@ class MixtureOfFormats(BlockPass):
         """Choose site by site."""
         rows = []
         for site in sites:
-            block.progress.inside(f"mixture_of_formats {site.info.name}")
+            block.context.progress.inside(f"mixture_of_formats {site.info.name}")
             rows += self.for_site(site.name)._choose(block, site)
         return rows
 

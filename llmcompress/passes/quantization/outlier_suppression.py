@@ -15,7 +15,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from llmcompress.calibration.stream import BlockWork
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import Fold
 from llmcompress.model.shift import has_biases, shift_fold
 from llmcompress.model.site import LinearSite
@@ -24,6 +23,7 @@ from llmcompress.numerics.clusters import Range
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES, BlockPass, Trait
 from llmcompress.passes.quantization.trial_network import Rearranged, TrialNetwork, calls_of, observed, trial_network
+from llmcompress.records.rows import SiteReport
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class OutlierSuppression(BlockPass):
         """Search and fold, one fold after the other; no fold changes the input of another one's readers."""
         rows = []
         for fold in block.folds_into(sites):
-            block.progress.inside(f"outlier_suppression {fold.producer}")
+            block.context.progress.inside(f"outlier_suppression {fold.producer}")
             readers = [block.site(name) for name in fold.consumers]
             if readers[0].statistic(Range).tokens:
                 rows += self.for_site(readers[0].name)._suppress(block, fold, readers)
@@ -93,7 +93,7 @@ class OutlierSuppression(BlockPass):
         best = min(range(len(errors)), key=errors.__getitem__)
         chosen = candidates[best]
         if bool(chosen.shift_P.any()):
-            shift_fold(block.module, fold, chosen.shift_P, storage_dtype=block.storage_dtype)
+            shift_fold(block.module, fold, chosen.shift_P, storage_dtype=block.context.storage_dtype)
         if bool((chosen.divide_P != 1).any()):
             block.fold(fold, chosen.divide_P)
         signal = network.signal

@@ -12,7 +12,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from llmcompress.calibration.stream import BlockWork
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import WidthGroup, WidthPart
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.before_linear import ClusteredInput
@@ -21,6 +20,7 @@ from llmcompress.numerics.clusters import Clusters, Range, cluster, grid_of, rou
 from llmcompress.numerics.sample import InputSample
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES, BlockPass, Trait
+from llmcompress.records.rows import SiteReport
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.embedding_norm import bake_embedding_norm
 from llmcompress.model.head_rotation import Basis, rotate_heads
 from llmcompress.model.map import ModelMap
@@ -28,6 +27,7 @@ from llmcompress.numerics.hadamard import hadamard, spreading_basis, transformed
 from llmcompress.passes.base import PASSES, Backward, ModelPass, Trait
 from llmcompress.passes.dynamic.activation_sparsity import feed_forward_readers
 from llmcompress.passes.quantization.learned_rotation import LearnedRotation, learn
+from llmcompress.records.rows import SiteReport
 
 _MIXED = "would fill the zeros: a rotation mixes all channels"
 
@@ -114,7 +114,7 @@ class Rotation(ModelPass):
         Raises: CompressError, naming the module, where a change of basis is not exact.
         """
         whole.model.float()
-        generator, sites = whole.generator(), whole.sites()
+        generator, sites = whole.context.generator(), whole.sites()
         rotated = self._rotate_heads(whole, sites, generator) if self.heads else set[str]()
         online = self._online_sites(whole.map)
         for site in sites:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from llmcompress.calibration.stream import BlockWork
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.grid import round_to_codes
 from llmcompress.numerics.ranges import RangeSearch, fit
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.quantization.base import QuantizingPass, put_codes, report_row
+from llmcompress.records.rows import SiteReport
 
 
 @PASSES.register("rtn")

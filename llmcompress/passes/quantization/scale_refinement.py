@@ -7,7 +7,6 @@ from typing import Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.scheme import named_scheme
@@ -19,6 +18,7 @@ from llmcompress.passes.base import PASSES
 from llmcompress.passes.decomposition.branch import codes_at
 from llmcompress.passes.quantization.around import AroundQuantizer
 from llmcompress.passes.quantization.base import relative_error
+from llmcompress.records.rows import SiteReport
 
 
 @PASSES.register("scale_refinement")

@@ -96,9 +96,9 @@ def fisher(whole: WholeModel, candidates: Candidates) -> Losses:
     with whole.resident() as model:
         sites = _resident_sites(whole, candidates)
         squares = {name: torch.zeros_like(weight) for name, weight in _wanting_gradients(model, sites)}
-        for ids_BT in torch.split(whole.windows_NT, 1):
+        for ids_BT in torch.split(whole.context.windows_NT, 1):
             with torch.enable_grad():
-                whole.loss(ids_BT.to(whole.device)).backward()  # type: ignore[no-untyped-call]
+                whole.loss(ids_BT.to(whole.context.device)).backward()  # type: ignore[no-untyped-call]
             for site in sites:
                 weight = _weight(site)
                 if weight.grad is not None:
@@ -119,15 +119,15 @@ def hessian(whole: WholeModel, candidates: Candidates) -> Losses:
     The trace is Hutchinson's estimate: one random sign vector over all sites per window; where it comes out negative
     it counts as nothing. Source: Xu et al., arXiv 2103.16472; Dong et al., arXiv 1911.03852 (HAWQ-V2).
     """
-    generator = whole.generator()
+    generator = whole.context.generator()
     with whole.resident() as model:
         sites = _resident_sites(whole, candidates)
         weights = [weight for _, weight in _wanting_gradients(model, sites)]
         traces = [0.0] * len(sites)
-        for ids_BT in torch.split(whole.windows_NT, 1):
+        for ids_BT in torch.split(whole.context.windows_NT, 1):
             # the fused attention kernels have no second derivative
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-                loss = whole.loss(ids_BT.to(whole.device))
+                loss = whole.loss(ids_BT.to(whole.context.device))
                 signs = [_signs(weight, generator) for weight in weights]
                 gradients = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
                 along = sum((g * v).sum() for g, v in zip(gradients, signs, strict=True))
@@ -156,7 +156,7 @@ def divergence(whole: WholeModel, candidates: Candidates) -> Losses:
         for ids_BT in whole.batches():
             dense_TV = _log_probabilities(model, ids_BT)
             for site in sites:
-                whole.progress.note(f"divergence of {site.name}")
+                whole.context.progress.note(f"divergence of {site.name}")
                 weight_OI = site.weight_OI
                 for index, error_OI in enumerate(_weight_errors(site, candidates)):
                     if candidates[site.name][index] is not None:
@@ -191,7 +191,7 @@ def _output_errors(
         if sites:
             block.measure(sites, kinds)
         for site in sites:
-            block.progress.inside(f"candidates of {site.name}")
+            block.context.progress.inside(f"candidates of {site.name}")
             gram_II = site.statistic(Gram).sum_II
             changes = (
                 _quantized(block, site, candidates, quantizers) if quantizers else _weight_errors(site, candidates)

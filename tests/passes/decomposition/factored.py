@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.whole import WholeModel
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
 from llmcompress.passes.apply import apply_passes
 from llmcompress.passes.base import PASSES, BlockPass, Pass
-from llmcompress.progress import Silent
+from llmcompress.records.rows import SiteReport
 from tests.families import VOCABULARY, tiny_model
 
 _maps: dict[str, ModelMap] = {}
@@ -51,11 +51,7 @@ def compressed(
         tiny_model(family, seed=1) if model is None else model,
         map_of(family),
         passes,
-        windows() if data is None else data,
-        batch=4,
-        device=torch.device("cpu"),
-        storage_dtype=dtype,
-        progress=Silent(),
+        RunContext(windows() if data is None else data, batch=4, storage_dtype=dtype),
     )
     return found.model, found.rows
 
@@ -65,11 +61,7 @@ def whole_model(family: str) -> WholeModel:
     return WholeModel(
         tiny_model(family, seed=1),
         map_of(family),
-        windows(),
-        batch=4,
-        device=torch.device("cpu"),
-        storage_dtype=torch.float32,
-        progress=Silent(),
+        RunContext(windows(), batch=4),
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.stream import BlockStream
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError
@@ -24,7 +25,6 @@ from llmcompress.passes.decomposition.modegpt import plan
 from llmcompress.passes.decomposition.modegpt_attention import shrink_attention
 from llmcompress.passes.decomposition.modegpt_channels import shrink_channels
 from llmcompress.passes.decomposition.modegpt_parts import MIXED, Part, parts_of
-from llmcompress.progress import Silent
 from tests.families import FAMILIES, tiny_model
 from tests.passes.decomposition.factored import block_pass, compressed, map_of, windows
 
@@ -52,11 +52,7 @@ def test_with_all_rows_and_channels_kept_every_part_leaves_the_logits(family: st
     stream = BlockStream(
         model,
         model_map,
-        windows(count=16),
-        batch=8,
-        device=torch.device("cpu"),
-        storage_dtype=torch.float32,
-        progress=Silent(),
+        RunContext(windows(count=16), batch=8),
     )
     parts: set[str] = set()
     for block in stream:
@@ -164,11 +160,7 @@ def test_influence_is_one_minus_the_cosine_of_what_enters_and_leaves_a_block(fam
     whole = WholeModel(
         model,
         map_of(family),
-        windows(),
-        batch=4,
-        device=torch.device("cpu"),
-        storage_dtype=torch.float32,
-        progress=Silent(),
+        RunContext(windows(), batch=4),
     )
     found = block_influence(whole)
     # the last hidden state is shown behind the final norm

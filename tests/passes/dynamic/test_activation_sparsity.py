@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import torch
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.errors import CompressError
 from llmcompress.model.probe import map_model
 from llmcompress.modules.dynamic import tallied
 from llmcompress.modules.dynamic_activations import ThresholdedLinear
 from llmcompress.passes.apply import apply_passes
 from llmcompress.passes.dynamic.activation_sparsity import ActivationSparsity, feed_forward_readers
-from llmcompress.progress import Silent
 from tests.families import VOCABULARY, tiny_model
 
 WINDOWS = torch.randint(3, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(0))
@@ -31,11 +31,7 @@ def apply(family: str, **options: Any) -> tuple[Any, Any, Any]:
         model,
         model_map,
         (ActivationSparsity(**options),),
-        WINDOWS,
-        batch=4,
-        device=torch.device("cpu"),
-        storage_dtype=torch.float32,
-        progress=Silent(),
+        RunContext(WINDOWS, batch=4),
     )
     return result.model, result.rows, model_map
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError
 from llmcompress.model.map import BlockInfo, BlockStructure, ModelMap
@@ -16,7 +17,6 @@ from llmcompress.passes.base import PASSES
 from llmcompress.passes.dynamic.early_exit import EarlyExit, outcome_at
 from llmcompress.passes.dynamic.layer_skip import LayerSkip, threshold_for
 from llmcompress.passes.dynamic.states import divergence, readout_of, watching
-from llmcompress.progress import Silent
 from llmcompress.recipe import parse_recipe
 from tests.families import FAMILIES, HIDDEN, VOCABULARY, tiny_model, tiny_tokens
 
@@ -30,11 +30,7 @@ def whole_of(model: Any, *, storage_dtype: torch.dtype = torch.float32) -> Whole
     return WholeModel(
         model,
         ModelMap("tiny", width, blocks, "", "", False),
-        windows_NT,
-        batch=4,
-        device=torch.device("cpu"),
-        storage_dtype=storage_dtype,
-        progress=Silent(),
+        RunContext(windows_NT, batch=4, storage_dtype=storage_dtype),
     )
 
 

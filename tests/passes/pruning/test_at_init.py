@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
@@ -22,7 +23,6 @@ from llmcompress.passes.base import PASSES, Pass
 from llmcompress.passes.pruning.flow_graph import flow_stages
 from llmcompress.passes.pruning.grasp import GraSP
 from llmcompress.passes.pruning.snip import SNIP
-from llmcompress.progress import Silent
 from tests.families import FAMILIES, tiny_model, tiny_tokens
 
 CPU = torch.device("cpu")
@@ -35,17 +35,11 @@ def map_of(family: str) -> ModelMap:
 
 
 def compressed(model: PreTrainedModel, family: str, *passes: Pass) -> Compressed:
-    return apply_passes(
-        model, map_of(family), passes, tiny_tokens(family, batch=4), batch=3, device=CPU,
-        storage_dtype=torch.float32, progress=Silent(),
-    )  # fmt: skip
+    return apply_passes(model, map_of(family), passes, RunContext(tiny_tokens(family, batch=4), batch=3, device=CPU))
 
 
 def whole_model(model: PreTrainedModel, family: str, batch: int = 3) -> WholeModel:
-    return WholeModel(
-        model, map_of(family), tiny_tokens(family, batch=4), batch=batch, device=CPU,
-        storage_dtype=torch.float32, progress=Silent(),
-    )  # fmt: skip
+    return WholeModel(model, map_of(family), RunContext(tiny_tokens(family, batch=4), batch=batch, device=CPU))
 
 
 def site_weights(model: PreTrainedModel, family: str) -> dict[str, Tensor]:

@@ -26,12 +26,12 @@ class Notes(Silent):
 def test_forward_passes_alone_find_a_better_choice_than_the_prior(monkeypatch: pytest.MonkeyPatch) -> None:
     family = "llama"
     whole = whole_model(family)
-    whole.progress = notes = Notes()
+    whole.context.progress = notes = Notes()
     groups = unit_groups(map_of(family))
 
     def loss(kept: dict[str, Tensor]) -> float:
         with whole.resident() as model, torch.no_grad(), masked(model, groups, masks(groups, kept)):
-            return float(whole.loss(whole.windows_NT))
+            return float(whole.loss(whole.context.windows_NT))
 
     prior = Width(ratio=0.25, heads=False, score="l2", refit="none").decide(whole)
 

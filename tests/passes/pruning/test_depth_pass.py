@@ -11,13 +11,13 @@ import torch
 from pydantic import ValidationError
 from torch.nn import functional
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError
 from llmcompress.model.probe import map_model
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.passes.apply import apply_passes
 from llmcompress.passes.base import PASSES
-from llmcompress.progress import Silent
 from tests.families import FAMILIES, tiny_config, tiny_model, tiny_tokens
 from tests.model.test_depth import random_model, with_blocks_skipped
 
@@ -49,12 +49,7 @@ def run(model, *passes, seed=0, data=None):
         model,
         map_of_llama() if same else map_model(model),
         passes,
-        windows() if data is None else data,
-        batch=2,
-        device=torch.device("cpu"),
-        storage_dtype=torch.float32,
-        progress=Silent(),
-        seed=seed,
+        RunContext(windows() if data is None else data, batch=2, seed=seed),
     )
 
 
@@ -230,11 +225,7 @@ def test_the_model_is_the_same_while_blocks_are_scored():
     whole = WholeModel(
         model,
         map_model(model),
-        windows(),
-        batch=2,
-        device=torch.device("cpu"),
-        storage_dtype=torch.float32,
-        progress=Silent(),
+        RunContext(windows(), batch=2),
     )
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for score in ("block_influence", "perplexity"):

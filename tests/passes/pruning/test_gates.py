@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError
 from llmcompress.model.map import ModelMap
@@ -22,7 +23,6 @@ from llmcompress.passes.pruning.gate_hooks import fold_gates, gated
 from llmcompress.passes.pruning.gate_kinds import KINDS
 from llmcompress.passes.pruning.gates import Gates
 from llmcompress.passes.pruning.units import unit_groups
-from llmcompress.progress import Silent
 from tests.families import FAMILIES, tiny_model, tiny_tokens
 
 CPU = torch.device("cpu")
@@ -38,10 +38,7 @@ def map_of(family: str) -> ModelMap:
 
 
 def whole_model(model: PreTrainedModel, family: str) -> WholeModel:
-    return WholeModel(
-        model, map_of(family), tiny_tokens(family, batch=6), batch=4, device=CPU,
-        storage_dtype=torch.float32, progress=Silent(),
-    )  # fmt: skip
+    return WholeModel(model, map_of(family), RunContext(tiny_tokens(family, batch=6), batch=4, device=CPU))
 
 
 def make(**options: Any) -> Gates:
@@ -52,9 +49,8 @@ def make(**options: Any) -> Gates:
 
 def compressed(family: str, chosen: Gates) -> Compressed:
     return apply_passes(
-        tiny_model(family), map_of(family), [chosen], tiny_tokens(family, batch=6), batch=4, device=CPU,
-        storage_dtype=torch.float32, progress=Silent(),
-    )  # fmt: skip
+        tiny_model(family), map_of(family), [chosen], RunContext(tiny_tokens(family, batch=6), batch=4, device=CPU)
+    )
 
 
 def site_parameters(model: PreTrainedModel, names: list[str]) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError
 from llmcompress.model.map import ModelMap
@@ -43,15 +44,14 @@ def make(name: str, **options: Any) -> Pass:
 
 
 def compressed(model: PreTrainedModel, family: str, *passes: Pass) -> Compressed:
-    return apply_passes(
-        model, map_of(family), passes, tiny_tokens(family, batch=6), batch=4, device=CPU,
-        storage_dtype=torch.float32, progress=Silent(),
-    )  # fmt: skip
+    return apply_passes(model, map_of(family), passes, RunContext(tiny_tokens(family, batch=6), batch=4, device=CPU))
 
 
 def site_weights(model: PreTrainedModel, family: str) -> dict[str, Tensor]:
     whole = WholeModel(
-        model, map_of(family), tiny_tokens(family), batch=4, device=CPU, storage_dtype=torch.float32, progress=Silent()
+        model,
+        map_of(family),
+        RunContext(tiny_tokens(family), batch=4, device=CPU),
     )
     return {site.name: site.weight_OI for site in whole.sites()}
 
@@ -194,9 +194,8 @@ def test_the_early_bird_stops_when_five_masks_agree_and_not_before() -> None:
             training=Training(**{**BRIEF, "steps": 14}),
         )  # fmt: skip
         whole = WholeModel(
-            model, map_of("llama"), tiny_tokens("llama", batch=6), batch=4, device=CPU,
-            storage_dtype=torch.float32, progress=notes,
-        )  # fmt: skip
+            model, map_of("llama"), RunContext(tiny_tokens("llama", batch=6), batch=4, device=CPU, progress=notes)
+        )
         ticket.apply(whole)
         return notes.lines
 

@@ -10,9 +10,9 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
 from llmcompress.model.residual_probe import find_residual
@@ -22,7 +22,7 @@ from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.passes.apply import apply_passes
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.pruning.slicegpt import SliceGPT
-from llmcompress.progress import Silent
+from llmcompress.records.rows import SiteReport
 from tests.families import FAMILIES, VOCABULARY, randomise, tiny_config, tiny_model
 from tests.reference.slicing import opt_with_shortcuts, parameters
 
@@ -67,11 +67,7 @@ def sliced(
         model,
         _maps[family],
         (SliceGPT(**options), *more),
-        windows(),
-        batch=4,
-        device=torch.device("cpu"),
-        storage_dtype=torch.float32,
-        progress=Silent(),
+        RunContext(windows(), batch=4),
     )
     return result.model, result.rows
 
@@ -204,11 +200,7 @@ def test_a_random_basis_needs_no_text():
     whole = WholeModel(
         model,
         map_model(model),
-        torch.zeros(0, 8, dtype=torch.long),
-        batch=1,
-        device=torch.device("cpu"),
-        storage_dtype=torch.float32,
-        progress=Silent(),
+        RunContext(torch.zeros(0, 8, dtype=torch.long), batch=1),
     )
     for form in ("global", "shortcuts"):
         fresh = tiny_model("llama", seed=1)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
 from llmcompress.model.site import LinearSite
@@ -21,8 +21,8 @@ from llmcompress.passes.apply import apply_passes
 from llmcompress.passes.base import PASSES, Pass
 from llmcompress.passes.decomposition.ranks import squared_gradients
 from llmcompress.passes.pruning.sparse import SparsePass, magnitude_mask
-from llmcompress.progress import Silent
 from llmcompress.recipe import parse_recipe
+from llmcompress.records.rows import SiteReport
 from tests.families import VOCABULARY, tiny_model
 
 FAMILIES = ("llama_gqa", "gpt2", "qwen3_moe")
@@ -70,11 +70,7 @@ def compressed(family: str, *passes: Pass, dtype: torch.dtype = torch.float32) -
         tiny_model(family, seed=1),
         map_of(family),
         passes,
-        windows(),
-        batch=4,
-        device=torch.device("cpu"),
-        storage_dtype=dtype,
-        progress=Silent(),
+        RunContext(windows(), batch=4, storage_dtype=dtype),
     )
 
 
@@ -82,11 +78,7 @@ def whole_model(family: str) -> WholeModel:
     return WholeModel(
         tiny_model(family, seed=1),
         map_of(family),
-        windows(),
-        batch=4,
-        device=torch.device("cpu"),
-        storage_dtype=torch.float32,
-        progress=Silent(),
+        RunContext(windows(), batch=4),
     )
 
 
@@ -205,7 +197,7 @@ def test_a_site_that_no_token_reached_is_pruned_by_magnitude_and_reported(name: 
     assert isinstance(each, SparsePass)
     block = next(whole.stream())
     for site in block.sites:
-        site.set_statistics({kind: kind(site.info.inputs, whole.device) for kind in each.needs()})
+        site.set_statistics({kind: kind(site.info.inputs, whole.context.device) for kind in each.needs()})
     rows = each.apply(block, block.sites)
     by_magnitude, _ = compressed("llama_gqa", make("magnitude", {}))
     for row in rows:

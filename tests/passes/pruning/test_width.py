@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError
-from llmcompress.evaluation.report import SiteReport
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
 from llmcompress.passes.apply import apply_passes
@@ -21,7 +21,7 @@ from llmcompress.passes.pruning.bonsai import Bonsai
 from llmcompress.passes.pruning.scores.base import SCORES
 from llmcompress.passes.pruning.units import UnitGroup, masked, unit_groups
 from llmcompress.passes.pruning.width import Width, WidthPass
-from llmcompress.progress import Silent
+from llmcompress.records.rows import SiteReport
 from tests.families import FAMILIES, VOCABULARY, tiny_model
 
 ALL_HEADS_NEEDED = frozenset({"falcon_old", "bloom"})
@@ -42,11 +42,7 @@ def whole_model(family: str, model: PreTrainedModel | None = None, data: Tensor 
     return WholeModel(
         model or tiny_model(family, seed=1),
         map_of(family),
-        windows() if data is None else data,
-        batch=4,
-        device=torch.device("cpu"),
-        storage_dtype=torch.float32,
-        progress=Silent(),
+        RunContext(windows() if data is None else data, batch=4),
     )
 
 
@@ -55,11 +51,7 @@ def pruned(family: str, pass_: WidthPass, model: PreTrainedModel | None = None) 
         model or tiny_model(family, seed=1),
         map_of(family),
         (pass_,),
-        windows(),
-        batch=4,
-        device=torch.device("cpu"),
-        storage_dtype=torch.float32,
-        progress=Silent(),
+        RunContext(windows(), batch=4),
     )
 
 
@@ -230,7 +222,7 @@ def test_mask_gradients_are_the_slope_of_the_loss() -> None:
     groups = [group for group in unit_groups(map_of(family)) if group.kind == "heads"][:2]
     fisher = SCORES["group_fisher"]().importance(whole, groups)
     model = whole.model.double()
-    ids = whole.windows_NT
+    ids = whole.context.windows_NT
 
     def loss_without(group: UnitGroup, unit: int, step: float) -> float:
         mask = torch.ones(group.units, dtype=torch.float64)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmcompress.evaluation.report import SiteReport
+from llmcompress.calibration.context import RunContext
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
 from llmcompress.passes.apply import apply_passes
 from llmcompress.passes.base import Pass
-from llmcompress.progress import Silent
 from llmcompress.recipe import parse_recipe
+from llmcompress.records.rows import SiteReport
 from tests.families import VOCABULARY, tiny_model
 
 
@@ -39,11 +39,7 @@ def compressed(
         tiny_model(family, seed=1) if model is None else model,
         map_of(family),
         parsed,
-        windows(),
-        batch=4,
-        device=torch.device("cpu"),
-        storage_dtype=dtype,
-        progress=Silent(),
+        RunContext(windows(), batch=4, storage_dtype=dtype),
     )
     return result.model, result.rows
 

@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.footprint import footprint
 from llmcompress.export.save import save_model
@@ -21,7 +22,6 @@ from llmcompress.model.probe import map_model
 from llmcompress.modules.bnb_linear import BnbLinear
 from llmcompress.passes.apply import apply_passes
 from llmcompress.passes.base import PASSES
-from llmcompress.progress import Silent
 from llmcompress.recipe import parse_recipe
 from llmcompress.run import Run
 from tests.families import VOCABULARY, tiny_config, tiny_model, tiny_tokens
@@ -56,12 +56,7 @@ def apply(family: str, passes: str, dtype: torch.dtype = torch.float32, **option
         model,
         map_model(model),
         recipe.passes,
-        WINDOWS,
-        batch=4,
-        device=torch.device("cpu"),
-        storage_dtype=dtype,
-        progress=Silent(),
-        **options,
+        RunContext(WINDOWS, batch=4, storage_dtype=dtype, **options),
     )
 
 

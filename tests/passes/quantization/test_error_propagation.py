@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.settings import Calibration
 from llmcompress.loading.load import load_for_compression
@@ -55,11 +56,7 @@ def test_the_trained_model_errs_less_on_other_text() -> None:
             copy.deepcopy(loaded.model),
             model_map,
             parse_recipe(f"passes: [{recipe}]", "test").passes,
-            calibrating,
-            batch=4,
-            device=torch.device("cpu"),
-            storage_dtype=torch.float32,
-            progress=Silent(),
+            RunContext(calibrating, batch=4),
         ).model
         return float((found(held_out).logits - dense).square().mean())
 

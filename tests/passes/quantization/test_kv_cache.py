@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.errors import CompressError
 from llmcompress.evaluation.footprint import footprint
 from llmcompress.export.save import save_model
@@ -15,7 +16,6 @@ from llmcompress.model.probe import map_model
 from llmcompress.modules.kv_cache import CodedAttention
 from llmcompress.passes.apply import apply_passes
 from llmcompress.passes.base import PASSES
-from llmcompress.progress import Silent
 from llmcompress.recipe import parse_recipe
 from llmcompress.run import Run
 from tests.export.test_manifest import in_fresh_process
@@ -31,12 +31,7 @@ def apply(family: str, passes: str, **options: Any) -> Any:
         model,
         map_of(family, model),
         parse_recipe(f"passes: {passes}", "test").passes,
-        WINDOWS,
-        batch=4,
-        device=torch.device("cpu"),
-        storage_dtype=options.pop("storage_dtype", torch.float32),
-        progress=Silent(),
-        **options,
+        RunContext(WINDOWS, batch=4, storage_dtype=options.pop("storage_dtype", torch.float32), **options),
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.stream import BlockStream
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.numerics.grid import Fitted, round_to_codes
@@ -93,8 +94,10 @@ def test_a_wild_rate_falls_back_to_plain_rounding() -> None:
 def test_dense_outputs_are_those_of_blocks_that_nobody_touched() -> None:
     model = tiny_model("llama_gqa", seed=1)
     options = {"batch": 4, "device": torch.device("cpu"), "storage_dtype": torch.float32, "progress": Silent()}
-    untouched = [block.outputs() for block in BlockStream(model, map_of("llama_gqa", model), windows(), **options)]
-    stream = BlockStream(model, map_of("llama_gqa", model), windows(), **options, dense=True)
+    untouched = [
+        block.outputs() for block in BlockStream(model, map_of("llama_gqa", model), RunContext(windows(), **options))
+    ]
+    stream = BlockStream(model, map_of("llama_gqa", model), RunContext(windows(), **options), dense=True)
     for block, wanted in zip(stream, untouched, strict=True):
         for found, expected in zip(block.dense_outputs, wanted, strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -118,12 +121,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
                 model,
                 map_of("llama_gqa", model),
                 [make("learned_rounding", {"scheme": "int3_g32", "steps": 5})],
-                windows(),
-                batch=4,
-                device=torch.device("cpu"),
-                storage_dtype=torch.float32,
-                progress=progress,
-                keep=keep,
+                RunContext(windows(), batch=4, progress=progress, keep=keep),
             )
 
     with pytest.raises(Killed):

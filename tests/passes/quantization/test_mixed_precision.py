@@ -87,7 +87,7 @@ def test_the_sum_of_squared_gradients_is_that_of_each_window_alone() -> None:
     with whole.resident() as model:
         weight = model.get_submodule(name).weight.requires_grad_(True)
         squares = torch.zeros_like(weight)
-        for ids in whole.windows_NT:
+        for ids in whole.context.windows_NT:
             (gradient,) = torch.autograd.grad(whole.loss(ids[None]), weight)
             squares += gradient.square()
         site = whole.sites()[0]
@@ -104,17 +104,17 @@ class _Quiet:
 def test_the_second_derivative_along_signs_is_that_of_finite_differences() -> None:
     whole = whole_model("llama_gqa")
     site = next(site for site in whole.sites() if site.name.endswith("down_proj"))
-    whole.windows_NT = whole.windows_NT[:1]
+    whole.context.windows_NT = whole.context.windows_NT[:1]
     scheme = named_scheme("int3_g32")
     (loss,) = hessian(whole, {site.name: [scheme]})[site.name]
-    weight_OI, generator = site.weight_OI, whole.generator()
+    weight_OI, generator = site.weight_OI, whole.context.generator()
     signs_OI = torch.randint(0, 2, weight_OI.shape, generator=generator).float() * 2 - 1
     with whole.resident() as model:
         weight = model.get_submodule(site.name).weight.requires_grad_(True)
 
         def slope(step: float) -> float:
             site.write(weight_OI + step * signs_OI)
-            (gradient,) = torch.autograd.grad(whole.loss(whole.windows_NT), weight)
+            (gradient,) = torch.autograd.grad(whole.loss(whole.context.windows_NT), weight)
             return float((gradient * signs_OI).sum(dtype=torch.float64))
 
         curvature = (slope(1e-3) - slope(-1e-3)) / 2e-3

@@ -8,10 +8,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.stream import BlockStream
 from llmcompress.numerics.clusters import Range
 from llmcompress.passes.quantization.outlier_suppression import OutlierSuppression
-from llmcompress.progress import Silent
 from tests.families import FAMILIES, tiny_model
 from tests.passes.quantization.rearranged import compressed, logits, map_of, windows
 
@@ -50,11 +50,7 @@ def test_after_the_shift_channels_are_symmetric_on_calibration_text(family: str)
     stream = BlockStream(
         model,
         map_of(family),
-        windows(),
-        batch=4,
-        device=torch.device("cpu"),
-        storage_dtype=torch.float32,
-        progress=Silent(),
+        RunContext(windows(), batch=4),
     )
     work = next(iter(stream))
     work.measure(work.sites, (Range,))

@@ -32,7 +32,7 @@ class _Taylor(Score):
     @override
     def importance(self, whole: WholeModel, groups: Sequence[UnitGroup]) -> list[Tensor]:
         transposed = {site.name: site.info.transposed for site in whole.sites()}
-        found = [torch.zeros(group.units, device=whole.device) for group in groups]
+        found = [torch.zeros(group.units, device=whole.context.device) for group in groups]
         of_site: dict[str, list[tuple[int, UnitGroup]]] = {}
         for number, group in enumerate(groups):
             for name in group.sites:
@@ -173,16 +173,16 @@ def _weight_gradients(
         squares = {
             name: torch.zeros_like(weight) if second else sums[name].new_zeros(1, 1) for name, weight in weights.items()
         }
-        for ids_BT in torch.split(whole.windows_NT, 1) if second else whole.batches():
+        for ids_BT in torch.split(whole.context.windows_NT, 1) if second else whole.batches():
             with torch.enable_grad():
-                loss = whole.loss(ids_BT.to(whole.device)) * len(ids_BT)
+                loss = whole.loss(ids_BT.to(whole.context.device)) * len(ids_BT)
                 gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
             for name, gradient in zip(weights, gradients, strict=True):
                 if gradient is not None:  # an expert that no token reached has none
                     sums[name] += gradient
                     if second:
                         squares[name] += gradient.square()
-        windows = max(len(whole.windows_NT), 1)
+        windows = max(len(whole.context.windows_NT), 1)
         for name, weight in weights.items():
             yield name, weight.detach(), sums[name] / windows, squares[name] / windows
 

@@ -24,7 +24,7 @@ class Random(Score):
 
     @override
     def importance(self, whole: WholeModel, groups: Sequence[UnitGroup]) -> list[Tensor]:
-        generator = whole.generator()
+        generator = whole.context.generator()
         return [torch.rand(group.units, generator=generator) for group in groups]
 
 

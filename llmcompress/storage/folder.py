@@ -14,9 +14,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.export.disk import disk_errors, sha256, sync
-from llmcompress.export.lock import ProcessLock
-from llmcompress.export.shards import INDEX
+from llmcompress.storage.disk import disk_errors, sha256, sync
+from llmcompress.storage.lock import ProcessLock
+from llmcompress.storage.names import INDEX
 
 
 def check_output(output: Path, *, overwrite: bool, needed_bytes: int = 0) -> None:
