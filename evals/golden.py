@@ -4,7 +4,8 @@ number, `--check` lists every recipe whose weights moved.
     python evals/golden.py --store       hashes → evals/results/golden.json
     python evals/golden.py --check       exit code 1 when any hash differs
 
-Hashes are those of one processor, torch and major of transformers: store before a change, check after it, on one machine.
+Hashes are those of one processor, torch and major of transformers: store before a
+change, check after it, on one machine.
 """
 
 from __future__ import annotations

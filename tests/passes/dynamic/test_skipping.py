@@ -36,7 +36,7 @@ def whole_of(model: Any, *, storage_dtype: torch.dtype = torch.float32) -> Whole
 
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
-    return model(whole_of(model).windows_NT, use_cache=False).logits
+    return model(whole_of(model).context.windows_NT, use_cache=False).logits
 
 
 def test_outcome_of_a_threshold_equals_looking_at_token_after_token() -> None:
