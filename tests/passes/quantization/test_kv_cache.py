@@ -13,6 +13,7 @@ from llmcompress.errors import CompressError
 from llmcompress.evaluation.footprint import footprint
 from llmcompress.export.save import save_model
 from llmcompress.model.probe import map_model
+from llmcompress.modules.cache_names import cache_of
 from llmcompress.modules.kv_cache import CodedAttention
 from llmcompress.passes.apply import apply_passes
 from llmcompress.passes.base import PASSES
@@ -53,7 +54,7 @@ def test_every_family_stores_codes_and_hardly_moves(family: str) -> None:
 def test_fixed_scales_cover_the_calibration_text_exactly() -> None:
     model, rows = apply("llama_gqa", "[{kv_cache: {dtype: int8, scales: channel}}]")
     assert all(row.tokens == WINDOWS.numel() for row in rows)
-    layer = tiny_model("llama_gqa", seed=1)(WINDOWS, use_cache=True).past_key_values.layers[0]
+    layer = cache_of(tiny_model("llama_gqa", seed=1)(WINDOWS, use_cache=True)).layers[0]
     wrapper = model.model.layers[0].self_attn
     expected = (layer.keys.abs().amax((0, 2)) / 127)[:, None]
     torch.testing.assert_close(wrapper.key_scale, expected, rtol=2**-8, atol=0)
