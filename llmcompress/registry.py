@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from llmcompress.errors import CompressError, ExitCode
+from llmcompress.errors import CompressError, ExitCode, did_you_mean
 
 T = TypeVar("T")
 
@@ -41,11 +40,10 @@ class Registry(Generic[T]):
         """
         self._scan()
         if name not in self._classes:
-            nearest = difflib.get_close_matches(name, self._classes, n=1)
             raise CompressError(
                 f"{self.kind}.unknown",
                 f"there is no {self.kind} called {name!r}",
-                fix=f"did you mean {nearest[0]!r}?" if nearest else f"use one of {', '.join(self)}",
+                fix=did_you_mean(name, self),
                 exit_code=ExitCode.USAGE,
             )
         return self._classes[name]

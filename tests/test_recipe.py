@@ -380,7 +380,7 @@ def test_the_json_schema_describes_every_option_of_every_pass():
 def test_an_unknown_preset_names_the_nearest(tmp_path):
     with pytest.raises(CompressError) as caught:
         load_preset("tiny/gtpq")
-    assert caught.value.fix == "did you mean 'tiny/gptq'?"
+    assert caught.value.fix == "did you mean `tiny/gptq`?"
     with pytest.raises(CompressError):
         load_preset("../recipes/w4")
 

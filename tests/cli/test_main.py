@@ -168,7 +168,7 @@ def test_python_dash_m_shows_the_version_of_the_project():
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
-        (["compres", "m"], "Did you mean 'compress'?"),
+        (["compres", "m"], "did you mean `compress`?"),
         (["recipes", "sho"], "No such command 'sho'"),
         (["compress", "m", "--presett", "w4"], "--preset"),
         (["compress", "m", "-o", "out"], "--preset NAME or --recipe FILE"),
