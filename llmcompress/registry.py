@@ -13,13 +13,13 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Every class registered by the modules below one package.
+    """Every class registered by one module, or by the modules below one package.
 
-    The package is imported at the first look-up, not before: asking for `--help` must not import torch.
+    It is imported at the first look-up, not before: asking for `--help` must not import torch.
     """
 
-    def __init__(self, kind: str, package: str) -> None:
-        self.kind, self.package = kind, package
+    def __init__(self, kind: str, place: str) -> None:
+        self.kind, self.place = kind, place
         self._classes: dict[str, type[T]] = {}
         self._scanned = False
 
@@ -48,6 +48,10 @@ class Registry(Generic[T]):
             )
         return self._classes[name]
 
+    def __contains__(self, name: object) -> bool:
+        self._scan()
+        return name in self._classes
+
     def __iter__(self) -> Iterator[str]:
         self._scan()
         return iter(sorted(self._classes))
@@ -61,6 +65,6 @@ class Registry(Generic[T]):
         if self._scanned:
             return
         self._scanned = True
-        root = importlib.import_module(self.package)
-        for found in pkgutil.walk_packages(root.__path__, prefix=f"{self.package}."):
+        root = importlib.import_module(self.place)
+        for found in pkgutil.walk_packages(getattr(root, "__path__", ()), prefix=f"{self.place}."):
             importlib.import_module(found.name)
