@@ -381,6 +381,12 @@ def test_set_asks_which_pass_when_two_have_the_name():
     assert parse_recipe(text, "r", settings=["passes.1.rtn.range=mse"]).passes[1].range == "mse"
 
 
+def test_set_reaches_into_the_options_of_an_inner_pass():
+    setting = "passes.mixed_precision.quantizer.gptq.damping=0.02"
+    (found,) = parse_recipe("passes: [mixed_precision]", "r", settings=[setting]).passes
+    assert found.quantizer == {"gptq": {"damping": 0.02}}
+
+
 # ---- presets
 
 
