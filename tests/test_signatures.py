@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 import llmcompress
 from tests.test_imports import PACKAGE, modules, stage_of
@@ -90,3 +93,17 @@ def test_the_flow_fits_on_a_screen():
     (flow,) = (each for each in functions(tree) if each.name == "_compress")
     assert flow.end_lineno is not None
     assert flow.end_lineno - flow.lineno + 1 <= SCREEN
+
+
+ONCE = {
+    r"get_close_matches\(": "errors.py",
+    r"os\.replace\(": "storage/atomic.py",
+    r"__version__\.(split|partition)\(": "loading/versions.py",
+}
+"""What has one place, and where that is: hints for unknown words, replacing a file, the major of transformers."""
+
+
+@pytest.mark.parametrize("call", ONCE)
+def test_what_has_one_place_is_done_nowhere_else(call):
+    found = [path for path in modules() if re.search(call, path.read_text(encoding="utf-8"))]
+    assert [str(path.relative_to(PACKAGE)) for path in found] == [ONCE[call]]

@@ -74,8 +74,8 @@ class Stage(ABC):
 
         Raises: ValidationError with every problem at its place.
         """
-        if isinstance(value, tuple) and all(isinstance(each, BaseModel) for each in value):
-            return value
+        if isinstance(value, list | tuple) and all(isinstance(each, BaseModel) for each in value):
+            return tuple(value)
         problems: list[InitErrorDetails] = []
         entries = self.entries(self.expanded(value), problems)
         found = [_thing(self.registry[entry.name], entry, problems) for entry in entries]
