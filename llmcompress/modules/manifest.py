@@ -69,8 +69,8 @@ def _compare(live: nn.Module, stock: nn.Module, name: str, found: Manifest) -> N
         found.modules[name] = named_spec(live)
         if live.has_stock_format and not live.is_transparent and _is_reshaped(live, stock):
             found.reshaped.add(name)
-        for leaf, part, before in live.differs_below(stock):
-            _compare(part, before, _join(name, leaf), found)
+        for leaf, part, original in live.differs_below(stock):
+            _compare(part, original, _join(name, leaf), found)
         return
     if type(live) is not type(stock):
         raise CompressError(
