@@ -243,3 +243,8 @@ def test_live_sizes_count_codes_where_they_are_and_nowhere_twice() -> None:
     assert LowRankLinear(quantized(random(3, INPUTS)), quantized(random(OUTPUTS, 3))).coded_weights() == 0
     assert shared_head().coded_weights() == 0 and embedding().coded_weights() == OUTPUTS * INPUTS
     assert codebook().coded_weights() == OUTPUTS * INPUTS
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("nf4", 4 * 12 * 128 + 8 * 24 + 32 + 32), ("int8", 8 * 12 * 128 + 12 * 32)])
+def test_codes_of_bitsandbytes_take_their_blocks_scales_too(kind: str, bits: int) -> None:
+    assert bnb(kind, 128).coded_bits() == bits and bnb(kind, 128).coded_weights() == 12 * 128
