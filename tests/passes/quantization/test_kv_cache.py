@@ -112,16 +112,25 @@ IN_STOCK_WORDS = {
 }
 
 
+def library_rounds_caches_of(family: str) -> bool:
+    """Asked of compressed-tensors itself: up to 0.20.1 it does not see the caches of transformers 5.24 and later."""
+    stock = tiny_model(family, seed=1)
+    scheme = QuantizationArgs(num_bits=8, strategy="tensor", dynamic=False, symmetric=True)
+    apply_quantization_config(stock, QuantizationConfig(config_groups={}, kv_cache_scheme=scheme))
+    return any(name.endswith("k_scale") for name, _ in stock.named_parameters())
+
+
 @pytest.mark.parametrize("case", IN_STOCK_WORDS)
 def test_one_scale_for_keys_and_one_for_values_is_compressed_tensors(tmp_path: Path, case: str) -> None:
     family, passes = IN_STOCK_WORDS[case]
     model, ids = apply(family, passes).model, tiny_tokens(family)
     wrappers = [name for name, part in model.named_modules() if isinstance(part, CodedAttention)]
     saved = save_model(model, tmp_path, "auto", storage_dtype=torch.float32, max_shard_size="5GB")
-    assert saved.format == "compressed-tensors"
+    stock = library_rounds_caches_of(family)
+    assert saved.format == ("compressed-tensors" if stock else "llmcompress")
     assert [name for name, part in model.named_modules() if isinstance(part, CodedAttention)] == wrappers
     torch.save(ids, tmp_path / "ids.pt")
-    assert in_fresh_process([tmp_path], "") == ["loaded"]
+    assert in_fresh_process([tmp_path], "" if stock else "import llmcompress") == ["loaded"]
     with torch.no_grad():
         # the library's rounding multiplies in another order: a number next to a boundary goes the other way
         torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(ids).logits, atol=2e-3, rtol=0)
@@ -186,7 +195,8 @@ def test_a_killed_run_goes_on_behind_it_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_a_model_without_such_a_cache_is_refused() -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, apply_quantization_config
+from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model("rwkv", vocab_size=64, hidden_size=16, attention_hidden_size=16, num_hidden_layers=2)
     model = AutoModelForCausalLM.from_config(config).eval()
