@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmcompress.calibration.tokens import max_positions
-from llmcompress.evaluation.reductions import Perplexity, reduce
+from llmcompress.evaluation.reductions import Perplexity, feed
 from llmcompress.evaluation.scores import WindowScores, score
 from llmcompress.evaluation.settings import PerplexityTask
 from llmcompress.evaluation.texts import EvaluationText, evaluation_text
@@ -51,7 +51,7 @@ def measure(
     progress = progress or Silent()
     found = Perplexity(text)
     scores = score(runner, text.windows, batch=batch, name=text.name)
-    reduce(watched(scores, text, f"perplexity on {text.name}", progress), [found])
+    feed(watched(scores, text, f"perplexity on {text.name}", progress), found)
     return found.result()
 
 

@@ -93,9 +93,7 @@ class AgainstDense:
     def result(self) -> Divergence:
         """Quantiles are values that occur."""
         text, kl_N = self._text, torch.cat(self._kl).sort().values
-        median, ninety, ninety_nine = (
-            float(kl_N[math.ceil(share * len(kl_N)) - 1]) for share in (0.5, 0.9, 0.99)
-        )
+        median, ninety, ninety_nine = (float(kl_N[math.ceil(share * len(kl_N)) - 1]) for share in (0.5, 0.9, 0.99))
         return Divergence(
             text=text.name,
             window=text.window,
@@ -113,12 +111,11 @@ class AgainstDense:
         )
 
 
-def reduce(scores: Iterable[WindowScores], reductions: Sequence[Reduction]) -> list[Measurement]:
+def feed(scores: Iterable[WindowScores], *reductions: Reduction) -> None:
     """One pass over the scores for all of them."""
     for window in scores:
         for reduction in reductions:
             reduction.add(window)
-    return [reduction.result() for reduction in reductions]
 
 
 def divergences(dense_PK: Tensor, other_PK: Tensor) -> Tensor:

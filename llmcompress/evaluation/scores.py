@@ -128,6 +128,6 @@ def _not_finite(runner: Runner, window_W: Tensor, logprob_P: Tensor, where: str)
         "numerics.non-finite",
         f"the log-probability of a token is {float(logprob_P[token - 1])}{found}",
         where=f"{where}, token {token}",
-        fix="activations beyond a number format's range (float16 ends at 65504), or a broken weight: measure in float32 "
-        "or bfloat16, and the dense model alone with `llmcompress evaluate`",
+        fix="measure in float32 or bfloat16 (float16 ends at 65504); if it stays, a weight is broken: measure the "
+        "dense model alone with `llmcompress evaluate`",
     )

@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from llmcompress.errors import CompressError
 from llmcompress.records.measurements import (
     Divergence,
-    Estimate,
     Measurement,
     PerplexityResult,
     StageSeconds,
@@ -25,7 +24,7 @@ from llmcompress.records.rows import Record, SiteReport
 REPORT = "llmcompress_report.json"
 """Its file beside the weights."""
 
-VERSION = 1
+VERSION: Literal[1] = 1
 """Grows when a field or a kind of measurement changes its meaning; a kind that is new changes nothing."""
 
 T = TypeVar("T")
@@ -48,8 +47,7 @@ class Quality:
     @property
     def ratio_error(self) -> float | None:
         """Standard error of the ratio, paired token by token; None where it is not known."""
-        found: Estimate | None = self.divergence and self.divergence.perplexity_ratio
-        return found and found.standard_error
+        return self.divergence.perplexity_ratio.standard_error if self.divergence else None
 
 
 class Report(Record):

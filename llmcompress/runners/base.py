@@ -59,6 +59,7 @@ class Runner(ABC):
         """Which part of the model first computes NaN or Inf on these tokens; None where a runtime cannot tell."""
         return None
 
+    @abstractmethod
     def close(self) -> None:
         """Give back what was taken; the runner is of no use afterwards."""
 
