@@ -7,6 +7,7 @@ import os
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -70,7 +71,8 @@ class TensorCache:
             os.replace(part, self._path(key))
             self._shrink()
         except (OSError, SafetensorError):
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
             return False
         return True
 
