@@ -28,6 +28,13 @@ from llmcompress.cli.output import device_option, json_option, print_json, print
     show_default=True,
     help="Whether every window starts with the BOS token.",
 )
+@click.option(
+    "--runner",
+    default="torch",
+    show_default=True,
+    metavar="NAME",
+    help="What runs the model: transformers, by default.",
+)
 @click.option("--max-windows", type=click.IntRange(min=1), help="Measure only the first windows.")
 @device_option
 @json_option
@@ -37,6 +44,7 @@ def evaluate(
     window: int | None,
     bos: str,
     max_windows: int | None,
+    runner: str,
     device: str,
     as_json: bool,
 ) -> None:
@@ -58,7 +66,7 @@ def evaluate(
         progress.stage("starting", 0)
         from llmcompress import pipeline
 
-        results = pipeline.evaluate(model, tasks, device=device, progress=progress)
+        results = pipeline.evaluate(model, tasks, runner=runner, device=device, progress=progress)
     if as_json:
         print_json([result.model_dump(mode="json") for result in results])
     else:

@@ -21,8 +21,8 @@ from llmcompress.loading.tensors import TensorHeader, Tensors, headers
 from llmcompress.modules.base import MODULES
 from llmcompress.modules.scheme import Scheme, named_scheme
 from llmcompress.numerics.packing import unpack_bits
+from llmcompress.records.report import REPORT
 
-REPORT = "llmcompress_report.json"
 _LABELS = {"weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "input_scale", "scale", "zero_point"}
 _LABELS |= {"shared_scale", "weight_global_scale", "input_global_scale"}  # of scales in two levels
 

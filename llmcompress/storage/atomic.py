@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,13 +12,14 @@ from llmcompress.storage.disk import sync
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """A file beside `path` to fill; when the block ends it becomes `path`, and the disk has confirmed it.
 
     It lies in the same folder, because only within one file system is renaming one step. After an error `path` is what
-    it was, and the half-written file is gone.
+    it was, and the half-written file is gone. `shared`: other processes may write the same file at this moment.
     """
-    part = path.with_name(f"{path.name}.part")
+    own = f".{uuid.uuid4().hex[:8]}" if shared else ""
+    part = path.with_name(f"{path.name}{own}.part")
     try:
         yield part
         sync(part)
