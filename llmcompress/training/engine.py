@@ -40,7 +40,7 @@ def accelerated(settings: Training, device: torch.device) -> Iterator[Accelerato
             "training.fp16",
             f"fp16 mixed precision needs a CUDA device, this training runs on {device.type}",
             where="training.mixed_precision",
-            fix="use mixed_precision: bf16, or no",
+            fix="use mixed_precision: bf16, or leave it out",
             exit_code=ExitCode.USAGE,
         )
     states = [AcceleratorState._shared_state, PartialState._shared_state, GradientState._shared_state]
@@ -51,7 +51,7 @@ def accelerated(settings: Training, device: torch.device) -> Iterator[Accelerato
         accelerator = Accelerator(
             cpu=device.type == "cpu",
             device_placement=False,  # the caller has put the model where it belongs
-            mixed_precision=settings.mixed_precision,
+            mixed_precision=settings.mixed_precision or "no",
             gradient_accumulation_plugin=GradientAccumulationPlugin(1, sync_with_dataloader=False),
             # a batch is what all processes see together: their number does not change the training
             dataloader_config=DataLoaderConfiguration(split_batches=True, dispatch_batches=False),

@@ -1,6 +1,6 @@
 """Logits on demand: what the head reads is kept, and logits are computed for a few positions at a time.
 
-B = samples, T = tokens, R = rows (positions of all samples, flattened), D = width of what the head reads, V = vocabulary.
+B = samples, T = tokens, R = rows (positions of all samples, flattened), D = width of the head's inputs, V = vocabulary.
 """
 
 from __future__ import annotations

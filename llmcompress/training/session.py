@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -186,7 +187,7 @@ class Session:
             where=f"{self._task.job.title}: step {number} of {settings.steps}, "
             f"learning rate {settings.learning_rate:g}",
             fix=f"try learning_rate: {settings.learning_rate / 10:g}, or a longer warmup"
-            + (", or mixed_precision: no" if settings.mixed_precision != "no" else ""),
+            + (", or leave mixed_precision out" if settings.mixed_precision else ""),
             saved=saved,
         )
 
@@ -222,9 +223,7 @@ class Session:
         context.progress.note(f"{self._task.job.title}: {_UNEXPLAINED} samples, {at_once} at a time")
         return None, at_once * processes
 
-    def _checkpoint(
-        self, step: Step, trained: list[nn.Parameter], optimizer: torch.optim.Optimizer
-    ) -> Checkpoint | None:
+    def _checkpoint(self, step: Step, trained: list[nn.Parameter], optimizer: Optimizer) -> Checkpoint | None:
         context, job = self._task.context, self._task.job
         if context.keep is None:
             return None

@@ -49,8 +49,8 @@ class Seen:
                 losses_R = per_token(rows, targets_R, teacher)
             return torch.where(targets_R != IGNORED, losses_R, 0.0).sum() / max(self.batch.predicted, 1)
         chosen = (targets_R != IGNORED).nonzero().flatten()
-        parts = chosen.split(self.rows_at_once)
-        values = self.student.values_RX[chosen].split(self.rows_at_once)
+        parts = torch.split(chosen, self.rows_at_once)
+        values = torch.split(self.student.values_RX[chosen], self.rows_at_once)
         total = self.student.values_RX.new_zeros((), dtype=torch.float32)
         for part, mine in zip(parts, values, strict=True):
             theirs = None if taught is None else taught.values_RX[part]
