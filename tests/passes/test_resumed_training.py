@@ -67,7 +67,7 @@ def compressed(folder: Path | None, passes: list[Pass], progress: Watching) -> d
         ([("progressive_low_rank", {"cuts": 2})], "cut 2 of 2: step 3/4"),
         ([("rotation", {"learned": {**TRAINING, "learning_rate": 0.05}})], "rotation: step 5/8"),
     ],
-    ids="recover adapters rigl lottery early-bird gates dsa decorator progressive rotation".split(),
+    ids=["recover", "adapters", "rigl", "lottery", "early-bird", "gates", "dsa", "decorator", "low-rank", "rotation"],
 )  # fmt: skip
 def test_killed_and_resumed_equals_uninterrupted(passes: list[tuple[str, Any]], die: str, tmp_path: Path) -> None:
     trains = {"recover", "rigl", "lottery_ticket", "gates", "progressive_low_rank"}

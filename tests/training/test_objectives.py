@@ -85,7 +85,9 @@ class Rows(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for each in out if isinstance(out, tuple | list) else [out]:
             if isinstance(each, torch.Tensor) and each.dim() > 1 and each.shape[-1] == VOCABULARY:
-                self.most = max(self.most, each.numel() // VOCABULARY)
+                # a view that repeats the head's weight takes no memory
+                numbers = min(each.numel(), each.untyped_storage().nbytes() // each.element_size())
+                self.most = max(self.most, numbers // VOCABULARY)
         return out
 
 
