@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmcompress.training.data.batch import Batch
@@ -27,15 +29,26 @@ class ModelTeacher:
         self._model: PreTrainedModel | None = None
         self._head: Head | None = None
 
-    @torch.no_grad()
     def predictions(self, batch: Batch) -> Predictions:
         """One forward pass; with a head that can be used alone, logits of a few rows at a time."""
         model = self._loaded()
         most = rows_at_once(model.config.get_text_config().vocab_size)
-        if batch.ids_BT.numel() > most and self._head is None:
-            self._head = find_head(model, batch.ids_BT)
-        found = predictions(model, batch, self._head if batch.ids_BT.numel() > most else None)
-        return Predictions(found.values_RX, torch.no_grad()(found.logits))
+        with self._as_it_is():
+            if batch.ids_BT.numel() > most and self._head is None:
+                self._head = find_head(model, batch.ids_BT)
+            found = predictions(model, batch, self._head if batch.ids_BT.numel() > most else None)
+
+        def logits(values_RX: Tensor) -> Tensor:
+            with self._as_it_is():
+                return found.logits(values_RX)
+
+        return Predictions(found.values_RX, logits)
+
+    @contextmanager
+    def _as_it_is(self) -> Iterator[None]:
+        """The student's mixed precision and gradients are not the teacher's."""
+        with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+            yield
 
     def _loaded(self) -> PreTrainedModel:
         if self._model is None:

@@ -17,7 +17,7 @@ from llmcompress.training.data.base import Windows
 from llmcompress.training.data.batch import IGNORED, Batch, Sample, padded
 from llmcompress.training.head import find_head
 from llmcompress.training.loop import train
-from llmcompress.training.objectives.base import OBJECTIVES, Objective
+from llmcompress.training.objectives.base import OBJECTIVES, Objective, TokenObjective
 from llmcompress.training.objectives.cross_entropy import CrossEntropy
 from llmcompress.training.objectives.kl import KL
 from llmcompress.training.settings import Training
@@ -183,6 +183,26 @@ def test_a_teacher_is_loaded_once_when_it_is_first_asked_and_stays_as_it_is() ->
     assert all(each.grad is None and not each.requires_grad for each in loaded[0].parameters())
     before = tiny_model("llama", seed=1, dtype=torch.bfloat16).state_dict()
     assert all(torch.equal(each, before[name]) for name, each in loaded[0].state_dict().items())
+
+
+def test_a_teacher_computes_in_its_own_dtype_whatever_the_students_precision() -> None:
+    found: list[torch.Tensor] = []
+
+    class Look(TokenObjective):
+        def needs_teacher(self) -> bool:
+            return True
+
+        def per_token(self, student_RV: Any, targets_R: Any, teacher_RV: Any) -> Any:
+            found.extend([student_RV.detach(), teacher_RV])
+            return student_RV.square().sum(-1)
+
+    ids, settings = tiny_tokens("llama", batch=2), Training(steps=1, batch=2, mixed_precision="bf16")
+    given = {"objective": Look(), "teacher": ModelTeacher(tiny_model("llama", seed=1), CPU)}
+    train(tiny_model("llama"), Windows(ids), settings, RunContext(ids, seed=1), **given)
+    plain = tiny_model("llama", seed=1)(input_ids=ids).logits.detach()
+    in_order = [torch.equal(found[1].view_as(plain), plain[list(order)]) for order in ((0, 1), (1, 0))]
+    assert any(in_order) and found[0].dtype == torch.float32
+    assert torch.equal(found[0], found[0].bfloat16().float()), "the student's are numbers of bfloat16"
 
 
 def test_a_model_does_not_diverge_from_itself() -> None:
