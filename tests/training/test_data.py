@@ -158,6 +158,25 @@ def test_local_files_are_read_whole_or_streamed_with_the_same_rows(tmp_path: Pat
         assert found == sorted(row["response"] + "</s>" for row in PAIRS)
 
 
+def test_a_text_file_is_streamed_by_paragraphs(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("\n\n".join(f"paragraph {n},\nof two lines" for n in range(20)))
+    data = training_data(Examples(source=str(file), tokens=16, streaming=True, shuffle=1), tokenizer())
+    text = tokenizer().decode(torch.cat([each.ids_BT for each in batches(data, 0, 3)]).flatten())
+    assert text.startswith("paragraph 0,\nof two lines</s>paragraph 1,\nof two lines</s>")
+
+
+def test_a_stream_that_breaks_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps(PAIRS[0]) + "\n" + '{"prompt": "x", \n')
+    data = Examples(
+        source=str(file), kind="prompt", streaming=True, columns={"prompt": "prompt", "response": "response"}
+    )
+    with pytest.raises(CompressError) as caught:
+        batches(training_data(data, tokenizer()), 0, 2)
+    assert caught.value.code == "data.unreadable"
+
+
 def test_what_cannot_be_used_is_said_with_the_columns_there_are(tmp_path: Path) -> None:
     rows = Dataset.from_list([{"frage": "a", "antwort": "b"}])
 

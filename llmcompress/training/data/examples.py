@@ -41,7 +41,8 @@ class Examples(BaseModel):
     tokens: int = Field(default=512, ge=2)
     """In a window of packed text; the most in any other sample, what is longer is cut at its end."""
     streaming: bool = False
-    """Read row by row while training, in the memory of a few; for data that does not fit into memory."""
+    """Read row by row while training, in the memory of a few; for data that does not fit into memory. The documents of
+    a .txt then are its paragraphs."""
     shuffle: int = Field(default=1000, ge=1)
     """Streaming: rows held in memory, from which the next is drawn."""
     chat_template: str | None = None
@@ -76,7 +77,8 @@ def read_rows(examples: Examples, *, where: str = "data") -> Any:
         if builder is None:
             what = f"{path.name}: rows cannot be streamed from this kind of file"
             raise CompressError("data.file-type", what, where=where, fix=f"use one of {', '.join(_BUILDERS)}")
-        return datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True)
+        options = {"sample_by": "paragraph"} if builder == "text" else {}
+        return datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True, **options)
     rows = []
     for label, row in rows_of_file(path, where=where):
         if isinstance(row, BadRow):

@@ -90,11 +90,22 @@ class Stream(TrainingData):
         for epoch in count():
             rows.set_epoch(epoch)
             empty = True
-            for numbered in enumerate(rows):
+            for numbered in _guarded(rows):
                 empty = False
                 yield numbered
             if empty:
                 raise CompressError("data.empty", "the stream has no rows", fix="use another source")
+
+
+def _guarded(rows: Any) -> Iterator[Numbered]:
+    """Numbered rows, with one error for whatever breaks while they are read."""
+    try:
+        yield from enumerate(rows)
+    except Exception as failure:  # from one of several libraries, which share no type
+        what = " ".join(f"the stream cannot be read further: {failure.__cause__ or failure}".split())[:300]
+        raise CompressError(
+            "data.unreadable", what, fix="correct the file; without `streaming` the error names the line"
+        ) from failure
 
 
 class Taken(IterableDataset[Any]):
