@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from llmcompress.modules.base import MODULES, CompressedModule, Spec
+from llmcompress.modules.base import MODULES, CompressedModule, Spec, TrainableTwin
 from llmcompress.modules.low_rank import part_bias, part_from_spec, part_shape, part_spec, part_weight
+from llmcompress.modules.trainable import TwinOfParts
+from llmcompress.modules.wanted import Wanted
 from llmcompress.numerics.clusters import round_by_clusters
 from llmcompress.numerics.hadamard import transformed
 
@@ -48,6 +50,10 @@ class BeforeLinear(CompressedModule):
     @override
     def keeps_inputs(self) -> bool:
         return not isinstance(self.kept, CompressedModule) or self.kept.keeps_inputs()
+
+    @override
+    def trainable(self, wanted: Wanted) -> TrainableTwin:
+        return TwinOfParts(self, wanted)
 
 
 @MODULES.register("rotated_input")

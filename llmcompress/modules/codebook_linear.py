@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from llmcompress.modules.base import MODULES, CompressedModule, Spec
+from llmcompress.modules.base import MODULES, CompressedModule, Spec, TrainableTwin
+from llmcompress.modules.trainable import sharing_tensors
+from llmcompress.modules.wanted import Role, Wanted
 from llmcompress.numerics.codebook import level_values
+from llmcompress.numerics.fake_quant import straight_through
 from llmcompress.numerics.packing import pack_bits, packed_bytes, unpack_bits
 
 
@@ -91,17 +94,22 @@ class CodebookLinear(CompressedModule):
 
     @override
     def dense_weight(self) -> Tensor:
-        weight_IO = torch.empty(
-            self.in_features, self.out_features, dtype=self.value_N.dtype, device=self.value_N.device
-        )
-        for bits in self._widths:
-            levels_CL = self.get_buffer(f"levels_{bits}")
+        return self.composed(self.levels(), self.value_N)
+
+    def levels(self) -> dict[int, Tensor]:
+        """C×L for the columns of each width, in order."""
+        return {bits: self.get_buffer(f"levels_{bits}") for bits in self._widths}
+
+    def composed(self, levels: Mapping[int, Tensor], value_N: Tensor) -> Tensor:
+        """The matrix that the codes stand for with these levels, and these weights in full."""
+        weight_IO = torch.empty(self.in_features, self.out_features, dtype=value_N.dtype, device=value_N.device)
+        for bits, levels_CL in levels.items():
             # codes of eight bits come back as int8, shifted by half their range
             low = -128 if bits == 8 else 0
             codes_CO = unpack_bits(self.get_buffer(f"codes_{bits}"), bits, low, self.out_features)
             weight_IO[self.width_I == bits] = level_values(codes_CO.to(torch.int16) - low, levels_CL)
         weight_OI = weight_IO.T.contiguous()
-        weight_OI.view(-1)[self.place_N.long()] = self.value_N
+        weight_OI.view(-1)[self.place_N.long()] = value_N
         return weight_OI
 
     def stored_bits(self) -> int:
@@ -113,6 +121,50 @@ class CodebookLinear(CompressedModule):
         return functional.linear(x, self.dense_weight(), self.bias)
 
     @override
+    def trainable(self, wanted: Wanted) -> TrainableTwin:
+        return TwinOfCodebooks(self, wanted)
+
+    @override
     def extra_repr(self) -> str:
         widths = ", ".join(f"{count} columns of {bits} bits" for bits, count in self.spec()["columns"].items())
         return f"{self.in_features} → {self.out_features}, {widths}, {len(self.place_N)} weights in full"
+
+
+class TwinOfCodebooks(TrainableTwin):
+    """Levels count as scales and weights in full as weights; which level a weight has stays what it is."""
+
+    def __init__(self, module: CodebookLinear, wanted: Wanted) -> None:
+        super().__init__(module)
+        self._of, self._storage = (module,), wanted.storage_dtype
+        first = {f"levels_{bits}": levels_CL for bits, levels_CL in module.levels().items()}
+        for name, tensor in (*first.items(), ("value_N", module.value_N), ("bias", module.bias)):
+            role: Role = "scales" if name in first else "biases" if name == "bias" else "weights"
+            own = None if tensor is None else nn.Parameter(tensor.detach().clone(), requires_grad=role in wanted)
+            self.register_parameter(name, own)
+            if own is not None and own.numel() and role in wanted:
+                self.roles[name] = role
+
+    def _stored(self, name: str) -> Tensor:
+        """The values that would be stored now; the gradient passes."""
+        exact, first = self.get_parameter(name), self._of[0].get_buffer(name)
+        near = exact.detach().to(self._storage).to(exact.dtype)
+        return straight_through(exact, torch.where(exact.detach() == first, first, near))
+
+    @override
+    def dense_weight(self) -> Tensor:
+        module = self._of[0]
+        return module.composed({bits: self._stored(f"levels_{bits}") for bits in module.levels()}, self._stored("value_N"))
+
+    @override
+    @torch.no_grad()
+    def settled(self) -> CompressedModule:
+        made = sharing_tensors(self._of[0])
+        for name in ("value_N", *(f"levels_{bits}" for bits in self._of[0].levels())):
+            made._buffers[name] = self._stored(name)
+        bias = self._parameters["bias"]
+        made._parameters["bias"] = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        return made.train(self.training)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.dense_weight(), self._parameters["bias"])

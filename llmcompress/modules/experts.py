@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ class UnfusedExperts(CompressedModule, nn.ModuleList):
 
     A checkpoint holds experts one by one, so a model with these is saved under the names of its stock model.
     """
+
+    frame: ClassVar[bool] = True
 
     def __init__(
         self, experts: int, hidden: int, inner: int, names: Sequence[str], activation: str, dtype: torch.dtype

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from llmcompress.modules.base import MODULES, CompressedModule, Spec
+from llmcompress.modules.base import MODULES, CompressedModule, Spec, TrainableTwin
 from llmcompress.modules.quant_linear import QuantLinear, from_bits
 from llmcompress.modules.scheme import Scheme
 from llmcompress.numerics.grid import Fitted, restore
@@ -50,6 +50,17 @@ class QuantEmbedding(QuantLinear):
         return made
 
     @override
+    def computed(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        rows = functional.embedding(x, weight_OI)
+        return rows if self.multiplier == 1.0 else rows * self.multiplier
+
+    @override
+    def with_codes(self, codes_OI: Tensor, fitted: Fitted, bias_O: Tensor | None) -> Self:
+        made = super().with_codes(codes_OI, fitted, bias_O)
+        made.multiplier = self.multiplier
+        return made
+
+    @override
     def forward(self, ids: Tensor) -> Tensor:
         flat = ids.reshape(-1)
         shared = None if self.shared_scale is None else from_bits(self.shared_scale)
@@ -66,6 +77,7 @@ class SharedHead(CompressedModule):
     """A head that multiplies by the embedding's table: it has no numbers of its own but an optional bias."""
 
     bias: nn.Parameter | None
+    frame: ClassVar[bool] = True
 
     def __init__(self, table: str, outputs: int, inputs: int, bias_V: Tensor | None) -> None:
         super().__init__()
@@ -94,7 +106,7 @@ class SharedHead(CompressedModule):
     def dense_weight(self) -> Tensor:
         assert self._model, "a shared head must be connected"
         found = self._model[0].get_submodule(self.table)
-        assert isinstance(found, CompressedModule)
+        assert isinstance(found, CompressedModule | TrainableTwin)
         return found.dense_weight()
 
     @override

@@ -9,15 +9,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from llmcompress.modules.base import MODULES, CompressedModule, Spec
+from llmcompress.modules.base import MODULES, Spec
 from llmcompress.modules.rounded_inputs import round_inputs
 from llmcompress.modules.scheme import Scheme, named_scheme
+from llmcompress.modules.trainable_codes import CodedModule
 from llmcompress.numerics.formats import TWO_LEVEL
 from llmcompress.numerics.grid import Fitted, restore
 
 
 @MODULES.register("quant_linear")
-class QuantLinear(CompressedModule):
+class QuantLinear(CodedModule):
     """Replaces `nn.Linear` (or Conv1D): `codes_OI` int8, `scale_OG`, `zero_OG` int8 (asymmetric), optional bias.
 
     `input_scale` exists for activations that calibration measured. Buffers follow `.to(dtype)`: scales hold values of
@@ -98,9 +99,7 @@ class QuantLinear(CompressedModule):
 
     @override
     def dense_weight(self) -> Tensor:
-        shared = None if self.shared_scale is None else from_bits(self.shared_scale)
-        fitted = Fitted.of_stored(self.scheme.weights, self.scale_OG, self.zero_OG, shared)
-        return restore(self.codes_OI, fitted).to(self.scale_OG.dtype)
+        return restore(self.codes_OI, self.fitted()).to(self.scale_OG.dtype)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -109,12 +108,27 @@ class QuantLinear(CompressedModule):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
+        return self.computed(x, self.dense_weight(), self.bias)
+
+    @override
+    def computed(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         if self.scheme.activations:
             fixed = self.input_scale
             if fixed is not None and fixed.dtype == torch.int32:
                 fixed = from_bits(fixed)
             x = round_inputs(x, self.scheme, fixed)
-        return functional.linear(x, self.dense_weight(), self.bias)
+        return functional.linear(x, weight_OI, bias_O)
+
+    @override
+    def fitted(self) -> Fitted:
+        shared = None if self.shared_scale is None else from_bits(self.shared_scale)
+        return Fitted.of_stored(self.scheme.weights, self.scale_OG, self.zero_OG, shared)
+
+    @override
+    def with_codes(self, codes_OI: Tensor, fitted: Fitted, bias_O: Tensor | None) -> Self:
+        zero_OG = None if self.zero_OG is None else fitted.zero_OG.to(self.zero_OG.dtype)
+        scale_OG = fitted.stored_OG().to(self.scale_OG.dtype)
+        return type(self)(self.scheme, codes_OI, scale_OG, zero_OG, bias_O, self.input_scale, self.shared_scale)
 
     @override
     def extra_repr(self) -> str:

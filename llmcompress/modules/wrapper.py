@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ class Wrapper(CompressedModule):
     """
 
     inner: nn.Module
+    frame: ClassVar[bool] = True
 
     def take(self, inner: nn.Module) -> None:
         """Put the module inside, and an empty tensor under the old name of one of its parameters.
