@@ -55,6 +55,8 @@ class TwinOfCodes(TrainableTwin):
     Source: Esser et al., arXiv 1902.08153 (weights and scales); Chen et al., arXiv 2407.11062 (scales alone).
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, module: CodedModule, wanted: Wanted) -> None:
         super().__init__(module)
         self._of = (module,)  # in a tuple: its numbers are no part of what is trained
@@ -70,7 +72,7 @@ class TwinOfCodes(TrainableTwin):
         self._own("scale_OG", first.scale_OG, "scales", wanted)
         if not self._grid.symmetric:
             self._own("zero_OG", first.zero_OG, "zero_points", wanted)
-        self.bias: nn.Parameter | None = None
+        self.register_parameter("bias", None)
         if module.bias is not None:
             self._own("bias", module.bias, "biases", wanted)
         lsq = self._learns_codes and "scales" in wanted
@@ -85,9 +87,8 @@ class TwinOfCodes(TrainableTwin):
 
     def fitted(self) -> Fitted:
         """Scales and zero points as they would be stored now, with their gradients."""
-        scale_OG, first_OG = self.get_parameter("scale_OG"), self.get_buffer("first_scale_OG")
-        shared = self._buffers["shared"]
-        scale_OG = gradient_times(scale_OG, self._factor)
+        first_OG, shared = self.get_buffer("first_scale_OG"), self._buffers["shared"]
+        scale_OG = gradient_times(self.get_parameter("scale_OG"), self._factor)
         scale_OG = storable_scales(scale_OG, first_OG, self._grid.scales, self._storage, shared)
         if self._grid.symmetric:
             return Fitted(self._grid, scale_OG, torch.zeros_like(first_OG), shared)

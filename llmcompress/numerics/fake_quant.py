@@ -29,7 +29,7 @@ def straight_through(exact: Tensor, rounded: Tensor, inside: Tensor | None = Non
     """
     if not (torch.is_grad_enabled() and exact.requires_grad):
         return rounded
-    passed: Tensor = _Passing.apply(exact, rounded.detach(), inside)
+    passed: Tensor = _Passing.apply(exact, rounded.detach(), inside)  # type: ignore[no-untyped-call]
     return passed
 
 
@@ -44,7 +44,7 @@ def gradient_times(x: Tensor, factor: float) -> Tensor:
     """`x`, whose gradient is multiplied."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x
-    scaled: Tensor = _Scaled.apply(x, factor)
+    scaled: Tensor = _Scaled.apply(x, factor)  # type: ignore[no-untyped-call]
     return scaled
 
 
@@ -61,7 +61,7 @@ def rounded_integers(values: Tensor, low: int, high: int, *, clip: bool = True) 
 def rounded_numbers(values: Tensor, number: NumberFormat, *, clip: bool = True) -> Tensor:
     """The nearest values of a number format; gradients as for integers, half the outermost gap is inside."""
     exact = values.detach()
-    lowest, highest = _reach(number)
+    lowest, highest = _reach(number)  # type: ignore[arg-type]
     inside = (exact >= lowest) & (exact <= highest) if clip else None
     return straight_through(values, number.nearest(exact), inside)
 
@@ -137,7 +137,7 @@ def _reach(number: NumberFormat) -> tuple[float, float]:
     """The outermost values, half of the last gap farther out."""
     codes = torch.arange(number.low, number.low + (1 << number.bits)).to(torch.int8)
     values = number.decode(codes, torch.float64)
-    rising = values[values.isfinite()].unique().tolist()
+    rising = sorted(set(values[values.isfinite()].tolist()))
     return rising[0] - (rising[1] - rising[0]) / 2, rising[-1] + (rising[-1] - rising[-2]) / 2
 
 

@@ -104,12 +104,12 @@ def test_gradients_are_the_finite_differences_of_the_surrogate(grid: Grid) -> No
 
     points = [each.detach() for each in leaves][: 3 if grid.number is None else 2]
     for place, point in enumerate(points):
-        step = 1e-6 * float(point.abs().max())
+        step = 1e-6 * (float(point.abs().max()) or 1.0)
         for index in range(0, point.numel(), 3):
             around = []
             for sign in (1, -1):
-                moved = [each.clone() for each in leaves]
-                moved[place].detach().view(-1)[index] += sign * step
+                moved = [each.detach().clone() for each in leaves]
+                moved[place].view(-1)[index] += sign * step
                 around.append(float(loss(*moved)))
             difference = (around[0] - around[1]) / (2 * step)
             assert difference == pytest.approx(float(gradients[place].view(-1)[index]), rel=1e-5, abs=1e-6)
