@@ -153,7 +153,9 @@ class TwinOfCodebooks(TrainableTwin):
     @override
     def dense_weight(self) -> Tensor:
         module = self._of[0]
-        return module.composed({bits: self._stored(f"levels_{bits}") for bits in module.levels()}, self._stored("value_N"))
+        return module.composed(
+            {bits: self._stored(f"levels_{bits}") for bits in module.levels()}, self._stored("value_N")
+        )
 
     @override
     @torch.no_grad()

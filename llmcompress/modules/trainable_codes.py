@@ -27,11 +27,12 @@ class CodedModule(CompressedModule):
     """A module whose one matrix is codes and scales."""
 
     codes_OI: Tensor
+    scale_OG: Tensor
     bias: nn.Parameter | None
 
     @abstractmethod
     def fitted(self) -> Fitted:
-        """Its grid with its scales and zero points, in the dtype that the matrix is made in."""
+        """Its grid with its scales and zero points."""
 
     @abstractmethod
     def with_codes(self, codes_OI: Tensor, fitted: Fitted, bias_O: Tensor | None) -> Self:
@@ -61,7 +62,7 @@ class TwinOfCodes(TrainableTwin):
         super().__init__(module)
         self._of = (module,)  # in a tuple: its numbers are no part of what is trained
         codes_OI, fitted = module.codes_OI, module.fitted()
-        self._dtype = fitted.scale_OG.dtype
+        self._dtype = module.scale_OG.dtype
         work = torch.promote_types(self._dtype, torch.float32)
         self._storage = wanted.storage_dtype if self._dtype == work else self._dtype
         first = replace(fitted, scale_OG=fitted.scale_OG.to(work), zero_OG=fitted.zero_OG.to(work))
@@ -134,9 +135,8 @@ class TwinOfCodes(TrainableTwin):
             # a format may have two codes for one value, zero above all
             same_OI = self._values(found_OI) == self._values(module.codes_OI)
             codes_OI = torch.where(same_OI, module.codes_OI, found_OI)
-        stored = replace(fitted, scale_OG=fitted.scale_OG.to(self._dtype), zero_OG=fitted.zero_OG.to(self._dtype))
         bias_O = None if self.bias is None else self.bias.detach().clone()
-        return module.with_codes(codes_OI, stored, bias_O).train(self.training)
+        return module.with_codes(codes_OI, fitted, bias_O).train(self.training)
 
     def _values(self, codes_OI: Tensor) -> Tensor:
         number = self._grid.number

@@ -53,7 +53,7 @@ def rounded_integers(values: Tensor, low: int, high: int, *, clip: bool = True) 
 
     A value within half a step of the outermost integer counts as inside.
     """
-    near = values.detach().round()
+    near = values.detach().round().add_(0.0)  # -0 becomes 0: no code says it
     rounded = near.clamp(low, high)
     return straight_through(values, rounded, near == rounded if clip else None)
 

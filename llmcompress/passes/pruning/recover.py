@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
-from llmcompress.passes.base import PASSES, Backward, ModelPass
+from llmcompress.passes.base import PASSES, Backward, ModelPass, Trait
 from llmcompress.passes.pruning.sparse import sparsity
 from llmcompress.records.rows import SiteReport
 from llmcompress.training.adapters import adapted
@@ -19,13 +19,18 @@ from llmcompress.training.settings import Training
 
 @PASSES.register("recover")
 class Recover(ModelPass):
-    """Train on the calibration text what earlier passes left: all of it, or low-rank adapters that are merged.
+    """Train on the calibration text what earlier passes left: all of it, or low-rank adapters.
 
-    Source: of adapters Hu et al., arXiv 2106.09685; after pruning Ma et al., arXiv 2305.11627, section 3.3. Differs:
-    adapters never touch a zero, so merging keeps the sparsity.
+    Adapters are merged into weights, never touching a zero. Beside codes they stay as a branch of low rank, and the
+    codes are what they were.
+
+    Source: of adapters Hu et al., arXiv 2106.09685; after pruning Ma et al., arXiv 2305.11627, section 3.3; beside
+    codes Dettmers et al., arXiv 2305.14314. Differs: adapters are masked, so merging keeps the sparsity.
     """
 
-    rank: int | None = Field(None, ge=1, description="of the adapters on every linear; null: train all weights")
+    rank: int | None = Field(
+        None, ge=1, description="of the adapters on every linear; null: train all weights (before there are codes)"
+    )
     scale: float | None = Field(None, gt=0, description="of the adapters, α ÷ rank (2)")
     training: Training = Field(default_factory=Training, description="steps, learning rate and batches")
 
@@ -34,6 +39,16 @@ class Recover(ModelPass):
         if self.scale is not None and self.rank is None:
             raise ValueError("`scale` belongs to adapters: give their `rank` too")
         return self
+
+    @override
+    def undoes(self, trait: Trait) -> str | None:
+        """Codes may be there before adapters, which leave them alone."""
+        return None if trait == "codes" and self.rank is not None else super().undoes(trait)
+
+    @override
+    def undoes_together(self, traits: frozenset[Trait]) -> str | None:
+        """A branch beside codes is dense."""
+        return "would fill zeros with its dense branch" if "codes" in traits and traits & {"zeros", "pattern"} else None
 
     @override
     def uses_data(self) -> bool:
@@ -47,6 +62,11 @@ class Recover(ModelPass):
     @override
     def apply(self, whole: WholeModel) -> list[SiteReport]:
         sites = whole.sites()
+        ranks = {
+            site: min(self.rank, site.info.outputs, site.info.inputs)
+            for site in sites
+            if self.rank and site.is_quantized
+        }
         with whole.resident() as model:
             if self.rank is None:
                 train(
@@ -60,8 +80,7 @@ class Recover(ModelPass):
                 )
             else:
                 scale = 2.0 if self.scale is None else self.scale
-                modules = [site.module for site in sites]
-                with adapted(modules, rank=self.rank, scale=scale, seed=whole.context.seed) as adapters:
+                with adapted(sites, rank=self.rank, scale=scale, seed=whole.context.seed) as adapters:
                     train(
                         model,
                         whole.context.windows_NT,
@@ -73,4 +92,7 @@ class Recover(ModelPass):
                         masks=ZerosStay([]),
                         title="recover",
                     )
-        return [SiteReport(site=site.name, algorithm="recover", sparsity=sparsity(site.weight_OI)) for site in sites]
+        return [
+            SiteReport(site=site.name, algorithm="recover", sparsity=sparsity(site.weight_OI), rank=ranks.get(site))
+            for site in sites
+        ]
