@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Self
 
 import torch
@@ -10,14 +11,19 @@ from torch.nn import functional
 from typing_extensions import override
 
 from llmcompress.modules.base import MODULES, CompressedModule, Spec, TrainableTwin
-from llmcompress.modules.quant_linear import QuantLinear, from_bits
+from llmcompress.modules.expression import Expression, Gather, Tied
+from llmcompress.modules.expression_leaves import Leaf, Quantized
+from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.scheme import Scheme
-from llmcompress.numerics.grid import Fitted, restore
+from llmcompress.numerics.grid import Fitted
+from llmcompress.numerics.quantized import QuantizedTensor
 
 
 @MODULES.register("quant_embedding")
 class QuantEmbedding(QuantLinear):
     """Restores only the rows that are looked up; `multiplier` is what the embedding's class multiplies them by."""
+
+    has_stock_format: ClassVar[bool] = False
 
     multiplier: float = 1.0
 
@@ -55,19 +61,18 @@ class QuantEmbedding(QuantLinear):
         return rows if self.multiplier == 1.0 else rows * self.multiplier
 
     @override
-    def with_codes(self, codes_OI: Tensor, fitted: Fitted, bias_O: Tensor | None) -> Self:
-        made = super().with_codes(codes_OI, fitted, bias_O)
+    def with_codes(self, tensor: QuantizedTensor, bias_O: Tensor | None) -> Self:
+        made = super().with_codes(tensor, bias_O)
         made.multiplier = self.multiplier
         return made
 
     @override
+    def expression(self) -> Expression:
+        return Gather(Quantized(self.quantized), self.multiplier)
+
+    @override
     def forward(self, ids: Tensor) -> Tensor:
-        flat = ids.reshape(-1)
-        shared = None if self.shared_scale is None else from_bits(self.shared_scale)
-        scale = self.scale_OG if self.scheme.weights.scales.single else self.scale_OG[flat]
-        zero = None if self.zero_OG is None else self.zero_OG[flat]
-        rows = restore(self.codes_OI[flat], Fitted.of_stored(self.scheme.weights, scale, zero, shared))
-        rows = rows.to(self.scale_OG.dtype)
+        rows = self.quantized.rows(ids.reshape(-1)).dense()
         rows = rows if self.multiplier == 1.0 else rows * self.multiplier
         return rows.reshape(*ids.shape, self.in_features)
 
@@ -103,8 +108,17 @@ class SharedHead(CompressedModule):
         self._model = (model,)
 
     @override
-    def dense_weight(self) -> Tensor:
+    def expression(self) -> Expression:
         assert self._model, "a shared head must be connected"
+        found = self._model[0].get_submodule(self.table)
+        assert isinstance(found, CompressedModule)
+        embedding = found.expression()
+        assert isinstance(embedding, Gather) and isinstance(embedding.table, Leaf)
+        return Tied(self.table, replace(embedding.table, bias=self.bias))
+
+    @override
+    def dense_weight(self) -> Tensor:
+        """The table, also while it is trained."""
         found = self._model[0].get_submodule(self.table)
         assert isinstance(found, CompressedModule | TrainableTwin)
         return found.dense_weight()

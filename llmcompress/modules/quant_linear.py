@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,13 @@ from torch.nn import functional
 from typing_extensions import override
 
 from llmcompress.modules.base import MODULES, Spec
-from llmcompress.modules.rounded_inputs import round_inputs
+from llmcompress.modules.expression import Expression
+from llmcompress.modules.expression_leaves import Quantized
 from llmcompress.modules.scheme import Scheme, named_scheme
 from llmcompress.modules.trainable_codes import CodedModule
 from llmcompress.numerics.formats import TWO_LEVEL
-from llmcompress.numerics.grid import Fitted, restore
+from llmcompress.numerics.grid import Fitted
+from llmcompress.numerics.quantized import QuantizedTensor
 
 
 @MODULES.register("quant_linear")
@@ -25,6 +27,9 @@ class QuantLinear(CodedModule):
     the checkpoint's dtype, so casting the module there and back loses nothing. The float32 that two-level scales share
     (`shared_scale`, and `input_scale` of such activations) would: its bits are kept as int32.
     """
+
+    has_stock_format: ClassVar[bool] = True
+    holds_codes: ClassVar[bool] = True
 
     codes_OI: Tensor
     scale_OG: Tensor
@@ -58,11 +63,11 @@ class QuantLinear(CodedModule):
         cls, scheme: Scheme, codes_OI: Tensor, fitted: Fitted, bias_O: Tensor | None, input_scale: Tensor | None = None
     ) -> Self:
         """From the result of rounding; `input_scale` is `fixed_scale` of the inputs."""
-        zero_OG = None if scheme.weights.symmetric else fitted.zero_OG.to(torch.int8)
+        tensor = QuantizedTensor.of(codes_OI, fitted)
         if input_scale is not None and scheme.activations == "group":
             input_scale = as_bits(input_scale)
-        shared = None if fitted.shared is None else as_bits(fitted.shared)
-        return cls(scheme, codes_OI, fitted.stored_OG(), zero_OG, bias_O, input_scale, shared)
+        shared = None if tensor.shared_scale is None else as_bits(tensor.shared_scale)
+        return cls(scheme, codes_OI, tensor.scale, tensor.zero_point, bias_O, input_scale, shared)
 
     def _guard(self) -> None:
         """None here: `weight` is what the codes stand for, and files hold the codes themselves under that name."""
@@ -93,13 +98,35 @@ class QuantLinear(CodedModule):
             torch.ones(1, dtype=torch.int32) if scheme.weights.scales == TWO_LEVEL else None,
         )
 
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """Codes, scales and zero points together."""
+        shared = None if self.shared_scale is None else from_bits(self.shared_scale)
+        return QuantizedTensor(self.codes_OI, self.scale_OG, self.zero_OG, shared, self.scheme.weights)
+
     @override
-    def keeps_inputs(self) -> bool:
-        return self.scheme.activations is None
+    def expression(self) -> Expression:
+        return self.leaf()
+
+    def leaf(self) -> Quantized:
+        """Codes with their bias and the rounding of their inputs."""
+        fixed = self.input_scale
+        if fixed is not None and fixed.dtype == torch.int32:
+            fixed = from_bits(fixed)
+        return Quantized(self.quantized, self.scheme.activations, fixed, bias=self.bias)
 
     @override
     def dense_weight(self) -> Tensor:
-        return restore(self.codes_OI, self.fitted()).to(self.scale_OG.dtype)
+        return self.quantized.dense()
+
+    @override
+    def coded_weights(self) -> int:
+        return self.quantized.weights
+
+    @override
+    def coded_bits(self) -> int:
+        fixed = self.input_scale
+        return self.quantized.bits + (0 if fixed is None else 8 * fixed.numel() * fixed.element_size())
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -108,31 +135,32 @@ class QuantLinear(CodedModule):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        return self.computed(x, self.dense_weight(), self.bias)
+        return self.expression()(x)
 
     @override
     def computed(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        if self.scheme.activations:
-            fixed = self.input_scale
-            if fixed is not None and fixed.dtype == torch.int32:
-                fixed = from_bits(fixed)
-            x = round_inputs(x, self.scheme, fixed)
-        return functional.linear(x, weight_OI, bias_O)
+        return functional.linear(self.leaf().rounded(x), weight_OI, bias_O)
 
     @override
-    def fitted(self) -> Fitted:
-        shared = None if self.shared_scale is None else from_bits(self.shared_scale)
-        return Fitted.of_stored(self.scheme.weights, self.scale_OG, self.zero_OG, shared)
-
-    @override
-    def with_codes(self, codes_OI: Tensor, fitted: Fitted, bias_O: Tensor | None) -> Self:
-        zero_OG = None if self.zero_OG is None else fitted.zero_OG.to(self.zero_OG.dtype)
-        scale_OG = fitted.stored_OG().to(self.scale_OG.dtype)
+    def with_codes(self, tensor: QuantizedTensor, bias_O: Tensor | None) -> Self:
+        scale_OG = tensor.scale.to(self.scale_OG.dtype)
+        codes_OI, zero_OG = tensor.codes, tensor.zero_point
         return type(self)(self.scheme, codes_OI, scale_OG, zero_OG, bias_O, self.input_scale, self.shared_scale)
 
     @override
     def extra_repr(self) -> str:
         return f"{self.in_features} → {self.out_features}, {self.scheme.name}"
+
+
+def quantized_linears(model: nn.Module) -> dict[str, QuantLinear]:
+    """Full name → everything below a module that holds codes and scales, tables of embeddings too."""
+    return {name: part for name, part in model.named_modules() if isinstance(part, QuantLinear)}
+
+
+def codes_of(module: nn.Module) -> QuantLinear:
+    """A module of which the caller knows that it holds codes and scales."""
+    assert isinstance(module, QuantLinear), f"a {type(module).__name__} holds no codes"
+    return module
 
 
 def as_bits(value: Tensor) -> Tensor:

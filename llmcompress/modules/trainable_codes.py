@@ -21,6 +21,7 @@ from llmcompress.numerics.fake_quant import (
     storable_scales,
 )
 from llmcompress.numerics.grid import Fitted, restore, round_to_codes, spread
+from llmcompress.numerics.quantized import QuantizedTensor
 
 
 class CodedModule(CompressedModule):
@@ -30,12 +31,13 @@ class CodedModule(CompressedModule):
     scale_OG: Tensor
     bias: nn.Parameter | None
 
+    @property
     @abstractmethod
-    def fitted(self) -> Fitted:
-        """Its grid with its scales and zero points."""
+    def quantized(self) -> QuantizedTensor:
+        """Codes, scales and zero points together."""
 
     @abstractmethod
-    def with_codes(self, codes_OI: Tensor, fitted: Fitted, bias_O: Tensor | None) -> Self:
+    def with_codes(self, tensor: QuantizedTensor, bias_O: Tensor | None) -> Self:
         """The same module with other numbers."""
 
     @abstractmethod
@@ -61,7 +63,7 @@ class TwinOfCodes(TrainableTwin):
     def __init__(self, module: CodedModule, wanted: Wanted) -> None:
         super().__init__(module)
         self._of = (module,)  # in a tuple: its numbers are no part of what is trained
-        codes_OI, fitted = module.codes_OI, module.fitted()
+        codes_OI, fitted = module.codes_OI, module.quantized.fitted
         self._dtype = module.scale_OG.dtype
         work = torch.promote_types(self._dtype, torch.float32)
         self._storage = wanted.storage_dtype if self._dtype == work else self._dtype
@@ -122,8 +124,7 @@ class TwinOfCodes(TrainableTwin):
 
     def _alive_OI(self) -> Tensor:
         """Where the module's weight is not zero."""
-        module = self._of[0]
-        return restore(module.codes_OI, module.fitted()) != 0
+        return self._of[0].quantized.dense() != 0
 
     @override
     @torch.no_grad()
@@ -136,7 +137,7 @@ class TwinOfCodes(TrainableTwin):
             same_OI = self._values(found_OI) == self._values(module.codes_OI)
             codes_OI = torch.where(same_OI, module.codes_OI, found_OI)
         bias_O = None if self.bias is None else self.bias.detach().clone()
-        return module.with_codes(codes_OI, fitted, bias_O).train(self.training)
+        return module.with_codes(QuantizedTensor.of(codes_OI, fitted), bias_O).train(self.training)
 
     def _values(self, codes_OI: Tensor) -> Tensor:
         number = self._grid.number

@@ -1,7 +1,7 @@
 """Rounding that gradients pass: straight-through estimators, learned step sizes and zero points.
 
-O = outputs, I = inputs, G = groups of inputs, N = group length. Values are those of `numerics/grid.py` bit for bit; only
-gradients are made up, because rounding has none.
+O = outputs, I = inputs, G = groups of inputs, N = group length. Values are those of `numerics/grid.py`, bit for bit;
+only gradients are made up, because rounding has none.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def fake_quantized(weight_OI: Tensor, fitted: Fitted, *, clip: bool = True) -> T
     """`restore(round_to_codes(weight_OI, fitted), fitted)`, with gradients for weights, scales and zero points.
 
     With v = w ÷ s + z and q its code: ∂/∂w is 1 inside the range and 0 outside; ∂/∂s is q - v inside and q - z outside;
-    ∂/∂z is 0 inside and -s outside. All that, for number formats too, is what follows from the straight-through rounding
-    alone. Scales may be negative.
+    ∂/∂z is 0 inside and -s outside. All that follows from straight-through rounding alone, for number formats too.
+    Scales may be negative.
 
     Source: Esser et al., arXiv 1902.08153 (LSQ); Bhalgat et al., arXiv 2004.09576 (LSQ+: zero points).
     Differs: weights up to half a step beyond the outermost code count as inside: the largest weight of a group lies on

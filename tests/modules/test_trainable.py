@@ -1,4 +1,4 @@
-"""Laws of trainable twins, for every kind of compressed module: what they begin as, what they learn, what they become."""
+"""Laws of trainable twins, for every kind of compressed module: how they begin, learn and end."""
 
 from __future__ import annotations
 
@@ -93,7 +93,8 @@ def trained_kinds() -> dict[str, Callable[[], CompressedModule]]:
     kinds |= {f"quant_embedding {name}": lambda name=name: embedded(name) for name in ("int4_g8", "int4_g8_asym")}
     return kinds | {
         "low_rank": factored,
-        "low_rank of codes": lambda: LowRankLinear(coded("int4_g8", RANK, IN, bias=False), coded("int8_channel", OUT, RANK)),
+        "low_rank of codes": lambda: LowRankLinear(
+            coded("int4_g8", RANK, IN, bias=False), coded("int8_channel", OUT, RANK)),
         "low_rank with a corrected factor": lambda: LowRankLinear(linear_of(normal(OUT, IN), None), CorrectedLinear(
             coded("int4_channel", OUT, OUT), linear_of(normal(2, OUT), None), linear_of(normal(OUT, 2), None))),
         "corrected": corrected,

@@ -16,7 +16,6 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError
 from llmcompress.evaluation.footprint import bytes_on_disk
 from llmcompress.evaluation.settings import Evaluate
-from llmcompress.model.probe import map_model
 from llmcompress.modules.base import TrainableTwin
 from llmcompress.modules.bnb_linear import BnbLinear
 from llmcompress.modules.corrected import CorrectedLinear
@@ -27,6 +26,8 @@ from llmcompress.passes.base import PASSES, Pass
 from llmcompress.recipe import parse_recipe
 from llmcompress.recipe.order import check_order
 from llmcompress.training.adapters import adapted
+from llmcompress.training.data.base import Windows
+from llmcompress.training.job import Job
 from llmcompress.training.loop import train
 from llmcompress.training.masks import ZerosStay
 from llmcompress.training.settings import Training
@@ -35,7 +36,6 @@ from tests.families import FFN, HIDDEN, tiny_tokens
 from tests.passes.decomposition.factored import block_pass, compressed, map_of, windows
 from tests.tiny_folder import write_tiny_llama
 
-CPU = torch.device("cpu")
 BRIEF = Training(steps=12, batch=4, learning_rate=3e-3)
 SITE = "model.layers.0.mlp.down_proj"
 GPTQ = {"scheme": "int3_g32", "on_indivisible": "pad"}
@@ -76,6 +76,11 @@ def loss(model: PreTrainedModel) -> float:
     return float(next_token_loss(model(input_ids=ids, use_cache=False).logits, ids))
 
 
+def briefly(model: PreTrainedModel, parameters: list[nn.Parameter]) -> None:
+    job = Job(parameters=parameters, masks=ZerosStay([]))
+    train(model, Windows(windows()), BRIEF, RunContext(windows(), device=torch.device("cpu")), job=job)
+
+
 def test_there_and_back_untrained_is_the_same_model() -> None:
     model, ids = mixed_model(), tiny_tokens("llama_gqa")
     before, expected = state(model), model(ids).logits
@@ -107,7 +112,7 @@ def test_trained_by_the_loop_the_loss_falls_and_stays_fallen_when_settled(roles:
     codes = [each.codes_OI for each in model.modules() if isinstance(each, QuantLinear)]
     with trainable_form(model, wanted(roles)) as parameters:
         flat = [each for group in parameters.values() for each in group]
-        train(model, windows(), BRIEF, device=CPU, parameters=flat, masks=ZerosStay([]))
+        briefly(model, flat)
         trained = loss(model)
     assert trained < start and loss(model) == trained
     assert all(torch.equal(each, others[name]) for name, each in model.named_parameters() if name in others)
@@ -121,7 +126,7 @@ def test_zeros_of_a_sparse_pass_stay_zeros_in_a_training_of_codes() -> None:
     zeros = {name: each.dense_weight() == 0 for name, each in model.named_modules() if isinstance(each, QuantLinear)}
     with trainable_form(model, wanted(keep_zeros=True)) as parameters:
         flat = [each for group in parameters.values() for each in group]
-        train(model, windows(), BRIEF, device=CPU, parameters=flat, masks=ZerosStay([]))
+        briefly(model, flat)
     for name, zero in zeros.items():
         module = model.get_submodule(name)
         assert isinstance(module, QuantLinear) and (module.dense_weight()[zero] == 0).all()
@@ -147,25 +152,28 @@ def test_a_module_without_a_trainable_form_is_named() -> None:
     assert all(module is modules[name] for name, module in model.named_modules())
 
 
-@pytest.mark.parametrize("first", ["gptq", "cmpq", "low_rank_correction", "svd", "reordered"])
-def test_adapters_after_any_compression_lower_the_loss_and_leave_codes_alone(first: str) -> None:
-    passes: dict[str, tuple[Pass, ...]] = {
-        "gptq": (block_pass("gptq", **GPTQ),),
-        "cmpq": (block_pass("cmpq", bits=3),),
-        "low_rank_correction": (block_pass("low_rank_correction", quantizer={"rtn": GPTQ}, rank=2),),
-        "svd": (block_pass("svd", ratio=0.5), block_pass("gptq", **{**GPTQ, "scheme": "int4_channel"})),
-        "reordered": (block_pass("gptq", **{**GPTQ, "scheme": "int8_channel_a8token"}),),
-    }
-    model, _ = compressed("llama_gqa", *passes[first])
-    before, start = state(model), loss(model)
-    found = WholeModel(model, map_model(model), RunContext(windows(), batch=4))
-    rows = make("recover", rank=4, training=BRIEF.model_dump()).apply(found)  # type: ignore[attr-defined]
-    assert loss(model) < start
-    after = {key.replace(".base.", "."): tensor for key, tensor in state(model).items()}
-    codes = {key for key, tensor in before.items() if not tensor.is_floating_point() or "scale" in key}
-    assert codes and all(torch.equal(after[key], before[key]) for key in codes)
-    assert all(row.rank for row in rows if isinstance(model.get_submodule(row.site), CorrectedLinear))
-    assert not any(type(each).__name__.startswith("Parametrized") for each in model.modules())
+QUANTIZED: dict[str, tuple[Pass, ...]] = {
+    "gptq": (block_pass("gptq", **GPTQ),),
+    "cmpq": (block_pass("cmpq", bits=3),),
+    "low_rank_correction": (block_pass("low_rank_correction", quantizer={"rtn": GPTQ}, rank=2),),
+    "svd, gptq": (block_pass("svd", ratio=0.5), block_pass("gptq", **{**GPTQ, "scheme": "int4_channel"})),
+    "w8a8": (block_pass("rtn", scheme="int8_channel_a8token"),),
+}
+
+
+@pytest.mark.parametrize("before", QUANTIZED)
+def test_recover_after_any_quantizer_lowers_the_loss_and_leaves_the_codes_alone(before: str) -> None:
+    plain, _ = compressed("llama_gqa", *QUANTIZED[before])
+    recover = make("recover", rank=4, training=BRIEF.model_dump())
+    model, rows = compressed("llama_gqa", *QUANTIZED[before], recover)
+    assert loss(model) < loss(plain)
+    after = [each for each in model.state_dict().values() if not each.is_floating_point()]
+    codes = [each for each in plain.state_dict().values() if not each.is_floating_point()]
+    assert codes and all(torch.equal(a, b) for a, b in zip(after, codes, strict=True))
+    ranks = {row.rank for row in rows if row.algorithm == "recover"}
+    assert ranks == {4}
+    branches = [each for each in model.modules() if isinstance(each, CorrectedLinear)]
+    assert len(branches) >= len(codes) / 2 / 6 and not any("parametrizations" in name for name in model.state_dict())
 
 
 def test_codes_with_adapters_are_saved_loaded_and_reported(tmp_path: Path) -> None:
@@ -222,6 +230,7 @@ NAMES = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
         "[wanda, recover: {rank: 4}, gptq]",
         "[wanda, recover]",
         "[gptq, recover: {rank: 4}, kv_cache]",
+        "[svd, gptq, recover: {rank: 4}]",
         "[wanda: {sites: '*.0.mlp.*'}, gptq: {exclude: '*.0.mlp.*'}, recover: {rank: 4}]",
     ],
 )

@@ -8,10 +8,13 @@ from pydantic import Field, model_validator
 from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
+from llmcompress.errors import CompressError
 from llmcompress.passes.base import PASSES, Backward, ModelPass, Trait
 from llmcompress.passes.pruning.sparse import sparsity
 from llmcompress.records.rows import SiteReport
 from llmcompress.training.adapters import adapted
+from llmcompress.training.data.base import Windows
+from llmcompress.training.job import Job
 from llmcompress.training.loop import train
 from llmcompress.training.masks import ZerosStay
 from llmcompress.training.settings import Training
@@ -67,31 +70,20 @@ class Recover(ModelPass):
             for site in sites
             if self.rank and site.is_quantized
         }
+        if self.rank is not None and not sites:
+            raise CompressError(
+                "recover.no-sites",
+                "no linear of the blocks can take an adapter any more: all are factors made of codes",
+                fix="put `recover` right behind the pass that made the codes",
+            )
         with whole.resident() as model:
             if self.rank is None:
-                train(
-                    model,
-                    whole.context.windows_NT,
-                    self.training,
-                    device=whole.context.device,
-                    progress=whole.context.progress,
-                    seed=whole.context.seed,
-                    title="recover",
-                )
+                train(model, Windows(whole.context.windows_NT), self.training, whole.context, job=Job("recover"))
             else:
                 scale = 2.0 if self.scale is None else self.scale
                 with adapted(sites, rank=self.rank, scale=scale, seed=whole.context.seed) as adapters:
-                    train(
-                        model,
-                        whole.context.windows_NT,
-                        self.training,
-                        device=whole.context.device,
-                        progress=whole.context.progress,
-                        seed=whole.context.seed,
-                        parameters=adapters,
-                        masks=ZerosStay([]),
-                        title="recover",
-                    )
+                    job = Job("recover", parameters=adapters, masks=ZerosStay([]))
+                    train(model, Windows(whole.context.windows_NT), self.training, whole.context, job=job)
         return [
             SiteReport(site=site.name, algorithm="recover", sparsity=sparsity(site.weight_OI), rank=ranks.get(site))
             for site in sites
