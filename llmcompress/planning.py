@@ -26,7 +26,7 @@ from llmcompress.numerics.formats import POWER_OF_TWO, TWO_LEVEL, ScaleKind
 from llmcompress.numerics.packing import packed_bytes
 from llmcompress.passes.apply import stages
 from llmcompress.passes.base import PASSES
-from llmcompress.passes.quantization.resolve import site_schemes
+from llmcompress.passes.schemes import site_schemes
 from llmcompress.progress import Progress
 from llmcompress.recipe.model import Recipe
 from llmcompress.recipe.order import check_order, check_sites

@@ -3,7 +3,8 @@
 <output>.run/   lock.yaml         the resolved recipe; compressing with it repeats the run
                 fingerprint.json  what must be the same for a resume to make sense
                 journal.jsonl     one line per finished file of the next line, with its hash
-                work/SS-NNN.safetensors (block NNN of stage SS), SS-decisions.safetensors, SS-model.safetensors
+                work/SS-NNN.safetensors (block NNN of stage SS), SS-decisions.safetensors, SS-model.safetensors,
+                SS-…-measured.safetensors
                 log.jsonl, process.json
 """
 
@@ -35,8 +36,8 @@ from llmcompress.storage.lock import ProcessLock
 _ABOUT = "llmcompress"
 """Metadata key of a kept file: what its tensors do not say."""
 
-_DECISIONS, _MODEL = "-decisions", "-model"
-_NOT_BLOCKS = (_DECISIONS, _MODEL)
+_DECISIONS, _MODEL, _MEASURED = "-decisions", "-model", "-measured"
+_NOT_BLOCKS = (_DECISIONS, _MODEL, _MEASURED)
 
 
 class Run:
@@ -97,6 +98,7 @@ class Run:
             "finished blocks": sum(not key.endswith(_NOT_BLOCKS) for key in kept),
             "finished passes on the whole model": sum(key.endswith(_MODEL) for key in kept),
             "decisions": sum(key.endswith(_DECISIONS) for key in kept),
+            "measurements": sum(key.endswith(_MEASURED) for key in kept),
         }
         what = " and ".join(f"{count} {name}" for name, count in counts.items() if count)
         return f"{what} in {self.folder}: run the same command again to go on"
@@ -129,6 +131,15 @@ class Run:
     def save_decisions(self, stage: int, decisions: Mapping[str, Tensor]) -> None:
         """Keep it, or raise CompressError when the disk is full."""
         self._save(f"{stage:02d}{_DECISIONS}", decisions, {}, [])
+
+    def measurement(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What a pass measured before it decided, and what its tensors do not say; None if it has not."""
+        key = f"{name}{_MEASURED}"
+        return self._read(key) if self._is_valid(key) else None
+
+    def save_measurement(self, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Keep it, or raise CompressError when the disk is full."""
+        self._save(f"{name}{_MEASURED}", tensors, dict(about), [])
 
     def finished_model(self) -> int | None:
         """The last stage after which the whole model was kept."""

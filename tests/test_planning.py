@@ -24,9 +24,9 @@ from llmcompress.numerics.ranges import fit
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.quantization.awq import AWQ
 from llmcompress.passes.quantization.gptq import GPTQ
-from llmcompress.passes.quantization.resolve import resolve_scheme, site_schemes
 from llmcompress.passes.quantization.rtn import RoundToNearest
 from llmcompress.passes.quantization.smoothquant import SmoothQuant
+from llmcompress.passes.schemes import resolve_scheme, site_schemes
 from llmcompress.planning import Plan, make_plan
 from llmcompress.recipe.model import Recipe, Save
 from tests.tiny_folder import write_tiny_llama

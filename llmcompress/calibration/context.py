@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmcompress.calibration.finished import FinishedWork
 from llmcompress.calibration.homes import Home, InMemory
+from llmcompress.calibration.measured import Measured, Shelf
 from llmcompress.calibration.ranks import ALONE, Ranks
 from llmcompress.calibration.settings import Experts
 from llmcompress.progress import Progress, Silent
@@ -37,10 +38,19 @@ class RunContext:
     keep: FinishedWork | None = None
     """Where finished work is kept and found again; None: nowhere."""
     progress: Progress = field(default_factory=Silent)
+    state: str | None = None
+    """Names what the model is now, for as long as it stays that: under this name measurements are kept and found again.
+    None: it may change at any time."""
+    measured: Measured = field(default_factory=Measured)
+    """What is known of the model in its states."""
 
     def first_windows(self, count: int) -> RunContext:
         """The same run that looks at fewer windows."""
         return replace(self, windows_NT=self.windows_NT[:count])
+
+    def shelf(self) -> Shelf | None:
+        """What is known of the model as it is now, from these windows; None where it may change."""
+        return self.measured.of(self.state, self.windows_NT, self.experts)
 
     def generator(self) -> torch.Generator:
         """On the CPU, from the seed: the same numbers on every call."""

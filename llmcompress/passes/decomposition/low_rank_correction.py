@@ -14,9 +14,9 @@ from llmcompress.model.site import LinearSite
 from llmcompress.numerics.low_rank import relative_output_error
 from llmcompress.numerics.statistics import AbsMean, Gram, Statistic
 from llmcompress.passes.base import PASSES, BlockPass, Trait
-from llmcompress.passes.decomposition.branch import branch, codes_at, corrected_row, dense_of, weight_only_scheme
-from llmcompress.passes.quantization.base import QuantizingPass
-from llmcompress.passes.quantization.resolve import site_schemes
+from llmcompress.passes.decomposition.branch import branch, corrected_row, weight_only_scheme
+from llmcompress.passes.quantizing import QuantizingPass, codes_at, dense_of
+from llmcompress.passes.schemes import site_schemes
 from llmcompress.records.rows import SiteReport
 
 _SELECTORS = frozenset({"sites", "exclude", "overrides"})

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmcompress.model.map import WidthPart
+from llmcompress.model.units import UnitGroup
 from llmcompress.numerics.gates import Budget, cut_through_ranking, hard_concrete, hard_concrete_mean, open_probability
 from llmcompress.numerics.importance import per_unit
 from llmcompress.passes.pruning.gate_hooks import gated
-from llmcompress.passes.pruning.units import UnitGroup
 from llmcompress.training.loop import ExtraLoss, Forward
 
 START_OPEN = 2.5

@@ -17,13 +17,13 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.model.site import LinearSite
+from llmcompress.model.units import UnitGroup, groups_of, kept_share, unit_groups
 from llmcompress.numerics.refit import Refitted
 from llmcompress.numerics.statistics import Gram, Statistic
 from llmcompress.passes.base import PASSES, Backward, BlockPass, Trait
 from llmcompress.passes.pruning.allocation import ALLOCATIONS, Request, kept_units
 from llmcompress.passes.pruning.refits import REFITS, RefitName
 from llmcompress.passes.pruning.scores.base import SCORES, Allocate, Score
-from llmcompress.passes.pruning.units import UnitGroup, groups_of, kept_share, unit_groups
 from llmcompress.records.rows import SiteReport
 
 
@@ -256,4 +256,4 @@ class Width(WidthPass):
     @override
     def choose(self, whole: WholeModel, groups: Sequence[UnitGroup], requests: Sequence[Request]) -> list[Tensor]:
         allocate: Allocate = partial(ALLOCATIONS[self.allocation], requests)
-        return self.scored_by().choose(whole, groups, allocate)
+        return self.scored_by(groups).choose(whole, allocate)

@@ -10,8 +10,8 @@ from llmcompress.model.site import LinearSite
 from llmcompress.numerics.grid import output_error
 from llmcompress.numerics.statistics import Gram, Moments, Statistic
 from llmcompress.passes.base import PASSES
-from llmcompress.passes.decomposition.branch import codes_at, dense_of
 from llmcompress.passes.quantization.around import AroundQuantizer
+from llmcompress.passes.quantizing import codes_at, dense_of
 from llmcompress.records.rows import SiteReport
 
 

@@ -15,9 +15,8 @@ from llmcompress.numerics.grid import Fitted
 from llmcompress.numerics.scale_refinement import refine_scales
 from llmcompress.numerics.statistics import Gram
 from llmcompress.passes.base import PASSES
-from llmcompress.passes.decomposition.branch import codes_at
 from llmcompress.passes.quantization.around import AroundQuantizer
-from llmcompress.passes.quantization.base import relative_error
+from llmcompress.passes.quantizing import codes_at, relative_error
 from llmcompress.records.rows import SiteReport
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmcompress.model.units import masked, unit_groups
 from llmcompress.passes.pruning.bonsai import Bonsai
-from llmcompress.passes.pruning.units import masked, unit_groups
 from llmcompress.passes.pruning.width import Width
 from llmcompress.progress import Silent
 from tests.passes.pruning.test_width import logits, map_of, masks, pruned, whole_model

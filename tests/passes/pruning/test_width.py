@@ -16,10 +16,10 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
+from llmcompress.model.units import UnitGroup, masked, unit_groups
 from llmcompress.passes.apply import apply_passes
 from llmcompress.passes.pruning.bonsai import Bonsai
 from llmcompress.passes.pruning.scores.base import SCORES
-from llmcompress.passes.pruning.units import UnitGroup, masked, unit_groups
 from llmcompress.passes.pruning.width import Width, WidthPass
 from llmcompress.records.rows import SiteReport
 from tests.families import FAMILIES, VOCABULARY, tiny_model

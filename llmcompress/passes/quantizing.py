@@ -11,13 +11,14 @@ from torch import Tensor
 
 from llmcompress.model.map import ModelMap
 from llmcompress.model.site import LinearSite
+from llmcompress.modules.low_rank import part_weight
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.rounded_inputs import fixed_scale
 from llmcompress.modules.scheme import DESCRIPTION, Scheme, named_scheme
 from llmcompress.numerics.grid import Fitted, output_error, restore, row_pieces
 from llmcompress.numerics.statistics import AbsMax, Gram, Statistic
 from llmcompress.passes.base import BlockPass, Trait
-from llmcompress.passes.quantization.resolve import resolve_scheme, site_schemes
+from llmcompress.passes.schemes import resolve_scheme, site_schemes
 from llmcompress.records.rows import SiteReport
 
 
@@ -69,6 +70,18 @@ def put_codes(site: LinearSite, scheme: Scheme, codes_OI: Tensor, fitted: Fitted
         rounded = input_scale.to(site.storage_dtype).float()
         input_scale = torch.where(rounded > 0, rounded, torch.ones_like(rounded))
     site.replace(QuantLinear.from_fitted(scheme, codes_OI, fitted, site.bias_O, input_scale))
+
+
+def codes_at(site: LinearSite) -> QuantLinear:
+    """The quantized linear that stands at the site now."""
+    module = site.module
+    assert isinstance(module, QuantLinear), f"{site.name} was not quantized"
+    return module
+
+
+def dense_of(base: QuantLinear) -> Tensor:
+    """The weight that the codes stand for, in float32."""
+    return part_weight(base).float()
 
 
 def report_row(
