@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig
 
+from llmcompress.cost import Machine
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.export.compressed_tensors import save_compressed_tensors
 from llmcompress.export.plain import save_plain
@@ -204,7 +205,8 @@ def test_more_calibration_costs_more_memory_and_time(tiny):
     )
     hidden = 2 * 4 * 4092 * 4096 * 32
     assert large.peak_memory_bytes - small.peak_memory_bytes == pytest.approx(hidden, rel=0.2)
-    assert large.estimated_seconds > small.estimated_seconds > 0
+    assert large.operations > small.operations > 0
+    assert large.estimated_seconds is None
 
 
 def test_gradients_through_the_whole_model_are_foretold(tiny):
@@ -225,10 +227,12 @@ def test_gradients_through_the_whole_model_are_foretold(tiny):
 
 
 def test_the_time_of_a_training_grows_with_its_steps(tiny):
+    machine = Machine(operations_per_second=1e9, process_bytes=1000)
+
     def seconds(steps):
         each = PASSES["recover"](training={"steps": steps})
         settings = {"samples": 8, "tokens": 512}
-        return make_plan(tiny, Recipe(passes=(each,), calibration=settings)).estimated_seconds
+        return make_plan(tiny, Recipe(passes=(each,), calibration=settings), machine=machine).estimated_seconds
 
     assert seconds(10_000) > 20 * seconds(100) > 0
 

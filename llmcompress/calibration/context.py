@@ -48,6 +48,14 @@ class RunContext:
         """The same run that looks at fewer windows."""
         return replace(self, windows_NT=self.windows_NT[:count])
 
+    def at(self, state: str) -> RunContext:
+        """The same run for as long as the model stays what it is now; what was measured before is not known in it."""
+        return replace(self, state=state, measured=Measured())
+
+    def changing(self) -> RunContext:
+        """The same run while the model is not what its state says: nothing is kept or found again."""
+        return replace(self, state=None)
+
     def shelf(self) -> Shelf | None:
         """What is known of the model as it is now, from these windows; None where it may change."""
         return self.measured.of(self.state, self.windows_NT, self.experts)

@@ -28,11 +28,6 @@ class UnitGroup:
     """Weights of one unit; biases are not counted."""
 
     @property
-    def key(self) -> str:
-        """Under which decisions about it are kept."""
-        return f"{self.block.index}.{self.index}"
-
-    @property
     def name(self) -> str:
         """The full name of the first linear that reads the units: under it recipes and tables speak of the group."""
         return self.readers[0]

@@ -30,7 +30,7 @@ class Listener(ABC):
         """Take what is known already; whether that is all it listens for."""
         return False
 
-    def keep(self, shelf: Shelf) -> None:
+    def keep(self, shelf: Shelf) -> None:  # noqa: B027 (most are too large to be kept)
         """Put what was found where it may be found again."""
 
     @abstractmethod
@@ -41,8 +41,8 @@ class Listener(ABC):
         """Around every forward and its gradients."""
         return nullcontext()
 
-    def heard(self) -> None:
-        """The gradients of a batch are there: add them up, and let go of them."""
+    def heard(self) -> None:  # noqa: B027 (hooks have heard already)
+        """The gradients of a batch are there: add them up."""
 
 
 def sweep(whole: WholeModel, listeners: Sequence[Listener]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -198,7 +198,7 @@ def _truncated(whole: WholeModel, found: Mapping[str, _Site], ranks: Mapping[str
         for site in sites:
             site.write(found[site.name].of_rank(ranks[site.name], whole.context.device))
         # what is measured now must not pass for what the dense model gives
-        yield whole.within(replace(whole.context, state=None))
+        yield whole.within(whole.context.changing())
     finally:
         for site in sites:
             site.write(found[site.name].weight_OI)

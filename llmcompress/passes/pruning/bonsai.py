@@ -67,7 +67,7 @@ class Bonsai(WidthPass):
         """Remove as many more units as the requests ask."""
         score, allocate = SCORES[self.prior](groups), ALLOCATIONS[self.allocation]
         # what is measured under masks must not pass for what the whole model gives
-        masked_model = whole.within(replace(whole.context, state=None))
+        masked_model = whole.within(whole.context.changing())
         with masked(whole.model, groups, [_mask(kept_U, whole.context.device) for kept_U in kept]):
             table = score.measured(masked_model)
         known = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,16 +58,23 @@ class CountOptions(Protocol):
         """True where a weight is dropped."""
 
 
-def decide_counts(options: CountOptions, whole: WholeModel) -> dict[str, Tensor]:
-    """Site → how many of its weights become zero; sites with a sparsity of their own are left out."""
+def decide_shares(options: CountOptions, whole: WholeModel) -> dict[str, Tensor]:
+    """Site → the share of its weights that becomes zero, a whole number of them; without sites that have their own."""
     names = [site.name for site in whole.sites() if options.selects(site.name)]
     names = [name for name in names if not options.has_own_share(name)]
     if not names:
         return {}
-    return (_by_outliers if options.allocation == "outliers" else _by_loss)(options, whole, frozenset(names))
+    decide = _by_outliers if options.allocation == "outliers" else _by_loss
+    return shares_of(whole, decide(options, whole, frozenset(names)))
 
 
-def _by_outliers(options: CountOptions, whole: WholeModel, names: frozenset[str]) -> dict[str, Tensor]:
+def shares_of(whole: WholeModel, counts: Mapping[str, int]) -> dict[str, Tensor]:
+    """Numbers of weights of sites → shares, float64."""
+    weights = {site.name: site.info.outputs * site.info.inputs for site in whole.sites()}
+    return {name: torch.tensor(count / weights[name], dtype=torch.float64) for name, count in counts.items()}
+
+
+def _by_outliers(options: CountOptions, whole: WholeModel, names: frozenset[str]) -> dict[str, int]:
     """All sites of a block get the block's share."""
     times = OUTLIER_TIMES if options.outlier_times is None else options.outlier_times
     chosen: list[str] = []
@@ -86,7 +93,7 @@ def _by_outliers(options: CountOptions, whole: WholeModel, names: frozenset[str]
         outliers += [found] * len(sites)
     within = WITHIN if options.within is None else options.within
     counts = counts_by_outliers(torch.tensor(outliers), torch.tensor(weights), options.target, within)
-    return dict(zip(chosen, counts, strict=True))
+    return dict(zip(chosen, counts.tolist(), strict=True))
 
 
 @dataclass
@@ -134,7 +141,7 @@ class SparsityAsker(Asker):
             yield Row.of(site.name, [str(share) for share in self.shares], losses, bits, [shape] * len(bits))
 
 
-def _by_loss(options: CountOptions, whole: WholeModel, names: frozenset[str]) -> dict[str, Tensor]:
+def _by_loss(options: CountOptions, whole: WholeModel, names: frozenset[str]) -> dict[str, int]:
     within = min(WITHIN if options.within is None else options.within, options.target, 1 - options.target)
     shares_S = torch.linspace(options.target - within, options.target + within, POINTS, dtype=torch.float64)
 
@@ -146,4 +153,4 @@ def _by_loss(options: CountOptions, whole: WholeModel, names: frozenset[str]) ->
     losses_PS = torch.stack([row.loss_C for row in table.rows])
     weights_P = torch.stack([row.shape_CD[0].prod() for row in table.rows])
     counts = counts_by_error(losses_PS, shares_S, weights_P, options.target)
-    return dict(zip(table.units, counts, strict=True))
+    return dict(zip(table.units, counts.tolist(), strict=True))

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
+from typing_extensions import override
 
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
@@ -113,6 +114,7 @@ class MixedPrecision(BlockPass):
             raise ValueError("the quantizer inside must round: remove `round: false`")
         return self
 
+    @override
     def settled(self, decisions: Mapping[str, Tensor]) -> QuantizingPass:
         """The quantizer with what was decided as ordinary overrides; it works on the same sites and does the same."""
         names = {site: self.for_site(site).schemes[int(index)] for site, index in decisions.items()}

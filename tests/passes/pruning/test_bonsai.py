@@ -51,7 +51,7 @@ def test_rounds_remove_the_same_number_from_every_layer_and_repeat() -> None:
     bonsai = Bonsai(ratio=0.5, step=0.2, masks=10, windows=2, round_to=8)
     first, again = (bonsai.decide(whole_model("llama_gqa")) for _ in range(2))
     assert all(torch.equal(first[key], again[key]) for key in first)
-    assert {len(kept) for kept in first.values()} == {1, 48}
+    assert {len(removed) for removed in first.values()} == {1, 48}
     model, rows = pruned("llama_gqa", bonsai)
     assert torch.isfinite(logits(model)).all() and {row.algorithm for row in rows} == {"bonsai"}
 
@@ -59,7 +59,7 @@ def test_rounds_remove_the_same_number_from_every_layer_and_repeat() -> None:
 def test_a_global_budget_works_in_rounds_too() -> None:
     bonsai = Bonsai(ratio=0.3, step=0.15, masks=10, windows=2, allocation="global", prior="taylor_first")
     groups = unit_groups(map_of("llama_gqa"))
-    kept = bonsai.decide(whole_model("llama_gqa"))
+    removed = bonsai.decide(whole_model("llama_gqa"))
     target = 0.3 * sum(group.units * group.parameters for group in groups)
-    gone = sum((group.units - len(kept[group.key])) * group.parameters for group in groups)
+    gone = sum(len(removed[group.name]) * group.parameters for group in groups)
     assert abs(gone - target) <= max(group.parameters for group in groups) / 2
