@@ -10,7 +10,7 @@ both to order alternatives correctly.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -57,6 +57,21 @@ class Cost:
     """Most bytes held at any time, beside the interpreter and its libraries."""
 
 
+@dataclass(frozen=True)
+class _Measuring:
+    """What a pass measures, asked once and not for every block."""
+
+    selects: Callable[[str], bool]
+    forwards: int
+    wants_dense: bool
+    solves: bool
+    """Whether Gram matrices are measured, and systems solved with them."""
+
+    @classmethod
+    def of(cls, each: BlockPass) -> _Measuring:
+        return cls(each.selects, each.forwards(), each.wants_dense(), Gram in each.measures())
+
+
 class Machine(NamedTuple):
     """What turns a cost into seconds and into the memory of a process."""
 
@@ -97,7 +112,8 @@ def cost(recipe: Recipe, model_map: ModelMap, *, parameters: int, vocabulary: in
 
     `vocabulary` = embedding rows.
     """
-    passes_over_blocks = _forwards(recipe, model_map)
+    passes = [_Measuring.of(each) for each in recipe.passes if isinstance(each, BlockPass)]
+    forwards = [1 + sum(each.forwards for each in passes if any(_groups(each, block))) for block in model_map.blocks]
     samples = recipe.calibration.samples
     through_model = sum(
         _BACKWARD_FORWARDS * (gradients.trained_on or samples) / samples
@@ -105,9 +121,9 @@ def cost(recipe: Recipe, model_map: ModelMap, *, parameters: int, vocabulary: in
         if (gradients := each.backward())
     )
     return Cost(
-        operations=_operations(recipe, model_map, passes_over_blocks, through_model),
-        forwards=sum(passes_over_blocks) / max(len(passes_over_blocks), 1) + through_model,
-        peak_bytes=_peak_bytes(recipe, model_map, parameters, vocabulary, offloaded=offloaded),
+        operations=_operations(recipe, model_map, passes, [times + through_model for times in forwards]),
+        forwards=sum(forwards) / max(len(forwards), 1) + through_model,
+        peak_bytes=_peak_bytes(recipe, model_map, passes, parameters, vocabulary, offloaded=offloaded),
     )
 
 
@@ -124,15 +140,21 @@ def this_machine(size: int = 512, seconds: float = 0.05) -> Machine:
     return Machine(speed, psutil.Process().memory_info().rss)
 
 
-def _peak_bytes(recipe: Recipe, model_map: ModelMap, parameters: int, vocabulary: int, *, offloaded: bool) -> int:
+def _peak_bytes(
+    recipe: Recipe,
+    model_map: ModelMap,
+    passes: Sequence[_Measuring],
+    parameters: int,
+    vocabulary: int,
+    *,
+    offloaded: bool,
+) -> int:
     tokens = recipe.calibration.samples * recipe.calibration.tokens
     needs_data = any(each.uses_data() for each in recipe.passes)
-    streams = 2 if any(each.wants_dense() for each in _block_passes(recipe)) else 1
+    streams = 2 if any(each.wants_dense for each in passes) else 1
     hidden = 2 * streams * _FLOAT * tokens * model_map.hidden_size if needs_data else 0
     batch = recipe.calibration.batch * recipe.calibration.tokens if needs_data else 0
-    working = max(
-        (_working_bytes(each, block, batch) for each in _block_passes(recipe) for block in model_map.blocks), default=0
-    )
+    working = max((_working_bytes(each, block, batch) for each in passes for block in model_map.blocks), default=0)
     evaluating = LOGITS_BYTES if recipe.evaluate.perplexity else 0
     if not offloaded:
         gradients = max(
@@ -144,15 +166,7 @@ def _peak_bytes(recipe: Recipe, model_map: ModelMap, parameters: int, vocabulary
     return max(hidden + working + _FLOAT * max(blocks, default=0), hidden + table, table + evaluating)
 
 
-def _forwards(recipe: Recipe, model_map: ModelMap) -> list[int]:
-    """How often all windows go through each block."""
-    return [
-        1 + sum(each.forwards() for each in _block_passes(recipe) if any(_groups(each, block)))
-        for block in model_map.blocks
-    ]
-
-
-def _operations(recipe: Recipe, model_map: ModelMap, forwards: Sequence[int], through_model: float) -> float:
+def _operations(recipe: Recipe, model_map: ModelMap, passes: Sequence[_Measuring], forwards: Sequence[float]) -> float:
     """Of passes over all blocks and of gradients; the head is left out."""
     window = recipe.calibration.tokens
     tokens = recipe.calibration.samples * window
@@ -160,20 +174,19 @@ def _operations(recipe: Recipe, model_map: ModelMap, forwards: Sequence[int], th
     for block, times in zip(model_map.blocks, forwards, strict=True):
         weights = sum(site.outputs * site.inputs for site in block.structure.sites)
         once = 2.0 * tokens * weights + 4.0 * tokens * window * model_map.hidden_size
-        total += once * (times + through_model)
-        measuring = (each for each in _block_passes(recipe) if each.forwards())
-        total += sum(_statistics_operations(each, block, tokens) for each in measuring)
+        total += once * times
+        total += sum(_statistics_operations(each, block, tokens) for each in passes if each.forwards)
     return total
 
 
-def _working_bytes(each: BlockPass, block: BlockInfo, tokens: int) -> int:
+def _working_bytes(each: _Measuring, block: BlockInfo, tokens: int) -> int:
     """Beside weights and hidden states: one batch inside the block; then its statistics and what solving a site takes.
 
     Gram matrices of all input groups are there at once; vectors do not count.
     """
     sites = block.structure.sites
     inside = _FLOAT * tokens * sum(site.outputs for site in sites)
-    if Gram not in each.measures():
+    if not each.solves:
         return inside
     squares = [_inputs(block, group) ** 2 for group in _groups(each, block)]
     weights = max((site.outputs * site.inputs for site in sites), default=0)
@@ -198,19 +211,15 @@ def _gradient_bytes(each: Pass, recipe: Recipe, model_map: ModelMap, parameters:
     return int(_FLOAT * (kept + tokens * (LOGITS_COPIES * vocabulary + saved)))
 
 
-def _statistics_operations(each: BlockPass, block: BlockInfo, tokens: int) -> float:
-    if Gram not in each.measures():
+def _statistics_operations(each: _Measuring, block: BlockInfo, tokens: int) -> float:
+    if not each.solves:
         return 0.0
     measuring = sum(2.0 * tokens * _inputs(block, group) ** 2 for group in _groups(each, block))
     sites = [site for site in block.structure.sites if each.selects(block.full(site.name))]
     return measuring + sum(2.0 * _SOLVING_PRODUCTS * site.outputs * site.inputs**2 for site in sites)
 
 
-def _block_passes(recipe: Recipe) -> list[BlockPass]:
-    return [each for each in recipe.passes if isinstance(each, BlockPass)]
-
-
-def _groups(each: BlockPass, block: BlockInfo) -> Iterator[InputGroup]:
+def _groups(each: _Measuring, block: BlockInfo) -> Iterator[InputGroup]:
     """Input groups with at least one selected site."""
     for group in block.structure.groups:
         if any(each.selects(block.full(name)) for name in group.sites):

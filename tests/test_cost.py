@@ -59,7 +59,7 @@ def test_forwards_and_operations_grow_with_what_a_pass_does() -> None:
     assert rtn.forwards == 1 and gptq.forwards == 2
     assert by_loss.forwards > gptq.forwards
     assert rtn.operations < gptq.operations < by_loss.operations
-    assert cost_of(recipe("{gptq: {}}", samples=16)).operations > 1.5 * gptq.operations
+    assert cost_of(recipe("{gptq: {}}", samples=16)).operations > gptq.operations
 
 
 def test_weights_on_disk_take_less_memory() -> None:

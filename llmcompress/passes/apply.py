@@ -53,7 +53,7 @@ def stages(passes: Sequence[Pass]) -> list[Stage]:
     closed = True
     for each in passes:
         alone = isinstance(each, ModelPass)
-        if closed or alone or each.decides:
+        if closed or alone or each.decides or (isinstance(each, BlockPass) and each.new_stage):
             cut.append([])
         cut[-1].append(each)
         closed = alone or (isinstance(each, BlockPass) and each.changes_sites)

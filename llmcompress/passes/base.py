@@ -157,6 +157,11 @@ class BlockPass(Pass):
 
     sites: tuple[str, ...] = Field(("*",), description="globs of module names to work on")
     exclude: tuple[str, ...] = Field((), description="globs of module names to leave alone")
+    new_stage: bool = Field(
+        False,
+        description="begin when the passes before are done with all blocks, not block by block behind them; passes that "
+        "decide always do",
+    )
     overrides: dict[str, dict[str, Any]] = Field(default_factory=dict, description="other options for some sites")
 
     @field_validator("sites", "exclude", mode="before")
@@ -170,7 +175,7 @@ class BlockPass(Pass):
     @classmethod
     def _only_site_options(cls, overrides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for glob, options in overrides.items():
-            wrong = sorted(cls.whole_block & options.keys())
+            wrong = sorted((cls.whole_block | {"new_stage"}) & options.keys())
             if wrong:
                 raise ValueError(f"{wrong[0]!r} cannot differ from site to site (override of {glob!r})")
         return overrides

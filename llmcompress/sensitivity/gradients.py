@@ -121,6 +121,8 @@ class WeightGradients(Listener):
         self.names, self._wants_sums, self._wants_squares = tuple(names), sums, squares
         self.sums: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
+        self.windows = 1
+        """How many were seen, to make means of sums; one where there were none."""
         self._weights: dict[str, nn.Parameter] = {}
 
     @property
@@ -131,6 +133,7 @@ class WeightGradients(Listener):
     @override
     @contextmanager
     def attached(self, whole: WholeModel, model: nn.Module) -> Iterator[None]:
+        self.windows = max(len(whole.context.windows_NT), 1)
         self._weights = {name: model.get_submodule(name).get_parameter("weight") for name in self.names}
         for name, weight in self._weights.items():
             weight.requires_grad_(True)

@@ -17,7 +17,7 @@ DECIDING: dict[str, tuple[str, dict[str, Any]]] = {
     "schemes per group": ("mixed_precision", {"bits": 4.5, "schemes": ["int2_g32", "int4_g32", "int8_g32"]}),
     "schemes per site": ("mixed_precision", {"bits": 4.0, "per": "site", "schemes": ["int2_g32", "int8_g32"]}),
     "ranks by energy": ("svd", {"ratio": 0.3, "ranks": "energy"}),
-    "ranks by loss": ("svd", {"ratio": 0.3, "ranks": "loss", "overrides": {"*.q_proj": {"rank": 5, "ratio": None}}}),
+    "ranks by loss": ("svd", {"ratio": 0.3, "overrides": {"*.q_proj": {"rank": 5, "ratio": None}}}),
     "sparsity by outliers": ("wanda", {"sparsity": 0.5, "allocation": "outliers", "outlier_times": 3}),
     "sparsity by loss": ("sparsegpt", {"allocation": "loss", "overrides": {"*.o_proj": {"sparsity": 0.25}}}),
     "magnitude everywhere": ("magnitude", {"sparsity": 0.4, "comparison": "global"}),

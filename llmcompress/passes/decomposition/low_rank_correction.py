@@ -19,7 +19,7 @@ from llmcompress.passes.quantizing import QuantizingPass, codes_at, dense_of
 from llmcompress.passes.schemes import site_schemes
 from llmcompress.records.rows import SiteReport
 
-_SELECTORS = frozenset({"sites", "exclude", "overrides"})
+_SELECTORS = frozenset({"sites", "exclude", "overrides", "new_stage"})
 
 
 @PASSES.register("low_rank_correction")

@@ -135,7 +135,7 @@ class Depth(ModelPass):
     def settled(self, decisions: Mapping[str, Tensor]) -> Self:
         if self.blocks is not None:
             return self
-        return type(self)(blocks=tuple(sorted(decisions[_BLOCKS].tolist())))
+        return type(self).model_validate({"blocks": sorted(decisions[_BLOCKS].tolist())})
 
     @override
     def apply(self, whole: WholeModel) -> list[SiteReport]:

@@ -120,7 +120,8 @@ class MixedPrecision(BlockPass):
         names = {site: self.for_site(site).schemes[int(index)] for site, index in decisions.items()}
         common = Counter(names.values()).most_common(1)[0][0] if names else self.scheme
         overrides = {site: {"scheme": name} for site, name in names.items() if name != common}
-        return self._quantizer(common, overrides)
+        # the quantizer alone would join the stage of the pass before, and work on what its first blocks left
+        return self._quantizer(common, overrides).model_copy(update={"new_stage": True})
 
     @property
     def scheme(self) -> str:

@@ -119,7 +119,7 @@ def test_every_score_is_deterministic_and_keeps_the_count(score: str) -> None:
     first, again = (width.decide(whole_model("llama_gqa")) for _ in range(2))
     assert first.keys() == again.keys() and all(torch.equal(first[key], again[key]) for key in first)
     # 2 KV groups × 0.7 is nearest to 1, 96 channels × 0.7 to 67
-    assert {len(kept) for kept in first.values()} == {1, 67}
+    assert {len(removed) for removed in first.values()} == {1, 96 - 67}
     model, rows = pruned("llama_gqa", width)
     assert model.config.intermediate_size == 67 and model.config.num_key_value_heads == 1
     assert model.config.num_attention_heads == 2 and model.config.head_dim == 16
@@ -314,4 +314,4 @@ def test_units_that_cannot_go_are_refused(removed: str, reason: str) -> None:
 @pytest.mark.parametrize(("round_to", "left"), [(1, 72), (16, 80), (32, 64), (64, 64), (128, 96)])
 def test_kept_channels_are_rounded_to_the_nearest_multiple(round_to: int, left: int) -> None:
     decisions = Width(ratio=0.25, heads=False, score="l2", refit="none", round_to=round_to).decide(whole_model("llama"))
-    assert {len(kept) for kept in decisions.values()} == ({left} if left < 96 else set())
+    assert {96 - len(removed) for removed in decisions.values()} == ({left} if left < 96 else set())

@@ -75,8 +75,8 @@ def test_on_every_family_the_average_is_met_where_sizes_allow_and_overrides_do_t
 
 
 def test_sites_that_share_an_input_may_be_freed() -> None:
-    schemes = dict.fromkeys(("group", "site"), set[int]())
-    for per in schemes:
+    schemes: dict[str, set[int]] = {}
+    for per in ("group", "site"):
         decisions = mixed(per=per).decide(whole_model("llama_gqa"))
         attention = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
         schemes[per] = {int(decisions[name]) for name in attention}

@@ -43,7 +43,7 @@ class _Taylor(Score):
 
     @override
     def importance(self, block: BlockWork, group: UnitGroup) -> Tensor:
-        windows = max(len(block.context.windows_NT), 1)
+        windows = self._gradients.windows
         found_U = torch.zeros(group.units, device=block.context.device)
         for part in group.parts:
             site = block.site(part.site)
