@@ -159,8 +159,8 @@ class BlockPass(Pass):
     exclude: tuple[str, ...] = Field((), description="globs of module names to leave alone")
     new_stage: bool = Field(
         False,
-        description="begin when the passes before are done with all blocks, not block by block behind them; passes that "
-        "decide always do",
+        description="begin when the passes before are done with all blocks, not block by block behind them; passes "
+        "that decide always do",
     )
     overrides: dict[str, dict[str, Any]] = Field(default_factory=dict, description="other options for some sites")
 

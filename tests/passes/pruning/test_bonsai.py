@@ -27,8 +27,7 @@ class Notes(Silent):
 
 def test_forward_passes_alone_find_a_better_choice_than_the_prior(monkeypatch: pytest.MonkeyPatch) -> None:
     family = "llama"
-    notes = Notes()
-    whole = whole_model(family)
+    notes, whole = Notes(), whole_model(family)
     whole = whole.within(replace(whole.context, progress=notes))
     groups = unit_groups(map_of(family))
 

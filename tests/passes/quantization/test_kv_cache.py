@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, apply_quantization_config
 
 from llmcompress.calibration.context import RunContext
 from llmcompress.errors import CompressError
