@@ -84,13 +84,16 @@ def make_plan(
     *,
     offload: Offload = "auto",
     machine: Machine | None = None,
+    checked: Preflight | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Check everything that can be checked before any work, and foretell the rest; seconds for `machine` only.
 
+    Many plans for one model share its map and what its preflight found.
+
     Raises: CompressError for whatever `compress` would refuse in this model or recipe, all sites at once.
     """
-    checked = preflight(source, trust_remote_code=recipe.trust_remote_code, progress=progress)
+    checked = checked or preflight(source, trust_remote_code=recipe.trust_remote_code, progress=progress)
     offloaded = must_offload(offload, recipe.passes, weight_bytes=checked.bytes_weights)
     model_map = model_map or probe(checked.config, unfuse=True)
     loader = loader_of(checked.config)

@@ -1,7 +1,8 @@
 """Several tables cost one sweep and one stream; nothing is measured twice while the model stays what it is."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from llmcompress.sensitivity.fill import Asker, dense_stream, fill, kept_table
 from llmcompress.sensitivity.gradients import OutputSquares, UnitMasks, WeightGradients, squared_gradients, sweep
 from llmcompress.sensitivity.table import LossTable, Row
 from tests.passes.decomposition.factored import block_pass, map_of, whole_model
+from tests.sensitivity.kept import KeptMeasurements
 
 FAMILY = "llama_gqa"
 
@@ -141,24 +143,9 @@ def test_listeners_of_all_kinds_hear_one_sweep_as_they_hear_their_own() -> None:
     assert not any(parameter.grad is not None for parameter in whole.model.parameters())
 
 
-class Kept:
-    """All of `FinishedWork` that a table needs."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, tuple[Mapping[str, Tensor], Mapping[str, Any]]] = {}
-
-    def measurement(self, name: str) -> tuple[Mapping[str, Tensor], Mapping[str, Any]] | None:
-        return self.files.get(name)
-
-    def save_measurement(self, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        self.files[name] = (tensors, about)
-
-
 def test_a_kept_table_is_not_made_again() -> None:
-    from dataclasses import replace
-
     whole = whole_model(FAMILY)
-    whole = whole.within(replace(whole.context.at("00"), keep=Kept()))  # type: ignore[arg-type]
+    whole = whole.within(replace(whole.context.at("00"), keep=KeptMeasurements()))  # type: ignore[arg-type]
     made: Sequence[Row] = (Row.of("a", ["x"], [1.0], [8], [(1, 1)]),)
     first = kept_table(whole, "losses", lambda: LossTable(tuple(made)))
 

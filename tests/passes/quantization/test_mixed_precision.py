@@ -1,5 +1,6 @@
 """Bits decided per site: the average asked for, ordinary overrides, the same result again."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from llmcompress.passes.quantization.mixed_precision import MixedPrecision
 from llmcompress.passes.quantization.sensitivity import hessian, rounding_losses
 from llmcompress.recipe import parse_recipe
 from tests.families import FAMILIES
-from tests.passes.decomposition.factored import block_pass, compressed, logits, map_of, whole_model
+from tests.passes.decomposition.factored import block_pass, compressed, logits, map_of, whole_model, windows
+from tests.sensitivity.kept import KeptMeasurements
 
 SCHEMES = ("int2_g32", "int3_g32", "int4_g32", "int8_g32")
 MEASURES = ("gradients", "rate", "fisher", "hessian", "kl", "output")
@@ -72,6 +74,23 @@ def test_on_every_family_the_average_is_met_where_sizes_allow_and_overrides_do_t
         for block in map_of(family).blocks:
             for group in block.structure.groups:
                 assert len({int(decisions[block.full(name)]) for name in group.sites}) == 1
+
+
+@pytest.mark.parametrize("samples", [2, 6])
+def test_the_decision_looks_at_as_many_windows_as_it_says(samples: int) -> None:
+    """Windows behind those change nothing of what is measured, and windows among them do."""
+    tables = []
+    for changed in (False, True):
+        data = windows()
+        if changed:
+            data[3:] = windows(seed=7)[3:]
+        keep = KeptMeasurements()
+        whole = whole_model("llama")
+        context = replace(whole.context.at("00"), windows_NT=data, keep=keep)  # type: ignore[arg-type]
+        mixed(samples=samples).decide(whole.within(context))
+        ((tensors, _),) = keep.files.values()
+        tables.append(torch.cat([tensors[name] for name in sorted(tensors) if name.endswith("loss")]))
+    assert torch.equal(*tables) == (samples == 2)
 
 
 def test_sites_that_share_an_input_may_be_freed() -> None:
