@@ -13,6 +13,7 @@ from llmcompress.errors import CompressError
 from llmcompress.loading.load import load
 from llmcompress.progress import Silent
 from llmcompress.recipe import Recipe, parse_recipe
+from tests.families import tiny_config
 from tests.tiny_folder import write_tiny_llama
 
 TEXT = """
@@ -109,6 +110,29 @@ evaluate: {perplexity: []}
     depth, width, wanda, quantizer = decided.passes
     assert depth.blocks and width.ratio == 0 and wanda.allocation == "uniform"  # type: ignore[attr-defined]
     assert all(each.overrides for each in (width, wanda, quantizer))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("experts", ["routed", "all"])
+def test_experts_are_taken_apart_and_measured_as_the_recipe_says(experts: str, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config("mixtral")
+    config.vocab_size = 288
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(torch.float16)
+    folder = write_tiny_llama(tmp_path / "model")  # for its tokenizer
+    model.save_pretrained(folder)
+    given = recipe(
+        TEXT.replace("batch: 4", f"batch: 4, experts: {experts}").replace(
+            "{gptq: {}}", "{gptq: {}}, sensitivity: output"
+        )
+    )
+    compress(str(folder), given, tmp_path / "out")
+    decided = allocate(str(folder), given, device="cpu")
+    compress(str(folder), decided, tmp_path / "again")
+    assert weights_hash(tmp_path / "out") == weights_hash(tmp_path / "again")
+    assert ".experts." in decided.to_yaml()
 
 
 def test_passes_before_the_decision_are_applied_first(tiny: Path) -> None:

@@ -25,6 +25,7 @@ class Measured:
         self.most_bytes = most_bytes
         self.held_bytes = 0
         self._known: dict[Name, Tensor | Statistic] = {}
+        self._counted: set[int] = set()
 
     def of(self, state: str | None, windows_NT: Tensor, experts: Experts) -> Shelf | None:
         """What belongs to that state and these windows; None where nobody vouches for the state."""
@@ -37,10 +38,12 @@ class Measured:
         return self._known.get(name)
 
     def _put(self, name: Name, found: Tensor | Statistic) -> None:
-        size = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(found))
+        shared = id(found) in self._counted  # sites that share an input share its statistic
+        size = 0 if shared else sum(tensor.numel() * tensor.element_size() for tensor in _tensors(found))
         if name not in self._known and self.held_bytes + size <= self.most_bytes:
             self.held_bytes += size
             self._known[name] = found
+            self._counted.add(id(found))
 
 
 class Shelf:
