@@ -155,7 +155,7 @@ def _peak_bytes(
     hidden = 2 * streams * _FLOAT * tokens * model_map.hidden_size if needs_data else 0
     batch = recipe.calibration.batch * recipe.calibration.tokens if needs_data else 0
     working = max((_working_bytes(each, block, batch) for each in passes for block in model_map.blocks), default=0)
-    evaluating = LOGITS_BYTES if recipe.evaluate.perplexity else 0
+    evaluating = LOGITS_BYTES if recipe.evaluate else 0
     if not offloaded:
         gradients = max(
             (_gradient_bytes(each, recipe, model_map, parameters, vocabulary) for each in recipe.passes), default=0
@@ -200,7 +200,10 @@ def _gradient_bytes(each: Pass, recipe: Recipe, model_map: ModelMap, parameters:
     if not found:
         return 0
     most = windows_at_once(recipe.calibration.tokens, vocabulary)
-    tokens = min(found.windows or recipe.calibration.batch, most) * recipe.calibration.tokens
+    windows = found.windows or recipe.calibration.batch
+    with_logits = min(windows, most) * recipe.calibration.tokens
+    # a training computes logits in parts, but a batch goes through the blocks as a whole
+    tokens = windows * recipe.calibration.tokens if found.trained_on else with_logits
     selects = each.selects if isinstance(each, BlockPass) else lambda _: True
     weights = saved = 0
     for block in model_map.blocks:
@@ -208,7 +211,7 @@ def _gradient_bytes(each: Pass, recipe: Recipe, model_map: ModelMap, parameters:
         weights += sum(site.outputs * site.inputs for site in sites if selects(block.full(site.name)))
         saved += _SAVED_OUTPUTS * sum(site.outputs for site in sites) + _SAVED_HIDDEN * model_map.hidden_size
     kept = found.copies * weights + found.of_all * parameters
-    return int(_FLOAT * (kept + tokens * (LOGITS_COPIES * vocabulary + saved)))
+    return int(_FLOAT * (kept + with_logits * LOGITS_COPIES * vocabulary + tokens * saved))
 
 
 def _statistics_operations(each: _Measuring, block: BlockInfo, tokens: int) -> float:

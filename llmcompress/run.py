@@ -4,8 +4,10 @@
                 fingerprint.json  what must be the same for a resume to make sense
                 journal.jsonl     one line per finished file of the next line, with its hash
                 work/SS-NNN.safetensors (block NNN of stage SS), SS-decisions.safetensors, SS-model.safetensors,
-                SS-…-measured.safetensors
-                log.jsonl, process.json
+                     SS-…-measured.safetensors,
+                     SS-training-NAME.safetensors (not in the journal: gone when its stage is finished)
+                log.jsonl
+                lock, process.json
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from llmcompress.errors import NOTHING_SAVED, CompressError, ExitCode
 from llmcompress.model.stock import stock_outline
 from llmcompress.modules.manifest import Manifest, apply_manifest, changes
 from llmcompress.records.rows import SiteReport
+from llmcompress.storage.atomic import replacing
 from llmcompress.storage.disk import disk_errors, sha256, sync
 from llmcompress.storage.folder import run_folder
 from llmcompress.storage.lock import ProcessLock
@@ -36,7 +39,7 @@ from llmcompress.storage.lock import ProcessLock
 _ABOUT = "llmcompress"
 """Metadata key of a kept file: what its tensors do not say."""
 
-_DECISIONS, _MODEL, _MEASURED = "-decisions", "-model", "-measured"
+_DECISIONS, _MODEL, _MEASURED, _TRAINING = "-decisions", "-model", "-measured", "-training-"
 _NOT_BLOCKS = (_DECISIONS, _MODEL, _MEASURED)
 
 
@@ -92,14 +95,15 @@ class Run:
     def saved(self) -> str:
         """What is kept, in words for an error."""
         kept = [key for key in self._journal if self._is_valid(key)]
-        if not kept:
-            return NOTHING_SAVED
         counts = {
             "finished blocks": sum(not key.endswith(_NOT_BLOCKS) for key in kept),
             "finished passes on the whole model": sum(key.endswith(_MODEL) for key in kept),
             "decisions": sum(key.endswith(_DECISIONS) for key in kept),
             "measurements": sum(key.endswith(_MEASURED) for key in kept),
+            "trainings as far as they were": len(list((self.folder / "work").glob(f"*{_TRAINING}*.safetensors"))),
         }
+        if not any(counts.values()):
+            return NOTHING_SAVED
         what = " and ".join(f"{count} {name}" for name, count in counts.items() if count)
         return f"{what} in {self.folder}: run the same command again to go on"
 
@@ -153,6 +157,8 @@ class Run:
         """
         about = {"config": model.config.to_dict(), **changes(model, stock_outline(model)).to_json()}
         self._save(f"{stage:02d}{_MODEL}", model.state_dict(), about, rows)
+        for path in (self.folder / "work").glob(f"{stage:02d}{_TRAINING}*"):
+            path.unlink()
 
     def restore_model(self, stage: int, model: PreTrainedModel) -> tuple[PreTrainedModel, list[SiteReport]]:
         """The model that was kept after that stage, and all rows until then; `model` is what the run began with."""
@@ -165,6 +171,10 @@ class Run:
         kept.generation_config = model.generation_config
         return kept.eval().requires_grad_(False), self._rows(key)
 
+    def training_file(self, stage: int, name: str) -> Path:
+        """Where a training keeps its state until the stage's model is kept."""
+        return self._file(f"{stage:02d}{_TRAINING}{name}")
+
     def log(self, event: str, **facts: Any) -> None:
         """One line in log.jsonl: what happened when, for people and bug reports."""
         _append(self.folder / "log.jsonl", {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **facts})
@@ -176,17 +186,14 @@ class Run:
 
     def _save(self, key: str, tensors: Mapping[str, Tensor], about: dict[str, Any], rows: list[SiteReport]) -> None:
         path = self._file(key)
-        part = path.with_suffix(".part")
         with disk_errors(path, saved=self.saved):
-            save_file(_own_memory(tensors), part, metadata={_ABOUT: json.dumps(about)})
-            sync(part)
+            with replacing(path) as part:
+                save_file(_own_memory(tensors), part, metadata={_ABOUT: json.dumps(about)})
             line = {
                 "file": key,
-                "sha256": sha256(part),
+                "sha256": sha256(path),
                 "rows": [row.model_dump(mode="json", exclude_none=True) for row in rows],
             }
-            os.replace(part, path)
-            sync(path.parent)
             _append(self.folder / "journal.jsonl", line, durable=True)
         self._journal[key] = line
         self._verified.add(key)
@@ -222,11 +229,8 @@ class Run:
         if not path.exists():
             self._clear()
             (self.folder / "lock.yaml").write_text(lock_text)
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps(fingerprint, indent=2, sort_keys=True) + "\n")
-            sync(part)
-            os.replace(part, path)
-            sync(self.folder)
+            with replacing(path) as part:
+                part.write_text(json.dumps(fingerprint, indent=2, sort_keys=True) + "\n")
             return
         begun: dict[str, str] = json.loads(path.read_text())
         differing = sorted(key for key in begun.keys() | fingerprint.keys() if begun.get(key) != fingerprint.get(key))

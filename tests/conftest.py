@@ -12,6 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import sys
+import tempfile
 from collections.abc import Iterator
 from ipaddress import ip_address
 from typing import Any
@@ -19,6 +20,10 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+
+# dense scores are kept for later runs: those of tests, and no one else's; a test that counts has a folder of its own
+_CACHE = tempfile.TemporaryDirectory(prefix="llmcompress-cache-")
+os.environ["LLMCOMPRESS_CACHE"] = _CACHE.name
 
 # one thread per test process: the same sums in the same order on every machine, and pytest -n scales
 torch.set_num_threads(1)

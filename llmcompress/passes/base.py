@@ -260,8 +260,8 @@ class BlockPass(Pass):
 class ModelPass(Pass):
     """An algorithm that must work on the whole model at once: blocks are dropped, the residual stream is rotated.
 
-    What it leaves is kept in the run folder when it is done; a killed one starts again, with `whole.decisions` as they
-    were.
+    What it leaves is kept in the run folder when it is done. A killed one starts again, with `whole.decisions` as they
+    were; its trainings go on where they were saved last.
     """
 
     @abstractmethod

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from llmcompress.model.map import ModelMap
 from llmcompress.model.site import LinearSite
-from llmcompress.modules.low_rank import part_weight
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.rounded_inputs import fixed_scale
 from llmcompress.modules.scheme import DESCRIPTION, Scheme, named_scheme
@@ -72,16 +71,9 @@ def put_codes(site: LinearSite, scheme: Scheme, codes_OI: Tensor, fitted: Fitted
     site.replace(QuantLinear.from_fitted(scheme, codes_OI, fitted, site.bias_O, input_scale))
 
 
-def codes_at(site: LinearSite) -> QuantLinear:
-    """The quantized linear that stands at the site now."""
-    module = site.module
-    assert isinstance(module, QuantLinear), f"{site.name} was not quantized"
-    return module
-
-
 def dense_of(base: QuantLinear) -> Tensor:
     """The weight that the codes stand for, in float32."""
-    return part_weight(base).float()
+    return base.dense_weight().float()
 
 
 def report_row(

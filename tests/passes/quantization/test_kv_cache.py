@@ -196,8 +196,7 @@ def test_a_killed_run_goes_on_behind_it_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_a_model_without_such_a_cache_is_refused() -> None:
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, apply_quantization_config
-from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model("rwkv", vocab_size=64, hidden_size=16, attention_hidden_size=16, num_hidden_layers=2)
     model = AutoModelForCausalLM.from_config(config).eval()
