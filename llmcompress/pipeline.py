@@ -17,7 +17,7 @@ from llmcompress.calibration.devices import usable_device
 from llmcompress.calibration.ranks import all_ranks, own_device
 from llmcompress.calibration.sources import overlap_warning
 from llmcompress.calibration.tokens import max_positions
-from llmcompress.cost import Machine, Offload, must_offload
+from llmcompress.cost import Machine, Offload
 from llmcompress.evaluation.coverage import coverage_warnings
 from llmcompress.evaluation.dense import DenseScores, against_dense, dense_scores
 from llmcompress.evaluation.environment import machine, versions
