@@ -199,7 +199,7 @@ def test_more_calibration_costs_more_memory_and_time(tiny):
     gptq = GPTQ(scheme="int4_g16")
     small, large = (
         make_plan(
-            tiny, Recipe(passes=(gptq,), calibration={"samples": samples, "tokens": 4096}, evaluate={"perplexity": ()})
+            tiny, Recipe(passes=(gptq,), calibration={"samples": samples, "tokens": 4096}, evaluate={"perplexity": []})
         )
         for samples in (4, 4096)
     )
@@ -215,7 +215,7 @@ def test_gradients_through_the_whole_model_are_foretold(tiny):
     def peak(each, batch=8):
         settings = {"samples": 8, "tokens": 4096, "batch": batch}
         return make_plan(
-            tiny, Recipe(passes=(each,), calibration=settings, evaluate={"perplexity": ()})
+            tiny, Recipe(passes=(each,), calibration=settings, evaluate={"perplexity": []})
         ).peak_memory_bytes
 
     uniform, by_loss = (PASSES["svd"](ranks=ranks) for ranks in ("uniform", "loss"))
