@@ -17,7 +17,7 @@ from llmcompress.calibration.devices import usable_device
 from llmcompress.calibration.ranks import all_ranks, own_device
 from llmcompress.calibration.sources import overlap_warning
 from llmcompress.calibration.tokens import max_positions
-from llmcompress.cost import Offload
+from llmcompress.cost import Machine, Offload
 from llmcompress.evaluation.coverage import coverage_warnings
 from llmcompress.evaluation.dense import DenseScores, against_dense, dense_scores
 from llmcompress.evaluation.environment import machine, versions
@@ -203,14 +203,16 @@ def _save(order: Order, prepared: Prepared, model: PreTrainedModel, report: Repo
     return finished
 
 
-def plan(model: str | None, recipe: Recipe | str | Path, *, offload: Offload = "auto") -> Plan:
-    """What `compress` would do: sites, bytes, memory, time. Reads config and headers, no weights.
+def plan(
+    model: str | None, recipe: Recipe | str | Path, *, offload: Offload = "auto", machine: Machine | None = None
+) -> Plan:
+    """What `compress` would do: sites, bytes, memory, and on `machine` time. Reads config and headers, no weights.
 
     Raises: CompressError for what `compress` would refuse.
     """
     chosen = as_recipe(recipe).for_model(model)
     source = find_source(str(chosen.model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
-    return make_plan(source, chosen, offload=offload)
+    return make_plan(source, chosen, offload=offload, machine=machine)
 
 
 def inspect(model: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from math import prod
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from llmcompress.cost import Offload, must_offload, peak_memory_bytes, seconds
+from llmcompress.cost import Machine, Offload, cost, must_offload
 from llmcompress.errors import CompressError
 from llmcompress.export.base import Layout, Loader, ZeroPoints, check_format, planned_sites, speechless, unsupported
 from llmcompress.export.checkpoint import loader_of
@@ -26,7 +26,7 @@ from llmcompress.numerics.formats import POWER_OF_TWO, TWO_LEVEL, ScaleKind
 from llmcompress.numerics.packing import packed_bytes
 from llmcompress.passes.apply import stages
 from llmcompress.passes.base import PASSES
-from llmcompress.passes.quantization.resolve import site_schemes
+from llmcompress.passes.schemes import site_schemes
 from llmcompress.progress import Progress
 from llmcompress.recipe.model import Recipe
 from llmcompress.recipe.order import check_order, check_sites
@@ -69,8 +69,11 @@ class Plan(_Row):
     offloaded: bool = False
     """Whether weights would stay on disk while nobody computes with them."""
     peak_memory_bytes: int
-    estimated_seconds: float
-    """Of compression on this machine; text, evaluation and saving come on top."""
+    """Beside the interpreter where no machine was given."""
+    operations: float
+    """Multiplications and additions of compression."""
+    estimated_seconds: float | None = None
+    """Of compression on the machine that was given; text, evaluation and saving come on top."""
     warnings: tuple[str, ...]
 
 
@@ -80,13 +83,17 @@ def make_plan(
     model_map: ModelMap | None = None,
     *,
     offload: Offload = "auto",
+    machine: Machine | None = None,
+    checked: Preflight | None = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """Check everything that can be checked before any work, and foretell the rest.
+    """Check everything that can be checked before any work, and foretell the rest; seconds for `machine` only.
+
+    Many plans for one model share its map and what its preflight found.
 
     Raises: CompressError for whatever `compress` would refuse in this model or recipe, all sites at once.
     """
-    checked = preflight(source, trust_remote_code=recipe.trust_remote_code, progress=progress)
+    checked = checked or preflight(source, trust_remote_code=recipe.trust_remote_code, progress=progress)
     offloaded = must_offload(offload, recipe.passes, weight_bytes=checked.bytes_weights)
     model_map = model_map or probe(checked.config, unfuse=True)
     loader = loader_of(checked.config)
@@ -123,7 +130,13 @@ def make_plan(
                     kept_share=share,
                 )
             )
-    parameters = sum(prod(shape) for shape in checked.contents.shapes.values())
+    taken = cost(
+        recipe,
+        model_map,
+        parameters=sum(prod(shape) for shape in checked.contents.shapes.values()),
+        vocabulary=checked.contents.embedding_rows,
+        offloaded=offloaded,
+    )
     return Plan(
         model=source.name,
         family=model_map.family,
@@ -132,14 +145,9 @@ def make_plan(
         bytes_dense=checked.bytes_weights,
         output_bytes=_file_bytes(tensors) - removed,
         offloaded=offloaded,
-        peak_memory_bytes=peak_memory_bytes(
-            recipe,
-            model_map,
-            parameters=parameters,
-            vocabulary=checked.contents.embedding_rows,
-            offloaded=offloaded,
-        ),
-        estimated_seconds=seconds(recipe, model_map),
+        peak_memory_bytes=taken.peak_bytes + (machine.process_bytes if machine else 0),
+        operations=taken.operations,
+        estimated_seconds=taken.operations / machine.operations_per_second if machine else None,
         warnings=tuple(dict.fromkeys([*checked.warnings, *notes])),
     )
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig
 
+from llmcompress.cost import Machine
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.export.compressed_tensors import save_compressed_tensors
 from llmcompress.export.plain import save_plain
@@ -24,9 +25,9 @@ from llmcompress.numerics.ranges import fit
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.quantization.awq import AWQ
 from llmcompress.passes.quantization.gptq import GPTQ
-from llmcompress.passes.quantization.resolve import resolve_scheme, site_schemes
 from llmcompress.passes.quantization.rtn import RoundToNearest
 from llmcompress.passes.quantization.smoothquant import SmoothQuant
+from llmcompress.passes.schemes import resolve_scheme, site_schemes
 from llmcompress.planning import Plan, make_plan
 from llmcompress.recipe.model import Recipe, Save
 from tests.tiny_folder import write_tiny_llama
@@ -198,13 +199,14 @@ def test_more_calibration_costs_more_memory_and_time(tiny):
     gptq = GPTQ(scheme="int4_g16")
     small, large = (
         make_plan(
-            tiny, Recipe(passes=(gptq,), calibration={"samples": samples, "tokens": 4096}, evaluate={"perplexity": ()})
+            tiny, Recipe(passes=(gptq,), calibration={"samples": samples, "tokens": 4096}, evaluate={"perplexity": []})
         )
         for samples in (4, 4096)
     )
     hidden = 2 * 4 * 4092 * 4096 * 32
     assert large.peak_memory_bytes - small.peak_memory_bytes == pytest.approx(hidden, rel=0.2)
-    assert large.estimated_seconds > small.estimated_seconds > 0
+    assert large.operations > small.operations > 0
+    assert large.estimated_seconds is None
 
 
 def test_gradients_through_the_whole_model_are_foretold(tiny):
@@ -213,7 +215,7 @@ def test_gradients_through_the_whole_model_are_foretold(tiny):
     def peak(each, batch=8):
         settings = {"samples": 8, "tokens": 4096, "batch": batch}
         return make_plan(
-            tiny, Recipe(passes=(each,), calibration=settings, evaluate={"perplexity": ()})
+            tiny, Recipe(passes=(each,), calibration=settings, evaluate={"perplexity": []})
         ).peak_memory_bytes
 
     uniform, by_loss = (PASSES["svd"](ranks=ranks) for ranks in ("uniform", "loss"))
@@ -225,10 +227,12 @@ def test_gradients_through_the_whole_model_are_foretold(tiny):
 
 
 def test_the_time_of_a_training_grows_with_its_steps(tiny):
+    machine = Machine(operations_per_second=1e9, process_bytes=1000)
+
     def seconds(steps):
         each = PASSES["recover"](training={"steps": steps})
         settings = {"samples": 8, "tokens": 512}
-        return make_plan(tiny, Recipe(passes=(each,), calibration=settings)).estimated_seconds
+        return make_plan(tiny, Recipe(passes=(each,), calibration=settings), machine=machine).estimated_seconds
 
     assert seconds(10_000) > 20 * seconds(100) > 0
 
