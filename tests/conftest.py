@@ -20,6 +20,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests import warm_python
+
 # one thread per test process: the same sums in the same order on every machine, and pytest -n scales
 torch.set_num_threads(1)
 
@@ -55,6 +57,20 @@ def is_this_machine(host: Any) -> bool:
         return ip_address(name).is_loopback
     except ValueError:
         return False
+
+
+@pytest.fixture(scope="session")
+def stock_python() -> Iterator[warm_python.WarmPython]:
+    """Fresh processes that know stock libraries only."""
+    with warm_python.stock() as python:
+        yield python
+
+
+@pytest.fixture(scope="session")
+def our_python() -> Iterator[warm_python.WarmPython]:
+    """Fresh processes that have imported us."""
+    with warm_python.ours() as python:
+        yield python
 
 
 GUARD = NetworkGuard()
