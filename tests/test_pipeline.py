@@ -60,11 +60,11 @@ def logits(folder: Path, **options: Any) -> torch.Tensor:
     return model(torch.arange(40)[None]).logits.float()
 
 
-@pytest.mark.parametrize("name", preset_names())
-def test_every_recipe_that_ships_runs_and_its_result_loads(name: str, tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_recipe_that_ships_runs_and_its_result_loads(preset: str, tiny: Path, tmp_path: Path) -> None:
     # a 0.1 M parameter random model in place of the Hub's: what is proven is that the recipe means something
-    settings = [each for each in SMALL if "source" not in each or "self" not in name]
-    chosen = load_preset(name, settings=settings).model_copy(update={"model": None})
+    settings = [each for each in SMALL if "source" not in each or "self" not in preset]
+    chosen = load_preset(preset, settings=settings).model_copy(update={"model": None})
     report = compress(str(tiny), chosen, tmp_path / "out")
     assert {row.site for row in report.sites} and report.quality
     assert report.bytes_compressed == bytes_on_disk(tmp_path / "out")

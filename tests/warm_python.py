@@ -12,10 +12,11 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 STOCK = (
@@ -61,6 +62,11 @@ class WarmPython:
             for rank in range(count)
         ]
         return self._run(program, arguments, ranks, True, folder)
+
+    def cpu_seconds(self) -> float:
+        """What it and its programs have used."""
+        times = psutil.Process(self._server.pid).cpu_times()
+        return float(times.user + times.system + times.children_user + times.children_system)
 
     def close(self) -> None:
         """End it; its programs have ended."""
@@ -109,22 +115,13 @@ class WarmPython:
         return json.loads(line)
 
 
-@contextmanager
-def stock() -> Iterator[WarmPython]:
+def stock() -> WarmPython:
     """One that has never imported llmcompress, and cannot by accident."""
     python = WarmPython(STOCK, with_us=False)
-    try:
-        assert not [name for name in python.modules if name.partition(".")[0] in ("llmcompress", "tests")]
-        yield python
-    finally:
-        python.close()
+    assert not [name for name in python.modules if name.partition(".")[0] in ("llmcompress", "tests")]
+    return python
 
 
-@contextmanager
-def ours() -> Iterator[WarmPython]:
+def ours() -> WarmPython:
     """One that has imported us too."""
-    python = WarmPython(OURS, with_us=True)
-    try:
-        yield python
-    finally:
-        python.close()
+    return WarmPython(OURS, with_us=True)
