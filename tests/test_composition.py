@@ -28,12 +28,7 @@ ids = torch.arange(3, 27).reshape(2, 12)
 with torch.no_grad():
     whole = model(ids, use_cache=False).logits
     start = model(ids[:, :7], use_cache=True)
-<<<<<<< HEAD
-    name = "past_key_values" if hasattr(start, "past_key_values") else "cache"
-    rest = model(ids[:, 7:], use_cache=True, **{name: start[name]}).logits
-=======
     rest = model(ids[:, 7:], past_key_values=start.past_key_values, use_cache=True).logits
->>>>>>> main
 assert torch.allclose(rest, whole[:, 7:], atol=1e-4), "a cached forward computes something else"
 model.generate(ids[:1, :5], max_new_tokens=6, do_sample=False)
 torch.save(whole, sys.argv[1] + "/logits.pt")

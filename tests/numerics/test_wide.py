@@ -84,20 +84,6 @@ def test_searched_ranges_err_least_of_all_that_are_tried(group: int | None) -> N
         assert (error <= torch.stack(errors).amin(0) * (1 + 1e-4)).all()
 
 
-def test_a_gram_matrix_leads_the_search_elsewhere_than_the_weights_alone() -> None:
-    weight, gram = (each.float() for each in problem(16, 128, seed=3))
-    grid = Grid(3, True, 32)
-    alone, led = (fit(weight, grid, search="mse", gram_II=seen) for seen in (None, gram))
-
-    def groupwise(fitted: Tensor) -> Tensor:
-        lost = (fitted - weight).view(16, 4, 32).transpose(0, 1)
-        blocks = torch.stack([gram[start : start + 32, start : start + 32] for start in range(0, 128, 32)])
-        return ((lost @ blocks) * lost).sum()
-
-    restored = [restore(round_to_codes(weight, each), each) for each in (alone, led)]
-    assert groupwise(restored[1]) < 0.97 * groupwise(restored[0])
-
-
 def test_rows_in_pieces_get_the_scales_of_all_rows_at_once() -> None:
     weight = torch.randn(3, 1 << 20, generator=torch.Generator().manual_seed(0))
     assert len(row_pieces(weight)) == 2
