@@ -20,7 +20,8 @@ from llmcompress.model.probe import map_model
 from llmcompress.passes.apply import apply_passes
 from llmcompress.progress import Silent
 from llmcompress.recipe import parse_recipe
-from llmcompress.records.report import PerplexityResult, SiteReport
+from llmcompress.records.measurements import PerplexityResult
+from llmcompress.records.rows import SiteReport
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +14,43 @@ from transformers import PreTrainedModel
 from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.data import CalibrationData, calibration_windows
 from llmcompress.calibration.devices import usable_device
-from llmcompress.calibration.homes import Home, InMemory, OnDisk
-from llmcompress.calibration.ranks import Ranks, all_ranks, own_device
+from llmcompress.calibration.ranks import all_ranks, own_device
 from llmcompress.calibration.sources import overlap_warning
 from llmcompress.calibration.tokens import max_positions
-from llmcompress.cost import Offload, must_offload
+from llmcompress.cost import Offload
 from llmcompress.evaluation.coverage import coverage_warnings
+from llmcompress.evaluation.dense import DenseScores, against_dense, dense_scores
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.evaluation.footprint import bytes_on_disk
-from llmcompress.evaluation.perplexity import EvaluationText, evaluation_text, measure
-from llmcompress.evaluation.settings import Evaluate
+from llmcompress.evaluation.perplexity import measure
+from llmcompress.evaluation.settings import BUNDLED_TEXT, PerplexityTask
 from llmcompress.evaluation.speed import SpeedResult, speed_of
-from llmcompress.export.checkpoint import loader_of
+from llmcompress.evaluation.texts import EvaluationText, evaluation_text
 from llmcompress.export.companions import companions
 from llmcompress.export.save import save_model
 from llmcompress.loading.config import read_config
-from llmcompress.loading.load import Loaded, load, load_for_compression
-from llmcompress.loading.source import Source, find_source
+from llmcompress.loading.load import load_tokenizer
+from llmcompress.loading.source import find_source
 from llmcompress.model.describe import describe
-from llmcompress.model.experts import unfuse_experts
-from llmcompress.model.probe import map_model, probe
+from llmcompress.model.probe import probe
 from llmcompress.passes.apply import apply_passes, steps
 from llmcompress.passes.together import Together
-from llmcompress.planning import Plan, check_recipe, make_plan, refused, storage_dtype_of
+from llmcompress.planning import Plan, make_plan, refused
+from llmcompress.preparation import Order, Prepared, prepare
 from llmcompress.presets import as_recipe
 from llmcompress.progress import Progress, Silent
 from llmcompress.recipe import Recipe
-from llmcompress.records.report import PerplexityResult, Quality, Report
+from llmcompress.records.measurements import Measurement, PerplexityResult, StageSeconds, WeightBytes
+from llmcompress.records.report import REPORT, Report
+from llmcompress.records.rows import SiteReport
 from llmcompress.run import Run
-from llmcompress.storage.folder import check_output, publish, run_folder, staging_folder
+from llmcompress.runners.base import RUNNERS
+from llmcompress.runners.torch_runner import TorchRunner
+from llmcompress.storage.cache import TensorCache, cache_folder
+from llmcompress.storage.folder import publish, staging_folder
 
-REPORT = "llmcompress_report.json"
 RECIPE = "llmcompress_recipe.yaml"
-"""Saved beside the weights: the evidence, and the resolved recipe that makes the same result again."""
+"""Saved beside the weights and the report: the resolved recipe that makes the same result again."""
 
 
 def compress(
@@ -75,153 +78,129 @@ def compress(
     chosen = as_recipe(recipe).for_model(model)
     where = own_device(usable_device(device))
     with all_ranks(where) as ranks:
-        return _compress(
-            chosen,
-            Path(output),
-            where,
-            ranks,
+        order = Order(
+            recipe=chosen,
+            output=Path(output),
+            device=where,
+            ranks=ranks,
             overwrite=overwrite,
             fresh=fresh,
             offload=offload,
             progress=progress if progress and ranks.is_first else Silent(),
         )
+        return _compress(order)
 
 
-def _compress(
-    chosen: Recipe,
-    output: Path,
-    where: torch.device,
-    ranks: Ranks,
-    *,
-    overwrite: bool,
-    fresh: bool,
-    offload: Offload,
-    progress: Progress,
-) -> Report:
-    clock = Stopwatch()
-    if ranks.is_first:
-        check_output(output, overwrite=overwrite)
-    progress.stage("load", 1)
-    source = find_source(str(chosen.model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
-    # a finished folder is no larger than the model; better refused now than when it is written
-    if ranks.is_first:
-        check_output(output, overwrite=overwrite, needed_bytes=bytes_on_disk(source.folder))
-    on_disk = must_offload(offload, chosen.passes, weight_bytes=bytes_on_disk(source.folder), processes=ranks.count)
-    loaded = load_for_compression(
-        source,
-        trust_remote_code=chosen.trust_remote_code,
-        scratch=run_folder(output) / "converted" if on_disk else None,
-        progress=progress,
-    )
-    home: Home = InMemory() if loaded.weights is None else OnDisk(loaded.weights)
-    unfuse_experts(loaded.model, loaded.weights)
-    model_map = map_model(loaded.model)
-    notes = check_recipe(chosen, model_map, loader_of(loaded.model.config))
-    texts = [evaluation_text(task, loaded.tokenizer, loaded.model.config) for task in chosen.evaluate.perplexity]
-    storage_dtype = storage_dtype_of(chosen, loaded.preflight)
+def _compress(order: Order) -> Report:
+    recipe, ranks, clock = order.recipe, order.ranks, Stopwatch()
+    prepared = prepare(order)
     clock.lap("load")
-
-    opened = (
-        Run.open(output, fingerprint=_fingerprint(chosen, source), lock_text=chosen.to_yaml(), fresh=fresh)
-        if ranks.is_first
-        else nullcontext()
-    )
-    with opened as run:
-        if run:
-            run.log("begun", model=source.name, recipe=chosen.hash(), saved=run.saved)
-        torch.manual_seed(chosen.seed)
-        data = _calibration(chosen, loaded, home, progress)
+    with _opened_run(order, prepared) as run:
+        torch.manual_seed(recipe.seed)
+        data = _calibration(order, prepared)
         clock.lap("calibration text")
-        dense = ranks.same(_measure(loaded.model, texts, where, progress, home) if ranks.is_first else [])
+        dense = _dense(order, prepared) if ranks.is_first else []
         clock.lap("evaluate dense")
-        progress.stage("compress", steps(chosen.passes, model_map))
-        context = RunContext(
-            data.windows_NT if data else torch.zeros(0, 1, dtype=torch.long),
-            batch=chosen.calibration.batch,
-            device=where,
-            storage_dtype=storage_dtype,
-            seed=chosen.seed,
-            home=home,
-            experts=chosen.calibration.experts,
-            ranks=ranks,
-            keep=run if ranks.count == 1 else Together(run, ranks),
-            progress=progress,
-        )
-        model, rows = apply_passes(loaded.model, model_map, chosen.passes, context)
+        order.progress.stage("compress", steps(recipe.passes, prepared.map))
+        context = _context(order, prepared, data, run)
+        model, rows = apply_passes(prepared.loaded.model, prepared.map, recipe.passes, context)
         clock.lap("compress")
         if run is None:  # the first process evaluates and writes
             return ranks.same(Report.model_construct())
-        after = _measure(model, texts, where, progress, home)
+        measured: list[Measurement] = [each.perplexity() for each in dense]
+        with TorchRunner(model, home=prepared.home, device=order.device) as runner:
+            measured += against_dense(runner, dense, order.progress)
         clock.lap("evaluate compressed")
-        about_data = [*data.warnings, *_overlaps(data, texts), *coverage_warnings(rows, model_map)] if data else []
-        about_texts = [f"{text.name}: {warning}" for text in texts for warning in text.warnings]
-        report = Report(
-            model=source.name,
-            recipe_hash=chosen.hash(),
-            versions=versions(),
-            machine=machine(),
-            calibration_tokens=data.tokens if data else 0,
-            sites=tuple(rows),
-            refused=refused(model_map),
-            quality=tuple(Quality(dense=a, compressed=b) for a, b in zip(dense, after, strict=True)),
-            bytes_dense=bytes_on_disk(source.folder),
-            bytes_compressed=0,
-            seconds=clock.seconds,
-            warnings=tuple(dict.fromkeys([*loaded.preflight.warnings, *notes, *about_data, *about_texts])),
-        )
-        progress.stage("save", 1)
-        report = _save(
-            chosen, model, loaded, report, output, storage_dtype=storage_dtype, overwrite=overwrite, home=home
-        )
-        progress.step(output.name)
+        report = _report(order, prepared, data, rows).with_measurements([*measured, *clock.stages()])
+        order.progress.stage("save", 1)
+        report = _save(order, prepared, model, report)
+        order.progress.step(order.output.name)
         run.discard()
     return ranks.same(report)
 
 
-def _save(
-    recipe: Recipe,
-    model: PreTrainedModel,
-    loaded: Loaded,
-    report: Report,
-    output: Path,
-    *,
-    storage_dtype: torch.dtype,
-    overwrite: bool,
-    home: Home,
-) -> Report:
+def _opened_run(order: Order, prepared: Prepared) -> AbstractContextManager[Run | None]:
+    """The run folder, in the first process alone."""
+    if not order.ranks.is_first:
+        return nullcontext()
+    recipe, model = order.recipe, prepared.loaded.source.name
+    # what must not change between a killed run and its resumption, or the halves would not fit together
+    short = {name: digest[:16] for name, digest in prepared.identity.items()}
+    fingerprint = {"recipe": recipe.hash(), **short, "model": model, **versions()}
+    run = Run.open(order.output, fingerprint=fingerprint, lock_text=recipe.to_yaml(), fresh=order.fresh)
+    run.log("begun", model=model, recipe=recipe.hash(), saved=run.saved)
+    return run
+
+
+def _context(order: Order, prepared: Prepared, data: CalibrationData | None, run: Run | None) -> RunContext:
+    return RunContext(
+        data.windows_NT if data else torch.zeros(0, 1, dtype=torch.long),
+        batch=order.recipe.calibration.batch,
+        device=order.device,
+        storage_dtype=prepared.storage_dtype,
+        seed=order.recipe.seed,
+        home=prepared.home,
+        experts=order.recipe.calibration.experts,
+        ranks=order.ranks,
+        keep=run if order.ranks.count == 1 else Together(run, order.ranks),
+        progress=order.progress,
+    )
+
+
+def _dense(order: Order, prepared: Prepared) -> list[DenseScores]:
+    """What the model says of every text before anything is done to it."""
+    known = versions()
+    return dense_scores(
+        prepared.texts,
+        lambda: TorchRunner(prepared.loaded.model, home=prepared.home, device=order.device),
+        # a home computes in float32, whatever the files hold
+        model={
+            **prepared.identity,
+            "dtype": "float32",
+            "device": order.device.type,
+            **{name: known[name] for name in ("torch", "transformers")},
+        },
+        cache=TensorCache(cache_folder() / "scores"),
+        progress=order.progress,
+    )
+
+
+def _report(order: Order, prepared: Prepared, data: CalibrationData | None, rows: Sequence[SiteReport]) -> Report:
+    loaded, texts = prepared.loaded, prepared.texts
+    about_data = [*data.warnings, *_overlaps(data, texts), *coverage_warnings(rows, prepared.map)] if data else []
+    about_texts = [f"{text.name}: {warning}" for text in texts for warning in text.warnings]
+    return Report(
+        model=loaded.source.name,
+        recipe_hash=order.recipe.hash(),
+        versions=versions(),
+        machine=machine(),
+        calibration_tokens=data.tokens if data else 0,
+        sites=tuple(rows),
+        refused=refused(prepared.map),
+        measurements=(WeightBytes(of="dense", bytes=bytes_on_disk(loaded.source.folder)),),
+        warnings=tuple(dict.fromkeys([*loaded.preflight.warnings, *prepared.notes, *about_data, *about_texts])),
+    )
+
+
+def _save(order: Order, prepared: Prepared, model: PreTrainedModel, report: Report) -> Report:
     """Write everything into a folder beside the output, then move it there in one step."""
-    with staging_folder(output) as staging:
+    recipe, loaded = order.recipe, prepared.loaded
+    with staging_folder(order.output) as staging:
         save_model(
             model,
             staging,
             recipe.save.format,
-            storage_dtype=storage_dtype,
+            storage_dtype=prepared.storage_dtype,
             max_shard_size=recipe.save.max_shard_size,
             zero_points=recipe.save.zero_points,
-            home=home,
+            home=prepared.home,
         )
         companions(loaded.source.folder, staging, loaded.tokenizer, loaded.preflight.generation_config)
-        finished = report.model_copy(update={"bytes_compressed": bytes_on_disk(staging)})
+        finished = report.with_measurements([WeightBytes(of="compressed", bytes=bytes_on_disk(staging))])
         (staging / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
         (staging / REPORT).write_text(finished.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        publish(staging, output, overwrite=overwrite)
+        publish(staging, order.output, overwrite=order.overwrite)
     return finished
-
-
-def _fingerprint(recipe: Recipe, source: Source) -> dict[str, str]:
-    """What must not change between a killed run and its resumption, or the halves would not fit together."""
-    weights = hashlib.sha256()
-    for path in sorted(source.folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            weights.update(hashlib.file_digest(file, "sha256").digest())
-    config = hashlib.sha256((source.folder / "config.json").read_bytes())
-    return {
-        "recipe": recipe.hash(),
-        "weights": weights.hexdigest()[:16],
-        "config": config.hexdigest()[:16],
-        "model": source.name,
-        **versions(),
-    }
 
 
 def plan(model: str | None, recipe: Recipe | str | Path, *, offload: Offload = "auto") -> Plan:
@@ -246,19 +225,20 @@ def inspect(model: str) -> dict[str, Any]:
 
 def evaluate(
     model: str,
-    settings: Evaluate | None = None,
+    tasks: Sequence[PerplexityTask] = BUNDLED_TEXT,
     *,
+    runner: str = "torch",
     device: str = "auto",
     progress: Progress | None = None,
 ) -> list[PerplexityResult]:
-    """Measure a dense or compressed model on every text of `settings` (None: the bundled one).
+    """Measure a dense or compressed model on every text of `tasks` (the bundled one), run by any runtime.
 
-    Raises: CompressError when the model or a text cannot be read.
+    Raises: CompressError when the model or a text cannot be read, or there is no such runtime.
     """
-    where = usable_device(device)
-    live, tokenizer = load(model, dtype=torch.float32, device=where)
-    texts = [evaluation_text(task, tokenizer, live.config) for task in (settings or Evaluate()).perplexity]
-    return _measure(live, texts, where, progress or Silent(), InMemory())
+    tokenizer = load_tokenizer(find_source(model))
+    with RUNNERS[runner].open(model, device=usable_device(device), dtype=torch.float32) as opened:
+        texts = [evaluation_text(task, tokenizer, opened.max_positions) for task in tasks]
+        return [measure(opened, text, progress=progress) for text in texts]
 
 
 def speed(
@@ -288,35 +268,33 @@ class Stopwatch:
     """Wall seconds by stage."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
         """Everything since the last lap was `name`."""
         now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
         self._last = now
 
+    def stages(self) -> list[StageSeconds]:
+        """All laps."""
+        return [StageSeconds(stage=name, seconds=seconds) for name, seconds in self._seconds.items()]
 
-def _calibration(recipe: Recipe, loaded: Loaded, home: Home, progress: Progress) -> CalibrationData | None:
+
+def _calibration(order: Order, prepared: Prepared) -> CalibrationData | None:
+    recipe, loaded = order.recipe, prepared.loaded
     if not any(each.uses_data() for each in recipe.passes):
         return None
-    with home.running(loaded.model, torch.device("cpu")):
+    with prepared.home.running(loaded.model, torch.device("cpu")):
         return calibration_windows(
             recipe.calibration,
             loaded.tokenizer,
             max_positions=max_positions(loaded.model.config),
             seed=recipe.seed,
             model=loaded.model,
-            progress=progress,
+            progress=order.progress,
         )
-
-
-def _measure(
-    model: PreTrainedModel, texts: Sequence[EvaluationText], device: torch.device, progress: Progress, home: Home
-) -> list[PerplexityResult]:
-    with home.running(model, device):
-        return [measure(model, text, device=device, progress=progress) for text in texts]
 
 
 def _overlaps(data: CalibrationData, texts: Sequence[EvaluationText]) -> list[str]:

@@ -12,6 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import sys
+import tempfile
 from collections.abc import Iterator
 from ipaddress import ip_address
 from typing import Any
@@ -23,6 +24,10 @@ from hypothesis import settings
 from tests import warm_python
 from tests.cpu_budget import CpuBudget, budget_seconds
 from tests.selection import Selection, head_commit, mark_majors
+
+# dense scores are kept for later runs: those of tests, and no one else's; a test that counts has a folder of its own
+_CACHE = tempfile.TemporaryDirectory(prefix="llmcompress-cache-")
+os.environ["LLMCOMPRESS_CACHE"] = _CACHE.name
 
 # one thread per test process: the same sums in the same order on every machine, and pytest -n scales
 torch.set_num_threads(1)

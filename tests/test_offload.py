@@ -53,8 +53,12 @@ def weights_hash(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_offloaded_equals_resident_bit_for_bit(name: str, tiny: Path, tmp_path: Path) -> None:
+def test_offloaded_equals_resident_bit_for_bit(
+    name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache of here"))
     here = compress(str(tiny), recipe(RECIPES[name]), tmp_path / "here", offload="never")
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache of there"))
     there = compress(str(tiny), recipe(RECIPES[name]), tmp_path / "there", offload="always")
     assert weights_hash(tmp_path / "here") == weights_hash(tmp_path / "there")
     assert (tmp_path / "here" / "config.json").read_text() == (tmp_path / "there" / "config.json").read_text()

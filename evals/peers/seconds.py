@@ -30,11 +30,13 @@ from venvs import run_in
 
 from llmcompress.calibration.context import RunContext
 from llmcompress.evaluation.environment import machine, versions
-from llmcompress.evaluation.perplexity import EvaluationText, measure
+from llmcompress.evaluation.perplexity import measure
+from llmcompress.evaluation.texts import EvaluationText
 from llmcompress.loading.source import find_source
 from llmcompress.model.probe import map_model
 from llmcompress.passes.apply import apply_passes
 from llmcompress.recipe import parse_recipe
+from llmcompress.runners.torch_runner import TorchRunner
 
 
 class Method(NamedTuple):
@@ -186,7 +188,8 @@ def evaluation(model: PreTrainedModel, windows_NT: Tensor) -> Timed:
     text = EvaluationText("random", "", tuple(windows_NT), windows_NT.shape[1], True, 1, frozenset())
     before = forward(model, windows_NT)
     began = time.process_time()
-    measure(model, text)
+    with TorchRunner(model) as runner:
+        measure(runner, text)
     seconds = time.process_time() - began
     return Timed(seconds, mean([before, forward(model, windows_NT)]))
 

@@ -28,6 +28,13 @@ from llmcompress.cli.output import device_option, json_option, print_json, print
     show_default=True,
     help="Whether every window starts with the BOS token.",
 )
+@click.option(
+    "--runner",
+    default="torch",
+    show_default=True,
+    metavar="NAME",
+    help="What runs the model: transformers, by default.",
+)
 @click.option("--max-windows", type=click.IntRange(min=1), help="Measure only the first windows.")
 @device_option
 @json_option
@@ -37,6 +44,7 @@ def evaluate(
     window: int | None,
     bos: str,
     max_windows: int | None,
+    runner: str,
     device: str,
     as_json: bool,
 ) -> None:
@@ -50,15 +58,15 @@ def evaluate(
     quiet_libraries()
     from llmcompress.cli.tables import perplexity_table
     from llmcompress.cli.terminal import TerminalProgress
-    from llmcompress.evaluation.settings import Evaluate, perplexity_task
+    from llmcompress.evaluation.settings import PerplexityTask
 
     common = {"window": window, "bos": bos, "max_windows": max_windows}
-    settings = Evaluate.model_validate({"perplexity": [{**perplexity_task(source), **common} for source in sources]})
+    tasks = [PerplexityTask.model_validate({**PerplexityTask.from_text(source), **common}) for source in sources]
     with TerminalProgress() as progress:
         progress.stage("starting", 0)
         from llmcompress import pipeline
 
-        results = pipeline.evaluate(model, settings, device=device, progress=progress)
+        results = pipeline.evaluate(model, tasks, runner=runner, device=device, progress=progress)
     if as_json:
         print_json([result.model_dump(mode="json") for result in results])
     else:

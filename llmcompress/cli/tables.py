@@ -14,7 +14,8 @@ from llmcompress.cli.terminal import duration, size
 if TYPE_CHECKING:
     from llmcompress.evaluation.footprint import Footprint
     from llmcompress.evaluation.speed import SpeedResult
-    from llmcompress.records.report import PerplexityResult, Report
+    from llmcompress.records.measurements import Divergence, Estimate, PerplexityResult
+    from llmcompress.records.report import Report
 
 WORST_SITES = 5
 ROWS_SHOWN = 40
@@ -35,7 +36,13 @@ def plain_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, title
 
 def report_tables(report: Report) -> list[RenderableType]:
     """Quality and bytes before and after, the worst sites, what was degraded or refused."""
-    tables: list[RenderableType] = [_quality_table(report), _bytes_line(report)]
+    tables: list[RenderableType] = [_quality_table(report)]
+    divergences = [each.divergence for each in report.quality if each.divergence]
+    if divergences:
+        tables.append(_divergence_table(divergences))
+    if any(each.dense.from_cache for each in report.quality):
+        tables.append(Text("dense scores: from the cache of an earlier run"))
+    tables.append(_bytes_line(report))
     worst = sorted((row for row in report.sites if row.error is not None), key=lambda row: -(row.error or 0))
     if worst:
         rows = [
@@ -201,7 +208,7 @@ def _quality_table(report: Report) -> Table:
             each.dense.text,
             f"{each.dense.perplexity:.3f}",
             f"{each.compressed.perplexity:.3f}",
-            f"{each.ratio:.3f}",
+            f"{each.ratio:.3f}" + ("" if each.ratio_error is None else f" ±{each.ratio_error:.3f}"),
             str(each.dense.window),
             str(each.dense.tokens),
         )
@@ -209,6 +216,28 @@ def _quality_table(report: Report) -> Table:
     ]
     headings = ("perplexity on", "#dense", "#compressed", "#ratio", "#window", "#tokens")
     return plain_table(headings, rows, title=f"{report.model}, recipe {report.recipe_hash}")
+
+
+def _divergence_table(divergences: Sequence[Divergence]) -> Table:
+    """Behind ±: one standard error, with windows as the unit that varies."""
+    rows = [
+        (
+            each.text,
+            _with_error(each.kl, "{:.4f}"),
+            f"{each.kl_99:.3f}",
+            _with_error(each.same_top, "{:.2%}"),
+            _with_error(each.right_to_wrong, "{:.2%}"),
+            _with_error(each.wrong_to_right, "{:.2%}"),
+        )
+        for each in divergences
+    ]
+    headings = ("against dense, on", "#KL", "#KL, 99 %", "#same top token", "#right → wrong", "#wrong → right")
+    return plain_table(headings, rows)
+
+
+def _with_error(found: Estimate, form: str) -> str:
+    error = found.standard_error
+    return form.format(found.mean) + ("" if error is None else f" ±{form.format(error)}")
 
 
 def _bytes_line(report: Report) -> Text:

@@ -18,10 +18,11 @@ from llmcompress.errors import CompressError
 from llmcompress.evaluation.stored_bnb import BnbSite, bnb_sites
 from llmcompress.loading.files import read_json
 from llmcompress.loading.tensors import TensorHeader, Tensors, headers
+from llmcompress.modules.base import MODULES
 from llmcompress.modules.scheme import Scheme, named_scheme
 from llmcompress.numerics.packing import unpack_bits
+from llmcompress.records.report import REPORT
 
-REPORT = "llmcompress_report.json"
 _LABELS = {"weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "input_scale", "scale", "zero_point"}
 _LABELS |= {"shared_scale", "weight_global_scale", "input_global_scale"}  # of scales in two levels
 
@@ -135,14 +136,12 @@ def _from_manifest(
         yield CodedSite(name, outputs, inputs, scheme.weights.bits, group, scheme, _at(name, found))
 
 
-_CODED = ("quant_linear", "quant_embedding")
-
-
 def _quantized_specs(modules: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Every quantized linear of a manifest, those that are parts of other modules too."""
     for name, spec in modules.items():
         if isinstance(spec, Mapping):
-            if spec.get("type") in _CODED:
+            kind = str(spec.get("type"))
+            if kind in MODULES and MODULES[kind].holds_codes:
                 yield prefix + name, spec
             else:
                 yield from _quantized_specs(spec, f"{prefix}{name}.")

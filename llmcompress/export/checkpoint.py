@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -20,12 +19,12 @@ from llmcompress.calibration.homes import Home, InMemory
 from llmcompress.errors import CompressError
 from llmcompress.export.base import Loader
 from llmcompress.export.shards import ShardWriter
+from llmcompress.loading.versions import TRANSFORMERS_MAJOR
 from llmcompress.modules.quant_linear import QuantLinear
 
 Replaced = Mapping[str, Callable[[], dict[str, Tensor]]]
 """Full name of a module that looks different on disk → its tensors there, under names relative to the module."""
 
-_MAJOR = int(transformers.__version__.split(".")[0])
 
 _BLOCK = re.compile(r".*?\.\d+\.")
 
@@ -60,7 +59,7 @@ def merges_on_load(model: PreTrainedModel) -> bool:
     Version 5 does so for banks of experts, and for a compressed-tensors folder it then expects codes there
     (`CompressedTensorsDequantize`): one whose experts are ordinary weights does not load.
     """
-    if _MAJOR < 5:
+    if TRANSFORMERS_MAJOR < 5:
         return False
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
@@ -170,7 +169,7 @@ def name_on_disk(model: PreTrainedModel, module: str) -> str:
 
 def _under_names_on_disk(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """What transformers calls these tensors in a checkpoint: version 5 stores expert banks one expert at a time."""
-    if _MAJOR < 5:
+    if TRANSFORMERS_MAJOR < 5:
         return tensors
     from transformers.core_model_loading import revert_weight_conversion
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from transformers.activations import ACT2FN
 from typing_extensions import override
 
 from llmcompress.modules.base import MODULES, CompressedModule, Spec
+from llmcompress.modules.expression import Expression, Opaque
 
 
 @MODULES.register("unfused_experts")
@@ -19,6 +21,9 @@ class UnfusedExperts(CompressedModule, nn.ModuleList):
 
     A checkpoint holds experts one by one, so a model with these is saved under the names of its stock model.
     """
+
+    has_stock_format: ClassVar[bool] = True
+    is_transparent: ClassVar[bool] = True
 
     def __init__(
         self, experts: int, hidden: int, inner: int, names: Sequence[str], activation: str, dtype: torch.dtype
@@ -54,8 +59,9 @@ class UnfusedExperts(CompressedModule, nn.ModuleList):
         experts, hidden, inner = (int(spec[key]) for key in ("experts", "hidden", "inner"))
         return cls(experts, hidden, inner, spec["names"], str(spec["activation"]), dtype)
 
+    @override
     def is_dense(self) -> bool:
-        """Whether all experts are ordinary linears of their first sizes: a checkpoint holds them as the bank's."""
+        """While all experts are ordinary linears of their first sizes: a checkpoint holds them as the bank's."""
         sizes = {(self.hidden, self.inner), (self.inner, self.hidden)}
         return all(
             type(part) is nn.Linear and part.bias is None and (part.in_features, part.out_features) in sizes
@@ -64,8 +70,16 @@ class UnfusedExperts(CompressedModule, nn.ModuleList):
         )
 
     @override
-    def dense_weight(self) -> Tensor:
-        raise TypeError("experts stand for no single matrix")
+    def expression(self) -> Expression:
+        return Opaque("which experts run is decided token by token")
+
+    @override
+    def differs_below(self, stock: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+        """From experts as they were when the bank was taken apart."""
+        with torch.device("meta"):
+            unchanged = self.from_spec(self.spec(), torch.float32)
+        for (name, expert), before in zip(self.named_children(), unchanged.children(), strict=True):
+            yield name, expert, before
 
     def run_expert(self, index: int, x_NH: Tensor) -> Tensor:
         """One expert on these tokens."""
@@ -83,3 +97,15 @@ class UnfusedExperts(CompressedModule, nn.ModuleList):
                 y_MH = self.run_expert(index, hidden_states[token_M]) * top_k_weights[token_M, place_M, None]
                 total_NH.index_add_(0, token_M, y_MH.to(total_NH.dtype))
         return total_NH
+
+
+def routes_itself(experts: nn.ModuleList) -> bool:
+    """Whether the model calls the list, with the router's choice, and not one expert after the other."""
+    return isinstance(experts, UnfusedExperts)
+
+
+def expert_calls(experts: nn.ModuleList) -> list[Callable[[Tensor], Tensor]]:
+    """Each expert of a list, of whichever kind, as a function of tokens."""
+    if isinstance(experts, UnfusedExperts):
+        return [partial(experts.run_expert, index) for index in range(len(experts))]
+    return list(experts)

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.modules.quant_linear import QuantLinear, quantized_linears
 from llmcompress.numerics.formats import scales_from_bytes, scales_to_bytes
 from llmcompress.numerics.packing import pack_bits, packed_bytes, unpack_bits
 
@@ -60,3 +60,21 @@ class PackedLinear(nn.Module):
     def _optional(self, name: str) -> Tensor | None:
         found = self._buffers[name]
         return found if isinstance(found, Tensor) else None
+
+
+def enter_file_forms(model: nn.Module) -> None:
+    """Put every quantized linear into its packed form, for which a file has tensors; empty, in place."""
+    for name, module in quantized_linears(model).items():
+        _put(model, name, PackedLinear.empty(module))
+
+
+def leave_file_forms(model: nn.Module) -> None:
+    """The quantized linears again, in place, with what was loaded into their packed forms."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PackedLinear):
+            _put(model, name, module.unpack())
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

@@ -1,40 +1,59 @@
-"""The evidence of a run: what was done to every site, quality before and after, bytes, seconds, environment."""
+"""The evidence of a run: what was done to every site, what was measured before and after, the environment."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import ValidationError
+
+from llmcompress.errors import CompressError
+from llmcompress.records.measurements import (
+    Divergence,
+    Measurement,
+    PerplexityResult,
+    StageSeconds,
+    WeightBytes,
+    Which,
+)
 from llmcompress.records.rows import Record, SiteReport
 
+REPORT = "llmcompress_report.json"
+"""Its file beside the weights."""
 
-class PerplexityResult(Record):
-    """Perplexity with everything needed to repeat it."""
+VERSION: Literal[1] = 1
+"""Grows when a field or a kind of measurement changes its meaning; a kind that is new changes nothing."""
 
-    text: str
-    """Where the text came from (`builtin:evaluation`, `wikitext:test`)."""
-    window: int
-    """Tokens per non-overlapping window, the BOS included."""
-    bos: bool
-    """Whether every window starts with the BOS token (which is never predicted)."""
-    tokens: int
-    """Tokens predicted."""
-    perplexity: float
-    bits_per_byte: float
+T = TypeVar("T")
 
 
-class Quality(Record):
+@dataclass(frozen=True)
+class Quality:
     """The same measurement on the dense and on the compressed model."""
 
     dense: PerplexityResult
     compressed: PerplexityResult
+    divergence: Divergence | None
+    """Token by token, where that was measured."""
 
     @property
     def ratio(self) -> float:
         """Compressed ÷ dense perplexity."""
         return self.compressed.perplexity / self.dense.perplexity
 
+    @property
+    def ratio_error(self) -> float | None:
+        """Standard error of the ratio, paired token by token; None where it is not known."""
+        return self.divergence.perplexity_ratio.standard_error if self.divergence else None
+
 
 class Report(Record):
     """Saved as `llmcompress_report.json` beside the weights."""
 
+    version: Literal[1] = VERSION
     model: str
     recipe_hash: str
     versions: dict[str, str]
@@ -42,16 +61,74 @@ class Report(Record):
     calibration_tokens: int
     sites: tuple[SiteReport, ...]
     refused: dict[str, str]
-    quality: tuple[Quality, ...]
-    bytes_dense: int
-    """Bytes of the weight files that were read."""
-    bytes_compressed: int
-    """Bytes of the weight files that were written."""
-    seconds: dict[str, float]
-    """Wall seconds by stage."""
+    measurements: tuple[Measurement, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
     def degraded(self) -> tuple[SiteReport, ...]:
         """Sites where a fallback was used."""
         return tuple(row for row in self.sites if row.degraded)
+
+    @property
+    def quality(self) -> tuple[Quality, ...]:
+        """Every text on which both models were measured by the same protocol, in order."""
+        measured = self.of_kind(PerplexityResult)
+        after = {each.protocol: each for each in measured if each.of == "compressed"}
+        divergences = {each.protocol: each for each in self.of_kind(Divergence)}
+        return tuple(
+            Quality(each, after[each.protocol], divergences.get(each.protocol))
+            for each in measured
+            if each.of == "dense" and each.protocol in after
+        )
+
+    @property
+    def bytes_dense(self) -> int:
+        """Bytes of the weight files that were read; 0 if not measured."""
+        return self._weight_bytes("dense")
+
+    @property
+    def bytes_compressed(self) -> int:
+        """Bytes of the weight files that were written; 0 if not measured."""
+        return self._weight_bytes("compressed")
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Wall seconds by stage."""
+        return {each.stage: each.seconds for each in self.of_kind(StageSeconds)}
+
+    def of_kind(self, kind: type[T]) -> list[T]:
+        """All measurements of one class, in order."""
+        return [each for each in self.measurements if isinstance(each, kind)]
+
+    def with_measurements(self, more: Iterable[Measurement]) -> Report:
+        """The same report with further measurements behind its own."""
+        return self.model_copy(update={"measurements": (*self.measurements, *more)})
+
+    def _weight_bytes(self, of: Which) -> int:
+        return next((each.bytes for each in self.of_kind(WeightBytes) if each.of == of), 0)
+
+
+def read_report(path: Path) -> Report:
+    """The report in a file, or in a folder under its usual name.
+
+    Raises: CompressError when there is none, it is damaged, or another version of llmcompress wrote it in another form.
+    """
+    file = path / REPORT if path.is_dir() else path
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        version = data.get("version", 0)
+    except (OSError, ValueError, AttributeError) as problem:
+        fix = "name a folder that `llmcompress compress` wrote, or its report"
+        raise CompressError(
+            "report.unreadable", f"no report can be read: {problem}", where=str(file), fix=fix
+        ) from problem
+    if version != VERSION:
+        newer = isinstance(version, int) and version > VERSION
+        fix = "use a newer llmcompress" if newer else "compress the model again with this version"
+        what = f"the report has form {version}, this version of llmcompress reads form {VERSION}"
+        raise CompressError("report.version", what, where=str(file), fix=fix)
+    try:
+        return Report.model_validate(data)
+    except ValidationError as problem:
+        what = f"the report is damaged: {problem.errors()[0]['msg']}"
+        raise CompressError("report.unreadable", what, where=str(file), fix="compress the model again") from problem

@@ -12,15 +12,33 @@ import pytest
 import llmcompress
 from llmcompress.cli.main import COMMANDS, main
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.records.report import PerplexityResult, Quality, Report, SiteReport
+from llmcompress.records.measurements import Divergence, Estimate, PerplexityResult, StageSeconds, WeightBytes
+from llmcompress.records.report import Report
+from llmcompress.records.rows import SiteReport
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-def result(perplexity: float) -> PerplexityResult:
+def result(perplexity: float, **options) -> PerplexityResult:
     return PerplexityResult(
-        text="builtin:evaluation", window=512, bos=True, tokens=7000, perplexity=perplexity, bits_per_byte=1.5
+        **options,
+        text="builtin:evaluation",
+        window=512,
+        bos=True,
+        tokens=7000,
+        perplexity=perplexity,
+        bits_per_byte=1.5,
     )
+
+
+def divergence() -> Divergence:
+    share = Estimate(mean=0.0312, standard_error=0.0019)
+    return Divergence(
+        text="builtin:evaluation", window=512, bos=True, tokens=7000, top=64,
+        kl=Estimate(mean=0.0123, standard_error=None),
+        kl_median=0.01, kl_90=0.03, kl_99=0.2, loss_increase=Estimate(mean=0.04879, standard_error=0.002),
+        same_top=Estimate(mean=0.9, standard_error=0.004), right_to_wrong=share, wrong_to_right=share,
+    )  # fmt: skip
 
 
 def report() -> Report:
@@ -31,8 +49,12 @@ def report() -> Report:
     ]  # fmt: skip
     return Report(
         model="m", recipe_hash="0123456789abcdef", versions={}, machine={}, calibration_tokens=100, sites=tuple(rows),
-        refused={"model.layers.0.moe": "expert bank"}, quality=(Quality(dense=result(20), compressed=result(21)),),
-        bytes_dense=4_850_744, bytes_compressed=1_500_000, seconds={"compress": 61.0}, warnings=("few samples",),
+        refused={"model.layers.0.moe": "expert bank"}, warnings=("few samples",),
+        measurements=(
+            result(20, of="dense", from_cache=True), result(21, of="compressed"), divergence(),
+            WeightBytes(of="dense", bytes=4_850_744), WeightBytes(of="compressed", bytes=1_500_000),
+            StageSeconds(stage="compress", seconds=61.0),
+        ),
     )  # fmt: skip
 
 
@@ -79,8 +101,8 @@ class FakePipeline(types.ModuleType):
         self._called(model, recipe)
         return types.SimpleNamespace(model_dump=lambda mode: PLAN)
 
-    def evaluate(self, model, settings, *, device, progress):
-        self._called(model, settings, device=device)
+    def evaluate(self, model, tasks, *, runner, device, progress):
+        self._called(model, tasks, runner=runner, device=device)
         return [result(20.0)]
 
     def inspect(self, model):
@@ -168,7 +190,7 @@ def test_python_dash_m_shows_the_version_of_the_project():
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
-        (["compres", "m"], "Did you mean 'compress'?"),
+        (["compres", "m"], "did you mean `compress`?"),
         (["recipes", "sho"], "No such command 'sho'"),
         (["compress", "m", "--presett", "w4"], "--preset"),
         (["compress", "m", "-o", "out"], "--preset NAME or --recipe FILE"),
@@ -198,7 +220,9 @@ def test_compress_reads_the_preset_and_shows_quality_bytes_and_the_worst_sites(r
     (model, recipe, output), options = pipeline.calls[0]
     assert (model, recipe.model, recipe.seed, output) == ("m", "m", 3, Path("out"))
     assert options == {"device": "cpu", "overwrite": False, "fresh": False}
-    assert re.search(r"builtin:evaluation +20\.000 +21\.000 +1\.050", out)
+    assert re.search(r"builtin:evaluation +20\.000 +21\.000 +1\.050 ±0\.002", out)
+    assert re.search(r"builtin:evaluation +0\.0123 +0\.200 +90\.00% ±0\.40% +3\.12% ±0\.19%", out)
+    assert "dense scores: from the cache" in out
     assert "4.9 MB → 1.5 MB (0.31 of it)" in out
     worst = re.findall(r"model\.layers\.(\d)\.mlp\.up_proj +gptq", out)
     assert worst == ["7", "6", "5", "4", "3"]
@@ -304,9 +328,9 @@ def test_an_interrupt_ends_with_130_and_says_how_to_go_on(run, pipeline, tmp_pat
 
 def test_evaluate_passes_texts_and_window_on(run, pipeline):
     code, out, _ = run("evaluate", "m", "--perplexity", "wikitext2:test", "--perplexity", "a.txt", "--window", "64")
-    (model, settings), _ = pipeline.calls[0]
+    (model, tasks), _ = pipeline.calls[0]
     assert code == 0 and model == "m"
-    assert [(task.source, task.split, task.window) for task in settings.perplexity] == [
+    assert [(task.source, task.split, task.window) for task in tasks] == [
         ("wikitext2", "test", 64),
         ("a.txt", "test", 64),
     ]

@@ -6,10 +6,15 @@ import pytest
 import torch
 
 from llmcompress.errors import CompressError
-from llmcompress.evaluation import perplexity as module
-from llmcompress.evaluation.perplexity import evaluation_text, measure, perplexity
+from llmcompress.evaluation import scores as module
+from llmcompress.evaluation.perplexity import measure, perplexity
 from llmcompress.evaluation.settings import PerplexityTask
+from llmcompress.evaluation.texts import evaluation_text
+from llmcompress.runners.torch_runner import TorchRunner
 from tests.tiny_text import byte_tokenizer, tiny_llama, word_tokenizer
+
+POSITIONS = 64
+"""Of the tiny Llama."""
 
 TEXT = "The quick brown fox, naïve as ever, jumps over the lazy dog. " * 2
 
@@ -69,15 +74,15 @@ def test_a_tokenizer_without_positions_gives_every_token_its_share_of_the_bytes(
         def __call__(self, text, **_):
             return {"input_ids": [1] * 5}
 
-    prepared = evaluation_text(task(tmp_path, "x" * 20, window=5), Slow(), tiny_llama().config)
+    prepared = evaluation_text(task(tmp_path, "x" * 20, window=5), Slow(), POSITIONS)
     assert prepared.predicted_bytes == 16
 
 
 def test_bytes_of_characters_of_several_tokens_are_counted_once(tmp_path):
     text = "é€😀 naïve ✓ done"
-    prepared = evaluation_text(task(tmp_path, text, window=64, bos="always"), byte_tokenizer(), tiny_llama().config)
+    prepared = evaluation_text(task(tmp_path, text, window=64, bos="always"), byte_tokenizer(), POSITIONS)
     assert prepared.predicted_bytes == len(text.encode())
-    never = evaluation_text(task(tmp_path, "a" + text, window=64, bos="never"), byte_tokenizer(), tiny_llama().config)
+    never = evaluation_text(task(tmp_path, "a" + text, window=64, bos="never"), byte_tokenizer(), POSITIONS)
     assert never.predicted_bytes == len(text.encode())
 
 
@@ -94,7 +99,7 @@ def test_batch_size_and_piece_size_change_nothing(tmp_path, monkeypatch):
 def test_windows_hold_the_whole_text_once_and_in_order(tmp_path):
     tokenizer = byte_tokenizer()
     for bos in ("always", "never"):
-        prepared = evaluation_text(task(tmp_path, window=16, bos=bos), tokenizer, tiny_llama().config)
+        prepared = evaluation_text(task(tmp_path, window=16, bos=bos), tokenizer, POSITIONS)
         skip = 1 if bos == "always" else 0
         assert tokenizer.decode([token for window in prepared.windows for token in window[skip:].tolist()]) == TEXT
         assert {len(window) for window in prepared.windows[:-1]} == {16}
@@ -102,33 +107,33 @@ def test_windows_hold_the_whole_text_once_and_in_order(tmp_path):
 
 def test_max_windows_measures_the_first_windows_and_their_bytes(tmp_path):
     prepared = evaluation_text(
-        task(tmp_path, "x" * 100, window=16, bos="never", max_windows=3), byte_tokenizer(), tiny_llama().config
+        task(tmp_path, "x" * 100, window=16, bos="never", max_windows=3), byte_tokenizer(), POSITIONS
     )
     assert (len(prepared.windows), prepared.tokens, prepared.predicted_bytes) == (3, 45, 45)
 
 
 def test_a_last_window_of_one_token_without_bos_predicts_nothing(tmp_path):
-    prepared = evaluation_text(task(tmp_path, "x" * 17, window=16, bos="never"), byte_tokenizer(), tiny_llama().config)
+    prepared = evaluation_text(task(tmp_path, "x" * 17, window=16, bos="never"), byte_tokenizer(), POSITIONS)
     assert (len(prepared.windows), prepared.tokens, prepared.predicted_bytes) == (1, 15, 15)
 
 
 def test_the_bos_rule_follows_the_tokenizer_unless_told(tmp_path):
-    config = tiny_llama().config
     for habit in (True, False):
         tokenizer = byte_tokenizer(bos_habit=habit)
         rules = {
-            bos: evaluation_text(task(tmp_path, bos=bos), tokenizer, config).bos for bos in ("auto", "always", "never")
+            bos: evaluation_text(task(tmp_path, bos=bos), tokenizer, POSITIONS).bos
+            for bos in ("auto", "always", "never")
         }
         assert rules == {"auto": habit, "always": True, "never": False}
     with pytest.raises(CompressError, match="no BOS"):
-        evaluation_text(task(tmp_path, bos="always"), byte_tokenizer(bos=False), config)
+        evaluation_text(task(tmp_path, bos="always"), byte_tokenizer(bos=False), POSITIONS)
 
 
 def test_windows_longer_than_the_model_are_cut_with_a_warning(tmp_path):
-    prepared = evaluation_text(task(tmp_path, window=1000), byte_tokenizer(), tiny_llama(positions=64).config)
+    prepared = evaluation_text(task(tmp_path, window=1000), byte_tokenizer(), 64)
     assert prepared.window == 64
     assert any("1000 to 64" in warning for warning in prepared.warnings)
-    assert evaluation_text(task(tmp_path), byte_tokenizer(), tiny_llama(positions=64).config).window == 64
+    assert evaluation_text(task(tmp_path), byte_tokenizer(), 64).window == 64
 
 
 def test_the_bundled_text_is_measured_without_a_network():
@@ -141,18 +146,18 @@ def test_the_bundled_text_is_measured_without_a_network():
 
 def test_too_little_text_is_refused(tmp_path):
     with pytest.raises(CompressError, match="0 usable samples"):
-        evaluation_text(task(tmp_path, " \n"), byte_tokenizer(), tiny_llama().config)
+        evaluation_text(task(tmp_path, " \n"), byte_tokenizer(), POSITIONS)
     with pytest.raises(CompressError, match="no token to predict"):
-        evaluation_text(task(tmp_path, "x", bos="never"), byte_tokenizer(), tiny_llama().config)
+        evaluation_text(task(tmp_path, "x", bos="never"), byte_tokenizer(), POSITIONS)
 
 
 def test_a_loss_that_is_not_finite_is_refused_naming_the_windows(tmp_path):
     model = tiny_llama()
-    prepared = evaluation_text(task(tmp_path, window=16), byte_tokenizer(), model.config)
+    prepared = evaluation_text(task(tmp_path, window=16), byte_tokenizer(), POSITIONS)
     model.lm_head.weight.data[5] = float("inf")
-    with pytest.raises(CompressError, match="windows 1 to") as caught:
-        measure(model, prepared)
-    assert caught.value.code == "numerics.non-finite"
+    with pytest.raises(CompressError, match=r"window 1 of .*text\.txt") as caught:
+        measure(TorchRunner(model), prepared)
+    assert caught.value.code == "numerics.non-finite" and "lm_head" in caught.value.what
 
 
 def test_measuring_leaves_the_model_as_it_was(tmp_path):

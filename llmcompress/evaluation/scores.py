@@ -1,0 +1,133 @@
+"""What a model says of every token of a text: the one loop that all measurements of quality are reductions over.
+
+B = windows in a batch, W = tokens of a window, P = predicted tokens of a window (all but the first), R = some of those,
+V = vocabulary, K = tokens of it that are looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from llmcompress.errors import CompressError
+from llmcompress.numerics.loss import windows_at_once
+from llmcompress.runners.base import Runner
+
+PIECE_BYTES = 2**22
+"""Float32 logits that are looked at at a time: about what a processor's cache holds."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some neighbouring positions of one window, and the whole distribution at each."""
+
+    window: int
+    start: int
+    """The first position, counted in predicted tokens."""
+    targets_R: Tensor
+    logprobs_RV: Tensor
+    """Float32, on the runner's device."""
+
+
+@dataclass(frozen=True)
+class WindowScores:
+    """What is kept of one window, on the CPU. Log-probabilities are natural logarithms in float32."""
+
+    window: int
+    targets_P: Tensor
+    """The tokens that came, int32."""
+    logprob_P: Tensor
+    """Of the tokens that came."""
+    best_P: Tensor
+    """The most likely tokens, int32."""
+    ids_PK: Tensor
+    """Further tokens that were looked at, int32."""
+    logprobs_PK: Tensor
+    """Theirs."""
+
+
+@torch.inference_mode()
+def score(
+    runner: Runner,
+    windows: Sequence[Tensor],
+    *,
+    batch: int | None = None,
+    top: int = 0,
+    reference: Sequence[WindowScores] | None = None,
+    name: str = "the text",
+) -> Iterator[WindowScores]:
+    """Every window's scores, in order; what is computed of the next one is computed when it is asked for.
+
+    Beside the token that came, the `top` most likely ones are looked at, or those that a `reference` looked at in the
+    same window. `batch`: windows that go through the model together (None: by the size of their logits); changes no
+    result. `name` is what errors call the text.
+
+    Raises: CompressError `numerics.non-finite` naming the window, when a log-probability is not finite.
+    """
+    for index, pieces in groupby(log_probabilities(runner, windows, batch=batch), key=lambda piece: piece.window):
+        parts = [_looked_at(piece, top, reference) for piece in pieces]
+        logprob_P, best_P, ids_PK, logprobs_PK = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+        if not logprob_P.isfinite().all():
+            raise _not_finite(runner, windows[index], logprob_P, f"window {index + 1} of {name}")
+        targets_P = windows[index][1:].to("cpu", torch.int32)
+        yield WindowScores(index, targets_P, logprob_P, best_P.int(), ids_PK.int(), logprobs_PK)
+
+
+@torch.inference_mode()
+def log_probabilities(runner: Runner, windows: Sequence[Tensor], *, batch: int | None = None) -> Iterator[Piece]:
+    """The distributions over the whole vocabulary, window after window, in pieces of `PIECE_BYTES`.
+
+    Float32 copies of a whole batch's logits never exist, only of one piece's.
+    """
+    rows = max(1, PIECE_BYTES // (4 * runner.vocabulary))
+    for first, windows_BW in _batches(windows, batch, runner.vocabulary):
+        logits_BWV = runner.logits(windows_BW)
+        for offset, (logits_WV, tokens_W) in enumerate(zip(logits_BWV, windows_BW.to(logits_BWV.device), strict=True)):
+            start = 0
+            for logits_RV, targets_R in zip(logits_WV[:-1].split(rows), tokens_W[1:].split(rows), strict=True):
+                yield Piece(first + offset, start, targets_R, torch.log_softmax(logits_RV.float(), -1))
+                start += len(targets_R)
+
+
+def _looked_at(
+    piece: Piece, top: int, reference: Sequence[WindowScores] | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities of the targets, the most likely tokens, tokens looked at and their log-probabilities."""
+    logprobs_RV, count = piece.logprobs_RV, len(piece.targets_R)
+    if reference is not None:
+        ids_RK = reference[piece.window].ids_PK[piece.start : piece.start + count].to(logprobs_RV.device).long()
+    elif top:
+        ids_RK = logprobs_RV.topk(min(top, logprobs_RV.shape[-1]), -1).indices
+    else:
+        ids_RK = piece.targets_R.new_zeros(count, 0)
+    target_R = logprobs_RV.gather(-1, piece.targets_R[:, None]).squeeze(-1)
+    return target_R, logprobs_RV.argmax(-1), ids_RK, logprobs_RV.gather(-1, ids_RK)
+
+
+def _batches(windows: Sequence[Tensor], batch: int | None, vocabulary: int) -> Iterator[tuple[int, Tensor]]:
+    """Equally long neighbours together, so nothing is ever padded; with the index of the first one."""
+    first = 0
+    for length, group in groupby(windows, key=len):
+        same = list(group)
+        size = batch or windows_at_once(length, vocabulary)
+        for start in range(0, len(same), size):
+            yield first + start, torch.stack(same[start : start + size])
+        first += len(same)
+
+
+def _not_finite(runner: Runner, window_W: Tensor, logprob_P: Tensor, where: str) -> CompressError:
+    """With the part of the model that overflows, where the runtime lets us look."""
+    token = int((~logprob_P.isfinite()).nonzero()[0]) + 1
+    part = runner.first_not_finite(window_W[None])
+    found = f"; the first part of the model to compute NaN or Inf is {part}" if part else ""
+    return CompressError(
+        "numerics.non-finite",
+        f"the log-probability of a token is {float(logprob_P[token - 1])}{found}",
+        where=f"{where}, token {token}",
+        fix="measure in float32 or bfloat16 (float16 ends at 65504); if it stays, a weight is broken: measure the "
+        "dense model alone with `llmcompress evaluate`",
+    )

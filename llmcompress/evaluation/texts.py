@@ -1,0 +1,133 @@
+"""Text made ready to be measured on, by one protocol for every model.
+
+The text is tokenised once and cut into windows that do not overlap; the last one may be shorter. A window sees
+nothing of the windows before it. See docs/decisions/0003-perplexity-protocol.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llmcompress.calibration.sources import JOINER, TextSource, paragraph_hashes, read_texts
+from llmcompress.calibration.tokens import starts_with_bos, unknown_warning, written_out
+from llmcompress.errors import CompressError
+from llmcompress.evaluation.settings import PerplexityTask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LONGEST_DEFAULT_WINDOW = 2048
+CHARACTERS_PER_TOKEN = 8
+"""More than any tokenizer's average, so that a streamed text is read far enough."""
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """A text made ready for one model: windows of tokens, and how many bytes they predict."""
+
+    name: str
+    fingerprint: str
+    windows: tuple[Tensor, ...]
+    """All of `window` tokens, except that the last may be shorter."""
+    window: int
+    bos: bool
+    predicted_bytes: int
+    """Bytes of the UTF-8 text whose tokens are predicted."""
+    paragraphs: frozenset[int]
+    """For the overlap check with the calibration text."""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens predicted: in every window all but the first."""
+        return sum(len(window) - 1 for window in self.windows)
+
+
+def evaluation_text(
+    task: PerplexityTask, tokenizer: PreTrainedTokenizerBase, max_positions: int | None
+) -> EvaluationText:
+    """Read and tokenise the text of `task` for a model of so many positions (None: no limit).
+
+    Needs no weights, so bad text is found before any work.
+
+    Raises: CompressError when the text cannot be read or is too short, or the BOS asked for does not exist.
+    """
+    window, warnings = _window(task, max_positions)
+    bos = _bos(task, tokenizer)
+    enough = None if task.max_windows is None else task.max_windows * window * CHARACTERS_PER_TOKEN
+    where = f"evaluate.perplexity: {task.source}"
+    source = TextSource(task.source, task.split, task.config, task.column)
+    texts = read_texts(source, max_characters=enough, where=where)
+    text = JOINER.join(written_out(texts, tokenizer, where=where)[0])
+    tokens, ends = _tokens_and_byte_ends(text, tokenizer)
+    unknown = unknown_warning(tokenizer, [text], [tokens])
+    length = window - len(bos)
+    starts = range(0, len(tokens), length)[: task.max_windows]
+    pieces = [tokens[start : start + length] for start in starts]
+    if not bos and pieces and len(pieces[-1]) == 1:
+        pieces.pop()  # nothing comes before this token, so it cannot be predicted
+    if not pieces:
+        what = f"{texts.name}: there is no token to predict"
+        raise CompressError("data.too-little", what, where=where, fix="use more text")
+    last = starts[len(pieces) - 1] + len(pieces[-1])
+    # without a BOS the first token of each window is given, not predicted: its bytes do not count
+    given = [] if bos else starts[: len(pieces)]
+    predicted_bytes = ends[last] - sum(ends[start + 1] - ends[start] for start in given)
+    return EvaluationText(
+        texts.name,
+        texts.fingerprint,
+        tuple(torch.tensor(bos + piece) for piece in pieces),
+        window,
+        bool(bos),
+        predicted_bytes,
+        paragraph_hashes([text]),
+        tuple(warnings + ([unknown] if unknown else [])),
+    )
+
+
+def _window(task: PerplexityTask, limit: int | None) -> tuple[int, list[str]]:
+    if task.window is None:
+        return min(limit or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW), []
+    if limit is not None and task.window > limit:
+        return limit, [f"windows cut from {task.window} to {limit} tokens, the model has no more positions"]
+    return task.window, []
+
+
+def _bos(task: PerplexityTask, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What every window starts with."""
+    if task.bos == "never" or (task.bos == "auto" and not starts_with_bos(tokenizer)):
+        return []
+    if tokenizer.bos_token_id is None:
+        what = "`bos: always`, but the tokenizer has no BOS token"
+        raise CompressError("data.no-bos", what, where="evaluate.perplexity", fix="use `bos: auto`")
+    return [tokenizer.bos_token_id]
+
+
+def _tokens_and_byte_ends(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The tokens of `text`, and for k = 0 … tokens the bytes of the text that the first k tokens stand for.
+
+    What stands between two tokens belongs to the later one, and a character of several tokens to its first.
+    Tokenizers in Python do not say where tokens stand: each then counts the same share of the text.
+    """
+    encoded = tokenizer(
+        text,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_offsets_mapping=tokenizer.is_fast,
+        verbose=False,
+    )
+    tokens: list[int] = encoded["input_ids"]
+    if not tokenizer.is_fast:
+        size = len(text.encode())
+        return tokens, [round(size * k / max(len(tokens), 1)) for k in range(len(tokens) + 1)]
+    ends, characters = [0], 0
+    for _, end in encoded["offset_mapping"]:
+        end = max(end, characters)
+        ends.append(ends[-1] + len(text[characters:end].encode()))
+        characters = end
+    ends[-1] += len(text[characters:].encode())
+    return tokens, ends

@@ -1,0 +1,102 @@
+"""From an order to a model that is read, mapped, checked against the recipe and known by its hashes: no work yet."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llmcompress.calibration.homes import Home, InMemory, OnDisk
+from llmcompress.calibration.ranks import Ranks
+from llmcompress.calibration.tokens import max_positions
+from llmcompress.cost import Offload, must_offload
+from llmcompress.evaluation.footprint import bytes_on_disk
+from llmcompress.evaluation.texts import EvaluationText, evaluation_text
+from llmcompress.export.checkpoint import loader_of
+from llmcompress.loading.load import Loaded, load_for_compression
+from llmcompress.loading.source import Source, find_source
+from llmcompress.model.experts import unfuse_experts
+from llmcompress.model.map import ModelMap
+from llmcompress.model.probe import map_model
+from llmcompress.planning import check_recipe, storage_dtype_of
+from llmcompress.progress import Progress
+from llmcompress.recipe import Recipe
+from llmcompress.storage.disk import sha256
+from llmcompress.storage.folder import check_output, run_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What was asked for, and how it is to be run."""
+
+    recipe: Recipe
+    output: Path
+    device: torch.device
+    ranks: Ranks
+    overwrite: bool
+    fresh: bool
+    offload: Offload
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that was read, mapped and found to fit the recipe; nothing was changed yet."""
+
+    loaded: Loaded
+    home: Home
+    map: ModelMap
+    notes: tuple[str, ...]
+    texts: tuple[EvaluationText, ...]
+    storage_dtype: torch.dtype
+    identity: Mapping[str, str]
+    """Hashes of the files that decide what the model computes; empty where only the first process needs them."""
+
+
+def prepare(order: Order) -> Prepared:
+    """Everything that can be refused is refused here.
+
+    Raises: CompressError for an output that cannot be written, and any fault of the model, the recipe or a text.
+    """
+    recipe, output, ranks = order.recipe, order.output, order.ranks
+    if ranks.is_first:
+        check_output(output, overwrite=order.overwrite)
+    order.progress.stage("load", 1)
+    source = find_source(str(recipe.model), revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    weight_bytes = bytes_on_disk(source.folder)
+    # a finished folder is no larger than the model; better refused now than when it is written
+    if ranks.is_first:
+        check_output(output, overwrite=order.overwrite, needed_bytes=weight_bytes)
+    on_disk = must_offload(order.offload, recipe.passes, weight_bytes=weight_bytes, processes=ranks.count)
+    loaded = load_for_compression(
+        source,
+        trust_remote_code=recipe.trust_remote_code,
+        scratch=run_folder(output) / "converted" if on_disk else None,
+        progress=order.progress,
+    )
+    unfuse_experts(loaded.model, loaded.weights)
+    model_map = map_model(loaded.model)
+    notes = check_recipe(recipe, model_map, loader_of(loaded.model.config))
+    limit = max_positions(loaded.model.config)
+    return Prepared(
+        loaded,
+        InMemory() if loaded.weights is None else OnDisk(loaded.weights),
+        model_map,
+        tuple(notes),
+        tuple(evaluation_text(task, loaded.tokenizer, limit) for task in recipe.evaluate),
+        storage_dtype_of(recipe, loaded.preflight),
+        _identity(source) if ranks.is_first else {},
+    )
+
+
+def _identity(source: Source) -> dict[str, str]:
+    """Hashes of the weights, and of the config with the code that comes with it."""
+    weights, config = hashlib.sha256(), hashlib.sha256()
+    for path in sorted(source.folder.glob("*.safetensors")):
+        weights.update(bytes.fromhex(sha256(path)))
+    for path in [source.folder / "config.json", *sorted(source.folder.rglob("*.py"))]:
+        config.update(path.read_bytes())
+    return {"weights": weights.hexdigest(), "config": config.hexdigest()}

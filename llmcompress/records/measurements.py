@@ -1,0 +1,130 @@
+"""What can be measured of a model, as records told apart by `kind`; kinds of other versions survive as they are."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import ConfigDict, Discriminator, Tag
+
+from llmcompress.records.rows import Record
+
+Which = Literal["model", "dense", "compressed"]
+"""Before or after compression; `model` where only one was measured."""
+
+
+class Estimate(Record):
+    """A mean over tokens, and how far it is expected to be off because the text is a sample."""
+
+    mean: float
+    standard_error: float | None
+    """Over windows, whose tokens are not independent of each other; None with fewer than two windows."""
+
+
+class PerplexityResult(Record):
+    """Perplexity with everything needed to repeat it."""
+
+    kind: Literal["perplexity"] = "perplexity"
+    of: Which = "model"
+    text: str
+    """Where the text came from (`builtin:evaluation`, `wikitext:test`)."""
+    window: int
+    """Tokens per non-overlapping window, the BOS included."""
+    bos: bool
+    """Whether every window starts with the BOS token (which is never predicted)."""
+    tokens: int
+    """Tokens predicted."""
+    perplexity: float
+    bits_per_byte: float
+    from_cache: bool = False
+    """Whether the model was not run because its scores were kept from an earlier run."""
+
+    @property
+    def protocol(self) -> tuple[str, int, bool, int]:
+        """What two results must share to be compared."""
+        return self.text, self.window, self.bos, self.tokens
+
+
+class Divergence(Record):
+    """How the compressed model's predictions differ from the dense one's, token by token of one text.
+
+    KL(dense ‖ compressed) is taken over the dense model's `top` most likely tokens and, as one event, all others:
+    never more than over the whole vocabulary, and equal to it where `top` reaches that.
+    """
+
+    kind: Literal["divergence"] = "divergence"
+    text: str
+    window: int
+    bos: bool
+    tokens: int
+    top: int
+    kl: Estimate
+    """In nats per token."""
+    kl_median: float
+    kl_90: float
+    """Nine tokens of ten lie at or below it."""
+    kl_99: float
+    loss_increase: Estimate
+    """In nats per token: the logarithm of the ratio of perplexities."""
+    same_top: Estimate
+    """Share of tokens for which both hold the same token most likely."""
+    right_to_wrong: Estimate
+    """Share of tokens that the dense model alone held most likely."""
+    wrong_to_right: Estimate
+    """Share of tokens that the compressed model alone held most likely."""
+
+    @property
+    def protocol(self) -> tuple[str, int, bool, int]:
+        """As in `PerplexityResult`."""
+        return self.text, self.window, self.bos, self.tokens
+
+    @property
+    def perplexity_ratio(self) -> Estimate:
+        """Compressed ÷ dense; the error is that of a first-order expansion of exp."""
+        ratio, error = math.exp(self.loss_increase.mean), self.loss_increase.standard_error
+        return Estimate(mean=ratio, standard_error=None if error is None else ratio * error)
+
+
+class WeightBytes(Record):
+    """Bytes of a model's weight files."""
+
+    kind: Literal["weight_bytes"] = "weight_bytes"
+    of: Which
+    bytes: int
+
+
+class StageSeconds(Record):
+    """Wall seconds of one stage of the run."""
+
+    kind: Literal["seconds"] = "seconds"
+    stage: str
+    seconds: float
+
+
+class OtherMeasurement(Record):
+    """A kind that this version does not know: read, kept and written unchanged."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    kind: str
+
+
+Known = PerplexityResult | Divergence | WeightBytes | StageSeconds
+
+_KINDS = frozenset(str(each.model_fields["kind"].default) for each in get_args(Known))
+
+
+def _tag(value: Any) -> str:
+    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    return kind if kind in _KINDS else "other"
+
+
+Measurement = Annotated[
+    Annotated[PerplexityResult, Tag("perplexity")]
+    | Annotated[Divergence, Tag("divergence")]
+    | Annotated[WeightBytes, Tag("weight_bytes")]
+    | Annotated[StageSeconds, Tag("seconds")]
+    | Annotated[OtherMeasurement, Tag("other")],
+    Discriminator(_tag),
+]
+"""Any of them. A new kind is a class here and a line in this union; no other version has to know it."""

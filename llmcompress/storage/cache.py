@@ -1,0 +1,109 @@
+"""Tensors that took long to compute, kept for later runs: bounded in size, shared by processes, checked when read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmcompress.storage.atomic import replacing
+
+LIMIT_BYTES = 2**32
+"""Of all files of a cache together; the ones that were not used for longest go first."""
+
+_ABANDONED_SECONDS = 3600
+"""A file that is still being written after so long belongs to a process that was killed."""
+
+_DIGEST = "digest"
+
+
+def cache_folder() -> Path:
+    """`LLMCOMPRESS_CACHE`, or `llmcompress` in `XDG_CACHE_HOME`, or in `~/.cache`."""
+    named = os.environ.get("LLMCOMPRESS_CACHE")
+    if named:
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmcompress"
+
+
+class TensorCache:
+    """Named tensors by key, one safetensors file each.
+
+    A file appears complete or not at all, so processes may share a folder without a lock: whoever writes a key last
+    writes what the others wrote. What is missing, damaged or cannot be written is computed again, never an error.
+    """
+
+    def __init__(self, folder: Path, *, limit_bytes: int = LIMIT_BYTES) -> None:
+        self._folder, self._limit_bytes = folder, limit_bytes
+
+    def get(self, key: str) -> dict[str, Tensor] | None:
+        """What was put there, mapped from its file: it takes memory only where it is read. None: nothing of use."""
+        path = self._path(key)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+                intact = (file.metadata() or {}).get(_DIGEST) == _digest(tensors)
+            if intact:
+                os.utime(path)  # the files used last stay longest
+                return tensors
+            path.unlink(missing_ok=True)
+        except (OSError, SafetensorError):
+            pass
+        return None
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> bool:
+        """Keep them; whether that worked. Too much for the cache's limit is not kept."""
+        if sum(tensor.nbytes for tensor in tensors.values()) > self._limit_bytes:
+            return False
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with replacing(self._path(key), shared=True) as part:
+                save_file(dict(tensors), part, metadata={_DIGEST: _digest(tensors)})
+            self._shrink()
+        except (OSError, SafetensorError):
+            return False
+        return True
+
+    def _path(self, key: str) -> Path:
+        return self._folder / f"{key}.safetensors"
+
+    def _shrink(self) -> None:
+        """Remove the files used longest ago until the rest is within the limit, and what killed processes left."""
+        total = 0
+        for path in sorted(self._folder.glob("*.safetensors"), key=_last_used, reverse=True):
+            total += _bytes(path)
+            if total > self._limit_bytes:
+                path.unlink(missing_ok=True)
+        for part in self._folder.glob("*.part"):
+            if time.time() - _last_used(part) > _ABANDONED_SECONDS:
+                part.unlink(missing_ok=True)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, types, shapes and every byte."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _last_used(path: Path) -> float:
+    """0 when another process removed it meanwhile."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
