@@ -166,7 +166,11 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, our_python):
         pass
 
 
-@pytest.mark.parametrize("text", [f'{{"pid": {os.getpid()}, "host": "here", "began": 1.0}}', "", "not json", "[]"])
+@pytest.mark.parametrize(
+    "text",
+    [f'{{"pid": {os.getpid()}, "host": "here", "began": 1.0}}', "", "not json", "[]"],
+    ids=["used again", "empty", "no JSON", "a list"],
+)
 def test_what_a_killed_process_left_written_locks_nobody_out_and_breaks_no_message(tmp_path, text):
     """The first is a process id that was used again."""
     run = tmp_path / "out.run"
