@@ -150,7 +150,10 @@ def _gradient_bytes(each: Pass, recipe: Recipe, model_map: ModelMap, parameters:
     if not found:
         return 0
     most = windows_at_once(recipe.calibration.tokens, vocabulary)
-    tokens = min(found.windows or recipe.calibration.batch, most) * recipe.calibration.tokens
+    windows = found.windows or recipe.calibration.batch
+    with_logits = min(windows, most) * recipe.calibration.tokens
+    # a training computes logits in parts, but a batch goes through the blocks as a whole
+    tokens = windows * recipe.calibration.tokens if found.trained_on else with_logits
     selects = each.selects if isinstance(each, BlockPass) else lambda _: True
     weights = saved = 0
     for block in model_map.blocks:
@@ -158,7 +161,7 @@ def _gradient_bytes(each: Pass, recipe: Recipe, model_map: ModelMap, parameters:
         weights += sum(site.outputs * site.inputs for site in sites if selects(block.full(site.name)))
         saved += _SAVED_OUTPUTS * sum(site.outputs for site in sites) + _SAVED_HIDDEN * model_map.hidden_size
     kept = found.copies * weights + found.of_all * parameters
-    return int(_FLOAT * (kept + tokens * (LOGITS_COPIES * vocabulary + saved)))
+    return int(_FLOAT * (kept + with_logits * LOGITS_COPIES * vocabulary + tokens * saved))
 
 
 def _statistics_flops(each: BlockPass, block: BlockInfo, tokens: int) -> float:

@@ -3,7 +3,8 @@
 <output>.run/   lock.yaml         the resolved recipe; compressing with it repeats the run
                 fingerprint.json  what must be the same for a resume to make sense
                 journal.jsonl     one line per finished file of the next line, with its hash
-                work/SS-NNN.safetensors (block NNN of stage SS), SS-decisions.safetensors, SS-model.safetensors
+                work/SS-NNN.safetensors (block NNN of stage SS), SS-decisions.safetensors, SS-model.safetensors,
+                     SS-training-NAME.safetensors (not in the journal: gone when its stage is finished)
                 log.jsonl
                 lock, process.json
 """
@@ -37,7 +38,7 @@ from llmcompress.storage.lock import ProcessLock
 _ABOUT = "llmcompress"
 """Metadata key of a kept file: what its tensors do not say."""
 
-_DECISIONS, _MODEL = "-decisions", "-model"
+_DECISIONS, _MODEL, _TRAINING = "-decisions", "-model", "-training-"
 _NOT_BLOCKS = (_DECISIONS, _MODEL)
 
 
@@ -93,13 +94,14 @@ class Run:
     def saved(self) -> str:
         """What is kept, in words for an error."""
         kept = [key for key in self._journal if self._is_valid(key)]
-        if not kept:
-            return NOTHING_SAVED
         counts = {
             "finished blocks": sum(not key.endswith(_NOT_BLOCKS) for key in kept),
             "finished passes on the whole model": sum(key.endswith(_MODEL) for key in kept),
             "decisions": sum(key.endswith(_DECISIONS) for key in kept),
+            "trainings as far as they were": len(list((self.folder / "work").glob(f"*{_TRAINING}*.safetensors"))),
         }
+        if not any(counts.values()):
+            return NOTHING_SAVED
         what = " and ".join(f"{count} {name}" for name, count in counts.items() if count)
         return f"{what} in {self.folder}: run the same command again to go on"
 
@@ -144,6 +146,8 @@ class Run:
         """
         about = {"config": model.config.to_dict(), **changes(model, stock_outline(model)).to_json()}
         self._save(f"{stage:02d}{_MODEL}", model.state_dict(), about, rows)
+        for path in (self.folder / "work").glob(f"{stage:02d}{_TRAINING}*"):
+            path.unlink()
 
     def restore_model(self, stage: int, model: PreTrainedModel) -> tuple[PreTrainedModel, list[SiteReport]]:
         """The model that was kept after that stage, and all rows until then; `model` is what the run began with."""
@@ -155,6 +159,10 @@ class Run:
         kept.tie_weights()
         kept.generation_config = model.generation_config
         return kept.eval().requires_grad_(False), self._rows(key)
+
+    def training_file(self, stage: int, name: str) -> Path:
+        """Where a training keeps its state until the stage's model is kept."""
+        return self._file(f"{stage:02d}{_TRAINING}{name}")
 
     def log(self, event: str, **facts: Any) -> None:
         """One line in log.jsonl: what happened when, for people and bug reports."""

@@ -36,6 +36,8 @@ class RunContext:
     """The processes that share the windows."""
     keep: FinishedWork | None = None
     """Where finished work is kept and found again; None: nowhere."""
+    stage: int = 0
+    """Which stage of the passes is running: what it keeps is filed under this number."""
     progress: Progress = field(default_factory=Silent)
 
     def first_windows(self, count: int) -> RunContext:

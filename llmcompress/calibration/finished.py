@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -40,3 +41,6 @@ class FinishedWork(Protocol):
 
     def restore_model(self, stage: int, model: PreTrainedModel) -> tuple[PreTrainedModel, list[SiteReport]]:
         """The model that was kept after that stage, and the rows; `model` is what the run began with."""
+
+    def training_file(self, stage: int, name: str) -> Path:
+        """Where a training of a stage keeps its state while the stage is not finished; written by the training."""

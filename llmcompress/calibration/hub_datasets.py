@@ -49,15 +49,7 @@ def hub_rows(
     """
     alias = ALIASES.get(source, Alias(source))
     local = Path(source).is_dir()
-    offline = not local and not hub_reachable()
-    if offline and not _in_cache(alias.path):
-        raise CompressError(
-            "data.offline",
-            f"{source}: this dataset is not in the local cache and the Hub cannot be reached",
-            where=where,
-            fix=f"{BUILTIN_HINT}; or go online once, or name a local .txt or .jsonl file",
-            exit_code=ExitCode.HUB,
-        )
+    offline = _offline(source, alias, where)
     if max_characters is None and source in ALIASES and alias.streamed:
         raise CompressError(
             "data.endless",
@@ -72,6 +64,33 @@ def hub_rows(
     if alias.articles:
         return _articles(row["text"] for row in rows)
     return ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def hub_dataset(source: str, *, split: str, config: str | None, streaming: bool, where: str) -> Any:
+    """A Hub dataset, a short name of `ALIASES`, or a local dataset folder, as `datasets` has it; streamed if asked.
+
+    Raises: CompressError as `hub_rows` does.
+    """
+    alias = ALIASES.get(source, Alias(source))
+    _offline(source, alias, where)
+    return _load(alias.path, config or alias.config, split, streaming=streaming, where=where)
+
+
+def _offline(source: str, alias: Alias, where: str) -> bool:
+    """Whether only the local cache can answer.
+
+    Raises: CompressError where it cannot.
+    """
+    offline = not Path(source).is_dir() and not hub_reachable()
+    if offline and not _in_cache(alias.path):
+        raise CompressError(
+            "data.offline",
+            f"{source}: this dataset is not in the local cache and the Hub cannot be reached",
+            where=where,
+            fix=f"{BUILTIN_HINT}; or go online once, or name a local .txt or .jsonl file",
+            exit_code=ExitCode.HUB,
+        )
+    return offline
 
 
 def hub_reachable() -> bool:

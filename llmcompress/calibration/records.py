@@ -111,7 +111,7 @@ def _value(row: Any, columns: tuple[str, ...]) -> str | list[Message]:
     if isinstance(row, str):
         return row
     if isinstance(row, list):
-        return _conversation(row)
+        return conversation(row)
     if not isinstance(row, dict):
         raise BadRow(f"expected a record or a string, found {_kind(row)}")
     missing = [name for name in columns if row.get(name) is None]
@@ -121,12 +121,16 @@ def _value(row: Any, columns: tuple[str, ...]) -> str | list[Message]:
     if all(isinstance(part, str) for part in parts):
         return "".join(parts)
     if all(isinstance(part, list) for part in parts):
-        return [message for part in parts for message in _conversation(part)]
+        return [message for part in parts for message in conversation(part)]
     kinds = " and ".join(_kind(part) for part in parts)
     raise BadRow(f"column {'+'.join(columns)!r} holds {kinds}, not text or messages")
 
 
-def _conversation(messages: list[Any]) -> list[Message]:
+def conversation(messages: list[Any]) -> list[Message]:
+    """Messages in any of the usual forms, as role and content.
+
+    Raises: BadRow naming the first message that is none.
+    """
     return [_message(message, number) for number, message in enumerate(messages, start=1)]
 
 

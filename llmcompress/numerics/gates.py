@@ -61,13 +61,14 @@ class Budget:
     def __init__(self, targets: Sequence[float], *, ramp_steps: int, rate: float, quadratic: float) -> None:
         self._targets = torch.tensor(targets)
         self._ramp_steps, self._rate, self._quadratic = max(ramp_steps, 1), rate, quadratic
-        self._multipliers = torch.zeros(len(targets))
+        self.multipliers = torch.zeros(len(targets))
+        """One for each target; they are what must be kept of a training that is interrupted."""
 
     def penalty(self, removed: Sequence[Tensor], step: int) -> Tensor:
         """What to add to the loss of step 1, 2, …; `removed` are the shares that are gone now."""
         shares = torch.stack(list(removed))
         missing = self._targets.to(shares.device) * min(step / self._ramp_steps, 1.0) - shares
-        multipliers = self._multipliers.to(shares.device)
+        multipliers = self.multipliers.to(shares.device)
         total = (multipliers * missing + self._quadratic / 2 * missing.square()).sum()
-        self._multipliers = (multipliers + self._rate * missing.detach()).cpu()
+        self.multipliers = (multipliers + self._rate * missing.detach()).cpu()
         return total

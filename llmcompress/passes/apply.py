@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -93,6 +93,7 @@ def apply_passes(
         if not each.pools():
             context.ranks.require_one(f"`{PASSES.name_of(type(each))}`")
     for stage in todo:
+        whole.context = replace(context, stage=stage.index)
         for each in stage.passes:
             each.check(whole.map)
         if stage.model_pass:

@@ -223,7 +223,8 @@ class BlockPass(Pass):
 class ModelPass(Pass):
     """An algorithm that must work on the whole model at once: blocks are dropped, the residual stream is rotated.
 
-    What it leaves is kept in the run folder when it is done; a killed one starts again.
+    What it leaves is kept in the run folder when it is done. A killed one starts again; its trainings go on where they
+    were saved last.
     """
 
     @abstractmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -65,3 +66,8 @@ class Together(FinishedWork):
     @override
     def restore_model(self, stage: int, model: PreTrainedModel) -> tuple[PreTrainedModel, list[SiteReport]]:
         raise AssertionError("passes on whole models run in one process")
+
+    @override
+    def training_file(self, stage: int, name: str) -> Path:
+        """The first process's: it writes, and all must be able to read it."""
+        return Path(self._ranks.same(str(self._keep.training_file(stage, name)) if self._keep else ""))

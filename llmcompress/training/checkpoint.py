@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,97 +14,146 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from llmcompress.errors import NOTHING_SAVED
 from llmcompress.storage.atomic import replacing
-from llmcompress.training.masks import Masks
+from llmcompress.storage.disk import disk_errors
+
+_FACTS = "llmcompress.training"
+"""Metadata key of what is no tensor."""
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """Where a training keeps its state, and after how many steps it does so again.
+class Stateful(Protocol):
+    """Masks, objectives and callbacks: what they know beside the weights."""
 
-    The file stays when the training is done: a pass that trains several times, killed in the second training, skips
-    the first. A file of another training (`fingerprint`), or a damaged one, is as good as none.
-    """
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must keep."""
 
-    path: Path
-    every: int = 100
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `state` was taken."""
 
 
 @dataclass(frozen=True)
 class Reached:
-    """How far a training had come."""
+    """How far a training has come."""
 
     step: int
-    losses: tuple[float, ...]
-    finished: bool
+    losses: tuple[float, ...] = ()
+    tokens: int = 0
+    finished: bool = False
+    validation: float | None = None
+    """The loss on the samples kept out, before the first step."""
+    scaler: Mapping[str, Any] = field(default_factory=dict)
+    """fp16's loss scale."""
+    random: Mapping[str, Tensor] = field(default_factory=dict)
+    """States of the random generators, by process and kind."""
 
 
-def save_state(
-    path: Path,
-    reached: Reached,
-    parameters: Sequence[nn.Parameter],
-    optimizer: Optimizer,
-    masks: Masks,
-    *,
-    device: torch.device,
-    fingerprint: str,
-) -> None:
-    """Write the file beside the old one and put it in its place."""
-    tensors = {f"parameter.{i}": each.detach().contiguous() for i, each in enumerate(parameters)}
-    tensors |= {
-        f"optimizer.{i}.{name}": value.contiguous()
-        for i, each in enumerate(parameters)
-        for name, value in optimizer.state.get(each, {}).items()
-    }
-    tensors |= {f"mask.{name}": value.contiguous() for name, value in masks.state().items()}
-    tensors |= {f"random.{kind}": state for kind, state in _random_states(device).items()}
-    facts = {
-        "step": reached.step,
-        "losses": reached.losses,
-        "finished": reached.finished,
-        "fingerprint": fingerprint,
-    }
-    with replacing(path) as part:
-        save_file(tensors, part, metadata={"llmcompress.training": json.dumps(facts)})
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a training keeps its state, and what belongs to it.
+
+    The file stays when the training is done, without the optimizer: a pass that trains several times, killed in the
+    second training, skips the first. A file of another training (`fingerprint`), or a damaged one, is as good as none.
+    """
+
+    path: Path
+    fingerprint: str
+    parameters: Sequence[nn.Parameter]
+    optimizer: Optimizer
+    parts: Mapping[str, Stateful]
+
+    def save(self, reached: Reached) -> None:
+        """Write the file beside the old one and put it in its place.
+
+        Raises: CompressError when the disk is full; the old file is kept.
+        """
+        tensors = {f"parameter.{i}": each.detach() for i, each in enumerate(self.parameters)}
+        if not reached.finished:
+            tensors |= {
+                f"optimizer.{i}.{name}": value
+                for i, each in enumerate(self.parameters)
+                for name, value in self.optimizer.state.get(each, {}).items()
+            }
+        for name, part in self.parts.items():
+            tensors |= {f"{name}.{key}": value.detach() for key, value in part.state().items()}
+        tensors |= {f"random.{name}": state for name, state in reached.random.items()}
+        facts = {
+            "step": reached.step,
+            "losses": reached.losses,
+            "tokens": reached.tokens,
+            "finished": reached.finished,
+            "validation": reached.validation,
+            "scaler": reached.scaler,
+            "fingerprint": self.fingerprint,
+        }
+        with disk_errors(self.path, saved=self.saved):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self.path) as part_file:
+                save_file(_apart(tensors), part_file, metadata={_FACTS: json.dumps(facts)})
+
+    def load(self) -> Reached | None:
+        """Bring everything to where `save` left it; None, and nothing touched, when there is no such file."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                facts = json.loads((file.metadata() or {})[_FACTS])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except (OSError, SafetensorError, KeyError):
+            return None
+        if facts["fingerprint"] != self.fingerprint:
+            return None
+        for i, parameter in enumerate(self.parameters):
+            parameter.data.copy_(tensors[f"parameter.{i}"])
+            state = _below(tensors, f"optimizer.{i}.")
+            # AdamW keeps its step count on the CPU, wherever the parameter is
+            self.optimizer.state[parameter] = {k: v.to(parameter.device) if v.dim() else v for k, v in state.items()}
+        for name, part in self.parts.items():
+            part.restore(_below(tensors, f"{name}."))
+        return Reached(
+            facts["step"],
+            tuple(facts["losses"]),
+            facts["tokens"],
+            facts["finished"],
+            facts["validation"],
+            facts["scaler"],
+            _below(tensors, "random."),
+        )
+
+    @property
+    def saved(self) -> str:
+        """What is kept, in words for an error."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                facts = json.loads((file.metadata() or {})[_FACTS])
+        except (OSError, SafetensorError, KeyError):
+            return NOTHING_SAVED
+        return f"the state of the training after step {facts['step']}, in {self.path}"
 
 
-def load_state(
-    path: Path,
-    parameters: Sequence[nn.Parameter],
-    optimizer: Optimizer,
-    masks: Masks,
-    *,
-    device: torch.device,
-    fingerprint: str,
-) -> Reached | None:
-    """Bring everything to where `save_state` left it; None, and nothing touched, when there is none."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads(file.metadata()["llmcompress.training"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (OSError, SafetensorError):
-        return None
-    if facts["fingerprint"] != fingerprint:
-        return None
-    for i, parameter in enumerate(parameters):
-        parameter.data.copy_(tensors[f"parameter.{i}"])
-        state = _below(tensors, f"optimizer.{i}.")
-        # AdamW keeps its step count on the CPU, wherever the parameter is
-        optimizer.state[parameter] = {k: v.to(parameter.device) if v.dim() else v for k, v in state.items()}
-    masks.restore(_below(tensors, "mask."))
-    random = _below(tensors, "random.")
-    torch.set_rng_state(random["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(random["cuda"], device)
-    return Reached(facts["step"], tuple(facts["losses"]), facts["finished"])
-
-
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _random_states(device: torch.device) -> dict[str, Tensor]:
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous, and no two in the same memory: the format refuses both."""
+    seen: set[int] = set()
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        shared = tensor.numel() > 0 and tensor.data_ptr() in seen
+        found[name] = (tensor.clone() if shared else tensor).contiguous()
+        seen.add(found[name].data_ptr())
+    return found
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """Of the generators that a training draws from."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     return states
+
+
+def restore_random(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Make them what `random_states` saw."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)

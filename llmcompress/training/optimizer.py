@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from llmcompress.training.settings import Training
@@ -43,17 +45,21 @@ def optimizer_groups(
     return found
 
 
-def schedule(optimizer: Optimizer, settings: Training) -> Callable[[int], None]:
-    """Sets the learning rates of step 1, 2, ….
+def adamw(groups: list[dict[str, Any]], settings: Training) -> AdamW:
+    """With the moments' decay that language models are trained with."""
+    return AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
+
+
+def schedule(optimizer: Optimizer, settings: Training, start: int) -> LambdaLR:
+    """The learning rates of step `start` + 1 and of those after it.
 
     A step takes the rate in its middle: at its beginning the first would be zero, at its end the last.
     """
     name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
     warmup = round(settings.warmup * settings.steps)
-    rates = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=settings.steps)
-
-    def set_rates(step: int) -> None:
-        for group, base, factor in zip(optimizer.param_groups, rates.base_lrs, rates.lr_lambdas, strict=True):
-            group["lr"] = base * factor(step - 0.5)
-
-    return set_rates
+    stand_in = SGD([nn.Parameter(torch.zeros(1))])
+    shape = get_scheduler(name, stand_in, num_warmup_steps=warmup, num_training_steps=settings.steps)
+    factor: Callable[[float], float] = shape.lr_lambdas[0]
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return LambdaLR(optimizer, lambda done: factor(done + 0.5), last_epoch=start - 1)

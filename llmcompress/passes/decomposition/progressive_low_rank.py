@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -18,6 +19,8 @@ from llmcompress.passes.base import PASSES, Backward, ModelPass, Trait
 from llmcompress.passes.decomposition.ranks import RankRule
 from llmcompress.passes.decomposition.svd import SingularValues
 from llmcompress.records.rows import SiteReport
+from llmcompress.training.data.base import Windows
+from llmcompress.training.job import Job
 from llmcompress.training.loop import train
 from llmcompress.training.settings import Training
 
@@ -119,17 +122,12 @@ class ProgressiveLowRank(ModelPass):
             block.forget()
 
     def _train(self, whole: WholeModel, goals: Mapping[str, int], steps: int, cut: int) -> None:
+        settings = self.training.model_copy(update={"steps": steps})
+        context = replace(whole.context, seed=whole.context.seed + cut)
         with whole.resident() as model:
-            train(
-                model,
-                whole.context.windows_NT,
-                self.training.model_copy(update={"steps": steps}),
-                device=whole.context.device,
-                progress=whole.context.progress,
-                seed=whole.context.seed + cut,
-                parameters=[weight for name in goals for weight in _weights(model.get_submodule(name))],
-                title=f"train after cut {cut} of {self.cuts}",
-            )
+            factors = [weight for name in goals for weight in _weights(model.get_submodule(name))]
+            job = Job(f"train after cut {cut} of {self.cuts}", parameters=factors)
+            train(model, Windows(context.windows_NT), settings, context, job=job)
 
     def _svd(self) -> SingularValues:
         return SingularValues.model_validate(

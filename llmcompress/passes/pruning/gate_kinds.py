@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from llmcompress.model.map import WidthPart
 from llmcompress.numerics.gates import Budget, cut_through_ranking, hard_concrete, hard_concrete_mean, open_probability
 from llmcompress.numerics.importance import per_unit
 from llmcompress.passes.pruning.gate_hooks import gated
 from llmcompress.passes.pruning.units import UnitGroup
-from llmcompress.training.loop import ExtraLoss, Forward
+from llmcompress.training.objectives.penalty import Penalty
 
 START_OPEN = 2.5
 """log α of a gate that is all but surely open at first, and still near enough to the slope to be closed."""
@@ -25,6 +27,13 @@ CYCLES = 4
 """Tick-tocks of `decorator`."""
 RAMP = 0.5
 """Share of the steps over which budgets are approached."""
+
+
+class TrainGates(Protocol):
+    """Trains gates, and the weights unless they are frozen."""
+
+    def __call__(self, gates: Sequence[nn.Parameter], steps: int, penalty: Penalty | None, title: str = "") -> None:
+        """For so many steps; a kind that trains several times gives each a title."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +60,7 @@ class Task:
     steps: int
     kept: Callable[[Sequence[Tensor], float], list[Tensor]]
     """Priorities and a share of the way → True for the units that stay there."""
-    train: Callable[[Sequence[nn.Parameter], int, ExtraLoss | None], None]
-    """Train gates, and the weights unless they are frozen, for so many steps."""
+    train: TrainGates
     measure: Callable[[], None]
     """Leave the gradient of the loss over all calibration windows in whatever wants one."""
 
@@ -79,23 +87,53 @@ class Task:
         return Budget(self.targets(), ramp_steps=round(RAMP * self.steps), rate=rate, quadratic=self.strength)
 
 
+class OverBudget(Penalty):
+    """What is missing of the budget, under multipliers that grow."""
+
+    def __init__(self, budget: Budget, removed: Callable[[], Sequence[Tensor]]) -> None:
+        self._budget, self._removed = budget, removed
+
+    @override
+    def value(self, step: int) -> Tensor:
+        return self._budget.penalty(self._removed(), step)
+
+    @override
+    def state(self) -> dict[str, Tensor]:
+        return {"multipliers": self._budget.multipliers}
+
+    @override
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self._budget.multipliers = state["multipliers"]
+
+
+class Pull(Penalty):
+    """The same at every step."""
+
+    def __init__(self, size: Callable[[], Tensor]) -> None:
+        self._size = size
+
+    @override
+    def value(self, step: int) -> Tensor:
+        return self._size()
+
+
 def learn_hard_concrete(task: Task) -> Learned:
     """Random gates whose expected number is held to the budget.
 
     Source: Louizos et al., arXiv 1712.01312; for heads layer by layer Shim et al., arXiv 2110.03252.
     """
-    openness, budget = task.vectors(START_OPEN), task.budget()
+    openness = task.vectors(START_OPEN)
 
     def gates() -> list[Tensor]:
         if not torch.is_grad_enabled():
             return [hard_concrete_mean(each) for each in openness]
         return [hard_concrete(each, torch.rand_like(each)) for each in openness]
 
-    def penalty(forward: Forward) -> Tensor:
-        return budget.penalty(task.removed([open_probability(each).mean() for each in openness]), forward.step)
+    def removed() -> list[Tensor]:
+        return task.removed([open_probability(each).mean() for each in openness])
 
     with gated(task.model, task.groups, gates):
-        task.train(openness, task.steps, penalty)
+        task.train(openness, task.steps, OverBudget(task.budget(), removed))
     return Learned([each.detach() for each in openness], [hard_concrete_mean(each.detach()) for each in openness])
 
 
@@ -106,11 +144,11 @@ def learn_slimming(task: Task) -> Learned:
     """
     gates = task.vectors(1.0)
 
-    def penalty(_: Forward) -> Tensor:
+    def size() -> Tensor:
         return task.strength * torch.stack([each.abs().mean() for each in gates]).mean()
 
     with gated(task.model, task.groups, lambda: gates):
-        task.train(gates, task.steps, penalty)
+        task.train(gates, task.steps, Pull(size))
     return Learned([each.detach().abs() for each in gates], [each.detach() for each in gates])
 
 
@@ -128,10 +166,10 @@ def learn_group_lasso(task: Task) -> Learned:
 
     start = [each.detach().mean() for each in norms()]
 
-    def penalty(_: Forward) -> Tensor:
+    def size() -> Tensor:
         return task.strength * torch.stack([each.mean() / at for each, at in zip(norms(), start, strict=True)]).mean()
 
-    task.train([], task.steps, penalty)
+    task.train([], task.steps, Pull(size))
     with torch.no_grad():
         return Learned(norms(), [torch.ones_like(each) for each in norms()])
 
@@ -143,8 +181,7 @@ def learn_dsa(task: Task) -> Learned:
     |∂L/∂gate| at the start.
     """
     importance = _sensitivity(task)
-    shares, budget = task.vectors(0.0), task.budget()
-    shares = [nn.Parameter(each[:1].detach() + START_OPEN) for each in shares]
+    shares = [nn.Parameter(each[:1].detach() + START_OPEN) for each in task.vectors(0.0)]
 
     def gates() -> list[Tensor]:
         return [
@@ -152,11 +189,11 @@ def learn_dsa(task: Task) -> Learned:
             for each, share in zip(importance, shares, strict=True)
         ]
 
-    def penalty(forward: Forward) -> Tensor:
-        return budget.penalty(task.removed([torch.sigmoid(share)[0] for share in shares]), forward.step)
+    def removed() -> list[Tensor]:
+        return task.removed([torch.sigmoid(share)[0] for share in shares])
 
     with gated(task.model, task.groups, gates):
-        task.train(shares, task.steps, penalty)
+        task.train(shares, task.steps, OverBudget(task.budget(), removed))
     with torch.no_grad():
         # how far a unit stands above its group's cut
         above = [
@@ -179,7 +216,7 @@ def learn_decorator(task: Task) -> Learned:
         priorities = scores
         alive = [each.to(score) * stay.to(score) for each, score, stay in zip(alive, scores, kept, strict=True)]
         with gated(task.model, task.groups, lambda now=tuple(alive): now):  # type: ignore[misc]
-            task.train([], max(task.steps // CYCLES, 1), None)
+            task.train([], max(task.steps // CYCLES, 1), None, f" cycle {cycle + 1} of {CYCLES}")
     return Learned(priorities, alive)
 
 

@@ -22,7 +22,11 @@ from llmcompress.passes.pruning.gate_hooks import fold_gates
 from llmcompress.passes.pruning.gate_kinds import KINDS, Task
 from llmcompress.passes.pruning.units import UnitGroup, groups_of, kept_share, unit_groups
 from llmcompress.records.rows import SiteReport
-from llmcompress.training.loop import ExtraLoss, train
+from llmcompress.training.data.base import Windows
+from llmcompress.training.job import Job
+from llmcompress.training.loop import train
+from llmcompress.training.objectives.cross_entropy import CrossEntropy
+from llmcompress.training.objectives.penalty import Penalised, Penalty
 from llmcompress.training.optimizer import ParameterGroup
 from llmcompress.training.settings import Training
 
@@ -150,19 +154,16 @@ class Gates(ModelPass):
         no_gates = DEFAULTS[self.kind].gate_learning_rate is None
         weights: tuple[nn.Parameter, ...] = tuple(model.parameters()) if self.weights or no_gates else ()
 
-        def train_gates(gates: Sequence[nn.Parameter], steps: int, extra_loss: ExtraLoss | None) -> None:
+        def train_gates(gates: Sequence[nn.Parameter], steps: int, penalty: Penalty | None, title: str = "") -> None:
             rate = self.gate_learning_rate or DEFAULTS[self.kind].gate_learning_rate
             fast = ParameterGroup(tuple(gates), learning_rate=rate, weight_decay=0.0)
             train(
                 model,
-                whole.context.windows_NT,
+                Windows(whole.context.windows_NT),
                 self.training.model_copy(update={"steps": steps}),
-                device=whole.context.device,
-                progress=whole.context.progress,
-                seed=whole.context.seed,
-                parameters=[*weights, *([fast] if gates else [])],
-                extra_loss=extra_loss,
-                title=f"gates ({self.kind})",
+                whole.context,
+                objective=None if penalty is None else Penalised(CrossEntropy(), penalty),
+                job=Job(f"gates ({self.kind}){title}", parameters=[*weights, *([fast] if gates else [])]),
             )
 
         def measure() -> None:

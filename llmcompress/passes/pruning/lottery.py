@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -18,6 +19,8 @@ from llmcompress.passes.base import PASSES, Backward, ModelPass, Trait
 from llmcompress.passes.pruning.at_init import trained_weight
 from llmcompress.passes.pruning.sparse import sparsity
 from llmcompress.records.rows import SiteReport
+from llmcompress.training.data.base import Windows
+from llmcompress.training.job import Callback, Job
 from llmcompress.training.loop import train
 from llmcompress.training.settings import Training
 
@@ -75,79 +78,84 @@ class LotteryTicket(ModelPass):
             start = _Snapshot.of(whole.model)
             for index in range(self.rounds):
                 dropped = 1 - (1 - self.share) ** (index + 1)
-                start = self._train(whole, weights, start, dropped, first=index == 0)
-                masks = self._masks(weights, dropped)
+                masks = partial(self._masks, weights, dropped)
+                watch = _Watch(self, whole, start, masks if self.early_bird else None)
+                self._train(whole, f"round {index + 1} of {self.rounds}", watch, first=index == 0)
+                start, pruned = watch.start, masks()
                 start.restore(whole.model)
                 with torch.no_grad():
-                    for weight, mask in zip(weights, masks, strict=True):
+                    for weight, mask in zip(weights, pruned, strict=True):
                         weight.masked_fill_(mask, 0)
             if self.finish == "trained":
-                self._train(whole, weights, start, None, first=False)
+                self._train(whole, "the last", _Watch(self, whole, start, None), first=False)
         return [
             SiteReport(site=site.name, algorithm="lottery_ticket", sparsity=sparsity(site.weight_OI))
             for site in whole.sites()
         ]
 
-    def _train(
-        self,
-        whole: WholeModel,
-        weights: Sequence[nn.Parameter],
-        start: _Snapshot,
-        dropped: float | None,
-        *,
-        first: bool,
-    ) -> _Snapshot:
-        """One training; the first one begins at step 0 and passes the step to rewind to. That step's weights."""
-        watch = _MaskWatch(self.early_bird_distance)
-        found = [start]
-
-        def after_step(step: int) -> bool:
-            if first and step == self.rewind_step:
-                found[0] = _Snapshot.of(whole.model)
-            # a stop before the step to go back to would leave nothing to go back to
-            if dropped is None or not self.early_bird or step % self.early_bird_every or step < self.rewind_step:
-                return False
-            settled = watch.settled(self._masks(weights, dropped))
-            if settled:
-                whole.context.progress.note(
-                    f"early bird: the mask no longer changes after step {step} of {self.training.steps}"
-                )
-            return settled
-
-        train(
-            whole.model,
-            whole.context.windows_NT,
-            self.training,
-            device=whole.context.device,
-            progress=whole.context.progress,
-            seed=whole.context.seed,
-            after_step=after_step,
-            start=0 if first else self.rewind_step,
-            title="lottery ticket" if dropped is None else f"lottery ticket, to {dropped:.0%} zeros",
-        )
-        return found[0]
+    def _train(self, whole: WholeModel, title: str, watch: _Watch, *, first: bool) -> None:
+        """One training; the first one begins at step 0 and passes the step to rewind to."""
+        watch.passes_rewind_step = first
+        job = Job(f"lottery ticket, {title}", callback=watch, start=0 if first else self.rewind_step)
+        train(whole.model, Windows(whole.context.windows_NT), self.training, whole.context, job=job)
 
     def _masks(self, weights: Sequence[nn.Parameter], dropped: float) -> list[Tensor]:
         scores = [weight.detach().abs() for weight in weights]
         return drop_lowest(scores, [score == 0 for score in scores], dropped, self.comparison)
 
 
-class _MaskWatch:
-    """The last few masks, and whether they still differ.
+class _Watch(Callback):
+    """Takes the weights to rewind to, and ends a training whose last few masks no longer differ.
 
     Source: You et al., arXiv 1909.11957, section 3.2 (masks drawn at checkpoints, normalised Hamming distance).
     """
 
-    def __init__(self, distance: float) -> None:
-        self._distance = distance
+    def __init__(
+        self, ticket: LotteryTicket, whole: WholeModel, start: _Snapshot, masks: Callable[[], list[Tensor]] | None
+    ) -> None:
+        self._ticket, self._whole, self._masks = ticket, whole, masks
         self._latest: deque[list[Tensor]] = deque(maxlen=CHECKS)
+        self.start = start
+        """What the weights go back to after the training."""
+        self.passes_rewind_step = False
 
-    def settled(self, masks: list[Tensor]) -> bool:
+    @override
+    def after_step(self, step: int) -> bool:
+        ticket = self._ticket
+        if self.passes_rewind_step and step == ticket.rewind_step:
+            self.start = _Snapshot.of(self._whole.model)
+        # a stop before the step to go back to would leave nothing to go back to
+        if self._masks is None or step % ticket.early_bird_every or step < ticket.rewind_step:
+            return False
+        settled = self._settled(self._masks())
+        if settled:
+            self._whole.context.progress.note(
+                f"early bird: the mask no longer changes after step {step} of {ticket.training.steps}"
+            )
+        return settled
+
+    def _settled(self, masks: list[Tensor]) -> bool:
         """Whether this mask and the four before it lie close together."""
         self._latest.append(masks)
         if len(self._latest) < CHECKS:
             return False
-        return max(hamming_distance(masks, earlier) for earlier in self._latest) < self._distance
+        return max(hamming_distance(masks, earlier) for earlier in self._latest) < self._ticket.early_bird_distance
+
+    @override
+    def state(self) -> dict[str, Tensor]:
+        start = {f"start.{index}": each for index, each in enumerate(self.start.parameters)}
+        return start | {
+            f"mask.{age}.{index}": mask for age, masks in enumerate(self._latest) for index, mask in enumerate(masks)
+        }
+
+    @override
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.start = _Snapshot([state[f"start.{index}"] for index in range(len(self.start.parameters))])
+        ages = sorted({int(name.split(".")[1]) for name in state if name.startswith("mask.")})
+        device = self._whole.context.device
+        for age in ages:
+            count = sum(name.startswith(f"mask.{age}.") for name in state)
+            self._latest.append([state[f"mask.{age}.{index}"].to(device) for index in range(count)])
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from llmcompress.passes.base import PASSES, Backward, ModelPass
 from llmcompress.passes.pruning.sparse import sparsity
 from llmcompress.records.rows import SiteReport
 from llmcompress.training.adapters import adapted
+from llmcompress.training.data.base import Windows
+from llmcompress.training.job import Job
 from llmcompress.training.loop import train
 from llmcompress.training.masks import ZerosStay
 from llmcompress.training.settings import Training
@@ -49,28 +51,11 @@ class Recover(ModelPass):
         sites = whole.sites()
         with whole.resident() as model:
             if self.rank is None:
-                train(
-                    model,
-                    whole.context.windows_NT,
-                    self.training,
-                    device=whole.context.device,
-                    progress=whole.context.progress,
-                    seed=whole.context.seed,
-                    title="recover",
-                )
+                train(model, Windows(whole.context.windows_NT), self.training, whole.context, job=Job("recover"))
             else:
                 scale = 2.0 if self.scale is None else self.scale
                 modules = [site.module for site in sites]
                 with adapted(modules, rank=self.rank, scale=scale, seed=whole.context.seed) as adapters:
-                    train(
-                        model,
-                        whole.context.windows_NT,
-                        self.training,
-                        device=whole.context.device,
-                        progress=whole.context.progress,
-                        seed=whole.context.seed,
-                        parameters=adapters,
-                        masks=ZerosStay([]),
-                        title="recover",
-                    )
+                    job = Job("recover", parameters=adapters, masks=ZerosStay([]))
+                    train(model, Windows(whole.context.windows_NT), self.training, whole.context, job=job)
         return [SiteReport(site=site.name, algorithm="recover", sparsity=sparsity(site.weight_OI)) for site in sites]

@@ -19,6 +19,8 @@ from llmcompress.passes.base import PASSES, Backward, ModelPass, Trait
 from llmcompress.passes.pruning.at_init import trained_weight
 from llmcompress.passes.pruning.sparse import sparsity
 from llmcompress.records.rows import SiteReport
+from llmcompress.training.data.base import Windows
+from llmcompress.training.job import Job
 from llmcompress.training.loop import train
 from llmcompress.training.settings import Training
 
@@ -69,16 +71,8 @@ class RigL(ModelPass):
                 every=self.every,
                 end=max(1, round(self.until * self.training.steps)),
             )
-            train(
-                model,
-                whole.context.windows_NT,
-                self.training,
-                device=whole.context.device,
-                progress=whole.context.progress,
-                seed=whole.context.seed,
-                masks=connections,
-                title="rigl",
-            )
+            job = Job("rigl", masks=connections)
+            train(model, Windows(whole.context.windows_NT), self.training, whole.context, job=job)
         return [SiteReport(site=site.name, algorithm="rigl", sparsity=sparsity(site.weight_OI)) for site in sites]
 
 

@@ -5,7 +5,7 @@ D = width of the stream, K = its dimensions: D, or D - 1 where norms subtract th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
+from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.residual import Residual
@@ -27,7 +28,8 @@ from llmcompress.modules.scheme import Scheme, named_scheme
 from llmcompress.numerics.basis import zero_mean_frame
 from llmcompress.numerics.grid import restore, round_to_codes
 from llmcompress.numerics.ranges import fit
-from llmcompress.training.batches import held_out
+from llmcompress.training.data.base import Windows, held_out
+from llmcompress.training.job import Callback, Job
 from llmcompress.training.loop import train
 from llmcompress.training.settings import Training
 
@@ -73,39 +75,48 @@ def learn(
     manifold; of the bases seen the one that is best on windows kept apart stays, the first one among them.
     """
     scheme = named_scheme(settings.scheme)
-    taught_NT, chosen_NT = held_out(whole.context.windows_NT, share=settings.validation, seed=whole.context.seed)
-    if not len(chosen_NT):
-        chosen_NT = taught_NT
+    windows_NT = whole.context.windows_NT
+    taught, chosen = held_out(len(windows_NT), share=settings.validation, seed=whole.context.seed)
+    taught_NT = windows_NT[taught]
+    chosen_NT = windows_NT[chosen] if len(chosen) else taught_NT
     with whole.resident() as model:
         turn = _Turn(kept_DK.to(whole.context.device), centred=residual.centred)
         with _turning(model, residual, turn), _rounding(sites, scheme):
-            first = best = _loss(whole, chosen_NT)
-            best_angles = turn.angles.detach().clone()
-
-            def look(step: int) -> None:
-                nonlocal best, best_angles
-                if step % max(1, settings.steps // _LOOKS) == 0 or step == settings.steps:
-                    loss = _loss(whole, chosen_NT)
-                    if loss < best:
-                        best, best_angles = loss, turn.angles.detach().clone()
-
-            train(
-                model,
-                taught_NT,
-                settings.model_copy(update={"validation": 0.0}),
-                device=whole.context.device,
-                progress=whole.context.progress,
-                seed=whole.context.seed,
-                parameters=[turn.angles],
-                after_step=look,
-                title="rotation",
-            )
+            first = _loss(whole, chosen_NT)
+            best = _Best(first, turn.angles, partial(_loss, whole, chosen_NT), settings.steps)
+            job = Job("rotation", parameters=[turn.angles], callback=best)
+            plain = settings.model_copy(update={"validation": 0.0})
+            train(model, Windows(taught_NT), plain, whole.context, job=job)
         with torch.no_grad():
-            turn.angles.copy_(best_angles)
+            turn.angles.copy_(best.angles)
             found_DK = (kept_DK.to(whole.context.device) @ turn.turn().double()).to(kept_DK.device)
     # what float32 leaves of orthogonality is repaired in float64
     basis_DK, triangle_KK = torch.linalg.qr(found_DK)
-    return Learned(basis_DK * triangle_KK.diagonal().sign(), best, first)
+    return Learned(basis_DK * triangle_KK.diagonal().sign(), best.loss, first)
+
+
+class _Best(Callback):
+    """The best angles seen so far."""
+
+    def __init__(self, loss: float, trained: nn.Parameter, measure: Callable[[], float], steps: int) -> None:
+        self.loss, self.angles = loss, trained.detach().clone()
+        self._trained, self._measure, self._steps = trained, measure, steps
+
+    @override
+    def after_step(self, step: int) -> bool:
+        if step % max(1, self._steps // _LOOKS) == 0 or step == self._steps:
+            loss = self._measure()
+            if loss < self.loss:
+                self.loss, self.angles = loss, self._trained.detach().clone()
+        return False
+
+    @override
+    def state(self) -> dict[str, Tensor]:
+        return {"loss": torch.tensor(self.loss, dtype=torch.float64), "angles": self.angles}
+
+    @override
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.loss, self.angles = float(state["loss"]), state["angles"].to(self.angles.device)
 
 
 @torch.no_grad()

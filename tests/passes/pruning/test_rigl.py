@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -25,7 +25,8 @@ from llmcompress.passes.pruning.lottery import LotteryTicket
 from llmcompress.passes.pruning.rigl import Connections
 from llmcompress.progress import Silent
 from llmcompress.training.adapters import adapted
-from llmcompress.training.checkpoint import Checkpoint
+from llmcompress.training.data.base import Windows
+from llmcompress.training.job import Callback, Job
 from llmcompress.training.loop import train
 from llmcompress.training.settings import Training
 from tests.families import FAMILIES, tiny_model, tiny_tokens
@@ -45,6 +46,21 @@ def make(name: str, **options: Any) -> Pass:
 
 def compressed(model: PreTrainedModel, family: str, *passes: Pass) -> Compressed:
     return apply_passes(model, map_of(family), passes, RunContext(tiny_tokens(family, batch=6), batch=4, device=CPU))
+
+
+class Each(Callback):
+    """Calls a function after every step."""
+
+    def __init__(self, call: Callable[[int], bool | None]) -> None:
+        self.call = call
+
+    def after_step(self, step: int) -> bool:
+        return bool(self.call(step))
+
+
+def briefly(model: PreTrainedModel, family: str, job: Job) -> None:
+    ids = tiny_tokens(family, batch=6)
+    train(model, Windows(ids), Training(**BRIEF), RunContext(ids, device=CPU), job=job)
 
 
 def site_weights(model: PreTrainedModel, family: str) -> dict[str, Tensor]:
@@ -86,7 +102,7 @@ def test_rigl_has_as_many_living_weights_at_every_step_and_grows_by_the_largest_
         changed.append(sum(int((a & ~b).sum()) for a, b in zip(connections.active, last, strict=True)))
         last[:] = [each.clone() for each in connections.active]
 
-    train(model, tiny_tokens("llama", batch=6), Training(**BRIEF), device=CPU, masks=connections, after_step=look)
+    briefly(model, "llama", Job(masks=connections, callback=Each(look)))
     assert changed[0] == 0 and changed[1] > changed[3] > 0 == changed[5] == changed[7]
 
 
@@ -105,30 +121,6 @@ def test_new_connections_start_at_zero_with_fresh_moments() -> None:
     assert weight.tolist() == [[3.0, 0.0, 0.0, 0.0]]
     moments = optimizer.state[weight]["exp_avg"][0]
     assert moments[3] == 0 == moments[1] and moments[0] != 0
-
-
-def test_rigl_resumed_from_a_checkpoint_equals_uninterrupted(tmp_path: Any) -> None:
-    def run(checkpoint: Checkpoint | None, die: int | None) -> PreTrainedModel:
-        model = tiny_model("llama")
-        compressed(model, "llama", make("random", sparsity=0.7))
-        weights = [weight for name, weight in model.named_parameters() if weight.dim() > 1 and "layers" in name]
-
-        def stop(step: int) -> None:
-            if step == die:
-                raise KeyboardInterrupt
-
-        train(
-            model, tiny_tokens("llama", batch=6), Training(**BRIEF), device=CPU, checkpoint=checkpoint,
-            after_step=stop, masks=Connections(weights, alpha=0.3, every=2, end=7),
-        )  # fmt: skip
-        return model
-
-    whole, keep = run(None, None), Checkpoint(tmp_path / "state.safetensors", every=3)
-    with pytest.raises(KeyboardInterrupt):
-        run(keep, 5)
-    resumed = run(keep, None)
-    for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
-        assert torch.equal(a, b), name
 
 
 def test_rigl_without_zeros_is_refused() -> None:
@@ -156,9 +148,7 @@ def test_a_ticket_has_exactly_the_compound_share_of_zeros(comparison: str) -> No
 def test_a_rewound_ticket_has_the_weights_of_that_step_of_the_first_training(rewind: int) -> None:
     early = tiny_model("gpt2")
     if rewind:
-        train(
-            early, tiny_tokens("gpt2", batch=6), Training(**BRIEF), device=CPU, after_step=lambda step: step == rewind
-        )  # fmt: skip
+        briefly(early, "gpt2", Job(callback=Each(lambda step: step == rewind)))
     model = tiny_model("gpt2")
     ticket = make("lottery_ticket", rounds=2, rewind_step=rewind, finish="rewound", training=BRIEF)
     compressed(model, "gpt2", ticket)
@@ -173,7 +163,7 @@ def test_the_trained_ticket_is_the_rewound_one_trained_from_that_step() -> None:
     trained, rewound = tiny_model("llama"), tiny_model("llama")
     compressed(trained, "llama", make("lottery_ticket", **options))
     compressed(rewound, "llama", make("lottery_ticket", finish="rewound", **options))
-    train(rewound, tiny_tokens("llama", batch=6), Training(**BRIEF), device=CPU, start=2)
+    briefly(rewound, "llama", Job(start=2))
     for (name, a), (_, b) in zip(trained.named_parameters(), rewound.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 

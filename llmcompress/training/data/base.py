@@ -1,0 +1,147 @@
+"""What a training learns from: samples whose order is a function of the seed and the position alone.
+
+Every process asks for the same order; accelerate gives each its part of every batch. N = windows, T = tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from llmcompress.training.data.batch import Sample, padded
+
+
+@dataclass(frozen=True)
+class Part:
+    """Batches `first` ≤ number < `end`, of `batch` samples each, in the order of `seed`."""
+
+    first: int
+    end: int
+    batch: int
+    seed: int
+
+
+class TrainingData(ABC):
+    """Samples without end: one pass over the data follows the other, each in a new order."""
+
+    longest: int | None = None
+    """Tokens of the longest sample, where that is known."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """The same for the same samples, so that a training is not resumed with others."""
+
+    @abstractmethod
+    def loader(self, part: Part) -> DataLoader[Any]:
+        """These batches; what lies before them is not tokenised again."""
+
+    @abstractmethod
+    def held_out(self, share: float, seed: int) -> tuple[TrainingData, SomeSamples | None]:
+        """What to train on, and samples to validate on.
+
+        Raises: CompressError where a part cannot be set apart.
+        """
+
+
+class SomeSamples(TrainingData, Dataset[Sample]):
+    """Samples that can be asked for by their number, in any order."""
+
+    def __init__(self) -> None:
+        self._chosen: Tensor | None = None
+
+    @abstractmethod
+    def sample(self, index: int) -> Sample:
+        """One of them, tokenised when it is asked for."""
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """How many there are before some are held out."""
+
+    def __len__(self) -> int:
+        return self.count if self._chosen is None else len(self._chosen)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.sample(index if self._chosen is None else int(self._chosen[index]))
+
+    def loader(self, part: Part) -> DataLoader[Any]:
+        """Batches of fresh permutations, one after the other; a batch may reach from one into the next."""
+        # a generator of its own: the loader must not draw its seed from the random numbers of the training
+        return DataLoader(
+            self, batch_sampler=Order(len(self), part), collate_fn=padded, generator=torch.Generator().manual_seed(0)
+        )
+
+    def held_out(self, share: float, seed: int) -> tuple[TrainingData, SomeSamples | None]:
+        """Split at random."""
+        training, validation = held_out(len(self), share=share, seed=seed)
+        return self._only(training), self._only(validation) if len(validation) else None
+
+    def _only(self, chosen: Tensor) -> Self:
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._chosen = chosen if self._chosen is None else self._chosen[chosen]
+        return other
+
+
+class Windows(SomeSamples):
+    """Equally long windows of packed text; every token but the first is predicted."""
+
+    def __init__(self, windows_NT: Tensor) -> None:
+        super().__init__()
+        assert len(windows_NT), "training needs windows"
+        self._windows_NT = windows_NT
+        self.longest = windows_NT.shape[1]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all tokens."""
+        return hashlib.sha256(self._windows_NT.cpu().contiguous().numpy().tobytes()).hexdigest()
+
+    @property
+    def count(self) -> int:
+        """Windows."""
+        return len(self._windows_NT)
+
+    def sample(self, index: int) -> Sample:
+        """A window."""
+        return Sample(self._windows_NT[index])
+
+
+class Order:
+    """Which samples make which batch: a function of the seed and the number of the batch alone."""
+
+    drop_last = False
+
+    def __init__(self, count: int, part: Part) -> None:
+        self._count, self._part = count, part
+        self.batch_size = part.batch
+
+    def __len__(self) -> int:
+        return self._part.end - self._part.first
+
+    def __iter__(self) -> Iterator[list[int]]:
+        known: dict[int, Tensor] = {}
+        for number in range(self._part.first, self._part.end):
+            positions = range(number * self._part.batch, (number + 1) * self._part.batch)
+            epochs = {position // self._count for position in positions}
+            known = {epoch: known[epoch] if epoch in known else self._order(epoch) for epoch in epochs}
+            yield [int(known[position // self._count][position % self._count]) for position in positions]
+
+    def _order(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self._part.seed * 1_000_003 + epoch)
+        return torch.randperm(self._count, generator=generator)
+
+
+def held_out(count: int, *, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Numbers of the samples for training and of those for validation, split at random."""
+    kept = round(share * count)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return order[kept:].sort().values, order[:kept].sort().values

@@ -1,0 +1,137 @@
+"""From a file, a Hub dataset or rows at hand to samples: packed text, prompts with responses, conversations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from llmcompress.calibration.hub_datasets import hub_dataset
+from llmcompress.calibration.local_files import is_text_file, rows_of_file
+from llmcompress.calibration.records import BadRow
+from llmcompress.errors import CompressError
+from llmcompress.training.data.base import TrainingData
+from llmcompress.training.data.encoders import Chat, Encoder, PromptResponse, Text
+from llmcompress.training.data.packed import PackedStream, packed_windows
+from llmcompress.training.data.rows import Rows, Stream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+
+
+class Examples(BaseModel):
+    """What to train on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    source: str = Field(min_length=1)
+    """A .jsonl, .json, .parquet, .csv or .txt, or a Hub dataset."""
+    split: str = Field(default="train", min_length=1)
+    """Which split of a Hub dataset."""
+    config: str | None = None
+    """Which configuration of a Hub dataset."""
+    kind: Literal["text", "prompt", "chat"] = "text"
+    """text: documents, packed into full windows; prompt: prompts and responses, only responses are learned; chat:
+    conversations in the model's chat template, only the assistant's turns are learned."""
+    columns: dict[Literal["text", "prompt", "response", "messages"], str] = Field(default_factory=dict)
+    """Which columns hold them, where they do not have one of the usual names."""
+    tokens: int = Field(default=512, ge=2)
+    """In a window of packed text; the most in any other sample, what is longer is cut at its end."""
+    streaming: bool = False
+    """Read row by row while training, in the memory of a few; for data that does not fit into memory. The documents of
+    a .txt then are its paragraphs."""
+    shuffle: int = Field(default=1000, ge=1)
+    """Streaming: rows held in memory, from which the next is drawn."""
+    chat_template: str | None = None
+    """A file with the Jinja chat template to use where the tokenizer has none."""
+
+
+def training_data(examples: Examples, tokenizer: PreTrainedTokenizerBase, *, where: str = "data") -> TrainingData:
+    """Read the source; tokenised when a sample is asked for.
+
+    Raises: CompressError `data.*` when it cannot be read, or has no such columns.
+    """
+    return samples(read_rows(examples, where=where), examples, tokenizer, where=where)
+
+
+def read_rows(examples: Examples, *, where: str = "data") -> Any:
+    """A `datasets.Dataset`, or with `streaming` an `IterableDataset`.
+
+    Raises: CompressError `data.*` when the source cannot be found or read.
+    """
+    import datasets
+
+    path = Path(examples.source).expanduser()
+    if not path.is_file():
+        if is_text_file(examples.source):
+            what = f"{examples.source}: there is no such file"
+            raise CompressError("data.not-found", what, where=where, fix="check the path")
+        return hub_dataset(
+            examples.source, split=examples.split, config=examples.config, streaming=examples.streaming, where=where
+        )
+    if examples.streaming:
+        builder = _BUILDERS.get(path.suffix.lower())
+        if builder is None:
+            what = f"{path.name}: rows cannot be streamed from this kind of file"
+            raise CompressError("data.file-type", what, where=where, fix=f"use one of {', '.join(_BUILDERS)}")
+        options = {"sample_by": "paragraph"} if builder == "text" else {}
+        return datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True, **options)
+    rows = []
+    for label, row in rows_of_file(path, where=where):
+        if isinstance(row, BadRow):
+            raise CompressError("data.bad-row", f"{label}: {row}", where=where, fix="correct that row")
+        rows.append({"text": row} if isinstance(row, str) else {"messages": row} if isinstance(row, list) else row)
+    if not rows:
+        raise CompressError("data.empty", f"{path.name}: there are no rows", where=where, fix="use another source")
+    try:
+        return datasets.Dataset.from_list(rows)
+    except Exception as failure:  # pyarrow's errors share no type
+        what = f"{path.name}: rows differ in the types of their columns: {failure}"
+        raise CompressError("data.bad-row", what, where=where, fix="give all rows the same columns") from failure
+
+
+def samples(rows: Any, examples: Examples, tokenizer: PreTrainedTokenizerBase, *, where: str = "data") -> TrainingData:
+    """Samples of rows at hand, a `Dataset` or an `IterableDataset`, whatever `examples.source` says.
+
+    Raises: CompressError `data.columns` showing the columns there are, `data.no-chat-template`.
+    """
+    import datasets
+
+    encoder = _encoder(rows, examples, tokenizer, where)
+    streamed = isinstance(rows, datasets.IterableDataset)
+    if isinstance(encoder, Text):
+        if streamed:
+            return PackedStream(rows, encoder, examples.tokens, shuffle=examples.shuffle)
+        return packed_windows(rows, encoder, examples.tokens)
+    return Stream(rows, encoder, shuffle=examples.shuffle) if streamed else Rows(rows, encoder)
+
+
+def _encoder(rows: Any, examples: Examples, tokenizer: PreTrainedTokenizerBase, where: str) -> Encoder:
+    there = list(rows.column_names or next(iter(rows), {}))
+    kinds: dict[str, type[Text] | type[PromptResponse] | type[Chat]]
+    kinds = {"text": Text, "prompt": PromptResponse, "chat": Chat}
+    wanted = kinds[examples.kind]
+    strange = sorted(examples.columns.keys() - wanted.columns.keys())
+    if strange:
+        raise CompressError(
+            "data.columns",
+            f"`kind: {examples.kind}` has no column {strange[0]!r}",
+            where=where,
+            fix=f"name {' and '.join(wanted.columns)}",
+        )
+    found = {}
+    for part, usual in wanted.columns.items():
+        names = (examples.columns[part],) if part in examples.columns else usual
+        name = next((name for name in names if name in there), None)
+        if name is None:
+            raise CompressError(
+                "data.columns",
+                f"no column holds the {part} ({' or '.join(names)}); columns found: {', '.join(there) or 'none'}",
+                where=where,
+                fix=f"set `columns: {{{part}: NAME}}`",
+            )
+        found[part] = name
+    return wanted(tokenizer, found, examples, where)
