@@ -86,7 +86,7 @@ if transformers.__version__.startswith("4."):
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory) -> tuple[dict[str, Path], dict[str, list[str]]]:
+def loaded(tmp_path_factory, stock_python) -> tuple[dict[str, Path], dict[str, list[str]]]:
     root = tmp_path_factory.mktemp("saved")
     folders = {name: root / str(number) for number, name in enumerate(CASES)}
     for name, case in CASES.items():
@@ -101,7 +101,8 @@ def loaded(tmp_path_factory) -> tuple[dict[str, Path], dict[str, list[str]]]:
         expected = {"float32": logits(model, ids, torch.float32), "auto": logits(model, ids, case.storage)}
         torch.save(expected, folders[name].with_suffix(".pt"))
     families = {name: case.family for name, case in CASES.items()}
-    return folders, load_in_fresh_process(folders, families, {name: case.dtypes for name, case in CASES.items()})
+    dtypes = {name: case.dtypes for name, case in CASES.items()}
+    return folders, load_in_fresh_process(stock_python, folders, families, dtypes)
 
 
 @pytest.mark.parametrize("name", CASES)
