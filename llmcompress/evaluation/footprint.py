@@ -22,9 +22,7 @@ from llmcompress.loading.match import empty_model
 from llmcompress.loading.source import find_source
 from llmcompress.loading.tensors import TensorHeader, Tensors
 from llmcompress.model.skeleton import find_blocks
-from llmcompress.modules.base import MODULES
-from llmcompress.modules.kv_cache import CodedAttention, bytes_per_token
-from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.modules.base import MODULES, CompressedModule
 from llmcompress.numerics.entropy import entropy, huffman_code, mean_bits
 
 TWICE = "stored twice"
@@ -156,20 +154,14 @@ def bytes_on_disk(folder: Path | str) -> int:
 
 def parameters(model: nn.Module) -> int:
     """Weights and biases of a live model, compressed or not; a tensor used twice (tied embeddings) counts once."""
-    coded = sum(module.codes_OI.numel() for module in model.modules() if isinstance(module, QuantLinear))
+    coded = sum(module.coded_weights() for module in model.modules() if isinstance(module, CompressedModule))
     return coded + sum(parameter.numel() for parameter in model.parameters())
 
 
 def ideal_bytes(model: nn.Module) -> int:
     """What a live model's numbers take when nothing is wasted."""
     bits = sum(8 * parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    for module in model.modules():
-        if isinstance(module, QuantLinear):
-            scale_bits = 8 * module.scale_OG.element_size()
-            weights = module.codes_OI.numel()
-            bits += round(weights * module.scheme.bits_per_weight(module.out_features, module.in_features, scale_bits))
-            if module.input_scale is not None:
-                bits += 8 * module.input_scale.numel() * module.input_scale.element_size()
+    bits += sum(module.coded_bits() for module in model.modules() if isinstance(module, CompressedModule))
     return -(-bits // 8)
 
 
@@ -199,9 +191,8 @@ def _cache_bytes(config: PretrainedConfig, found: Stored) -> int | None:
         text = config.get_text_config(decoder=True)
         layers = sum(tensor.name.endswith(".k_scale") for tensor in found.dense)
         return int(layers * 2 * get_num_kv_heads(text) * get_head_dim(text) * scheme["num_bits"] // 8)
-    coded = MODULES.name_of(CodedAttention)
-    specs = [bytes_per_token(spec) for spec in words.get("modules", {}).values() if spec.get("type") == coded]
-    return sum(specs) if specs else None
+    specs = words.get("modules", {}).values()
+    return sum(MODULES[spec["type"]].cache_bytes_per_token(spec) for spec in specs if "type" in spec) or None
 
 
 def _name_on_disk(model: PreTrainedModel, module: str) -> str:

@@ -40,7 +40,7 @@ def save_plain(
     """
     _refuse_other_shapes(model)
     sites = replaced_modules(model)
-    rounding = [name for name, site in sites.items() if not site.keeps_inputs()]
+    rounding = [name for name, site in sites.items() if not site.expression().is_linear]
     if rounding:
         raise CompressError(
             "save.plain-activations",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Self
+from collections.abc import Iterator
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from llmcompress.modules.expression import Expression
 from llmcompress.registry import Registry
 
 Spec = dict[str, Any]
@@ -23,6 +25,15 @@ class CompressedModule(nn.Module, ABC):
     The empty buffer `weight` is a guard: a loader without our plug-in builds the stock module, whose `weight` has
     another shape, and refuses the file. It would only warn of *missing* tensors, and fill them with random numbers.
     """
+
+    has_stock_format: ClassVar[bool] = False
+    """Whether stock loaders have words for one with the sizes and the bias of the module that stood there."""
+    holds_codes: ClassVar[bool] = False
+    """Whether its own buffers (not its parts) are codes and scales on a grid."""
+    is_transparent: ClassVar[bool] = False
+    """Whether its parts have the names and places of the stock checkpoint: they are what is stored, one by one."""
+    wraps_original: ClassVar[bool] = False
+    """Whether the module that stood there is whole inside."""
 
     out_features: int
     in_features: int
@@ -44,21 +55,52 @@ class CompressedModule(nn.Module, ABC):
     def from_spec(cls, spec: Spec, dtype: torch.dtype) -> Self:
         """A module of the right shapes, ready for `load_state_dict`; may run under the meta device."""
 
+    def take(self, replaced: nn.Module) -> None:
+        """Note what stood there before; most need nothing of it."""
+
     def connect(self, model: nn.Module) -> None:
         """Find what it needs of the rest of the model, once all modules stand; most need nothing."""
+
+    @abstractmethod
+    def expression(self) -> Expression:
+        """What it computes, with its own tensors; `Opaque` where the algebra has no words for it."""
+
+    def dense_weight(self) -> Tensor:
+        """The one matrix that it stands for, O×I (an embedding: entries × width), in its parameters' dtype.
+
+        Raises: TypeError when there is none.
+        """
+        return self.expression().dense_weight()
 
     def dense_bias(self) -> Tensor | None:
         """The bias that goes with `dense_weight`, by default the parameter `bias`."""
         found = getattr(self, "bias", None)
         return found if isinstance(found, Tensor) else None
 
-    def keeps_inputs(self) -> bool:
-        """Whether it computes with its inputs as they come; one that rounds them cannot become an ordinary weight."""
-        return True
+    def coded_weights(self) -> int:
+        """How many weights its own buffers stand for, those of its parts left out: no parameter counts them."""
+        return 0
 
-    @abstractmethod
-    def dense_weight(self) -> Tensor:
-        """The one matrix that it stands for, O×I (an embedding: entries × width), in its parameters' dtype."""
+    def coded_bits(self) -> int:
+        """What these take when nothing is wasted: codes at their own width, scales, zero points."""
+        return 0
+
+    def differs_below(self, stock: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+        """Parts that may themselves differ from stock: their names, they, and what they are to be compared with."""
+        yield from ()
+
+    def is_dense(self) -> bool:
+        """Whether a stock checkpoint holds all of it under the stock names, as if nothing had been replaced."""
+        return False
+
+    def file_form(self) -> nn.Module | None:
+        """What stands in its place while our files are read, with tensors as they hold them; None: it itself."""
+        return None
+
+    @classmethod
+    def cache_bytes_per_token(cls, spec: Spec) -> int:
+        """Of keys and values that one with that spec caches as codes."""
+        return 0
 
 
 MODULES: Registry[CompressedModule] = Registry("compressed module", "llmcompress.modules")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, Self
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from llmcompress.modules.base import MODULES, CompressedModule, Spec
-from llmcompress.modules.low_rank import part_bias, part_from_spec, part_shape, part_spec, part_weight
-from llmcompress.numerics.clusters import round_by_clusters
-from llmcompress.numerics.hadamard import transformed
+from llmcompress.modules.expression import Expression, InputTransform
+from llmcompress.modules.input_transforms import FixedRounding, Hadamard, InputChange, Selection
+from llmcompress.modules.low_rank import part_bias, part_expression, part_from_spec, part_shape, part_spec
 
 
 class BeforeLinear(CompressedModule):
@@ -36,18 +37,23 @@ class BeforeLinear(CompressedModule):
     def spec(self) -> Spec:
         return {"kept": part_spec(self.kept)}
 
-    def before(self, x: Tensor) -> Tensor:
-        """What the linear is given."""
-        return x
+    @abstractmethod
+    def changes(self) -> tuple[InputChange, ...]:
+        """What happens before the linear, in order."""
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.kept(self.before(x))
+        for change in self.changes():
+            x = change(x)
+        out: Tensor = self.kept(x)
         return out
 
     @override
-    def keeps_inputs(self) -> bool:
-        return not isinstance(self.kept, CompressedModule) or self.kept.keeps_inputs()
+    def expression(self) -> Expression:
+        made = part_expression(self.kept)
+        for change in reversed(self.changes()):
+            made = InputTransform(change, made)
+        return made
 
 
 @MODULES.register("rotated_input")
@@ -63,12 +69,8 @@ class RotatedInput(BeforeLinear):
         return cls(part_from_spec(spec["kept"], dtype))
 
     @override
-    def before(self, x: Tensor) -> Tensor:
-        return transformed(x, self.in_features)
-
-    @override
-    def dense_weight(self) -> Tensor:
-        return transformed(part_weight(self.kept), self.in_features, inverse=True)
+    def changes(self) -> tuple[InputChange, ...]:
+        return (Hadamard(self.in_features),)
 
     @override
     def extra_repr(self) -> str:
@@ -124,27 +126,15 @@ class ClusteredInput(BeforeLinear):
         )
 
     @override
-    def before(self, x: Tensor) -> Tensor:
-        if self.index_I is not None:
-            x = x.index_select(-1, self.index_I)
-        return (
-            x
-            if self.bits is None
-            else round_by_clusters(x, self._spread(self.scale_K), self._spread(self.zero_K), self.bits)
-        )
+    def changes(self) -> tuple[InputChange, ...]:
+        gathers = () if self.index_I is None else (Selection(self.index_I, self.in_features),)
+        if self.bits is None:
+            return gathers
+        return (*gathers, FixedRounding(self._spread(self.scale_K), self._spread(self.zero_K), self.bits))
 
     def _spread(self, values_K: Tensor) -> Tensor:
         sizes = torch.tensor(self.sizes, device=values_K.device)
         return values_K.repeat_interleave(sizes, output_size=self.in_features)
-
-    @override
-    def keeps_inputs(self) -> bool:
-        return self.bits is None and super().keeps_inputs()
-
-    @override
-    def dense_weight(self) -> Tensor:
-        weight_OI = part_weight(self.kept)
-        return weight_OI if self.index_I is None else torch.empty_like(weight_OI).index_copy(1, self.index_I, weight_OI)
 
     @override
     def extra_repr(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import gcd
 from typing import Any, Literal, Self
 
 import torch
@@ -16,6 +17,13 @@ from torch.nn import functional
 from typing_extensions import override
 
 from llmcompress.modules.base import MODULES, CompressedModule, Spec
+from llmcompress.modules.expression import Expression, InputTransform
+from llmcompress.modules.expression_leaves import Quantized
+from llmcompress.modules.input_transforms import Int8WithOutliers
+from llmcompress.numerics.formats import NF4
+from llmcompress.numerics.grid import Grid
+from llmcompress.numerics.packing import unpack_bits
+from llmcompress.numerics.quantized import QuantizedTensor
 
 Kind = Literal["nf4", "int8"]
 
@@ -90,8 +98,29 @@ class BnbLinear(CompressedModule):
         return cls(spec["kind"], outputs, inputs, bias_O, getattr(torch, spec["compute"]))
 
     @override
-    def keeps_inputs(self) -> bool:
-        return self.kind == "nf4"
+    def expression(self) -> Expression:
+        if self.kind == "int8":
+            tensor = QuantizedTensor(self.codes, (self.absmax / 127)[:, None], None, None, Grid(8))
+            return InputTransform(Int8WithOutliers(OUTLIER), Quantized(tensor, bias=self.bias))
+        # blocks run across the ends of rows: the longest pieces of rows that never lie in two of them
+        group = gcd(BLOCK, self.in_features)
+        shape = (self.out_features, self.in_features)
+        places = unpack_bits(_halves_swapped(self.codes), 4, 0, self.out_features * self.in_features)
+        scale = self._scales().repeat_interleave(BLOCK // group)[: places.numel() // group]
+        return Quantized(
+            QuantizedTensor(places.view(shape), scale.view(self.out_features, -1), None, None, Grid.of(NF4, group)),
+            bias=self.bias,
+        )
+
+    @override
+    def coded_weights(self) -> int:
+        return self.out_features * self.in_features
+
+    @override
+    def coded_bits(self) -> int:
+        scales = [each for name, each in self.named_buffers(recurse=False) if name not in ("codes", "weight")]
+        width = 8 if self.kind == "int8" else 4
+        return width * self.coded_weights() + sum(8 * each.numel() * each.element_size() for each in scales)
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -114,7 +143,7 @@ class BnbLinear(CompressedModule):
     @override
     def dense_weight(self) -> Tensor:
         if self.kind == "int8":
-            return self.codes * (self.absmax / 127)[:, None]
+            return super().dense_weight()
         from bitsandbytes import functional as bnb
 
         weight_OI: Tensor = bnb.dequantize_4bit(self.codes, self._state())
@@ -134,6 +163,14 @@ class BnbLinear(CompressedModule):
         with _silent("bitsandbytes.autograd._functions"):  # it says on every call that inputs become float16
             product: Tensor = bitsandbytes.matmul(x, self.codes, bias=bias_O, state=state)
         return product
+
+    def _scales(self) -> Tensor:
+        """One for every block, in order."""
+        from bitsandbytes import functional as bnb
+
+        state = self._state()
+        scales: Tensor = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+        return scales
 
     def _state(self) -> Any:
         from bitsandbytes import functional as bnb
@@ -159,6 +196,12 @@ class BnbLinear(CompressedModule):
     @override
     def extra_repr(self) -> str:
         return f"{self.in_features} → {self.out_features}, bitsandbytes {self.kind}"
+
+
+def _halves_swapped(codes: Tensor) -> Tensor:
+    """One row of bytes with the first code in the low half, as ours are packed; the package puts it into the high."""
+    bytes_1B = codes.reshape(1, -1)
+    return (bytes_1B << 4) | (bytes_1B >> 4)
 
 
 @contextmanager

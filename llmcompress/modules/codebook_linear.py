@@ -13,7 +13,8 @@ from torch.nn import functional
 from typing_extensions import override
 
 from llmcompress.modules.base import MODULES, CompressedModule, Spec
-from llmcompress.numerics.codebook import level_values
+from llmcompress.modules.expression import Expression
+from llmcompress.modules.expression_leaves import Codebook, ColumnCodes
 from llmcompress.numerics.packing import pack_bits, packed_bytes, unpack_bits
 
 
@@ -90,21 +91,22 @@ class CodebookLinear(CompressedModule):
         )
 
     @override
-    def dense_weight(self) -> Tensor:
-        weight_IO = torch.empty(
-            self.in_features, self.out_features, dtype=self.value_N.dtype, device=self.value_N.device
-        )
-        for bits in self._widths:
-            levels_CL = self.get_buffer(f"levels_{bits}")
-            # codes of eight bits come back as int8, shifted by half their range
-            low = -128 if bits == 8 else 0
-            codes_CO = unpack_bits(self.get_buffer(f"codes_{bits}"), bits, low, self.out_features)
-            weight_IO[self.width_I == bits] = level_values(codes_CO.to(torch.int16) - low, levels_CL)
-        weight_OI = weight_IO.T.contiguous()
-        weight_OI.view(-1)[self.place_N.long()] = self.value_N
-        return weight_OI
+    def expression(self) -> Expression:
+        columns = tuple(self._columns(bits) for bits in self._widths)
+        return Codebook(columns, self.place_N, self.value_N, (self.out_features, self.in_features), bias=self.bias)
 
-    def stored_bits(self) -> int:
+    def _columns(self, bits: int) -> ColumnCodes:
+        # codes of eight bits come back as int8, shifted by half their range
+        low = -128 if bits == 8 else 0
+        codes_CO = unpack_bits(self.get_buffer(f"codes_{bits}"), bits, low, self.out_features).to(torch.int16) - low
+        return ColumnCodes(self.width_I == bits, codes_CO, self.get_buffer(f"levels_{bits}"))
+
+    @override
+    def coded_weights(self) -> int:
+        return self.out_features * self.in_features
+
+    @override
+    def coded_bits(self) -> int:
         """Of everything but the bias, as files hold it."""
         return sum(8 * buffer.numel() * buffer.element_size() for buffer in self.buffers())
 

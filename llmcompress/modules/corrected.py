@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from llmcompress.modules.base import MODULES, CompressedModule, Spec
-from llmcompress.modules.low_rank import part_bias, part_from_spec, part_shape, part_spec, part_weight, product
+from llmcompress.modules.expression import Chain, Expression, Sum
+from llmcompress.modules.low_rank import part_bias, part_expression, part_from_spec, part_shape, part_spec
 
 
 @MODULES.register("corrected")
@@ -38,9 +39,9 @@ class CorrectedLinear(CompressedModule):
         return cls(base, right, left)
 
     @override
-    def dense_weight(self) -> Tensor:
-        base_OI = part_weight(self.base)
-        return (base_OI.float() + product(self.left, self.right).float()).to(base_OI.dtype)
+    def expression(self) -> Expression:
+        branch = Chain((part_expression(self.right), part_expression(self.left)))
+        return Sum((part_expression(self.base), branch))
 
     @property
     def bias(self) -> Tensor | None:

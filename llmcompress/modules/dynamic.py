@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from llmcompress.modules.expression import Expression, Opaque
 from llmcompress.modules.wrapper import Wrapper
 
 _HIDDEN = "hidden_states"
@@ -56,6 +57,10 @@ class DynamicBlock(Wrapper):
         self._form: tuple[bool, ...] | None = None
         """Of the block's last output: None for a bare tensor, else what follows the hidden state: is it the cache?"""
         self._form_known = False
+
+    @override
+    def expression(self) -> Expression:
+        return Opaque("which tokens run the block is decided while it runs")
 
     @abstractmethod
     def skips(self, hidden_BTD: Tensor) -> Tensor:

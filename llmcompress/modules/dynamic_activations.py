@@ -11,6 +11,9 @@ from typing_extensions import override
 
 from llmcompress.modules.base import MODULES, CompressedModule, Spec
 from llmcompress.modules.dynamic import Tally
+from llmcompress.modules.expression import Expression, InputTransform
+from llmcompress.modules.expression_leaves import Dense
+from llmcompress.modules.input_transforms import Threshold
 
 GATHER_BELOW = 0.45
 """Share of inputs below which picking their columns beats one dense product over one token (measured on a CPU: picked
@@ -57,13 +60,8 @@ class ThresholdedLinear(CompressedModule):
         return cls(torch.zeros(inputs, outputs, dtype=dtype), bias_O, float(spec["threshold"]))
 
     @override
-    def dense_weight(self) -> Tensor:
-        """What it computes where no input is small."""
-        return self.columns_IO.T
-
-    @override
-    def keeps_inputs(self) -> bool:
-        return False
+    def expression(self) -> Expression:
+        return InputTransform(Threshold(self.threshold), Dense(self.columns_IO.T, bias=self.bias))
 
     @override
     def forward(self, x: Tensor) -> Tensor:

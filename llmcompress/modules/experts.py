@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 from typing_extensions import override
 
 from llmcompress.modules.base import MODULES, CompressedModule, Spec
+from llmcompress.modules.expression import Expression, Opaque
 
 
 @MODULES.register("unfused_experts")
@@ -19,6 +20,9 @@ class UnfusedExperts(CompressedModule, nn.ModuleList):
 
     A checkpoint holds experts one by one, so a model with these is saved under the names of its stock model.
     """
+
+    has_stock_format: ClassVar[bool] = True
+    is_transparent: ClassVar[bool] = True
 
     def __init__(
         self, experts: int, hidden: int, inner: int, names: Sequence[str], activation: str, dtype: torch.dtype
@@ -54,8 +58,9 @@ class UnfusedExperts(CompressedModule, nn.ModuleList):
         experts, hidden, inner = (int(spec[key]) for key in ("experts", "hidden", "inner"))
         return cls(experts, hidden, inner, spec["names"], str(spec["activation"]), dtype)
 
+    @override
     def is_dense(self) -> bool:
-        """Whether all experts are ordinary linears of their first sizes: a checkpoint holds them as the bank's."""
+        """While all experts are ordinary linears of their first sizes: a checkpoint holds them as the bank's."""
         sizes = {(self.hidden, self.inner), (self.inner, self.hidden)}
         return all(
             type(part) is nn.Linear and part.bias is None and (part.in_features, part.out_features) in sizes
@@ -64,8 +69,16 @@ class UnfusedExperts(CompressedModule, nn.ModuleList):
         )
 
     @override
-    def dense_weight(self) -> Tensor:
-        raise TypeError("experts stand for no single matrix")
+    def expression(self) -> Expression:
+        return Opaque("which experts run is decided token by token")
+
+    @override
+    def differs_below(self, stock: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+        if not isinstance(stock, UnfusedExperts):
+            with torch.device("meta"):
+                stock = self.from_spec(self.spec(), torch.float32)
+        for (name, expert), before in zip(self.named_children(), stock.children(), strict=True):
+            yield name, expert, before
 
     def run_expert(self, index: int, x_NH: Tensor) -> Tensor:
         """One expert on these tokens."""

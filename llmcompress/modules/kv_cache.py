@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from llmcompress.errors import CompressError
 from llmcompress.modules.base import MODULES, Spec
+from llmcompress.modules.expression import Expression, Opaque
 from llmcompress.modules.wrapper import Wrapper
 from llmcompress.numerics.cache_codes import (
     SCALE_BYTES,
@@ -141,14 +142,14 @@ class CodedAttention(Wrapper):
         self._position = -1
 
     @override
-    def take(self, inner: nn.Module) -> None:
-        super().take(inner)
-        parameters = list(inspect.signature(inner.forward).parameters.values())
+    def take(self, replaced: nn.Module) -> None:
+        super().take(replaced)
+        parameters = list(inspect.signature(replaced.forward).parameters.values())
         names = [each.name for each in parameters]
         if self.argument not in names and not any(each.kind is each.VAR_KEYWORD for each in parameters):
             raise CompressError(
                 "kv_cache.argument",
-                f"{type(inner).__name__} takes no {self.argument!r} in this version of transformers",
+                f"{type(replaced).__name__} takes no {self.argument!r} in this version of transformers",
                 fix="load it with the version of transformers in its llmcompress_report.json",
             )
         self._position = names.index(self.argument) if self.argument in names else len(names)
@@ -169,10 +170,17 @@ class CodedAttention(Wrapper):
         heads, widths = (cast(tuple[int, int], tuple(map(int, spec[key]))) for key in ("heads", "widths"))
         return cls(spec["number"], spec["scales"], str(spec["argument"]), heads, widths)
 
-    @property
-    def bytes_per_token(self) -> int:
-        """What one token takes in the cache."""
-        return bytes_per_token(self.spec())
+    @classmethod
+    @override
+    def cache_bytes_per_token(cls, spec: Spec) -> int:
+        scale = SCALE_BYTES if spec["scales"] == "token" else 0
+        return sum(
+            int(heads) * (int(width) + scale) for heads, width in zip(spec["heads"], spec["widths"], strict=True)
+        )
+
+    @override
+    def expression(self) -> Expression:
+        return Opaque("keys and values are rounded as they enter the cache, inside the attention")
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -193,9 +201,3 @@ class CodedAttention(Wrapper):
     @override
     def extra_repr(self) -> str:
         return f"keys and values in {self.number}, scales per {self.scales}"
-
-
-def bytes_per_token(spec: Spec) -> int:
-    """What one token takes in the cache of an attention with that spec."""
-    scale = SCALE_BYTES if spec["scales"] == "token" else 0
-    return sum(int(count) * (int(width) + scale) for count, width in zip(spec["heads"], spec["widths"], strict=True))

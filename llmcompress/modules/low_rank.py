@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from llmcompress.modules.base import MODULES, CompressedModule, Spec, from_named_spec, named_spec
+from llmcompress.modules.expression import Chain, Expression
+from llmcompress.modules.expression_leaves import Dense
 
 _STOCK = "linear"
 
@@ -55,8 +57,8 @@ class LowRankLinear(CompressedModule):
         return cls(part_from_spec(spec["right"], dtype), part_from_spec(spec["left"], dtype))
 
     @override
-    def dense_weight(self) -> Tensor:
-        return product(self.left, self.right)
+    def expression(self) -> Expression:
+        return Chain((part_expression(self.right), part_expression(self.left)))
 
     @property
     def bias(self) -> Tensor | None:
@@ -103,11 +105,12 @@ def part_from_spec(spec: Spec, dtype: torch.dtype) -> nn.Module:
     )
 
 
-def part_weight(part: nn.Module) -> Tensor:
-    """The weight of a part, O×I."""
-    weight = part.dense_weight() if isinstance(part, CompressedModule) else part.weight
-    assert isinstance(weight, Tensor)
-    return weight
+def part_expression(part: nn.Module) -> Expression:
+    """What a part computes."""
+    if isinstance(part, CompressedModule):
+        return part.expression()
+    assert isinstance(part.weight, Tensor)
+    return Dense(part.weight, bias=part_bias(part))
 
 
 def part_bias(part: nn.Module) -> Tensor | None:
@@ -123,10 +126,11 @@ def part_shape(part: nn.Module) -> tuple[int, int]:
     return outputs, inputs
 
 
-def product(left: nn.Module, right: nn.Module) -> Tensor:
-    """What two parts one after the other stand for, summed in float32, in their own dtype."""
-    left_OR, right_RI = part_weight(left), part_weight(right)
-    return (left_OR.float() @ right_RI.float()).to(left_OR.dtype)
+def factors_of(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter] | None:
+    """Left (O×R) and right (R×I) weight of a linear that is two ordinary ones; None for any other module."""
+    if not isinstance(module, LowRankLinear):
+        return None
+    return module.left.get_parameter("weight"), module.right.get_parameter("weight")
 
 
 def _order_by_column(left: nn.Module) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Self
+from dataclasses import replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +11,18 @@ from torch.nn import functional
 from typing_extensions import override
 
 from llmcompress.modules.base import MODULES, CompressedModule, Spec
-from llmcompress.modules.quant_linear import QuantLinear, from_bits
+from llmcompress.modules.expression import Expression, Gather, Tied
+from llmcompress.modules.expression_leaves import Leaf, Quantized
+from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.scheme import Scheme
-from llmcompress.numerics.grid import Fitted, restore
+from llmcompress.numerics.grid import Fitted
 
 
 @MODULES.register("quant_embedding")
 class QuantEmbedding(QuantLinear):
     """Restores only the rows that are looked up; `multiplier` is what the embedding's class multiplies them by."""
+
+    has_stock_format: ClassVar[bool] = False
 
     multiplier: float = 1.0
 
@@ -50,13 +55,12 @@ class QuantEmbedding(QuantLinear):
         return made
 
     @override
+    def expression(self) -> Expression:
+        return Gather(Quantized(self.quantized), self.multiplier)
+
+    @override
     def forward(self, ids: Tensor) -> Tensor:
-        flat = ids.reshape(-1)
-        shared = None if self.shared_scale is None else from_bits(self.shared_scale)
-        scale = self.scale_OG if self.scheme.weights.scales.single else self.scale_OG[flat]
-        zero = None if self.zero_OG is None else self.zero_OG[flat]
-        rows = restore(self.codes_OI[flat], Fitted.of_stored(self.scheme.weights, scale, zero, shared))
-        rows = rows.to(self.scale_OG.dtype)
+        rows = self.quantized.rows(ids.reshape(-1)).dense()
         rows = rows if self.multiplier == 1.0 else rows * self.multiplier
         return rows.reshape(*ids.shape, self.in_features)
 
@@ -91,11 +95,13 @@ class SharedHead(CompressedModule):
         self._model = (model,)
 
     @override
-    def dense_weight(self) -> Tensor:
+    def expression(self) -> Expression:
         assert self._model, "a shared head must be connected"
         found = self._model[0].get_submodule(self.table)
         assert isinstance(found, CompressedModule)
-        return found.dense_weight()
+        embedding = found.expression()
+        assert isinstance(embedding, Gather) and isinstance(embedding.table, Leaf)
+        return Tied(self.table, replace(embedding.table, bias=self.bias))
 
     @override
     def forward(self, x: Tensor) -> Tensor:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from typing_extensions import override
 
 from llmcompress.modules.base import MODULES, CompressedModule, Spec
-from llmcompress.modules.rounded_inputs import round_inputs
+from llmcompress.modules.expression import Expression
+from llmcompress.modules.expression_leaves import Quantized
 from llmcompress.modules.scheme import Scheme, named_scheme
 from llmcompress.numerics.formats import TWO_LEVEL
-from llmcompress.numerics.grid import Fitted, restore
+from llmcompress.numerics.grid import Fitted
+from llmcompress.numerics.quantized import QuantizedTensor
 
 
 @MODULES.register("quant_linear")
@@ -24,6 +25,9 @@ class QuantLinear(CompressedModule):
     the checkpoint's dtype, so casting the module there and back loses nothing. The float32 that two-level scales share
     (`shared_scale`, and `input_scale` of such activations) would: its bits are kept as int32.
     """
+
+    has_stock_format: ClassVar[bool] = True
+    holds_codes: ClassVar[bool] = True
 
     codes_OI: Tensor
     scale_OG: Tensor
@@ -57,11 +61,11 @@ class QuantLinear(CompressedModule):
         cls, scheme: Scheme, codes_OI: Tensor, fitted: Fitted, bias_O: Tensor | None, input_scale: Tensor | None = None
     ) -> Self:
         """From the result of rounding; `input_scale` is `fixed_scale` of the inputs."""
-        zero_OG = None if scheme.weights.symmetric else fitted.zero_OG.to(torch.int8)
+        tensor = QuantizedTensor.of(codes_OI, fitted)
         if input_scale is not None and scheme.activations == "group":
             input_scale = as_bits(input_scale)
-        shared = None if fitted.shared is None else as_bits(fitted.shared)
-        return cls(scheme, codes_OI, fitted.stored_OG(), zero_OG, bias_O, input_scale, shared)
+        shared = None if tensor.shared_scale is None else as_bits(tensor.shared_scale)
+        return cls(scheme, codes_OI, tensor.scale, tensor.zero_point, bias_O, input_scale, shared)
 
     def _guard(self) -> None:
         """None here: `weight` is what the codes stand for, and files hold the codes themselves under that name."""
@@ -92,15 +96,31 @@ class QuantLinear(CompressedModule):
             torch.ones(1, dtype=torch.int32) if scheme.weights.scales == TWO_LEVEL else None,
         )
 
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """Codes, scales and zero points together."""
+        shared = None if self.shared_scale is None else from_bits(self.shared_scale)
+        return QuantizedTensor(self.codes_OI, self.scale_OG, self.zero_OG, shared, self.scheme.weights)
+
     @override
-    def keeps_inputs(self) -> bool:
-        return self.scheme.activations is None
+    def expression(self) -> Expression:
+        fixed = self.input_scale
+        if fixed is not None and fixed.dtype == torch.int32:
+            fixed = from_bits(fixed)
+        return Quantized(self.quantized, self.scheme.activations, fixed, bias=self.bias)
 
     @override
     def dense_weight(self) -> Tensor:
-        shared = None if self.shared_scale is None else from_bits(self.shared_scale)
-        fitted = Fitted.of_stored(self.scheme.weights, self.scale_OG, self.zero_OG, shared)
-        return restore(self.codes_OI, fitted).to(self.scale_OG.dtype)
+        return self.quantized.dense()
+
+    @override
+    def coded_weights(self) -> int:
+        return self.quantized.weights
+
+    @override
+    def coded_bits(self) -> int:
+        fixed = self.input_scale
+        return self.quantized.bits + (0 if fixed is None else 8 * fixed.numel() * fixed.element_size())
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -109,12 +129,7 @@ class QuantLinear(CompressedModule):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        if self.scheme.activations:
-            fixed = self.input_scale
-            if fixed is not None and fixed.dtype == torch.int32:
-                fixed = from_bits(fixed)
-            x = round_inputs(x, self.scheme, fixed)
-        return functional.linear(x, self.dense_weight(), self.bias)
+        return self.expression()(x)
 
     @override
     def extra_repr(self) -> str:

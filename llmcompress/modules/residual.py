@@ -16,6 +16,8 @@ from torch.nn import functional
 from typing_extensions import override
 
 from llmcompress.modules.base import MODULES, CompressedModule, Spec
+from llmcompress.modules.expression import Expression, Opaque, OutputPlaces
+from llmcompress.modules.low_rank import part_expression
 from llmcompress.modules.wrapper import Wrapper
 
 
@@ -42,8 +44,8 @@ class LaneNorm(CompressedModule):
         return cls(int(spec["start"]), int(spec["width"]), int(spec["divisor"]), float(spec["epsilon"]))
 
     @override
-    def dense_weight(self) -> Tensor:
-        raise TypeError("a norm stands for no matrix")
+    def expression(self) -> Expression:
+        return Opaque("a norm divides by what it finds in its input")
 
     def place(self, start: int, width: int) -> None:
         """Read other channels."""
@@ -82,6 +84,13 @@ class Lane(Wrapper):
         return cls(int(spec["before"]), int(spec["after"]))
 
     @override
+    def expression(self) -> Expression:
+        inner = part_expression(self.inner)
+        outputs = inner.shape[0]
+        places_K = torch.arange(self.before, self.before + outputs, device=inner.dense_weight().device)
+        return OutputPlaces(inner, places_K, self.before + outputs + self.after)
+
+    @override
     def forward(self, x: Tensor) -> Tensor:
         return functional.pad(self.inner(x), (self.before, self.after))
 
@@ -114,6 +123,10 @@ class ShortcutBlock(Wrapper):
     @override
     def from_spec(cls, spec: Spec, dtype: torch.dtype) -> Self:
         return cls(tuple(int(width) for width in spec["widths"]), dtype)
+
+    @override
+    def expression(self) -> Expression:
+        return Opaque("it runs a whole block, between two changes of the residual stream's basis")
 
     def set_shortcuts(self, matrices: Sequence[Tensor]) -> None:
         """The matrices of the skips, in order, each outputs × inputs."""
@@ -164,8 +177,8 @@ class PassThrough(CompressedModule):
         return cls(int(spec["width"]))
 
     @override
-    def dense_weight(self) -> Tensor:
-        raise TypeError("it stands for no matrix")
+    def expression(self) -> Expression:
+        return Opaque("it gives back its input: there are no numbers to say")
 
     @override
     def forward(self, hidden: Tensor) -> Tensor:

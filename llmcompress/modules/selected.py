@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from llmcompress.modules.base import MODULES, CompressedModule, Spec
-from llmcompress.modules.low_rank import linear_of, part_bias, part_from_spec, part_shape, part_spec, part_weight
+from llmcompress.modules.expression import Expression, InputTransform, OutputPlaces
+from llmcompress.modules.input_transforms import Selection
+from llmcompress.modules.low_rank import linear_of, part_bias, part_expression, part_from_spec, part_shape, part_spec
 
 
 class _Selected(CompressedModule):
@@ -56,9 +58,8 @@ class SelectedRows(_Selected):
         return cls(kept, int(spec["full"]), torch.zeros(part_shape(kept)[0], dtype=torch.int64))
 
     @override
-    def dense_weight(self) -> Tensor:
-        weight_KI = part_weight(self.kept)
-        return weight_KI.new_zeros(self.out_features, self.in_features).index_copy(0, self.index_K, weight_KI)
+    def expression(self) -> Expression:
+        return OutputPlaces(part_expression(self.kept), self.index_K, self.full)
 
     @property
     def bias(self) -> Tensor | None:
@@ -92,9 +93,8 @@ class SelectedColumns(_Selected):
         return cls(kept, int(spec["full"]), torch.zeros(part_shape(kept)[1], dtype=torch.int64))
 
     @override
-    def dense_weight(self) -> Tensor:
-        weight_OK = part_weight(self.kept)
-        return weight_OK.new_zeros(self.out_features, self.in_features).index_copy(1, self.index_K, weight_OK)
+    def expression(self) -> Expression:
+        return InputTransform(Selection(self.index_K, self.full), part_expression(self.kept))
 
     @property
     def bias(self) -> Tensor | None:

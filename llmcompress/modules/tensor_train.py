@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import islice
+from string import ascii_letters
 from typing import Self
 
 import torch
@@ -12,6 +14,8 @@ from torch.nn import functional
 from typing_extensions import override
 
 from llmcompress.modules.base import MODULES, CompressedModule, Spec
+from llmcompress.modules.expression import Expression, Gather
+from llmcompress.modules.expression_leaves import Contraction
 from llmcompress.numerics.tensor_train import compose, tensor_to_matrix
 
 
@@ -42,7 +46,17 @@ class TensorTrainLinear(CompressedModule):
         return cls([torch.zeros(shape, dtype=dtype) for shape in shapes], bias_O)
 
     @override
+    def expression(self) -> Expression:
+        """The outputs' axes in order, then the inputs'; bonds between neighbours are summed over."""
+        count, letters = len(self.cores), iter(ascii_letters)
+        outputs, inputs, bonds = (list(islice(letters, count + more)) for more in (0, 0, 1))
+        cores = ["".join(four) for four in zip(bonds[:-1], outputs, inputs, bonds[1:], strict=True)]
+        equation = f"{','.join(cores)}->{''.join(outputs + inputs)}"
+        return Contraction(equation, tuple(self.cores), (self.out_features, self.in_features), bias=self.bias)
+
+    @override
     def dense_weight(self) -> Tensor:
+        """As the expression, by products of matrices."""
         chain = [core.flatten(1, 2)[None] for core in self.cores]
         return tensor_to_matrix(compose(chain)[0], self.outputs, self.inputs)
 
@@ -103,8 +117,17 @@ class _Rows(CompressedModule):
     def spec(self) -> Spec:
         return {"entries": self.out_features, "axes": list(self.axes), "ranks": list(self.ranks)}
 
+    def _rows(self, bias_V: Tensor | None) -> Contraction:
+        """Every row's own train, and what is added to its product with an input."""
+        count, letters = len(self.cores), iter(ascii_letters)
+        row, axes, bonds = next(letters), list(islice(letters, count)), list(islice(letters, count + 1))
+        cores = [f"{row}{left}{axis}{right}" for left, axis, right in zip(bonds[:-1], axes, bonds[1:], strict=True)]
+        equation = f"{','.join(cores)}->{row}{''.join(axes)}"
+        return Contraction(equation, tuple(self.cores), (self.out_features, self.in_features), bias=bias_V)
+
     @override
     def dense_weight(self) -> Tensor:
+        """As the expression, by products of matrices."""
         return compose(list(self.cores))
 
     @override
@@ -131,6 +154,10 @@ class TensorTrainEmbedding(_Rows):
         return cls(_empty_cores(spec, dtype), float(spec["scale"]))
 
     @override
+    def expression(self) -> Expression:
+        return Gather(self._rows(None), self.scale)
+
+    @override
     def forward(self, ids: Tensor) -> Tensor:
         rows = compose([core[ids.reshape(-1)] for core in self.cores])
         rows = rows if self.scale == 1.0 else rows * self.scale
@@ -153,6 +180,10 @@ class TensorTrainHead(_Rows):
     @override
     def from_spec(cls, spec: Spec, dtype: torch.dtype) -> Self:
         return cls(_empty_cores(spec, dtype), torch.zeros(spec["entries"], dtype=dtype) if spec["bias"] else None)
+
+    @override
+    def expression(self) -> Expression:
+        return self._rows(self.bias)
 
     @override
     def forward(self, x: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from llmcompress.modules.base import MODULES, CompressedModule, Spec
+from llmcompress.modules.expression import Expression
+from llmcompress.modules.expression_leaves import Contraction
 
 Split = Literal["rows", "columns"]
 
@@ -65,9 +67,11 @@ class TuckerLinear(CompressedModule):
         )
 
     @override
-    def dense_weight(self) -> Tensor:
-        full = torch.einsum("hri,Hh,Rr,Ii->HRI", self.core_hri, self.heads_Hh, self.rows_Rr, self.across_Ii)
-        return full.flatten(0, 1) if self.split == "rows" else full.flatten(0, 1).T
+    def expression(self) -> Expression:
+        result = "HRI" if self.split == "rows" else "IHR"
+        factors = (self.core_hri, self.heads_Hh, self.rows_Rr, self.across_Ii)
+        size = (self.out_features, self.in_features)
+        return Contraction(f"hri,Hh,Rr,Ii->{result}", factors, size, bias=self.bias)
 
     @override
     def forward(self, x: Tensor) -> Tensor:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from llmcompress.modules.base import CompressedModule
@@ -20,14 +20,17 @@ class Wrapper(CompressedModule):
     such things as `layer.attention_type` from outside.
     """
 
+    wraps_original: ClassVar[bool] = True
+
     inner: nn.Module
 
-    def take(self, inner: nn.Module) -> None:
+    @override
+    def take(self, replaced: nn.Module) -> None:
         """Put the module inside, and an empty tensor under the old name of one of its parameters.
 
         All names below `inner` are new ones, and of missing tensors a loader without our plug-in only warns.
         """
-        stock = inner
+        stock = replaced
         while isinstance(stock, Wrapper):
             stock = stock.inner
         path = min(
@@ -39,7 +42,7 @@ class Wrapper(CompressedModule):
             owner.add_module(part, nn.Module())
             owner = owner.get_submodule(part)
         owner.register_buffer(path[-1], torch.empty(0))
-        self.inner = inner  # last: from here on the wrapper seems to have that parameter already
+        self.inner = replaced  # last: from here on the wrapper seems to have that parameter already
 
     def _guard(self) -> None:
         """Not before `take`: it needs a name."""
@@ -54,8 +57,8 @@ class Wrapper(CompressedModule):
             return getattr(inner, name)
 
     @override
-    def dense_weight(self) -> Tensor:
-        raise TypeError(f"a {type(self).__name__} stands for no single matrix")
+    def differs_below(self, stock: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+        yield "inner", self.inner, stock
 
 
 def _weights(module: nn.Module, prefix: str = "") -> Iterator[str]:

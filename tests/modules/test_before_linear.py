@@ -49,7 +49,7 @@ def test_an_online_rotation_computes_what_the_linear_did(inputs, bias):
     x = random(2, 3, inputs, seed=2)
     torch.testing.assert_close(module(x), torch.nn.functional.linear(x, weight, bias_O), rtol=0, atol=1e-5)
     torch.testing.assert_close(module.dense_weight(), weight, rtol=0, atol=1e-5)
-    assert module.keeps_inputs() and (module.dense_bias() is None) == (bias_O is None)
+    assert module.expression().is_linear and (module.dense_bias() is None) == (bias_O is None)
 
 
 def test_gathering_computes_what_the_linear_did_and_rounding_comes_near():
@@ -58,9 +58,9 @@ def test_gathering_computes_what_the_linear_did_and_rounding_comes_near():
         module, weight = clustered(None, gathers=gathers)
         torch.testing.assert_close(module(x), x @ weight.T)
         torch.testing.assert_close(module.dense_weight(), weight)
-        assert module.keeps_inputs()
+        assert module.expression().is_linear
         rounding, _ = clustered(8, gathers=gathers)
-        assert not rounding.keeps_inputs()
+        assert not rounding.expression().is_linear
         assert not torch.equal(rounding(x), module(x))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.corrected import CorrectedLinear
-from llmcompress.modules.low_rank import linear_of, part_weight
+from llmcompress.modules.low_rank import linear_of
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.scheme import Scheme, named_scheme
 from llmcompress.numerics.low_rank import Factors, output_spectrum, truncate
@@ -103,7 +103,7 @@ def codes_at(site: LinearSite) -> QuantLinear:
 
 def dense_of(base: QuantLinear) -> Tensor:
     """The weight that the codes stand for, in float32."""
-    return part_weight(base).float()
+    return base.dense_weight().float()
 
 
 def _quantized(codes: Codes, scheme: Scheme) -> QuantLinear:

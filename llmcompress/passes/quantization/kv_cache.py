@@ -82,7 +82,7 @@ class KeyValueCache(ModelPass):
             site=user.name,
             algorithm="kv_cache",
             tokens=whole.context.windows_NT.numel() if self.uses_data() else None,
-            cache_bytes=wrapper.bytes_per_token,
+            cache_bytes=wrapper.cache_bytes_per_token(wrapper.spec()),
             cache_bytes_before=user.numbers_per_token * whole.context.storage_dtype.itemsize,
         )
 

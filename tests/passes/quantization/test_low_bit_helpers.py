@@ -182,7 +182,7 @@ def test_channelwise_bits_are_those_of_the_tensors_and_meet_the_average(bits: fl
         count = module.in_features * module.out_features
         floating = (module.value_N, *(module.get_buffer(f"levels_{width}") for width in module._widths))
         # levels and full weights are float32 in memory and two bytes on disk
-        stored = module.stored_bits() - sum(16 * each.numel() for each in floating)
+        stored = module.coded_bits() - sum(16 * each.numel() for each in floating)
         assert row.bits_per_weight == pytest.approx(stored / count)
         assert row.bits_per_weight <= bits
         if row.site.endswith("o_proj"):

@@ -1,0 +1,79 @@
+"""A matrix that is codes and scales: what it stands for, and what it takes. O = outputs, I = inputs, G = groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from llmcompress.numerics.grid import Fitted, Grid, restore
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """Codes on a grid with the scales as they are stored. Two are equal only when they are the same object.
+
+    The scales' dtype is that of the weights that `dense` restores.
+    """
+
+    codes: Tensor
+    """O×I int8: integers, bit patterns of 8-bit floats or places in a table, as the grid's number format says."""
+    scale: Tensor
+    """O×G, or 1×G where all outputs share it; of two-level scales the E4M3 values."""
+    zero_point: Tensor | None
+    """O×G int8 of an asymmetric grid."""
+    shared_scale: Tensor | None
+    """Float32, one element: what two-level scales are divided by."""
+    grid: Grid
+
+    @classmethod
+    def of(cls, codes_OI: Tensor, fitted: Fitted) -> QuantizedTensor:
+        """From the result of rounding."""
+        zero_OG = None if fitted.grid.symmetric else fitted.zero_OG.to(torch.int8)
+        return cls(codes_OI, fitted.stored_OG(), zero_OG, fitted.shared, fitted.grid)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        outputs, inputs = self.codes.shape
+        return outputs, inputs
+
+    @property
+    def weights(self) -> int:
+        """How many the codes stand for."""
+        return self.codes.numel()
+
+    @property
+    def fitted(self) -> Fitted:
+        """The grid with its numbers, as the arithmetic of `numerics/grid.py` takes it."""
+        return Fitted.of_stored(self.grid, self.scale, self.zero_point, self.shared_scale)
+
+    def dense(self) -> Tensor:
+        """The weights that the codes stand for, O×I in the scales' dtype: what ships, bit for bit."""
+        return restore(self.codes, self.fitted).to(self.scale.dtype)
+
+    def rows(self, chosen: slice | Tensor) -> QuantizedTensor:
+        """The same for some of the outputs, in the order chosen."""
+        scale_OG = self.scale if self.grid.scales.single else self.scale[chosen]
+        zero_OG = None if self.zero_point is None else self.zero_point[chosen]
+        return replace(self, codes=self.codes[chosen], scale=scale_OG, zero_point=zero_OG)
+
+    def centred_codes(self) -> Tensor:
+        """O×I int16: each code less its zero point (or the code of 0), so that 0 is a weight of zero."""
+        codes_OI, inputs = self.codes.to(torch.int16), self.shape[1]
+        if self.grid.number is not None:
+            return codes_OI - self.grid.number.encode(torch.zeros(1, device=self.codes.device)).to(torch.int16)
+        if self.zero_point is None:
+            return codes_OI
+        return codes_OI - self.zero_point.to(torch.int16).repeat_interleave(self.grid.length(inputs), 1)[:, :inputs]
+
+    @property
+    def bits(self) -> int:
+        """Codes at their own width, scales in the dtype that they have here, and packed zero points."""
+        return self.weights * self.grid.bits + self.grid.scale_bits(*self.shape, 8 * self.scale.element_size())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """`bits` ÷ weights."""
+        return self.bits / self.weights
