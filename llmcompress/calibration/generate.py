@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmcompress.calibration.tokens import starts_with_bos
 from llmcompress.errors import CompressError
+from llmcompress.modules.cache_names import cache_of, with_cache
 from llmcompress.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -95,8 +96,9 @@ class _Writer:
     def _logits(self, text_NT: Tensor) -> Tensor:
         """Of the next token, in float64, with the cache where the model has one."""
         new_NT = text_NT if self.cache is None else text_NT[:, -1:]
-        output = self.model(input_ids=new_NT.to(self.device), past_key_values=self.cache, use_cache=True)
-        self.cache = getattr(output, "past_key_values", None)
+        cache = with_cache(self.model.forward, self.cache)
+        output = self.model(input_ids=new_NT.to(self.device), **cache, use_cache=True)
+        self.cache = cache_of(output)
         logits_NV: Tensor = output.logits[:, -1].cpu().double()
         if not bool(logits_NV.isfinite().all()):
             raise CompressError(

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from llmcompress.loading.load import load
+from llmcompress.modules.cache_names import cache_of, with_cache
 
 SEED = 0
 
@@ -117,7 +118,7 @@ def _once(model: nn.Module, prompt_1T: Tensor, new_tokens: int, clock: Clock) ->
     ids = out.logits[:, -1:].argmax(-1)
     first = _now(device, clock)
     for _ in range(new_tokens - 1):
-        out = model(input_ids=ids, past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids=ids, **with_cache(model.forward, cache_of(out)), use_cache=True)
         ids = out.logits[:, -1:].argmax(-1)
     return first - start, _now(device, clock) - first
 

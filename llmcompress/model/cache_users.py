@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from llmcompress.errors import CompressError
+from llmcompress.modules.cache_names import cache_argument, with_cache
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class _Watched(DynamicCache):  # type: ignore[misc]
 @torch.no_grad()
 def watch_cache(model: PreTrainedModel, ids_BT: Tensor, watch: Watch) -> None:
     """Show the keys and values (B×H×T×D) that each layer would store for these tokens."""
-    model.base_model(input_ids=ids_BT, past_key_values=_Watched(model.config, watch), use_cache=True)
+    watched = with_cache(model.base_model.forward, _Watched(model.config, watch))
+    model.base_model(input_ids=ids_BT, **watched, use_cache=True)
 
 
 def cache_users(model: PreTrainedModel, ids_BT: Tensor) -> list[CacheUser]:
@@ -86,7 +88,7 @@ def cache_users(model: PreTrainedModel, ids_BT: Tensor) -> list[CacheUser]:
         for name, module in model.named_modules():
             hooks.callback(module.register_forward_pre_hook(begin(name), with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(lambda *_: (running.pop(), None)[1]).remove)
-        if "past_key_values" in inspect.signature(model.base_model.forward).parameters:
+        if cache_argument(model.base_model.forward):
             watch_cache(model, ids_BT, see)
     if not found or len({user.name for user in found}) < len(found):
         raise CompressError(

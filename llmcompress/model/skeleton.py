@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from llmcompress.errors import CompressError
 from llmcompress.model.random_weights import materialise
+from llmcompress.modules.cache_names import CACHE_NAMES
 
 HIDDEN_KEYWORD = "hidden_states"
-_CACHES = ("past_key_value", "past_key_values", "layer_past")
 """Names under which transformers hands a key-value cache to a block."""
 
 
@@ -205,7 +205,7 @@ def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def _without_cache(name: str, value: Any) -> Any:
     if name == "use_cache":
         return False
-    return None if name in _CACHES or hasattr(value, "get_seq_length") else value
+    return None if name in CACHE_NAMES or hasattr(value, "get_seq_length") else value
 
 
 def _with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

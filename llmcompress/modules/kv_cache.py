@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from llmcompress.errors import CompressError
 from llmcompress.modules.base import MODULES, Spec
+from llmcompress.modules.cache_names import CACHE_NAMES
 from llmcompress.modules.expression import Expression, Opaque
 from llmcompress.modules.wrapper import Wrapper
 from llmcompress.numerics.cache_codes import (
@@ -146,6 +147,8 @@ class CodedAttention(Wrapper):
         super().take(replaced)
         parameters = list(inspect.signature(replaced.forward).parameters.values())
         names = [each.name for each in parameters]
+        if self.argument not in names:  # saved by a version of transformers that called it otherwise
+            self.argument = next((name for name in CACHE_NAMES if name in names), self.argument)
         if self.argument not in names and not any(each.kind is each.VAR_KEYWORD for each in parameters):
             raise CompressError(
                 "kv_cache.argument",

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KILLED = """
 import os, sys
 from pathlib import Path
-from llmcompress.export import folder
+from llmcompress.storage import folder
 steps = iter(range(100))
 stop = int(sys.argv[3])
 def counted(real):

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from llmcompress.model.conform import conformed
 from llmcompress.model.facts import Facts
+from llmcompress.modules.cache_names import cache_of, with_cache
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.scheme import named_scheme
 from llmcompress.numerics.grid import round_to_codes
@@ -48,7 +49,7 @@ def assert_cache_is_right(model, tokens):
     made = model.generate(prompt, use_cache=True, **options)
     assert made.shape[1] == 11
     first = model(made[:, :8], use_cache=True)
-    second = model(made[:, 8:], past_key_values=first.past_key_values, use_cache=True)
+    second = model(made[:, 8:], **with_cache(model.forward, cache_of(first)), use_cache=True)
     whole = model(made, use_cache=False).logits
     torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole, rtol=1e-4, atol=5e-5)
     assert torch.equal(made, model.generate(prompt, use_cache=False, **options))

@@ -13,6 +13,7 @@ from llmcompress.errors import CompressError
 from llmcompress.model.depth import drop_blocks
 from llmcompress.model.probe import map_model
 from llmcompress.model.skeleton import find_blocks
+from llmcompress.modules.cache_names import with_cache
 from tests.families import FAMILIES, randomise, tiny_config, tiny_model, tiny_tokens
 from tests.model.test_conform import assert_cache_is_right, assert_stock_computes_the_same
 from tests.model.test_shrink import shrunk_model
@@ -242,5 +243,5 @@ def test_the_cache_of_the_smaller_model_has_one_layer_per_block():
     model = tiny_model("gemma2")
     drop_blocks(model, [1])
     cache = DynamicCache(config=model.config)
-    model(tiny_tokens("gemma2"), past_key_values=cache, use_cache=True)
+    model(tiny_tokens("gemma2"), **with_cache(model.forward, cache), use_cache=True)
     assert len(cache.layers) == 3

@@ -16,6 +16,7 @@ from llmcompress.model.map import SiteInfo
 from llmcompress.model.probe import probe
 from llmcompress.model.shrink import kind_of, shrink_block
 from llmcompress.model.skeleton import find_blocks, record
+from llmcompress.modules.cache_names import cache_of, with_cache
 from llmcompress.modules.manifest import Manifest, apply_manifest, changes
 from tests.families import FAMILIES, tiny_config, tiny_model, tiny_tokens
 
@@ -117,7 +118,7 @@ def test_without_some_heads_a_model_computes_what_the_masked_one_does_also_with_
         masked.set_attn_implementation(attention)
     torch.testing.assert_close(model(tokens).logits, masked(tokens).logits, rtol=1e-4, atol=2e-5)
     first = model(tokens[:, :7], use_cache=True)
-    second = model(tokens[:, 7:], past_key_values=first.past_key_values, use_cache=True)
+    second = model(tokens[:, 7:], **with_cache(model.forward, cache_of(first)), use_cache=True)
     stitched = torch.cat([first.logits, second.logits], 1)
     torch.testing.assert_close(stitched, masked(tokens).logits, rtol=1e-4, atol=2e-5)
     assert parameters(tiny_model(family)) - parameters(model) == closed_form(family, keep) > 0

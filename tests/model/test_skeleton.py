@@ -11,6 +11,7 @@ from torch import nn
 from llmcompress.errors import CompressError
 from llmcompress.model.random_weights import release
 from llmcompress.model.skeleton import BlockCall, Recorder, find_blocks, record, recorders
+from llmcompress.modules.cache_names import CACHE_NAMES
 from tests.families import FAMILIES, tiny_model, tiny_tokens
 
 
@@ -116,7 +117,7 @@ def test_a_model_with_several_hidden_states_is_refused():
 def test_calls_hold_no_cache():
     model = tiny_model("llama")
     for call in record(model, find_blocks(model), tiny_tokens("llama")).calls:
-        assert call.kwargs.get("past_key_values") is None
+        assert all(call.kwargs.get(name) is None for name in CACHE_NAMES)
         assert not call.kwargs.get("use_cache")
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.model.stock import stock_outline
+from llmcompress.modules.cache_names import cache_of, with_cache
 from llmcompress.modules.dynamic import DynamicBlock, tallied
 from llmcompress.modules.dynamic_exit import ExitBlock
 from llmcompress.modules.dynamic_skip import SkipBlock
@@ -76,7 +77,7 @@ def cached(model: Any, ids: Tensor, prompt: int) -> Tensor:
     out = model(ids[:, :prompt], use_cache=True)
     logits = [out.logits]
     for place in range(prompt, ids.shape[1]):
-        out = model(ids[:, place : place + 1], past_key_values=out.past_key_values, use_cache=True)
+        out = model(ids[:, place : place + 1], **with_cache(model.forward, cache_of(out)), use_cache=True)
         logits.append(out.logits)
     return torch.cat(logits, 1)
 
@@ -162,15 +163,15 @@ def test_a_skipped_block_stores_keys_and_values_but_runs_neither_output_projecti
     for block in blocks:
         block.threshold = ALWAYS
     with tallied(model) as counts:
-        out = model(ids[:, 5:], past_key_values=out.past_key_values, use_cache=True)
+        out = model(ids[:, 5:], **with_cache(model.forward, cache_of(out)), use_cache=True)
     assert ran == ["k_proj", "v_proj"] * len(blocks)
     assert [count.skipped_calls for count in counts.values()] == [1] * len(blocks)
-    assert [out.past_key_values.get_seq_length(layer) for layer in range(len(blocks))] == [6] * len(blocks)
+    assert [cache_of(out).get_seq_length(layer) for layer in range(len(blocks))] == [6] * len(blocks)
     embedded = model.get_input_embeddings()(ids[:, 5:])
     torch.testing.assert_close(out.logits, model.lm_head(model.model.norm(embedded)))
     normed = blocks[2].inner.input_layernorm(embedded)
     values = blocks[2].inner.self_attn.v_proj(normed).view(1, 1, 2, -1).transpose(1, 2)
-    layer = out.past_key_values.layers[2]
+    layer = cache_of(out).layers[2]
     torch.testing.assert_close(layer.values[:, :, -1:], values)
 
 

@@ -13,6 +13,7 @@ from llmcompress.errors import CompressError
 from llmcompress.model.cache_users import cache_users
 from llmcompress.model.skeleton import find_blocks, put_module
 from llmcompress.model.stock import stock_outline
+from llmcompress.modules.cache_names import cache_of, with_cache
 from llmcompress.modules.dynamic_skip import SkipBlock
 from llmcompress.modules.foresight import Foresight
 from llmcompress.modules.kv_cache import CodedAttention
@@ -75,11 +76,11 @@ def test_the_cache_that_generate_fills_is_as_small_as_said(number: str, scales: 
     made = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False, return_dict_in_generate=True)
     tokens = 2 * (9 + 3)
     wrappers = [part for part in model.modules() if isinstance(part, CodedAttention)]
-    assert stored_bytes(made.past_key_values) == tokens * sum(part.bytes_per_token for part in wrappers)
-    assert made.past_key_values.get_seq_length() == 12
-    dense = tiny_model("qwen3", dtype=torch.bfloat16)(made.sequences[:, :-1], use_cache=True).past_key_values
+    assert stored_bytes(cache_of(made)) == tokens * sum(part.bytes_per_token for part in wrappers)
+    assert cache_of(made).get_seq_length() == 12
+    dense = cache_of(tiny_model("qwen3", dtype=torch.bfloat16)(made.sequences[:, :-1], use_cache=True))
     share = (24 + 2) / (2 * 24) if scales == "token" else 0.5
-    assert stored_bytes(made.past_key_values) == pytest.approx(share * stored_bytes(dense))
+    assert stored_bytes(cache_of(made)) == pytest.approx(share * stored_bytes(dense))
 
 
 def _slow(x: Tensor, number: str) -> Tensor:
@@ -98,8 +99,8 @@ def _slow(x: Tensor, number: str) -> Tensor:
 @torch.no_grad()
 def test_what_is_cached_is_the_stock_models_rotated_keys_and_values_rounded(number: str) -> None:
     model, ids = coded_model("llama_gqa", number), tiny_tokens("llama_gqa")
-    stock = tiny_model("llama_gqa", seed=1)(ids, use_cache=True).past_key_values.layers[0]
-    layer = model(ids, use_cache=True).past_key_values.layers[0]
+    stock = cache_of(tiny_model("llama_gqa", seed=1)(ids, use_cache=True)).layers[0]
+    layer = cache_of(model(ids, use_cache=True)).layers[0]
     for codes, coding, dense in (
         (layer.keys, layer.key_coding, stock.keys),
         (layer.values, layer.value_coding, stock.values),
@@ -114,9 +115,9 @@ def test_beams_batches_and_crops_take_the_scales_along() -> None:
     beams = model.generate(ids, max_new_tokens=6, min_new_tokens=6, num_beams=3, do_sample=False)
     without = model.generate(ids, max_new_tokens=6, min_new_tokens=6, num_beams=3, do_sample=False, use_cache=False)
     assert beams.tolist() == without.tolist()
-    cache = model(ids, use_cache=True).past_key_values
+    cache = cache_of(model(ids, use_cache=True))
     cache.crop(-2)
-    again = model(ids[:, 4:], past_key_values=cache, use_cache=True).logits
+    again = model(ids[:, 4:], **with_cache(model.forward, cache), use_cache=True).logits
     torch.testing.assert_close(again, model(ids, use_cache=False).logits[:, 4:], atol=1e-4, rtol=1e-3)
 
 
@@ -124,8 +125,8 @@ def test_beams_batches_and_crops_take_the_scales_along() -> None:
 def test_a_cache_filled_by_the_dense_model_is_rounded_where_it_is_taken_over() -> None:
     model, dense = coded_model("llama_gqa"), tiny_model("llama_gqa", seed=1)
     ids = tiny_tokens("llama_gqa")
-    cache = dense(ids[:, :8], use_cache=True).past_key_values
-    model(ids[:, 8:], past_key_values=cache, use_cache=True)
+    cache = cache_of(dense(ids[:, :8], use_cache=True))
+    model(ids[:, 8:], **with_cache(model.forward, cache), use_cache=True)
     assert all(layer.keys.dtype == torch.int8 and layer.keys.shape[-2] == 12 for layer in cache.layers)
 
 
@@ -133,7 +134,7 @@ def test_a_cache_filled_by_the_dense_model_is_rounded_where_it_is_taken_over() -
 def test_a_cache_of_fixed_size_is_refused_with_the_way_out() -> None:
     model, ids = coded_model("llama_gqa"), tiny_tokens("llama_gqa")
     with pytest.raises(CompressError, match=r"kv_cache\.layer"):
-        model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=32), use_cache=True)
+        model(ids, **with_cache(model.forward, StaticCache(config=model.config, max_cache_len=32)), use_cache=True)
 
 
 @torch.no_grad()
@@ -144,7 +145,7 @@ def test_a_skipped_block_stores_codes_too() -> None:
     out = model(ids, use_cache=True)
     for block in blocks.values():
         block.threshold = float("inf")
-    after = model(ids[:, :1], past_key_values=out.past_key_values, use_cache=True).past_key_values
+    after = cache_of(model(ids[:, :1], **with_cache(model.forward, cache_of(out)), use_cache=True))
     assert all(layer.keys.shape[-2] == 13 and layer.keys.dtype == torch.int8 for layer in after.layers)
 
 
@@ -162,5 +163,5 @@ def test_the_manifest_rebuilds_it_under_the_same_names(number: str, scales: str)
 
 def test_a_caller_without_a_cache_gets_none_back() -> None:
     model, ids = coded_model("falcon"), tiny_tokens("falcon")
-    assert model(ids, use_cache=False).past_key_values is None
-    assert isinstance(model(ids, use_cache=True).past_key_values, DynamicCache)
+    assert cache_of(model(ids, use_cache=False)) is None
+    assert isinstance(cache_of(model(ids, use_cache=True)), DynamicCache)

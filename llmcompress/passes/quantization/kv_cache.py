@@ -14,6 +14,7 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError
 from llmcompress.model.cache_users import CacheUser, cache_users, watch_cache
 from llmcompress.model.skeleton import put_module
+from llmcompress.modules.cache_names import cache_of, with_cache
 from llmcompress.modules.kv_cache import CodedAttention, Scales
 from llmcompress.numerics.cache_codes import Number, scale_for
 from llmcompress.passes.base import PASSES, ModelPass, Trait
@@ -110,10 +111,10 @@ def _check(model: PreTrainedModel, ids_BT: Tensor) -> None:
     Raises: CompressError when it does not: some attention reads keys and values past its cache.
     """
     whole = model(input_ids=ids_BT, use_cache=False).logits[:, -1].float()
-    cache = model(input_ids=ids_BT[:, :-2], use_cache=True).past_key_values
+    cache = cache_of(model(input_ids=ids_BT[:, :-2], use_cache=True))
     for place in range(ids_BT.shape[1] - 2, ids_BT.shape[1]):
-        out = model(input_ids=ids_BT[:, place : place + 1], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(input_ids=ids_BT[:, place : place + 1], **with_cache(model.forward, cache), use_cache=True)
+        cache = cache_of(out)
     # the median: sums in another order move a number to the next code now and then
     apart = (out.logits[:, -1].float() - whole).abs().median()
     if apart > 0.01 * whole.abs().max():

@@ -11,6 +11,7 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError
 from llmcompress.model.map import BlockInfo, BlockStructure, ModelMap
 from llmcompress.model.skeleton import find_blocks
+from llmcompress.modules.cache_names import cache_of, with_cache
 from llmcompress.modules.dynamic import tallied
 from llmcompress.modules.dynamic_exit import ExitBlock
 from llmcompress.passes.base import PASSES
@@ -187,7 +188,7 @@ def test_both_dynamic_passes_stand_on_the_same_blocks() -> None:
     out = model(ids[:, :4], use_cache=True)
     found = [out.logits]
     for place in range(4, ids.shape[1]):
-        out = model(ids[:, place : place + 1], past_key_values=out.past_key_values, use_cache=True)
+        out = model(ids[:, place : place + 1], **with_cache(model.forward, cache_of(out)), use_cache=True)
         found.append(out.logits)
     torch.testing.assert_close(torch.cat(found, 1), model(ids, use_cache=False).logits, atol=2e-5, rtol=1e-4)
 
