@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llmcompress.errors import CompressError
 from llmcompress.model.skeleton import HIDDEN_KEYWORD
-from llmcompress.modules.experts import UnfusedExperts
+from llmcompress.modules.experts import expert_calls, routes_itself
 
 WORD = "experts"
 """What every family calls its list of experts; transformers recognises them by this word too."""
@@ -29,11 +29,8 @@ class AllTokens:
         self._input_NH = x_NH
         self.running = True
         try:
-            for index, expert in enumerate(experts):
-                if isinstance(experts, UnfusedExperts):
-                    experts.run_expert(index, x_NH)
-                else:
-                    expert(x_NH)
+            for run in expert_calls(experts):
+                run(x_NH)
         finally:
             self.running = False
 
@@ -56,9 +53,10 @@ def all_tokens(block: nn.Module) -> Iterator[AllTokens]:
         for name, module in block.named_modules():
             if not isinstance(module, nn.ModuleList) or name.rpartition(".")[2] != WORD:
                 continue
-            holder = module if isinstance(module, UnfusedExperts) else block.get_submodule(name.rpartition(".")[0])
+            routes = routes_itself(module)
+            holder = module if routes else block.get_submodule(name.rpartition(".")[0])
             hooks.callback(holder.register_forward_pre_hook(_first(state, module), with_kwargs=True).remove)
-            if not isinstance(module, UnfusedExperts):
+            if not routes:
                 for index, expert in enumerate(module):
                     hooks.callback(expert.register_forward_pre_hook(_checked(state, f"{name}.{index}")).remove)
         yield state

@@ -51,8 +51,8 @@ class BlockWork:
 
     def folds_into(self, sites: Sequence[LinearSite]) -> list[Fold]:
         """Folds all of whose consumers are among `sites`, and which touch nothing that holds codes already."""
-        dense = {site.info.name for site in sites if not site.is_quantized}
-        quantized = {site.info.name for site in self.sites if site.is_quantized}
+        dense = {site.info.name for site in sites if not site.is_compressed}
+        quantized = {site.info.name for site in self.sites if site.is_compressed}
         return [
             fold
             for fold in self.info.structure.folds

@@ -120,15 +120,10 @@ def _quantized_specs(modules: Mapping[str, Any], prefix: str = "") -> Iterator[t
     """Every quantized linear of a manifest, those that are parts of other modules too."""
     for name, spec in modules.items():
         if isinstance(spec, Mapping):
-            if spec.get("type") in _holding_codes():
+            if spec.get("type") in MODULES and MODULES[spec["type"]].holds_codes:
                 yield prefix + name, spec
             else:
                 yield from _quantized_specs(spec, f"{prefix}{name}.")
-
-
-def _holding_codes() -> set[str]:
-    """Types of modules whose own tensors are codes."""
-    return {name for name in MODULES if MODULES[name].holds_codes}
 
 
 def _from_compressed_tensors(

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -40,14 +39,17 @@ class ManifestQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         from llmcompress.modules.manifest import Manifest, apply_manifest
+        from llmcompress.formats.packed_linear import enter_file_forms
 
         config = self.quantization_config
         manifest = Manifest(config.modules, config.shapes, config.attributes)
         apply_manifest(model, manifest, model.dtype)
-        _swap_codes(model, packed=True)
+        enter_file_forms(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        _swap_codes(model, packed=False)
+        from llmcompress.formats.packed_linear import leave_file_forms
+
+        leave_file_forms(model)
         return model
 
     def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -62,16 +64,3 @@ class ManifestQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """Not through transformers."""
         return False
-
-
-def _swap_codes(model: nn.Module, *, packed: bool) -> None:
-    """Every quantized linear in its packed form, for which the file has tensors; or back."""
-    from llmcompress.modules.packed import PackedLinear
-    from llmcompress.modules.quant_linear import QuantLinear
-
-    for name, module in list(model.named_modules()):
-        parent, _, leaf = name.rpartition(".")
-        if packed and isinstance(module, QuantLinear):
-            setattr(model.get_submodule(parent), leaf, PackedLinear.empty(module))
-        elif not packed and isinstance(module, PackedLinear):
-            setattr(model.get_submodule(parent), leaf, module.unpack())

@@ -15,7 +15,8 @@ from llmcompress.model.facts import Facts
 from llmcompress.model.layer_config import smaller_configs
 from llmcompress.model.shrink import same
 from llmcompress.model.skeleton import find_blocks, record
-from llmcompress.model.stock import outline, plain_attributes, reloaded
+from llmcompress.model.stock import outline, reloaded
+from llmcompress.modules.plain_attributes import plain_attributes
 
 _TOKENS = 16
 """Enough for masks of different kinds of blocks to differ where windows are short."""

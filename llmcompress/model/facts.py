@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from llmcompress.model.bench import LINEARS, sizes
-from llmcompress.model.stock import plain_attributes
+from llmcompress.modules.plain_attributes import plain_attributes
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 

@@ -38,7 +38,7 @@ def rotate_heads(model: PreTrainedModel, model_map: ModelMap, sites: Sequence[Li
             linears = {
                 name: by_name[info.full(name)] for name in (attention.reader, *(tap for tap, _ in attention.taps))
             }
-            if not any(site.is_quantized for site in linears.values()):
+            if not any(site.is_compressed for site in linears.values()):
                 _rotate(attention, linears, basis)
                 rotated.add(info.name)
     moved = (logits_of(model, few_tokens(model)) - before).abs().max()

@@ -15,7 +15,7 @@ from llmcompress.model.bench import LINEARS
 from llmcompress.model.residual import Ports, Residual, StreamNorm, refused
 from llmcompress.model.rotation import contract
 from llmcompress.model.skeleton import put_module
-from llmcompress.modules.residual import Lane, LaneNorm, ShortcutBlock
+from llmcompress.modules.residual import Lane, LaneNorm, ShortcutBlock, place_lane, place_norm
 
 
 class Lanes:
@@ -75,13 +75,10 @@ class Lanes:
         widths = self._widths()
         self.wrapper.widths = widths
         for norm in self.ports.norms:
-            module = self.block.get_submodule(norm.name)
-            assert isinstance(module, LaneNorm)
-            module.place(sum(widths[: norm.stage]), widths[norm.stage])
+            place_norm(self.block.get_submodule(norm.name), sum(widths[: norm.stage]), widths[norm.stage])
         for writer in self.ports.writers:
-            module = self.block.get_submodule(writer.port.owner)
-            assert isinstance(module, Lane)
-            module.before, module.after = sum(widths[: writer.stage + 1]), sum(widths[writer.stage + 2 :])
+            lane = self.block.get_submodule(writer.port.owner)
+            place_lane(lane, sum(widths[: writer.stage + 1]), sum(widths[writer.stage + 2 :]))
         device = next(self.block.parameters()).device
         self.wrapper.set_shortcuts([after.to(device).T @ before.to(device) for before, after in pairwise(self.bases)])
 

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from llmcompress.model.residual import Residual
 from llmcompress.model.rotation import contract, few_tokens, places, resize_norm
 from llmcompress.model.skeleton import find_blocks, record
-from llmcompress.model.stock import outline, plain_attributes
+from llmcompress.model.stock import outline
+from llmcompress.modules.plain_attributes import plain_attributes
 from llmcompress.numerics.basis import zero_mean_frame
 
 

@@ -19,9 +19,8 @@ from llmcompress.model.map import BlockInfo, BlockStructure, ModelMap, Refusal
 from llmcompress.model.random_weights import materialise, release
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.model.structure import block_structure
-from llmcompress.modules.base import MODULES
+from llmcompress.modules.base import MODULES, CompressedModule
 from llmcompress.modules.manifest import apply_manifest, changes
-from llmcompress.modules.quant_linear import QuantLinear
 
 
 def probe(config: PretrainedConfig, *, unfuse: bool = False) -> ModelMap:
@@ -42,13 +41,16 @@ def map_model(model: PreTrainedModel) -> ModelMap:
     """
     outline = without_weights(model.config)
     found = changes(model, outline)
-    quantized = MODULES.name_of(QuantLinear)
-    # a linear made of codes has the shape of the stock one: for the map it is just that
-    modules = {name: spec for name, spec in found.modules.items() if spec["type"] != quantized}
+    # what has a stock format has the shape of the stock linear: for the map it is just that
+    modules = {name: spec for name, spec in found.modules.items() if not _is_like_stock(MODULES[spec["type"]])}
     apply_manifest(outline, replace(found, modules=modules), torch.float32)
     _copy_indices(model, outline)
     tied = model.get_input_embeddings().weight is getattr(model.get_output_embeddings(), "weight", None)
     return replace(_probe(outline), tied=tied)
+
+
+def _is_like_stock(kind: type[CompressedModule]) -> bool:
+    return kind.has_stock_format and not kind.is_transparent
 
 
 def _probe(model: PreTrainedModel) -> ModelMap:

@@ -16,7 +16,6 @@ from llmcompress.model.bench import LINEARS
 from llmcompress.model.norms import gain_and_bias
 from llmcompress.model.residual import Port, Ports, Residual, StreamNorm, refused
 from llmcompress.modules.base import CompressedModule
-from llmcompress.modules.wrapper import Wrapper
 from llmcompress.numerics.basis import mirror_normal, reflected
 
 Constants = Literal["bias", "mean"]
@@ -102,7 +101,7 @@ def contract(model: nn.Module, name: str, axis: int, matrix_DW: Tensor) -> None:
 def _factored_around(model: nn.Module, name: str) -> Iterator[CompressedModule]:
     while name := name.rpartition(".")[0]:
         module = model.get_submodule(name)
-        if not isinstance(module, CompressedModule) or isinstance(module, Wrapper):
+        if not isinstance(module, CompressedModule) or module.wraps_original:
             return
         yield module
 

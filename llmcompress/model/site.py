@@ -30,8 +30,8 @@ class LinearSite:
         return self._block.get_submodule(self.info.name)
 
     @property
-    def is_quantized(self) -> bool:
-        """Whether it holds codes or factors already, so that there is no dense weight to change."""
+    def is_compressed(self) -> bool:
+        """Whether something that passes made stands there (codes, factors, rows left out): no dense weight to change."""
         return isinstance(self.module, CompressedModule)
 
     @property
@@ -52,7 +52,7 @@ class LinearSite:
 
     def write(self, weight_OI: Tensor) -> None:
         """Set the dense weight."""
-        assert not self.is_quantized, f"{self.name} already holds codes"
+        assert not self.is_compressed, f"{self.name} is compressed already"
         with torch.no_grad():
             self._block.get_parameter(f"{self.info.name}.weight").copy_(
                 weight_OI.T if self.info.transposed else weight_OI
@@ -61,7 +61,7 @@ class LinearSite:
     def write_bias(self, bias_O: Tensor) -> None:
         """Set the bias; a linear without one gets one."""
         module = self.module
-        assert not self.is_quantized and hasattr(module, "bias"), f"{self.name} holds codes"
+        assert not self.is_compressed and hasattr(module, "bias"), f"{self.name} is compressed already"
         like = self._block.get_parameter(f"{self.info.name}.weight")
         module.bias = nn.Parameter(bias_O.detach().to(like), requires_grad=like.requires_grad)
 

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 try:
     from transformers.initialization import no_init_weights
 except ImportError:  # transformers 4
     from transformers.modeling_utils import no_init_weights
-
-_PASSING = frozenset({"training", "gradient_checkpointing"})
-"""Attributes that say how a module is used at the moment, not what it is."""
 
 
 def outline(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
@@ -48,15 +43,3 @@ def reloaded(config: PretrainedConfig) -> PretrainedConfig:
     again = type(config).from_dict(config.to_dict())
     again._attn_implementation = config._attn_implementation
     return again
-
-
-def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Numbers, words and tuples of numbers that a module notes about itself."""
-    return {key: value for key, value in vars(module).items() if _is_plain(key, value)}
-
-
-def _is_plain(key: str, value: Any) -> bool:
-    if key.startswith("_") or key in _PASSING:
-        return False
-    parts = value if isinstance(value, tuple) else (value,)
-    return all(isinstance(part, int | float | str) for part in parts)

@@ -93,10 +93,6 @@ class CompressedModule(nn.Module, ABC):
         """Whether a stock checkpoint holds all of it under the stock names, as if nothing had been replaced."""
         return False
 
-    def file_form(self) -> nn.Module | None:
-        """What stands in its place while our files are read, with tensors as they hold them; None: it itself."""
-        return None
-
     @classmethod
     def cache_bytes_per_token(cls, spec: Spec) -> int:
         """Of keys and values that one with that spec caches as codes."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import ClassVar, Self
 
 import torch
@@ -74,10 +75,10 @@ class UnfusedExperts(CompressedModule, nn.ModuleList):
 
     @override
     def differs_below(self, stock: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-        if not isinstance(stock, UnfusedExperts):
-            with torch.device("meta"):
-                stock = self.from_spec(self.spec(), torch.float32)
-        for (name, expert), before in zip(self.named_children(), stock.children(), strict=True):
+        """From experts as they were when the bank was taken apart."""
+        with torch.device("meta"):
+            unchanged = self.from_spec(self.spec(), torch.float32)
+        for (name, expert), before in zip(self.named_children(), unchanged.children(), strict=True):
             yield name, expert, before
 
     def run_expert(self, index: int, x_NH: Tensor) -> Tensor:
@@ -96,3 +97,15 @@ class UnfusedExperts(CompressedModule, nn.ModuleList):
                 y_MH = self.run_expert(index, hidden_states[token_M]) * top_k_weights[token_M, place_M, None]
                 total_NH.index_add_(0, token_M, y_MH.to(total_NH.dtype))
         return total_NH
+
+
+def routes_itself(experts: nn.ModuleList) -> bool:
+    """Whether the model calls the list, with the router's choice, and not one expert after the other."""
+    return isinstance(experts, UnfusedExperts)
+
+
+def expert_calls(experts: nn.ModuleList) -> list[Callable[[Tensor], Tensor]]:
+    """Each expert of a list, of whichever kind, as a function of tokens."""
+    if isinstance(experts, UnfusedExperts):
+        return [partial(experts.run_expert, index) for index in range(len(experts))]
+    return list(experts)

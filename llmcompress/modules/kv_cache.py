@@ -173,6 +173,11 @@ class CodedAttention(Wrapper):
         heads, widths = (cast(tuple[int, int], tuple(map(int, spec[key]))) for key in ("heads", "widths"))
         return cls(spec["number"], spec["scales"], str(spec["argument"]), heads, widths)
 
+    @property
+    def bytes_per_token(self) -> int:
+        """What one token takes in the cache."""
+        return self.cache_bytes_per_token(self.spec())
+
     @classmethod
     @override
     def cache_bytes_per_token(cls, spec: Spec) -> int:
@@ -204,3 +209,9 @@ class CodedAttention(Wrapper):
     @override
     def extra_repr(self) -> str:
         return f"keys and values in {self.number}, scales per {self.scales}"
+
+
+def cache_bytes_of(module: nn.Module) -> int:
+    """What one token takes in the cache of an attention of which the caller knows that it stores codes."""
+    assert isinstance(module, CodedAttention)
+    return module.bytes_per_token

@@ -13,13 +13,8 @@ from torch import nn
 
 from llmcompress.errors import CompressError
 from llmcompress.modules.base import MODULES, CompressedModule, Spec, from_named_spec, named_spec
-from llmcompress.modules.experts import UnfusedExperts
+from llmcompress.modules.plain_attributes import plain_numbers
 from llmcompress.modules.private_config import PrivateConfig
-from llmcompress.modules.quant_linear import QuantLinear
-from llmcompress.modules.wrapper import Wrapper
-
-_PASSING = frozenset({"training", "gradient_checkpointing"})
-"""Attributes that say how a module is used at the moment, not what it is."""
 
 _CONFIG = "config."
 """Prefix of attributes that a module reads through a config of its own."""
@@ -44,10 +39,9 @@ class Manifest:
 
     @property
     def needs_plugin(self) -> bool:
-        """Whether more differs than linears of stock size made of codes: compressed-tensors has words for those."""
-        stock = {MODULES.name_of(QuantLinear), MODULES.name_of(UnfusedExperts)}
-        return bool(self.shapes or self.attributes or self.reshaped) or any(
-            s["type"] not in stock for s in self.modules.values()
+        """Whether more differs than modules of stock size for which a stock format has words."""
+        return bool(self.shapes or self.attributes or self.reshaped) or not all(
+            MODULES[spec["type"]].has_stock_format for spec in self.modules.values()
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -71,22 +65,12 @@ def changes(live: nn.Module, skeleton: nn.Module) -> Manifest:
 
 
 def _compare(live: nn.Module, stock: nn.Module, name: str, found: Manifest) -> None:
-    if isinstance(live, Wrapper):
+    if isinstance(live, CompressedModule) and not (live.is_transparent and type(live) is type(stock)):
         found.modules[name] = named_spec(live)
-        _compare(live.inner, stock, _join(name, "inner"), found)
-        return
-    if isinstance(live, UnfusedExperts):
-        if not isinstance(stock, UnfusedExperts):
-            found.modules[name] = named_spec(live)
-            with torch.device("meta"):
-                stock = from_named_spec(named_spec(live), torch.float32)
-    elif isinstance(live, CompressedModule):
-        found.modules[name] = named_spec(live)
-        if isinstance(live, QuantLinear) and (
-            sorted(_sizes(stock)) != sorted((live.out_features, live.in_features))
-            or (live.bias is None) != (getattr(stock, "bias", None) is None)
-        ):
+        if not live.is_transparent and not live.wraps_original and _is_reshaped(live, stock):
             found.reshaped.add(name)
+        for leaf, part, before in live.differs_below(stock):
+            _compare(part, before, _join(name, leaf), found)
         return
     if type(live) is not type(stock):
         raise CompressError(
@@ -122,6 +106,11 @@ def _compare(live: nn.Module, stock: nn.Module, name: str, found: Manifest) -> N
         _compare(child, there, _join(name, leaf), found)
 
 
+def _is_reshaped(live: CompressedModule, stock: nn.Module) -> bool:
+    same_bias = (live.dense_bias() is None) == (getattr(stock, "bias", None) is None)
+    return not same_bias or sorted(_sizes(stock)) != sorted((live.out_features, live.in_features))
+
+
 def _sizes(stock: nn.Module) -> tuple[int, ...]:
     """Of a linear's weight, or of what already replaces it."""
     if isinstance(stock, CompressedModule):
@@ -134,8 +123,8 @@ def _attributes(live: nn.Module, stock: nn.Module) -> dict[str, Any]:
     """Plain numbers (and tuples of them) that differ, those of a private config included."""
     differing = {
         key: list(value) if isinstance(value, tuple) else value
-        for key, value in vars(live).items()
-        if _is_plain(key, value) and vars(stock).get(key) != value
+        for key, value in plain_numbers(live).items()
+        if vars(stock).get(key) != value
     }
     mine, theirs = getattr(live, "config", None), getattr(stock, "config", None)
     if mine is not None and theirs is not None and hasattr(mine, "__dict__"):
@@ -145,13 +134,6 @@ def _attributes(live: nn.Module, stock: nn.Module) -> dict[str, Any]:
             if isinstance(value, int | float) and not key.startswith("_") and getattr(theirs, key, None) != value
         }
     return differing
-
-
-def _is_plain(key: str, value: Any) -> bool:
-    if key.startswith("_") or key in _PASSING:
-        return False
-    numbers = value if isinstance(value, tuple) and value else (value,)
-    return all(isinstance(number, int | float) for number in numbers)
 
 
 def apply_manifest(skeleton: nn.Module, manifest: Manifest, dtype: torch.dtype) -> None:
@@ -165,8 +147,7 @@ def apply_manifest(skeleton: nn.Module, manifest: Manifest, dtype: torch.dtype) 
             parent_name, _, leaf = name.rpartition(".")
             parent = _module(skeleton, parent_name)
             new = from_named_spec(spec, dtype)
-            if isinstance(new, Wrapper):
-                new.take(_module(skeleton, name))
+            new.take(_module(skeleton, name))
             setattr(parent, leaf, new.train(parent.training))
         for name, shape in manifest.shapes.items():
             owner, _, leaf = name.rpartition(".")

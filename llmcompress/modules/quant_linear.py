@@ -136,6 +136,17 @@ class QuantLinear(CompressedModule):
         return f"{self.in_features} → {self.out_features}, {self.scheme.name}"
 
 
+def quantized_linears(model: nn.Module) -> dict[str, QuantLinear]:
+    """Full name → everything below a module that holds codes and scales, tables of embeddings too."""
+    return {name: part for name, part in model.named_modules() if isinstance(part, QuantLinear)}
+
+
+def codes_of(module: nn.Module) -> QuantLinear:
+    """A module of which the caller knows that it holds codes and scales."""
+    assert isinstance(module, QuantLinear), f"a {type(module).__name__} holds no codes"
+    return module
+
+
 def as_bits(value: Tensor) -> Tensor:
     """A float32 as an int32 that no cast of floating tensors touches."""
     return value.float().view(torch.int32)

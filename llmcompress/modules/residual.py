@@ -32,7 +32,7 @@ class LaneNorm(CompressedModule):
     def __init__(self, start: int, width: int, divisor: int, epsilon: float) -> None:
         super().__init__()
         self.divisor, self.epsilon = divisor, epsilon
-        self.place(start, width)
+        place_norm(self, start, width)
 
     @override
     def spec(self) -> Spec:
@@ -47,11 +47,6 @@ class LaneNorm(CompressedModule):
     def expression(self) -> Expression:
         return Opaque("a norm divides by what it finds in its input")
 
-    def place(self, start: int, width: int) -> None:
-        """Read other channels."""
-        self.start = start
-        self.width = self.in_features = self.out_features = width
-
     @override
     def forward(self, hidden: Tensor) -> Tensor:
         lane = hidden[..., self.start : self.start + self.width]
@@ -64,6 +59,13 @@ class LaneNorm(CompressedModule):
     @override
     def extra_repr(self) -> str:
         return f"{self.start}:{self.start + self.width} of the lanes, divisor {self.divisor}"
+
+
+def place_norm(module: nn.Module, start: int, width: int) -> None:
+    """Let a lane norm read other channels."""
+    assert isinstance(module, LaneNorm)
+    module.start = start
+    module.width = module.in_features = module.out_features = width
 
 
 @MODULES.register("lane")
@@ -93,6 +95,12 @@ class Lane(Wrapper):
     @override
     def forward(self, x: Tensor) -> Tensor:
         return functional.pad(self.inner(x), (self.before, self.after))
+
+
+def place_lane(module: nn.Module, before: int, after: int) -> None:
+    """Let the linear in a lane write somewhere else."""
+    assert isinstance(module, Lane)
+    module.before, module.after = before, after
 
 
 @MODULES.register("shortcuts")

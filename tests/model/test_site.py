@@ -30,7 +30,7 @@ def test_a_weight_is_read_written_and_replaced_as_outputs_by_inputs(family):
             scheme = named_scheme("int8_channel")
             fitted = fit(site.weight_OI, scheme.weights)
             site.replace(QuantLinear.from_fitted(scheme, round_to_codes(site.weight_OI, fitted), fitted, site.bias_O))
-            assert site.is_quantized
+            assert site.is_compressed
             torch.testing.assert_close(site.module(x), x @ site.weight_OI.T + bias)
         with pytest.raises(AssertionError):
             site.write(site.weight_OI)

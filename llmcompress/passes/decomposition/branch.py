@@ -94,13 +94,6 @@ def weight_only_scheme(name: str | None) -> str | None:
     return name
 
 
-def codes_at(site: LinearSite) -> QuantLinear:
-    """The quantized linear that stands at the site now."""
-    module = site.module
-    assert isinstance(module, QuantLinear), f"{site.name} was not quantized"
-    return module
-
-
 def dense_of(base: QuantLinear) -> Tensor:
     """The weight that the codes stand for, in float32."""
     return base.dense_weight().float()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.model.site import LinearSite
-from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.modules.quant_linear import QuantLinear, codes_of
 from llmcompress.modules.scheme import DESCRIPTION
 from llmcompress.numerics.low_rank import relative_output_error
 from llmcompress.numerics.statistics import Gram, Statistic
@@ -18,7 +18,6 @@ from llmcompress.passes.base import PASSES, Trait
 from llmcompress.passes.decomposition.branch import (
     Branch,
     branch,
-    codes_at,
     corrected_row,
     dense_of,
     weight_only_scheme,
@@ -80,7 +79,7 @@ class Caldera(QuantizingPass):
             site.replace(dense)
             site.write(target_OI)
             (row,) = gptq.apply(block, [site])
-            return codes_at(site), row
+            return codes_of(site.module), row
 
         base, base_row = quantized(weight_OI)
         least = relative_output_error(weight_OI, dense_of(base), gram.sum_II)

@@ -11,10 +11,11 @@ from torch import Tensor
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.model.map import ModelMap
 from llmcompress.model.site import LinearSite
+from llmcompress.modules.quant_linear import codes_of
 from llmcompress.numerics.low_rank import relative_output_error
 from llmcompress.numerics.statistics import AbsMean, Gram, Statistic
 from llmcompress.passes.base import PASSES, BlockPass, Trait
-from llmcompress.passes.decomposition.branch import branch, codes_at, corrected_row, dense_of, weight_only_scheme
+from llmcompress.passes.decomposition.branch import branch, corrected_row, dense_of, weight_only_scheme
 from llmcompress.passes.quantization.base import QuantizingPass
 from llmcompress.passes.quantization.resolve import site_schemes
 from llmcompress.records.rows import SiteReport
@@ -100,7 +101,7 @@ class LowRankCorrection(BlockPass):
         return rows
 
     def _correct(self, site: LinearSite, weight_OI: Tensor, base_row: SiteReport) -> SiteReport:
-        base, gram = codes_at(site), site.statistic(Gram)
+        base, gram = codes_of(site.module), site.statistic(Gram)
         metric = gram.sum_II if self.whitening == "gram" else site.statistic(AbsMean).mean_I.square()
         missing_OI = weight_OI - dense_of(base)
         repair = branch(

@@ -12,7 +12,7 @@ from typing_extensions import override
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.model.map import ModelMap, SiteInfo
-from llmcompress.modules.low_rank import LowRankLinear
+from llmcompress.modules.low_rank import factors_of
 from llmcompress.numerics.low_rank import break_even
 from llmcompress.passes.base import PASSES, Backward, ModelPass, Trait
 from llmcompress.passes.decomposition.ranks import RankRule
@@ -149,5 +149,7 @@ class ProgressiveLowRank(ModelPass):
 
 
 def _weights(module: nn.Module) -> list[nn.Parameter]:
-    assert isinstance(module, LowRankLinear)
-    return [module.right.get_parameter("weight"), module.left.get_parameter("weight")]
+    factors = factors_of(module)
+    assert factors is not None
+    left_OR, right_RI = factors
+    return [right_RI, left_OR]

@@ -13,7 +13,7 @@ from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.model.site import LinearSite
-from llmcompress.modules.low_rank import LowRankLinear
+from llmcompress.modules.low_rank import LowRankLinear, factors_of
 from llmcompress.numerics.low_rank import (
     Factors,
     best_left,
@@ -180,14 +180,14 @@ def _refitted(block: BlockWork, weights: Mapping[str, Tensor], rows: list[SiteRe
     """Left factors that lose least on what the factored linears before them in the block now give."""
     errors: dict[str, float] = {}
     for group in block.input_groups():
-        sites = [site for site in group if site.name in weights and isinstance(site.module, LowRankLinear)]
+        sites = [site for site in group if site.name in weights and factors_of(site.module)]
         if not sites:
             continue
         block.measure(sites, (Gram,))
         for site in sites:
-            module, gram = site.module, site.statistic(Gram)
-            assert isinstance(module, LowRankLinear)
-            right_RI, left_OR = module.right.get_parameter("weight"), module.left.get_parameter("weight")
+            factors, gram = factors_of(site.module), site.statistic(Gram)
+            assert factors is not None
+            left_OR, right_RI = factors
             if gram.tokens:
                 left_OR.copy_(best_left(weights[site.name], right_RI, gram.sum_II))
             errors[site.name] = relative_output_error(weights[site.name], left_OR @ right_RI, gram.sum_II)

@@ -7,10 +7,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from llmcompress.model.site import LinearSite
+from llmcompress.modules.quant_linear import codes_of
 from llmcompress.numerics.grid import output_error
 from llmcompress.numerics.statistics import Gram, Moments, Statistic
 from llmcompress.passes.base import PASSES
-from llmcompress.passes.decomposition.branch import codes_at, dense_of
+from llmcompress.passes.decomposition.branch import dense_of
 from llmcompress.passes.quantization.around import AroundQuantizer
 from llmcompress.records.rows import SiteReport
 
@@ -33,7 +34,7 @@ class BiasCorrection(AroundQuantizer):
 
     def improve(self, site: LinearSite, weight_OI: Tensor, row: SiteReport) -> SiteReport:
         """Move the mean error of one site into its bias, where it can be stored and lowers the error."""
-        codes, gram = codes_at(site), site.statistic(Gram)
+        codes, gram = codes_of(site.module), site.statistic(Gram)
         missing_OI = weight_OI - dense_of(codes)
         error_before = float(output_error(missing_OI, gram.sum_II))
         if codes.bias is None and not self.new_biases:

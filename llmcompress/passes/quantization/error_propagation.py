@@ -86,7 +86,7 @@ class ErrorPropagation(QuantizingPass):
 
     def _carry_on(self, block: BlockWork, sites: Sequence[LinearSite]) -> set[str]:
         """Names of the sites whose weights moved."""
-        wanted = {site.name for site in sites if self.selects(site.name) and not site.is_quantized}
+        wanted = {site.name for site in sites if self.selects(site.name) and not site.is_compressed}
         groups = [
             members
             for group in block.input_groups()

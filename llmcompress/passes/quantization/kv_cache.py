@@ -15,7 +15,7 @@ from llmcompress.errors import CompressError
 from llmcompress.model.cache_users import CacheUser, cache_users, watch_cache
 from llmcompress.model.skeleton import put_module
 from llmcompress.modules.cache_names import cache_of, with_cache
-from llmcompress.modules.kv_cache import CodedAttention, Scales
+from llmcompress.modules.kv_cache import CodedAttention, Scales, cache_bytes_of
 from llmcompress.numerics.cache_codes import Number, scale_for
 from llmcompress.passes.base import PASSES, ModelPass, Trait
 from llmcompress.records.rows import SiteReport
@@ -77,13 +77,11 @@ class KeyValueCache(ModelPass):
             return [self._row(user, whole) for user in users]
 
     def _row(self, user: CacheUser, whole: WholeModel) -> SiteReport:
-        wrapper = whole.model.get_submodule(user.name)
-        assert isinstance(wrapper, CodedAttention)
         return SiteReport(
             site=user.name,
             algorithm="kv_cache",
             tokens=whole.context.windows_NT.numel() if self.uses_data() else None,
-            cache_bytes=wrapper.cache_bytes_per_token(wrapper.spec()),
+            cache_bytes=cache_bytes_of(whole.model.get_submodule(user.name)),
             cache_bytes_before=user.numbers_per_token * whole.context.storage_dtype.itemsize,
         )
 

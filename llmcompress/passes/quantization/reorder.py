@@ -69,7 +69,7 @@ class Reorder(BlockPass):
     @override
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
         """Cluster every input, permute producers where that is legal, then put the rounding before the linears."""
-        dense = {site.name for site in sites if not site.is_quantized}
+        dense = {site.name for site in sites if not site.is_compressed}
         plans = []
         for group in block.input_groups():
             members = tuple(site for site in group if site.name in dense)

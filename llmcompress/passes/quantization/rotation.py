@@ -118,7 +118,7 @@ class Rotation(ModelPass):
         rotated = self._rotate_heads(whole, sites, generator) if self.heads else set[str]()
         online = self._online_sites(whole.map)
         for site in sites:
-            if site.name in online and not site.is_quantized:
+            if site.name in online and not site.is_compressed:
                 turned_OI = transformed(site.weight_OI, site.info.inputs)
                 site.replace(RotatedInput(linear_of(turned_OI, site.bias_O)))
         score = self._rotate_stream(whole, sites, generator) if self.stream else None

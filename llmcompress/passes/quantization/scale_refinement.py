@@ -8,14 +8,13 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from llmcompress.model.site import LinearSite
-from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.modules.quant_linear import QuantLinear, codes_of
 from llmcompress.modules.scheme import named_scheme
 from llmcompress.numerics.formats import STORED
 from llmcompress.numerics.grid import Fitted
 from llmcompress.numerics.scale_refinement import refine_scales
 from llmcompress.numerics.statistics import Gram
 from llmcompress.passes.base import PASSES
-from llmcompress.passes.decomposition.branch import codes_at
 from llmcompress.passes.quantization.around import AroundQuantizer
 from llmcompress.passes.quantization.base import relative_error
 from llmcompress.records.rows import SiteReport
@@ -41,7 +40,7 @@ class ScaleRefinement(AroundQuantizer):
 
     def improve(self, site: LinearSite, weight_OI: Tensor, row: SiteReport) -> SiteReport:
         """Solve for the scales of one site."""
-        codes, gram = codes_at(site), site.statistic(Gram)
+        codes, gram = codes_of(site.module), site.statistic(Gram)
         fitted = Fitted.of_stored(codes.scheme.weights, codes.scale_OG.float(), codes.zero_OG, None)
         before = relative_error(weight_OI, codes.codes_OI, fitted, gram)
         refined = refine_scales(

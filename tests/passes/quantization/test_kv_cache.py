@@ -59,7 +59,7 @@ def test_fixed_scales_cover_the_calibration_text_exactly() -> None:
     wrapper = model.model.layers[0].self_attn
     expected = (layer.keys.abs().amax((0, 2)) / 127)[:, None]
     torch.testing.assert_close(wrapper.key_scale, expected, rtol=2**-8, atol=0)
-    assert wrapper.key_scale.shape == (2, 1, 16) and wrapper.cache_bytes_per_token(wrapper.spec()) == 2 * 2 * 16
+    assert wrapper.key_scale.shape == (2, 1, 16) and wrapper.bytes_per_token == 2 * 2 * 16
 
 
 def test_rows_tell_bytes_per_token_in_the_stored_type() -> None:
