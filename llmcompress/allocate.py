@@ -12,13 +12,13 @@ from llmcompress.calibration.devices import usable_device
 from llmcompress.calibration.tokens import max_positions
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.export.checkpoint import loader_of
+from llmcompress.export.loader import loader_of
 from llmcompress.loading.load import load_for_compression
 from llmcompress.loading.source import find_source
 from llmcompress.model.probe import map_model
 from llmcompress.passes.apply import apply_passes
 from llmcompress.passes.quantization.mixed_precision import MixedPrecision
-from llmcompress.planning import check_recipe, storage_dtype_of
+from llmcompress.planning import aimed_at_target, check_recipe, storage_dtype_of
 from llmcompress.presets import as_recipe
 from llmcompress.progress import Progress, Silent
 from llmcompress.recipe import Recipe
@@ -33,7 +33,7 @@ def allocate(
     saved. Raises: CompressError when the recipe has not exactly one such pass, and for all that `compress` refuses.
     """
     progress = progress or Silent()
-    chosen = as_recipe(recipe).for_model(model)
+    chosen = aimed_at_target(as_recipe(recipe).for_model(model))
     (index,) = _places(chosen)
     deciding = chosen.passes[index]
     assert isinstance(deciding, MixedPrecision)

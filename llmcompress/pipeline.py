@@ -26,8 +26,8 @@ from llmcompress.evaluation.footprint import bytes_on_disk
 from llmcompress.evaluation.perplexity import EvaluationText, evaluation_text, measure
 from llmcompress.evaluation.settings import Evaluate
 from llmcompress.evaluation.speed import SpeedResult, speed_of
-from llmcompress.export.checkpoint import loader_of
 from llmcompress.export.companions import companions
+from llmcompress.export.loader import loader_of
 from llmcompress.export.save import save_model
 from llmcompress.loading.config import read_config
 from llmcompress.loading.load import Loaded, load, load_for_compression
@@ -37,7 +37,7 @@ from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.probe import map_model, probe
 from llmcompress.passes.apply import apply_passes, steps
 from llmcompress.passes.together import Together
-from llmcompress.planning import Plan, check_recipe, make_plan, refused, storage_dtype_of
+from llmcompress.planning import Plan, aimed_at_target, check_recipe, make_plan, refused, storage_dtype_of
 from llmcompress.presets import as_recipe
 from llmcompress.progress import Progress, Silent
 from llmcompress.recipe import Recipe
@@ -72,7 +72,7 @@ def compress(
 
     Raises: CompressError for everything a user can cause.
     """
-    chosen = as_recipe(recipe).for_model(model)
+    chosen = aimed_at_target(as_recipe(recipe).for_model(model))
     where = own_device(usable_device(device))
     with all_ranks(where) as ranks:
         return _compress(
@@ -116,9 +116,9 @@ def _compress(
     home: Home = InMemory() if loaded.weights is None else OnDisk(loaded.weights)
     unfuse_experts(loaded.model, loaded.weights)
     model_map = map_model(loaded.model)
-    notes = check_recipe(chosen, model_map, loader_of(loaded.model.config))
-    texts = [evaluation_text(task, loaded.tokenizer, loaded.model.config) for task in chosen.evaluate.perplexity]
     storage_dtype = storage_dtype_of(chosen, loaded.preflight)
+    notes = check_recipe(chosen, model_map, loader_of(loaded.model.config), storage_dtype).notes
+    texts = [evaluation_text(task, loaded.tokenizer, loaded.model.config) for task in chosen.evaluate.perplexity]
     clock.lap("load")
 
     opened = (
@@ -229,7 +229,7 @@ def plan(model: str | None, recipe: Recipe | str | Path, *, offload: Offload = "
 
     Raises: CompressError for what `compress` would refuse.
     """
-    chosen = as_recipe(recipe).for_model(model)
+    chosen = aimed_at_target(as_recipe(recipe).for_model(model))
     source = find_source(str(chosen.model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
     return make_plan(source, chosen, offload=offload)
 

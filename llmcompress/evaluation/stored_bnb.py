@@ -37,7 +37,9 @@ class BnbSite:
 
     def codes(self, read: Tensors) -> Tensor:
         """O×I int16: each code less that of 0, so 0 is a weight of zero."""
-        needed = {name: read(each) for name, each in self.tensors.items() if name in ("weight", "weight.quant_map", "SCB")}
+        needed = {
+            name: read(each) for name, each in self.tensors.items() if name in ("weight", "weight.quant_map", "SCB")
+        }
         return unpack(needed, (self.outputs, self.inputs)).centred_codes()
 
 

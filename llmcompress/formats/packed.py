@@ -1,4 +1,4 @@
-"""A quantized linear as our manifest stores it: codes at their own width. O = outputs, I = inputs, B = bytes of a row."""
+"""A quantized linear in a folder of ours: codes at their own width. O = outputs, I = inputs, B = bytes of a row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands in the place of a quantized linear while a folder of ours is read: tensors as `packed.py` lays them out."""
+"""What stands in a quantized linear's place while a folder of ours is read: tensors as `packed.py` lays them out."""
 
 from __future__ import annotations
 

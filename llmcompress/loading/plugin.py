@@ -38,8 +38,8 @@ class ManifestQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        from llmcompress.modules.manifest import Manifest, apply_manifest
         from llmcompress.formats.packed_linear import enter_file_forms
+        from llmcompress.modules.manifest import Manifest, apply_manifest
 
         config = self.quantization_config
         manifest = Manifest(config.modules, config.shapes, config.attributes)

@@ -41,7 +41,7 @@ def _pack_whole(codes_OI: Tensor, bits: int, low: int) -> Tensor:
 def pack_words(codes_OI: Tensor, bits: int) -> Tensor:
     """O×W int32: rows of signed codes as bits, padded to whole words. The same stream as `pack_bits`, which see."""
     packed_OB = pack_bits(codes_OI, bits, -(1 << (bits - 1)))
-    return torch.nn.functional.pad(packed_OB, (0, -packed_OB.shape[1] % 4)).view(torch.int32)
+    return torch.nn.functional.pad(packed_OB, (0, -packed_OB.shape[1] % 4)).contiguous().view(torch.int32)
 
 
 def unpack_words(words_OW: Tensor, bits: int, count: int) -> Tensor:
