@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from llmcompress.formats.named import Kind, Named, empty_dense, kinds
-from llmcompress.modules.expression import Expression
 from llmcompress.modules.expression_leaves import Dense
 
 
-def pack(form: Expression, dtype: torch.dtype, *, transposed: bool = False) -> dict[str, Tensor]:
+class Matrix(Protocol):
+    """An expression, or a module that is one."""
+
+    def dense_weight(self) -> Tensor:
+        """O×I.
+
+        Raises: TypeError when it stands for no single matrix.
+        """
+
+    def dense_bias(self) -> Tensor | None:
+        """What is added."""
+
+
+def pack(form: Matrix, dtype: torch.dtype, *, transposed: bool = False) -> dict[str, Tensor]:
     """Multiplied out and rounded to `dtype`; a Conv1D stores inputs × outputs.
 
     Raises: TypeError when the expression stands for no single matrix.

@@ -29,12 +29,12 @@ def pack_bits(codes_OI: Tensor, bits: int, low: int) -> Tensor:
 
 def _pack_whole(codes_OI: Tensor, bits: int, low: int) -> Tensor:
     """The same where a byte holds whole codes: without a stream of single bits, which takes eight times the room."""
-    each = 8 // bits
+    rows, count, each = *codes_OI.shape, 8 // bits
     fields_OI = (codes_OI.to(torch.int16) - low).to(torch.uint8)
-    fields_OBE = torch.nn.functional.pad(fields_OI, (0, -fields_OI.shape[1] % each)).unflatten(1, (-1, each))
-    packed_OB = fields_OBE[..., 0].clone()
+    fields_OBE = torch.nn.functional.pad(fields_OI, (0, -count % each)).reshape(rows, packed_bytes(count, bits), each)
+    packed_OB = fields_OBE[..., 0].contiguous()
     for place in range(1, each):
-        packed_OB |= fields_OBE[..., place] << (bits * place)
+        packed_OB = packed_OB | (fields_OBE[..., place] << (bits * place))
     return packed_OB
 
 
