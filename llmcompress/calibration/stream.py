@@ -50,13 +50,13 @@ class BlockWork:
         self._name_sites()
 
     def folds_into(self, sites: Sequence[LinearSite]) -> list[Fold]:
-        """Folds all of whose consumers are among `sites`, and which touch nothing that holds codes already."""
+        """Folds all of whose consumers are among `sites`, and which touch nothing that is compressed already."""
         dense = {site.info.name for site in sites if not site.is_compressed}
-        quantized = {site.info.name for site in self.sites if site.is_compressed}
+        compressed = {site.info.name for site in self.sites if site.is_compressed}
         return [
             fold
             for fold in self.info.structure.folds
-            if dense.issuperset(fold.consumers) and fold.producer not in quantized
+            if dense.issuperset(fold.consumers) and fold.producer not in compressed
         ]
 
     def site(self, relative: str) -> LinearSite:

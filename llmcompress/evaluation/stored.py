@@ -120,7 +120,8 @@ def _quantized_specs(modules: Mapping[str, Any], prefix: str = "") -> Iterator[t
     """Every quantized linear of a manifest, those that are parts of other modules too."""
     for name, spec in modules.items():
         if isinstance(spec, Mapping):
-            if (kind := str(spec.get("type"))) in MODULES and MODULES[kind].holds_codes:
+            kind = str(spec.get("type"))
+            if kind in MODULES and MODULES[kind].holds_codes:
                 yield prefix + name, spec
             else:
                 yield from _quantized_specs(spec, f"{prefix}{name}.")

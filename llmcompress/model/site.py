@@ -31,7 +31,7 @@ class LinearSite:
 
     @property
     def is_compressed(self) -> bool:
-        """Whether something that passes made stands there (codes, factors, rows left out): no dense weight to change."""
+        """Whether codes, factors or another thing that passes make stand there: no dense weight to change."""
         return isinstance(self.module, CompressedModule)
 
     @property

@@ -73,9 +73,8 @@ class CompressedModule(nn.Module, ABC):
         return self.expression().dense_weight()
 
     def dense_bias(self) -> Tensor | None:
-        """The bias that goes with `dense_weight`, by default the parameter `bias`."""
-        found = getattr(self, "bias", None)
-        return found if isinstance(found, Tensor) else None
+        """What is added to the product with `dense_weight`: of two factors with a bias each, both."""
+        return self.expression().dense_bias()
 
     def coded_weights(self) -> int:
         """How many weights its own buffers stand for, those of its parts left out: no parameter counts them."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from math import gcd
 from typing import Any, Literal, Self
 
 import torch
@@ -17,7 +16,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from llmcompress.modules.base import MODULES, CompressedModule, Spec
-from llmcompress.modules.expression import Expression, InputTransform
+from llmcompress.modules.expression import Expression, InputTransform, Opaque
 from llmcompress.modules.expression_leaves import Quantized
 from llmcompress.modules.input_transforms import Int8WithOutliers
 from llmcompress.numerics.formats import NF4
@@ -102,15 +101,11 @@ class BnbLinear(CompressedModule):
         if self.kind == "int8":
             tensor = QuantizedTensor(self.codes, (self.absmax / 127)[:, None], None, None, Grid(8))
             return InputTransform(Int8WithOutliers(OUTLIER), Quantized(tensor, bias=self.bias))
-        # blocks run across the ends of rows: the longest pieces of rows that never lie in two of them
-        group = gcd(BLOCK, self.in_features)
-        shape = (self.out_features, self.in_features)
-        places = unpack_bits(_halves_swapped(self.codes), 4, 0, self.out_features * self.in_features)
-        scale = self._scales().repeat_interleave(BLOCK // group)[: places.numel() // group]
-        return Quantized(
-            QuantizedTensor(places.view(shape), scale.view(self.out_features, -1), None, None, Grid.of(NF4, group)),
-            bias=self.bias,
-        )
+        if self.in_features % BLOCK:
+            return Opaque("its blocks of weights run across the ends of rows")
+        codes_OI = unpack_bits(_halves_swapped(self.codes), 4, 0, self.coded_weights()).view(self.out_features, -1)
+        scale_OG = self._scales().view(self.out_features, -1)
+        return Quantized(QuantizedTensor(codes_OI, scale_OG, None, None, Grid.of(NF4, BLOCK)), bias=self.bias)
 
     @override
     def coded_weights(self) -> int:

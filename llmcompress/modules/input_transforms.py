@@ -126,11 +126,11 @@ class Int8WithOutliers(InputChange):
     @override
     def __call__(self, x: Tensor) -> Tensor:
         half = x.to(torch.float16).flatten(0, -2)
-        far_I = (half.abs() >= self.outlier).any(0)
-        small = half.masked_fill(far_I, 0).float()
+        far = half.abs() >= self.outlier
+        small = half.masked_fill(far, 0).float()
         scale = small.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float16).tiny) / 127
         rounded = (small / scale).round() * scale
-        return torch.where(far_I, half.float(), rounded).view(x.shape).to(x.dtype)
+        return torch.where(far.any(0), half.float(), rounded).view(x.shape).to(x.dtype)
 
     @override
     def taken_in(self, weight_OK: Tensor) -> Tensor:

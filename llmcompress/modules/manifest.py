@@ -67,10 +67,10 @@ def changes(live: nn.Module, skeleton: nn.Module) -> Manifest:
 def _compare(live: nn.Module, stock: nn.Module, name: str, found: Manifest) -> None:
     if isinstance(live, CompressedModule) and not (live.is_transparent and type(live) is type(stock)):
         found.modules[name] = named_spec(live)
-        if not live.is_transparent and not live.wraps_original and _is_reshaped(live, stock):
+        if live.has_stock_format and not live.is_transparent and _is_reshaped(live, stock):
             found.reshaped.add(name)
-        for leaf, part, before in live.differs_below(stock):
-            _compare(part, before, _join(name, leaf), found)
+        for leaf, part, original in live.differs_below(stock):
+            _compare(part, original, _join(name, leaf), found)
         return
     if type(live) is not type(stock):
         raise CompressError(

@@ -32,7 +32,7 @@ class LaneNorm(CompressedModule):
     def __init__(self, start: int, width: int, divisor: int, epsilon: float) -> None:
         super().__init__()
         self.divisor, self.epsilon = divisor, epsilon
-        place_norm(self, start, width)
+        self.place(start, width)
 
     @override
     def spec(self) -> Spec:
@@ -46,6 +46,11 @@ class LaneNorm(CompressedModule):
     @override
     def expression(self) -> Expression:
         return Opaque("a norm divides by what it finds in its input")
+
+    def place(self, start: int, width: int) -> None:
+        """Read other channels."""
+        self.start = start
+        self.width = self.in_features = self.out_features = width
 
     @override
     def forward(self, hidden: Tensor) -> Tensor:
@@ -64,8 +69,7 @@ class LaneNorm(CompressedModule):
 def place_norm(module: nn.Module, start: int, width: int) -> None:
     """Let a lane norm read other channels."""
     assert isinstance(module, LaneNorm)
-    module.start = start
-    module.width = module.in_features = module.out_features = width
+    module.place(start, width)
 
 
 @MODULES.register("lane")

@@ -73,5 +73,3 @@ def test_plain_data_builds_the_module_again(module):
     assert type(again) is type(module)
     assert named_spec(again) == named_spec(module)
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in module.state_dict().items()}
-    with pytest.raises(TypeError):
-        module.dense_weight()
