@@ -83,7 +83,7 @@ def peak_memory_bytes(
     working = max(
         (_working_bytes(each, block, batch) for each in _block_passes(recipe) for block in model_map.blocks), default=0
     )
-    evaluating = LOGITS_BYTES if recipe.evaluate.perplexity else 0
+    evaluating = LOGITS_BYTES if recipe.evaluate else 0
     libraries = psutil.Process().memory_info().rss
     if not offloaded:
         gradients = max(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from enum import IntEnum
 
 
@@ -62,3 +64,18 @@ class CompressError(ValueError):
             "saved": self.saved,
             "exit_code": int(self.exit_code),
         }
+
+
+def near_names(word: str, known: Iterable[str], *, count: int = 1) -> list[str]:
+    """The known names that look most like a word, best first; none when nothing does."""
+    names = list(known)
+    plain = word.replace("_", "").replace("-", "")
+    near = difflib.get_close_matches(word, names, n=count, cutoff=0.55)
+    return near or [name for name in names if name.replace("_", "").replace("-", "") == plain][:count]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """What to write instead of an unknown word: the nearest known name, or all names where none is near."""
+    names = list(known)
+    near = near_names(word, names)
+    return f"did you mean `{near[0]}`?" if near else f"use one of {', '.join(names)}"

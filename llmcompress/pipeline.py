@@ -24,7 +24,7 @@ from llmcompress.evaluation.coverage import coverage_warnings
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.evaluation.footprint import bytes_on_disk
 from llmcompress.evaluation.perplexity import EvaluationText, evaluation_text, measure
-from llmcompress.evaluation.settings import Evaluate
+from llmcompress.evaluation.settings import BUNDLED_TEXT, PerplexityTask
 from llmcompress.evaluation.speed import SpeedResult, speed_of
 from llmcompress.export.companions import companions
 from llmcompress.export.loader import loader_of
@@ -118,7 +118,7 @@ def _compress(
     model_map = map_model(loaded.model)
     storage_dtype = storage_dtype_of(chosen, loaded.preflight)
     notes = check_recipe(chosen, model_map, loader_of(loaded.model.config), storage_dtype).notes
-    texts = [evaluation_text(task, loaded.tokenizer, loaded.model.config) for task in chosen.evaluate.perplexity]
+    texts = [evaluation_text(task, loaded.tokenizer, loaded.model.config) for task in chosen.evaluate]
     clock.lap("load")
 
     opened = (
@@ -246,18 +246,18 @@ def inspect(model: str) -> dict[str, Any]:
 
 def evaluate(
     model: str,
-    settings: Evaluate | None = None,
+    tasks: Sequence[PerplexityTask] = BUNDLED_TEXT,
     *,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> list[PerplexityResult]:
-    """Measure a dense or compressed model on every text of `settings` (None: the bundled one).
+    """Measure a dense or compressed model on every text of `tasks`, by default the bundled one.
 
     Raises: CompressError when the model or a text cannot be read.
     """
     where = usable_device(device)
     live, tokenizer = load(model, dtype=torch.float32, device=where)
-    texts = [evaluation_text(task, tokenizer, live.config) for task in (settings or Evaluate()).perplexity]
+    texts = [evaluation_text(task, tokenizer, live.config) for task in tasks]
     return _measure(live, texts, where, progress or Silent(), InMemory())
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmcompress.errors import CompressError, ExitCode
+from llmcompress.errors import CompressError, ExitCode, did_you_mean
 
 if TYPE_CHECKING:
     from llmcompress.recipe import Recipe
@@ -29,11 +28,10 @@ def preset_path(name: str) -> Path:
     """
     names = preset_names()
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
         raise CompressError(
             "preset.unknown",
             f"there is no preset called {name!r}",
-            fix=f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(names)}",
+            fix=did_you_mean(name, names),
             exit_code=ExitCode.USAGE,
         )
     folder, _, stem = name.rpartition("/")

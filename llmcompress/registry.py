@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from llmcompress.errors import CompressError, ExitCode
+from llmcompress.errors import CompressError, ExitCode, did_you_mean
 
 T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Every class registered by the modules below one package.
+    """Every class registered by one module, or by the modules below one package.
 
-    The package is imported at the first look-up, not before: asking for `--help` must not import torch.
+    It is imported at the first look-up, not before: asking for `--help` must not import torch.
     """
 
-    def __init__(self, kind: str, package: str) -> None:
-        self.kind, self.package = kind, package
+    def __init__(self, kind: str, place: str) -> None:
+        self.kind, self.place = kind, place
         self._classes: dict[str, type[T]] = {}
         self._scanned = False
 
@@ -41,14 +40,17 @@ class Registry(Generic[T]):
         """
         self._scan()
         if name not in self._classes:
-            nearest = difflib.get_close_matches(name, self._classes, n=1)
             raise CompressError(
                 f"{self.kind}.unknown",
                 f"there is no {self.kind} called {name!r}",
-                fix=f"did you mean {nearest[0]!r}?" if nearest else f"use one of {', '.join(self)}",
+                fix=did_you_mean(name, self),
                 exit_code=ExitCode.USAGE,
             )
         return self._classes[name]
+
+    def __contains__(self, name: object) -> bool:
+        self._scan()
+        return name in self._classes
 
     def __iter__(self) -> Iterator[str]:
         self._scan()
@@ -63,6 +65,6 @@ class Registry(Generic[T]):
         if self._scanned:
             return
         self._scanned = True
-        root = importlib.import_module(self.package)
-        for found in pkgutil.walk_packages(root.__path__, prefix=f"{self.package}."):
+        root = importlib.import_module(self.place)
+        for found in pkgutil.walk_packages(getattr(root, "__path__", ()), prefix=f"{self.place}."):
             importlib.import_module(found.name)

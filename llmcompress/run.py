@@ -4,7 +4,8 @@
                 fingerprint.json  what must be the same for a resume to make sense
                 journal.jsonl     one line per finished file of the next line, with its hash
                 work/SS-NNN.safetensors (block NNN of stage SS), SS-decisions.safetensors, SS-model.safetensors
-                log.jsonl, process.json
+                log.jsonl
+                lock, process.json
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from llmcompress.errors import NOTHING_SAVED, CompressError, ExitCode
 from llmcompress.model.stock import stock_outline
 from llmcompress.modules.manifest import Manifest, apply_manifest, changes
 from llmcompress.records.rows import SiteReport
+from llmcompress.storage.atomic import replacing
 from llmcompress.storage.disk import disk_errors, sha256, sync
 from llmcompress.storage.folder import run_folder
 from llmcompress.storage.lock import ProcessLock
@@ -165,17 +167,14 @@ class Run:
 
     def _save(self, key: str, tensors: Mapping[str, Tensor], about: dict[str, Any], rows: list[SiteReport]) -> None:
         path = self._file(key)
-        part = path.with_suffix(".part")
         with disk_errors(path, saved=self.saved):
-            save_file(_own_memory(tensors), part, metadata={_ABOUT: json.dumps(about)})
-            sync(part)
+            with replacing(path) as part:
+                save_file(_own_memory(tensors), part, metadata={_ABOUT: json.dumps(about)})
             line = {
                 "file": key,
-                "sha256": sha256(part),
+                "sha256": sha256(path),
                 "rows": [row.model_dump(mode="json", exclude_none=True) for row in rows],
             }
-            os.replace(part, path)
-            sync(path.parent)
             _append(self.folder / "journal.jsonl", line, durable=True)
         self._journal[key] = line
         self._verified.add(key)
@@ -211,11 +210,8 @@ class Run:
         if not path.exists():
             self._clear()
             (self.folder / "lock.yaml").write_text(lock_text)
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps(fingerprint, indent=2, sort_keys=True) + "\n")
-            sync(part)
-            os.replace(part, path)
-            sync(self.folder)
+            with replacing(path) as part:
+                part.write_text(json.dumps(fingerprint, indent=2, sort_keys=True) + "\n")
             return
         begun: dict[str, str] = json.loads(path.read_text())
         differing = sorted(key for key in begun.keys() | fingerprint.keys() if begun.get(key) != fingerprint.get(key))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from llmcompress import evaluate
-from llmcompress.evaluation.settings import Evaluate
+from llmcompress.evaluation.settings import PerplexityTask
 
 
 @click.command()
@@ -20,9 +20,9 @@ from llmcompress.evaluation.settings import Evaluate
 )
 def main(models: tuple[str, ...], texts: tuple[str, ...]) -> None:
     """Print one line per model and text."""
-    settings = Evaluate.model_validate({"perplexity": texts})
+    tasks = [PerplexityTask.model_validate(PerplexityTask.from_text(text)) for text in texts]
     for model in models:
-        for result in evaluate(model, settings):
+        for result in evaluate(model, tasks):
             print(f"{model}  {result.text}  {result.perplexity:.3f}  ({result.tokens} tokens)")
 
 

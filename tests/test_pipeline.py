@@ -15,7 +15,6 @@ import torch
 
 from llmcompress import CompressError, compress, evaluate, inspect, load, plan
 from llmcompress.evaluation.footprint import bytes_on_disk
-from llmcompress.evaluation.settings import Evaluate
 from llmcompress.model.site import LinearSite
 from llmcompress.presets import load_preset, preset_names
 from llmcompress.progress import Silent
@@ -78,7 +77,7 @@ def test_the_quickstart_runs_on_the_bundled_model_in_a_few_lines(tmp_path: Path)
     report = compress("builtin:books-llama", "tiny/rtn", tmp_path / "out")
     quality = report.quality[0]
     assert 1.0 < quality.ratio < 1.2
-    measured = evaluate(str(tmp_path / "out"), Evaluate(perplexity=load_preset("tiny/rtn").evaluate.perplexity))
+    measured = evaluate(str(tmp_path / "out"), load_preset("tiny/rtn").evaluate)
     assert measured[0].perplexity == pytest.approx(quality.compressed.perplexity, rel=1e-5)
     assert measured[0].tokens == quality.compressed.tokens
 
@@ -147,7 +146,7 @@ class Watching(Silent):
         self.computed: list[str] = []
         self.steps: list[str] = []
 
-    def inside(self, text: str) -> None:
+    def inside(self, text: str, *, done: int = 0, total: int = 0) -> None:
         self.computed.append(text)
 
     def step(self, text: str) -> None:

@@ -1,6 +1,5 @@
 """Recipes: traps of YAML, typos, order of passes, round trips. Every message names the place and what to write."""
 
-import json
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +10,7 @@ import yaml
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.passes.base import PASSES
 from llmcompress.presets import as_recipe, load_preset, preset_names, preset_path
-from llmcompress.recipe import Recipe, check_order, check_sites, json_schema, parse_recipe, read_recipe
+from llmcompress.recipe import Recipe, check_order, check_sites, parse_recipe, read_recipe
 from llmcompress.recipe.document import read_document, write_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -57,10 +56,20 @@ def refusal(text: str | bytes, *settings: str) -> CompressError:
         ("passes: [rtn]\nevaluate: {perplexity: [{split: a}]}", "recipe.missing", "r.yaml line 2", "`source:`"),
         ("passes: [rtn]\ncalibration: 3", "recipe.type", "r.yaml line 2 (calibration)", "samples"),
         ("passes: [rtn]\ncalibration:", "recipe.type", "r.yaml line 2 (calibration)", "leave the key out"),
-        ("passes: rtn", "recipe.passes", "r.yaml line 1 (passes)", "- rtn"),
-        ("model: m", "recipe.passes", "r.yaml (passes)", "passes:"),
-        ("passes:\n  - rtn: 3", "recipe.type", "r.yaml line 2 (passes.0.rtn)", "- rtn: {option: value}"),
-        ("passes:\n  - rtn:\n    scheme: int8_channel", "recipe.passes", "r.yaml line 2", "indent the options"),
+        ("passes: rtn", "recipe.type", "r.yaml line 1 (passes)", "`passes: [rtn]`"),
+        ("passes: {rtn: {}}", "recipe.type", "r.yaml line 1 (passes)", "`- `"),
+        ("model: m", "recipe.missing", "r.yaml (passes)", "`passes:`"),
+        (
+            "passes: [rtn]\ngptq: {scheme: int4_g32}",
+            "recipe.unknown-key",
+            "line 2 (gptq)",
+            "below `passes:`, as `  - gptq`",
+        ),
+        ("passes:\n  - rtn: 3", "recipe.type", "r.yaml line 2 (passes.0.rtn)", "`rtn: {option: value}`"),
+        ("passes:\n  - rtn:\n    scheme: int8_channel", "recipe.type", "r.yaml line 2", "indent the options"),
+        ("passes: [{rtn: {}, gptq: {}}]", "recipe.type", "r.yaml line 1 (passes.0)", "as its own item"),
+        ("passes: [rtn]\nevaluate: {perplexty: []}", "recipe.unknown-key", "r.yaml line 2", "`perplexity`"),
+        ("passes: [rtn]\nevaluate: [a.txt]", "recipe.type", "r.yaml line 2 (evaluate)", "perplexity"),
         ("passes:\n  - gptq: {overrides: {'*.a': {blok: 2}}}", "recipe.unknown-key", "overrides.*.a.blok", "`block`"),
         ("passes:\n  - gptq: {overrides: {'*.a': {block: 1.5}}}", "recipe.type", "overrides.*.a.block", "whole number"),
         ("passes:\n  - gptq: {overrides: {'*.a': {sites: x}}}", "recipe.override", "overrides.*.a.sites", "remove"),
@@ -187,6 +196,8 @@ def test_the_hash_follows_what_changes_the_weights_and_nothing_else():
     base = parse_recipe(plain, "r").hash()
     assert len(base) == 16 and int(base, 16) >= 0
     assert parse_recipe(plain + "\nevaluate: {perplexity: []}", "r").hash() == base
+    for setting in ("evaluate.perplexity=[a.txt]", "save.max_shard_size=1MB", "save.zero_points=packed"):
+        assert parse_recipe(plain, "r", settings=[setting]).hash() == base, setting
     for setting in ("seed=1", "passes.gptq.damping=0.02", "calibration.batch=4", "model=m", "save.dtype=float32"):
         assert parse_recipe(plain, "r", settings=[setting]).hash() != base
 
@@ -211,7 +222,7 @@ def test_short_and_long_forms_mean_the_same():
     ],
 )
 def test_a_text_may_be_written_as_source_and_split(text, source, split):
-    task = parse_recipe(f"passes: [rtn]\nevaluate: {{perplexity: ['{text}']}}", "r").evaluate.perplexity[0]
+    task = parse_recipe(f"passes: [rtn]\nevaluate: {{perplexity: ['{text}']}}", "r").evaluate[0]
     assert (task.source, task.split) == (source, split)
 
 
@@ -320,6 +331,9 @@ BASE = "passes:\n  - awq: {round: false}\n  - gptq\nevaluate: {perplexity: [wiki
         ("passes.1.gptq.damping=1e-3", "passes.1.gptq.damping", 1e-3),
         ("passes.gptq.scheme=int3_g32", "passes.1.gptq.scheme", "int3_g32"),
         ("passes.gptq={scheme: int3_g32}", "passes.1.gptq.scheme", "int3_g32"),
+        ("passes.1=rtn", "passes.1.rtn.range", "minmax"),
+        ("passes=[{rtn: {scheme: int4_g32}}]", "passes.0.rtn.scheme", "int4_g32"),
+        ("passes.gptq.overrides.*.down_proj={block: 64}", "passes.1.gptq.overrides.*~down_proj.block", 64),
         ("passes.awq.sites=*.up_proj", "passes.0.awq.sites.0", "*.up_proj"),
         ("passes.awq.sites=[a, b]", "passes.0.awq.sites.1", "b"),
         ("passes.gptq.overrides.*.down_proj.block=64", "passes.1.gptq.overrides.*~down_proj.block", 64),
@@ -342,8 +356,10 @@ def test_set_writes_one_value_of_the_right_type(setting, path, value):
         ("calibraton.samples=3", "recipe.set", "`calibration`"),
         ("passes.gptq.damp=1", "recipe.set", "`damping`"),
         ("passes.rtn.scheme=int4_g32", "recipe.set", "awq, gptq"),
-        ("passes.0.gptq.scheme=int4_g32", "recipe.set", "name the pass"),
-        ("passes.0=rtn", "recipe.set", "passes.0.NAME.OPTION"),
+        ("passes.0.gptq.scheme=int4_g32", "recipe.set", "the name that stands there"),
+        ("passes.gptq.overrides.*.down_proj.blok=64", "recipe.set", "`block`"),
+        ("evaluate.perplexty=[a.txt]", "recipe.set", "`perplexity`"),
+        ("evaluate.perplexity.0.windw=64", "recipe.set", "`window`"),
         ("passes.9.gptq.damping=1", "recipe.set", "count from 0"),
         ("seed.deep=1", "recipe.set", "single value"),
         ("seed", "recipe.set", "--set calibration.samples=64"),
@@ -365,22 +381,19 @@ def test_set_asks_which_pass_when_two_have_the_name():
     assert parse_recipe(text, "r", settings=["passes.1.rtn.range=mse"]).passes[1].range == "mse"
 
 
-# ---- schema, presets
+def test_set_reaches_into_the_options_of_an_inner_pass():
+    setting = "passes.mixed_precision.quantizer.gptq.damping=0.02"
+    (found,) = parse_recipe("passes: [mixed_precision]", "r", settings=[setting]).passes
+    assert found.quantizer == {"gptq": {"damping": 0.02}}
 
 
-def test_the_json_schema_describes_every_option_of_every_pass():
-    schema = json_schema()
-    json.dumps(schema)
-    options = schema["properties"]["passes"]["items"]["anyOf"][0]["properties"]
-    assert set(options) == set(PASSES)
-    for name in PASSES:
-        assert set(options[name]["properties"]) == set(PASSES[name].model_fields)
+# ---- presets
 
 
 def test_an_unknown_preset_names_the_nearest(tmp_path):
     with pytest.raises(CompressError) as caught:
         load_preset("tiny/gtpq")
-    assert caught.value.fix == "did you mean 'tiny/gptq'?"
+    assert caught.value.fix == "did you mean `tiny/gptq`?"
     with pytest.raises(CompressError):
         load_preset("../recipes/w4")
 

@@ -40,7 +40,7 @@ def test_nothing_is_imported_before_the_first_look_up(animals):
     assert "animals_package.cat" in sys.modules
 
 
-@pytest.mark.parametrize(("name", "hint"), [("wale", "did you mean 'whale'?"), ("zzz", "use one of cat, whale")])
+@pytest.mark.parametrize(("name", "hint"), [("wale", "did you mean `whale`?"), ("zzz", "use one of cat, whale")])
 def test_an_unknown_name_is_a_usage_error_with_the_nearest_name(animals, name, hint):
     with pytest.raises(CompressError, match="there is no animal") as caught:
         animals[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,9 @@ from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.passes.apply import outline
 from llmcompress.records.rows import SiteReport
 from llmcompress.run import Run
+from llmcompress.storage.atomic import replacing
 from llmcompress.storage.folder import check_output, staging_folder
+from llmcompress.storage.lock import ProcessLock
 from tests.export.quantized import quantized_model
 from tests.families import tiny_model, tiny_tokens
 
@@ -137,9 +140,11 @@ def test_the_recipe_lies_beside_as_it_was_given(tmp_path):
 
 
 def test_a_second_run_is_refused_while_the_first_lives(tmp_path):
+    began = time.monotonic()
     with _open(tmp_path / "out"), pytest.raises(CompressError) as caught:
         _open(tmp_path / "out")
-    assert caught.value.code == "run.locked" and str(os.getpid()) in str(caught.value)
+    assert caught.value.code == "run.locked" and time.monotonic() - began < 5, "it does not wait"
+    assert f"process {os.getpid()} on {socket.gethostname()}, for 0 minutes, works on this run" in str(caught.value)
     with _open(tmp_path / "out"):
         pass
 
@@ -166,28 +171,18 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
         pass
 
 
-@pytest.mark.parametrize(
-    "text",
-    [f'{{"pid": {os.getpid()}, "started": 1.0}}', "{}", "not json", '{"pid": -5}'],
-    ids=["used again", "empty", "no JSON", "negative"],
-)
-def test_a_lock_that_names_no_living_process_is_stale(tmp_path, text):
+@pytest.mark.parametrize("text", [f'{{"pid": {os.getpid()}, "host": "here", "began": 1.0}}', "", "not json", "[]"])
+def test_what_a_killed_process_left_written_locks_nobody_out_and_breaks_no_message(tmp_path, text):
     """The first is a process id that was used again."""
-    (tmp_path / "out.run").mkdir()
-    (tmp_path / "out.run" / "process.json").write_text(text)
+    run = tmp_path / "out.run"
+    run.mkdir()
+    (run / "lock").touch()
+    (run / "process.json").write_text(text)
     with _open(tmp_path / "out"):
-        pass
-
-
-def test_an_empty_lock_is_stale_once_it_is_old(tmp_path):
-    (tmp_path / "out.run").mkdir()
-    lock = tmp_path / "out.run" / "process.json"
-    lock.touch()
-    with pytest.raises(CompressError, match="just starting"):
-        _open(tmp_path / "out")
-    os.utime(lock, (time.time() - 60, time.time() - 60))
-    with _open(tmp_path / "out"):
-        pass
+        (run / "process.json").write_text(text)
+        with pytest.raises(CompressError, match="works on this run"):
+            _open(tmp_path / "out")
+    assert not ProcessLock(run).is_held()
 
 
 def test_a_finished_run_leaves_nothing(tmp_path):
@@ -229,3 +224,20 @@ def test_what_a_living_run_is_writing_is_not_swept_away(tmp_path):
     left.mkdir()
     check_output(output, overwrite=False)
     assert not left.exists()
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path, done = tmp_path / "a.json", []
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as part:
+        part.write_text("half of the new")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *given, real=real, name=name: (done.append(name), real(*given))[1])
+    with replacing(path) as part:
+        part.write_text("new")
+        assert path.read_text() == "old" and part.parent == path.parent
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+    assert done == ["fsync", "replace", "fsync"], "the content before its name, the name before it counts"

@@ -12,7 +12,7 @@ from torch import Tensor
 from llmcompress.calibration.generate import self_generated_text
 from llmcompress.calibration.packing import pack, sections, windows
 from llmcompress.calibration.settings import Calibration
-from llmcompress.calibration.sources import paragraph_hashes, read_texts
+from llmcompress.calibration.sources import TextSource, paragraph_hashes, read_texts
 from llmcompress.calibration.tokens import starts_with_bos, written_out
 from llmcompress.errors import CompressError
 from llmcompress.progress import Progress, Silent
@@ -89,10 +89,7 @@ def _from_text(
 ) -> CalibrationData:
     enough = settings.samples * length * SECTION_CHARACTERS_PER_TOKEN
     texts = read_texts(
-        settings.source,
-        split=settings.split,
-        config=settings.config,
-        column=settings.column,
+        TextSource(settings.source, settings.split, settings.config, settings.column),
         format=settings.format,
         skip_bad_rows=settings.skip_bad_rows,
         max_characters=enough,

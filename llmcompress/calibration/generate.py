@@ -90,7 +90,8 @@ class _Writer:
             text_NT[:, position] = next_N
             age_N += 1
             if position % 32 == 0:
-                progress.inside(f"writing calibration text: {done + rows}/{of}, token {position}/{tokens}")
+                written = done * tokens + rows * position
+                progress.inside("writing calibration text", done=written, total=of * tokens)
         return text_NT
 
     def _logits(self, text_NT: Tensor) -> Tensor:

@@ -41,27 +41,35 @@ class Texts:
         return "chat" if self.conversations else "text"
 
 
+@dataclass(frozen=True)
+class TextSource:
+    """Where a text comes from: `builtin:NAME`, a local file or dataset folder, or a Hub dataset and a part of it."""
+
+    name: str
+    split: str = "train"
+    config: str | None = None
+    column: str | None = None
+    """The column that holds the text; None: found by its usual names."""
+
+
 def read_texts(
-    source: str,
+    source: TextSource,
     *,
-    split: str = "train",
-    config: str | None = None,
-    column: str | None = None,
     format: Format = "auto",
     skip_bad_rows: bool = False,
     max_characters: int | None = None,
     where: str = "",
 ) -> Texts:
-    """Read `builtin:NAME`, a local file or dataset folder, or a Hub dataset.
+    """Everything that a source holds.
 
     `max_characters` bounds what is taken from a dataset that is streamed; local text is read whole.
 
     Raises: CompressError when the source cannot be found or read, or holds nothing (`data.empty`).
     """
-    rows, name, limit = _rows(source, split, config, max_characters, where)
-    row_where = f"{where}: {source}" if where else source
+    rows, name, limit = _rows(source.name, source.split, source.config, max_characters, where)
+    row_where = f"{where}: {source.name}" if where else source.name
     found = contents_of(
-        rows, column=column, format=format, skip_bad_rows=skip_bad_rows, where=row_where, max_characters=limit
+        rows, column=source.column, format=format, skip_bad_rows=skip_bad_rows, where=row_where, max_characters=limit
     )
     if not any(text.strip() for text in found.documents) and not found.conversations:
         left_out = f"; {found.skipped} rows were left out as unreadable" if found.skipped else ""

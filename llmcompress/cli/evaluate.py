@@ -50,15 +50,15 @@ def evaluate(
     quiet_libraries()
     from llmcompress.cli.tables import perplexity_table
     from llmcompress.cli.terminal import TerminalProgress
-    from llmcompress.evaluation.settings import Evaluate, perplexity_task
+    from llmcompress.evaluation.settings import PerplexityTask
 
     common = {"window": window, "bos": bos, "max_windows": max_windows}
-    settings = Evaluate.model_validate({"perplexity": [{**perplexity_task(source), **common} for source in sources]})
+    tasks = [PerplexityTask.model_validate({**PerplexityTask.from_text(source), **common}) for source in sources]
     with TerminalProgress() as progress:
         progress.stage("starting", 0)
         from llmcompress import pipeline
 
-        results = pipeline.evaluate(model, settings, device=device, progress=progress)
+        results = pipeline.evaluate(model, tasks, device=device, progress=progress)
     if as_json:
         print_json([result.model_dump(mode="json") for result in results])
     else:

@@ -10,7 +10,6 @@ from math import prod
 from pathlib import Path
 
 import torch
-import transformers
 from compressed_tensors.utils import get_head_dim, get_num_kv_heads
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from llmcompress.loading.config import read_config
 from llmcompress.loading.match import empty_model
 from llmcompress.loading.source import find_source
 from llmcompress.loading.tensors import TensorHeader, Tensors
+from llmcompress.loading.versions import TRANSFORMERS_MAJOR
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.modules.base import MODULES, CompressedModule
 from llmcompress.numerics.entropy import entropy, huffman_code, mean_bits
@@ -197,7 +197,7 @@ def _cache_bytes(config: PretrainedConfig, found: Stored) -> int | None:
 
 def _name_on_disk(model: PreTrainedModel, module: str) -> str:
     """What a checkpoint calls a module's weight, without `.weight`: transformers 5 renames GPT-NeoX's head."""
-    if int(transformers.__version__.split(".")[0]) < 5:
+    if TRANSFORMERS_MAJOR < 5:
         return module
     from transformers.core_model_loading import revert_weight_conversion
 

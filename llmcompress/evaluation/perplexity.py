@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llmcompress.calibration.sources import JOINER, paragraph_hashes, read_texts
+from llmcompress.calibration.sources import JOINER, TextSource, paragraph_hashes, read_texts
 from llmcompress.calibration.tokens import max_positions, starts_with_bos, unknown_warning, written_out
 from llmcompress.errors import CompressError
 from llmcompress.evaluation.settings import PerplexityTask
@@ -68,9 +68,8 @@ def evaluation_text(
     bos = _bos(task, tokenizer)
     enough = None if task.max_windows is None else task.max_windows * window * CHARACTERS_PER_TOKEN
     where = f"evaluate.perplexity: {task.source}"
-    texts = read_texts(
-        task.source, split=task.split, config=task.config, column=task.column, max_characters=enough, where=where
-    )
+    source = TextSource(task.source, task.split, task.config, task.column)
+    texts = read_texts(source, max_characters=enough, where=where)
     text = JOINER.join(written_out(texts, tokenizer, where=where)[0])
     tokens, ends = _tokens_and_byte_ends(text, tokenizer)
     unknown = unknown_warning(tokenizer, [text], [tokens])

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
+
+from llmcompress.registry import Registry
 
 _WITH_SPLIT = re.compile(r"(?!builtin:)(?P<source>.+):(?P<split>[A-Za-z][\w-]*(\[[^]]*\])?)")
 
+TASKS: Registry[PerplexityTask] = Registry("measurement", "llmcompress.evaluation.settings")
+"""Name of a measurement → what a recipe may say of one."""
 
+
+@TASKS.register("perplexity")
 class PerplexityTask(BaseModel):
     """One text on which the dense and the compressed model are measured the same way."""
 
@@ -30,23 +36,12 @@ class PerplexityTask(BaseModel):
     max_windows: int | None = Field(default=None, ge=1)
     """Measure only the first windows; None: all."""
 
-
-def perplexity_task(text: str) -> dict[str, Any]:
-    """Read the short form: `builtin:evaluation`, `file.txt`, `wikitext2` or `wikitext2:validation` (source:split)."""
-    found = _WITH_SPLIT.fullmatch(text)
-    return {"source": found["source"], "split": found["split"]} if found else {"source": text}
-
-
-def _short_form(value: Any) -> Any:
-    return perplexity_task(value) if isinstance(value, str) else value
+    @classmethod
+    def from_text(cls, text: str) -> dict[str, Any]:
+        """Source, or source:split: `builtin:evaluation`, `file.txt`, `wikitext2`, `wikitext2:validation`."""
+        found = _WITH_SPLIT.fullmatch(text)
+        return {"source": found["source"], "split": found["split"]} if found else {"source": text}
 
 
-class Evaluate(BaseModel):
-    """What is measured before and after."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    perplexity: tuple[Annotated[PerplexityTask, BeforeValidator(_short_form)], ...] = (
-        PerplexityTask(source="builtin:evaluation"),
-    )
-    """Texts to measure perplexity on; an empty list measures nothing."""
+BUNDLED_TEXT = (PerplexityTask(source="builtin:evaluation"),)
+"""What is measured where nothing else is asked for."""

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,11 +17,11 @@ from llmcompress.calibration.homes import Home
 from llmcompress.errors import CompressError
 from llmcompress.export.base import Writing
 from llmcompress.export.shards import ShardWriter
+from llmcompress.loading.versions import TRANSFORMERS_MAJOR
 
 Replaced = Mapping[str, Callable[[], dict[str, Tensor]]]
 """Full name of a module that looks different on disk → its tensors there, under names relative to the module."""
 
-_MAJOR = int(transformers.__version__.split(".")[0])
 
 _BLOCK = re.compile(r".*?\.\d+\.")
 
@@ -126,7 +125,7 @@ def name_on_disk(model: PreTrainedModel, module: str) -> str:
 
 def _under_names_on_disk(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """What transformers calls these tensors in a checkpoint: version 5 stores expert banks one expert at a time."""
-    if _MAJOR < 5:
+    if TRANSFORMERS_MAJOR < 5:
         return tensors
     from transformers.core_model_loading import revert_weight_conversion
 

@@ -6,12 +6,11 @@ import copy
 from dataclasses import dataclass
 
 import torch
-import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-_MAJOR = int(transformers.__version__.split(".")[0])
+from llmcompress.loading.versions import TRANSFORMERS_MAJOR
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def merges_on_load(model: PreTrainedModel) -> bool:
     Version 5 does so for banks of experts, and for a compressed-tensors folder it then expects codes there
     (`CompressedTensorsDequantize`): one whose experts are ordinary weights does not load.
     """
-    if _MAJOR < 5:
+    if TRANSFORMERS_MAJOR < 5:
         return False
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter

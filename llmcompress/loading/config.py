@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from llmcompress.errors import CompressError
 from llmcompress.loading.files import adapter_error, read_json, refuse_outside
 from llmcompress.loading.rotary import rotary_as_in_4
+from llmcompress.loading.versions import TRANSFORMERS_MAJOR
 
 _HARMLESS = {"_name_or_path", "_commit_hash", "_attn_implementation_autoset", "_from_model_config"}
 """Left behind by transformers itself; dropped without a word."""
@@ -119,7 +120,7 @@ def _without_code_keys(
 
 def _for_installed_transformers(data: dict[str, Any]) -> dict[str, Any]:
     """A configuration written by transformers 5 also says its rotary settings in the words of 4, if 4 is installed."""
-    if int(transformers.__version__.partition(".")[0]) >= 5:
+    if TRANSFORMERS_MAJOR >= 5:
         return data
     return rotary_as_in_4(data.get("rope_parameters")) | data
 

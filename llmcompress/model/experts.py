@@ -7,16 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from llmcompress.loading.mapped import MappedWeights, View, put_weights
+from llmcompress.loading.versions import TRANSFORMERS_MAJOR
 from llmcompress.model.skeleton import put_module
 from llmcompress.modules.experts import UnfusedExperts
 
-_MAJOR = int(transformers.__version__.split(".")[0])
 _GATE_UP, _DOWN = "gate_up_proj", "down_proj"
 _TOKENS = 8
 
@@ -29,7 +28,7 @@ def unfuse_experts(model: PreTrainedModel, mapped: MappedWeights | None = None) 
     one, or where the linears compute something else than the bank (tried, if its weights are there). `mapped`: where
     weights that lie on disk come from; it learns the new names, and one bank at a time takes memory.
     """
-    if _MAJOR < 5:
+    if TRANSFORMERS_MAJOR < 5:
         return []
     replaced = []
     for name in [name for name, _ in model.named_modules()]:

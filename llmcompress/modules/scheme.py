@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from llmcompress.errors import CompressError, ExitCode
+from llmcompress.errors import CompressError, ExitCode, near_names
 from llmcompress.numerics.formats import (
     E2M1,
     E4M3,
@@ -132,8 +131,8 @@ def _unknown(name: str) -> CompressError:
     tried = (_NAME.fullmatch(f"{each}_{size}{end}") for each in numbers for size in sizes for end in endings)
     known = [found[0] for found in tried if found and _makes_sense(found)]
     known += [*_FIXED, *(f"{each}_a" for each in _FIXED)]
-    nearest = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {nearest[0]!r}? Schemes are " if nearest else "write "
+    nearest = near_names(name, known)
+    hint = f"did you mean `{nearest[0]}`? Schemes are " if nearest else "write "
     return CompressError(
         "scheme.unknown",
         f"{name!r} is not a quantization scheme",

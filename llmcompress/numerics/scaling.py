@@ -42,8 +42,7 @@ class ScaleSearch:
 
 
 def search_factors(
-    weights_OC: Sequence[Tensor],
-    rounders: Sequence[Callable[[Tensor], Tensor]],
+    consumers: Sequence[tuple[Tensor, Callable[[Tensor], Tensor]]],
     gram_CC: Tensor,
     salience_C: Tensor,
     channel_map_C: Tensor,
@@ -56,8 +55,8 @@ def search_factors(
 
     r is a multiple of 1 ÷ `points` below 1.
 
-    `rounders` map a weight to its rounded self, one per weight. The search looks at some rows of every weight; what it
-    finds must beat r = 0, which leaves everything as it is, on all of them (`unscaled`: that error, where it is known).
+    A consumer is a weight_OC and what maps it to its rounded self. The search looks at some rows of every weight; what
+    it finds must beat r = 0, which leaves everything as it is, on all of them (`unscaled`: that error, where known).
 
     Source: Lin et al., arXiv 2306.00978, section 3.2. Differs: the error is that of the consumers' own outputs,
     which the Gram matrix gives exactly without a forward pass, not that of the enclosing attention or MLP.
@@ -66,11 +65,10 @@ def search_factors(
     feeds_P = _feeds_somebody(channel_map_C, producers)
     assert points, "a search needs at least one point"
 
-    def error_with(factors_P: Tensor, looked_at: Sequence[Tensor]) -> float:
+    def error_with(factors_P: Tensor, looked_at: Sequence[tuple[Tensor, Callable[[Tensor], Tensor]]]) -> float:
         factors_C = factors_P[channel_map_C]
-        pairs = zip(looked_at, rounders, strict=True)
         return sum(
-            float(output_error(rounded(w_OC * factors_C) / factors_C - w_OC, gram_CC)) for w_OC, rounded in pairs
+            float(output_error(rounded(w_OC * factors_C) / factors_C - w_OC, gram_CC)) for w_OC, rounded in looked_at
         )
 
     def factors_of(exponent: float) -> Tensor:
@@ -78,7 +76,7 @@ def search_factors(
         fed_P = factors_P[feeds_P]
         return torch.where(feeds_P, factors_P / (fed_P.max() * fed_P.min()).sqrt(), 1.0)
 
-    some = [weight_OC[:: -(-len(weight_OC) // ROWS)] for weight_OC in weights_OC]
+    some = [(weight_OC[:: -(-len(weight_OC) // ROWS)], rounded) for weight_OC, rounded in consumers]
     errors: dict[int, float] = {}
 
     def least(tried: Iterable[int]) -> int:
@@ -90,8 +88,8 @@ def search_factors(
     best = least(point for point in (around - 1, around + 1) if 0 < point < points) / points
     none_P = factors_of(0.0)
     if unscaled is None:
-        unscaled = error_with(none_P, weights_OC)
-    error = error_with(factors_of(best), weights_OC) if best > 0 else unscaled
+        unscaled = error_with(none_P, consumers)
+    error = error_with(factors_of(best), consumers) if best > 0 else unscaled
     if error < unscaled:
         return ScaleSearch(factors_of(best), best, error, unscaled)
     return ScaleSearch(none_P, 0.0, unscaled, unscaled)

@@ -1,7 +1,7 @@
 """The recipe: strict YAML ⇄ frozen data."""
 
 from llmcompress.calibration.settings import Calibration
-from llmcompress.evaluation.settings import Evaluate, PerplexityTask
+from llmcompress.evaluation.settings import PerplexityTask
 from llmcompress.recipe.model import Recipe, Save
 from llmcompress.recipe.order import check_order, check_sites
 from llmcompress.recipe.reading import parse_recipe, read_recipe
@@ -9,7 +9,6 @@ from llmcompress.recipe.schema import json_schema
 
 __all__ = [
     "Calibration",
-    "Evaluate",
     "PerplexityTask",
     "Recipe",
     "Save",

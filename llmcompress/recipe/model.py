@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationInfo, field_serializer, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from llmcompress.calibration.settings import Calibration
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.evaluation.settings import Evaluate
+from llmcompress.evaluation.settings import BUNDLED_TEXT, TASKS, PerplexityTask
 from llmcompress.passes.base import PASSES, Pass
 from llmcompress.recipe.document import write_yaml
+from llmcompress.recipe.stages import Grouped, LeavesWeights, Listed, beside_weights
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -28,15 +29,20 @@ class Save(BaseModel):
     `llmcompress`: every code at its own width, 3 bits in 3 bits, for loading after `import llmcompress`."""
     dtype: Literal["checkpoint", "bfloat16", "float16", "float32"] = "checkpoint"
     """Of scales and of all that stays dense; `checkpoint`: as it was read."""
-    zero_points: Literal["folded", "packed"] = "folded"
+    zero_points: Annotated[Literal["folded", "packed"], LeavesWeights()] = "folded"
     """Of 2- and 4-bit asymmetric grids. `folded` into the codes, whose fields are then twice as wide: loads everywhere;
     `packed`: as small as the grid says, for runtimes that read packed zero points (docs/decisions/0004)."""
-    max_shard_size: str = Field(default="5GB", pattern=r"^[1-9][0-9]*(\.[0-9]+)? ?[KMGT]B$", examples=["5GB"])
+    max_shard_size: Annotated[str, LeavesWeights()] = Field(
+        default="5GB", pattern=r"^[1-9][0-9]*(\.[0-9]+)? ?[KMGT]B$", examples=["5GB"]
+    )
     """Largest weight file."""
 
 
 class Recipe(BaseModel):
-    """Everything a run depends on. Read it with `read_recipe`, `parse_recipe` or `load_preset`."""
+    """Everything a run depends on. Read it with `read_recipe`, `parse_recipe` or `load_preset`.
+
+    Fields stand in the order in which a run uses them. A stage is one field with the registry of what may stand in it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -49,9 +55,10 @@ class Recipe(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of everything random: which calibration windows, what `self` samples."""
     calibration: Calibration = Calibration()
-    passes: tuple[SerializeAsAny[Pass], ...]
+    passes: Annotated[tuple[Pass, ...], Listed(PASSES)]
     """Top to bottom inside each block."""
-    evaluate: Evaluate = Evaluate()
+    evaluate: Annotated[tuple[PerplexityTask, ...], Grouped(TASKS), LeavesWeights()] = BUNDLED_TEXT
+    """What is measured before and after; an empty mapping measures nothing."""
     save: Save = Save()
 
     @field_validator("trust_remote_code")
@@ -66,17 +73,13 @@ class Recipe(BaseModel):
             )
         return trusted
 
-    @field_serializer("passes")
-    def _named(self, passes: tuple[Pass, ...]) -> list[dict[str, Any]]:
-        return [{PASSES.name_of(type(each)): each.model_dump(mode="json")} for each in passes]
-
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out; `parse_recipe` reads it back to an equal recipe."""
         return write_yaml(self.model_dump(mode="json"))
 
     def hash(self) -> str:
-        """16 hexadecimal digits that change with anything that changes the weights; `evaluate` does not."""
-        facts = self.model_dump(mode="json", exclude={"evaluate"})
+        """16 hexadecimal digits that change with what can change a weight, and with nothing else."""
+        facts = self.model_dump(mode="json", exclude=beside_weights(type(self)))
         canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

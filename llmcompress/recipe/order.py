@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from itertools import combinations
 
-from llmcompress.errors import CompressError, ExitCode
+from llmcompress.errors import CompressError, ExitCode, near_names
 from llmcompress.passes.base import PASSES, BlockPass, Pass, Trait
 from llmcompress.recipe.document import Document
 
@@ -100,7 +99,7 @@ def _globs(each: BlockPass) -> Iterator[tuple[str, str]]:
 def _nearest_sites(glob: str, site_names: Sequence[str]) -> str:
     """Globs like the one written that would match."""
     words = {".".join(site.split(".")[-count:]) for site in site_names for count in (1, 2)}
-    near = difflib.get_close_matches(glob.strip("*."), sorted(words), n=3, cutoff=0.5)
+    near = near_names(glob.strip("*."), sorted(words), count=3)
     shown = near or sorted({site.rpartition(".")[2] for site in site_names})[:12]
     return f"{'did you mean' if near else 'sites end in'} {', '.join(f'`*.{word}`' for word in shown)}?"
 

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from llmcompress.errors import CompressError, ExitCode
-from llmcompress.evaluation.settings import perplexity_task
+from llmcompress.errors import CompressError, ExitCode, did_you_mean
 from llmcompress.recipe.document import Document, Path, dotted, read_value
-from llmcompress.recipe.schema import Schema, at_path, keys_at, kinds, nearest
+from llmcompress.recipe.schema import Schema, at_path, holds_named, is_named, keys_at, kinds, takes_globs
+from llmcompress.recipe.stages import Stage
 
 
-def with_set(document: Document, settings: Sequence[str], schema: Schema) -> Document:
+def with_set(document: Document, settings: Sequence[str], stages: Mapping[str, Stage], schema: Schema) -> Document:
     """The document with every `path=value` applied in order.
 
     A pass is named by its place (`passes.0.gptq.damping`) or, when it occurs once, by its name
     (`passes.gptq.damping`). Raises: CompressError naming the nearest key for a path that leads nowhere.
     """
     changed = replace(document, data=copy.deepcopy(document.data), places=dict(document.places), raw=dict(document.raw))
+    _write_out(changed.data, stages)
     for setting in settings:
         text, equals, value = setting.partition("=")
         if not equals or not text.strip():
@@ -28,7 +29,15 @@ def with_set(document: Document, settings: Sequence[str], schema: Schema) -> Doc
         _forget(changed, path)
         _put(changed.data, path, _typed(value, path, schema), setting)
         changed.places[path], changed.raw[path] = f"--set {setting}", value
+        _write_out(changed.data, stages)
     return changed
+
+
+def _write_out(data: dict[str, Any], stages: Mapping[str, Stage]) -> None:
+    """Short forms have no inside that a path could lead to."""
+    for name, stage in stages.items():
+        if name in data:
+            data[name] = stage.expanded(data[name])
 
 
 def _path(data: dict[str, Any], parts: list[str], setting: str, schema: Schema) -> Path:
@@ -36,60 +45,57 @@ def _path(data: dict[str, Any], parts: list[str], setting: str, schema: Schema) 
     path: Path = ()
     here: Any = data
     while parts:
-        word, kind = parts.pop(0), kinds(schema, path)
-        step: Path = (int(word),) if "array" in kind and word.isdecimal() else (word,)
-        if path == ("passes",) and isinstance(step[0], str):
-            step = _pass_called(word, here, setting)
-        elif path == ("passes",) and not parts:
-            raise _refused("a whole pass cannot be set", setting, f"write --set passes.{word}.NAME.OPTION=value")
-        elif path[-1:] == ("overrides",) and parts:
-            # a glob has dots of its own: everything up to the last word
-            step = (".".join([word, *parts[:-1]]),)
-            parts = parts[-1:]
+        word = parts.pop(0)
+        step: Path = (word,)
+        if "array" in kinds(schema, path) and word.isdecimal():
+            step = (int(word),)
+        elif holds_named(schema, path):
+            step = _item_called(word, here, path, setting)
+        elif takes_globs(schema, path):
+            # a glob has dots of its own: everything up to the option
+            whole = not parts or setting.partition("=")[2].startswith("{")
+            step = (".".join([word, *(parts if whole else parts[:-1])]),)
+            parts = [] if whole else parts[-1:]
         if at_path(schema, (*path, *step)) is None:
             keys = keys_at(schema, path)
-            fix = nearest(word, keys) if keys else f"`{dotted(path)}` is a single value"
+            fix = did_you_mean(word, keys) if keys else f"`{dotted(path)}` is a single value"
             raise _refused(f"there is no {word!r} in {dotted(path) or 'a recipe'}", setting, fix)
         for part in step:
-            here = _inside(here, part, (*path, part), setting)
+            here = _inside(here, part, path, setting, schema)
             path = (*path, part)
     return path
 
 
-def _pass_called(name: str, passes: Any, setting: str) -> Path:
-    listed = [next(iter(item)) if isinstance(item, dict) and item else item for item in passes or []]
+def _item_called(name: str, items: Any, path: Path, setting: str) -> Path:
+    """Place and name of the one item of a list that has that name."""
+    stage = dotted(path)
+    listed = [str(next(iter(item), "")) if isinstance(item, dict) else str(item) for item in items or []]
     found = [index for index, each in enumerate(listed) if each == name]
     if len(found) == 1:
         return found[0], name
     if not found:
-        fix = nearest(name, [str(each) for each in listed]) if listed else "the recipe has no passes"
-        raise _refused(f"the recipe has no pass {name!r}", setting, fix)
-    choices = " or ".join(f"passes.{index}.{name}" for index in found)
-    raise _refused(f"the recipe has {len(found)} passes {name!r}", setting, f"say which: {choices}")
+        fix = did_you_mean(name, listed) if listed else f"`{stage}` is empty"
+        raise _refused(f"the recipe has no {name!r} in {stage}", setting, fix)
+    choices = " or ".join(f"{stage}.{index}.{name}" for index in found)
+    raise _refused(f"the recipe has {len(found)} times {name!r} in {stage}", setting, f"say which: {choices}")
 
 
-def _inside(here: Any, part: str | int, path: Path, setting: str) -> Any:
+def _inside(here: Any, part: str | int, path: Path, setting: str, schema: Schema) -> Any:
     """What the data has there, None for a key not written yet."""
     if isinstance(part, int):
         if not isinstance(here, list) or part >= len(here):
-            count = len(here) if isinstance(here, list) else 0
-            raise _refused(
-                f"{dotted(path[:-1])} has {count} items", setting, f"count from 0, or set {dotted(path[:-1])} itself"
-            )
+            count, stage = len(here) if isinstance(here, list) else 0, dotted(path)
+            raise _refused(f"{stage} has {count} items", setting, f"count from 0, or set {stage} itself")
         return here[part]
-    if isinstance(here, str):
-        return {} if here == part else None
-    if isinstance(here, dict) and len(path) == 3 and path[0] == "passes" and part not in here:
-        raise _refused(f"{dotted(path[:-1])} is {next(iter(here), '')!r}", setting, "name the pass that stands there")
+    if isinstance(here, dict) and is_named(schema, path) and part not in here:
+        raise _refused(f"{dotted(path)} is {next(iter(here), '')!r}", setting, "give the name that stands there")
     return here.get(part) if isinstance(here, dict) else None
 
 
 def _put(data: Any, path: Path, value: Any, setting: str) -> None:
-    """Write the value, making mappings on the way; the short forms of a pass and of a text become mappings."""
+    """Write the value, making mappings on the way."""
     for depth, part in enumerate(path[:-1]):
         inner = data[part] if isinstance(part, int) else data.get(part)
-        if isinstance(inner, str) and isinstance(part, int):
-            inner = {inner: {}} if path[0] == "passes" else perplexity_task(inner)
         if inner is None:
             inner = {}
         if not isinstance(inner, dict | list):

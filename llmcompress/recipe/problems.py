@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
-from llmcompress.errors import CompressError, ExitCode
+from llmcompress.errors import CompressError, ExitCode, did_you_mean
 from llmcompress.recipe.document import Document, Path
-from llmcompress.recipe.schema import Schema, at_path, keys_at, kinds, nearest
+from llmcompress.recipe.schema import Schema, at_path, holds_named, keys_at, kinds
 
 _TYPES = {
     "boolean": "true or false",
@@ -23,41 +23,38 @@ _TYPES = {
 _BOOLEANS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
 
 
-class Problems(Exception):
+class Problems:
     """Everything wrong with a document, in the order found."""
 
     def __init__(self) -> None:
         self.found: list[CompressError] = []
-        super().__init__()
 
     def add(self, code: str, what: str, where: str, fix: str) -> None:
         """One more."""
         self.found.append(CompressError(code, what, where=where, fix=fix, exit_code=ExitCode.USAGE))
 
-    def raise_first(self) -> None:
-        """Raise the first, which says how many more there are and where; return when there is none."""
-        if not self.found:
-            return
+    def first(self) -> CompressError:
+        """The first, which tells of all others and where they are."""
         first, *others = sorted(self.found, key=_by_line)
         more = "; ".join(f"{other.where}: {other.what}" for other in others)
-        first.fix += f"\n  also: {more}" if more else ""
-        raise CompressError(first.code, first.what, where=first.where, fix=first.fix, exit_code=ExitCode.USAGE)
+        fix = f"{first.fix}\n  also: {more}" if more else first.fix
+        return CompressError(first.code, first.what, where=first.where, fix=fix, exit_code=ExitCode.USAGE)
 
 
-def explain(problems: Problems, document: Document, schema: Schema, error: ErrorDetails, prefix: Path = ()) -> None:
+def explain(problems: Problems, document: Document, schema: Schema, error: ErrorDetails) -> None:
     """Add one of pydantic's errors in words that name what to write."""
-    path = (*prefix, *error["loc"])
+    path: Path = error["loc"]
     where, key = document.where(path), str(path[-1]) if path else document.name
     cause = error.get("ctx", {}).get("error")
     if error["type"] == "extra_forbidden":
-        fix = nearest(key, keys_at(schema, path[:-1]))
+        fix = _below_a_stage(schema, path) or did_you_mean(key, keys_at(schema, path[:-1]))
         problems.add("recipe.unknown-key", f"there is no option {key!r} here", where, fix)
     elif error["type"] == "missing":
         problems.add("recipe.missing", f"{key!r} is missing", where, f"write `{key}:`")
     elif isinstance(cause, CompressError):
         problems.add(cause.code, cause.what, where, cause.fix)
     elif allowed := _allowed_words(schema, path):
-        fix = nearest(str(error["input"]), allowed)
+        fix = did_you_mean(str(error["input"]), allowed)
         problems.add("recipe.value", f"{key} cannot be {_shown(document, path, error)}", where, fix)
     elif examples := (at_path(schema, path) or {}).get("examples"):
         what = f"{key} cannot be {_shown(document, path, error)}"
@@ -80,6 +77,13 @@ def _by_line(error: CompressError) -> tuple[int, bool]:
     return int(line[1]) if line else 0, error.code == "recipe.missing"
 
 
+def _below_a_stage(schema: Schema, path: Path) -> str | None:
+    """What to write where a pass stands at the top of a recipe."""
+    stages = [key for key in keys_at(schema, ()) if len(path) == 1 and holds_named(schema, (key,))]
+    found = (key for key in stages if path[0] in keys_at(schema, (key, 0)))
+    return next((f"write it below `{key}:`, as `  - {path[0]}`" for key in found), None)
+
+
 def _allowed_words(schema: Schema, path: Path) -> list[str]:
     here: dict[str, Any] = at_path(schema, path) or {}
     return [str(word) for word in here.get("enum", [])]
@@ -99,8 +103,8 @@ def _rewrite(key: str, wanted: set[str], value: Any, raw: str, keys: list[str]) 
         return "give it a value or leave the key out"
     if "object" in wanted:
         return f"write a mapping with some of {', '.join(keys)}" if keys else "write a mapping"
-    if wanted == {"array"} and not isinstance(value, dict):
-        return f"write `{key}: [{raw}]`"
+    if wanted == {"array"}:
+        return "begin every item with `- `" if isinstance(value, dict) else f"write `{key}: [{raw}]`"
     if isinstance(value, dict | list):
         return f"write `{key}: value` on one line"
     if "boolean" in wanted and raw.lower() in _BOOLEANS:

@@ -1,99 +1,72 @@
-"""One process per run folder, and no lock that outlives its process."""
+"""One process per run folder: a lock of the operating system, which ends with its process however that ends."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from pathlib import Path
+from typing import Any
 
-import psutil
+from filelock import FileLock, Timeout
 
 from llmcompress.errors import CompressError, ExitCode
 
-_CLOCK_STEP_SECONDS = 60
-"""A process's start time moves with the system clock; two processes with one id do not start this close together."""
-
 
 class ProcessLock:
-    """`process.json` in a folder: id and start time of the process that works there.
+    """`lock` in a folder, and beside it `process.json`, which says who holds it.
 
-    A process is known by both, so an id that is used again after a crash or a reboot locks nobody out.
+    The second file is for people only: one that a killed process left behind locks nobody out.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / "process.json"
-        self._held = False
+        self._folder, self._owner = folder, folder / "process.json"
+        self._lock = FileLock(folder / "lock", thread_local=False)
 
     def is_held(self) -> bool:
         """Whether a living process, this one included, holds it."""
-        try:
-            return _living_owner(self._path.read_text(), time.time() - self._path.stat().st_mtime) is not None
-        except (FileNotFoundError, NotADirectoryError):
+        if self._lock.is_locked:
+            return True
+        if not (self._folder / "lock").is_file():
             return False
+        try:
+            with self._lock.acquire(timeout=0):
+                return False
+        except OSError:  # it is held, or belongs to somebody else
+            return True
 
     def take(self) -> None:
-        """Take the lock; one left by a process that is gone is removed.
+        """Take the lock, or say at once who has it.
 
         Raises: CompressError when a living process holds it.
         """
-        mine = json.dumps({"pid": os.getpid(), "started": psutil.Process().create_time()})
-        for _ in range(3):
-            try:
-                handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            except FileExistsError:
-                self._remove_if_stale()
-            else:
-                with os.fdopen(handle, "w") as file:
-                    file.write(mine)
-                self._held = True
-                return
-        raise self._busy("another process")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise CompressError(
+                "run.locked",
+                f"{_described(self._owner)} works on this run",
+                where=str(self._folder),
+                fix="wait for it, or choose another output folder",
+                saved="everything; nothing was changed",
+                exit_code=ExitCode.USAGE,
+            ) from None
+        about = {"pid": os.getpid(), "host": socket.gethostname(), "began": time.time()}
+        self._owner.write_text(json.dumps(about) + "\n")
 
     def release(self) -> None:
         """Give it back; does nothing when it is not held."""
-        if self._held:
-            self._path.unlink(missing_ok=True)
-            self._held = False
-
-    def _remove_if_stale(self) -> None:
-        try:
-            text, age = self._path.read_text(), time.time() - self._path.stat().st_mtime
-        except FileNotFoundError:
-            return
-        if owner := _living_owner(text, age):
-            raise self._busy(owner)
-        taken = self._path.with_suffix(f".stale-{os.getpid()}")
-        try:
-            os.rename(self._path, taken)
-        except FileNotFoundError:
-            return
-        if taken.read_text() != text:
-            # someone else was faster, and this is their new lock
-            os.rename(taken, self._path)
-            raise self._busy("another process")
-        taken.unlink()
-
-    def _busy(self, who: str) -> CompressError:
-        return CompressError(
-            "run.locked",
-            f"{who} works on this run",
-            where=str(self._path.parent),
-            fix="wait for it, or choose another output folder",
-            saved="everything; nothing was changed",
-            exit_code=ExitCode.USAGE,
-        )
+        if self._lock.is_locked:
+            self._owner.unlink(missing_ok=True)
+            self._lock.release()
 
 
-def _living_owner(text: str, age_seconds: float) -> str | None:
-    """Who holds a lock with this content, in words; None when that process is gone."""
-    if not text and age_seconds < 5:
-        return "a process that is just starting"
+def _described(owner: Path) -> str:
+    """Who holds the lock, in words; its file may be missing or torn while that process is just starting."""
     try:
-        owner = json.loads(text)
-        pid, started = int(owner["pid"]), float(owner["started"])
-        if abs(psutil.Process(pid).create_time() - started) > _CLOCK_STEP_SECONDS:
-            return None
-    except (ValueError, KeyError, TypeError, psutil.Error):
-        return None
-    return f"process {pid}, started {(time.time() - started) / 60:.0f} minutes ago,"
+        about: dict[str, Any] = json.loads(owner.read_text())
+        minutes = (time.time() - float(about["began"])) / 60
+        return f"process {int(about['pid'])} on {about['host']}, for {minutes:.0f} minutes,"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from llmcompress.storage.atomic import replacing
 from llmcompress.training.masks import Masks
 
 
@@ -63,11 +63,8 @@ def save_state(
         "finished": reached.finished,
         "fingerprint": fingerprint,
     }
-    part = path.with_suffix(".part")
-    save_file(tensors, part, metadata={"llmcompress.training": json.dumps(facts)})
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    with replacing(path) as part:
+        save_file(tensors, part, metadata={"llmcompress.training": json.dumps(facts)})
 
 
 def load_state(

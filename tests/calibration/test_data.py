@@ -17,7 +17,7 @@ from llmcompress.calibration.generate import self_generated_text
 from llmcompress.calibration.hub_datasets import _articles
 from llmcompress.calibration.packing import sections
 from llmcompress.calibration.settings import Calibration
-from llmcompress.calibration.sources import overlap_warning, paragraph_hashes, read_texts
+from llmcompress.calibration.sources import TextSource, overlap_warning, paragraph_hashes, read_texts
 from llmcompress.errors import CompressError, ExitCode
 from tests.tiny_text import byte_tokenizer, tiny_llama, word_tokenizer
 
@@ -94,7 +94,7 @@ def test_the_bundled_text_fills_windows_without_a_network():
 
 
 def test_the_two_bundled_texts_do_not_overlap():
-    texts = [read_texts(f"builtin:{name}").documents for name in ("calibration", "evaluation")]
+    texts = [read_texts(TextSource(f"builtin:{name}")).documents for name in ("calibration", "evaluation")]
     assert not paragraph_hashes(texts[0]) & paragraph_hashes(texts[1])
     assert all(len(text[0].encode()) >= 20_000 for text in texts)
 
@@ -127,7 +127,7 @@ WRITERS = {
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_kind_of_local_file_is_read(tmp_path, name):
     WRITERS[name](tmp_path / name)
-    texts = read_texts(str(tmp_path / name))
+    texts = read_texts(TextSource(str(tmp_path / name)))
     read = "\n\n".join(texts.documents)
     assert texts.name == name, "reports must not carry paths"
     assert read.replace(', "quoted"', "") == TEXT
@@ -136,7 +136,7 @@ def test_every_kind_of_local_file_is_read(tmp_path, name):
 
 def test_a_folder_of_parquet_files_is_read_as_a_dataset(tmp_path):
     write_parquet(tmp_path / "train.parquet")
-    assert list(read_texts(str(tmp_path)).documents) == LINES
+    assert list(read_texts(TextSource(str(tmp_path))).documents) == LINES
     assert refused(tmp_path, split="nope").code == "data.split"
 
 
@@ -152,7 +152,7 @@ def test_fingerprint_follows_the_content_and_not_the_file(tmp_path):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(TEXT)
     (tmp_path / "c.txt").write_text(TEXT + ".")
-    prints = [read_texts(str(tmp_path / name)).fingerprint for name in ("a.txt", "b.txt", "c.txt")]
+    prints = [read_texts(TextSource(str(tmp_path / name))).fingerprint for name in ("a.txt", "b.txt", "c.txt")]
     assert prints[0] == prints[1] != prints[2]
 
 
@@ -273,9 +273,9 @@ def test_d4_messages_of_the_wrong_shape_name_row_and_message(tmp_path):
 def test_d4_bom_and_crlf_change_nothing(tmp_path):
     for name, content in [("t.txt", TEXT), ("t.jsonl", json.dumps({"text": "x"}) + "\n"), ("t.csv", "text\nx\n")]:
         (tmp_path / name).write_bytes(content.encode())
-        plain = read_texts(str(tmp_path / name))
+        plain = read_texts(TextSource(str(tmp_path / name)))
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.replace("\n", "\r\n").encode())
-        assert read_texts(str(tmp_path / name)) == plain
+        assert read_texts(TextSource(str(tmp_path / name))) == plain
 
 
 def test_d4_latin1_is_recognised_with_line_and_byte(tmp_path):
@@ -341,8 +341,8 @@ def test_d8_a_tokenizer_that_does_not_fit_the_text_is_a_warning(tmp_path):
 
 def test_d9_an_uncached_dataset_offline_fails_at_once_and_offers_the_bundled_text(tmp_path):
     program = (
-        "import time; from llmcompress.calibration.sources import read_texts; start = time.monotonic()\n"
-        "try: read_texts('wikitext2')\n"
+        "import time; from llmcompress.calibration.sources import TextSource, read_texts; start = time.monotonic()\n"
+        "try: read_texts(TextSource('wikitext2'))\n"
         "except Exception as error: print(error, int(error.exit_code), time.monotonic() - start < 5)"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
@@ -378,7 +378,7 @@ def test_a_large_dataset_is_read_only_as_far_as_needed(monkeypatch):
     assert windows("c4").windows_NT.shape == (4, 16)
     assert len(taken) * len(LINES[0]) < 4 * 16 * 8 + len(LINES[0])
     with pytest.raises(CompressError, match=r"max_windows"):
-        read_texts("c4")
+        read_texts(TextSource("c4"))
 
 
 def test_a_connection_lost_while_reading_is_an_error_of_the_hub(monkeypatch):

@@ -79,8 +79,8 @@ class FakePipeline(types.ModuleType):
         self._called(model, recipe)
         return types.SimpleNamespace(model_dump=lambda mode: PLAN)
 
-    def evaluate(self, model, settings, *, device, progress):
-        self._called(model, settings, device=device)
+    def evaluate(self, model, tasks, *, device, progress):
+        self._called(model, tasks, device=device)
         return [result(20.0)]
 
     def inspect(self, model):
@@ -168,7 +168,7 @@ def test_python_dash_m_shows_the_version_of_the_project():
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
-        (["compres", "m"], "Did you mean 'compress'?"),
+        (["compres", "m"], "did you mean `compress`?"),
         (["recipes", "sho"], "No such command 'sho'"),
         (["compress", "m", "--presett", "w4"], "--preset"),
         (["compress", "m", "-o", "out"], "--preset NAME or --recipe FILE"),
@@ -304,9 +304,9 @@ def test_an_interrupt_ends_with_130_and_says_how_to_go_on(run, pipeline, tmp_pat
 
 def test_evaluate_passes_texts_and_window_on(run, pipeline):
     code, out, _ = run("evaluate", "m", "--perplexity", "wikitext2:test", "--perplexity", "a.txt", "--window", "64")
-    (model, settings), _ = pipeline.calls[0]
+    (model, tasks), _ = pipeline.calls[0]
     assert code == 0 and model == "m"
-    assert [(task.source, task.split, task.window) for task in settings.perplexity] == [
+    assert [(task.source, task.split, task.window) for task in tasks] == [
         ("wikitext2", "test", 64),
         ("a.txt", "test", 64),
     ]

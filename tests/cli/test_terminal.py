@@ -74,12 +74,29 @@ def test_on_a_terminal_the_display_has_two_levels_and_leaves_nothing_behind(monk
         clock.now += 7
         progress.step("block 1/4")
         progress.inside("gptq mlp.up_proj")
-        progress._live.refresh()
+        progress._bars.refresh()
         shown = stream.getvalue()
         with progress.paused():
             stream.write("a question?")
     assert "block 1/4" in shown and "0:21 left" in shown and "› gptq mlp.up_proj" in shown
     assert "compress: 1 steps in 0:07" in stream.getvalue()
+
+
+def test_parts_of_a_step_are_counted_and_their_time_is_foretold():
+    stream, clock = io.StringIO(), Clock()
+    with TerminalProgress(stream, clock=clock) as progress:
+        progress.stage("compress", 2)
+        for done in range(1, 4):
+            clock.now += 20
+            progress.inside(f"recover: loss {3 - done / 10}", done=done, total=10)
+        assert progress.inside_text() == "recover: loss 2.7, 3/10, 2:20 left"
+        progress.inside("gptq mlp.up_proj")
+        assert progress.inside_text() == "gptq mlp.up_proj"
+        progress.inside("learned_rounding", done=2, total=4)
+        assert progress.inside_text() == "learned_rounding, 2/4"
+        progress.step("block 1/2")
+        assert progress.inside_text() == ""
+    assert "compress › recover: loss 2.8, 2/10, 2:40 left: 0:40 elapsed" in stream.getvalue()
 
 
 def test_after_a_failure_no_stage_claims_to_have_finished():

@@ -73,7 +73,7 @@ def test_other_names_are_refused(name: str) -> None:
 def test_the_nearest_name_is_offered(name: str, meant: str) -> None:
     with pytest.raises(CompressError) as raised:
         named_scheme(name)
-    assert raised.value.fix and f"did you mean '{meant}" in raised.value.fix
+    assert raised.value.fix and f"did you mean `{meant}" in raised.value.fix
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

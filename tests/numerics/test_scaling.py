@@ -30,7 +30,7 @@ def problem(seed: int, outliers: bool) -> tuple[Tensor, Tensor, Tensor]:
 def test_searched_factors_never_lose_to_no_scaling_and_win_with_outliers(seed: int, outliers: bool) -> None:
     weight, gram, salience = problem(seed, outliers)
     grid = Grid(3, group=16)
-    found = search_factors([weight], [rounder(grid)], gram, salience, torch.arange(32), 32, points=20)
+    found = search_factors([(weight, rounder(grid))], gram, salience, torch.arange(32), 32, points=20)
     torch.testing.assert_close(
         found.error_unscaled, float(output_error(rounder(grid)(weight) - weight, gram)), rtol=1e-5, atol=0
     )
@@ -43,14 +43,14 @@ def test_searched_factors_never_lose_to_no_scaling_and_win_with_outliers(seed: i
 
 def test_one_point_is_the_identity() -> None:
     weight, gram, salience = problem(0, True)
-    found = search_factors([weight], [rounder(Grid(3))], gram, salience, torch.arange(32), 32, points=1)
+    found = search_factors([(weight, rounder(Grid(3)))], gram, salience, torch.arange(32), 32, points=1)
     assert (found.factors_P == 1).all() and found.error == found.error_unscaled
 
 
 def test_shared_key_value_heads_get_one_factor_and_unread_channels_get_one() -> None:
     weight, gram, salience = problem(1, True)
     channel_map = torch.arange(32) % 8 + 4  # 32 consumer channels read producer channels 4 … 11 of 16
-    found = search_factors([weight], [rounder(Grid(3))], gram, salience, channel_map, 16, points=10)
+    found = search_factors([(weight, rounder(Grid(3)))], gram, salience, channel_map, 16, points=10)
     assert (found.factors_P[:4] == 1).all() and (found.factors_P[12:] == 1).all()
     smooth = smoothing_factors(salience, weight.abs().amax(0), channel_map, 16, strength=0.5)
     assert (smooth[:4] == 1).all() and (smooth[12:] == 1).all()

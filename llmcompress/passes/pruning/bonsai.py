@@ -51,7 +51,7 @@ class Bonsai(WidthPass):
         kept = [torch.ones(group.units, dtype=torch.bool) for group in groups]
         rounds = max(1, math.ceil(max(request.ratio for request in requests) / self.step - 1e-9))
         for turn in range(1, rounds + 1):
-            whole.context.progress.inside(f"bonsai round {turn} of {rounds}")
+            whole.context.progress.inside("bonsai", done=turn - 1, total=rounds)
             asked = [replace(request, ratio=request.ratio * turn / rounds) for request in requests]
             kept = self._round(whole, groups, asked, kept, generator)
         return kept

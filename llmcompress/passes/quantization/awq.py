@@ -83,8 +83,7 @@ class AWQ(QuantizingPass):
         gram, mean = consumers[0].statistic(Gram), consumers[0].statistic(AbsMean)
         channel_map_C = torch.tensor(fold.channel_map, device=gram.sum_II.device)
         found = search_factors(
-            [site.weight_OI for site, _ in rounded],
-            [_rounder(scheme.weights, site.storage_dtype) for site, scheme in rounded],
+            [(site.weight_OI, _rounder(scheme.weights, site.storage_dtype)) for site, scheme in rounded],
             gram.sum_II,
             mean.mean_I,
             channel_map_C,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -25,8 +27,8 @@ class Notes(Silent):
 
 def test_forward_passes_alone_find_a_better_choice_than_the_prior(monkeypatch: pytest.MonkeyPatch) -> None:
     family = "llama"
-    whole = whole_model(family)
-    whole.context.progress = notes = Notes()
+    notes, whole = Notes(), whole_model(family)
+    whole = whole.within(replace(whole.context, progress=notes))
     groups = unit_groups(map_of(family))
 
     def loss(kept: dict[str, Tensor]) -> float:

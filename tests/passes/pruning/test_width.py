@@ -194,7 +194,7 @@ def test_what_cannot_be_pruned_is_refused_before_any_work() -> None:
     with pytest.raises(CompressError, match="nothing is left"):
         Width(ratio=0.1, heads=False, round_to=48).check(map_of("llama"))
     Width(ratio=0.0).check(map_of("llama"))
-    with pytest.raises(ValueError, match="did you mean 'taylor_first'"):
+    with pytest.raises(ValueError, match="did you mean `taylor_first`"):
         Width(score="taylor_frist")
     assert Width().undoes("pattern") and Width().undoes("codes") and not Width().undoes("zeros")
 

@@ -1,0 +1,263 @@
+"""Stages of a recipe: named lists of registered things, each written as its name and its options.
+
+A stage is one field of `Recipe`: a tuple, annotated with the registry of what may stand in it. All else follows from
+the annotation: how it is read and written, where `--set` leads, the JSON Schema, the hints.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError, ValidationInfo
+from pydantic_core import CoreSchema, InitErrorDetails, core_schema
+
+from llmcompress.errors import CompressError, ExitCode, did_you_mean
+from llmcompress.recipe.document import Path
+from llmcompress.registry import Registry
+
+SELECTORS = ("sites", "exclude", "overrides")
+"""Options that say where a thing works; an override changes how, so it may not contain them."""
+
+
+@runtime_checkable
+class HasShortForm(Protocol):
+    """A class whose things may also be written as one text."""
+
+    @classmethod
+    def from_text(cls, text: str) -> dict[str, Any]:
+        """The options that the text stands for."""
+
+
+@dataclass(frozen=True)
+class LeavesWeights:
+    """Marks a field of a recipe that cannot change a weight: the hash leaves it out."""
+
+
+class Entry(NamedTuple):
+    """One thing as it was written."""
+
+    path: Path
+    """Within the stage: place and name, in the order in which they are written."""
+    name: str
+    options: Any
+
+
+@dataclass(frozen=True)
+class Stage(ABC):
+    """How the things of one registry stand in a recipe."""
+
+    registry: Registry[Any]
+
+    @abstractmethod
+    def expanded(self, written: Any) -> Any:
+        """The same with short forms written out; whatever is not understood stays as it is."""
+
+    @abstractmethod
+    def entries(self, expanded: Any, problems: list[InitErrorDetails]) -> Iterator[Entry]:
+        """Every thing that a name can be found for; whatever else there is becomes a problem."""
+
+    @abstractmethod
+    def written(self, things: Sequence[BaseModel]) -> Any:
+        """What a recipe says for these things, as JSON."""
+
+    @abstractmethod
+    def schema(self, options: dict[str, Any]) -> dict[str, Any]:
+        """JSON Schema of the stage, from that of every thing's options."""
+
+    def read(self, value: Any, info: ValidationInfo) -> tuple[BaseModel, ...]:
+        """What was written, or things made in Python, as checked things.
+
+        Raises: ValidationError with every problem at its place.
+        """
+        if isinstance(value, list | tuple) and all(isinstance(each, BaseModel) for each in value):
+            return tuple(value)
+        problems: list[InitErrorDetails] = []
+        entries = self.entries(self.expanded(value), problems)
+        found = [_thing(self.registry[entry.name], entry, problems) for entry in entries]
+        if problems:
+            raise ValidationError.from_exception_data(str(info.field_name), problems)
+        return tuple(each for each in found if each is not None)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """A function reads, a function writes: the registry is only scanned when a recipe is read."""
+        writer = core_schema.plain_serializer_function_ser_schema(self.written)
+        return core_schema.with_info_plain_validator_function(self.read, serialization=writer)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """The options of every registered thing."""
+        options = {}
+        for name in self.registry:
+            found = handler.resolve_ref_schema(handler(self.registry[name].__pydantic_core_schema__))
+            options[name] = _as_written(copy.deepcopy(found))
+        return self.schema(options)
+
+
+class Listed(Stage):
+    """A list whose order is meaning: `- rtn`, or `- gptq: {scheme: int4_g128}`."""
+
+    def expanded(self, written: Any) -> Any:
+        """A name alone becomes a name without options."""
+        return [_with_options(each) for each in written] if isinstance(written, list | tuple) else written
+
+    def entries(self, expanded: Any, problems: list[InitErrorDetails]) -> Iterator[Entry]:
+        """One item after the other."""
+        if not isinstance(expanded, list):
+            problems.append(InitErrorDetails(type="list_type", loc=(), input=expanded))
+            return
+        for index, item in enumerate(expanded):
+            if not isinstance(item, dict) or len(item) != 1:
+                what = f"a {self.registry.kind} is a name, or one name with its options"
+                fix = f"write each as its own item: `- {next(iter(self.registry))}: {{option: value}}`"
+                if isinstance(item, dict) and item and next(iter(item.values())) is None:
+                    fix = f"indent the options further than `{next(iter(item))}:`"
+                problems.append(_problem((index,), item, _refused("recipe.type", what, fix)))
+                continue
+            ((name, options),) = item.items()
+            if name in self.registry:
+                yield Entry((index, name), name, options)
+            else:
+                what = f"there is no {self.registry.kind} {name!r}"
+                error = _refused(f"recipe.unknown-{self.registry.kind}", what, did_you_mean(name, self.registry))
+                problems.append(_problem((index,), item, error))
+
+    def written(self, things: Sequence[BaseModel]) -> Any:
+        """Each as one name with all its options."""
+        return [{self.registry.name_of(type(each)): each.model_dump(mode="json")} for each in things]
+
+    def schema(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Items that are a name, or a mapping of one name."""
+        one = {"type": "object", "properties": options, "additionalProperties": False}
+        named = {**one, "minProperties": 1, "maxProperties": 1}
+        return {"type": "array", "items": {"anyOf": [named, {"type": "string", "enum": list(options)}]}}
+
+
+class Grouped(Stage):
+    """A mapping of names to lists, where order means nothing: `perplexity: [wikitext2:test, book.txt]`."""
+
+    def expanded(self, written: Any) -> Any:
+        """A text becomes the options that it stands for."""
+        if not isinstance(written, dict):
+            return written
+        return {
+            name: self._expanded(self.registry[name], items) if name in self.registry else items
+            for name, items in written.items()
+        }
+
+    def _expanded(self, cls: type[BaseModel], items: Any) -> Any:
+        if not isinstance(items, list) or not isinstance(cls, HasShortForm):
+            return items
+        return [cls.from_text(each) if isinstance(each, str) else each for each in items]
+
+    def entries(self, expanded: Any, problems: list[InitErrorDetails]) -> Iterator[Entry]:
+        """One list after the other."""
+        if not isinstance(expanded, dict):
+            problems.append(InitErrorDetails(type="dict_type", loc=(), input=expanded))
+            return
+        for name, items in expanded.items():
+            if name not in self.registry:
+                problems.append(InitErrorDetails(type="extra_forbidden", loc=(name,), input=items))
+            elif not isinstance(items, list):
+                problems.append(InitErrorDetails(type="list_type", loc=(name,), input=items))
+            else:
+                yield from (Entry((name, index), name, item) for index, item in enumerate(items))
+
+    def written(self, things: Sequence[BaseModel]) -> Any:
+        """The things of each name, each with all its options."""
+        names = [self.registry.name_of(type(each)) for each in things]
+        return {
+            name: [each.model_dump(mode="json") for each, its in zip(things, names, strict=True) if its == name]
+            for name in dict.fromkeys(names)
+        }
+
+    def schema(self, options: dict[str, Any]) -> dict[str, Any]:
+        """A list for every name."""
+        lists = {name: {"type": "array", "items": self._item(name, options[name])} for name in options}
+        return {"type": "object", "properties": lists, "additionalProperties": False}
+
+    def _item(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
+        cls = self.registry[name]
+        if not isinstance(cls, HasShortForm):
+            return options
+        return {"anyOf": [options, {"type": "string", "description": cls.from_text.__doc__ or ""}]}
+
+
+def stages_of(kind: type[BaseModel]) -> dict[str, Stage]:
+    """The stages of a recipe, in its order."""
+    fields = kind.model_fields.items()
+    return {name: mark for name, field in fields for mark in field.metadata if isinstance(mark, Stage)}
+
+
+def beside_weights(kind: type[BaseModel]) -> dict[str, Any]:
+    """What pydantic has to leave out of a dump for the facts that decide the weights."""
+    found: dict[str, Any] = {}
+    for name, field in kind.model_fields.items():
+        if any(isinstance(mark, LeavesWeights) for mark in field.metadata):
+            found[name] = True
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found[name] = beside_weights(field.annotation)
+    return {name: inner for name, inner in found.items() if inner}
+
+
+def _thing(cls: type[BaseModel], entry: Entry, problems: list[InitErrorDetails]) -> BaseModel | None:
+    """One thing, if its options and its overrides are valid."""
+    if not isinstance(entry.options, dict):
+        what, fix = f"the options of {entry.name} must be a mapping", f"write `{entry.name}: {{option: value}}`"
+        problems.append(_problem(entry.path, entry.options, _refused("recipe.type", what, fix)))
+        return None
+    found = _validated(cls, entry.options, entry.path, problems)
+    for glob, changed in getattr(found, "overrides", {}).items():
+        path = (*entry.path, "overrides", glob)
+        for key in changed.keys() & set(SELECTORS):
+            what = f"an override cannot change {key!r}: its glob already says where it applies"
+            fix = f"remove `{key}`, or write a second {entry.name}"
+            problems.append(_problem((*path, key), changed[key], _refused("recipe.override", what, fix)))
+        given = {key: value for key, value in changed.items() if key not in SELECTORS}
+        _validated(cls, {**entry.options, **given, "overrides": {}}, path, problems)
+    return found
+
+
+def _validated(
+    cls: type[BaseModel], options: dict[str, Any], path: Path, problems: list[InitErrorDetails]
+) -> BaseModel | None:
+    """As JSON and strict: lists may be tuples, but "4" is not 4 and 1 is not true."""
+    try:
+        return cls.model_validate_json(json.dumps(options), strict=True)
+    except ValidationError as found:
+        for each in found.errors():
+            at, about = (*path, *each["loc"]), each.get("ctx", {})
+            problems.append(InitErrorDetails(type=each["type"], loc=at, input=each["input"], ctx=about))
+    return None
+
+
+def _with_options(item: Any) -> Any:
+    if isinstance(item, str):
+        return {item: {}}
+    if isinstance(item, dict) and list(item.values()) == [None]:
+        return {name: {} for name in item}
+    return item
+
+
+def _problem(path: Path, value: Any, error: CompressError) -> InitErrorDetails:
+    return InitErrorDetails(type="value_error", loc=path, input=value, ctx={"error": error})
+
+
+def _refused(code: str, what: str, fix: str) -> CompressError:
+    return CompressError(code, what, fix=fix, exit_code=ExitCode.USAGE)
+
+
+def _as_written(schema: dict[str, Any]) -> dict[str, Any]:
+    """Options as YAML may spell them: one glob without brackets, and overrides with the options of the thing."""
+    options: dict[str, Any] = schema["properties"]
+    if "overrides" in options:
+        changed = {name: part for name, part in options.items() if name not in SELECTORS}
+        one = {"type": "object", "properties": changed, "additionalProperties": False}
+        options["overrides"]["additionalProperties"] = one
+    for name in {"sites", "exclude"} & options.keys():
+        about = {key: value for key, value in options[name].items() if key in ("default", "description")}
+        options[name] = {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "string"}], **about}
+    return schema
