@@ -13,14 +13,14 @@ from llmcompress.calibration.devices import usable_device
 from llmcompress.calibration.tokens import max_positions
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.export.checkpoint import loader_of
+from llmcompress.export.loader import loader_of
 from llmcompress.loading.load import load_for_compression
 from llmcompress.loading.source import find_source
 from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.probe import map_model
 from llmcompress.passes.apply import apply_passes, stages
 from llmcompress.passes.base import Pass
-from llmcompress.planning import check_recipe, storage_dtype_of
+from llmcompress.planning import aimed_at_target, check_recipe, storage_dtype_of
 from llmcompress.presets import as_recipe
 from llmcompress.progress import Progress, Silent
 from llmcompress.recipe import Recipe
@@ -35,7 +35,7 @@ def allocate(
     Raises: CompressError when no pass decides anything that a recipe can say, and for all that `compress` refuses.
     """
     progress = progress or Silent()
-    chosen = as_recipe(recipe).for_model(model)
+    chosen = aimed_at_target(as_recipe(recipe).for_model(model))
     progress.stage("load", 1)
     source = find_source(str(chosen.model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
     loaded = load_for_compression(source, trust_remote_code=chosen.trust_remote_code, progress=progress)

@@ -35,7 +35,7 @@ from llmcompress.model.describe import describe
 from llmcompress.model.probe import probe
 from llmcompress.passes.apply import apply_passes, steps
 from llmcompress.passes.together import Together
-from llmcompress.planning import Plan, make_plan, refused
+from llmcompress.planning import Plan, aimed_at_target, make_plan, refused
 from llmcompress.preparation import Order, Prepared, prepare
 from llmcompress.presets import as_recipe
 from llmcompress.progress import Progress, Silent
@@ -75,7 +75,7 @@ def compress(
 
     Raises: CompressError for everything a user can cause.
     """
-    chosen = as_recipe(recipe).for_model(model)
+    chosen = aimed_at_target(as_recipe(recipe).for_model(model))
     where = own_device(usable_device(device))
     with all_ranks(where) as ranks:
         order = Order(
@@ -210,7 +210,7 @@ def plan(
 
     Raises: CompressError for what `compress` would refuse.
     """
-    chosen = as_recipe(recipe).for_model(model)
+    chosen = aimed_at_target(as_recipe(recipe).for_model(model))
     source = find_source(str(chosen.model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
     return make_plan(source, chosen, offload=offload, machine=machine)
 

@@ -12,8 +12,6 @@ from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig
 
 from llmcompress.cost import Machine
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.export.compressed_tensors import save_compressed_tensors
-from llmcompress.export.plain import save_plain
 from llmcompress.export.save import save_model
 from llmcompress.loading.load import load_for_compression
 from llmcompress.loading.source import Source, find_source
@@ -74,7 +72,7 @@ def size_of(folder: Path) -> int:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_output_bytes_are_those_of_the_saved_file(tiny, tmp_path, scheme):
     plan = make_plan(tiny, Recipe(passes=(RoundToNearest(scheme=scheme),)))
-    save_compressed_tensors(quantized(tiny, plan), tmp_path, storage_dtype=torch.bfloat16, max_shard_size="5GB")
+    save_model(quantized(tiny, plan), tmp_path, "auto", storage_dtype=torch.bfloat16, max_shard_size="5GB")
     assert plan.output_bytes == size_of(tmp_path)
     assert plan.bytes_dense == size_of(tiny.folder)
 
@@ -82,7 +80,7 @@ def test_output_bytes_are_those_of_the_saved_file(tiny, tmp_path, scheme):
 def test_output_bytes_of_the_bundled_model_are_those_of_the_saved_file(tmp_path):
     source = find_source("builtin:books-llama")
     plan = make_plan(source, Recipe(passes=(RoundToNearest(scheme="int4_g32"),)))
-    save_compressed_tensors(quantized(source, plan), tmp_path, storage_dtype=torch.bfloat16, max_shard_size="5GB")
+    save_model(quantized(source, plan), tmp_path, "auto", storage_dtype=torch.bfloat16, max_shard_size="5GB")
     assert plan.output_bytes == size_of(tmp_path)
     assert plan.output_bytes < plan.bytes_dense
 
@@ -90,7 +88,7 @@ def test_output_bytes_of_the_bundled_model_are_those_of_the_saved_file(tmp_path)
 @pytest.mark.parametrize(("dtype", "expected"), [("checkpoint", torch.bfloat16), ("float32", torch.float32)])
 def test_output_bytes_of_a_plain_folder_are_those_of_the_saved_file(tiny, tmp_path, dtype, expected):
     plan = make_plan(tiny, Recipe(passes=(RoundToNearest(scheme="int4_g16"),), save=Save(format="plain", dtype=dtype)))
-    save_plain(quantized(tiny, plan), tmp_path, storage_dtype=expected, max_shard_size="5GB")
+    save_model(quantized(tiny, plan), tmp_path, "plain", storage_dtype=expected, max_shard_size="5GB")
     assert plan.output_bytes == size_of(tmp_path)
 
 

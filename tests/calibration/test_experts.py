@@ -221,7 +221,7 @@ def test_factors_of_experts_are_refused_where_experts_are_a_bank_and_saved_where
         return save_model(model, tmp_path / name, "auto", storage_dtype=torch.float32, max_shard_size="5GB").format
 
     if FIVE:
-        with pytest.raises(CompressError, match=r"save\.experts") as refused:
+        with pytest.raises(CompressError, match="compressed experts only") as refused:
             save("*.experts.*", "experts")
         assert "experts" in refused.value.fix
     else:

@@ -24,7 +24,7 @@ class HalfQuadratic(QuantizingPass):
     Source: Badri and Shaji, 2023 (HQQ). Differs: see `numerics/half_quadratic.py`.
     """
 
-    scheme: str = Field("int4_g64_asym", description="int{2…8}_{gN|channel}[_asym][_a8token|_a8tensor]")
+    scheme: str = Field("int4_g64_asym", description="int{2…8}_{gN|channel}[_asym|_positive][_a8token|_a8tensor]")
     power: float = Field(0.7, gt=0, le=1, description="of an error's size: below one, a few large errors are allowed")
     steps: int = Field(20, ge=1, le=200, description="turns of codes, allowed errors, zero points and scales")
 

@@ -183,10 +183,14 @@ def test_passes_that_leave_or_need_other_weights_are_refused(passes: str, code: 
     assert refused.value.code == code
 
 
-def test_mixtures_are_refused_when_they_are_saved(tmp_path: Path) -> None:
+def test_mixtures_are_more_than_its_own_format_can_say(tmp_path: Path) -> None:
     both = "[{bnb_nf4: {sites: '*.self_attn.*'}}, {bnb_int8: {sites: '*.mlp.*'}}]"
-    with pytest.raises(CompressError, match="not both"):
-        save_model(apply("llama_gqa", both).model, tmp_path, "auto", storage_dtype=torch.float32, max_shard_size="5GB")
+    model, ids = apply("llama_gqa", both).model, tiny_tokens("llama_gqa")
+    saved = save_model(model, tmp_path, "auto", storage_dtype=torch.float32)
+    assert saved.format == "llmcompress"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 def test_plain_multiplies_nf4_out_and_refuses_int8(tmp_path: Path) -> None:
