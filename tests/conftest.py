@@ -110,7 +110,8 @@ def counted(budget: CpuBudget, python: warm_python.WarmPython) -> Iterator[warm_
     """What it uses is used by the tests that ask it."""
     budget.warm.append(python)
     yield python
-    budget.ends(python)
+    budget.warm.remove(python)
+    python.close()  # from here on it is a child that ended
 
 
 class NetworkGuard:

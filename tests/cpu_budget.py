@@ -59,14 +59,7 @@ class CpuBudget:
         self.enforced = enforced
         self.warm: list[WarmPython] = []
         self.seconds: dict[str, float] = defaultdict(float)
-        self._counted_elsewhere = 0.0
         self._before = self._used()
-
-    def ends(self, python: WarmPython) -> None:
-        """What a process has used so far is not to be counted again as that of a child that ended."""
-        self._counted_elsewhere += python.cpu_seconds()
-        self.warm.remove(python)
-        python.close()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Any:
@@ -111,7 +104,7 @@ class CpuBudget:
         """CPU seconds of this process, of its children that ended, and of those that wait for programs."""
         times = os.times()
         own = times.user + times.system + times.children_user + times.children_system
-        return own + sum(python.cpu_seconds() for python in self.warm) - self._counted_elsewhere
+        return own + sum(python.cpu_seconds() for python in self.warm)
 
 
 def budget_seconds(file: str) -> int:
