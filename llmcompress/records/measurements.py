@@ -59,7 +59,7 @@ class Divergence(Record):
     tokens: int
     top: int
     top_mass: float
-    """Probability that the dense model gives those tokens, mean over the text; the nearer to 1, the less KL leaves out."""
+    """Probability that the dense model gives those tokens, mean over the text: near 1, KL leaves little out."""
     kl: Estimate
     """In nats per token."""
     kl_median: float
