@@ -37,10 +37,13 @@ SCALINGS: dict[str, dict[str, Any]] = {
 
 
 def folder_of(kind: str, folder: Path) -> Path:
-    # dynamic scaling calls the context that it stretches `max_position_embeddings`
-    positions = ORIGINAL if kind == "dynamic" else POSITIONS
+    # dynamic scaling calls the context that it stretches `max_position_embeddings`; transformers 4 looks for that of
+    # longrope beside the scaling, 5 inside
+    sizes = {"max_position_embeddings": ORIGINAL if kind == "dynamic" else POSITIONS}
+    if kind == "longrope":
+        sizes["original_max_position_embeddings"] = ORIGINAL
     scaling = {"rope_type": kind, **SCALINGS[kind]}
-    return write_tiny_llama(folder, initializer_range=0.3, max_position_embeddings=positions, rope_scaling=scaling)
+    return write_tiny_llama(folder, initializer_range=0.3, rope_scaling=scaling, **sizes)
 
 
 def windows() -> torch.Tensor:
