@@ -9,7 +9,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from llmcompress.errors import CompressError
 from llmcompress.modules.expression import Expression
+from llmcompress.modules.wanted import Role, Wanted
 from llmcompress.registry import Registry
 
 Spec = dict[str, Any]
@@ -38,6 +40,9 @@ class CompressedModule(nn.Module, ABC):
     out_features: int
     in_features: int
     weight: Tensor
+
+    frame: ClassVar[bool] = False
+    """Whether training looks inside it and leaves alone what it adds: thresholds, indices, places."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,6 +101,52 @@ class CompressedModule(nn.Module, ABC):
     def cache_bytes_per_token(cls, spec: Spec) -> int:
         """Of keys and values that one with that spec caches as codes."""
         return 0
+
+    def trainable(self, wanted: Wanted) -> TrainableTwin:
+        """What stands here during a training, with parameters that begin at what this module computes with.
+
+        Raises: CompressError when this kind has no such form.
+        """
+        raise CompressError(
+            "training.no-trainable-form",
+            f"a {MODULES.name_of(type(self))} has no trainable form",
+            fix="train adapters beside it, or leave its sites out",
+        )
+
+
+class TrainableTwin(nn.Module, ABC):
+    """Stands where a compressed module stood while its numbers are trained, and computes what that will compute.
+
+    Before the first step that is the module's own output to the bit. It is in no manifest and is never saved:
+    `settled` ends it. Subclasses note in `roles` which parameters of their own are trained.
+    """
+
+    out_features: int
+    in_features: int
+
+    def __init__(self, module: CompressedModule) -> None:
+        super().__init__()
+        self.out_features, self.in_features = module.out_features, module.in_features
+        self.roles: dict[str, Role] = {}
+        self.train(module.training)
+
+    @abstractmethod
+    def settled(self) -> CompressedModule:
+        """The compressed module that computes exactly what the last forward did; untrained: the first one's bits."""
+
+    @abstractmethod
+    def dense_weight(self) -> Tensor:
+        """The matrix that it stands for now, with its graph."""
+
+    @property
+    def weight(self) -> Tensor:
+        """Some model code reads `linear.weight.dtype` or its device."""
+        return self.dense_weight()
+
+    def trained(self) -> list[tuple[Role, nn.Parameter]]:
+        """Every parameter that is to be trained, those of twins inside included."""
+        twins = [each for each in self.modules() if isinstance(each, TrainableTwin)]
+        return [(role, twin.get_parameter(name)) for twin in twins for name, role in twin.roles.items()]
 
 
 MODULES: Registry[CompressedModule] = Registry("compressed module", "llmcompress.modules")

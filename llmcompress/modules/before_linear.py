@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from llmcompress.modules.base import MODULES, CompressedModule, Spec
+from llmcompress.modules.base import MODULES, CompressedModule, Spec, TrainableTwin
 from llmcompress.modules.expression import Expression, InputTransform
 from llmcompress.modules.input_transforms import FixedRounding, Hadamard, InputChange, Selection
 from llmcompress.modules.low_rank import part_bias, part_expression, part_from_spec, part_shape, part_spec
+from llmcompress.modules.trainable import TwinOfParts
+from llmcompress.modules.wanted import Wanted
 
 
 class BeforeLinear(CompressedModule):
@@ -54,6 +56,10 @@ class BeforeLinear(CompressedModule):
         for change in reversed(self.changes()):
             made = InputTransform(change, made)
         return made
+
+    @override
+    def trainable(self, wanted: Wanted) -> TrainableTwin:
+        return TwinOfParts(self, wanted)
 
 
 @MODULES.register("rotated_input")

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from llmcompress.modules.base import MODULES, CompressedModule, Spec
+from llmcompress.modules.base import MODULES, CompressedModule, Spec, TrainableTwin
 from llmcompress.modules.expression import Expression
 from llmcompress.modules.expression_leaves import Codebook, ColumnCodes
+from llmcompress.modules.trainable import sharing_tensors
+from llmcompress.modules.wanted import Role, Wanted
+from llmcompress.numerics.fake_quant import straight_through
 from llmcompress.numerics.packing import pack_bits, packed_bytes, unpack_bits
 
 
@@ -43,9 +46,9 @@ class CodebookLinear(CompressedModule):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = outputs, len(width_I)
-        self._widths = tuple(sorted(codes))
+        self.widths = tuple(sorted(codes))
         self.register_buffer("width_I", width_I)
-        for bits in self._widths:
+        for bits in self.widths:
             self.register_buffer(f"codes_{bits}", codes[bits])
             self.register_buffer(f"levels_{bits}", levels[bits])
         self.register_buffer("place_N", place_N)
@@ -70,7 +73,7 @@ class CodebookLinear(CompressedModule):
     def spec(self) -> Spec:
         return {
             "outputs": self.out_features,
-            "columns": {str(bits): len(self.get_buffer(f"codes_{bits}")) for bits in self._widths},
+            "columns": {str(bits): len(self.get_buffer(f"codes_{bits}")) for bits in self.widths},
             "full": len(self.place_N),
             "bias": self.bias is not None,
         }
@@ -92,14 +95,18 @@ class CodebookLinear(CompressedModule):
 
     @override
     def expression(self) -> Expression:
-        columns = tuple(self._columns(bits) for bits in self._widths)
-        return Codebook(columns, self.place_N, self.value_N, (self.out_features, self.in_features), bias=self.bias)
+        return self.composed({bits: self.get_buffer(f"levels_{bits}") for bits in self.widths}, self.value_N, self.bias)
 
-    def _columns(self, bits: int) -> ColumnCodes:
+    def composed(self, levels: Mapping[int, Tensor], value_N: Tensor, bias_O: Tensor | None) -> Codebook:
+        """The same codes with these levels (C×L for the columns of each width) and these weights in full."""
+        columns = tuple(self._columns(bits, levels_CL) for bits, levels_CL in levels.items())
+        return Codebook(columns, self.place_N, value_N, (self.out_features, self.in_features), bias=bias_O)
+
+    def _columns(self, bits: int, levels_CL: Tensor) -> ColumnCodes:
         # codes of eight bits come back as int8, shifted by half their range
         low = -128 if bits == 8 else 0
         codes_CO = unpack_bits(self.get_buffer(f"codes_{bits}"), bits, low, self.out_features).to(torch.int16) - low
-        return ColumnCodes(self.width_I == bits, codes_CO, self.get_buffer(f"levels_{bits}"))
+        return ColumnCodes(self.width_I == bits, codes_CO, levels_CL)
 
     @override
     def coded_weights(self) -> int:
@@ -115,6 +122,54 @@ class CodebookLinear(CompressedModule):
         return functional.linear(x, self.dense_weight(), self.bias)
 
     @override
+    def trainable(self, wanted: Wanted) -> TrainableTwin:
+        return TwinOfCodebooks(self, wanted)
+
+    @override
     def extra_repr(self) -> str:
         widths = ", ".join(f"{count} columns of {bits} bits" for bits, count in self.spec()["columns"].items())
         return f"{self.in_features} → {self.out_features}, {widths}, {len(self.place_N)} weights in full"
+
+
+class TwinOfCodebooks(TrainableTwin):
+    """Levels count as scales and weights in full as weights; which level a weight has stays what it is."""
+
+    def __init__(self, module: CodebookLinear, wanted: Wanted) -> None:
+        super().__init__(module)
+        self._of, self._storage = (module,), wanted.storage_dtype
+        levels = {f"levels_{bits}": module.get_buffer(f"levels_{bits}") for bits in module.widths}
+        for name, tensor in (*levels.items(), ("value_N", module.value_N), ("bias", module.bias)):
+            role: Role = "scales" if name in levels else "biases" if name == "bias" else "weights"
+            own = None if tensor is None else nn.Parameter(tensor.detach().clone(), requires_grad=role in wanted)
+            self.register_parameter(name, own)
+            if own is not None and own.numel() and role in wanted:
+                self.roles[name] = role
+
+    def _stored(self, name: str) -> Tensor:
+        """The values that would be stored now; the gradient passes."""
+        exact, first = self.get_parameter(name), self._of[0].get_buffer(name)
+        near = exact.detach().to(self._storage).to(exact.dtype)
+        return straight_through(exact, torch.where(exact.detach() == first, first, near))
+
+    def _codebook(self) -> Codebook:
+        module = self._of[0]
+        levels = {bits: self._stored(f"levels_{bits}") for bits in module.widths}
+        return module.composed(levels, self._stored("value_N"), self._parameters["bias"])
+
+    @override
+    def dense_weight(self) -> Tensor:
+        return self._codebook().dense_weight()
+
+    @override
+    @torch.no_grad()
+    def settled(self) -> CompressedModule:
+        made = sharing_tensors(self._of[0])
+        for name in ("value_N", *(f"levels_{bits}" for bits in self._of[0].widths)):
+            made._buffers[name] = self._stored(name)
+        bias = self._parameters["bias"]
+        made._parameters["bias"] = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        return made.train(self.training)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return self._codebook()(x)

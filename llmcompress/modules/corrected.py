@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from llmcompress.modules.base import MODULES, CompressedModule, Spec
+from llmcompress.modules.base import MODULES, CompressedModule, Spec, TrainableTwin
 from llmcompress.modules.expression import Chain, Expression, Sum
 from llmcompress.modules.low_rank import part_bias, part_expression, part_from_spec, part_shape, part_spec
+from llmcompress.modules.trainable import TwinOfParts
+from llmcompress.modules.wanted import Role, Wanted
 
 
 @MODULES.register("corrected")
@@ -57,3 +59,10 @@ class CorrectedLinear(CompressedModule):
     @override
     def extra_repr(self) -> str:
         return f"{self.in_features} → {self.out_features}, branch of rank {self.rank}"
+
+    @override
+    def trainable(self, wanted: Wanted) -> TrainableTwin:
+        """The branch counts as adapters; where they alone are trained, the base need not be trainable."""
+        alone = wanted.roles == {"adapters"} and not isinstance(self.base, CorrectedLinear)
+        branch: dict[str, Role] = {"right": "adapters", "left": "adapters"}
+        return TwinOfParts(self, wanted, roles=branch, frozen=("base",) if alone else ())

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from llmcompress.modules.base import MODULES, CompressedModule, Spec
+from llmcompress.modules.base import MODULES, CompressedModule, Spec, TrainableTwin
 from llmcompress.modules.dynamic import Tally
 from llmcompress.modules.expression import Expression, InputTransform
 from llmcompress.modules.expression_leaves import Dense
 from llmcompress.modules.input_transforms import Threshold
+from llmcompress.modules.trainable import TwinOfParts
+from llmcompress.modules.wanted import Wanted
 
 GATHER_BELOW = 0.45
 """Share of inputs below which picking their columns beats one dense product over one token (measured on a CPU: picked
@@ -91,3 +93,7 @@ class ThresholdedLinear(CompressedModule):
     @override
     def extra_repr(self) -> str:
         return f"{self.in_features} → {self.out_features}, inputs above {self.threshold:g}"
+
+    @override
+    def trainable(self, wanted: Wanted) -> TrainableTwin:
+        return TwinOfParts(self, wanted)

@@ -22,6 +22,7 @@ class UnfusedExperts(CompressedModule, nn.ModuleList):
     A checkpoint holds experts one by one, so a model with these is saved under the names of its stock model.
     """
 
+    frame: ClassVar[bool] = True
     has_stock_format: ClassVar[bool] = True
     is_transparent: ClassVar[bool] = True
 

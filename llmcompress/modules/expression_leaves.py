@@ -79,9 +79,11 @@ class Quantized(Leaf):
 
     @override
     def __call__(self, x: Tensor) -> Tensor:
-        if self.activations:
-            x = round_inputs(x, self.scheme, self.input_scale)
-        return functional.linear(x, self.tensor.dense(), self.bias)
+        return functional.linear(self.rounded(x), self.tensor.dense(), self.bias)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """What the matrix is given."""
+        return round_inputs(x, self.scheme, self.input_scale) if self.activations else x
 
     @override
     def dense_weight(self) -> Tensor:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from llmcompress.modules.base import MODULES, CompressedModule, Spec, from_named_spec, named_spec
+from llmcompress.modules.base import MODULES, CompressedModule, Spec, TrainableTwin, from_named_spec, named_spec
 from llmcompress.modules.expression import Chain, Expression
 from llmcompress.modules.expression_leaves import Dense
+from llmcompress.modules.trainable import TwinOfParts
+from llmcompress.modules.wanted import Wanted
 
 _STOCK = "linear"
 
@@ -73,6 +75,10 @@ class LowRankLinear(CompressedModule):
     @override
     def extra_repr(self) -> str:
         return f"{self.in_features} → {self.rank} → {self.out_features}"
+
+    @override
+    def trainable(self, wanted: Wanted) -> TrainableTwin:
+        return TwinOfParts(self, wanted.counting("factors"))
 
 
 def linear_of(weight_OI: Tensor, bias_O: Tensor | None) -> nn.Linear:

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from llmcompress.modules.base import MODULES, CompressedModule, Spec
+from llmcompress.modules.base import MODULES, CompressedModule, Spec, TrainableTwin
 from llmcompress.modules.expression import Expression, Gather, Tied
 from llmcompress.modules.expression_leaves import Leaf, Quantized
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.scheme import Scheme
 from llmcompress.numerics.grid import Fitted
+from llmcompress.numerics.quantized import QuantizedTensor
 
 
 @MODULES.register("quant_embedding")
@@ -55,6 +56,17 @@ class QuantEmbedding(QuantLinear):
         return made
 
     @override
+    def computed(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        rows = functional.embedding(x, weight_OI)
+        return rows if self.multiplier == 1.0 else rows * self.multiplier
+
+    @override
+    def with_codes(self, tensor: QuantizedTensor, bias_O: Tensor | None) -> Self:
+        made = super().with_codes(tensor, bias_O)
+        made.multiplier = self.multiplier
+        return made
+
+    @override
     def expression(self) -> Expression:
         return Gather(Quantized(self.quantized), self.multiplier)
 
@@ -70,6 +82,7 @@ class SharedHead(CompressedModule):
     """A head that multiplies by the embedding's table: it has no numbers of its own but an optional bias."""
 
     bias: nn.Parameter | None
+    frame: ClassVar[bool] = True
 
     def __init__(self, table: str, outputs: int, inputs: int, bias_V: Tensor | None) -> None:
         super().__init__()
@@ -102,6 +115,13 @@ class SharedHead(CompressedModule):
         embedding = found.expression()
         assert isinstance(embedding, Gather) and isinstance(embedding.table, Leaf)
         return Tied(self.table, replace(embedding.table, bias=self.bias))
+
+    @override
+    def dense_weight(self) -> Tensor:
+        """The table, also while it is trained."""
+        found = self._model[0].get_submodule(self.table)
+        assert isinstance(found, CompressedModule | TrainableTwin)
+        return found.dense_weight()
 
     @override
     def forward(self, x: Tensor) -> Tensor:

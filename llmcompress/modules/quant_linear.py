@@ -6,19 +6,21 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from typing_extensions import override
 
-from llmcompress.modules.base import MODULES, CompressedModule, Spec
+from llmcompress.modules.base import MODULES, Spec
 from llmcompress.modules.expression import Expression
 from llmcompress.modules.expression_leaves import Quantized
 from llmcompress.modules.scheme import Scheme, named_scheme
+from llmcompress.modules.trainable_codes import CodedModule
 from llmcompress.numerics.formats import TWO_LEVEL
 from llmcompress.numerics.grid import Fitted
 from llmcompress.numerics.quantized import QuantizedTensor
 
 
 @MODULES.register("quant_linear")
-class QuantLinear(CompressedModule):
+class QuantLinear(CodedModule):
     """Replaces `nn.Linear` (or Conv1D): `codes_OI` int8, `scale_OG`, `zero_OG` int8 (asymmetric), optional bias.
 
     `input_scale` exists for activations that calibration measured. Buffers follow `.to(dtype)`: scales hold values of
@@ -104,6 +106,10 @@ class QuantLinear(CompressedModule):
 
     @override
     def expression(self) -> Expression:
+        return self.leaf()
+
+    def leaf(self) -> Quantized:
+        """Codes with their bias and the rounding of their inputs."""
         fixed = self.input_scale
         if fixed is not None and fixed.dtype == torch.int32:
             fixed = from_bits(fixed)
@@ -130,6 +136,16 @@ class QuantLinear(CompressedModule):
     @override
     def forward(self, x: Tensor) -> Tensor:
         return self.expression()(x)
+
+    @override
+    def computed(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        return functional.linear(self.leaf().rounded(x), weight_OI, bias_O)
+
+    @override
+    def with_codes(self, tensor: QuantizedTensor, bias_O: Tensor | None) -> Self:
+        scale_OG = tensor.scale.to(self.scale_OG.dtype)
+        codes_OI, zero_OG = tensor.codes, tensor.zero_point
+        return type(self)(self.scheme, codes_OI, scale_OG, zero_OG, bias_O, self.input_scale, self.shared_scale)
 
     @override
     def extra_repr(self) -> str:

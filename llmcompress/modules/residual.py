@@ -8,7 +8,7 @@ line of the block's code knows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ class LaneNorm(CompressedModule):
     Source: Ashkboos et al., arXiv 2401.15024: what was sliced away counts as zero, so the mean square is still one
     over the original width.
     """
+
+    frame: ClassVar[bool] = True
 
     def __init__(self, start: int, width: int, divisor: int, epsilon: float) -> None:
         super().__init__()
@@ -174,6 +176,8 @@ class ShortcutBlock(Wrapper):
 @MODULES.register("pass_through")
 class PassThrough(CompressedModule):
     """Gives back what it gets: stands where a norm stood that the embedding has taken in."""
+
+    frame: ClassVar[bool] = True
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from llmcompress.modules.scheme import Scheme
+from llmcompress.numerics.fake_quant import passing
 from llmcompress.numerics.formats import E2M1, E4M3, NumberFormat, shared_scale
 
 _INT8_REACH = 127.5
@@ -17,7 +18,14 @@ _INT8_REACH = 127.5
 
 
 def round_inputs(x: Tensor, scheme: Scheme, scale: Tensor | None) -> Tensor:
-    """There and back through the format that a scheme gives its inputs; `scale` is what calibration fixed."""
+    """There and back through the format that a scheme gives its inputs; `scale` is what calibration fixed.
+
+    The gradient passes as if nothing were rounded, also where a fixed scale clips.
+    """
+    return passing(lambda exact: _rounded(exact, scheme, scale), x)
+
+
+def _rounded(x: Tensor, scheme: Scheme, scale: Tensor | None) -> Tensor:
     if scheme.activations == "group":
         return _round_groups(x, scheme, scale)
     return round_activations(x, scale, scheme.weights.number)

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from llmcompress.modules.base import MODULES, CompressedModule, Spec
+from llmcompress.modules.base import MODULES, CompressedModule, Spec, TrainableTwin
 from llmcompress.modules.expression import Expression, InputTransform, OutputPlaces
 from llmcompress.modules.input_transforms import Selection
 from llmcompress.modules.low_rank import linear_of, part_bias, part_expression, part_from_spec, part_shape, part_spec
+from llmcompress.modules.trainable import TwinOfParts
+from llmcompress.modules.wanted import Wanted
 
 
 class _Selected(CompressedModule):
@@ -36,6 +38,10 @@ class _Selected(CompressedModule):
     @override
     def extra_repr(self) -> str:
         return f"{self.in_features} → {self.out_features}, {len(self.index_K)} of {self.full} kept"
+
+    @override
+    def trainable(self, wanted: Wanted) -> TrainableTwin:
+        return TwinOfParts(self, wanted)
 
 
 @MODULES.register("selected_rows")

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from llmcompress.modules.base import MODULES, CompressedModule, Spec
+from llmcompress.modules.base import MODULES, CompressedModule, Spec, TrainableTwin
 from llmcompress.modules.expression import Expression, Gather
 from llmcompress.modules.expression_leaves import Contraction
+from llmcompress.modules.trainable import TwinOfParts
+from llmcompress.modules.wanted import Wanted
 from llmcompress.numerics.tensor_train import compose, tensor_to_matrix
 
 
@@ -102,6 +104,10 @@ class TensorTrainLinear(CompressedModule):
     def extra_repr(self) -> str:
         return f"{self.inputs} → {self.outputs}, ranks {self.ranks}"
 
+    @override
+    def trainable(self, wanted: Wanted) -> TrainableTwin:
+        return TwinOfParts(self, wanted.counting("factors"))
+
 
 class _Rows(CompressedModule):
     """V rows of width D, each its own tensor train: core k holds V×R×A×R."""
@@ -133,6 +139,10 @@ class _Rows(CompressedModule):
     @override
     def extra_repr(self) -> str:
         return f"{self.out_features} × {self.axes}, ranks {self.ranks}"
+
+    @override
+    def trainable(self, wanted: Wanted) -> TrainableTwin:
+        return TwinOfParts(self, wanted.counting("factors"))
 
 
 @MODULES.register("tensor_train_embedding")

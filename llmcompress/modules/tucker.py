@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from llmcompress.modules.base import MODULES, CompressedModule, Spec
+from llmcompress.modules.base import MODULES, CompressedModule, Spec, TrainableTwin
 from llmcompress.modules.expression import Expression
 from llmcompress.modules.expression_leaves import Contraction
+from llmcompress.modules.trainable import TwinOfParts
+from llmcompress.modules.wanted import Wanted
 
 Split = Literal["rows", "columns"]
 
@@ -87,3 +89,7 @@ class TuckerLinear(CompressedModule):
     @override
     def extra_repr(self) -> str:
         return f"{self.in_features} → {self.out_features}, ranks {tuple(self.core_hri.shape)} of {self.spec()['shape']}"
+
+    @override
+    def trainable(self, wanted: Wanted) -> TrainableTwin:
+        return TwinOfParts(self, wanted.counting("factors"))

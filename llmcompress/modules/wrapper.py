@@ -23,6 +23,7 @@ class Wrapper(CompressedModule):
     wraps_original: ClassVar[bool] = True
 
     inner: nn.Module
+    frame: ClassVar[bool] = True
 
     @override
     def take(self, replaced: nn.Module) -> None:

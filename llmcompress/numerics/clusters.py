@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from llmcompress.numerics.fake_quant import passing
 from llmcompress.numerics.statistics import Statistic
 
 _ROUNDS = 20
@@ -105,7 +106,11 @@ def grid_of(clusters: Clusters, bits: int, scale_dtype: torch.dtype) -> tuple[Te
 
 
 def round_by_clusters(x: Tensor, scale_I: Tensor, zero_I: Tensor, bits: int) -> Tensor:
-    """Every channel to its own grid and back; one with scale 0 is left as it is."""
+    """Every channel to its own grid and back; one with scale 0 is left as it is. Gradients pass unchanged."""
+    return passing(lambda exact: _rounded(exact, scale_I, zero_I, bits), x)
+
+
+def _rounded(x: Tensor, scale_I: Tensor, zero_I: Tensor, bits: int) -> Tensor:
     safe_I = torch.where(scale_I > 0, scale_I, torch.ones_like(scale_I)).float()
     codes = (x.float() / safe_I).round_().add_(zero_I).clamp_(0, 2**bits - 1)
     return torch.where(scale_I > 0, codes.sub_(zero_I).mul_(safe_I).to(x.dtype), x)

@@ -149,7 +149,7 @@ def _table(number: TableFormat, dtype: torch.dtype, device: torch.device) -> Ten
 
 @cache
 def _search(number: TableFormat, dtype: torch.dtype, device: torch.device) -> _Search:
-    codes = {value: code for code, value in reversed(list(enumerate(number.values)))}
+    codes = {value + 0.0: code for code, value in reversed(list(enumerate(number.values)))}  # -0 becomes 0
     ascending = sorted(codes)
     middles = [(low + high) / 2 for low, high in pairwise(ascending)]
     # a value on a bound belongs to the lower neighbour, unless the upper one is the even code

@@ -93,6 +93,10 @@ class Pass(BaseModel, ABC):
             return "needs the attention of the dense model; what rounds its cache comes last"
         return self.spoils.get(trait)
 
+    def undoes_together(self, traits: frozenset[Trait]) -> str | None:
+        """The same for all that earlier passes left on one site, where no single trait is in the way."""
+        return None
+
     def check(self, model_map: ModelMap) -> None:
         """Whether it can work on all selected sites of that model, asked before any of them is touched.
 

@@ -26,6 +26,10 @@ def check_order(passes: Sequence[Pass], site_names: Sequence[str]) -> None:
                 reason = _reason(traits, each.for_site(chosen[0]))
                 if reason:
                     raise _undone(first, earlier, index, each, reason, where=f"{_label(index, each)}, site {chosen[0]}")
+            together = frozenset[Trait]().union(*(traits for _, _, traits in before))
+            if before and (reason := each.for_site(chosen[0]).undoes_together(together)):
+                first, earlier, _ = before[-1]
+                raise _undone(first, earlier, index, each, reason, where=f"{_label(index, each)}, site {chosen[0]}")
             before.append((index, each, each.for_site(chosen[0]).traits()))
     for (first, earlier), (second, later) in combinations(enumerate(passes), 2):
         reason = _reason(earlier.traits() & {"tables"}, later)  # which no site has

@@ -1,4 +1,4 @@
-"""Low-rank adapters that can be merged without a trace: what they add to a zero is zero, during training already."""
+"""Low-rank adapters: merged into weights without a trace, or left as branches beside codes, which do not change."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from llmcompress.model.site import LinearSite
+from llmcompress.modules.corrected import CorrectedLinear
+from llmcompress.modules.low_rank import linear_of
+
 
 class MaskedAdapter(nn.Module):
     """weight + scale · (left @ right), but only where the weight is not zero. `left` begins at zero.
@@ -20,9 +24,8 @@ class MaskedAdapter(nn.Module):
     def __init__(self, weight: Tensor, rank: int, scale: float) -> None:
         super().__init__()
         rows, columns = weight.shape
-        rank = min(rank, rows, columns)
-        self.left = nn.Parameter(weight.new_zeros(rows, rank))
-        self.right = nn.Parameter(torch.randn(rank, columns).to(weight) / math.sqrt(columns))
+        left, right = _factors(rows, columns, rank, like=weight)
+        self.left, self.right = nn.Parameter(left), nn.Parameter(right)
         self.scale = scale
         self.alive = weight.detach() != 0
 
@@ -31,18 +34,62 @@ class MaskedAdapter(nn.Module):
         return weight + self.scale * (self.left @ self.right) * self.alive
 
 
+class _Scaled(nn.Module):
+    """A parametrization: the left factor of a branch, times the scale of adapters."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, left_OR: Tensor) -> Tensor:
+        return self.scale * left_OR
+
+
 @contextmanager
-def adapted(modules: Sequence[nn.Module], *, rank: int, scale: float, seed: int) -> Iterator[list[nn.Parameter]]:
-    """Adapters on the `weight` of every module; their parameters, to be trained. Merged when the context ends."""
-    adapters = []
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        for module in modules:
-            adapter = MaskedAdapter(module.get_parameter("weight"), rank, scale)
-            adapters.append(adapter)
-            parametrize.register_parametrization(module, "weight", adapter)
+def adapted(sites: Sequence[LinearSite], *, rank: int, scale: float, seed: int) -> Iterator[list[nn.Parameter]]:
+    """Adapters on every site; their parameters, to be trained.
+
+    When the context ends, those on ordinary linears are merged into the weight. A site of codes (or anything else
+    compressed) becomes a `CorrectedLinear`: the module that stood there, untouched, and the adapter as its branch.
+    After an exception everything is as it was.
+    """
+    before = {site: site.module for site in sites}
+    trained: list[nn.Parameter] = []
+    changed: list[nn.Module] = []
+    merge = False
     try:
-        yield [each for adapter in adapters for each in (adapter.left, adapter.right)]
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            for site, module in before.items():
+                if site.is_quantized:
+                    branch = _branch(site, module, rank)
+                    site.replace(branch)
+                    trained += [branch.left.get_parameter("weight"), branch.right.get_parameter("weight")]
+                    changed.append(branch.left)
+                    parametrize.register_parametrization(branch.left, "weight", _Scaled(scale))
+                else:
+                    adapter = MaskedAdapter(module.get_parameter("weight"), rank, scale)
+                    trained += [adapter.left, adapter.right]
+                    changed.append(module)
+                    parametrize.register_parametrization(module, "weight", adapter)
+        yield trained
+        merge = True
     finally:
-        for module in modules:
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+        for module in changed:
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=merge)
+        for site, module in before.items():
+            if site.is_quantized and not merge:
+                site.replace(module)
+
+
+def _branch(site: LinearSite, base: nn.Module, rank: int) -> CorrectedLinear:
+    """The module with a branch beside it that adds nothing yet."""
+    like = next(tensor for tensor in (*base.parameters(), *base.buffers()))
+    left_OR, right_RI = _factors(site.info.outputs, site.info.inputs, rank, like=like.new_empty(0, dtype=torch.float32))
+    return CorrectedLinear(base, linear_of(right_RI, None), linear_of(left_OR, None)).train(base.training)
+
+
+def _factors(rows: int, columns: int, rank: int, *, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Zeros, and small random numbers: their product is zero and has a gradient."""
+    rank = min(rank, rows, columns)
+    return like.new_zeros(rows, rank), torch.randn(rank, columns).to(like) / math.sqrt(columns)

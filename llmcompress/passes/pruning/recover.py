@@ -8,7 +8,8 @@ from pydantic import Field, model_validator
 from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
-from llmcompress.passes.base import PASSES, Backward, ModelPass
+from llmcompress.errors import CompressError
+from llmcompress.passes.base import PASSES, Backward, ModelPass, Trait
 from llmcompress.passes.pruning.sparse import sparsity
 from llmcompress.records.rows import SiteReport
 from llmcompress.training.adapters import adapted
@@ -21,13 +22,18 @@ from llmcompress.training.settings import Training
 
 @PASSES.register("recover")
 class Recover(ModelPass):
-    """Train on the calibration text what earlier passes left: all of it, or low-rank adapters that are merged.
+    """Train on the calibration text what earlier passes left: all of it, or low-rank adapters.
 
-    Source: of adapters Hu et al., arXiv 2106.09685; after pruning Ma et al., arXiv 2305.11627, section 3.3. Differs:
-    adapters never touch a zero, so merging keeps the sparsity.
+    Adapters are merged into weights, never touching a zero. Beside codes they stay as a branch of low rank, and the
+    codes are what they were.
+
+    Source: of adapters Hu et al., arXiv 2106.09685; after pruning Ma et al., arXiv 2305.11627, section 3.3; beside
+    codes Dettmers et al., arXiv 2305.14314. Differs: adapters are masked, so merging keeps the sparsity.
     """
 
-    rank: int | None = Field(None, ge=1, description="of the adapters on every linear; null: train all weights")
+    rank: int | None = Field(
+        None, ge=1, description="of the adapters on every linear; null: train all weights (before there are codes)"
+    )
     scale: float | None = Field(None, gt=0, description="of the adapters, α ÷ rank (2)")
     training: Training = Field(default_factory=Training, description="steps, learning rate and batches")
 
@@ -36,6 +42,16 @@ class Recover(ModelPass):
         if self.scale is not None and self.rank is None:
             raise ValueError("`scale` belongs to adapters: give their `rank` too")
         return self
+
+    @override
+    def undoes(self, trait: Trait) -> str | None:
+        """Codes may be there before adapters, which leave them alone."""
+        return None if trait == "codes" and self.rank is not None else super().undoes(trait)
+
+    @override
+    def undoes_together(self, traits: frozenset[Trait]) -> str | None:
+        """A branch beside codes is dense."""
+        return "would fill zeros with its dense branch" if "codes" in traits and traits & {"zeros", "pattern"} else None
 
     @override
     def uses_data(self) -> bool:
@@ -49,13 +65,26 @@ class Recover(ModelPass):
     @override
     def apply(self, whole: WholeModel) -> list[SiteReport]:
         sites = whole.sites()
+        ranks = {
+            site: min(self.rank, site.info.outputs, site.info.inputs)
+            for site in sites
+            if self.rank and site.is_quantized
+        }
+        if self.rank is not None and not sites:
+            raise CompressError(
+                "recover.no-sites",
+                "no linear of the blocks can take an adapter any more: all are factors made of codes",
+                fix="put `recover` right behind the pass that made the codes",
+            )
         with whole.resident() as model:
             if self.rank is None:
                 train(model, Windows(whole.context.windows_NT), self.training, whole.context, job=Job("recover"))
             else:
                 scale = 2.0 if self.scale is None else self.scale
-                modules = [site.module for site in sites]
-                with adapted(modules, rank=self.rank, scale=scale, seed=whole.context.seed) as adapters:
+                with adapted(sites, rank=self.rank, scale=scale, seed=whole.context.seed) as adapters:
                     job = Job("recover", parameters=adapters, masks=ZerosStay([]))
                     train(model, Windows(whole.context.windows_NT), self.training, whole.context, job=job)
-        return [SiteReport(site=site.name, algorithm="recover", sparsity=sparsity(site.weight_OI)) for site in sites]
+        return [
+            SiteReport(site=site.name, algorithm="recover", sparsity=sparsity(site.weight_OI), rank=ranks.get(site))
+            for site in sites
+        ]

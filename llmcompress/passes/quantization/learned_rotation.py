@@ -26,6 +26,7 @@ from llmcompress.modules.before_linear import unwrapped
 from llmcompress.modules.rounded_inputs import fixed_scale, round_inputs
 from llmcompress.modules.scheme import Scheme, named_scheme
 from llmcompress.numerics.basis import zero_mean_frame
+from llmcompress.numerics.fake_quant import passing
 from llmcompress.numerics.grid import restore, round_to_codes
 from llmcompress.numerics.ranges import fit
 from llmcompress.training.data.base import Windows, held_out
@@ -172,10 +173,13 @@ class _Rounded(nn.Module):
         self.scheme, self.transposed = scheme, transposed
 
     def forward(self, weight: Tensor) -> Tensor:
-        weight_OI = (weight.T if self.transposed else weight).detach()
+        return passing(self._rounded, weight)
+
+    def _rounded(self, weight: Tensor) -> Tensor:
+        weight_OI = weight.T if self.transposed else weight
         fitted = fit(weight_OI, self.scheme.weights)
         restored_OI = restore(round_to_codes(weight_OI, fitted), fitted)
-        return weight + ((restored_OI - weight_OI).T if self.transposed else restored_OI - weight_OI)
+        return restored_OI.T if self.transposed else restored_OI
 
 
 @contextmanager
@@ -212,9 +216,8 @@ def _rounding(sites: Sequence[LinearSite], scheme: Scheme) -> Iterator[None]:
 
 
 def _round_input(scheme: Scheme, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    x = args[0].detach()
-    scale = fixed_scale(x.abs().max(), scheme) if scheme.measures_inputs else None
-    return (args[0] + (round_inputs(x, scheme, scale) - x), *args[1:])
+    scale = fixed_scale(args[0].detach().abs().max(), scheme) if scheme.measures_inputs else None
+    return (round_inputs(args[0], scheme, scale), *args[1:])
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from llmcompress.calibration.stream import BlockWork
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.rounded_inputs import fixed_scale, round_inputs
 from llmcompress.modules.scheme import DESCRIPTION, Scheme, named_scheme
+from llmcompress.numerics.fake_quant import rounded_integers
 from llmcompress.numerics.grid import Fitted, round_to_codes, spread
 from llmcompress.numerics.ranges import fit
 from llmcompress.numerics.statistics import AbsMax, Gram, Statistic
@@ -140,7 +141,7 @@ class _Learning(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """What the rounded linear computes; gradients pass through both roundings as if they were not there."""
         if self._scheme.activations:
-            x = x + (round_inputs(x.detach(), self._scheme, self._input_scale) - x.detach())
+            x = round_inputs(x, self._scheme, self._input_scale)
         return functional.linear(x, self._rounded(), self._bias_O)
 
     @torch.no_grad()
@@ -174,8 +175,7 @@ class _Learning(nn.Module):
         scale_OI = spread(self._fitted.scale_OG * self.stretch_OG, grid, inputs)
         zero_OI = spread(self._fitted.zero_OG, grid, inputs)
         exact_OI = self._weight_OI / scale_OI + zero_OI + self.offset_OI
-        near_OI = exact_OI + (exact_OI.detach().round() - exact_OI.detach())
-        return (near_OI.clamp(grid.low, grid.high) - zero_OI) * scale_OI
+        return (rounded_integers(exact_OI, grid.low, grid.high) - zero_OI) * scale_OI
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
+from llmcompress.model.site import LinearSite
 from llmcompress.numerics.masks import due
 from llmcompress.numerics.schedule import erk_shares
 from llmcompress.passes.apply import Compressed, apply_passes
@@ -48,6 +49,10 @@ def compressed(model: PreTrainedModel, family: str, *passes: Pass) -> Compressed
     return apply_passes(model, map_of(family), passes, RunContext(tiny_tokens(family, batch=6), batch=4, device=CPU))
 
 
+def sites(model: PreTrainedModel, family: str) -> list[LinearSite]:
+    return WholeModel(model, map_of(family), RunContext(tiny_tokens(family), batch=4, device=CPU)).sites()
+
+
 class Each(Callback):
     """Calls a function after every step."""
 
@@ -64,12 +69,7 @@ def briefly(model: PreTrainedModel, family: str, job: Job) -> None:
 
 
 def site_weights(model: PreTrainedModel, family: str) -> dict[str, Tensor]:
-    whole = WholeModel(
-        model,
-        map_of(family),
-        RunContext(tiny_tokens(family), batch=4, device=CPU),
-    )
-    return {site.name: site.weight_OI for site in whole.sites()}
+    return {site.name: site.weight_OI for site in sites(model, family)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -215,8 +215,7 @@ def test_recovery_keeps_every_zero_and_changes_the_rest(family: str, rank: int |
 def test_merging_masked_adapters_is_exact(family: str) -> None:
     model, ids = tiny_model(family), tiny_tokens(family)
     compressed(model, family, make("random", sparsity=0.6))
-    modules = [model.get_submodule(name) for name in site_weights(model, family)]
-    with adapted(modules, rank=2, scale=2.0, seed=0) as parameters, torch.no_grad():
+    with adapted(sites(model, family), rank=2, scale=2.0, seed=0) as parameters, torch.no_grad():
         for each in parameters:
             each.copy_(torch.randn(each.shape, generator=torch.Generator().manual_seed(1)) * 0.3)
         apart = model(ids).logits

@@ -1,0 +1,39 @@
+"""What of a compressed module a training changes: plain data that whoever trains hands to `trainable`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+
+Role = Literal["weights", "scales", "zero_points", "factors", "adapters", "biases"]
+"""Weights that codes are rounded from (or that are no codes); scales of codes, and levels of codebooks; zero points;
+factors that multiply to a matrix; low-rank branches beside codes; biases."""
+
+ROLES: frozenset[Role] = frozenset(get_args(Role))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which numbers get gradients, and what they must be afterwards.
+
+    Scales alone (`weights` left out) are trained with codes that stay what they are; weights with scales as LSQ does,
+    each weight's code being decided anew in every forward.
+    """
+
+    roles: frozenset[Role]
+    keep_zeros: bool
+    """Weights of codes that are exactly zero stay so. True after a sparse pass; otherwise a training at few bits would
+    lose the many weights that were merely rounded to zero."""
+    storage_dtype: torch.dtype
+    """Of the checkpoint: trained scales take its values."""
+    matrices: Role = "weights"
+    """What a matrix of weights counts as: inside a factored module, a factor."""
+
+    def counting(self, matrices: Role) -> Wanted:
+        """The same for a part whose matrices count as something else."""
+        return replace(self, matrices=matrices)
+
+    def __contains__(self, role: Role) -> bool:
+        return role in self.roles
