@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.calibration.whole import WholeModel
+from llmcompress.numerics.allocation import Option, spend
 from llmcompress.numerics.low_rank import output_spectrum, truncate
-from llmcompress.numerics.rank_allocation import Matrix, allocate_ranks, uniform_rank
+from llmcompress.numerics.rank_allocation import Matrix, uniform_rank
 from tests.families import tiny_model
 from tests.passes.decomposition.factored import block_pass, compressed, map_of, whole_model, windows
 
@@ -56,13 +57,15 @@ def test_ranks_by_loss_weigh_directions_by_the_squared_gradients_along_them(monk
         uniform[name] = uniform_rank(*weight.shape, 1 - RATIO, 1)
         model.get_submodule(name).weight.data = truncate(weight, spectra[name], uniform[name]).product()
     squares = squared_output_gradients(tiny_model(FAMILY, seed=1), {name: model.get_submodule(name) for name in names})
-    matrices = {}
+    ranks, options, budget = [], [], 0
     for name in names:
         felt_K = spectra[name].basis_OK.square().T @ squares[name].double()
-        weight = model.get_submodule(name).weight
-        matrices[name] = Matrix(*weight.shape, spectra[name].energy_K * felt_K, 1)
-    budget = sum(uniform[name] * (each.outputs + each.inputs) for name, each in matrices.items())
-    wanted = dict(zip(names, allocate_ranks(list(matrices.values()), budget), strict=True))
+        outputs, inputs = model.get_submodule(name).weight.shape
+        found = Matrix(outputs, inputs, spectra[name].energy_K * felt_K).options()
+        ranks.append([each.rank for each in found])
+        options.append([Option(each.parameters, each.loss) for each in found])
+        budget += uniform[name] * (outputs + inputs)
+    wanted = {name: each[index] for name, each, index in zip(names, ranks, spend(options, budget), strict=True)}
     perplexities = iter([2.0, 1.0])  # uniform ranks would stay if the decided ones measured worse
     monkeypatch.setattr(WholeModel, "perplexity", lambda _: next(perplexities))
     decided = block_pass("svd", ratio=RATIO, ranks="loss", sites="*.layers.0.*").decide(whole_model(FAMILY))
