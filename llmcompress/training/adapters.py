@@ -61,7 +61,7 @@ def adapted(sites: Sequence[LinearSite], *, rank: int, scale: float, seed: int) 
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             for site, module in before.items():
-                if site.is_quantized:
+                if site.is_compressed:
                     branch = _branch(site, module, rank)
                     site.replace(branch)
                     trained += [branch.left.get_parameter("weight"), branch.right.get_parameter("weight")]
@@ -78,7 +78,7 @@ def adapted(sites: Sequence[LinearSite], *, rank: int, scale: float, seed: int) 
         for module in changed:
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=merge)
         for site, module in before.items():
-            if site.is_quantized and not merge:
+            if site.is_compressed and not merge:
                 site.replace(module)
 
 

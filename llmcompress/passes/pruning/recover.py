@@ -68,7 +68,7 @@ class Recover(ModelPass):
         ranks = {
             site: min(self.rank, site.info.outputs, site.info.inputs)
             for site in sites
-            if self.rank and site.is_quantized
+            if self.rank and site.is_compressed
         }
         if self.rank is not None and not sites:
             raise CompressError(
