@@ -30,11 +30,12 @@ RUN = """
 import json, re, sys
 from pathlib import Path
 from llmcompress import compress, plan
+from llmcompress.cost import this_machine
 from llmcompress.recipe import parse_recipe
 model, output, recipe, offload, what = sys.argv[1:]
 recipe = parse_recipe(recipe, "evals")
 if what == "plan":
-    print(json.dumps({"bytes": plan(model, recipe, offload=offload).peak_memory_bytes}))
+    print(json.dumps({"bytes": plan(model, recipe, offload=offload, machine=this_machine()).peak_memory_bytes}))
 else:
     seconds = compress(model, recipe, output, offload=offload).seconds
     # not getrusage: its peak is inherited from the process that started this one

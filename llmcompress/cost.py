@@ -1,17 +1,18 @@
-"""Rough foresight: how much memory and time compressing a model takes. N = calibration tokens, O, I = a site's sizes.
+"""Rough foresight: what compressing takes in memory and operations. N = calibration tokens, O, I = a site's sizes.
 
 Memory: the model in float32 (offloaded: its largest part), the hidden states of all calibration tokens before and after
 a block, one batch inside a block, and the largest pass's statistics with the copies made while solving; where gradients
-go through the whole model, all that one batch computes and what the pass keeps. Time: multiplications ÷ the speed of a
-matrix product measured now. Time is meant to be right within a factor of two, memory within a fifth, and both to order
-alternatives correctly.
+go through the whole model, all that one batch computes and what the pass keeps. Time: operations ÷ the
+speed of a matrix product on some machine. Time is meant to be right within a factor of two, memory within a fifth, and
+both to order alternatives correctly.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import psutil
 import torch
@@ -44,6 +45,41 @@ _SOLVING_PRODUCTS = 40
 """Products ΔW·G of O×I by I×I that solving one site takes in time: AWQ tries about twenty scales and twenty ranges."""
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a recipe takes on any machine."""
+
+    operations: float
+    """Multiplications and additions of passes over all blocks and of gradients; those of the head are left out."""
+    forwards: float
+    """How often all calibration windows go through all blocks; a forward with gradients counts for three."""
+    peak_bytes: int
+    """Most bytes held at any time, beside the interpreter and its libraries."""
+
+
+@dataclass(frozen=True)
+class _Measuring:
+    """What a pass measures, asked once and not for every block."""
+
+    selects: Callable[[str], bool]
+    forwards: int
+    wants_dense: bool
+    solves: bool
+    """Whether Gram matrices are measured, and systems solved with them."""
+
+    @classmethod
+    def of(cls, each: BlockPass) -> _Measuring:
+        return cls(each.selects, each.forwards(), each.wants_dense(), Gram in each.measures())
+
+
+class Machine(NamedTuple):
+    """What turns a cost into seconds and into the memory of a process."""
+
+    operations_per_second: float
+    process_bytes: int = 0
+    """Of the interpreter and its libraries."""
+
+
 def must_offload(offload: Offload, passes: Sequence[Pass], *, weight_bytes: int, processes: int = 1) -> bool:
     """Whether a run keeps the weights on disk; `weight_bytes` is what they take there, in 16 bits each.
 
@@ -71,54 +107,28 @@ def must_offload(offload: Offload, passes: Sequence[Pass], *, weight_bytes: int,
     return offload == "always" or (too_large and not blocked and processes == 1)
 
 
-def peak_memory_bytes(
-    recipe: Recipe, model_map: ModelMap, *, parameters: int, vocabulary: int, offloaded: bool = False
-) -> int:
-    """Most bytes resident at any time, the interpreter and its libraries included; `vocabulary` = embedding rows."""
-    tokens = recipe.calibration.samples * recipe.calibration.tokens
-    needs_data = any(each.uses_data() for each in recipe.passes)
-    streams = 2 if any(each.wants_dense() for each in _block_passes(recipe)) else 1
-    hidden = 2 * streams * _FLOAT * tokens * model_map.hidden_size if needs_data else 0
-    batch = recipe.calibration.batch * recipe.calibration.tokens if needs_data else 0
-    working = max(
-        (_working_bytes(each, block, batch) for each in _block_passes(recipe) for block in model_map.blocks), default=0
-    )
-    evaluating = LOGITS_BYTES if recipe.evaluate else 0
-    libraries = psutil.Process().memory_info().rss
-    if not offloaded:
-        gradients = max(
-            (_gradient_bytes(each, recipe, model_map, parameters, vocabulary) for each in recipe.passes), default=0
-        )
-        return libraries + _FLOAT * parameters + max(hidden + working, gradients, evaluating)
-    blocks = (sum(site.outputs * site.inputs for site in block.structure.sites) for block in model_map.blocks)
-    table = _FLOAT * vocabulary * model_map.hidden_size
-    return libraries + max(hidden + working + _FLOAT * max(blocks, default=0), hidden + table, table + evaluating)
+def cost(recipe: Recipe, model_map: ModelMap, *, parameters: int, vocabulary: int, offloaded: bool = False) -> Cost:
+    """What the recipe takes, from the map and the recipe alone: nothing is computed, measured or read.
 
-
-def seconds(recipe: Recipe, model_map: ModelMap) -> float:
-    """Of passes over all blocks and of gradients, on the device that `auto` would choose; the head is left out."""
-    tokens = recipe.calibration.samples * recipe.calibration.tokens
-    window = recipe.calibration.tokens
-    through_model = _forwards_of_gradients(recipe)
-    flops = 0.0
-    for block in model_map.blocks:
-        measuring = [each for each in _block_passes(recipe) if each.forwards() and any(_groups(each, block))]
-        weights = sum(site.outputs * site.inputs for site in block.structure.sites)
-        forward = 2.0 * tokens * weights + 4.0 * tokens * window * model_map.hidden_size
-        flops += forward * (sum(each.forwards() for each in measuring) + 1 + through_model)
-        flops += sum(_statistics_flops(each, block, tokens) for each in measuring)
-    return flops / matmul_flops_per_second()
-
-
-def _forwards_of_gradients(recipe: Recipe) -> float:
-    """What gradients through the whole model cost, in forward passes over all calibration windows."""
+    `vocabulary` = embedding rows.
+    """
+    passes = [_Measuring.of(each) for each in recipe.passes if isinstance(each, BlockPass)]
+    forwards = [1 + sum(each.forwards for each in passes if any(_groups(each, block))) for block in model_map.blocks]
     samples = recipe.calibration.samples
-    found = [gradients for each in recipe.passes if (gradients := each.backward())]
-    return sum(_BACKWARD_FORWARDS * (each.trained_on or samples) / samples for each in found)
+    through_model = sum(
+        _BACKWARD_FORWARDS * (gradients.trained_on or samples) / samples
+        for each in recipe.passes
+        if (gradients := each.backward())
+    )
+    return Cost(
+        operations=_operations(recipe, model_map, passes, [times + through_model for times in forwards]),
+        forwards=sum(forwards) / max(len(forwards), 1) + through_model,
+        peak_bytes=_peak_bytes(recipe, model_map, passes, parameters, vocabulary, offloaded=offloaded),
+    )
 
 
-def matmul_flops_per_second(size: int = 512, seconds: float = 0.05) -> float:
-    """Speed of float32 matrix products here and now."""
+def this_machine(size: int = 512, seconds: float = 0.05) -> Machine:
+    """Speed of float32 matrix products here and now, and what this process takes already."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     matrix = torch.ones(size, size, device=device)
     float((matrix @ matrix)[0, 0])  # the first product also starts threads and libraries
@@ -126,17 +136,57 @@ def matmul_flops_per_second(size: int = 512, seconds: float = 0.05) -> float:
     while time.perf_counter() - started < seconds:
         float((matrix @ matrix)[0, 0])
         done += 1
-    return done * 2.0 * size**3 / (time.perf_counter() - started)
+    speed = done * 2.0 * size**3 / (time.perf_counter() - started)
+    return Machine(speed, psutil.Process().memory_info().rss)
 
 
-def _working_bytes(each: BlockPass, block: BlockInfo, tokens: int) -> int:
+def _peak_bytes(
+    recipe: Recipe,
+    model_map: ModelMap,
+    passes: Sequence[_Measuring],
+    parameters: int,
+    vocabulary: int,
+    *,
+    offloaded: bool,
+) -> int:
+    tokens = recipe.calibration.samples * recipe.calibration.tokens
+    needs_data = any(each.uses_data() for each in recipe.passes)
+    streams = 2 if any(each.wants_dense for each in passes) else 1
+    hidden = 2 * streams * _FLOAT * tokens * model_map.hidden_size if needs_data else 0
+    batch = recipe.calibration.batch * recipe.calibration.tokens if needs_data else 0
+    working = max((_working_bytes(each, block, batch) for each in passes for block in model_map.blocks), default=0)
+    evaluating = LOGITS_BYTES if recipe.evaluate else 0
+    if not offloaded:
+        gradients = max(
+            (_gradient_bytes(each, recipe, model_map, parameters, vocabulary) for each in recipe.passes), default=0
+        )
+        return _FLOAT * parameters + max(hidden + working, gradients, evaluating)
+    blocks = (sum(site.outputs * site.inputs for site in block.structure.sites) for block in model_map.blocks)
+    table = _FLOAT * vocabulary * model_map.hidden_size
+    return max(hidden + working + _FLOAT * max(blocks, default=0), hidden + table, table + evaluating)
+
+
+def _operations(recipe: Recipe, model_map: ModelMap, passes: Sequence[_Measuring], forwards: Sequence[float]) -> float:
+    """Of passes over all blocks and of gradients; the head is left out."""
+    window = recipe.calibration.tokens
+    tokens = recipe.calibration.samples * window
+    total = 0.0
+    for block, times in zip(model_map.blocks, forwards, strict=True):
+        weights = sum(site.outputs * site.inputs for site in block.structure.sites)
+        once = 2.0 * tokens * weights + 4.0 * tokens * window * model_map.hidden_size
+        total += once * times
+        total += sum(_statistics_operations(each, block, tokens) for each in passes if each.forwards)
+    return total
+
+
+def _working_bytes(each: _Measuring, block: BlockInfo, tokens: int) -> int:
     """Beside weights and hidden states: one batch inside the block; then its statistics and what solving a site takes.
 
     Gram matrices of all input groups are there at once; vectors do not count.
     """
     sites = block.structure.sites
     inside = _FLOAT * tokens * sum(site.outputs for site in sites)
-    if Gram not in each.measures():
+    if not each.solves:
         return inside
     squares = [_inputs(block, group) ** 2 for group in _groups(each, block)]
     weights = max((site.outputs * site.inputs for site in sites), default=0)
@@ -164,19 +214,15 @@ def _gradient_bytes(each: Pass, recipe: Recipe, model_map: ModelMap, parameters:
     return int(_FLOAT * (kept + with_logits * LOGITS_COPIES * vocabulary + tokens * saved))
 
 
-def _statistics_flops(each: BlockPass, block: BlockInfo, tokens: int) -> float:
-    if Gram not in each.measures():
+def _statistics_operations(each: _Measuring, block: BlockInfo, tokens: int) -> float:
+    if not each.solves:
         return 0.0
     measuring = sum(2.0 * tokens * _inputs(block, group) ** 2 for group in _groups(each, block))
     sites = [site for site in block.structure.sites if each.selects(block.full(site.name))]
     return measuring + sum(2.0 * _SOLVING_PRODUCTS * site.outputs * site.inputs**2 for site in sites)
 
 
-def _block_passes(recipe: Recipe) -> list[BlockPass]:
-    return [each for each in recipe.passes if isinstance(each, BlockPass)]
-
-
-def _groups(each: BlockPass, block: BlockInfo) -> Iterator[InputGroup]:
+def _groups(each: _Measuring, block: BlockInfo) -> Iterator[InputGroup]:
     """Input groups with at least one selected site."""
     for group in block.structure.groups:
         if any(each.selects(block.full(name)) for name in group.sites):

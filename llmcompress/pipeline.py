@@ -17,7 +17,7 @@ from llmcompress.calibration.devices import usable_device
 from llmcompress.calibration.ranks import all_ranks, own_device
 from llmcompress.calibration.sources import overlap_warning
 from llmcompress.calibration.tokens import max_positions
-from llmcompress.cost import Offload
+from llmcompress.cost import Machine, Offload
 from llmcompress.evaluation.coverage import coverage_warnings
 from llmcompress.evaluation.dense import DenseScores, against_dense, dense_scores
 from llmcompress.evaluation.environment import machine, versions
@@ -35,7 +35,7 @@ from llmcompress.model.describe import describe
 from llmcompress.model.probe import probe
 from llmcompress.passes.apply import apply_passes, steps
 from llmcompress.passes.together import Together
-from llmcompress.planning import Plan, make_plan, refused
+from llmcompress.planning import Plan, aimed_at_target, make_plan, refused
 from llmcompress.preparation import Order, Prepared, prepare
 from llmcompress.presets import as_recipe
 from llmcompress.progress import Progress, Silent
@@ -75,7 +75,7 @@ def compress(
 
     Raises: CompressError for everything a user can cause.
     """
-    chosen = as_recipe(recipe).for_model(model)
+    chosen = aimed_at_target(as_recipe(recipe).for_model(model))
     where = own_device(usable_device(device))
     with all_ranks(where) as ranks:
         order = Order(
@@ -203,14 +203,16 @@ def _save(order: Order, prepared: Prepared, model: PreTrainedModel, report: Repo
     return finished
 
 
-def plan(model: str | None, recipe: Recipe | str | Path, *, offload: Offload = "auto") -> Plan:
-    """What `compress` would do: sites, bytes, memory, time. Reads config and headers, no weights.
+def plan(
+    model: str | None, recipe: Recipe | str | Path, *, offload: Offload = "auto", machine: Machine | None = None
+) -> Plan:
+    """What `compress` would do: sites, bytes, memory, and on `machine` time. Reads config and headers, no weights.
 
     Raises: CompressError for what `compress` would refuse.
     """
-    chosen = as_recipe(recipe).for_model(model)
+    chosen = aimed_at_target(as_recipe(recipe).for_model(model))
     source = find_source(str(chosen.model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
-    return make_plan(source, chosen, offload=offload)
+    return make_plan(source, chosen, offload=offload, machine=machine)
 
 
 def inspect(model: str) -> dict[str, Any]:

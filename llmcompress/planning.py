@@ -1,37 +1,35 @@
-"""What a run would do and need, from the recipe, config.json and safetensors headers: no weight is read.
-
-O = outputs, I = inputs.
-"""
+"""What a run would do and need, from the recipe, config.json and safetensors headers: no weight is read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from math import prod
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from llmcompress.cost import Offload, must_offload, peak_memory_bytes, seconds
+from llmcompress.cost import Machine, Offload, cost, must_offload
 from llmcompress.errors import CompressError
-from llmcompress.export.base import Layout, Loader, ZeroPoints, check_format, planned_sites, speechless, unsupported
-from llmcompress.export.checkpoint import loader_of
+from llmcompress.export.choose import Choice, choose, limits_of
+from llmcompress.export.contents import foretold
+from llmcompress.export.loader import Loader, loader_of
+from llmcompress.formats import plain
+from llmcompress.formats.named import Kind
 from llmcompress.loading.preflight import Preflight, preflight
 from llmcompress.loading.source import Source
 from llmcompress.loading.tensors import write_header
-from llmcompress.model.map import ModelMap, SiteInfo
+from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import probe
 from llmcompress.modules.scheme import Scheme
-from llmcompress.numerics.formats import POWER_OF_TWO, TWO_LEVEL, ScaleKind
-from llmcompress.numerics.packing import packed_bytes
 from llmcompress.passes.apply import stages
 from llmcompress.passes.base import PASSES
-from llmcompress.passes.quantization.resolve import site_schemes
+from llmcompress.passes.quantization.aim import aimed
+from llmcompress.passes.schemes import site_schemes
 from llmcompress.progress import Progress
 from llmcompress.recipe.model import Recipe
 from llmcompress.recipe.order import check_order, check_sites
-
-Shape = tuple[int, ...]
 
 
 class _Row(BaseModel):
@@ -69,8 +67,11 @@ class Plan(_Row):
     offloaded: bool = False
     """Whether weights would stay on disk while nobody computes with them."""
     peak_memory_bytes: int
-    estimated_seconds: float
-    """Of compression on this machine; text, evaluation and saving come on top."""
+    """Beside the interpreter where no machine was given."""
+    operations: float
+    """Multiplications and additions of compression."""
+    estimated_seconds: float | None = None
+    """Of compression on the machine that was given; text, evaluation and saving come on top."""
     warnings: tuple[str, ...]
 
 
@@ -80,72 +81,52 @@ def make_plan(
     model_map: ModelMap | None = None,
     *,
     offload: Offload = "auto",
+    machine: Machine | None = None,
+    checked: Preflight | None = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """Check everything that can be checked before any work, and foretell the rest.
+    """Check everything that can be checked before any work, and foretell the rest; seconds for `machine` only.
+
+    Many plans for one model share its map and what its preflight found.
 
     Raises: CompressError for whatever `compress` would refuse in this model or recipe, all sites at once.
     """
-    checked = preflight(source, trust_remote_code=recipe.trust_remote_code, progress=progress)
+    checked = checked or preflight(source, trust_remote_code=recipe.trust_remote_code, progress=progress)
     offloaded = must_offload(offload, recipe.passes, weight_bytes=checked.bytes_weights)
     model_map = model_map or probe(checked.config, unfuse=True)
-    loader = loader_of(checked.config)
-    notes = check_recipe(recipe, model_map, loader)
-    schemes = planned_schemes(recipe, model_map)
     dtype = storage_dtype_of(recipe, checked)
-    layouts = (
-        {}
-        if recipe.save.format in ("plain", "llmcompress")
-        else _layouts(schemes, model_map, loader, recipe.save.zero_points)
-    )
-    wanted = recipe.save.format
-    by_manifest = wanted == "llmcompress" or (wanted == "auto" and bool(speechless(schemes, dtype)))
-
+    stored = check_recipe(recipe, model_map, loader_of(checked.config), dtype)
+    sites = _sites(recipe, model_map, stored, dtype)
     tensors = _other_tensors(checked, model_map, dtype)
-    sites, removed = [], 0
-    for block in model_map.blocks:
-        for site in block.structure.sites:
-            name = block.full(site.name)
-            write = _packed if by_manifest and name in schemes else _stored
-            stored = write(site, schemes.get(name), layouts.get(name), dtype)
-            tensors |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
-            weight_bytes = sum(_bytes(*tensor) for part, tensor in stored.items() if part != "bias")
-            share = prod(each.kept_share(name, site, model_map) for each in recipe.passes if each.selects(name))
-            total = sum(_bytes(*tensor) for tensor in stored.values())
-            removed += round(total * (1 - share))
-            sites.append(
-                PlannedSite(
-                    site=name,
-                    passes=tuple(PASSES.name_of(type(each)) for each in recipe.passes if each.selects(name)),
-                    scheme=schemes[name].name if name in schemes else None,
-                    bits_per_weight=8 * share * weight_bytes / (site.outputs * site.inputs),
-                    bytes=round(total * share),
-                    kept_share=share,
-                )
-            )
-    parameters = sum(prod(shape) for shape in checked.contents.shapes.values())
+    taken = cost(
+        recipe,
+        model_map,
+        parameters=sum(prod(shape) for shape in checked.contents.shapes.values()),
+        vocabulary=checked.contents.embedding_rows,
+        offloaded=offloaded,
+    )
+    tensors |= {f"{row.name}.{part}": kind for row in sites for part, kind in row.tensors.items()}
     return Plan(
         model=source.name,
         family=model_map.family,
-        sites=tuple(sites),
+        sites=tuple(row.planned() for row in sites),
         refused=refused(model_map),
         bytes_dense=checked.bytes_weights,
-        output_bytes=_file_bytes(tensors) - removed,
+        output_bytes=_file_bytes(tensors) - sum(row.removed for row in sites),
         offloaded=offloaded,
-        peak_memory_bytes=peak_memory_bytes(
-            recipe,
-            model_map,
-            parameters=parameters,
-            vocabulary=checked.contents.embedding_rows,
-            offloaded=offloaded,
-        ),
-        estimated_seconds=seconds(recipe, model_map),
-        warnings=tuple(dict.fromkeys([*checked.warnings, *notes])),
+        peak_memory_bytes=taken.peak_bytes + (machine.process_bytes if machine else 0),
+        operations=taken.operations,
+        estimated_seconds=taken.operations / machine.operations_per_second if machine else None,
+        warnings=tuple(dict.fromkeys([*checked.warnings, *stored.notes])),
     )
 
 
-def check_recipe(recipe: Recipe, model_map: ModelMap, loader: Loader) -> list[str]:
-    """Whether every word of the recipe makes sense for this model; what the user should know about the result.
+def check_recipe(
+    recipe: Recipe, model_map: ModelMap, loader: Loader, storage_dtype: torch.dtype | None = None
+) -> Choice:
+    """Whether every word of the recipe makes sense for this model; how the result will be stored.
+
+    `storage_dtype` None: not known yet.
 
     Raises: CompressError for globs that match nothing, passes that undo each other, groups that do not divide, and
     schemes that the format asked for cannot hold.
@@ -157,8 +138,14 @@ def check_recipe(recipe: Recipe, model_map: ModelMap, loader: Loader) -> list[st
         each.check_packages()
     for each in stages(recipe.passes)[0].passes:
         each.check(model_map)
-    schemes = planned_schemes(recipe, model_map)
-    return check_format(recipe.save.format, model_map, schemes, loader, recipe.save.zero_points)
+    contents = foretold(model_map, planned_schemes(recipe, model_map), loader, storage_dtype)
+    return choose(recipe.save.format, contents, zero_points=recipe.save.zero_points)
+
+
+def aimed_at_target(recipe: Recipe) -> Recipe:
+    """The same recipe, whose quantizers respect from the start what the target that it names cannot hold."""
+    limits = limits_of(recipe.save.format)
+    return recipe.model_copy(update={"passes": tuple(aimed(each, limits) for each in recipe.passes)})
 
 
 def planned_schemes(recipe: Recipe, model_map: ModelMap) -> dict[str, Scheme]:
@@ -188,18 +175,62 @@ def refused(model_map: ModelMap) -> dict[str, str]:
     return {row.name: row.reason for row in model_map.refused} | inside
 
 
-def _layouts(
-    schemes: Mapping[str, Scheme], model_map: ModelMap, loader: Loader, zero_points: ZeroPoints
-) -> dict[str, Layout]:
-    """How codes are stored, without the sites that compressed-tensors cannot hold: those are saved multiplied out."""
-    if speechless(schemes, None):
-        return {}
-    dense = {row.site for row in unsupported(model_map, schemes, loader)}
-    planned = planned_sites(model_map, schemes, loader, zero_points)
-    return {name: site.layout for name, site in planned.items() if name not in dense}
+@dataclass(frozen=True)
+class _SiteTensors:
+    """A site, and what the file will hold of it before anything is taken away."""
+
+    name: str
+    weights: int
+    passes: tuple[str, ...]
+    scheme: Scheme | None
+    tensors: dict[str, Kind]
+    kept_share: float
+
+    @property
+    def bytes(self) -> int:
+        """Of all its tensors."""
+        return sum(_bytes(kind) for kind in self.tensors.values())
+
+    @property
+    def removed(self) -> int:
+        """Bytes that pruning or decomposition takes away."""
+        return round(self.bytes * (1 - self.kept_share))
+
+    def planned(self) -> PlannedSite:
+        """The row of the plan."""
+        weight_bytes = sum(_bytes(kind) for part, kind in self.tensors.items() if part != "bias")
+        return PlannedSite(
+            site=self.name,
+            passes=self.passes,
+            scheme=self.scheme.name if self.scheme else None,
+            bits_per_weight=8 * self.kept_share * weight_bytes / self.weights,
+            bytes=round(self.bytes * self.kept_share),
+            kept_share=self.kept_share,
+        )
 
 
-def _other_tensors(checked: Preflight, model_map: ModelMap, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, Shape]]:
+def _sites(recipe: Recipe, model_map: ModelMap, stored: Choice, dtype: torch.dtype) -> list[_SiteTensors]:
+    coded = {site.name: site for site in stored.contents.sites}
+    found = []
+    for block in model_map.blocks:
+        for site in block.structure.sites:
+            name = block.full(site.name)
+            passes = [each for each in recipe.passes if each.selects(name)]
+            dense = plain.tensors((site.outputs, site.inputs), dtype, bias=site.has_bias)
+            found.append(
+                _SiteTensors(
+                    name,
+                    site.outputs * site.inputs,
+                    tuple(PASSES.name_of(type(each)) for each in passes),
+                    coded[name].scheme if name in coded else None,
+                    stored.tensors(coded[name], dtype) if name in coded else dense,
+                    prod(each.kept_share(name, site, model_map) for each in passes),
+                )
+            )
+    return found
+
+
+def _other_tensors(checked: Preflight, model_map: ModelMap, dtype: torch.dtype) -> dict[str, Kind]:
     """Everything but the sites: embedding, norms, head, what was refused."""
     names = model_map.site_names()
     sites = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
@@ -209,66 +240,12 @@ def _other_tensors(checked: Preflight, model_map: ModelMap, dtype: torch.dtype) 
     return {name: (dtype, shape) for name, shape in shapes.items() if name not in sites and not name.startswith(apart)}
 
 
-def _stored(
-    site: SiteInfo, scheme: Scheme | None, layout: Layout | None, dtype: torch.dtype
-) -> dict[str, tuple[torch.dtype, Shape]]:
-    """The tensors of one site in the file, as `export.compressed_tensors` writes them."""
-    outputs, inputs = site.outputs, site.inputs
-    tensors: dict[str, tuple[torch.dtype, Shape]] = {"bias": (dtype, (outputs,))} if site.has_bias else {}
-    if scheme is None or layout is None:
-        return {"weight": (dtype, (outputs, inputs)), **tensors}
-    grid = scheme.weights
-    rows, groups = grid.scale_shape(outputs, inputs)
-    tensors["weight_scale"] = (_scale_dtype(grid.scales, dtype), (1,) if grid.scales.single else (rows, groups))
-    if grid.scales.shared_bits:
-        tensors["weight_global_scale"] = (torch.float32, (1,))
-    if layout.packs_floats:
-        tensors["weight_packed"] = (torch.uint8, (outputs, packed_bytes(inputs, grid.bits)))
-    elif layout.format == "pack-quantized":
-        tensors["weight_packed"] = (torch.int32, (outputs, -(-inputs * layout.bits // 32)))
-        tensors["weight_shape"] = (torch.int64, (2,))
-    else:
-        tensors["weight"] = (torch.int8 if grid.number is None else torch.float8_e4m3fn, (outputs, inputs))
-    if layout.packs_zero_points:
-        tensors["weight_zero_point"] = (torch.int32, (-(-outputs * layout.bits // 32), groups))
-    elif not layout.symmetric:
-        tensors["weight_zero_point"] = (torch.int8, (outputs, groups))
-    if scheme.activations == "tensor":
-        tensors["input_scale"] = (dtype, (1,))
-    elif scheme.measures_inputs:
-        tensors["input_global_scale"] = (torch.float32, (1,))
-    return tensors
-
-
-def _packed(
-    site: SiteInfo, scheme: Scheme | None, _: Layout | None, dtype: torch.dtype
-) -> dict[str, tuple[torch.dtype, Shape]]:
-    """The same as `modules.packed` writes them, for our manifest."""
-    assert scheme is not None
-    grid, shape = scheme.weights, scheme.weights.scale_shape(site.outputs, site.inputs)
-    tensors: dict[str, tuple[torch.dtype, Shape]] = {"bias": (dtype, (site.outputs,))} if site.has_bias else {}
-    size = (site.outputs, packed_bytes(site.inputs, grid.bits))
-    tensors["weight"] = (torch.uint8, (prod(size),) if grid.bits == 8 else size)
-    tensors["scale"] = (dtype if grid.scales.bits is None else torch.uint8, shape)
-    if not grid.symmetric:
-        tensors["zero_point"] = (torch.int8, shape)
-    if grid.scales.shared_bits:
-        tensors["shared_scale"] = (torch.int32, (1,))
-    if scheme.measures_inputs:
-        tensors["input_scale"] = (dtype if scheme.activations == "tensor" else torch.int32, (1,))
-    return tensors
-
-
-def _scale_dtype(kind: ScaleKind, dtype: torch.dtype) -> torch.dtype:
-    """Of scales in a compressed-tensors folder."""
-    return {POWER_OF_TWO: torch.uint8, TWO_LEVEL: torch.float8_e4m3fn}.get(kind, dtype)
-
-
-def _bytes(dtype: torch.dtype, shape: Shape) -> int:
+def _bytes(kind: Kind) -> int:
+    dtype, shape = kind
     return prod(shape) * dtype.itemsize
 
 
-def _file_bytes(tensors: Mapping[str, tuple[torch.dtype, Shape]]) -> int:
+def _file_bytes(tensors: Mapping[str, Kind]) -> int:
     """Size of one safetensors file with these tensors, its header included."""
     header, _ = write_header(tensors)
-    return len(header) + sum(_bytes(*tensor) for tensor in tensors.values())
+    return len(header) + sum(_bytes(kind) for kind in tensors.values())

@@ -15,7 +15,7 @@ from llmcompress.calibration.tokens import max_positions
 from llmcompress.cost import Offload, must_offload
 from llmcompress.evaluation.footprint import bytes_on_disk
 from llmcompress.evaluation.texts import EvaluationText, evaluation_text
-from llmcompress.export.checkpoint import loader_of
+from llmcompress.export.loader import loader_of
 from llmcompress.loading.load import Loaded, load_for_compression
 from llmcompress.loading.source import Source, find_source
 from llmcompress.model.experts import unfuse_experts
@@ -79,7 +79,8 @@ def prepare(order: Order) -> Prepared:
     )
     unfuse_experts(loaded.model, loaded.weights)
     model_map = map_model(loaded.model)
-    notes = check_recipe(recipe, model_map, loader_of(loaded.model.config))
+    storage_dtype = storage_dtype_of(recipe, loaded.preflight)
+    notes = check_recipe(recipe, model_map, loader_of(loaded.model.config), storage_dtype).notes
     limit = max_positions(loaded.model.config)
     return Prepared(
         loaded,
@@ -87,7 +88,7 @@ def prepare(order: Order) -> Prepared:
         model_map,
         tuple(notes),
         tuple(evaluation_text(task, loaded.tokenizer, limit) for task in recipe.evaluate),
-        storage_dtype_of(recipe, loaded.preflight),
+        storage_dtype,
         _identity(source) if ranks.is_first else {},
     )
 

@@ -4,6 +4,7 @@
                 fingerprint.json  what must be the same for a resume to make sense
                 journal.jsonl     one line per finished file of the next line, with its hash
                 work/SS-NNN.safetensors (block NNN of stage SS), SS-decisions.safetensors, SS-model.safetensors,
+                     SS-…-measured.safetensors,
                      SS-training-NAME.safetensors (not in the journal: gone when its stage is finished)
                 log.jsonl
                 lock, process.json
@@ -38,8 +39,8 @@ from llmcompress.storage.lock import ProcessLock
 _ABOUT = "llmcompress"
 """Metadata key of a kept file: what its tensors do not say."""
 
-_DECISIONS, _MODEL, _TRAINING = "-decisions", "-model", "-training-"
-_NOT_BLOCKS = (_DECISIONS, _MODEL)
+_DECISIONS, _MODEL, _MEASURED, _TRAINING = "-decisions", "-model", "-measured", "-training-"
+_NOT_BLOCKS = (_DECISIONS, _MODEL, _MEASURED)
 
 
 class Run:
@@ -98,6 +99,7 @@ class Run:
             "finished blocks": sum(not key.endswith(_NOT_BLOCKS) for key in kept),
             "finished passes on the whole model": sum(key.endswith(_MODEL) for key in kept),
             "decisions": sum(key.endswith(_DECISIONS) for key in kept),
+            "measurements": sum(key.endswith(_MEASURED) for key in kept),
             "trainings as far as they were": len(list((self.folder / "work").glob(f"*{_TRAINING}*.safetensors"))),
         }
         if not any(counts.values()):
@@ -133,6 +135,15 @@ class Run:
     def save_decisions(self, stage: int, decisions: Mapping[str, Tensor]) -> None:
         """Keep it, or raise CompressError when the disk is full."""
         self._save(f"{stage:02d}{_DECISIONS}", decisions, {}, [])
+
+    def measurement(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What a pass measured before it decided, and what its tensors do not say; None if it has not."""
+        key = f"{name}{_MEASURED}"
+        return self._read(key) if self._is_valid(key) else None
+
+    def save_measurement(self, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Keep it, or raise CompressError when the disk is full."""
+        self._save(f"{name}{_MEASURED}", tensors, dict(about), [])
 
     def finished_model(self) -> int | None:
         """The last stage after which the whole model was kept."""

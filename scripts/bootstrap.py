@@ -4,7 +4,8 @@
     python3 scripts/bootstrap.py test [pytest args]    set up .venv with the test tools, run the tests
     python3 scripts/bootstrap.py setup                 set up only
 
-`--transformers 4` does the same with the older major version of transformers, in .venv-transformers4.
+`--transformers 4` does the same with the older major version of transformers, in .venv-transformers4; without further
+arguments `test` then runs only what touches transformers.
 Standard library only. Without an NVIDIA GPU a CPU build of torch is installed first and pinned for everything
 that comes after it, because any later requirement could otherwise replace it by gigabytes of CUDA packages.
 """
@@ -26,6 +27,8 @@ CPU_TORCH = "torch==2.13.0"
 """The version the project is tested with on CPUs; machines with a GPU get the newest."""
 OTHER_PINS = {"4": ["transformers>=4.57,<4.58", "compressed-tensors<0.18"], "5": ["transformers>=5,<6"]}
 """compressed-tensors 0.18 and later cannot load asymmetric int4 under transformers 4.57."""
+OLDER_MAJOR = ["-m", "majors and not slow", "--families", "core", "--presets", "quarter"]
+"""What is tested under the older major unless tests are named: whatever touches transformers (tests/selection.py)."""
 MAIN_JOB = [
     *("compress", "builtin:books-llama", "--preset", "tiny/awq-gptq", "-o", "out/books-llama-w4", "--overwrite"),
     *("--set", "calibration.samples=48", "--set", "evaluate.perplexity=[builtin:evaluation]"),
@@ -58,7 +61,8 @@ def main() -> int:
         print(f"bootstrap: this command failed, its own message is above:\n  {command}", file=sys.stderr)
         return 3
     if given.job == "test":
-        return environment.call("python", "-m", "pytest", *workers(pytest_args), *pytest_args)
+        chosen = pytest_args or ([] if given.transformers == "5" else OLDER_MAJOR)
+        return environment.call("python", "-m", "pytest", *workers(chosen), *chosen)
     return environment.call("llmcompress", *MAIN_JOB) if given.job == "run" else 0
 
 

@@ -1,4 +1,4 @@
-"""A decision on mixed precision: written as a recipe it makes the same files, and a killed run does not repeat it."""
+"""Decisions written as a recipe make the same files, and a killed run does not repeat them."""
 
 import hashlib
 import json
@@ -13,6 +13,7 @@ from llmcompress.errors import CompressError
 from llmcompress.loading.load import load
 from llmcompress.progress import Silent
 from llmcompress.recipe import Recipe, parse_recipe
+from tests.families import tiny_config
 from tests.tiny_folder import write_tiny_llama
 
 TEXT = """
@@ -46,8 +47,14 @@ class Watching(Silent):
     def inside(self, text: str, *, done: int = 0, total: int = 0) -> None:
         self.computed.append(text)
 
+    def note(self, text: str) -> None:
+        self._die_of(text)
+
     def step(self, text: str) -> None:
-        if text == self.dies_after:
+        self._die_of(text)
+
+    def _die_of(self, text: str) -> None:
+        if self.dies_after and self.dies_after in text:
             raise RuntimeError("killed")
 
 
@@ -74,6 +81,62 @@ def test_a_killed_run_goes_on_with_the_decision_it_had(tiny: Path, tmp_path: Pat
     assert watching.computed and not any(text.startswith("candidates") for text in watching.computed)
 
 
+def test_a_run_killed_while_it_decides_has_what_it_measured(tiny: Path, tmp_path: Path) -> None:
+    compress(str(tiny), recipe(), tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="killed"):
+        compress(str(tiny), recipe(), tmp_path / "out", progress=Watching("bits per weight on average"))
+    watching = Watching()
+    compress(str(tiny), recipe(), tmp_path / "out", progress=watching)
+    assert weights_hash(tmp_path / "out") == weights_hash(tmp_path / "whole")
+    assert not any(text.startswith("candidates") for text in watching.computed)
+
+
+def test_all_decisions_of_a_recipe_become_options_and_make_the_same_files(tiny: Path, tmp_path: Path) -> None:
+    given = recipe(
+        TEXT[: TEXT.index("passes")]
+        + """
+passes:
+  - depth: {remove: 1}
+  - width: {ratio: 0.25, allocation: global, score: taylor_first}
+  - wanda: {sparsity: 0.4, allocation: outliers, outlier_times: 3}
+  - mixed_precision: {bits: 5.0, schemes: [int3_channel, int8_channel], quantizer: {gptq: {}}, samples: 4}
+evaluate: {perplexity: []}
+"""
+    )
+    compress(str(tiny), given, tmp_path / "out")
+    decided = allocate(str(tiny), given, device="cpu")
+    compress(str(tiny), parse_recipe(decided.to_yaml(), "decided"), tmp_path / "again")
+    assert weights_hash(tmp_path / "out") == weights_hash(tmp_path / "again")
+    depth, width, wanda, quantizer = decided.passes
+    assert depth.blocks and width.ratio == 0 and wanda.allocation == "uniform"  # type: ignore[attr-defined]
+    assert all(each.overrides for each in (width, wanda, quantizer))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("experts", ["routed", "all"])
+def test_experts_are_taken_apart_and_measured_as_the_recipe_says(experts: str, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config("mixtral")
+    config.vocab_size = 288
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(torch.float16)
+    folder = write_tiny_llama(tmp_path / "model")  # for its tokenizer
+    model.save_pretrained(folder)
+    given = recipe(
+        TEXT.replace("batch: 4", f"batch: 4, experts: {experts}").replace(
+            "{gptq: {}}", "{gptq: {}}, sensitivity: output"
+        )
+    )
+    report = compress(str(folder), given, tmp_path / "out")
+    decided = allocate(str(folder), given, device="cpu")
+    compress(str(folder), decided, tmp_path / "again")
+    assert weights_hash(tmp_path / "out") == weights_hash(tmp_path / "again")
+    schemes = {row.site: row.scheme for row in report.sites}
+    assert any(".experts." in site for site in schemes)
+    assert {site: decided.passes[0].for_site(site).scheme for site in schemes} == schemes  # type: ignore[attr-defined]
+
+
 def test_passes_before_the_decision_are_applied_first(tiny: Path) -> None:
     folded = TEXT.replace("passes: [", "passes: [smoothquant, ")
     decided = allocate(str(tiny), recipe(folded))
@@ -81,8 +144,8 @@ def test_passes_before_the_decision_are_applied_first(tiny: Path) -> None:
 
 
 def test_a_recipe_without_anything_to_decide_is_refused(tiny: Path) -> None:
-    with pytest.raises(CompressError, match="0 passes `mixed_precision`"):
-        allocate(str(tiny), recipe("passes: [rtn]"))
+    with pytest.raises(CompressError, match="no pass of the recipe decides"):
+        allocate(str(tiny), recipe("passes: [rtn: {scheme: int4_g16}]"))
 
 
 def test_the_command_writes_a_recipe_that_can_be_read_again(

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from safetensors import safe_open
 from llmcompress import CompressError, Report, compress, load
 from llmcompress.recipe import Recipe, parse_recipe
 from tests.tiny_folder import write_tiny_llama
+from tests.warm_python import Done, WarmPython
 
 BEFORE = """
 calibration: {samples: 6, tokens: 48, batch: 4}
@@ -94,34 +92,35 @@ def logits(folder: Path) -> torch.Tensor:
     return model(torch.arange(3, 27).reshape(2, 12), use_cache=False).logits
 
 
-def in_stock_process(folder: Path, *, imports: str = "") -> subprocess.CompletedProcess[str]:
+def in_stock_process(python: WarmPython, folder: Path, *, imports: str = "") -> Done:
     program = STOCK if not imports else imports + "\n" + STOCK.replace('assert "llmcompress" not in sys.modules\n', "")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    return subprocess.run(
-        [sys.executable, "-c", program, str(folder)], env=environment, capture_output=True, text=True, check=False
-    )
+    return python.run(program, folder, imports_us=bool(imports))
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_what_a_plain_config_can_say_loads_in_stock_transformers(name: str, tiny: Path, tmp_path: Path) -> None:
+def test_what_a_plain_config_can_say_loads_in_stock_transformers(
+    name: str, tiny: Path, tmp_path: Path, stock_python: WarmPython
+) -> None:
     report = run(PLAIN[name], tiny, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config.get("quantization_config", {}).get("quant_method", "compressed-tensors") == "compressed-tensors"
     assert report.bytes_compressed < report.bytes_dense
-    done = in_stock_process(tmp_path / "out")
+    done = in_stock_process(stock_python, tmp_path / "out")
     assert done.returncode == 0, done.stderr[-1500:]
     assert torch.allclose(torch.load(tmp_path / "out" / "logits.pt"), logits(tmp_path / "out"), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", MANIFEST)
-def test_what_it_cannot_say_loads_after_importing_us_and_not_before(name: str, tiny: Path, tmp_path: Path) -> None:
+def test_what_it_cannot_say_loads_after_importing_us_and_not_before(
+    name: str, tiny: Path, tmp_path: Path, stock_python: WarmPython
+) -> None:
     run(MANIFEST[name], tiny, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "llmcompress"
-    plain = in_stock_process(tmp_path / "out")
+    plain = in_stock_process(stock_python, tmp_path / "out")
     assert plain.returncode != 0
     assert "ignore_mismatched_sizes" in plain.stderr or "size mismatch" in plain.stderr
-    done = in_stock_process(tmp_path / "out", imports="import llmcompress")
+    done = in_stock_process(stock_python, tmp_path / "out", imports="import llmcompress")
     assert done.returncode == 0, done.stderr[-1500:]
     assert torch.allclose(torch.load(tmp_path / "out" / "logits.pt"), logits(tmp_path / "out"), atol=1e-4)
 

@@ -1,4 +1,5 @@
-"""The same code on CUDA: every pass ends where it ends on the CPU. Without a GPU on a pretended one (device.cpp).
+"""The same code on CUDA: every pass ends where it ends on the CPU. Without a GPU on a pretended one (device.cpp), a
+quarter of the recipes each time.
 
 Fails, instead of being skipped, where there is neither a GPU nor a compiler: skipped it would prove nothing.
 """
@@ -68,8 +69,8 @@ def agree(found: dict[str, dict[str, Any]]) -> None:
         assert idle == 0 < busy, f"{name}: the device worked {idle} times for the CPU, {busy} times for itself"
 
 
-def test_results_on_cuda_are_those_on_the_cpu(compare):
-    asked = [*RECIPES, "gptq:always"]
+def test_results_on_cuda_are_those_on_the_cpu(compare, selection):
+    asked = [*(RECIPES if REAL else selection.quarter(RECIPES)), "gptq:always"]
     found = compare(asked)
     assert list(found) == asked
     agree(found)

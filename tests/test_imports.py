@@ -83,6 +83,62 @@ def test_an_import_against_the_flow_is_noticed(source):
     assert against_the_flow(source, "numerics", stages())
 
 
+FAMILIES = ("quantization", "pruning", "decomposition", "dynamic")
+"""Of passes: what two of them need lies below them."""
+
+
+def imported_modules(source: str) -> set[str]:
+    """Full names of all modules of ours that a module may import, those for type checkers only included."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in found if name.startswith("llmcompress.")}
+
+
+def graph() -> dict[str, set[str]]:
+    """Module → modules that it imports."""
+    sources = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path.read_text(
+            encoding="utf-8"
+        )
+        for path in modules()
+    }
+    return {name: imported_modules(source) & sources.keys() for name, source in sources.items()}
+
+
+def family_of(module: str) -> str | None:
+    """The family that a module of passes belongs to."""
+    _, stage, *rest = [*module.split("."), ""]
+    return rest[0] if stage == "passes" and rest[0] in FAMILIES else None
+
+
+def test_no_family_of_passes_reaches_into_another() -> None:
+    wrong = [
+        f"{module} imports {other}"
+        for module, others in graph().items()
+        for other in others
+        if family_of(module) and family_of(other) and family_of(module) != family_of(other)
+    ]
+    assert not wrong
+
+
+def test_no_files_import_each_other_even_by_a_detour() -> None:
+    from graphlib import CycleError, TopologicalSorter
+
+    try:
+        TopologicalSorter(graph()).prepare()
+    except CycleError as found:
+        pytest.fail(" → ".join(found.args[1]))
+
+
+def test_an_import_for_type_checkers_counts() -> None:
+    source = "if TYPE_CHECKING:\n    from llmcompress.passes.pruning.sparse import SparsePass"
+    assert "llmcompress.passes.pruning.sparse" in imported_modules(source)
+
+
 def test_nothing_prints_outside_the_command_line():
     calls = [
         f"{path.relative_to(ROOT)}:{node.lineno}"

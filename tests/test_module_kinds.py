@@ -11,13 +11,15 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "llmcompress"
 BASES = PACKAGE / "modules" / "base.py"
 """What anybody may ask for: the classes that all kinds derive from."""
-NOT_YET = ("export", "planning.py")
-"""Rooms that still ask for classes."""
 
 
 def kinds() -> dict[str, Path]:
-    """Class → file, of every module in `modules/` that derives from torch's, directly or not."""
-    files = {path: ast.parse(path.read_text(encoding="utf-8")) for path in (PACKAGE / "modules").rglob("*.py")}
+    """Class → file, of every module in `modules/` and `formats/` that derives from torch's, directly or not."""
+    files = {
+        path: ast.parse(path.read_text(encoding="utf-8"))
+        for room in ("modules", "formats")
+        for path in (PACKAGE / room).rglob("*.py")
+    }
     classes = [(node, path) for path, tree in files.items() for node in tree.body if isinstance(node, ast.ClassDef)]
     bases = {node.name: {ast.unparse(base).rpartition(".")[2] for base in node.bases} for node, _ in classes}
     found = {"Module", "ModuleList"}
@@ -52,7 +54,6 @@ def test_only_the_file_of_a_kind_asks_for_its_class() -> None:
     wrong = [
         f"{path.relative_to(PACKAGE)}:{line} asks for {name}"
         for path in PACKAGE.rglob("*.py")
-        if path.relative_to(PACKAGE).parts[0] not in NOT_YET
         for line, name in asked(path.read_text(encoding="utf-8"))
         if name in known and known[name] != path
     ]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from llmcompress.passes.base import PASSES
 from llmcompress.recipe import Recipe, parse_recipe
 from tests.families import FAMILIES, tiny_config, tiny_model
 from tests.tiny_folder import write_tiny_llama
+from tests.warm_python import WarmPython
 
 RECIPES = {
     "gptq": "passes: [{gptq: {scheme: int4_g16}}]",
@@ -148,12 +146,12 @@ compress(sys.argv[1], parse_recipe(Path(sys.argv[3]).read_text(), "test"), sys.a
 """
 
 
-def test_killed_offloaded_and_resumed_either_way_equals_uninterrupted(tiny: Path, tmp_path: Path) -> None:
+def test_killed_offloaded_and_resumed_either_way_equals_uninterrupted(
+    tiny: Path, tmp_path: Path, our_python: WarmPython
+) -> None:
     text = SETTINGS + RECIPES["gptq"]
     (tmp_path / "recipe.yaml").write_text(text)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    arguments = [str(tiny), str(tmp_path / "out"), str(tmp_path / "recipe.yaml")]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=environment, check=False)
+    killed = our_python.run(KILLED, tiny, tmp_path / "out", tmp_path / "recipe.yaml")
     assert killed.returncode == 9 and (tmp_path / "out.run").exists()
     compress(str(tiny), recipe(RECIPES["gptq"]), tmp_path / "out", offload="always")
     compress(str(tiny), recipe(RECIPES["gptq"]), tmp_path / "whole", offload="never")

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from llmcompress.presets import load_preset, preset_names
 from llmcompress.progress import Silent
 from llmcompress.recipe import Recipe, parse_recipe
 from tests.tiny_folder import edit_tensors, write_tiny_llama
+from tests.warm_python import WarmPython
 
 SMALL = [
     "calibration.source=builtin:calibration",
@@ -61,11 +59,11 @@ def logits(folder: Path, **options: Any) -> torch.Tensor:
     return model(torch.arange(40)[None]).logits.float()
 
 
-@pytest.mark.parametrize("name", preset_names())
-def test_every_recipe_that_ships_runs_and_its_result_loads(name: str, tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_recipe_that_ships_runs_and_its_result_loads(preset: str, tiny: Path, tmp_path: Path) -> None:
     # a 0.1 M parameter random model in place of the Hub's: what is proven is that the recipe means something
-    settings = [each for each in SMALL if "source" not in each or "self" not in name]
-    chosen = load_preset(name, settings=settings).model_copy(update={"model": None})
+    settings = [each for each in SMALL if "source" not in each or "self" not in preset]
+    chosen = load_preset(preset, settings=settings).model_copy(update={"model": None})
     report = compress(str(tiny), chosen, tmp_path / "out")
     assert {row.site for row in report.sites} and report.quality
     assert report.bytes_compressed == bytes_on_disk(tmp_path / "out")
@@ -129,13 +127,11 @@ compress(sys.argv[1], parse_recipe(Path(sys.argv[3]).read_text(), "test"), sys.a
 """
 
 
-def killed_at(moment: str, text: str, model: Path, folder: Path) -> None:
+def killed_at(python: WarmPython, moment: str, text: str, model: Path, folder: Path) -> None:
     """Compress in a process of its own that ends at a step of its progress, without any clean-up."""
     (folder / "recipe.yaml").write_text(text)
-    arguments = [str(model), str(folder / "out"), str(folder / "recipe.yaml"), moment]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=environment, check=False)
-    assert killed.returncode == 9
+    killed = python.run(KILLED, model, folder / "out", folder / "recipe.yaml", moment)
+    assert killed.returncode == 9, killed.stderr[-2000:]
     assert not (folder / "out").exists() and (folder / "out.run").exists()
 
 
@@ -155,11 +151,11 @@ class Watching(Silent):
 
 @pytest.mark.parametrize("passes", ["gptq: {scheme: int4_g16}", "awq: {scheme: int4_g16_asym}"])
 def test_a_run_killed_at_a_block_and_resumed_equals_an_uninterrupted_one(
-    passes: str, tiny: Path, tmp_path: Path
+    passes: str, tiny: Path, tmp_path: Path, our_python: WarmPython
 ) -> None:
     text = GPTQ.replace("gptq: {scheme: int4_g16}", passes)
     whole = compress(str(tiny), recipe(text), tmp_path / "whole")
-    killed_at("block 2/3", text, tiny, tmp_path)
+    killed_at(our_python, "block 2/3", text, tiny, tmp_path)
     with pytest.raises(CompressError, match="other settings") as other:
         compress(str(tiny), recipe(text.replace("int4", "int8")), tmp_path / "out")
     assert "--fresh" in other.value.fix
@@ -180,13 +176,13 @@ STAGES = {
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("moment", ["first", "second"])
 def test_a_run_of_several_stages_killed_in_any_and_resumed_equals_an_uninterrupted_one(
-    name: str, moment: str, tiny: Path, tmp_path: Path
+    name: str, moment: str, tiny: Path, tmp_path: Path, our_python: WarmPython
 ) -> None:
     text = NO_EVALUATION.replace("[{gptq: {scheme: int4_g16}}]", STAGES[name])
     watching = Watching()
     whole = compress(str(tiny), recipe(text), tmp_path / "whole", progress=watching)
     steps = [step for step in watching.steps if step.startswith("stage")]
-    killed_at(steps[0 if moment == "first" else -2], text, tiny, tmp_path)
+    killed_at(our_python, steps[0 if moment == "first" else -2], text, tiny, tmp_path)
     resumed = compress(str(tiny), recipe(text), tmp_path / "out")
     assert weights_hash(tmp_path / "out") == weights_hash(tmp_path / "whole")
     assert (tmp_path / "out" / "config.json").read_text() == (tmp_path / "whole" / "config.json").read_text()

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig
 
+from llmcompress.cost import Machine
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.export.compressed_tensors import save_compressed_tensors
-from llmcompress.export.plain import save_plain
 from llmcompress.export.save import save_model
 from llmcompress.loading.load import load_for_compression
 from llmcompress.loading.source import Source, find_source
@@ -24,9 +23,9 @@ from llmcompress.numerics.ranges import fit
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.quantization.awq import AWQ
 from llmcompress.passes.quantization.gptq import GPTQ
-from llmcompress.passes.quantization.resolve import resolve_scheme, site_schemes
 from llmcompress.passes.quantization.rtn import RoundToNearest
 from llmcompress.passes.quantization.smoothquant import SmoothQuant
+from llmcompress.passes.schemes import resolve_scheme, site_schemes
 from llmcompress.planning import Plan, make_plan
 from llmcompress.recipe.model import Recipe, Save
 from tests.tiny_folder import write_tiny_llama
@@ -73,7 +72,7 @@ def size_of(folder: Path) -> int:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_output_bytes_are_those_of_the_saved_file(tiny, tmp_path, scheme):
     plan = make_plan(tiny, Recipe(passes=(RoundToNearest(scheme=scheme),)))
-    save_compressed_tensors(quantized(tiny, plan), tmp_path, storage_dtype=torch.bfloat16, max_shard_size="5GB")
+    save_model(quantized(tiny, plan), tmp_path, "auto", storage_dtype=torch.bfloat16, max_shard_size="5GB")
     assert plan.output_bytes == size_of(tmp_path)
     assert plan.bytes_dense == size_of(tiny.folder)
 
@@ -81,7 +80,7 @@ def test_output_bytes_are_those_of_the_saved_file(tiny, tmp_path, scheme):
 def test_output_bytes_of_the_bundled_model_are_those_of_the_saved_file(tmp_path):
     source = find_source("builtin:books-llama")
     plan = make_plan(source, Recipe(passes=(RoundToNearest(scheme="int4_g32"),)))
-    save_compressed_tensors(quantized(source, plan), tmp_path, storage_dtype=torch.bfloat16, max_shard_size="5GB")
+    save_model(quantized(source, plan), tmp_path, "auto", storage_dtype=torch.bfloat16, max_shard_size="5GB")
     assert plan.output_bytes == size_of(tmp_path)
     assert plan.output_bytes < plan.bytes_dense
 
@@ -89,7 +88,7 @@ def test_output_bytes_of_the_bundled_model_are_those_of_the_saved_file(tmp_path)
 @pytest.mark.parametrize(("dtype", "expected"), [("checkpoint", torch.bfloat16), ("float32", torch.float32)])
 def test_output_bytes_of_a_plain_folder_are_those_of_the_saved_file(tiny, tmp_path, dtype, expected):
     plan = make_plan(tiny, Recipe(passes=(RoundToNearest(scheme="int4_g16"),), save=Save(format="plain", dtype=dtype)))
-    save_plain(quantized(tiny, plan), tmp_path, storage_dtype=expected, max_shard_size="5GB")
+    save_model(quantized(tiny, plan), tmp_path, "plain", storage_dtype=expected, max_shard_size="5GB")
     assert plan.output_bytes == size_of(tmp_path)
 
 
@@ -198,13 +197,14 @@ def test_more_calibration_costs_more_memory_and_time(tiny):
     gptq = GPTQ(scheme="int4_g16")
     small, large = (
         make_plan(
-            tiny, Recipe(passes=(gptq,), calibration={"samples": samples, "tokens": 4096}, evaluate={"perplexity": ()})
+            tiny, Recipe(passes=(gptq,), calibration={"samples": samples, "tokens": 4096}, evaluate={"perplexity": []})
         )
         for samples in (4, 4096)
     )
     hidden = 2 * 4 * 4092 * 4096 * 32
     assert large.peak_memory_bytes - small.peak_memory_bytes == pytest.approx(hidden, rel=0.2)
-    assert large.estimated_seconds > small.estimated_seconds > 0
+    assert large.operations > small.operations > 0
+    assert large.estimated_seconds is None
 
 
 def test_gradients_through_the_whole_model_are_foretold(tiny):
@@ -213,7 +213,7 @@ def test_gradients_through_the_whole_model_are_foretold(tiny):
     def peak(each, batch=8):
         settings = {"samples": 8, "tokens": 4096, "batch": batch}
         return make_plan(
-            tiny, Recipe(passes=(each,), calibration=settings, evaluate={"perplexity": ()})
+            tiny, Recipe(passes=(each,), calibration=settings, evaluate={"perplexity": []})
         ).peak_memory_bytes
 
     uniform, by_loss = (PASSES["svd"](ranks=ranks) for ranks in ("uniform", "loss"))
@@ -225,10 +225,12 @@ def test_gradients_through_the_whole_model_are_foretold(tiny):
 
 
 def test_the_time_of_a_training_grows_with_its_steps(tiny):
+    machine = Machine(operations_per_second=1e9, process_bytes=1000)
+
     def seconds(steps):
         each = PASSES["recover"](training={"steps": steps})
         settings = {"samples": 8, "tokens": 512}
-        return make_plan(tiny, Recipe(passes=(each,), calibration=settings)).estimated_seconds
+        return make_plan(tiny, Recipe(passes=(each,), calibration=settings), machine=machine).estimated_seconds
 
     assert seconds(10_000) > 20 * seconds(100) > 0
 

@@ -19,6 +19,7 @@ from llmcompress.numerics.sample import InputSample
 from llmcompress.numerics.statistics import AbsMax, AbsMean, Gram, Moments, Pool, SquaredNorm, Statistic
 from llmcompress.recipe import parse_recipe
 from tests.tiny_folder import write_tiny_llama
+from tests.warm_python import Done, WarmPython
 
 SETTINGS = """
 calibration: {samples: 6, tokens: 48, batch: 2}
@@ -60,12 +61,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(folder, hidden_size=64, intermediate_size=96, num_hidden_layers=3)
 
 
-def in_two_processes(model: Path, text: str, folder: Path, *, dies_at: str = "") -> subprocess.CompletedProcess[str]:
+def in_two_processes(python: WarmPython, model: Path, text: str, folder: Path, *, dies_at: str = "") -> Done:
+    """What both said, and the first exit code that is not 0."""
+    (folder / "recipe.yaml").write_text(SETTINGS + text)
+    arguments = [model, folder / "out", folder / "recipe.yaml", dies_at]
+    both = python.run_ranks(PROGRAM, *arguments, count=2, folder=folder)
+    code = next((done.returncode for done in both if done.returncode), 0)
+    return Done([], code, both[0].stdout + both[1].stdout, both[0].stderr + both[1].stderr)
+
+
+def under_torchrun(model: Path, text: str, folder: Path) -> Done:
     (folder / "recipe.yaml").write_text(SETTINGS + text)
     (folder / "program.py").write_text(PROGRAM)
-    arguments = [str(model), str(folder / "out"), str(folder / "recipe.yaml"), dies_at]
+    arguments = [model, folder / "out", folder / "recipe.yaml", ""]
     return subprocess.run(
-        [sys.executable, *TORCHRUN, "program.py", *arguments],
+        [sys.executable, *TORCHRUN, "program.py", *map(str, arguments)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -91,9 +101,9 @@ def assert_alike(found: Path, wanted: Path) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_two_processes_equal_one(name: str, tiny: Path, tmp_path: Path) -> None:
+def test_two_processes_equal_one(name: str, tiny: Path, tmp_path: Path, our_python: WarmPython) -> None:
     report = compress(str(tiny), parse_recipe(SETTINGS + RECIPES[name], "test"), tmp_path / "one")
-    done = in_two_processes(tiny, RECIPES[name], tmp_path)
+    done = in_two_processes(our_python, tiny, RECIPES[name], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     measured = [float((tmp_path / file).read_text()) for file in ("ppl0", "ppl1")]
     assert measured[0] == measured[1]
@@ -102,30 +112,39 @@ def test_two_processes_equal_one(name: str, tiny: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out.run").exists()
 
 
-def test_two_processes_killed_and_started_again_go_on(tiny: Path, tmp_path: Path) -> None:
-    killed = in_two_processes(tiny, RECIPES["gptq"], tmp_path, dies_at="block 2/3")
+def test_two_processes_killed_and_started_again_go_on(tiny: Path, tmp_path: Path, our_python: WarmPython) -> None:
+    killed = in_two_processes(our_python, tiny, RECIPES["gptq"], tmp_path, dies_at="block 2/3")
     assert killed.returncode != 0 and (tmp_path / "out.run" / "journal.jsonl").read_text().count("\n") == 2
-    done = in_two_processes(tiny, RECIPES["gptq"], tmp_path)
+    done = in_two_processes(our_python, tiny, RECIPES["gptq"], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     compress(str(tiny), parse_recipe(SETTINGS + RECIPES["gptq"], "test"), tmp_path / "one")
     assert_alike(tmp_path / "out", tmp_path / "one")
 
 
-def test_passes_on_the_whole_model_are_refused(tiny: Path, tmp_path: Path) -> None:
-    done = in_two_processes(tiny, "passes: [{depth: {remove: 1}}]", tmp_path)
+def test_torchrun_starts_such_processes(tiny: Path, tmp_path: Path) -> None:
+    recipe = "passes: [{rtn: {scheme: int4_g16}}]"
+    done = under_torchrun(tiny, recipe, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "ppl0").read_text() == (tmp_path / "ppl1").read_text()
+
+
+def test_passes_on_the_whole_model_are_refused(tiny: Path, tmp_path: Path, our_python: WarmPython) -> None:
+    done = in_two_processes(our_python, tiny, "passes: [{depth: {remove: 1}}]", tmp_path)
     assert done.returncode != 0 and "ranks.one-only" in done.stdout
 
 
 @pytest.mark.parametrize("recipe", ["{gptq: {scheme: int4_g16}}, depth", "outlier_suppression"])
-def test_what_cannot_be_shared_is_refused_before_any_work(recipe: str, tiny: Path, tmp_path: Path) -> None:
-    done = in_two_processes(tiny, f"passes: [{recipe}]", tmp_path)
+def test_what_cannot_be_shared_is_refused_before_any_work(
+    recipe: str, tiny: Path, tmp_path: Path, our_python: WarmPython
+) -> None:
+    done = in_two_processes(our_python, tiny, f"passes: [{recipe}]", tmp_path)
     assert done.returncode != 0 and "ranks.one-only" in done.stdout
     assert not list(tmp_path.glob("out.run/blocks/*"))
 
 
-def test_rounding_is_learned_by_two_processes_together(tiny: Path, tmp_path: Path) -> None:
+def test_rounding_is_learned_by_two_processes_together(tiny: Path, tmp_path: Path, our_python: WarmPython) -> None:
     recipe = "passes: [{learned_rounding: {scheme: int2_g16, steps: 12}}]"
-    done = in_two_processes(tiny, recipe, tmp_path)
+    done = in_two_processes(our_python, tiny, recipe, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "ppl0").read_text() == (tmp_path / "ppl1").read_text()
     rows = json.loads((tmp_path / "out" / "llmcompress_report.json").read_text())["sites"]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -25,7 +23,6 @@ from llmcompress.storage.lock import ProcessLock
 from tests.export.quantized import quantized_model
 from tests.families import tiny_model, tiny_tokens
 
-ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {"recipe": "abc", "model": "123"}
 ROWS = [SiteReport(site="a.b", algorithm="gptq", scheme="int4_g32", error=0.1 + 0.2, tokens=7)]
 SCHEMES = ["int4_g32", "int3_g32_asym", "int8_channel_a8token", "int8_channel_a8tensor", "int2_channel"]
@@ -157,21 +154,23 @@ def test_a_refused_start_gives_the_lock_back(tmp_path):
             _open(tmp_path / "out", recipe="other")
 
 
-def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, our_python):
     program = (
         "import os, signal, sys\nfrom pathlib import Path\nfrom llmcompress.run import Run\n"
         f"Run.open(Path(sys.argv[1]), fingerprint={SETTINGS!r}, lock_text='', fresh=False)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "out")], env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    done = our_python.run(program, tmp_path / "out")
     assert done.returncode == -9 and (tmp_path / "out.run" / "process.json").exists()
     with _open(tmp_path / "out"):
         pass
 
 
-@pytest.mark.parametrize("text", [f'{{"pid": {os.getpid()}, "host": "here", "began": 1.0}}', "", "not json", "[]"])
+@pytest.mark.parametrize(
+    "text",
+    [f'{{"pid": {os.getpid()}, "host": "here", "began": 1.0}}', "", "not json", "[]"],
+    ids=["used again", "empty", "no JSON", "a list"],
+)
 def test_what_a_killed_process_left_written_locks_nobody_out_and_breaks_no_message(tmp_path, text):
     """The first is a process id that was used again."""
     run = tmp_path / "out.run"
@@ -192,7 +191,7 @@ def test_a_finished_run_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_keeps_the_blocks_before_it(tmp_path):
+def test_a_full_disk_keeps_the_blocks_before_it(tmp_path, our_python):
     """A limit on file size stands for a full disk: the write fails halfway."""
     program = (
         "import resource, signal, sys\nfrom pathlib import Path\nfrom torch import nn\n"
@@ -204,12 +203,7 @@ def test_a_full_disk_keeps_the_blocks_before_it(tmp_path):
         "try:\n    run.save_block(0, 1, nn.Linear(300, 300), nn.Linear(300, 300), [])\n"
         "except ValueError as error:\n    print(error.code, int(error.exit_code), error.saved)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "out")],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    done = our_python.run(program, tmp_path / "out")
     assert "output.disk-full 4 1 finished blocks in" in done.stdout, done.stderr
     with Run.open(tmp_path / "out", fingerprint=SETTINGS, lock_text="", fresh=False) as run:
         assert run.finished_blocks(0) == [0]

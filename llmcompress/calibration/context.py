@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmcompress.calibration.finished import FinishedWork
 from llmcompress.calibration.homes import Home, InMemory
+from llmcompress.calibration.measured import Measured, Shelf
 from llmcompress.calibration.ranks import ALONE, Ranks
 from llmcompress.calibration.settings import Experts
 from llmcompress.progress import Progress, Silent
@@ -39,10 +40,27 @@ class RunContext:
     stage: int = 0
     """Which stage of the passes is running: what it keeps is filed under this number."""
     progress: Progress = field(default_factory=Silent)
+    state: str | None = None
+    """Names what the model is now, for as long as it stays that: under this name measurements are kept and found again.
+    None: it may change at any time."""
+    measured: Measured = field(default_factory=Measured)
+    """What is known of the model in its states."""
 
     def first_windows(self, count: int) -> RunContext:
         """The same run that looks at fewer windows."""
         return replace(self, windows_NT=self.windows_NT[:count])
+
+    def at(self, state: str) -> RunContext:
+        """The same run for as long as the model stays what it is now; what was measured before is not known in it."""
+        return replace(self, state=state, measured=Measured())
+
+    def changing(self) -> RunContext:
+        """The same run while the model is not what its state says: nothing is kept or found again."""
+        return replace(self, state=None)
+
+    def shelf(self) -> Shelf | None:
+        """What is known of the model as it is now, from these windows; None where it may change."""
+        return self.measured.of(self.state, self.windows_NT, self.experts)
 
     def generator(self) -> torch.Generator:
         """On the CPU, from the seed: the same numbers on every call."""

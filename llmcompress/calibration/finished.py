@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -32,6 +32,12 @@ class FinishedWork(Protocol):
 
     def save_decisions(self, stage: int, decisions: Mapping[str, Tensor]) -> None:
         """Keep it."""
+
+    def measurement(self, name: str) -> tuple[Mapping[str, Tensor], Mapping[str, Any]] | None:
+        """What was measured under that name, if it was: its tensors, and what they do not say."""
+
+    def save_measurement(self, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Keep it; a name is letters, digits, `-` and `.`."""
 
     def finished_model(self) -> int | None:
         """The last stage after which the whole model was kept."""

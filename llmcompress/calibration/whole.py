@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -24,6 +24,8 @@ class WholeModel:
 
     def __init__(self, model: PreTrainedModel, model_map: ModelMap, context: RunContext) -> None:
         self.model, self.map, self.context = model, model_map, context
+        self.decisions: Mapping[str, Tensor] | None = None
+        """What the pass that works now has decided about the model; None: it has not, or decides nothing."""
 
     def within(self, context: RunContext) -> WholeModel:
         """The same model seen by another run, which `replace` derived from this one's context."""

@@ -1,4 +1,4 @@
-"""`llmcompress allocate`: decide the schemes of sites, and write them as an ordinary recipe."""
+"""`llmcompress allocate`: take all decisions of a recipe, and write them as an ordinary recipe."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from llmcompress.cli.output import json_option, print_json, quiet_libraries
+from llmcompress.cli.output import device_option, json_option, print_json, quiet_libraries
 from llmcompress.errors import CompressError, ExitCode
 
 
@@ -18,6 +18,7 @@ from llmcompress.errors import CompressError, ExitCode
 @click.option("-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="Write there, not to stdout.")
 @click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, help="Change the recipe first. Repeatable.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
+@device_option
 @json_option
 def allocate(
     model: str | None,
@@ -25,9 +26,13 @@ def allocate(
     output: Path | None,
     settings: tuple[str, ...],
     overwrite: bool,
+    device: str,
     as_json: bool,
 ) -> None:
-    """Decide the `mixed_precision` of a recipe for MODEL and write the recipe with ordinary overrides instead.
+    """Decide for MODEL what a recipe leaves to data, and write the recipe that says it by ordinary options.
+
+    Schemes (mixed_precision), ranks (svd), sparsities, units (width, bonsai) and blocks (depth) become options and
+    overrides; running the recipe that is written makes the same weights.
 
     \b
     Examples:
@@ -46,7 +51,7 @@ def allocate(
         progress.stage("starting", 0)
         from llmcompress.allocate import allocate as decide
 
-        decided = decide(model, read_recipe(recipe_file, settings=settings), progress=progress)
+        decided = decide(model, read_recipe(recipe_file, settings=settings), device=device, progress=progress)
     if output is not None:
         try:
             output.write_text(decided.to_yaml(), encoding="utf-8")

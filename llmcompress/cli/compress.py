@@ -95,7 +95,10 @@ def compress(
         from llmcompress import pipeline
 
         if dry_run:
-            plan = pipeline.plan(recipe.model, recipe, offload=offload).model_dump(mode="json")
+            from llmcompress.cost import this_machine
+
+            foreseen = pipeline.plan(recipe.model, recipe, offload=offload, machine=this_machine())
+            plan = foreseen.model_dump(mode="json")
         else:
             assert output is not None
             try:

@@ -84,7 +84,10 @@ def plan_tables(plan: dict[str, Any]) -> list[RenderableType]:
     facts = [
         ("weight files", f"{size(plan['bytes_dense'])} → {size(plan['output_bytes'])}"),
         ("peak memory", size(plan["peak_memory_bytes"]) + (", weights on disk" if plan.get("offloaded") else "")),
-        ("time", f"about {duration(plan['estimated_seconds'])}"),
+        (
+            "time",
+            f"about {duration(plan['estimated_seconds'])}" if plan["estimated_seconds"] is not None else "unknown",
+        ),
     ]
     tables.append(plain_table(("", "#"), facts, title="estimate"))
     tables += [Text(f"warning: {warning}", style="yellow") for warning in plan["warnings"]]

@@ -1,13 +1,12 @@
 """Which tensors of a saved model are codes, read from its config and the headers of its weight files.
 
-O = outputs, I = inputs, G = groups of inputs that share a scale.
+O = outputs, I = inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,16 @@ from torch import Tensor
 
 from llmcompress.errors import CompressError
 from llmcompress.evaluation.stored_bnb import BnbSite, bnb_sites
+from llmcompress.formats import compressed_tensors, packed
+from llmcompress.formats.named import Named
 from llmcompress.loading.files import read_json
 from llmcompress.loading.tensors import TensorHeader, Tensors, headers
 from llmcompress.modules.base import MODULES
 from llmcompress.modules.scheme import Scheme, named_scheme
-from llmcompress.numerics.packing import unpack_bits
+from llmcompress.numerics.formats import E2M1, E4M3, POWER_OF_TWO, SINGLE, STORED, TWO_LEVEL
+from llmcompress.numerics.grid import Grid
+from llmcompress.numerics.quantized import QuantizedTensor
 from llmcompress.records.report import REPORT
-
-_LABELS = {"weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "input_scale", "scale", "zero_point"}
-_LABELS |= {"shared_scale", "weight_global_scale", "input_global_scale"}  # of scales in two levels
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class CodedSite:
     name: str
     outputs: int
     inputs: int
-    field_bits: int
-    """Of one code in the file."""
-    group: int
-    """Inputs that share a scale."""
+    grid: Grid
+    """As the file shows it: a 3-bit grid may lie in 4-bit fields, and zero points may be part of the codes."""
     scheme: Scheme | None
-    """None: a folder of others, which says no more than its fields."""
+    """What was quantized to; None: a folder of others, which says no more than its fields."""
     tensors: Mapping[str, TensorHeader]
     """By their last name: `weight_packed`, `scale`, …"""
+    unpack: Callable[[CodedSite, Named], QuantizedTensor]
+    """By the format."""
 
     @property
     def weights(self) -> int:
@@ -51,7 +51,7 @@ class CodedSite:
     @property
     def code_bits(self) -> int:
         """Of one code at its own width."""
-        return self.scheme.weights.bits if self.scheme else self.field_bits
+        return self.scheme.weights.bits if self.scheme else self.grid.bits
 
     @property
     def ideal_bits(self) -> int:
@@ -59,37 +59,13 @@ class CodedSite:
         scale = next(tensor for name, tensor in self.tensors.items() if name in ("scale", "weight_scale"))
         scale_bits = 8 * scale.dtype.itemsize
         extra = 8 * sum(tensor.bytes for name, tensor in self.tensors.items() if name.startswith("input_"))
-        if self.scheme:
-            return round(self.weights * self.scheme.bits_per_weight(self.outputs, self.inputs, scale_bits)) + extra
-        has_zero_points = not {"zero_point", "weight_zero_point"}.isdisjoint(self.tensors)
-        groups, extra = prod(scale.shape), extra + 32 * ("weight_global_scale" in self.tensors)
-        return self.weights * self.field_bits + groups * (scale_bits + self.field_bits * has_zero_points) + extra
+        grid = self.scheme.weights if self.scheme else self.grid
+        return self.weights * grid.bits + grid.scale_bits(self.outputs, self.inputs, scale_bits) + extra
 
     def codes(self, read: Tensors) -> Tensor:
         """O×I int16: each code less its zero point (or the code of 0), so 0 is a weight of zero."""
-        codes_OI = self._fields("weight" if "weight" in self.tensors else "weight_packed", read, self.inputs)
-        name = next((name for name in ("zero_point", "weight_zero_point") if name in self.tensors), None)
-        if name is None:
-            number = self.scheme.weights.number if self.scheme else None
-            return codes_OI if number is None else codes_OI - number.encode(torch.zeros(1)).to(torch.int16)
-        zero = self.tensors[name]
-        if zero.dtype == torch.int32:
-            low = -(2 ** (self.field_bits - 1))
-            packed_GB = read(zero).T.contiguous().view(torch.uint8)
-            zero_OG = unpack_bits(packed_GB, self.field_bits, low, self.outputs).T.to(torch.int16)
-        else:
-            zero_OG = read(zero).to(torch.int16)
-        return codes_OI - zero_OG.repeat_interleave(self.group, 1)[:, : self.inputs]
-
-    def _fields(self, name: str, read: Tensors, count: int) -> Tensor:
-        tensor = self.tensors[name]
-        if tensor.dtype in (torch.int8, torch.float8_e4m3fn):
-            return read(tensor).view(torch.int8).to(torch.int16)
-        low = -(2 ** (self.field_bits - 1))
-        if tensor.dtype == torch.uint8:  # ours, or two floats a byte
-            low = self.scheme.weights.low if self.scheme else 0
-        packed_OB = read(tensor).view(torch.uint8).reshape(self.outputs, -1)
-        return unpack_bits(packed_OB, self.field_bits, low, count).to(torch.int16)
+        found = {name: read(tensor) for name, tensor in self.tensors.items() if not name.startswith("input_")}
+        return self.unpack(self, found).centred_codes()
 
 
 @dataclass(frozen=True)
@@ -130,10 +106,13 @@ def _from_manifest(
     config: Mapping[str, Any], found: Mapping[str, TensorHeader], _: Mapping[str, Scheme]
 ) -> Iterator[CodedSite]:
     for name, spec in _quantized_specs(config.get("modules", {})):
-        scheme = named_scheme(str(spec["scheme"]))
-        outputs, inputs = int(spec["outputs"]), int(spec["inputs"])
-        group = scheme.weights.group or inputs
-        yield CodedSite(name, outputs, inputs, scheme.weights.bits, group, scheme, _at(name, found))
+        scheme, tensors = named_scheme(str(spec["scheme"])), _at(name, found, packed.NAMES)
+        yield CodedSite(name, int(spec["outputs"]), int(spec["inputs"]), scheme.weights, scheme, tensors, _packed)
+
+
+def _packed(site: CodedSite, found: Named) -> QuantizedTensor:
+    assert site.scheme is not None
+    return packed.unpack(found, site.scheme, site.inputs, torch.float32).tensor
 
 
 def _quantized_specs(modules: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -158,19 +137,36 @@ def _from_compressed_tensors(
         name, _, leaf = scale.rpartition(".")
         if leaf != "weight_scale":
             continue
-        tensors = _at(name, found)
-        if "weight_packed" in tensors and "weight_shape" not in tensors:
-            outputs, packed = tensors["weight_packed"].shape
-            inputs, bits = 2 * packed, 4
-        elif "weight_packed" in tensors:
+        tensors = _at(name, found, compressed_tensors.NAMES)
+        if "weight_shape" in tensors:
             outputs, inputs = read(tensors["weight_shape"]).tolist()
-            words = tensors["weight_packed"].shape[1]
-            bits = next(width for width in widths if -(-inputs * width // 32) == words)
         else:
-            outputs, inputs = tensors["weight"].shape
-            bits = 8 * tensors["weight"].dtype.itemsize
-        groups = tensors["weight_scale"].shape[-1] if len(tensors["weight_scale"].shape) > 1 else 1
-        yield CodedSite(name, outputs, inputs, bits, inputs // groups, schemes.get(name), tensors)
+            codes = tensors.get("weight", tensors.get("weight_packed"))
+            assert codes is not None
+            outputs, inputs = codes.shape[0], codes.shape[1] * (1 if "weight" in tensors else 2)
+        yield CodedSite(
+            name, outputs, inputs, _grid(tensors, inputs, widths), schemes.get(name), tensors, _compressed_tensors
+        )
+
+
+def _compressed_tensors(site: CodedSite, found: Named) -> QuantizedTensor:
+    return compressed_tensors.unpack(found, site.grid, torch.float32)
+
+
+def _grid(tensors: Mapping[str, TensorHeader], inputs: int, widths: Sequence[int]) -> Grid:
+    """What dtypes and shapes say of the grid; `widths` are those that the config names, in rising order."""
+    scale = tensors["weight_scale"]
+    group = inputs // scale.shape[-1] if len(scale.shape) > 1 else None
+    if "weight_shape" in tensors:
+        words = tensors["weight_packed"].shape[1]
+        bits = next(width for width in widths if -(-inputs * width // 32) == words)
+        return Grid(bits, "weight_zero_point" not in tensors, group)
+    kind = SINGLE if len(scale.shape) == 1 else POWER_OF_TWO if scale.dtype == torch.uint8 else STORED
+    if "weight_packed" in tensors:
+        return Grid.of(E2M1, group, TWO_LEVEL if "weight_global_scale" in tensors else kind)
+    if tensors["weight"].dtype == torch.float8_e4m3fn:
+        return Grid.of(E4M3, group, kind)
+    return Grid(8, "weight_zero_point" not in tensors, group)
 
 
 def _from_bitsandbytes(
@@ -189,10 +185,10 @@ _READERS: Mapping[str, _Reader] = {
 }
 
 
-def _at(name: str, found: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
+def _at(name: str, found: Mapping[str, TensorHeader], leaves: Set[str]) -> dict[str, TensorHeader]:
     """The tensors of a quantized linear, its bias left out."""
-    leaves = {leaf: found.get(f"{name}.{leaf}") for leaf in sorted(_LABELS | {"weight"})}
-    return {leaf: tensor for leaf, tensor in leaves.items() if tensor is not None}
+    there = {leaf: found.get(f"{name}.{leaf}") for leaf in sorted(leaves)}
+    return {leaf: tensor for leaf, tensor in there.items() if tensor is not None}
 
 
 def _schemes(folder: Path) -> dict[str, Scheme]:

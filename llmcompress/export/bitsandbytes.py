@@ -1,58 +1,59 @@
-"""Saves codes of bitsandbytes as transformers itself would; stock transformers loads the folder without us."""
+"""Codes of bitsandbytes as transformers itself would save them: stock transformers loads the folder without us."""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
+from typing_extensions import override
 
-from llmcompress.errors import CompressError
-from llmcompress.export.base import Saved
-from llmcompress.export.checkpoint import linears_of_loader, write_model
+from llmcompress.export.base import EXPORTERS, Answer, Exporter, Refused, Saved, Writing
+from llmcompress.export.checkpoint import write_model
 from llmcompress.export.config import portable_config
-from llmcompress.modules.bnb_linear import OUTLIER, BnbLinear, Kind
+from llmcompress.export.contents import CodedLinear, Contents
+from llmcompress.export.loader import linears_of_loader
+from llmcompress.modules.base import MODULES
+from llmcompress.modules.bnb_linear import OUTLIER, BnbLinear, Kind, bnb_linears
 
 METHOD = "bitsandbytes"
 
 
-def bnb_sites(model: nn.Module) -> dict[str, BnbLinear]:
-    """Full name → module of everything that holds such codes."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, BnbLinear)}
+@EXPORTERS.register(METHOD)
+class BitsAndBytesExporter(Exporter):
+    """For models all of whose replaced linears hold such codes, of one kind; the others are named as skipped."""
 
+    fix: ClassVar[str] = "use one of bnb_nf4 and bnb_int8"
 
-def save_bitsandbytes(
-    model: PreTrainedModel, folder: Path, *, storage_dtype: torch.dtype, max_shard_size: str
-) -> Saved:
-    """Write a folder in transformers' own words; linears that hold no codes are named as skipped.
+    @override
+    def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:
+        """Only the package makes its codes."""
+        return Refused(f"bitsandbytes holds its own codes, not those of {site.scheme.name}")
 
-    Raises: CompressError when both kinds are in one model: the format has words for one.
-    """
-    sites = bnb_sites(model)
-    kinds = {site.kind for site in sites.values()}
-    if len(kinds) > 1:
-        raise CompressError(
-            "save.format",
-            "a folder of bitsandbytes holds nf4 or int8, not both",
-            where=", ".join(sorted(kinds)),
-            fix="use one of bnb_nf4 and bnb_int8",
-            saved="all finished work",
-        )
-    config = portable_config(model, storage_dtype)
-    dense = sorted(linears_of_loader(model).keys() - sites.keys())
-    config["quantization_config"] = _config(kinds.pop(), dense, storage_dtype)
-    files, size = write_model(
-        model,
-        folder,
-        config,
-        {name: partial(_tensors, site, storage_dtype) for name, site in sites.items()},
-        storage_dtype=storage_dtype,
-        max_shard_size=max_shard_size,
-    )
-    return Saved(files, size, METHOD)
+    @override
+    def problem(self, contents: Contents) -> str | None:
+        """There is anything else, or there are both kinds."""
+        found = contents.differences
+        others = [name for name, spec in found.modules.items() if spec["type"] != MODULES.name_of(BnbLinear)]
+        others += [*found.shapes, *found.attributes]
+        if others or not found.modules:
+            return f"{others[0]} is more than a linear in its codes" if others else "nothing is in its codes"
+        kinds = {spec["kind"] for spec in found.modules.values()}
+        return f"a folder holds {' or '.join(sorted(kinds))}, not both" if len(kinds) > 1 else None
+
+    @override
+    def write(self, model: PreTrainedModel, folder: Path, writing: Writing) -> Saved:
+        """A folder in transformers' own words."""
+        dtype, sites = writing.storage_dtype, bnb_linears(model)
+        kind = next(site.kind for site in sites.values())
+        config = portable_config(model, dtype)
+        config["quantization_config"] = _config(kind, sorted(linears_of_loader(model).keys() - sites.keys()), dtype)
+        replaced = {name: partial(_tensors, site, dtype) for name, site in sites.items()}
+        files, size = write_model(model, folder, config, replaced, writing)
+        return Saved(files, size, METHOD)
 
 
 def _tensors(site: BnbLinear, storage_dtype: torch.dtype) -> dict[str, Tensor]:

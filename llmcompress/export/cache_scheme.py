@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, apply_quantization_config
@@ -12,45 +13,54 @@ from transformers import PreTrainedModel
 
 from llmcompress.model.skeleton import put_module
 from llmcompress.model.stock import outline
-from llmcompress.modules.kv_cache import CodedAttention
+from llmcompress.modules.kv_cache import CodedAttention, coded_attentions
 from llmcompress.numerics.cache_codes import Number
 
 _KINDS: dict[Number, str] = {"int8": "int", "fp8": "float"}
 _SHOWS_PROGRESS = "show_progress" in inspect.signature(apply_quantization_config).parameters
 
 
-@contextmanager
-def stock_attention(model: PreTrainedModel, storage_dtype: torch.dtype) -> Iterator[QuantizationArgs | None]:
-    """While it lasts, attentions that cache codes are stock ones with buffers `k_scale` and `v_scale`, as on disk.
+@dataclass(frozen=True)
+class CacheScheme:
+    """How keys and values are rounded, in the format's words."""
 
-    Gives the scheme; None, and the model as it is, when there are none or the format cannot say what they do.
-    """
-    wrappers = {name: part for name, part in model.named_modules() if isinstance(part, CodedAttention)}
-    scheme = _scheme(model, wrappers)
-    if scheme is None:
-        yield None
-        return
-    for name, wrapper in wrappers.items():
-        put_module(model, name, wrapper.inner)
-        wrapper.inner.register_buffer("k_scale", _stored(wrapper.key_scale, storage_dtype))
-        wrapper.inner.register_buffer("v_scale", _stored(wrapper.value_scale, storage_dtype))
-    try:
-        yield scheme
-    finally:
-        for name, wrapper in wrappers.items():
-            del wrapper.inner.k_scale, wrapper.inner.v_scale
-            put_module(model, name, wrapper)
+    words: QuantizationArgs
+    attentions: Mapping[str, CodedAttention]
 
 
-def _scheme(model: PreTrainedModel, wrappers: dict[str, CodedAttention]) -> QuantizationArgs | None:
+def cache_scheme(model: PreTrainedModel) -> CacheScheme | None:
+    """None when no attention caches codes, or the format cannot say what they do."""
+    wrappers = coded_attentions(model)
     kinds = {(wrapper.number, wrapper.scales) for wrapper in wrappers.values()}
     if len(kinds) != 1:
         return None
     number, scales = kinds.pop()
     if scales != "tensor":
         return None
-    scheme = QuantizationArgs(num_bits=8, type=_KINDS[number], strategy="tensor", dynamic=False, symmetric=True)
-    return scheme if _taken_by_loader(model, scheme) == wrappers.keys() else None
+    words = QuantizationArgs(num_bits=8, type=_KINDS[number], strategy="tensor", dynamic=False, symmetric=True)
+    return CacheScheme(words, wrappers) if _taken_by_loader(model, words) == wrappers.keys() else None
+
+
+@contextmanager
+def stock_attention(model: PreTrainedModel, storage_dtype: torch.dtype) -> Iterator[QuantizationArgs | None]:
+    """While it lasts, attentions that cache codes are stock ones with buffers `k_scale` and `v_scale`, as on disk.
+
+    Gives the scheme; None, and the model as it is, when there is none.
+    """
+    found = cache_scheme(model)
+    if found is None:
+        yield None
+        return
+    for name, wrapper in found.attentions.items():
+        put_module(model, name, wrapper.inner)
+        wrapper.inner.register_buffer("k_scale", _stored(wrapper.key_scale, storage_dtype))
+        wrapper.inner.register_buffer("v_scale", _stored(wrapper.value_scale, storage_dtype))
+    try:
+        yield found.words
+    finally:
+        for name, wrapper in found.attentions.items():
+            del wrapper.inner.k_scale, wrapper.inner.v_scale
+            put_module(model, name, wrapper)
 
 
 def _taken_by_loader(model: PreTrainedModel, scheme: QuantizationArgs) -> set[str]:

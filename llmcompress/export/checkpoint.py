@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -12,15 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel
 
-from llmcompress.calibration.homes import Home, InMemory
+from llmcompress.calibration.homes import Home
 from llmcompress.errors import CompressError
-from llmcompress.export.base import Loader
+from llmcompress.export.base import Writing
 from llmcompress.export.shards import ShardWriter
 from llmcompress.loading.versions import TRANSFORMERS_MAJOR
-from llmcompress.modules.quant_linear import QuantLinear
 
 Replaced = Mapping[str, Callable[[], dict[str, Tensor]]]
 """Full name of a module that looks different on disk → its tensors there, under names relative to the module."""
@@ -29,58 +26,17 @@ Replaced = Mapping[str, Callable[[], dict[str, Tensor]]]
 _BLOCK = re.compile(r".*?\.\d+\.")
 
 
-def quantized_sites(model: nn.Module) -> dict[str, QuantLinear]:
-    """Full name → module of everything that holds codes."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-
-
-def loader_of(config: PretrainedConfig) -> Loader:
-    """What stock transformers will do with a model of this configuration, found without its weights."""
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    linears = linears_of_loader(skeleton)
-    subclassed = (name for name, kind in linears.items() if issubclass(kind, nn.Linear) and kind is not nn.Linear)
-    return Loader(merges_on_load(skeleton), frozenset(subclassed))
-
-
-def linears_of_loader(model: PreTrainedModel) -> dict[str, type[nn.Module]]:
-    """Name → class of every linear (or Conv1D) that stock transformers builds for this configuration.
-
-    The live model cannot say: its linears are replaced, and a replacement forgets the layout of a Conv1D.
-    """
-    with torch.device("meta"):
-        skeleton = type(model)(copy.deepcopy(model.config))
-    return {name: type(part) for name, part in skeleton.named_modules() if isinstance(part, (nn.Linear, Conv1D))}
-
-
-def merges_on_load(model: PreTrainedModel) -> bool:
-    """Whether transformers joins several weights of the checkpoint into one parameter while loading.
-
-    Version 5 does so for banks of experts, and for a compressed-tensors folder it then expects codes there
-    (`CompressedTensorsDequantize`): one whose experts are ordinary weights does not load.
-    """
-    if TRANSFORMERS_MAJOR < 5:
-        return False
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-
-    return any(isinstance(rule, WeightConverter) for rule in get_model_conversion_mapping(model, add_legacy=False))
-
-
 def write_model(
     model: PreTrainedModel,
     folder: Path,
     config: Mapping[str, Any],
     replaced: Replaced,
-    *,
-    storage_dtype: torch.dtype,
-    max_shard_size: str,
-    home: Home | None = None,
+    writing: Writing,
 ) -> tuple[tuple[str, ...], int]:
     """Write weights and `config.json`; the names of the weight files and the bytes of all tensors."""
     folder.mkdir(parents=True, exist_ok=True)
-    writer = ShardWriter(folder, max_shard_size)
-    for name, tensor in _tensors_on_disk(model, replaced, storage_dtype, home or InMemory()):
+    writer = ShardWriter(folder, writing.max_shard_size)
+    for name, tensor in _tensors_on_disk(model, replaced, writing.storage_dtype, writing.home):
         writer.add(name, tensor)
     files = writer.close()
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,170 +1,214 @@
-"""Saves codes and scales as compressed-tensors: loads in stock transformers and vLLM, nothing of ours needed.
+"""Codes and scales as compressed-tensors: loads in stock transformers and vLLM, nothing of ours needed.
 
-O = outputs, I = inputs. What the loaders were seen to do: docs/decisions/0004-saved-formats.md.
+What the loaders were seen to do: docs/decisions/0004-saved-formats.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from typing_extensions import override
 
-from llmcompress.calibration.homes import Home, InMemory
-from llmcompress.errors import CompressError
-from llmcompress.export.base import Layout, PlannedSite, Saved, ZeroPoints, problems
-from llmcompress.export.checkpoint import linears_of_loader, merges_on_load, name_on_disk, quantized_sites, write_model
+from llmcompress.export.base import EXPORTERS, Answer, Converted, Exact, Exporter, Refused, Saved, Writing
+from llmcompress.export.cache_scheme import stock_attention
+from llmcompress.export.checkpoint import name_on_disk, write_model
 from llmcompress.export.config import portable_config
-from llmcompress.export.plain import dense_tensors
-from llmcompress.export.quantization_config import numbered, quantization_config
-from llmcompress.modules.quant_linear import QuantLinear, from_bits
-from llmcompress.numerics.formats import TWO_LEVEL, scales_to_bytes
-from llmcompress.numerics.grid import spread
-from llmcompress.numerics.packing import pack_bits
+from llmcompress.export.contents import EXPERTS, CodedLinear, Contents, found_in
+from llmcompress.export.loader import linears_of_loader
+from llmcompress.export.quantization_config import NamedCodes, numbered, quantization_config
+from llmcompress.formats import compressed_tensors, plain
+from llmcompress.formats.compressed_tensors import Layout, ZeroPoints, can_name, layout_of
+from llmcompress.formats.named import Kind
+from llmcompress.modules.base import CompressedModule
+from llmcompress.modules.expression_leaves import Quantized
+from llmcompress.modules.limits import TargetLimits, group_of
+from llmcompress.modules.quant_linear import quantized_linears
+
+_MIXED = "transformers 5 reads all experts with one scheme, and these have several"
+_MERGED = "transformers 5 loads no compressed-tensors model unless all experts are integers or fp8 of one scheme"
 
 
-def save_compressed_tensors(
-    model: PreTrainedModel,
-    folder: Path,
-    *,
-    storage_dtype: torch.dtype,
-    max_shard_size: str,
-    zero_points: ZeroPoints = "folded",
-    cache: QuantizationArgs | None = None,
-    home: Home | None = None,
-) -> Saved:
-    """Write an ordinary Hugging Face folder whose quantized linears are codes and scales; the model is not changed.
+@EXPORTERS.register("compressed-tensors")
+class CompressedTensorsExporter(Exporter):
+    """A site that the format cannot hold is multiplied out; when no other is left, the folder is a plain one."""
 
-    A site that the format cannot hold is multiplied out and named in the result; when no other is left, and keys and
-    values are not stored as codes (`cache`) either, the folder is a plain one.
+    limits: ClassVar[TargetLimits] = TargetLimits(ragged_groups=False)
+    fix: ClassVar[str] = "leave these sites out with `exclude`, or set `save.format` to auto"
 
-    Raises: CompressError when such a site also rounds activations (`check_format` says so before any work).
-    """
-    sites, linears = quantized_sites(model), linears_of_loader(model)
-    planned = {name: _planned(name, site, linears.get(name, nn.Linear), zero_points) for name, site in sites.items()}
-    dense: dict[str, str] = {}
-    unfused = [name for name, part in model.named_modules() if isinstance(part, nn.Linear | QuantLinear)]
-    for problem in problems(planned.values(), merged_on_load=merges_on_load(model), linears=unfused):
-        if not problem.dense_instead:
-            raise CompressError(
-                "save.format",
-                problem.reason,
-                where=problem.site,
-                fix="leave the site out with `exclude`, or use a scheme that does not round activations",
-                saved="all finished blocks",
-            )
-        dense[problem.site] = problem.reason
+    zero_points: ZeroPoints = "folded"
+    """Of 2- and 4-bit asymmetric grids."""
+    multiplies_out: bool = False
+    """What it cannot hold becomes an ordinary weight, where that computes the same; otherwise it is refused."""
 
-    def tensors(name: str, site: QuantLinear) -> dict[str, Tensor]:
-        if name in dense:
-            return dense_tensors(site, linears.get(name, nn.Linear), storage_dtype)
-        return coded_tensors(site, planned[name].layout, storage_dtype)
+    @override
+    def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:
+        """By its grid, its sizes, and the class that loaders build there."""
+        if not can_name(site.scheme):
+            return Refused(f"compressed-tensors has no word for {site.scheme.name}")
+        if self._layout(site).packs_floats and not site.packable:
+            return self._instead(site, "transformers 5 loads no packed codes into a subclass of nn.Linear")
+        if not site.is_linear:
+            return self._instead(site, "compressed-tensors replaces only nn.Linear, and this is a Conv1D")
+        why = self.limits.problem(site.scheme, site.inputs)
+        return Exact(_doubt(site, storage_dtype)) if why is None else self._instead(site, why)
 
-    config = portable_config(model, storage_dtype)
-    coded = [planned[name] for name in sites if name not in dense]
-    flat: set[str] = set()
-    if coded:
-        with (home or InMemory()).running(model, model.device):
-            flat = _flat_inputs(model, {site.name: sites[site.name] for site in coded})
-    if coded or cache:
+    @override
+    def answers(self, contents: Contents) -> dict[str, Answer]:
+        """transformers 5 reads all experts with the scheme of the first, and only codes where it makes a bank."""
+        found = super().answers(contents)
+        named = [site for site in contents.sites if can_name(site.scheme)]
+        experts = [site for site in named if EXPERTS in site.name]
+        kinds = {(self._layout(each), group_of(each.scheme, each.inputs), each.scheme.activations) for each in experts}
+        banked = {each.name for each in experts if len(kinds) == 1 and self._joins_a_bank(each, found[each.name])}
+        all_banked = banked and banked == {name for name in contents.linears if EXPERTS in name}
+        for site in named:
+            if contents.merges_experts and not all_banked:
+                found[site.name] = self._instead(site, _MERGED)
+            elif len(kinds) > 1 and site in experts and isinstance(found[site.name], Exact):
+                found[site.name] = self._instead(site, _MIXED)
+        return found
+
+    @override
+    def problem(self, contents: Contents) -> str | None:
+        """It has words for quantized linears of stock sizes, and for caches."""
+        others = contents.more_than_quantized
+        return f"it has no words for more than quantized linears ({others[0]})" if others else None
+
+    @override
+    def notes(self, contents: Contents, answers: Mapping[str, Answer]) -> list[str]:
+        """What is multiplied out, and which fields are wider than their codes."""
+        dense = [
+            f"{name}: {answer.why}; saved multiplied out to ordinary weights"
+            for name, answer in answers.items()
+            if isinstance(answer, Converted)
+        ]
+        coded = [site for site in contents.sites if isinstance(answers[site.name], Exact)]
+        return dense + list(dict.fromkeys(note for site in coded if (note := _note(site, self._layout(site)))))
+
+    @override
+    def tensors(self, site: CodedLinear, storage_dtype: torch.dtype) -> dict[str, Kind]:
+        """Codes, scales, zero points and bias."""
+        shape, layout = (site.outputs, site.inputs), self._layout(site)
+        return compressed_tensors.tensors(shape, site.scheme, layout, storage_dtype, bias=site.has_bias)
+
+    @override
+    def write(self, model: PreTrainedModel, folder: Path, writing: Writing) -> Saved:
+        """An ordinary Hugging Face folder whose quantized linears are codes and scales."""
+        with stock_attention(model, writing.storage_dtype) as cache:
+            return self._write(model, folder, writing, cache)
+
+    def _write(self, model: PreTrainedModel, folder: Path, writing: Writing, cache: QuantizationArgs | None) -> Saved:
+        contents, dtype = found_in(model, writing.storage_dtype), writing.storage_dtype
+        answers = self.answers(contents)
+        coded = {site.name: site for site in contents.sites if isinstance(answers[site.name], Exact)}
+        config = portable_config(model, dtype)
+        if coded or cache:
+            config["quantization_config"] = self._config(model, coded, writing, cache)
+        turned = {name for name, kind in linears_of_loader(model).items() if issubclass(kind, Conv1D)}
+        replaced: dict[str, Callable[[], dict[str, Tensor]]] = {
+            name: partial(_coded_tensors, module, self._layout(coded[name]), dtype)
+            if name in coded
+            else partial(plain.pack, module, dtype, transposed=name in turned)
+            for name, module in quantized_linears(model).items()
+        }
+        files, size = write_model(model, folder, config, replaced, writing)
+        dense = {name: answer.why for name, answer in answers.items() if isinstance(answer, Converted)}
+        return Saved(files, size, "compressed-tensors" if coded or cache else "plain", dense)
+
+    def _config(
+        self,
+        model: PreTrainedModel,
+        coded: Mapping[str, CodedLinear],
+        writing: Writing,
+        cache: QuantizationArgs | None,
+    ) -> dict[str, Any]:
+        flat: set[str] = set()
+        if coded:
+            with writing.home.running(model, model.device):
+                flat = _flat_inputs(model, [name for name, site in coded.items() if site.scheme.activations == "token"])
         # experts have other names on disk than as modules of transformers 5
-        on_disk = [replace(site, name=name_on_disk(model, site.name)) for site in coded]
-        flat = {name_on_disk(model, name) for name in flat}
-        config["quantization_config"] = quantization_config(on_disk, flat, linears, cache)
-    files, size = write_model(
-        model,
-        folder,
-        config,
-        {name: partial(tensors, name, site) for name, site in sites.items()},
-        storage_dtype=storage_dtype,
-        max_shard_size=max_shard_size,
-        home=home,
-    )
-    return Saved(files, size, "compressed-tensors" if coded or cache else "plain", dense)
+        named = [
+            NamedCodes(name_on_disk(model, name), site.scheme, self._layout(site), site.inputs)
+            for name, site in coded.items()
+        ]
+        return quantization_config(named, {name_on_disk(model, name) for name in flat}, linears_of_loader(model), cache)
+
+    def _layout(self, site: CodedLinear) -> Layout:
+        return layout_of(site.scheme, packable=site.packable, zero_points=self.zero_points)
+
+    def _instead(self, site: CodedLinear, why: str) -> Answer:
+        """Rounded activations cannot be multiplied out."""
+        if self.multiplies_out and site.scheme.activations is None:
+            return Converted(why)
+        return Refused(why, self.limits.nearest(site.scheme, site.inputs) if site.is_linear else None)
+
+    def _joins_a_bank(self, site: CodedLinear, answer: Answer) -> bool:
+        """Whether transformers 5 makes an expert part of a bank of codes."""
+        whole = self._layout(site).format in ("pack-quantized", "float-quantized")
+        return whole and site.scheme.activations is None and isinstance(answer, Exact)
 
 
-def coded_tensors(site: QuantLinear, layout: Layout, storage_dtype: torch.dtype) -> dict[str, Tensor]:
-    """A site as the library's compressors lay it out."""
-    tensors = _codes(site, layout) | _scales(site, storage_dtype)
-    if site.zero_OG is not None and not layout.symmetric:
-        packed = layout.packs_zero_points
-        tensors["weight_zero_point"] = (
-            pack_to_int32(site.zero_OG, layout.bits, packed_dim=0).contiguous() if packed else site.zero_OG
+def _doubt(site: CodedLinear, storage_dtype: torch.dtype | None) -> str | None:
+    scheme = site.scheme
+    if scheme.activations == "group" and scheme.measures_inputs:
+        return f"transformers 4 and 5 round the inputs of {scheme.name} differently"
+    if scheme.weights.scales.bits is not None and storage_dtype not in (None, torch.bfloat16):
+        kind = str(storage_dtype).removeprefix("torch.")
+        return f"stock loaders restore {scheme.name} to bfloat16 alone, and these weights are {kind}"
+    return None
+
+
+def _note(site: CodedLinear, layout: Layout) -> str | None:
+    """What a user would be surprised by."""
+    scheme = site.scheme
+    if scheme.weights.scales.bits is not None:
+        return f"{scheme.name}: stock loaders give bfloat16 weights; with another `save.dtype` it is our manifest"
+    if layout.packs_zero_points:
+        return (
+            f"{scheme.name}: zero points are packed; transformers 5 with compressed-tensors 0.18 to 0.20 loads them "
+            "only with `quantization_config=CompressedTensorsConfig(dequantize=True)`"
         )
-    if site.bias is not None:
-        tensors["bias"] = site.bias.detach().to(storage_dtype)
-    return tensors
+    if layout.bits_on_disk == scheme.weights.bits:
+        return None
+    field = f"{layout.bits_on_disk}-bit fields, the narrowest that all supported loaders read"
+    note = f"{scheme.name}: codes are stored in {field}"
+    if scheme.weights.symmetric or scheme.weights.bits == 3:
+        return f"{note}; `save.format: llmcompress` keeps their own width"
+    return f"{note} (see `save.zero_points`)"
 
 
-def _codes(site: QuantLinear, layout: Layout) -> dict[str, Tensor]:
-    codes_OI, grid = site.codes_OI, site.scheme.weights
-    if layout.packs_floats:
-        return {"weight_packed": pack_bits(codes_OI, grid.bits, grid.low)}
-    if grid.number is not None:
-        return {"weight": codes_OI.view(torch.float8_e4m3fn)}
-    if site.zero_OG is not None and layout.symmetric:
-        codes_OI = codes_OI - spread(site.zero_OG, grid, site.in_features)
-    if layout.format == "pack-quantized":
-        return {"weight_packed": pack_to_int32(codes_OI, layout.bits), "weight_shape": torch.tensor(codes_OI.shape)}
-    return {"weight": codes_OI}
-
-
-def _scales(site: QuantLinear, storage_dtype: torch.dtype) -> dict[str, Tensor]:
-    grid = site.scheme.weights
-    scale = scales_to_bytes(site.scale_OG, grid.scales)
-    if grid.scales == TWO_LEVEL:
-        scale = scale.view(torch.float8_e4m3fn)
-    elif grid.scales.single:
-        scale = scale.reshape(1)
-    tensors = {"weight_scale": scale.to(storage_dtype) if grid.scales.bits is None else scale}
-    if site.shared_scale is not None:
-        tensors["weight_global_scale"] = from_bits(site.shared_scale)
-    if site.input_scale is not None and site.scheme.activations == "group":
-        tensors["input_global_scale"] = from_bits(site.input_scale)
-    elif site.input_scale is not None:
-        tensors["input_scale"] = site.input_scale.reshape(1).to(storage_dtype)
-    return tensors
-
-
-def _planned(name: str, site: QuantLinear, loader_class: type[nn.Module], zero_points: ZeroPoints) -> PlannedSite:
-    return PlannedSite(
-        name,
-        site.scheme,
-        site.in_features,
-        is_linear=issubclass(loader_class, nn.Linear),
-        packable=loader_class is nn.Linear,
-        zero_points=zero_points,
-    )
+def _coded_tensors(module: CompressedModule, layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
+    codes = module.expression()
+    assert isinstance(codes, Quantized)
+    return compressed_tensors.pack(codes, layout, dtype)
 
 
 @torch.no_grad()
-def _flat_inputs(model: PreTrainedModel, sites: Mapping[str, QuantLinear]) -> set[str]:
-    """Sites whose inputs come as tokens × channels (experts, OPT), seen in one forward of four tokens.
+def _flat_inputs(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+    """Linears whose inputs come as tokens × channels (experts, OPT), seen in one forward of four tokens.
 
     An expert that no token reached is taken to be like its siblings.
     """
+    names = list(names)
     seen: set[str] = set()
 
-    def watch(name: str) -> Any:
-        def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if args[0].dim() == 2:
-                seen.add(numbered(name))
+    def note(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args[0].dim() == 2:
+            seen.add(numbered(name))
 
-        return note
-
-    per_token = {name: site for name, site in sites.items() if site.scheme.activations == "token"}
-    if not per_token:
+    if not names:
         return set()
     with ExitStack() as hooks:
-        for name, site in per_token.items():
-            hooks.callback(site.register_forward_pre_hook(watch(name)).remove)
+        for name in names:
+            hooks.callback(model.get_submodule(name).register_forward_pre_hook(partial(note, name)).remove)
         model(input_ids=torch.tensor([[0, 1], [1, 0]], device=model.device), use_cache=False)
-    return {name for name in per_token if numbered(name) in seen}
+    return {name for name in names if numbered(name) in seen}

@@ -1,99 +1,58 @@
-"""Saves every replaced module multiplied out to ordinary weights: any loader reads it."""
+"""The plain folder: every replaced module multiplied out to ordinary weights, which any loader reads."""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from typing_extensions import override
 
-from llmcompress.calibration.homes import Home
-from llmcompress.errors import CompressError
-from llmcompress.export.base import Saved
-from llmcompress.export.checkpoint import linears_of_loader, write_model
+from llmcompress.export.base import EXPORTERS, Answer, Converted, Exporter, Refused, Saved, Writing
+from llmcompress.export.checkpoint import write_model
 from llmcompress.export.config import portable_config
-from llmcompress.model.stock import stock_outline
-from llmcompress.modules.base import CompressedModule
-from llmcompress.modules.experts import UnfusedExperts
-from llmcompress.modules.manifest import changes
-from llmcompress.modules.wrapper import Wrapper
+from llmcompress.export.contents import CodedLinear, Contents, found_in
+from llmcompress.export.loader import linears_of_loader
+from llmcompress.formats import plain
+from llmcompress.modules.limits import TargetLimits
 
 
-def save_plain(
-    model: PreTrainedModel,
-    folder: Path,
-    *,
-    storage_dtype: torch.dtype,
-    max_shard_size: str,
-    home: Home | None = None,
-) -> Saved:
-    """Write an ordinary Hugging Face folder; the model is not changed.
+@EXPORTERS.register("plain")
+class PlainExporter(Exporter):
+    """Products are rounded to the stored dtype exactly as the model itself does when it is cast to that dtype.
 
-    Products are rounded to `storage_dtype` exactly as the model itself does when it is cast to that dtype, so a loader
-    that uses it gets the same logits bit for bit; float32 keeps every product of codes and scales exact.
-
-    Raises: CompressError when ordinary weights cannot say what the model computes: a site rounds activations, widths
-    differ from block to block, or a module decides per input what to compute.
+    So a loader that uses it gets the same logits bit for bit; float32 keeps every product of codes and scales exact.
     """
-    _refuse_other_shapes(model)
-    sites = replaced_modules(model)
-    rounding = [name for name, site in sites.items() if not site.expression().is_linear]
-    if rounding:
-        raise CompressError(
-            "save.plain-activations",
-            f"{len(rounding)} sites round activations, which a plain folder cannot hold",
-            where=rounding[0],
-            fix="set `save.format` to compressed-tensors",
-            saved="all blocks are kept: run again with another format",
-        )
-    classes = linears_of_loader(model)
-    files, size = write_model(
-        model,
-        folder,
-        portable_config(model, storage_dtype),
-        {
-            name: partial(dense_tensors, site, classes.get(name, nn.Linear), storage_dtype)
-            for name, site in sites.items()
-        },
-        storage_dtype=storage_dtype,
-        max_shard_size=max_shard_size,
-        home=home,
-    )
-    return Saved(files, size, "plain", dict.fromkeys(sites, "plain format"))
 
+    limits: ClassVar[TargetLimits] = TargetLimits(rounded_inputs=False)
+    fix: ClassVar[str] = "set `save.format` to auto"
 
-def replaced_modules(model: nn.Module) -> dict[str, CompressedModule]:
-    """Full name → outermost compressed modules, those inside another one left out."""
-    found: dict[str, CompressedModule] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{other}.") for other in found)
-        if isinstance(module, CompressedModule) and not isinstance(module, UnfusedExperts) and not inside:
-            found[name] = module
-    return found
+    @override
+    def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:
+        """Whatever the grid, it is multiplied out."""
+        why = self.limits.problem(site.scheme, site.inputs)
+        return Converted("plain format") if why is None else Refused(why, self.limits.nearest(site.scheme, site.inputs))
 
+    @override
+    def problem(self, contents: Contents) -> str | None:
+        """Ordinary weights cannot say other sizes, modules around modules, or what depends on the input."""
+        if contents.rearranged:
+            return f"no config of its family describes {', '.join(contents.rearranged[:3])}"
+        sites = {site.name for site in contents.sites}
+        others = {name: module for name, module in contents.modules.items() if name not in sites}
+        rounding = [name for name, module in others.items() if not module.expression().is_linear]
+        return f"{rounding[0]} rounds activations or decides by them what it computes" if rounding else None
 
-def dense_tensors(
-    site: CompressedModule, loader_class: type[nn.Module], storage_dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Weight and bias of a replaced module in the layout of the class that will load them."""
-    weight_OI = site.dense_weight().detach().to(storage_dtype)
-    tensors = {"weight": weight_OI.T if issubclass(loader_class, Conv1D) else weight_OI}
-    bias = site.dense_bias()
-    return tensors if bias is None else {**tensors, "bias": bias.detach().to(storage_dtype)}
-
-
-def _refuse_other_shapes(model: PreTrainedModel) -> None:
-    found = changes(model, stock_outline(model))
-    wrapped = [name for name, module in model.named_modules() if isinstance(module, Wrapper)]
-    other = [*wrapped, *found.shapes, *found.attributes]
-    if other:
-        raise CompressError(
-            "save.plain-shapes",
-            "a plain folder cannot hold this model: no config of its family describes these modules",
-            where=", ".join(other[:3]),
-            fix="set `save.format` to auto: the folder then loads after `import llmcompress`",
-            saved="all finished work: run again with another format",
-        )
+    @override
+    def write(self, model: PreTrainedModel, folder: Path, writing: Writing) -> Saved:
+        """An ordinary folder."""
+        dtype, modules = writing.storage_dtype, found_in(model, writing.storage_dtype).modules
+        turned = {name for name, kind in linears_of_loader(model).items() if issubclass(kind, Conv1D)}
+        replaced = {
+            name: partial(plain.pack, module, dtype, transposed=name in turned) for name, module in modules.items()
+        }
+        files, size = write_model(model, folder, portable_config(model, dtype), replaced, writing)
+        return Saved(files, size, "plain", dict.fromkeys(modules, "plain format"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 import compressed_tensors
@@ -18,12 +19,29 @@ from compressed_tensors.quantization import (
     QuantizationStatus,
 )
 
-from llmcompress.export.base import PlannedSite
+from llmcompress.formats.compressed_tensors import Layout
+from llmcompress.modules.limits import group_of
+from llmcompress.modules.scheme import Scheme
 from llmcompress.numerics.formats import POWER_OF_TWO, TWO_LEVEL, ScaleKind
 
 
+@dataclass(frozen=True)
+class NamedCodes:
+    """A quantized linear under its name on disk."""
+
+    name: str
+    scheme: Scheme
+    layout: Layout
+    inputs: int
+
+    @property
+    def group(self) -> int | None:
+        """Inputs that share a scale; None when a row is one group."""
+        return group_of(self.scheme, self.inputs)
+
+
 def quantization_config(
-    sites: Sequence[PlannedSite], flat: Set[str], linears: Iterable[str], cache: QuantizationArgs | None = None
+    sites: Sequence[NamedCodes], flat: Set[str], linears: Iterable[str], cache: QuantizationArgs | None = None
 ) -> dict[str, Any]:
     """JSON data for config.json; the linears of the model that are no site are listed under `ignore`.
 
@@ -52,7 +70,7 @@ def quantization_config(
     return {"version": compressed_tensors.__version__, **data}
 
 
-def _kind(site: PlannedSite, flat: bool) -> QuantizationScheme:
+def _kind(site: NamedCodes, flat: bool) -> QuantizationScheme:
     """A site's scheme in the format's own words, without targets."""
     layout, grid = site.layout, site.scheme.weights
     words: dict[str, Any] = {} if grid.number is None else {"type": "float"} | _SCALES.get(grid.scales, {})

@@ -38,8 +38,8 @@ class ManifestQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        from llmcompress.formats.packed_linear import enter_file_forms
         from llmcompress.modules.manifest import Manifest, apply_manifest
-        from llmcompress.modules.packed import enter_file_forms
 
         config = self.quantization_config
         manifest = Manifest(config.modules, config.shapes, config.attributes)
@@ -47,7 +47,7 @@ class ManifestQuantizer(HfQuantizer):  # type: ignore[misc]
         enter_file_forms(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        from llmcompress.modules.packed import leave_file_forms
+        from llmcompress.formats.packed_linear import leave_file_forms
 
         leave_file_forms(model)
         return model

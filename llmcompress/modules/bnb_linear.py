@@ -199,6 +199,11 @@ def _halves_swapped(codes: Tensor) -> Tensor:
     return (bytes_1B << 4) | (bytes_1B >> 4)
 
 
+def bnb_linears(model: nn.Module) -> dict[str, BnbLinear]:
+    """Full name → everything that holds such codes."""
+    return {name: part for name, part in model.named_modules() if isinstance(part, BnbLinear)}
+
+
 @contextmanager
 def _silent(name: str) -> Iterator[None]:
     logger = logging.getLogger(name)

@@ -215,3 +215,8 @@ def cache_bytes_of(module: nn.Module) -> int:
     """What one token takes in the cache of an attention of which the caller knows that it stores codes."""
     assert isinstance(module, CodedAttention)
     return module.bytes_per_token
+
+
+def coded_attentions(model: nn.Module) -> dict[str, CodedAttention]:
+    """Full name → every attention that caches codes."""
+    return {name: part for name, part in model.named_modules() if isinstance(part, CodedAttention)}

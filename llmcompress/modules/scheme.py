@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from llmcompress.errors import CompressError, ExitCode, near_names
@@ -25,8 +25,8 @@ Activations = Literal["token", "tensor", "group"]
 tensor, fixed by calibration; or one per group of inputs, found while running."""
 
 DESCRIPTION = (
-    "int{2…8}_{gN|channel}[_asym], fp8_{gN|channel|tensor}, fp8e5m2_…, fp4_{gN|channel}, nf4_{gN|channel}, mxfp4, "
-    "mxfp8 or nvfp4; with rounded activations int and fp8 …_a8token or …_a8tensor, mx and nv …_a"
+    "int{2…8}_{gN|channel}[_asym|_positive], fp8_{gN|channel|tensor}, fp8e5m2_…, fp4_{gN|channel}, nf4_{gN|channel}, "
+    "mxfp4, mxfp8 or nvfp4; with rounded activations int and fp8 …_a8token or …_a8tensor, mx and nv …_a"
 )
 """What a recipe may write as `scheme`, for the descriptions of options and for errors."""
 
@@ -44,7 +44,7 @@ _FIXED: dict[str, Grid] = {
 
 _NAME = re.compile(
     r"(?P<number>int[2-8]|fp8|fp8e5m2|fp4|nf4)_(?:g(?P<group>[1-9]\d*)|(?P<size>channel|tensor))"
-    r"(?P<asym>_asym)?(?:_a8(?P<a8>token|tensor))?"
+    r"(?:(?P<asym>_asym)|(?P<positive>_positive))?(?:_a8(?P<a8>token|tensor))?"
 )
 
 
@@ -64,8 +64,8 @@ class Scheme:
         grid = self.weights
         size = "tensor" if grid.scales.single else "channel" if grid.group is None else f"g{grid.group}"
         number = grid.number.name if grid.number else f"int{grid.bits}"
-        asym = "" if grid.symmetric else "_asym"
-        return f"{number}_{size}{asym}" + (f"_a8{self.activations}" if self.activations else "")
+        sign = "_positive" if grid.positive_scales else "" if grid.symmetric else "_asym"
+        return f"{number}_{size}{sign}" + (f"_a8{self.activations}" if self.activations else "")
 
     @property
     def measures_inputs(self) -> bool:
@@ -74,9 +74,19 @@ class Scheme:
 
     def with_group(self, group: int | None) -> Scheme:
         """The same numbers in groups of another length; a format with groups of its own becomes its plain relative."""
-        grid = self.weights
-        other = Grid(grid.bits, grid.symmetric, group, grid.number, grid.scales if grid.scales.single else STORED)
+        other = replace(self.weights, group=group, scales=SINGLE if self.weights.scales.single else STORED)
         return Scheme(other, None if self.activations == "group" else self.activations)
+
+    def with_integers(self, bits: int, *, symmetric: bool) -> Scheme:
+        """Integers of another width, with or without zero points; floats stay what they are."""
+        grid = self.weights
+        if grid.number is not None or (grid.bits, grid.symmetric) == (bits, symmetric):
+            return self
+        return replace(self, weights=Grid(bits, symmetric, grid.group))
+
+    def with_positive_scales(self) -> Scheme:
+        """The same numbers without negative scales; most schemes have none to begin with."""
+        return replace(self, weights=replace(self.weights, positive_scales=True)) if self.weights.mirrors else self
 
     def bits_per_weight(self, outputs: int, inputs: int, scale_bits: int) -> float:
         """Stored bits ÷ weights: codes, scales and (asymmetric) packed zero points."""
@@ -97,7 +107,9 @@ def named_scheme(name: str) -> Scheme:
     group = int(found["group"]) if found["group"] else None
     activations: Activations | None = found["a8"]  # type: ignore[assignment]
     if found["number"] not in _NUMBERS:
-        return Scheme(Grid(int(found["number"][3:]), symmetric=not found["asym"], group=group), activations)
+        positive = found["positive"] is not None
+        grid = Grid(int(found["number"][3:]), symmetric=not found["asym"], group=group, positive_scales=positive)
+        return Scheme(grid, activations)
     scales = SINGLE if found["size"] == "tensor" else STORED
     return Scheme(Grid.of(_NUMBERS[found["number"]], group, scales), activations)
 
@@ -107,13 +119,15 @@ def _makes_sense(found: re.Match[str]) -> bool:
     number = found["number"]
     if found["size"] == "tensor" and number not in _PER_TENSOR:
         return False
+    if found["positive"]:  # all other numbers have no negative scales that could be left out
+        return number not in (*_NUMBERS, "int8")
     return number not in _NUMBERS or (not found["asym"] and (not found["a8"] or _NUMBERS[number].bits == 8))
 
 
 def _unknown(name: str) -> CompressError:
     numbers = [f"int{bits}" for bits in range(2, 9)] + [*_NUMBERS]
     sizes = ("channel", "tensor", "g128", "g64", "g32")
-    endings = ("", "_asym", "_a8token", "_a8tensor")
+    endings = ("", "_asym", "_positive", "_a8token", "_a8tensor")
     tried = (_NAME.fullmatch(f"{each}_{size}{end}") for each in numbers for size in sizes for end in endings)
     known = [found[0] for found in tried if found and _makes_sense(found)]
     known += [*_FIXED, *(f"{each}_a" for each in _FIXED)]

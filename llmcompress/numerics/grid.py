@@ -30,6 +30,8 @@ class Grid:
     number: NumberFormat | None = None
     """What is scaled: a float format; None: integers. Only integers can be asymmetric."""
     scales: ScaleKind = STORED
+    positive_scales: bool = False
+    """Whether a reader of the codes takes no negative scale; only where grids would have some (`mirrors`)."""
 
     @classmethod
     def of(cls, number: NumberFormat, group: int | None = None, scales: ScaleKind = STORED) -> Grid:
@@ -51,7 +53,7 @@ class Grid:
         """Whether scales may be negative: there is one more code below zero than above, and the longer side of a group
         then lies there whichever it is. At 8 bits nothing is gained, and integer kernels expect positive scales.
         """
-        return self.number is None and self.symmetric and self.bits < 8
+        return self.number is None and self.symmetric and self.bits < 8 and not self.positive_scales
 
     def groups(self, inputs: int) -> int:
         """Number of scales a row of `inputs` weights has; a ragged last group counts."""

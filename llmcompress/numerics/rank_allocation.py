@@ -1,15 +1,13 @@
-"""Which rank each matrix gets under one budget of parameters. O = outputs, I = inputs, K = min(O, I)."""
+"""Which ranks a matrix can have, and what is lost with each. O = outputs, I = inputs, K = min(O, I)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from llmcompress.numerics import allocation
 from llmcompress.numerics.low_rank import break_even
 
 
@@ -44,17 +42,6 @@ def uniform_rank(outputs: int, inputs: int, keep: float, step: int) -> int:
     """The rank at which the factors have that share of the matrix's parameters, in whole steps, at least one."""
     rank = int(keep * outputs * inputs / (outputs + inputs) + 1e-9)
     return min(max(step, rank // step * step), min(outputs, inputs))
-
-
-def allocate_ranks(matrices: Sequence[Matrix], budget: int) -> list[int]:
-    """Ranks whose parameters fit the budget and which together lose least, up to the last step.
-
-    Raises: ValueError when not even one step of rank for each fits.
-    """
-    options = [matrix.options() for matrix in matrices]
-    sizes = [[allocation.Option(option.parameters, option.loss) for option in each] for each in options]
-    chosen = allocation.spend(sizes, budget)
-    return [each[index].rank for each, index in zip(options, chosen, strict=True)]
 
 
 def equal_shares(gain_K: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def stages(passes: Sequence[Pass]) -> list[Stage]:
     closed = True
     for each in passes:
         alone = isinstance(each, ModelPass)
-        if closed or alone or (isinstance(each, BlockPass) and each.decides):
+        if closed or alone or each.decides or (isinstance(each, BlockPass) and each.new_stage):
             cut.append([])
         cut[-1].append(each)
         closed = alone or (isinstance(each, BlockPass) and each.changes_sites)
@@ -97,6 +97,7 @@ def apply_passes(
         for each in stage.passes:
             each.check(whole.map)
         if stage.model_pass:
+            whole.decisions = _decisions(whole, stage) if stage.model_pass.decides else None
             rows += stage.model_pass.apply(whole)
             _settle(whole.model, context.storage_dtype)
         else:
@@ -145,12 +146,12 @@ def _stream(whole: WholeModel, stage: Stage, *, label: str) -> list[SiteReport]:
 
 def _decisions(whole: WholeModel, stage: Stage) -> dict[str, Tensor]:
     """Only the first pass of a stage can decide; what it decided is kept."""
-    first, keep = stage.block_passes[0], whole.context.keep
+    first, keep = stage.passes[0], whole.context.keep
     if not first.decides:
         return {}
     known = keep.decisions(stage.index) if keep else None
     if known is None:
-        known = first.decide(whole)
+        known = first.decide(whole.within(whole.context.at(f"{stage.index:02d}")))
         if keep:
             keep.save_decisions(stage.index, known)
     return known

@@ -57,6 +57,9 @@ class Pass(BaseModel, ABC):
     whole_block: ClassVar[frozenset[str]] = frozenset()
     """Options that concern a block as a whole, so that `overrides` for single sites cannot change them."""
 
+    decides: ClassVar[bool] = False
+    """Whether `decide` must see the whole model before any of it is touched."""
+
     def selects(self, site: str) -> bool:
         """Whether this pass works on the site with that full name; by default on all."""
         return True
@@ -125,6 +128,20 @@ class Pass(BaseModel, ABC):
         """What it holds while it takes gradients of the loss through the whole model; None when it takes none."""
         return None
 
+    def decide(self, whole: WholeModel) -> dict[str, Tensor]:
+        """What must be known of all blocks before one is touched. Kept, so that a killed run does not repeat it.
+
+        The model must be as it was when this returns.
+        """
+        return {}
+
+    def settled(self, decisions: Mapping[str, Tensor]) -> Pass | None:
+        """A pass that does the same by ordinary options and decides nothing; `decisions` are what `decide` gave.
+
+        None where no option holds what was decided: a mask over single weights.
+        """
+        return None
+
     def pools(self) -> bool:
         """Whether several processes may share its windows: it reads nothing but sums over tokens."""
         return self.streams()
@@ -133,18 +150,22 @@ class Pass(BaseModel, ABC):
 class BlockPass(Pass):
     """An algorithm that works on one block after the other, each as the model with all earlier blocks done sees it.
 
+    What `decide` gave is there as `block.decisions`.
+
     `sites`, `exclude` and the keys of `overrides` are globs on full module names (`*.down_proj`); an override
     changes options for the sites it matches, the last match wins.
     """
-
-    decides: ClassVar[bool] = False
-    """Whether `decide` must see the whole model before any block is touched."""
 
     changes_sites: ClassVar[bool] = False
     """Whether a block's linears are others afterwards, so that later passes need a new map."""
 
     sites: tuple[str, ...] = Field(("*",), description="globs of module names to work on")
     exclude: tuple[str, ...] = Field((), description="globs of module names to leave alone")
+    new_stage: bool = Field(
+        False,
+        description="begin when the passes before are done with all blocks, not block by block behind them; passes "
+        "that decide always do",
+    )
     overrides: dict[str, dict[str, Any]] = Field(default_factory=dict, description="other options for some sites")
 
     @field_validator("sites", "exclude", mode="before")
@@ -158,7 +179,7 @@ class BlockPass(Pass):
     @classmethod
     def _only_site_options(cls, overrides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for glob, options in overrides.items():
-            wrong = sorted(cls.whole_block & options.keys())
+            wrong = sorted((cls.whole_block | {"new_stage"}) & options.keys())
             if wrong:
                 raise ValueError(f"{wrong[0]!r} cannot differ from site to site (override of {glob!r})")
         return overrides
@@ -176,6 +197,29 @@ class BlockPass(Pass):
             for option, value in options.items()
         }
         return type(self)(**{**self.model_dump(), **changed, "overrides": {}}) if changed else self
+
+    def settled_by(
+        self,
+        changed: Mapping[str, Any],
+        of_site: Mapping[str, Mapping[str, Any]],
+        *,
+        dropped: frozenset[str] = frozenset(),
+    ) -> Self:
+        """The same pass with other options, and for each named site some of its own, which win over all overrides.
+
+        No other override says anything of the options in `dropped`.
+        """
+        others = {glob: options for glob, options in self.overrides.items() if glob not in of_site}
+        overrides = {
+            glob: left
+            for glob, options in others.items()
+            if (left := {option: value for option, value in options.items() if option not in dropped})
+        }
+        for site, options in of_site.items():
+            # the site's name may be a glob of an earlier override, and stands last now: it says what held in the end
+            here, old = self.for_site(site), self.overrides.get(site, {})
+            overrides[site] = {option: getattr(here, option) for option in old if option not in dropped} | dict(options)
+        return type(self)(**{**self.model_dump(), **changed, "overrides": overrides})
 
     def uses_data(self) -> bool:
         """Whether anything is measured; a pass that decides by data overrides this."""
@@ -201,13 +245,6 @@ class BlockPass(Pass):
         """Yes, unless the blocks become others; a pass that decides with the whole model resident overrides this."""
         return not self.changes_sites
 
-    def decide(self, whole: WholeModel) -> dict[str, Tensor]:
-        """What `apply` must know about all blocks, as `block.decisions`. Kept, so a killed run does not repeat it.
-
-        The model must be as it was when this returns.
-        """
-        return {}
-
     @abstractmethod
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
         """Compress the given sites of one block, already measured; one report row per site touched."""
@@ -227,8 +264,8 @@ class BlockPass(Pass):
 class ModelPass(Pass):
     """An algorithm that must work on the whole model at once: blocks are dropped, the residual stream is rotated.
 
-    What it leaves is kept in the run folder when it is done. A killed one starts again; its trainings go on where they
-    were saved last.
+    What it leaves is kept in the run folder when it is done. A killed one starts again, with `whole.decisions` as they
+    were; its trainings go on where they were saved last.
     """
 
     @abstractmethod

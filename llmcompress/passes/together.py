@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -53,6 +54,15 @@ class Together(FinishedWork):
     def save_decisions(self, stage: int, decisions: Mapping[str, Tensor]) -> None:
         if self._keep:
             self._keep.save_decisions(stage, decisions)
+
+    @override
+    def measurement(self, name: str) -> tuple[Mapping[str, Tensor], Mapping[str, Any]] | None:
+        return self._ranks.same(self._keep.measurement(name) if self._keep else None)
+
+    @override
+    def save_measurement(self, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        if self._keep:
+            self._keep.save_measurement(name, tensors, about)
 
     @override
     def finished_model(self) -> int | None:

@@ -97,7 +97,7 @@ class FakePipeline(types.ModuleType):
         progress.step("block 1/2")
         return report()
 
-    def plan(self, model, recipe, *, offload):
+    def plan(self, model, recipe, *, offload, machine):
         self._called(model, recipe)
         return types.SimpleNamespace(model_dump=lambda mode: PLAN)
 

@@ -12,8 +12,6 @@ from torch import nn
 from llmcompress.errors import CompressError
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.evaluation.footprint import bytes_on_disk, footprint, ideal_bytes, parameters, ratios
-from llmcompress.export.compressed_tensors import save_compressed_tensors
-from llmcompress.export.plain import save_plain
 from llmcompress.export.save import save_model
 from llmcompress.modules.low_rank import LowRankLinear
 from llmcompress.modules.quant_linear import QuantLinear
@@ -131,9 +129,7 @@ def test_codes_in_a_compressed_tensors_folder_count_as_what_they_stand_for(
     schemes: list[str], zero_points, tmp_path: Path
 ):
     model = quantized_model("llama_gqa", schemes)
-    save_compressed_tensors(
-        model, tmp_path, storage_dtype=torch.bfloat16, max_shard_size="5GB", zero_points=zero_points
-    )
+    save_model(model, tmp_path, "auto", storage_dtype=torch.bfloat16, max_shard_size="5GB", zero_points=zero_points)
     report_of(model, tmp_path)
     found = footprint(tmp_path)
     live = model.to(torch.bfloat16)
@@ -171,7 +167,7 @@ def test_codes_in_a_folder_of_our_own_are_found_inside_other_modules(tmp_path: P
 
 
 def footprint_of_plain(model: nn.Module, folder: Path) -> int:
-    save_plain(model, folder, storage_dtype=torch.float32, max_shard_size="5GB")
+    save_model(model, folder, "plain", storage_dtype=torch.float32, max_shard_size="5GB")
     return footprint(folder).stored_bytes
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from llmcompress.modules.scheme import named_scheme
 from llmcompress.numerics.grid import round_to_codes
 from llmcompress.numerics.ranges import fit
 from tests.families import tiny_model, tiny_tokens
+from tests.warm_python import WarmPython
 
 LOADER = """
 import json, sys, torch, transformers
@@ -98,7 +96,7 @@ def logits(model: PreTrainedModel, ids: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def load_in_fresh_process(
-    folders: dict[str, Path], families: dict[str, str], dtypes: dict[str, tuple[str, ...]]
+    python: WarmPython, folders: dict[str, Path], families: dict[str, str], dtypes: dict[str, tuple[str, ...]]
 ) -> dict[str, list[str]]:
     """Load every folder with its dtypes in one process that knows nothing of ours; the keys that did not fit.
 
@@ -106,19 +104,7 @@ def load_in_fresh_process(
     """
     for name, folder in folders.items():
         torch.save(tiny_tokens(families[name]), folder / "ids.pt")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            LOADER,
-            json.dumps({name: (str(folder), dtypes[name]) for name, folder in folders.items()}),
-        ],
-        env={**environment, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        cwd=next(iter(folders.values())).parent,
-        capture_output=True,
-        text=True,
-    )
+    done = python.run(LOADER, json.dumps({name: (str(folder), dtypes[name]) for name, folder in folders.items()}))
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, list[str]] = json.loads(done.stdout.splitlines()[-1])
     return found

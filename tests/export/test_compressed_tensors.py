@@ -8,7 +8,6 @@ import re
 import pytest
 import torch
 import transformers
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.utils.match import match_name
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,20 +16,18 @@ from torch import nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.export.base import Loader, check_format, layout_on_disk, unsupported
-from llmcompress.export.compressed_tensors import coded_tensors, save_compressed_tensors
+from llmcompress.export.base import Converted, Exact, Refused
+from llmcompress.export.choose import choose
+from llmcompress.export.compressed_tensors import CompressedTensorsExporter
+from llmcompress.export.contents import foretold
+from llmcompress.export.loader import Loader
+from llmcompress.export.manifest import ManifestExporter
 from llmcompress.export.quantization_config import name_patterns
+from llmcompress.export.save import save_model
 from llmcompress.model.map import BlockInfo, BlockStructure, ModelMap, SiteInfo
-from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.scheme import named_scheme
-from llmcompress.numerics.grid import round_to_codes
-from llmcompress.numerics.ranges import fit
 from tests.export.quantized import quantize, quantized_model
 from tests.families import tiny_model
-
-ALL_SCHEMES = [
-    f"int{bits}_{size}{asym}" for bits in (2, 3, 4, 8) for size in ("channel", "g8") for asym in ("", "_asym")
-]
 
 
 def _map(*sites: SiteInfo) -> ModelMap:
@@ -44,35 +41,26 @@ RAGGED = SiteInfo("ragged", outputs=16, inputs=70, has_bias=False)
 CONV = SiteInfo("conv", outputs=16, inputs=64, has_bias=True, transposed=True)
 
 
+def _contents(schemes, *sites: SiteInfo, dtype=None, loader=None):
+    return foretold(_map(*sites), schemes, loader or Loader(), dtype)
+
+
+def _answers(schemes, *sites: SiteInfo, loader=None, **options):
+    return CompressedTensorsExporter(**options).answers(_contents(schemes, *sites, loader=loader))
+
+
+def _notes(wanted, schemes, *sites: SiteInfo, **options):
+    return choose(wanted, _contents(schemes, *sites), **options).notes
+
+
 def _schemes(name: str) -> dict[str, object]:
     return {f"layers.0.{site.name}": named_scheme(name) for site in (PROJ, RAGGED, CONV)}
-
-
-@pytest.mark.parametrize("packable", [True, False])
-@pytest.mark.parametrize("name", ALL_SCHEMES)
-def test_stored_codes_are_the_weights_exactly(name, packable):
-    scheme = named_scheme(name)
-    weight_OI = torch.randn(24, 48, generator=torch.Generator().manual_seed(1)) + 0.3
-    fitted = fit(weight_OI, scheme.weights, scale_dtype=torch.bfloat16)
-    site = QuantLinear.from_fitted(scheme, round_to_codes(weight_OI, fitted), fitted, None)
-    layout = layout_on_disk(scheme, packable=packable)
-    stored = coded_tensors(site, layout, torch.bfloat16)
-    codes = stored.get("weight")
-    if codes is None:
-        codes = unpack_from_int32(stored["weight_packed"], layout.bits, torch.Size([24, 48]))
-        assert stored["weight_packed"].nbytes * 8 == layout.bits_on_disk * codes.numel()
-    groups = stored["weight_scale"].shape[1]
-    zero = stored.get("weight_zero_point", torch.zeros(24, groups))
-    restored = (codes.float().view(24, groups, -1) - zero[..., None].float()) * stored["weight_scale"].float()[
-        ..., None
-    ]
-    assert torch.equal(restored.view(24, 48), site.dense_weight())
 
 
 def test_config_names_every_linear_once_as_target_or_ignored(tmp_path):
     model = quantized_model("llama", ["int4_g32", "int8_channel", "int3_g32_asym"])
     names = [name for name, part in tiny_model("llama").named_modules() if isinstance(part, nn.Linear)]
-    save_compressed_tensors(model, tmp_path, storage_dtype=torch.bfloat16, max_shard_size="5GB")
+    save_model(model, tmp_path, "auto", storage_dtype=torch.bfloat16, max_shard_size="5GB")
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     groups = [group["targets"] for group in config["config_groups"].values()]
     assert config["quant_method"] == "compressed-tensors" and len(groups) == 2, "int3_g32_asym is stored as int4_g32"
@@ -84,7 +72,7 @@ def test_config_names_every_linear_once_as_target_or_ignored(tmp_path):
 
 def test_schemes_alike_on_disk_share_one_group_and_few_targets(tmp_path):
     model = quantized_model("llama", ["int4_g32"])
-    save_compressed_tensors(model, tmp_path, storage_dtype=torch.bfloat16, max_shard_size="5GB")
+    save_model(model, tmp_path, "auto", storage_dtype=torch.bfloat16, max_shard_size="5GB")
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     (group,) = config["config_groups"].values()
     assert len(group["targets"]) == 7, "one per kind of linear, whatever the number of blocks"
@@ -100,53 +88,101 @@ def test_patterns_match_exactly_the_chosen_names(parts, data):
 
 
 def test_ragged_groups_and_conv1d_are_said_before_any_work():
-    found = {row.site: row for row in unsupported(_map(PROJ, RAGGED, CONV), _schemes("int4_g32"))}
-    assert set(found) == {"layers.0.ragged", "layers.0.conv"} and all(row.dense_instead for row in found.values())
-    assert "70 inputs do not divide into groups of 32" in found["layers.0.ragged"].reason
+    found = _answers(_schemes("int4_g32"), PROJ, RAGGED, CONV, multiplies_out=True)
+    assert isinstance(found.pop("layers.0.proj"), Exact)
+    assert set(found) == {"layers.0.ragged", "layers.0.conv"} and all(isinstance(x, Converted) for x in found.values())
+    assert "70 inputs do not divide into groups of 32" in found["layers.0.ragged"].why
 
 
 def test_auto_saves_them_multiplied_out_and_says_so():
-    notes = check_format("auto", _map(PROJ, RAGGED, CONV), _schemes("int4_g32"))
+    notes = _notes("auto", _schemes("int4_g32"), PROJ, RAGGED, CONV)
     assert len(notes) == 2 and all("multiplied out" in note for note in notes)
 
 
 def test_compressed_tensors_refuses_them_naming_site_and_fix():
     with pytest.raises(CompressError) as caught:
-        check_format("compressed-tensors", _map(PROJ, RAGGED, CONV), _schemes("int4_g32"))
+        choose("compressed-tensors", _contents(_schemes("int4_g32"), PROJ, RAGGED, CONV))
     assert caught.value.exit_code == ExitCode.USAGE
     assert "layers.0.ragged" in caught.value.where and "exclude" in caught.value.fix
 
 
-@pytest.mark.parametrize("wanted", ["auto", "plain"])
-def test_rounded_activations_are_refused_where_nothing_can_hold_them(wanted):
+def test_a_refusal_names_the_nearest_scheme_that_could_be_held():
+    site = SiteInfo("odd", outputs=16, inputs=96, has_bias=False)
+    found = _answers({"layers.0.odd": named_scheme("int4_g64_asym")}, site)
+    assert found["layers.0.odd"].nearest == named_scheme("int4_g32_asym")
+
+
+@pytest.mark.parametrize("wanted", ["compressed-tensors", "plain"])
+def test_rounded_activations_are_refused_where_a_stock_format_cannot_hold_them(wanted):
     with pytest.raises(CompressError) as caught:
-        check_format(wanted, _map(RAGGED), {"layers.0.ragged": named_scheme("int8_g32_a8token")})
+        choose(wanted, _contents({"layers.0.ragged": named_scheme("int8_g32_a8token")}, RAGGED))
     assert caught.value.code == "save.format"
+
+
+def test_auto_then_takes_our_own_format_and_says_why():
+    chosen = choose("auto", _contents({"layers.0.ragged": named_scheme("int8_g32_a8token")}, RAGGED))
+    assert isinstance(chosen.exporter, ManifestExporter)
+    assert "do not divide" in chosen.notes[0] and "import llmcompress" in chosen.notes[0]
 
 
 def test_wider_fields_than_the_scheme_are_said():
     schemes = {"layers.0.proj": named_scheme("int4_g32_asym")}
-    assert "8-bit fields" in check_format("auto", _map(PROJ), schemes)[0]
-    assert not check_format("auto", _map(PROJ), {"layers.0.proj": named_scheme("int4_g32")})
+    assert "8-bit fields" in _notes("auto", schemes, PROJ)[0]
+    assert not _notes("auto", {"layers.0.proj": named_scheme("int4_g32")}, PROJ)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "reason"),
+    [
+        ("nf4_g32", None, "no word"),
+        ("fp4_g32", torch.bfloat16, "no word"),
+        ("mxfp4", torch.float16, "bfloat16 alone"),
+        ("nvfp4_a", torch.bfloat16, "differently"),
+    ],
+)
+def test_what_stock_loaders_cannot_say_or_read_alike_takes_our_own_format(scheme, dtype, reason):
+    contents = _contents({"layers.0.proj": named_scheme(scheme)}, PROJ, dtype=dtype)
+    chosen = choose("auto", contents)
+    assert isinstance(chosen.exporter, ManifestExporter) and reason in chosen.notes[0]
+
+
+def test_who_asks_for_compressed_tensors_gets_it_in_spite_of_doubts():
+    for scheme, dtype in (("mxfp4", torch.float16), ("nvfp4_a", torch.bfloat16)):
+        contents = _contents({"layers.0.proj": named_scheme(scheme)}, PROJ, dtype=dtype)
+        assert isinstance(choose("compressed-tensors", contents).exporter, CompressedTensorsExporter)
+    with pytest.raises(CompressError, match="no word for nf4_g32"):
+        choose("compressed-tensors", _contents({"layers.0.proj": named_scheme("nf4_g32")}, PROJ))
 
 
 def test_experts_with_several_schemes_are_not_saved_as_codes():
     """transformers 5 would read all of them with the first scheme, and say nothing."""
     sites = tuple(SiteInfo(f"experts.{i}.up", outputs=8, inputs=64, has_bias=False) for i in range(2))
     schemes = {f"layers.0.experts.{i}.up": named_scheme(name) for i, name in enumerate(["int4_g32", "int8_channel"])}
-    assert len(unsupported(_map(*sites), schemes)) == 2
-    assert not unsupported(_map(*sites), dict.fromkeys(schemes, named_scheme("int4_g32")))
+    assert all(isinstance(each, Refused) for each in _answers(schemes, *sites).values())
+    alike = dict.fromkeys(schemes, named_scheme("int4_g32"))
+    assert all(isinstance(each, Exact) for each in _answers(alike, *sites).values())
 
 
 def test_a_model_merged_on_load_has_no_site_that_fits():
     """transformers 5 expects codes in expert banks of a compressed-tensors folder."""
     schemes = {"layers.0.proj": named_scheme("int4_g32")}
-    assert unsupported(_map(PROJ), schemes, Loader(merges_experts=True)) and not unsupported(_map(PROJ), schemes)
+    (merged,) = _answers(schemes, PROJ, loader=Loader(merges_experts=True)).values()
+    (apart,) = _answers(schemes, PROJ).values()
+    assert isinstance(merged, Refused) and isinstance(apart, Exact)
+
+
+def test_experts_of_one_scheme_become_a_bank_of_codes():
+    sites = tuple(SiteInfo(f"experts.{i}.up", outputs=8, inputs=64, has_bias=False) for i in range(2))
+    schemes = {f"layers.0.experts.{i}.up": named_scheme("int4_g32") for i in range(2)}
+    merging = Loader(merges_experts=True)
+    assert all(isinstance(each, Exact) for each in _answers(schemes, *sites, loader=merging).values())
+    one = {"layers.0.experts.0.up": named_scheme("int4_g32")}
+    assert all(isinstance(each, Refused) for each in _answers(one, *sites, loader=merging).values())
 
 
 def test_saver_reports_what_it_multiplied_out(tmp_path):
     model = quantized_model("llama", ["int4_g40", "int4_g32"])
-    saved = save_compressed_tensors(model, tmp_path, storage_dtype=torch.bfloat16, max_shard_size="5GB")
+    saved = save_model(model, tmp_path, "auto", storage_dtype=torch.bfloat16, max_shard_size="5GB")
     tensors = load_file(tmp_path / "model.safetensors")
     assert saved.format == "compressed-tensors" and 0 < len(saved.dense_sites) < 21
     assert all(f"{site}.weight" in tensors and f"{site}.weight_packed" not in tensors for site in saved.dense_sites)
@@ -155,7 +191,7 @@ def test_saver_reports_what_it_multiplied_out(tmp_path):
 def test_saver_refuses_rounded_activations_it_cannot_hold(tmp_path):
     model = quantized_model("llama", ["int8_g40_a8token"])
     with pytest.raises(CompressError) as caught:
-        save_compressed_tensors(model, tmp_path, storage_dtype=torch.bfloat16, max_shard_size="5GB")
+        save_model(model, tmp_path, "compressed-tensors", storage_dtype=torch.bfloat16, max_shard_size="5GB")
     assert caught.value.code == "save.format"
 
 
@@ -165,7 +201,7 @@ def test_a_weight_too_large_for_the_stored_type_is_refused(tmp_path):
     with torch.no_grad():
         model.model.norm.weight[3] = 1e5
     with pytest.raises(CompressError) as caught:
-        save_compressed_tensors(model, tmp_path, storage_dtype=torch.float16, max_shard_size="5GB")
+        save_model(model, tmp_path, "auto", storage_dtype=torch.float16, max_shard_size="5GB")
     assert caught.value.where == "model.norm.weight"
 
 
@@ -173,9 +209,7 @@ def test_a_weight_too_large_for_the_stored_type_is_refused(tmp_path):
 def test_packed_zero_points_are_as_small_as_the_grid_says_and_load(tmp_path, scheme):
     model = quantized_model("llama", [scheme])
     for form in ("packed", "folded"):
-        save_compressed_tensors(
-            model, tmp_path / form, storage_dtype=torch.bfloat16, max_shard_size="5GB", zero_points=form
-        )
+        save_model(model, tmp_path / form, "auto", storage_dtype=torch.bfloat16, max_shard_size="5GB", zero_points=form)
     packed, folded = (load_file(tmp_path / form / "model.safetensors") for form in ("packed", "folded"))
     name = next(name for name in packed if name.endswith("weight_packed"))
     assert 2 * packed[name].numel() == folded[name].numel()
@@ -195,14 +229,14 @@ def test_packed_zero_points_are_as_small_as_the_grid_says_and_load(tmp_path, sch
 
 def test_the_note_on_zero_points_says_what_loads_them():
     schemes = {"layers.0.proj": named_scheme("int4_g32_asym")}
-    assert "dequantize=True" in check_format("auto", _map(PROJ), schemes, zero_points="packed")[0]
-    assert "save.zero_points" in check_format("auto", _map(PROJ), schemes)[0]
+    assert "dequantize=True" in _notes("auto", schemes, PROJ, zero_points="packed")[0]
+    assert "save.zero_points" in _notes("auto", schemes, PROJ)[0]
 
 
 def test_files_are_as_readable_as_any_new_file_and_say_nothing_of_this_machine(tmp_path):
     model = quantized_model("llama", ["int4_g32"])
     model.config._name_or_path = str(tmp_path)
-    save_compressed_tensors(model, tmp_path / "out", storage_dtype=torch.bfloat16, max_shard_size="5GB")
+    save_model(model, tmp_path / "out", "auto", storage_dtype=torch.bfloat16, max_shard_size="5GB")
     (tmp_path / "new").touch()
     files = list((tmp_path / "out").iterdir())
     assert {path.stat().st_mode for path in files} == {(tmp_path / "new").stat().st_mode}

@@ -10,8 +10,7 @@ import pytest
 import torch
 import transformers
 
-from llmcompress.export.compressed_tensors import save_compressed_tensors
-from llmcompress.export.plain import save_plain
+from llmcompress.export.save import save_model
 from tests.export.quantized import load_in_fresh_process, logits, quantize_head, quantized_model
 from tests.families import tiny_tokens
 
@@ -86,22 +85,24 @@ if transformers.__version__.startswith("4."):
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory) -> tuple[dict[str, Path], dict[str, list[str]]]:
+def loaded(tmp_path_factory, stock_python) -> tuple[dict[str, Path], dict[str, list[str]]]:
     root = tmp_path_factory.mktemp("saved")
     folders = {name: root / str(number) for number, name in enumerate(CASES)}
     for name, case in CASES.items():
         model = quantized_model(case.family, case.schemes, **case.config)
         if case.head:
             quantize_head(model, case.head)
-        save = save_plain if case.plain else save_compressed_tensors
         before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-        save(model, folders[name], storage_dtype=case.storage, max_shard_size="60KB" if case.plain else "5GB")
+        wanted, shard = ("plain", "60KB") if case.plain else ("auto", "5GB")
+        saved = save_model(model, folders[name], wanted, storage_dtype=case.storage, max_shard_size=shard)
+        assert saved.format != "llmcompress", "a stock format holds it"
         assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
         ids = tiny_tokens(case.family)
         expected = {"float32": logits(model, ids, torch.float32), "auto": logits(model, ids, case.storage)}
         torch.save(expected, folders[name].with_suffix(".pt"))
     families = {name: case.family for name, case in CASES.items()}
-    return folders, load_in_fresh_process(folders, families, {name: case.dtypes for name, case in CASES.items()})
+    dtypes = {name: case.dtypes for name, case in CASES.items()}
+    return folders, load_in_fresh_process(stock_python, folders, families, dtypes)
 
 
 @pytest.mark.parametrize("name", CASES)

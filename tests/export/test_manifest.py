@@ -24,6 +24,7 @@ from llmcompress.modules.manifest import Manifest, apply_manifest, changes
 from llmcompress.passes.apply import apply_passes
 from llmcompress.recipe import parse_recipe
 from tests.families import tiny_model, tiny_tokens
+from tests.warm_python import WarmPython
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,13 +91,12 @@ def map_of(model: Any) -> ModelMap:
     return map_model(model)
 
 
-def in_fresh_process(folders: list[Path], imports: str) -> list[str]:
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD.format(imports=imports), json.dumps([str(folder) for folder in folders])],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
+def in_fresh_process(python: WarmPython, folders: list[Path], imports: str) -> list[str]:
+    names = json.dumps([str(folder) for folder in folders])
+    return said(python.run(LOAD.format(imports=imports), names, imports_us=bool(imports)))
+
+
+def said(done: subprocess.CompletedProcess[str]) -> list[str]:
     assert done.returncode == 0, done.stderr[-2000:]
     return [line for line in done.stdout.splitlines() if line.startswith(("loaded", "refused"))]
 
@@ -117,17 +117,28 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def test_a_process_that_only_imported_us_computes_the_same_logits(saved: dict[str, Path]) -> None:
-    said = in_fresh_process(list(saved.values()), "import llmcompress")
-    assert said == ["loaded"] * len(saved)
+def test_a_process_that_only_imported_us_computes_the_same_logits(
+    saved: dict[str, Path], stock_python: WarmPython
+) -> None:
+    assert in_fresh_process(stock_python, list(saved.values()), "import llmcompress") == ["loaded"] * len(saved)
     for name, folder in saved.items():
         assert torch.equal(torch.load(folder / "logits.pt"), torch.load(folder.with_suffix(".pt"))), name
         assert torch.load(folder / "new.pt").shape == (1, 12), name
 
 
-def test_a_plain_loader_refuses_loudly(saved: dict[str, Path]) -> None:
-    said = in_fresh_process(list(saved.values()), "")
-    assert said == ["refused RuntimeError"] * len(saved)
+def test_a_plain_loader_refuses_loudly(saved: dict[str, Path], stock_python: WarmPython) -> None:
+    assert in_fresh_process(stock_python, list(saved.values()), "") == ["refused RuntimeError"] * len(saved)
+
+
+def test_we_may_be_imported_before_the_libraries_too(saved: dict[str, Path]) -> None:
+    """The one process here that imports everything for itself: the others have stock libraries from their start."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD.format(imports="import llmcompress"), json.dumps([str(saved["factors"])])],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert said(done) == ["loaded"]
 
 
 def test_codes_take_their_own_bits_on_disk(saved: dict[str, Path]) -> None:
@@ -140,7 +151,9 @@ def test_codes_take_their_own_bits_on_disk(saved: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["int3_g32", "int5_channel", "int4_g32_asym"])
-def test_what_stock_formats_widen_keeps_its_own_bits_on_request(scheme: str, tmp_path: Path) -> None:
+def test_what_stock_formats_widen_keeps_its_own_bits_on_request(
+    scheme: str, tmp_path: Path, stock_python: WarmPython
+) -> None:
     model, ids = compressed("llama", f"[{{rtn: {{scheme: {scheme}}}}}]"), tiny_tokens("llama")
     sizes = {}
     for name in ("auto", "llmcompress"):
@@ -148,10 +161,10 @@ def test_what_stock_formats_widen_keeps_its_own_bits_on_request(scheme: str, tmp
         sizes[name] = (tmp_path / name / "model.safetensors").stat().st_size
     assert sizes["llmcompress"] < sizes["auto"]
     torch.save(ids, tmp_path / "llmcompress" / "ids.pt")
-    assert in_fresh_process([tmp_path / "llmcompress"], "import llmcompress") == ["loaded"]
+    assert in_fresh_process(stock_python, [tmp_path / "llmcompress"], "import llmcompress") == ["loaded"]
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "llmcompress" / "logits.pt"), model(ids).logits)
-    assert in_fresh_process([tmp_path / "llmcompress"], "") == ["refused RuntimeError"]
+    assert in_fresh_process(stock_python, [tmp_path / "llmcompress"], "") == ["refused RuntimeError"]
 
 
 def test_plain_multiplies_everything_out(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llmcompress.errors import CompressError
-from llmcompress.export.plain import save_plain
+from llmcompress.export.save import save_model
 from llmcompress.export.shards import ShardWriter, size_in_bytes
 from tests.export.quantized import quantized_model
 from tests.families import FAMILIES, tiny_model
@@ -23,7 +23,7 @@ def test_an_untouched_model_is_written_as_it_was_read(tmp_path, family):
     model = tiny_model(family, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "theirs")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32)
-    save_plain(model, tmp_path / "ours", storage_dtype=torch.bfloat16, max_shard_size="5GB")
+    save_model(model, tmp_path / "ours", "plain", storage_dtype=torch.bfloat16, max_shard_size="5GB")
     theirs, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(tensor, ours[name]) and tensor.dtype == ours[name].dtype for name, tensor in theirs.items())
@@ -31,7 +31,7 @@ def test_an_untouched_model_is_written_as_it_was_read(tmp_path, family):
 
 def test_shards_respect_the_limit_and_their_index(tmp_path):
     model = quantized_model("llama_gqa", ["int4_g32"])
-    saved = save_plain(model, tmp_path, storage_dtype=torch.bfloat16, max_shard_size="30KB")
+    saved = save_model(model, tmp_path, "plain", storage_dtype=torch.bfloat16, max_shard_size="30KB")
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert len(saved.weight_files) > 3 and set(index["weight_map"].values()) == set(saved.weight_files)
     assert sorted(path.name for path in tmp_path.glob("*.safetensors*")) == sorted(
@@ -50,7 +50,7 @@ def test_shards_respect_the_limit_and_their_index(tmp_path):
 
 def test_tied_weights_are_written_once_and_said_to_be_tied(tmp_path):
     for family, tied in (("llama_gqa", True), ("llama", False)):
-        save_plain(tiny_model(family), tmp_path / family, storage_dtype=torch.float32, max_shard_size="5GB")
+        save_model(tiny_model(family), tmp_path / family, "plain", storage_dtype=torch.float32, max_shard_size="5GB")
         tensors = load_file(tmp_path / family / "model.safetensors")
         assert ("lm_head.weight" in tensors) is not tied
         assert json.loads((tmp_path / family / "config.json").read_text())["tie_word_embeddings"] is tied
@@ -59,20 +59,21 @@ def test_tied_weights_are_written_once_and_said_to_be_tied(tmp_path):
 def test_a_head_untied_on_the_way_is_said_to_be_untied(tmp_path):
     model = tiny_model("llama_gqa")
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 2)
-    save_plain(model, tmp_path, storage_dtype=torch.float32, max_shard_size="5GB")
+    save_model(model, tmp_path, "plain", storage_dtype=torch.float32, max_shard_size="5GB")
     back = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert torch.equal(back.lm_head.weight, 2 * back.model.embed_tokens.weight)
 
 
 def test_rounded_activations_are_refused(tmp_path):
     with pytest.raises(CompressError) as caught:
-        save_plain(
+        save_model(
             quantized_model("llama", ["int8_channel_a8token"]),
             tmp_path,
+            "plain",
             storage_dtype=torch.bfloat16,
             max_shard_size="5GB",
         )
-    assert caught.value.code == "save.plain-activations"
+    assert caught.value.code == "save.format" and "int8_channel there" in caught.value.fix
 
 
 def test_a_view_takes_no_more_room_than_its_values(tmp_path):

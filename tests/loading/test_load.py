@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from llmcompress.errors import CompressError
+from llmcompress.export.save import save_model
 from llmcompress.loading.load import load, load_for_compression, load_model, load_tokenizer
 from llmcompress.loading.quiet import quiet_transformers
 from llmcompress.loading.source import Source
@@ -131,7 +132,6 @@ def test_a_finished_quantized_model_with_a_missing_tensor_is_refused(tmp_path, p
 
 def _quantized(tmp_path: Path, pristine: Path) -> Path:
     """The tiny model as int4 with one scale per channel, written by the project's own exporter."""
-    from llmcompress.export.compressed_tensors import save_compressed_tensors
     from llmcompress.modules.quant_linear import QuantLinear
     from llmcompress.modules.scheme import named_scheme
     from llmcompress.numerics.grid import round_to_codes
@@ -146,7 +146,7 @@ def _quantized(tmp_path: Path, pristine: Path) -> Path:
             fitted = fit(weight, scheme.weights, scale_dtype=torch.bfloat16)
             module = QuantLinear.from_fitted(scheme, round_to_codes(weight, fitted), fitted, None)
             setattr(layer.self_attn, name, module)
-    save_compressed_tensors(model, folder, storage_dtype=torch.bfloat16, max_shard_size="5GB")
+    save_model(model, folder, "auto", storage_dtype=torch.bfloat16, max_shard_size="5GB")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(pristine / name, folder)
     return folder

@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional
 
 from llmcompress.errors import CompressError
-from llmcompress.modules.packed import PackedLinear
+from llmcompress.formats import packed
+from llmcompress.formats.packed_linear import PackedLinear
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.rounded_inputs import fixed_scale, round_activations
 from llmcompress.modules.scheme import named_scheme
@@ -79,9 +80,9 @@ def test_the_nearest_name_is_offered(name: str, meant: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_packed_codes_and_scales_come_back_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     linear = make(name, dtype=dtype).to(dtype)
-    packed = PackedLinear.empty(QuantLinear.from_spec(linear.spec(), dtype))
-    packed.load_state_dict(PackedLinear.pack(linear).state_dict(), strict=True)
-    again = packed.unpack()
+    form = PackedLinear(QuantLinear.from_spec(linear.spec(), dtype))
+    form.load_state_dict(packed.pack(linear.expression(), dtype), strict=True)
+    again = form.unpack()
     assert torch.equal(again.dense_weight(), linear.dense_weight())
     x = torch.randn(2, 3, 43, generator=torch.Generator().manual_seed(1)).to(dtype)
     assert torch.equal(again(x), linear(x))
@@ -90,7 +91,7 @@ def test_packed_codes_and_scales_come_back_bit_for_bit(name: str, dtype: torch.d
 @pytest.mark.parametrize("name", NAMES)
 def test_packed_bytes_are_those_of_bits_per_weight(name: str) -> None:
     linear = make(name, inputs=64, dtype=torch.bfloat16).to(torch.bfloat16)
-    tensors = PackedLinear.pack(linear).state_dict()
+    tensors = packed.pack(linear.expression(), torch.bfloat16)
     size = sum(t.numel() * t.element_size() for key, t in tensors.items() if key not in ("bias", "input_scale"))
     zeros = tensors["zero_point"].numel() if "zero_point" in tensors else 0  # a byte each in the file
     bits = linear.scheme.bits_per_weight(5, 64, 16) * 5 * 64

@@ -1,12 +1,16 @@
 """Ranks under a budget, against all combinations tried."""
 
+from collections.abc import Sequence
 from itertools import product
 
 import pytest
 import torch
 
 from llmcompress.numerics.low_rank import break_even
-from llmcompress.numerics.rank_allocation import Matrix, allocate_ranks, equal_shares, uniform_rank
+from llmcompress.numerics.rank_allocation import Matrix, equal_shares, uniform_rank
+from llmcompress.passes.decomposition.ranks import rank_row
+from llmcompress.sensitivity.allocation import by_slopes
+from llmcompress.sensitivity.table import LossTable
 
 
 def matrices(seed: int, *, count: int = 3, step: int = 1) -> list[Matrix]:
@@ -18,6 +22,13 @@ def matrices(seed: int, *, count: int = 3, step: int = 1) -> list[Matrix]:
         )
         for outputs, inputs in sizes
     ]
+
+
+def allocate_ranks(known: Sequence[Matrix], budget: int) -> list[int]:
+    """By way of the table that ranks are decided from, in bfloat16."""
+    table = LossTable(tuple(rank_row(str(index), each, 16) for index, each in enumerate(known)))
+    chosen = by_slopes(table, 16 * budget)
+    return [int(row.shape_CD[chosen[row.unit], 1]) for row in table.rows]
 
 
 def parameters(matrix: Matrix, rank: int) -> int:

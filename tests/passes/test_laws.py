@@ -172,6 +172,7 @@ def test_overrides_give_mixed_precision_and_the_last_match_wins() -> None:
     assert model.model.layers[0].mlp.down_proj.scheme.weights.bits == 8
 
 
+@pytest.mark.every_family
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streamed_statistics_equal_those_of_the_whole_model(family: str) -> None:
     """Also while earlier blocks are already compressed: the stream feeds on what they became."""

@@ -105,3 +105,17 @@ def test_a_python_without_venv_is_told_which_package_is_missing(bootstrap, monke
     monkeypatch.setattr(bootstrap.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(bootstrap.SetupError, match="apt install python3-venv"):
         bootstrap.check_python()
+
+
+@pytest.mark.parametrize(
+    ("words", "everything"),
+    [(["--transformers", "4"], False), (["--transformers", "4", "--all"], True), ([], True), (["-k", "gptq"], True)],
+    ids=str,
+)
+def test_the_older_major_runs_what_touches_transformers_unless_told_otherwise(
+    bootstrap, machine, monkeypatch, words, everything
+):
+    monkeypatch.setattr(bootstrap.sys, "argv", ["bootstrap.py", "test", *words])
+    monkeypatch.setattr(bootstrap.Environment, "set_up", lambda *_, **__: None)
+    bootstrap.main()
+    assert ("majors and not slow" not in machine.commands[-1]) == everything

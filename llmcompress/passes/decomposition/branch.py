@@ -94,10 +94,5 @@ def weight_only_scheme(name: str | None) -> str | None:
     return name
 
 
-def dense_of(base: QuantLinear) -> Tensor:
-    """The weight that the codes stand for, in float32."""
-    return base.dense_weight().float()
-
-
 def _quantized(codes: Codes, scheme: Scheme) -> QuantLinear:
     return QuantLinear.from_fitted(scheme, codes.codes, codes.fitted, None)

@@ -15,15 +15,9 @@ from llmcompress.modules.scheme import DESCRIPTION
 from llmcompress.numerics.low_rank import relative_output_error
 from llmcompress.numerics.statistics import Gram, Statistic
 from llmcompress.passes.base import PASSES, Trait
-from llmcompress.passes.decomposition.branch import (
-    Branch,
-    branch,
-    corrected_row,
-    dense_of,
-    weight_only_scheme,
-)
-from llmcompress.passes.quantization.base import QuantizingPass
-from llmcompress.passes.quantization.gptq import GPTQ
+from llmcompress.passes.decomposition.branch import Branch, branch, corrected_row, weight_only_scheme
+from llmcompress.passes.inside import quantizer_with
+from llmcompress.passes.quantizing import QuantizingPass, dense_of
 from llmcompress.records.rows import SiteReport
 
 
@@ -73,7 +67,7 @@ class Caldera(QuantizingPass):
 
     def _compress(self, block: BlockWork, site: LinearSite) -> SiteReport:
         weight_OI, gram, dense = site.weight_OI, site.statistic(Gram), site.module
-        gptq = GPTQ.model_validate({"scheme": self.scheme, "on_indivisible": self.on_indivisible})
+        gptq = quantizer_with({"gptq": {"on_indivisible": self.on_indivisible}}, self.scheme)
 
         def quantized(target_OI: Tensor) -> tuple[QuantLinear, SiteReport]:
             site.replace(dense)

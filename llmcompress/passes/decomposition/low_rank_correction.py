@@ -15,12 +15,12 @@ from llmcompress.modules.quant_linear import codes_of
 from llmcompress.numerics.low_rank import relative_output_error
 from llmcompress.numerics.statistics import AbsMean, Gram, Statistic
 from llmcompress.passes.base import PASSES, BlockPass, Trait
-from llmcompress.passes.decomposition.branch import branch, corrected_row, dense_of, weight_only_scheme
-from llmcompress.passes.quantization.base import QuantizingPass
-from llmcompress.passes.quantization.resolve import site_schemes
+from llmcompress.passes.decomposition.branch import branch, corrected_row, weight_only_scheme
+from llmcompress.passes.quantizing import QuantizingPass, dense_of
+from llmcompress.passes.schemes import site_schemes
 from llmcompress.records.rows import SiteReport
 
-_SELECTORS = frozenset({"sites", "exclude", "overrides"})
+_SELECTORS = frozenset({"sites", "exclude", "overrides", "new_stage"})
 
 
 @PASSES.register("low_rank_correction")

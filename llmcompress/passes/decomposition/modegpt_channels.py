@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from llmcompress.calibration.stream import BlockWork
+from llmcompress.model.units import groups_of
 from llmcompress.numerics.modular import nystrom_channels
 from llmcompress.numerics.refit import Refitted, refit_columns
 from llmcompress.numerics.statistics import Gram
-from llmcompress.passes.pruning.units import groups_of
 from llmcompress.records.rows import SiteReport
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from llmcompress.model.attention import Attention
 from llmcompress.model.map import BlockInfo
-from llmcompress.passes.pruning.units import groups_of
+from llmcompress.model.units import groups_of
 
 Kind = Literal["coupling", "values", "channels"]
 

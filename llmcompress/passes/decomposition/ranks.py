@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
+from typing_extensions import override
 
+from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.low_rank import Spectrum, break_even, output_spectrum, truncate
-from llmcompress.numerics.rank_allocation import Matrix, allocate_ranks, equal_shares, uniform_rank
+from llmcompress.numerics.rank_allocation import Matrix, equal_shares, uniform_rank
 from llmcompress.numerics.statistics import Statistic
+from llmcompress.sensitivity.allocation import by_slopes
+from llmcompress.sensitivity.fill import Asker, Kinds, dense_stream, fill, kept_table
+from llmcompress.sensitivity.gradients import squared_gradients
+from llmcompress.sensitivity.table import LossTable, Row
 
 RankRule = Literal["uniform", "energy", "loss"]
 
@@ -62,12 +67,60 @@ def decide_ranks(options: FactorOptions, whole: WholeModel) -> dict[str, Tensor]
     return {name: torch.tensor(rank) for name, rank in found.items()}
 
 
+def rank_row(site: str, matrix: Matrix, bits_per_weight: int) -> Row:
+    """What every rank of a site loses and takes; the last option is the matrix itself."""
+    options = matrix.options()
+    return Row.of(
+        site,
+        [*(str(option.rank) for option in options[:-1]), "dense"],
+        [option.loss for option in options],
+        [option.parameters * bits_per_weight for option in options],
+        [(matrix.outputs, option.rank, matrix.inputs) for option in options],
+    )
+
+
+@dataclass
+class _EnergyAsker(Asker):
+    """Losses as shares of each site's squared output."""
+
+    options: FactorOptions
+    names: frozenset[str]
+
+    @property
+    @override
+    def sites(self) -> frozenset[str]:
+        return self.names
+
+    @property
+    @override
+    def kinds(self) -> Kinds:
+        return self.options.needs()
+
+    @override
+    def rows(self, block: BlockWork, sites: Sequence[LinearSite]) -> Iterator[Row]:
+        for site in sites:
+            block.context.progress.inside(f"spectrum of {site.name}")
+            gain_K = equal_shares(output_spectrum(site.weight_OI, self.options.metric(site)).energy_K)
+            step = self.options.for_site(site.name).round_to
+            matrix = Matrix(site.info.outputs, site.info.inputs, gain_K.cpu(), step)
+            yield rank_row(site.name, matrix, _bits(site))
+
+
+def _by_energy(options: FactorOptions, whole: WholeModel) -> dict[str, int]:
+    def measured() -> LossTable:
+        (table,) = fill(whole, [_EnergyAsker(options, _deciding(options, whole))])
+        return table
+
+    return _within_budget(options, kept_table(whole, "rank-energies", measured))
+
+
 @dataclass(frozen=True)
 class _Site:
     """A dense weight and its spectrum, on the CPU; the basis in single precision takes as much memory as the weight."""
 
     weight_OI: Tensor
     spectrum: Spectrum
+    bits_per_weight: int
 
     def of_rank(self, rank: int, device: torch.device) -> Tensor:
         """The best weight of that rank; the weight itself where factors would not be smaller."""
@@ -77,40 +130,27 @@ class _Site:
         return truncate(self.weight_OI.to(device), spectrum, rank).product()
 
 
-def _by_energy(options: FactorOptions, whole: WholeModel) -> dict[str, int]:
-    matrices = {}
-    for site in _measured(options, whole):
-        gain_K = equal_shares(output_spectrum(site.weight_OI, options.metric(site)).energy_K)
-        step = options.for_site(site.name).round_to
-        matrices[site.name] = Matrix(site.info.outputs, site.info.inputs, gain_K.cpu(), step)
-    return _within_budget(options, matrices)
-
-
 def _by_loss(options: FactorOptions, whole: WholeModel) -> dict[str, int]:
     """Gradients are measured with uniform ranks: at the dense model, whose gradients all but vanish, they say little
     of what hurts when everything has become worse.
     """
-    found: dict[str, _Site] = {}
-    for site in _measured(options, whole):
-        spectrum = output_spectrum(site.weight_OI, options.metric(site))
-        basis_OK = spectrum.basis_OK.float().cpu()
-        found[site.name] = _Site(site.weight_OI.cpu(), Spectrum(basis_OK, spectrum.energy_K.cpu()))
+    found = _spectra(options, whole)
     if not found:
         return {}
     uniform = {name: _uniform(options, name, *each.weight_OI.shape) for name, each in found.items()}
-    with _truncated(whole, found, uniform):
+    with _truncated(whole, found, uniform) as rough:
         whole.context.progress.inside("gradients with uniform ranks")
-        gradients = squared_gradients(whole, list(found))
-        before = _perplexity(whole)
-    matrices = {}
+        gradients = squared_gradients(rough, list(found))
+        before = _perplexity(rough)
+    rows = []
     for name, each in found.items():
         outputs, inputs = each.weight_OI.shape
         felt_K = each.spectrum.basis_OK.double().square().T @ gradients[name].double().cpu()
-        step = options.for_site(name).round_to
-        matrices[name] = Matrix(outputs, inputs, each.spectrum.energy_K * felt_K, step)
-    ranks = _within_budget(options, matrices)
-    with _truncated(whole, found, ranks):
-        after = _perplexity(whole)
+        matrix = Matrix(outputs, inputs, each.spectrum.energy_K * felt_K, options.for_site(name).round_to)
+        rows.append(rank_row(name, matrix, each.bits_per_weight))
+    ranks = _within_budget(options, LossTable(tuple(rows)))
+    with _truncated(whole, found, ranks) as rough:
+        after = _perplexity(rough)
     stay = "" if after < before else ", which stay"
     whole.context.progress.note(
         f"ranks by loss: perplexity {after:.2f} on the calibration text, {before:.2f} with uniform ranks{stay}"
@@ -118,13 +158,27 @@ def _by_loss(options: FactorOptions, whole: WholeModel) -> dict[str, int]:
     return ranks if after < before else uniform
 
 
-def _within_budget(options: FactorOptions, matrices: Mapping[str, Matrix]) -> dict[str, int]:
-    """Ranks of the least loss with no more parameters than uniform ones."""
-    budget = sum(
-        _uniform(options, name, each.outputs, each.inputs) * (each.outputs + each.inputs)
-        for name, each in matrices.items()
-    )
-    return dict(zip(matrices, allocate_ranks(list(matrices.values()), budget), strict=True))
+def _spectra(options: FactorOptions, whole: WholeModel) -> dict[str, _Site]:
+    names, found = _deciding(options, whole), dict[str, _Site]()
+    for block in dense_stream(whole, [(names, options.needs())]):
+        for site in block.sites:
+            if site.name in names:
+                block.context.progress.inside(f"spectrum of {site.name}")
+                spectrum = output_spectrum(site.weight_OI, options.metric(site))
+                on_cpu = Spectrum(spectrum.basis_OK.float().cpu(), spectrum.energy_K.cpu())
+                found[site.name] = _Site(site.weight_OI.cpu(), on_cpu, _bits(site))
+    return found
+
+
+def _within_budget(options: FactorOptions, table: LossTable) -> dict[str, int]:
+    """Ranks of the least loss that take no more than uniform ones."""
+    budget = 0
+    for row in table.rows:
+        outputs, _, inputs = row.shape_CD[-1].tolist()
+        bits_per_weight = int(row.bits_C[-1]) // (outputs * inputs)  # the last option is the matrix itself
+        budget += _uniform(options, row.unit, outputs, inputs) * (outputs + inputs) * bits_per_weight
+    chosen = by_slopes(table, budget)
+    return {row.unit: int(row.shape_CD[chosen[row.unit], 1]) for row in table.rows}
 
 
 def _uniform(options: FactorOptions, site: str, outputs: int, inputs: int) -> int:
@@ -132,14 +186,19 @@ def _uniform(options: FactorOptions, site: str, outputs: int, inputs: int) -> in
     return uniform_rank(outputs, inputs, here.keep, here.round_to)
 
 
+def _bits(site: LinearSite) -> int:
+    return torch.finfo(site.storage_dtype).bits
+
+
 @contextmanager
-def _truncated(whole: WholeModel, found: Mapping[str, _Site], ranks: Mapping[str, int]) -> Iterator[None]:
-    """Weights of these ranks; the dense ones again afterwards."""
+def _truncated(whole: WholeModel, found: Mapping[str, _Site], ranks: Mapping[str, int]) -> Iterator[WholeModel]:
+    """The model with weights of these ranks; the dense ones again afterwards."""
     sites = [site for site in whole.sites() if site.name in found]
     try:
         for site in sites:
             site.write(found[site.name].of_rank(ranks[site.name], whole.context.device))
-        yield
+        # what is measured now must not pass for what the dense model gives
+        yield whole.within(whole.context.changing())
     finally:
         for site in sites:
             site.write(found[site.name].weight_OI)
@@ -150,71 +209,7 @@ def _perplexity(whole: WholeModel) -> float:
         return whole.perplexity()
 
 
-def _measured(options: FactorOptions, whole: WholeModel) -> Iterator[LinearSite]:
-    """Every site whose rank is to be decided, measured."""
-    for block in whole.stream():
-        sites = [site for site in block.sites if _decides(options, site.name)]
-        if sites and options.needs():
-            block.measure(sites, options.needs())
-        for site in sites:
-            block.context.progress.inside(f"spectrum of {site.name}")
-            yield site
-        block.forget()
-
-
-def _decides(options: FactorOptions, site: str) -> bool:
-    """Whether the site's rank comes from the common budget: an override may fix it."""
-    return options.selects(site) and options.for_site(site).rule == options.rule
-
-
-def squared_gradients(whole: WholeModel, names: Sequence[str]) -> dict[str, Tensor]:
-    """Per site and output channel: the sum over tokens of the squared gradient of the loss of their window.
-
-    Zeros where none came.
-    """
-    sums: dict[str, Tensor] = {}
-    with whole.resident() as model, ExitStack() as hooks:
-        model.requires_grad_(False)
-        hooks.enter_context(_needing_gradient(model.get_input_embeddings()))
-        for site in whole.sites():
-            if site.name in names:
-                sums[site.name] = torch.zeros(site.info.outputs, device=whole.context.device)
-                hooks.enter_context(_gradients_of(site.module, sums[site.name]))
-        for ids_BT in whole.batches():
-            with torch.enable_grad():
-                (whole.loss(ids_BT) * len(ids_BT)).backward()  # type: ignore[no-untyped-call]
-    return sums
-
-
-@contextmanager
-def _gradients_of(module: nn.Module, sum_O: Tensor) -> Iterator[None]:
-    """Add the squares of the gradients of the module's output to `sum_O`."""
-
-    def add(gradient: Tensor) -> None:
-        sum_O.add_(gradient.detach().reshape(-1, gradient.shape[-1]).float().square().sum(0))
-
-    def watch(_: nn.Module, __: Any, output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(add)  # type: ignore[no-untyped-call]
-
-    with _hooked(module.register_forward_hook(watch)):
-        yield
-
-
-@contextmanager
-def _needing_gradient(embedding: nn.Module) -> Iterator[None]:
-    """Let gradients reach every block although no parameter wants one."""
-
-    def ask(_: nn.Module, __: Any, output: Tensor) -> None:
-        output.requires_grad_(True)
-
-    with _hooked(embedding.register_forward_hook(ask)):
-        yield
-
-
-@contextmanager
-def _hooked(handle: RemovableHandle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
+def _deciding(options: FactorOptions, whole: WholeModel) -> frozenset[str]:
+    """Sites whose rank comes from the common budget: an override may fix it."""
+    names = (site.name for site in whole.sites() if options.selects(site.name))
+    return frozenset(name for name in names if options.for_site(name).rule == options.rule)

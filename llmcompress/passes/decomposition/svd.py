@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from typing_extensions import override
 
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
@@ -113,6 +114,11 @@ class SingularValues(BlockPass):
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
         """The rank of every site, where that depends on all the others."""
         return {} if self.rule == "uniform" else decide_ranks(self, whole)
+
+    @override
+    def settled(self, decisions: Mapping[str, Tensor]) -> Self:
+        of_site = {site: {"ratio": None, "rank": int(rank)} for site, rank in decisions.items()}
+        return self.settled_by({"ranks": "uniform"}, of_site)
 
     def metric(self, site: LinearSite) -> Tensor | None:
         """What the site's inputs are like, as measured; None where they do not count or none came."""

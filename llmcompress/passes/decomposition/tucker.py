@@ -12,11 +12,11 @@ from llmcompress.calibration.stream import BlockWork
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.model.map import BlockInfo, ModelMap, WidthPart
 from llmcompress.model.site import LinearSite
+from llmcompress.model.units import groups_of
 from llmcompress.modules.tucker import TuckerLinear
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.numerics.tucker import higher_order_iteration, tucker_parameters, tucker_ranks
 from llmcompress.passes.base import PASSES, BlockPass, Trait
-from llmcompress.passes.pruning.units import groups_of
 from llmcompress.records.rows import SiteReport
 
 

@@ -10,8 +10,9 @@ from typing_extensions import override
 
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.model.map import BlockStructure, ModelMap
+from llmcompress.model.map import ModelMap
 from llmcompress.model.site import LinearSite
+from llmcompress.model.units import feed_forward_readers
 from llmcompress.modules.dynamic_activations import ThresholdedLinear
 from llmcompress.numerics.sample import InputSample
 from llmcompress.numerics.statistics import Statistic
@@ -80,16 +81,3 @@ class ActivationSparsity(BlockPass):
                 )
             )
         return rows
-
-
-def feed_forward_readers(structure: BlockStructure) -> frozenset[str]:
-    """Sites that read what a feed-forward network computes inside: channels that can go one by one.
-
-    Attention's can only go by whole heads.
-    """
-    return frozenset(
-        part.site
-        for group in structure.width_groups
-        for part in group.parts
-        if part.axis == "columns" and group.units > 1 and all(len(columns) == 1 for columns in part.indices)
-    )

@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from llmcompress.passes.pruning.units import UnitGroup
+from llmcompress.model.units import UnitGroup
 
 
 @dataclass(frozen=True)

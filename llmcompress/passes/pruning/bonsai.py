@@ -13,11 +13,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
+from llmcompress.model.units import UnitGroup, masked
 from llmcompress.numerics.regression import fit_by_rank
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.pruning.allocation import ALLOCATIONS, Request, best
 from llmcompress.passes.pruning.scores.base import SCORES
-from llmcompress.passes.pruning.units import UnitGroup, masked
 from llmcompress.passes.pruning.width import WidthPass
 
 
@@ -65,12 +65,13 @@ class Bonsai(WidthPass):
         generator: torch.Generator,
     ) -> list[Tensor]:
         """Remove as many more units as the requests ask."""
-        score, allocate = SCORES[self.prior](), ALLOCATIONS[self.allocation]
+        score, allocate = SCORES[self.prior](groups), ALLOCATIONS[self.allocation]
+        # what is measured under masks must not pass for what the whole model gives
+        masked_model = whole.within(whole.context.changing())
         with masked(whole.model, groups, [_mask(kept_U, whole.context.device) for kept_U in kept]):
-            prior = [each.cpu() for each in score.importance(whole, groups)]
+            table = score.measured(masked_model)
         known = [
-            _gone_last(priority_U, kept_U)
-            for priority_U, kept_U in zip(score.priorities(groups, prior), kept, strict=True)
+            _gone_last(priority_U, kept_U) for priority_U, kept_U in zip(score.priorities(table), kept, strict=True)
         ]
         would = allocate(requests, known)
         candidates = [
@@ -79,6 +80,7 @@ class Bonsai(WidthPass):
         ]
         if not any(len(each) for each in candidates):
             return [kept_U & would_U for kept_U, would_U in zip(kept, would, strict=True)]
+        prior = [row.loss_C for row in table.rows]
         weights_C = self._regress(whole, groups, kept, candidates, prior, generator)
         worth = []
         for group, kept_U, tried_C, fitted_C in zip(

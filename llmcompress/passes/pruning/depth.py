@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
-from typing import Annotated, Literal, Self
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -14,7 +14,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
-from llmcompress.errors import CompressError
+from llmcompress.errors import CompressError, ExitCode
 from llmcompress.model.depth import drop_blocks
 from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.model.skeleton import find_blocks, recorders
@@ -23,6 +23,9 @@ from llmcompress.records.rows import SiteReport
 
 _MOST_TOKENS = 16384
 """Hidden states that are kept of every depth; more would change a mean cosine by less than blocks differ."""
+
+_BLOCKS, _SCORES = "blocks", "scores"
+"""Names of what was decided."""
 
 Scored = list[tuple[int, float]]
 """Blocks in the order in which they go, each with the score it went by."""
@@ -39,8 +42,13 @@ class Depth(ModelPass):
 
     keeps_codes = True
 
-    remove: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.25, description="how many blocks go: a number, or a share of all (rounded, at least one)"
+    decides: ClassVar[bool] = True
+
+    remove: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="how many blocks go: a number, or a share of all (rounded, at least one; 0.25 if no `blocks`)"
+    )
+    blocks: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None, description="instead: these blocks go, counted from 0, e.g. [5, 9]; nothing is scored"
     )
     score: Literal["block_influence", "perplexity", "random"] = Field(
         "block_influence",
@@ -58,6 +66,10 @@ class Depth(ModelPass):
 
     @model_validator(mode="after")
     def _only_options_that_act(self) -> Self:
+        if self.blocks is not None and self.remove is not None:
+            raise ValueError("give `remove` or `blocks`, not both (null takes one back)")
+        if self.blocks is not None and (not self.blocks or len(set(self.blocks)) < len(self.blocks)):
+            raise ValueError("`blocks` names every block that goes once, and at least one")
         if self.score == "random" and self.mode == "greedy":
             raise ValueError("random blocks need no greedy mode: use one_shot or contiguous")
         if self.score != "block_influence" and self.skip_first_token:
@@ -66,16 +78,25 @@ class Depth(ModelPass):
 
     @override
     def uses_data(self) -> bool:
-        """Always, except for random blocks."""
-        return self.score != "random"
+        """Always, except for random and for given blocks."""
+        return self.score != "random" and self.blocks is None
 
     @override
     def check(self, model_map: ModelMap) -> None:
-        """Refuse to remove every block.
+        """Refuse to remove every block, or one that is not there.
 
         Raises: CompressError when none would stay.
         """
         self.count(len(model_map.blocks))
+        missing = [index for index in self.blocks or () if index >= len(model_map.blocks)]
+        if missing:
+            raise CompressError(
+                "depth.no-such-block",
+                f"the model has blocks 0 to {len(model_map.blocks) - 1}, not {missing[0]}",
+                where="depth: blocks",
+                fix="`llmcompress inspect MODEL` lists them",
+                exit_code=ExitCode.USAGE,
+            )
 
     @override
     def kept_share(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
@@ -87,21 +108,44 @@ class Depth(ModelPass):
 
         Raises: CompressError when none would stay.
         """
-        wanted = self.remove if isinstance(self.remove, int) else max(1, round(self.remove * blocks))
+        asked = 0.25 if self.remove is None else self.remove
+        wanted = asked if isinstance(asked, int) else max(1, round(asked * blocks))
+        wanted = wanted if self.blocks is None else len(self.blocks)
         if wanted >= blocks:
             raise CompressError(
                 "depth.nothing-left",
                 f"{wanted} of {blocks} blocks cannot be removed: one must stay",
-                where="depth: remove",
+                where="depth: remove" if self.blocks is None else "depth: blocks",
                 fix=f"remove at most {blocks - 1}",
             )
         return wanted
 
     @override
+    def decide(self, whole: WholeModel) -> dict[str, Tensor]:
+        """Which blocks go, in which order, and the score that each went by."""
+        if self.blocks is not None:
+            return {}
+        chosen = self._chosen(whole, self.count(len(whole.map.blocks)))
+        return {
+            _BLOCKS: torch.tensor([index for index, _ in chosen]),
+            _SCORES: torch.tensor([score for _, score in chosen], dtype=torch.float64),
+        }
+
+    @override
+    def settled(self, decisions: Mapping[str, Tensor]) -> Self:
+        if self.blocks is not None:
+            return self
+        return type(self).model_validate({"blocks": sorted(decisions[_BLOCKS].tolist())})
+
+    @override
     def apply(self, whole: WholeModel) -> list[SiteReport]:
-        """Score, remove, report one row per removed block under the name that it had."""
+        """Remove, report one row per removed block under the name that it had."""
         names = [block.name for block in whole.map.blocks]
-        chosen = self._chosen(whole, self.count(len(names)))
+        decided = self.decide(whole) if whole.decisions is None else whole.decisions
+        chosen: list[tuple[int, float | None]] = [(index, None) for index in self.blocks or ()]
+        if self.blocks is None:
+            scores = [None if self.score == "random" else score for score in decided[_SCORES].tolist()]
+            chosen = list(zip(decided[_BLOCKS].tolist(), scores, strict=True))
         drop_blocks(whole.model, [index for index, _ in chosen])
         return [
             SiteReport(
@@ -109,7 +153,7 @@ class Depth(ModelPass):
                 algorithm="depth",
                 removed=1,
                 parameters=0,
-                score=None if self.score == "random" else score,
+                score=score,
                 tokens=whole.context.windows_NT.numel() if self.uses_data() else None,
             )
             for index, score in chosen

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.model.site import LinearSite
-from llmcompress.passes.pruning.units import UnitGroup
+from llmcompress.model.units import UnitGroup
 
 Gates = Callable[[], Sequence[Tensor]]
 """One vector of gates per group, asked for once in every forward pass."""

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from llmcompress.model.map import WidthPart
+from llmcompress.model.units import UnitGroup
 from llmcompress.numerics.gates import Budget, cut_through_ranking, hard_concrete, hard_concrete_mean, open_probability
 from llmcompress.numerics.importance import per_unit
 from llmcompress.passes.pruning.gate_hooks import gated
-from llmcompress.passes.pruning.units import UnitGroup
 from llmcompress.training.objectives.penalty import Penalty
 
 START_OPEN = 2.5

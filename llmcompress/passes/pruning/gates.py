@@ -16,11 +16,11 @@ from typing_extensions import override
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.model.map import ModelMap, SiteInfo
+from llmcompress.model.units import UnitGroup, groups_of, kept_share, unit_groups
 from llmcompress.passes.base import PASSES, Backward, ModelPass, Trait
 from llmcompress.passes.pruning.allocation import ALLOCATIONS, Request
 from llmcompress.passes.pruning.gate_hooks import fold_gates
 from llmcompress.passes.pruning.gate_kinds import KINDS, Task
-from llmcompress.passes.pruning.units import UnitGroup, groups_of, kept_share, unit_groups
 from llmcompress.records.rows import SiteReport
 from llmcompress.training.data.base import Windows
 from llmcompress.training.job import Job

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Literal, Self
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from typing_extensions import override
 
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
@@ -16,6 +16,7 @@ from llmcompress.numerics.masks import due, lowest_counts
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.pruning.sparse import SparsePass, magnitude_mask, sparsity
+from llmcompress.passes.pruning.sparse_counts import shares_of
 from llmcompress.records.rows import SiteReport
 
 
@@ -55,7 +56,12 @@ class Magnitude(SparsePass):
 
         weights = sum(site.info.outputs * site.info.inputs for site in sites)
         counts = lowest_counts(magnitudes, due(self.target, weights))
-        return {site.name: torch.tensor(count) for site, count in zip(sites, counts, strict=True)}
+        return shares_of(whole, {site.name: count for site, count in zip(sites, counts, strict=True)})
+
+    @override
+    def settled(self, decisions: Mapping[str, Tensor]) -> Self:
+        settled = super().settled(decisions)
+        return settled.model_copy(update={"comparison": "layer"}) if self.comparison == "global" else settled
 
     def mask(self, weight_OI: Tensor, squares_I: Tensor | None, share: float) -> Tensor:
         """The smallest weights, wherever they are compared."""

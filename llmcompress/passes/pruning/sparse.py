@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import gcd
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
+from typing_extensions import override
 
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
@@ -26,12 +28,16 @@ from llmcompress.numerics.masks import (
     zeros_first,
 )
 from llmcompress.passes.base import Backward, BlockPass, Trait
-from llmcompress.passes.pruning.sparse_counts import decide_counts
+from llmcompress.passes.pruning.sparse_counts import decide_shares
 
 Allocation = Literal["uniform", "outliers", "loss"]
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 """A block or expert in a site's name: the error lists kinds of sites, not every one of thousands."""
+
+
+_ALMOST_ALL = math.nextafter(1.0, 0.0)
+"""The largest sparsity that may be asked for; rounded to whole weights it is all of them."""
 
 
 class SparsePass(BlockPass):
@@ -118,17 +124,21 @@ class SparsePass(BlockPass):
         return Backward() if self.allocation == "loss" else None
 
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
-        """How many weights each site loses, where that depends on the others."""
-        return {} if self.allocation == "uniform" else decide_counts(self, whole)
+        """The share of weights that each site loses, where that depends on the others."""
+        return {} if self.allocation == "uniform" else decide_shares(self, whole)
+
+    @override
+    def settled(self, decisions: Mapping[str, Tensor]) -> Self:
+        of_site = {site: {"sparsity": min(float(share), _ALMOST_ALL)} for site, share in decisions.items()}
+        return self.settled_by({"allocation": "uniform", "outlier_times": None, "within": None}, of_site)
 
     def chosen(self, block: BlockWork, sites: Sequence[LinearSite]) -> Iterator[tuple[Self, LinearSite, float]]:
         """Every site with the options it has, and the share of its weights to become zero."""
         self._check_widths((site.name, site.info.inputs) for site in sites)
         for site in sites:
             here = self.for_site(site.name)
-            count = block.decisions.get(site.name)
-            weights = site.info.outputs * site.info.inputs
-            yield here, site, here.target if count is None else int(count) / weights
+            share = block.decisions.get(site.name)
+            yield here, site, here.target if share is None else float(share)
 
     @abstractmethod
     def mask(self, weight_OI: Tensor, squares_I: Tensor, share: float) -> Tensor:

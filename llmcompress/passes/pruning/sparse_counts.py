@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.grid import row_errors
 from llmcompress.numerics.shares import counts_by_error, counts_by_outliers
-from llmcompress.numerics.statistics import Gram, SquaredNorm, Statistic
-from llmcompress.passes.decomposition.ranks import squared_gradients
-
-if TYPE_CHECKING:
-    from llmcompress.passes.pruning.sparse import SparsePass
+from llmcompress.numerics.statistics import Gram, SquaredNorm
+from llmcompress.sensitivity.fill import Asker, Kinds, dense_stream, fill, kept_table
+from llmcompress.sensitivity.gradients import Listener, OutputSquares
+from llmcompress.sensitivity.table import LossTable, Row
 
 OUTLIER_TIMES = 5.0
 """Source: Yin et al., arXiv 2310.05175, as is `WITHIN`."""
@@ -28,68 +29,128 @@ POINTS = 9
 """Sparsities at which a site's error is measured."""
 
 
-def decide_counts(each: SparsePass, whole: WholeModel) -> dict[str, Tensor]:
-    """Site → how many of its weights become zero; sites with a sparsity of their own are left out."""
-    if not any(_shares_budget(each, site) for site in whole.sites()):
+class CountOptions(Protocol):
+    """What must be known of the pass that zeroes."""
+
+    @property
+    def allocation(self) -> str:
+        """`outliers` or `loss`."""
+
+    @property
+    def target(self) -> float:
+        """Share of all weights to become zero."""
+
+    @property
+    def outlier_times(self) -> float | None:
+        """How many times the mean an outlier is."""
+
+    @property
+    def within(self) -> float | None:
+        """How far shares may lie from the target."""
+
+    def selects(self, site: str) -> bool:
+        """Whether it works on that site."""
+
+    def has_own_share(self, site: str) -> bool:
+        """Whether the site's sparsity is fixed."""
+
+    def mask(self, weight_OI: Tensor, squares_I: Tensor, share: float) -> Tensor:
+        """True where a weight is dropped."""
+
+
+def decide_shares(options: CountOptions, whole: WholeModel) -> dict[str, Tensor]:
+    """Site → the share of its weights that becomes zero, a whole number of them; without sites that have their own."""
+    names = [site.name for site in whole.sites() if options.selects(site.name)]
+    names = [name for name in names if not options.has_own_share(name)]
+    if not names:
         return {}
-    return (_by_outliers if each.allocation == "outliers" else _by_loss)(each, whole)
+    decide = _by_outliers if options.allocation == "outliers" else _by_loss
+    return shares_of(whole, decide(options, whole, frozenset(names)))
 
 
-def _by_outliers(each: SparsePass, whole: WholeModel) -> dict[str, Tensor]:
+def shares_of(whole: WholeModel, counts: Mapping[str, int]) -> dict[str, Tensor]:
+    """Numbers of weights of sites → shares, float64."""
+    weights = {site.name: site.info.outputs * site.info.inputs for site in whole.sites()}
+    return {name: torch.tensor(count / weights[name], dtype=torch.float64) for name, count in counts.items()}
+
+
+def _by_outliers(options: CountOptions, whole: WholeModel, names: frozenset[str]) -> dict[str, int]:
     """All sites of a block get the block's share."""
-    times = OUTLIER_TIMES if each.outlier_times is None else each.outlier_times
-    names: list[str] = []
+    times = OUTLIER_TIMES if options.outlier_times is None else options.outlier_times
+    chosen: list[str] = []
     weights: list[int] = []
     outliers: list[float] = []
-    for _, sites in _measured(each, whole, SquaredNorm):
+    for block in dense_stream(whole, [(names, (SquaredNorm,))]):
+        sites = [site for site in block.sites if site.name in names]
+        if not sites:
+            continue
         scores = [site.weight_OI.abs() * site.statistic(SquaredNorm).sum_I.sqrt() for site in sites]
         total = sum(score.numel() for score in scores)
         mean = sum(float(score.sum(dtype=torch.float64)) for score in scores) / total
         found = sum(int((score > times * mean).sum()) for score in scores) / total
-        names += [site.name for site in sites]
+        chosen += [site.name for site in sites]
         weights += [score.numel() for score in scores]
         outliers += [found] * len(sites)
-    within = WITHIN if each.within is None else each.within
-    counts = counts_by_outliers(torch.tensor(outliers), torch.tensor(weights), each.target, within)
-    return dict(zip(names, counts, strict=True))
+    within = WITHIN if options.within is None else options.within
+    counts = counts_by_outliers(torch.tensor(outliers), torch.tensor(weights), options.target, within)
+    return dict(zip(chosen, counts.tolist(), strict=True))
 
 
-def _by_loss(each: SparsePass, whole: WholeModel) -> dict[str, Tensor]:
+@dataclass
+class SparsityAsker(Asker):
     """The expected growth of the loss: squared errors of a site's outputs times squared gradients of the loss by them.
 
     Errors are those of the masks that the pass itself would choose, before any repair. Without the gradients the
     same sum of errors is worse than equal shares (docs/log.md).
     """
-    within = min(WITHIN if each.within is None else each.within, each.target, 1 - each.target)
-    shares_S = torch.linspace(each.target - within, each.target + within, POINTS, dtype=torch.float64)
-    names = [site.name for site in whole.sites() if _shares_budget(each, site)]
-    gradients = squared_gradients(whole, names)
-    weights: list[int] = []
-    growth: list[list[float]] = []
-    for block, sites in _measured(each, whole, Gram):
+
+    options: CountOptions
+    names: frozenset[str]
+    shares: Sequence[float]
+
+    def __post_init__(self) -> None:
+        self.gradients = OutputSquares(sorted(self.names))
+
+    @property
+    @override
+    def sites(self) -> frozenset[str]:
+        return self.names
+
+    @property
+    @override
+    def kinds(self) -> Kinds:
+        return (Gram,)
+
+    @property
+    @override
+    def listeners(self) -> Sequence[Listener]:
+        return (self.gradients,)
+
+    @override
+    def rows(self, block: BlockWork, sites: Sequence[LinearSite]) -> Iterator[Row]:
         for site in sites:
             block.context.progress.inside(f"errors of {site.info.name}")
             weight_OI, gram = site.weight_OI, site.statistic(Gram)
-            masks = (each.mask(weight_OI, gram.sum_II.diagonal(), share) for share in shares_S.tolist())
+            masks = (self.options.mask(weight_OI, gram.sum_II.diagonal(), share) for share in self.shares)
             errors = (row_errors(weight_OI.masked_fill(~mask_OI, 0.0), gram.sum_II) for mask_OI in masks)
-            felt_O = gradients[site.name].double() / max(gram.tokens, 1)
-            growth.append([float(error_O.double() @ felt_O) for error_O in errors])
-            weights.append(weight_OI.numel())
-    counts = counts_by_error(torch.tensor(growth), shares_S, torch.tensor(weights), each.target)
-    return dict(zip(names, counts, strict=True))
+            felt_O = self.gradients.sums[site.name].double() / max(gram.tokens, 1)
+            losses = [float(error_O.double() @ felt_O) for error_O in errors]
+            stored, weights = torch.finfo(site.storage_dtype).bits, weight_OI.numel()
+            bits = [round((1 - share) * weights) * stored for share in self.shares]
+            shape = tuple(weight_OI.shape)
+            yield Row.of(site.name, [str(share) for share in self.shares], losses, bits, [shape] * len(bits))
 
 
-def _shares_budget(each: SparsePass, site: LinearSite) -> bool:
-    return each.selects(site.name) and not each.has_own_share(site.name)
+def _by_loss(options: CountOptions, whole: WholeModel, names: frozenset[str]) -> dict[str, int]:
+    within = min(WITHIN if options.within is None else options.within, options.target, 1 - options.target)
+    shares_S = torch.linspace(options.target - within, options.target + within, POINTS, dtype=torch.float64)
 
+    def measured() -> LossTable:
+        (table,) = fill(whole, [SparsityAsker(options, names, shares_S.tolist())])
+        return table
 
-def _measured(
-    each: SparsePass, whole: WholeModel, kind: type[Statistic]
-) -> Iterator[tuple[BlockWork, list[LinearSite]]]:
-    """The dense model block by block, with the sites that share the budget."""
-    for block in whole.stream():
-        sites = [site for site in block.sites if _shares_budget(each, site)]
-        if sites:
-            block.measure(sites, (kind,))
-            yield block, sites
-            block.forget()
+    table = kept_table(whole, "sparsity-losses", measured)
+    losses_PS = torch.stack([row.loss_C for row in table.rows])
+    weights_P = torch.stack([row.shape_CD[0].prod() for row in table.rows])
+    counts = counts_by_error(losses_PS, shares_S, weights_P, options.target)
+    return dict(zip(table.units, counts.tolist(), strict=True))

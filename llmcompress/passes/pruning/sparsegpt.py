@@ -28,8 +28,8 @@ from llmcompress.numerics.repair import repair_kept
 from llmcompress.numerics.statistics import AbsMax, Gram, Statistic
 from llmcompress.passes.base import PASSES, Trait
 from llmcompress.passes.pruning.sparse import SparsePass, magnitude_mask, sparsity
-from llmcompress.passes.quantization.base import put_codes, report_row
-from llmcompress.passes.quantization.resolve import OnIndivisible, resolve_scheme, site_schemes
+from llmcompress.passes.quantizing import put_codes, report_row
+from llmcompress.passes.schemes import OnIndivisible, resolve_scheme, site_schemes
 from llmcompress.records.rows import SiteReport
 
 

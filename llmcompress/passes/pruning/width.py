@@ -17,14 +17,19 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.model.site import LinearSite
+from llmcompress.model.units import UnitGroup, groups_of, kept_share, unit_groups
+from llmcompress.numerics import index_ranges
 from llmcompress.numerics.refit import Refitted
 from llmcompress.numerics.statistics import Gram, Statistic
-from llmcompress.passes.base import PASSES, Backward, BlockPass, Trait
+from llmcompress.passes.base import PASSES, Backward, BlockPass, Pass, Trait
 from llmcompress.passes.pruning.allocation import ALLOCATIONS, Request, kept_units
 from llmcompress.passes.pruning.refits import REFITS, RefitName
 from llmcompress.passes.pruning.scores.base import SCORES, Allocate, Score
-from llmcompress.passes.pruning.units import UnitGroup, groups_of, kept_share, unit_groups
 from llmcompress.records.rows import SiteReport
+
+_AFTER_THE_CHOICE = ("channels", "heads", "refit", "damping", "sites", "exclude", "overrides")
+_CHOICE = frozenset({"ratio", "removed", "floor", "round_to"})
+"""Options that say what is done with the units that go, and those that say which ones."""
 
 
 class WidthPass(BlockPass):
@@ -43,6 +48,12 @@ class WidthPass(BlockPass):
     whole_block: ClassVar[frozenset[str]] = frozenset({"channels", "heads", "allocation"})
 
     ratio: float = Field(0.25, ge=0, lt=1, description="share of the channels, and of the heads, to remove")
+    removed: str | None = Field(
+        None,
+        pattern=index_ranges.PATTERN,
+        description="instead: these channels or heads, counted from 0, e.g. 0-3, 7; in an override of what reads them "
+        "(down_proj, o_proj)",
+    )
     channels: bool = Field(True, description="remove FFN channels")
     heads: bool = Field(True, description="remove attention heads, whole key-value groups at a time")
     allocation: Literal["uniform", "global"] = Field(
@@ -92,6 +103,8 @@ class WidthPass(BlockPass):
                 "a single key-value head has none; `llmcompress inspect` shows them",
                 exit_code=ExitCode.USAGE,
             )
+        for group in self._groups(unit_groups(model_map)):
+            self._check_given(group)
         asked = [request for request in requests if request.ratio > 0]
         if self.allocation == "uniform" and asked and all(kept_units(each) == each.group.units for each in asked):
             units = sorted({request.group.units for request in asked})
@@ -109,13 +122,19 @@ class WidthPass(BlockPass):
         block = next(block for block in model_map.blocks if site.startswith(f"{block.name}."))
 
         def removed(group: UnitGroup) -> float:
-            return 1 - kept_units(self._request(group)) / group.units
+            gone = self._given(group)
+            return (group.units - kept_units(self._request(group)) if gone is None else len(gone)) / group.units
 
         return kept_share(self._groups(groups_of(block)), site, removed)
 
     @override
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
         groups = self._groups(unit_groups(whole.map))
+        given = {
+            group.name: torch.tensor(gone, dtype=torch.long)
+            for group in groups
+            if (gone := self._given(group)) is not None
+        }
         requests = [self._request(group) for group in groups]
         asked = [
             (group, request)
@@ -123,17 +142,26 @@ class WidthPass(BlockPass):
             if request.ratio > 0 and (self.allocation == "global" or kept_units(request) < group.units)
         ]
         if not asked:
-            return {}
+            return given
         groups = [group for group, _ in asked]
         keep = self.choose(whole, groups, [request for _, request in asked])
-        return {group.key: kept_U.nonzero().flatten().cpu() for group, kept_U in zip(groups, keep, strict=True)}
+        return given | {
+            group.name: (~kept_U).nonzero().flatten().cpu() for group, kept_U in zip(groups, keep, strict=True)
+        }
+
+    @override
+    def settled(self, decisions: Mapping[str, Tensor]) -> Pass | None:
+        """`width` with the units that go written out, whatever chose them."""
+        common = self.model_dump(include=set(_AFTER_THE_CHOICE))
+        gone = {name: {"removed": index_ranges.written(units.tolist())} for name, units in decisions.items()}
+        return Width(**common).settled_by({"ratio": 0.0}, gone, dropped=_CHOICE)
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
         """Cut the units off, refit what read them, then take their rows and columns out."""
         kept = {
-            group: block.decisions[group.key]
+            group: torch.tensor(sorted(set(range(group.units)) - set(gone.tolist())))
             for group in groups_of(block.info)
-            if group.key in block.decisions and len(block.decisions[group.key]) < group.units
+            if (gone := block.decisions.get(group.name)) is not None and len(gone)
         }
         if not kept:
             return []
@@ -151,9 +179,31 @@ class WidthPass(BlockPass):
         return [group for group in groups if wanted[group.kind] and all(map(self.selects, group.sites))]
 
     def _request(self, group: UnitGroup) -> Request:
-        here = self.for_site(group.readers[0])
+        here = self.for_site(group.name)
         multiple = here.round_to if group.kind == "channels" else 1
-        return Request(group, here.ratio, multiple, here.floor)
+        return Request(group, here.ratio if here.removed is None else 0.0, multiple, here.floor)
+
+    def _given(self, group: UnitGroup) -> list[int] | None:
+        """The units that go, where the recipe names them."""
+        removed = self.for_site(group.name).removed
+        return None if removed is None else index_ranges.read(removed)
+
+    def _check_given(self, group: UnitGroup) -> None:
+        gone = self._given(group)
+        if gone and (gone[-1] >= group.units or len(gone) == group.units):
+            raise CompressError(
+                "width.no-such-unit",
+                f"there are {group.units} {group.kind}, 0 to {group.units - 1}, and at least one must stay",
+                where=f"`removed` for {group.name}",
+                fix="name others; `llmcompress inspect MODEL` shows how many there are",
+                exit_code=ExitCode.USAGE,
+            )
+
+    @property
+    def _chooses(self) -> bool:
+        """Whether anything is left to be found out."""
+        ratios = [self.ratio, *(options.get("ratio", 0.0) for options in self.overrides.values())]
+        return any(ratios)
 
     def _cut_off(self, block: BlockWork, kept: Mapping[UnitGroup, Tensor]) -> dict[str, Refitted]:
         """Write zeros and new weights into the readers of these groups, all measured in one forward."""
@@ -242,18 +292,18 @@ class Width(WidthPass):
 
     @override
     def uses_data(self) -> bool:
-        return super().uses_data() or self.scored_by.needs_data
+        return super().uses_data() or (self._chooses and self.scored_by.needs_data)
 
     @override
     def backward(self) -> Backward | None:
-        return self.scored_by.backward
+        return self.scored_by.backward if self._chooses else None
 
     @override
     def forwards(self) -> int:
-        scored = 2 * (self.scored_by.needs_data and not self.scored_by.backward)
+        scored = 2 * (self._chooses and self.scored_by.needs_data and not self.scored_by.backward)
         return super().forwards() + scored
 
     @override
     def choose(self, whole: WholeModel, groups: Sequence[UnitGroup], requests: Sequence[Request]) -> list[Tensor]:
         allocate: Allocate = partial(ALLOCATIONS[self.allocation], requests)
-        return self.scored_by().choose(whole, groups, allocate)
+        return self.scored_by(groups).choose(whole, allocate)

@@ -12,8 +12,8 @@ from torch import Tensor
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.statistics import Gram, Statistic
-from llmcompress.passes.quantization.base import QuantizingPass
-from llmcompress.passes.quantization.inside import quantizer_with
+from llmcompress.passes.inside import quantizer_with
+from llmcompress.passes.quantizing import QuantizingPass
 from llmcompress.records.rows import SiteReport
 
 

@@ -19,7 +19,7 @@ from llmcompress.numerics.ranges import fit, lesser
 from llmcompress.numerics.scaling import search_factors
 from llmcompress.numerics.statistics import AbsMean, Gram, Statistic
 from llmcompress.passes.base import PASSES, Trait
-from llmcompress.passes.quantization.base import QuantizingPass, put_codes, report_row
+from llmcompress.passes.quantizing import QuantizingPass, put_codes, report_row
 from llmcompress.records.rows import SiteReport
 
 

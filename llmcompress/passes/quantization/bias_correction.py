@@ -11,8 +11,8 @@ from llmcompress.modules.quant_linear import codes_of
 from llmcompress.numerics.grid import output_error
 from llmcompress.numerics.statistics import Gram, Moments, Statistic
 from llmcompress.passes.base import PASSES
-from llmcompress.passes.decomposition.branch import dense_of
 from llmcompress.passes.quantization.around import AroundQuantizer
+from llmcompress.passes.quantizing import dense_of
 from llmcompress.records.rows import SiteReport
 
 

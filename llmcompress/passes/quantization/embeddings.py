@@ -23,7 +23,7 @@ from llmcompress.modules.scheme import DESCRIPTION, Scheme, named_scheme
 from llmcompress.numerics.grid import Fitted, restore, round_to_codes
 from llmcompress.numerics.ranges import RangeSearch, fit
 from llmcompress.passes.base import PASSES, ModelPass, Trait
-from llmcompress.passes.quantization.resolve import Indivisible, indivisible_error
+from llmcompress.passes.schemes import Indivisible, indivisible_error
 from llmcompress.records.rows import SiteReport
 
 

@@ -13,8 +13,8 @@ from llmcompress.model.site import LinearSite
 from llmcompress.numerics.carry import Drift, carried
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES
-from llmcompress.passes.quantization.base import QuantizingPass
-from llmcompress.passes.quantization.inside import quantizer_with
+from llmcompress.passes.inside import quantizer_with
+from llmcompress.passes.quantizing import QuantizingPass
 from llmcompress.records.rows import SiteReport
 
 

@@ -24,7 +24,7 @@ from llmcompress.numerics.grid import Fitted, Grid, round_to_codes
 from llmcompress.numerics.ranges import RangeSearch, fit
 from llmcompress.numerics.statistics import Gram, Statistic
 from llmcompress.passes.base import PASSES
-from llmcompress.passes.quantization.base import QuantizingPass, put_codes, relative_errors, report_row
+from llmcompress.passes.quantizing import QuantizingPass, put_codes, relative_errors, report_row
 from llmcompress.records.rows import SiteReport
 
 

@@ -13,7 +13,7 @@ from llmcompress.numerics.grid import round_to_codes
 from llmcompress.numerics.half_quadratic import half_quadratic_fit
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES
-from llmcompress.passes.quantization.base import QuantizingPass, put_codes, report_row
+from llmcompress.passes.quantizing import QuantizingPass, put_codes, report_row
 from llmcompress.records.rows import SiteReport
 
 
@@ -24,7 +24,7 @@ class HalfQuadratic(QuantizingPass):
     Source: Badri and Shaji, 2023 (HQQ). Differs: see `numerics/half_quadratic.py`.
     """
 
-    scheme: str = Field("int4_g64_asym", description="int{2…8}_{gN|channel}[_asym][_a8token|_a8tensor]")
+    scheme: str = Field("int4_g64_asym", description="int{2…8}_{gN|channel}[_asym|_positive][_a8token|_a8tensor]")
     power: float = Field(0.7, gt=0, le=1, description="of an error's size: below one, a few large errors are allowed")
     steps: int = Field(20, ge=1, le=200, description="turns of codes, allowed errors, zero points and scales")
 

@@ -20,7 +20,7 @@ from llmcompress.numerics.grid import Fitted, round_to_codes, spread
 from llmcompress.numerics.ranges import fit
 from llmcompress.numerics.statistics import AbsMax, Gram, Statistic
 from llmcompress.passes.base import PASSES
-from llmcompress.passes.quantization.base import QuantizingPass, put_codes, report_row
+from llmcompress.passes.quantizing import QuantizingPass, put_codes, report_row
 from llmcompress.records.rows import SiteReport
 
 _NARROWEST, _WIDEST = 0.7, 1.2

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
+from typing_extensions import override
 
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
@@ -17,14 +18,16 @@ from llmcompress.errors import CompressError, ExitCode
 from llmcompress.model.map import ModelMap
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.scheme import DESCRIPTION, Scheme, named_scheme
-from llmcompress.numerics.allocation import Option, allocate
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES, Backward, BlockPass, Trait
-from llmcompress.passes.quantization.base import QuantizingPass
-from llmcompress.passes.quantization.inside import quantizer_with
-from llmcompress.passes.quantization.resolve import resolve_scheme, site_schemes
-from llmcompress.passes.quantization.sensitivity import Sensitivity, rounding_loss
+from llmcompress.passes.inside import quantizer_with
+from llmcompress.passes.quantization.sensitivity import Sensitivity, rounding_losses
+from llmcompress.passes.quantizing import QuantizingPass
+from llmcompress.passes.schemes import resolve_scheme, site_schemes
 from llmcompress.records.rows import SiteReport
+from llmcompress.sensitivity.allocation import bits_of, least_and_most_bits, least_loss
+from llmcompress.sensitivity.fill import kept_table
+from llmcompress.sensitivity.table import LossTable
 
 CANDIDATES = (
     *("int2_g64", "int3_channel", "int3_g64", "int3_g32", "int4_channel", "int4_g64"),
@@ -59,7 +62,7 @@ class MixedPrecision(BlockPass):
 
     makes: ClassVar[frozenset[Trait]] = frozenset({"codes"})
     decides: ClassVar[bool] = True
-    whole_block: ClassVar[frozenset[str]] = frozenset({"quantizer", "bits", "budget", "sensitivity", "samples"})
+    whole_block: ClassVar[frozenset[str]] = frozenset({"quantizer", "bits", "budget", "sensitivity", "samples", "per"})
 
     quantizer: dict[str, dict[str, Any]] = Field(
         {"gptq": {}}, description="one quantizing pass with its options but its scheme, e.g. {gptq: {damping: 0.02}}"
@@ -84,6 +87,11 @@ class MixedPrecision(BlockPass):
         description="what a candidate costs. gradients: output errors × squared gradients; rate: the same with errors "
         "of theory; fisher, hessian: of the weights; kl: one forward each; output: relative errors",
     )
+    per: Literal["group", "site"] = Field(
+        "group",
+        description="group: linears that read the same input (q, k, v; gate, up) get one scheme, as loaders ask that "
+        "fuse them; site: each its own",
+    )
     samples: int = Field(32, ge=1, description="calibration windows that the decision looks at")
 
     @field_validator("schemes", mode="before")
@@ -106,12 +114,14 @@ class MixedPrecision(BlockPass):
             raise ValueError("the quantizer inside must round: remove `round: false`")
         return self
 
+    @override
     def settled(self, decisions: Mapping[str, Tensor]) -> QuantizingPass:
         """The quantizer with what was decided as ordinary overrides; it works on the same sites and does the same."""
         names = {site: self.for_site(site).schemes[int(index)] for site, index in decisions.items()}
         common = Counter(names.values()).most_common(1)[0][0] if names else self.scheme
         overrides = {site: {"scheme": name} for site, name in names.items() if name != common}
-        return self._quantizer(common, overrides)
+        # the quantizer alone would join the stage of the pass before, and work on what its first blocks left
+        return self._quantizer(common, overrides).model_copy(update={"new_stage": True})
 
     @property
     def scheme(self) -> str:
@@ -169,16 +179,33 @@ class MixedPrecision(BlockPass):
         }
         if not candidates:
             return {}
-        sizes = self._sizes(whole, candidates)
-        weights = sum(site.info.outputs * site.info.inputs for site in whole.sites() if site.name in candidates)
-        goal, floor = self._goal(whole, sizes, weights)
         few = whole.within(whole.context.first_windows(self.samples))
-        losses = rounding_loss(self.sensitivity, few, candidates, self._quantizers(candidates))
-        options = [_rising(sizes[name], losses[name]) for name in candidates]
-        chosen = allocate(options, goal, at_least=floor)
-        spent = sum(each[index].size for each, index in zip(options, chosen, strict=True))
-        whole.context.progress.note(f"{spent / weights:.3f} bits per weight on average")
-        return {name: torch.tensor(index) for name, index in zip(candidates, chosen, strict=True)}
+        table = kept_table(
+            few,
+            "scheme-losses",
+            lambda: rounding_losses(self.sensitivity, few, candidates, self._quantizers(candidates)),
+        )
+        groups = self._groups(whole.map, table)
+        shared = table.together(groups).rising()
+        weights = sum(site.info.outputs * site.info.inputs for site in whole.sites() if site.name in candidates)
+        goal, floor = self._goal(whole, shared, weights)
+        chosen = least_loss(shared, goal, at_least=floor)
+        whole.context.progress.note(f"{bits_of(shared, chosen) / weights:.3f} bits per weight on average")
+        of_site = {name: torch.tensor(chosen[group[0]]) for group in groups for name in group}
+        return {name: of_site[name] for name in candidates}
+
+    def _groups(self, model_map: ModelMap, table: LossTable) -> list[tuple[str, ...]]:
+        """Sites that get one scheme: those that read the same input and have the same candidates."""
+        if self.per == "site":
+            return [(unit,) for unit in table.units]
+        options = {row.unit: row.options for row in table.rows}
+        found: dict[object, list[str]] = {}
+        for block in model_map.blocks:
+            for number, group in enumerate(block.structure.groups):
+                for name in map(block.full, group.sites):
+                    if name in options:
+                        found.setdefault((block.index, number, options[name]), []).append(name)
+        return [tuple(names) for names in found.values()]
 
     def run(self, block: BlockWork) -> list[SiteReport]:
         """What the quantizer does, with the schemes that were decided."""
@@ -204,18 +231,9 @@ class MixedPrecision(BlockPass):
     def _resolved(self, scheme: str, site: LinearSite) -> Scheme | None:
         return resolve_scheme(self._quantizer(scheme, {}), site.name, site.info.inputs)
 
-    def _sizes(self, whole: WholeModel, candidates: Mapping[str, Sequence[Scheme | None]]) -> dict[str, list[int]]:
-        """Stored bits of every candidate of every site."""
-        stored = torch.finfo(whole.context.storage_dtype).bits
-        infos = {site.name: site.info for site in whole.sites()}
-        return {
-            name: [_bits(scheme, infos[name].outputs, infos[name].inputs, stored) for scheme in schemes]
-            for name, schemes in candidates.items()
-        }
-
-    def _goal(self, whole: WholeModel, sizes: Mapping[str, Sequence[int]], weights: int) -> tuple[int, int]:
+    def _goal(self, whole: WholeModel, table: LossTable, weights: int) -> tuple[int, int]:
         """The most bits that the sites may take together, and the least that they should."""
-        least, most = (sum(map(pick, sizes.values())) for pick in (min, max))
+        least, most = least_and_most_bits(table)
         if self.budget is None:
             bits = 3.5 if self.bits is None else self.bits
             goal, floor = math.floor(bits * weights), math.ceil((bits - WITHIN) * weights)
@@ -235,16 +253,3 @@ class MixedPrecision(BlockPass):
                 exit_code=ExitCode.USAGE,
             )
         return goal, floor
-
-
-def _bits(scheme: Scheme | None, outputs: int, inputs: int, stored: int) -> int:
-    if scheme is None:
-        return stored * outputs * inputs
-    return scheme.weights.bits * outputs * inputs + scheme.weights.scale_bits(outputs, inputs, stored)
-
-
-def _rising(sizes: Sequence[int], losses: Sequence[float]) -> list[Option]:
-    """No larger candidate counts as worse than a smaller one: where it was measured so, that is noise."""
-    return [
-        Option(size, min(loss for other, loss in zip(sizes, losses, strict=True) if other <= size)) for size in sizes
-    ]

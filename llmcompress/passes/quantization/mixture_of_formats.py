@@ -16,9 +16,9 @@ from llmcompress.modules.scheme import DESCRIPTION, named_scheme
 from llmcompress.numerics.sample import InputSample
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES, BlockPass, Trait
-from llmcompress.passes.quantization.base import QuantizingPass
-from llmcompress.passes.quantization.inside import quantizer_with
-from llmcompress.passes.quantization.resolve import site_schemes
+from llmcompress.passes.inside import quantizer_with
+from llmcompress.passes.quantizing import QuantizingPass
+from llmcompress.passes.schemes import site_schemes
 from llmcompress.records.rows import SiteReport
 
 

@@ -20,12 +20,12 @@ from llmcompress.model.narrow import narrow
 from llmcompress.model.residual_probe import find_residual
 from llmcompress.model.rotation import make_rotatable
 from llmcompress.model.site import LinearSite
+from llmcompress.model.units import feed_forward_readers
 from llmcompress.modules.before_linear import RotatedInput
 from llmcompress.modules.low_rank import linear_of
 from llmcompress.numerics.basis import random_basis
 from llmcompress.numerics.hadamard import hadamard, spreading_basis, transformed, uniform_basis
 from llmcompress.passes.base import PASSES, Backward, ModelPass, Trait
-from llmcompress.passes.dynamic.activation_sparsity import feed_forward_readers
 from llmcompress.passes.quantization.learned_rotation import LearnedRotation, learn
 from llmcompress.records.rows import SiteReport
 

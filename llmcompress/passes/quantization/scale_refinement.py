@@ -16,7 +16,7 @@ from llmcompress.numerics.scale_refinement import refine_scales
 from llmcompress.numerics.statistics import Gram
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.quantization.around import AroundQuantizer
-from llmcompress.passes.quantization.base import relative_error
+from llmcompress.passes.quantizing import relative_error
 from llmcompress.records.rows import SiteReport
 
 

@@ -7,13 +7,17 @@ measure have one unit over all sites.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from typing_extensions import override
 
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
@@ -21,99 +25,162 @@ from llmcompress.model.site import LinearSite
 from llmcompress.modules.scheme import Scheme
 from llmcompress.numerics.grid import restore, round_to_codes, row_errors
 from llmcompress.numerics.ranges import fit
-from llmcompress.numerics.statistics import Gram, Statistic
-from llmcompress.passes.decomposition.ranks import squared_gradients
-from llmcompress.passes.quantization.base import QuantizingPass
+from llmcompress.numerics.statistics import Gram
+from llmcompress.passes.quantizing import QuantizingPass
+from llmcompress.sensitivity.fill import Asker, Kinds, fill
+from llmcompress.sensitivity.gradients import Listener, OutputSquares, WeightGradients, oriented
+from llmcompress.sensitivity.table import LossTable, Row
 
 Sensitivity = Literal["gradients", "rate", "fisher", "hessian", "kl", "output"]
 
 Candidates = Mapping[str, Sequence[Scheme | None]]
 """Full site name → its candidates; None: the site stays dense and loses nothing."""
 
-Losses = dict[str, list[float]]
-"""Full site name → one loss per candidate."""
-
-
 Quantizers = Mapping[Scheme, QuantizingPass]
 """Scheme → the pass that quantizes with it, site by site; empty: rounding to nearest in the best ranges."""
 
-
-def rounding_loss(kind: Sensitivity, whole: WholeModel, candidates: Candidates, quantizers: Quantizers) -> Losses:
-    """The loss of every candidate of every site, measured as `kind` says (see the functions below)."""
-    if kind in _BY_OUTPUT:
-        return _BY_OUTPUT[kind](whole, candidates, quantizers)
-    return _BY_WEIGHT[kind](whole, candidates)
+DENSE = "dense"
 
 
-def relative_output(whole: WholeModel, candidates: Candidates, quantizers: Quantizers) -> Losses:
+def rounding_losses(kind: Sensitivity, whole: WholeModel, candidates: Candidates, quantizers: Quantizers) -> LossTable:
+    """The loss of every candidate of every site, measured as `kind` says (see below), and its stored bits."""
+    if kind in _ASKERS:
+        (table,) = fill(whole, [_ASKERS[kind](candidates, quantizers)])
+        return table
+    losses = {"hessian": hessian, "kl": divergence}[kind](whole, candidates)
+    return LossTable(
+        tuple(scheme_row(site, candidates[site.name], losses[site.name]) for site in _sites(whole, losses))
+    )
+
+
+def scheme_row(site: LinearSite, schemes: Sequence[Scheme | None], losses: Sequence[float]) -> Row:
+    """The row of one site: bits of codes and scales, or of dense weights."""
+    outputs, inputs = site.info.outputs, site.info.inputs
+    stored = torch.finfo(site.storage_dtype).bits
+    bits = [_bits(scheme, outputs, inputs, stored) for scheme in schemes]
+    names = [DENSE if scheme is None else scheme.name for scheme in schemes]
+    return Row.of(site.name, names, losses, bits, [(outputs, inputs)] * len(bits))
+
+
+@dataclass
+class _SchemeAsker(Asker):
+    """Losses of all candidates of every site."""
+
+    candidates: Candidates
+    quantizers: Quantizers = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    @override
+    def sites(self) -> frozenset[str]:
+        return frozenset(self.candidates)
+
+    @override
+    def rows(self, block: BlockWork, sites: Sequence[LinearSite]) -> Iterator[Row]:
+        for site in sites:
+            block.context.progress.inside(f"candidates of {site.name}")
+            yield scheme_row(site, self.candidates[site.name], self.losses(block, site))
+
+    @abstractmethod
+    def losses(self, block: BlockWork, site: LinearSite) -> list[float]:
+        """One per candidate."""
+
+
+@dataclass
+class RelativeOutput(_SchemeAsker):
     """Squared error of each site's output ÷ its squared output: all sites count the same."""
-    losses: Losses = {}
-    for site, gram_II, errors_CO in _output_errors(whole, candidates, quantizers):
-        signal = float(row_errors(site.weight_OI, gram_II).sum(dtype=torch.float64))
-        losses[site.name] = [float(each.sum()) / signal if signal > 0 else 0.0 for each in errors_CO]
-    return losses
+
+    @property
+    @override
+    def kinds(self) -> Kinds:
+        return tuple(dict.fromkeys((Gram, *(kind for each in self.quantizers.values() for kind in each.needs()))))
+
+    @override
+    def losses(self, block: BlockWork, site: LinearSite) -> list[float]:
+        signal = float(row_errors(site.weight_OI, site.statistic(Gram).sum_II).sum(dtype=torch.float64))
+        return [float(error_O.sum()) / signal if signal > 0 else 0.0 for error_O in self.errors(block, site)]
+
+    def errors(self, block: BlockWork, site: LinearSite) -> Iterator[Tensor]:
+        """Per candidate the squared error of each output, float64."""
+        gram_II, schemes = site.statistic(Gram).sum_II, self.candidates[site.name]
+        changes = (
+            _quantized(block, site, schemes, self.quantizers) if self.quantizers else _weight_errors(site, schemes)
+        )
+        for changed_OI in changes:
+            yield row_errors(changed_OI, gram_II).double()
 
 
-def weighted_output(whole: WholeModel, candidates: Candidates, quantizers: Quantizers) -> Losses:
+@dataclass
+class WeightedOutput(RelativeOutput):
     """Squared error of each output weighed by the squared gradient of the loss along it: its growth to second order.
 
     Source: the objective of Young, arXiv 2409.02026 (CVXQ) and arXiv 2505.03031 (Radio). Differs: squared gradients
     are those of the loss on calibration text, not of projected logits; errors are measured, not modelled (`rate`).
     """
-    gradients = squared_gradients(whole, list(candidates))
-    return {
-        site.name: [float(each @ gradients[site.name].double()) for each in errors_CO]
-        for site, _, errors_CO in _output_errors(whole, candidates, quantizers)
-    }
+
+    def __post_init__(self) -> None:
+        self.gradients = OutputSquares(list(self.candidates))
+
+    @property
+    @override
+    def listeners(self) -> Sequence[Listener]:
+        return (self.gradients,)
+
+    @override
+    def losses(self, block: BlockWork, site: LinearSite) -> list[float]:
+        felt_O = self.gradients.sums[site.name].double()
+        return [float(error_O @ felt_O) for error_O in self.errors(block, site)]
 
 
-def modelled_rate(whole: WholeModel, candidates: Candidates) -> Losses:
+@dataclass
+class ModelledRate(WeightedOutput):
     """The same with errors of theory instead of measured ones: variance · 4^-bits for every weight.
 
     The least sum of these is what B = ½ (log₂ variance + log₂ G² - log₂ λ) asks for, on whole candidates.
     Source: as above, their rule for bit depths.
     """
-    gradients = squared_gradients(whole, list(candidates))
-    losses: Losses = {}
-    for block in whole.stream():
-        sites = [site for site in block.sites if site.name in candidates]
-        if sites:
-            block.measure(sites, (Gram,))
-        for site in sites:
-            gram, weight_OI = site.statistic(Gram), site.weight_OI
-            sensitivity = float(gradients[site.name].sum() * gram.sum_II.diagonal().sum()) / max(gram.tokens, 1)
-            variance = float(weight_OI.var(correction=0))
-            losses[site.name] = [
-                0.0 if scheme is None else sensitivity * variance * 4.0**-scheme.weights.bits
-                for scheme in candidates[site.name]
-            ]
-        block.forget()
-    return losses
+
+    @property
+    @override
+    def kinds(self) -> Kinds:
+        return (Gram,)
+
+    @override
+    def losses(self, block: BlockWork, site: LinearSite) -> list[float]:
+        gram = site.statistic(Gram)
+        felt_O = self.gradients.sums[site.name]
+        sensitivity = float(felt_O.sum() * gram.sum_II.diagonal().sum()) / max(gram.tokens, 1)
+        variance = float(site.weight_OI.var(correction=0))
+        return [
+            0.0 if scheme is None else sensitivity * variance * 4.0**-scheme.weights.bits
+            for scheme in self.candidates[site.name]
+        ]
 
 
-def fisher(whole: WholeModel, candidates: Candidates) -> Losses:
+@dataclass
+class Fisher(_SchemeAsker):
     """Squared rounding errors weighed by the squared gradient of every weight, window by window."""
-    with whole.resident() as model:
-        sites = _resident_sites(whole, candidates)
-        squares = {name: torch.zeros_like(weight) for name, weight in _wanting_gradients(model, sites)}
-        for ids_BT in torch.split(whole.context.windows_NT, 1):
-            with torch.enable_grad():
-                whole.loss(ids_BT.to(whole.context.device)).backward()  # type: ignore[no-untyped-call]
-            for site in sites:
-                weight = _weight(site)
-                if weight.grad is not None:
-                    squares[site.name] += weight.grad.square()
-                    weight.grad = None
-        return {
-            site.name: [
-                float((error_OI.square() * _oriented(site, squares[site.name])).sum(dtype=torch.float64))
-                for error_OI in _weight_errors(site, candidates)
-            ]
-            for site in sites
-        }
+
+    def __post_init__(self) -> None:
+        self.gradients = WeightGradients(list(self.candidates), sums=False, squares=True)
+
+    @property
+    @override
+    def listeners(self) -> Sequence[Listener]:
+        return (self.gradients,)
+
+    @override
+    def losses(self, block: BlockWork, site: LinearSite) -> list[float]:
+        felt_OI = oriented(site, self.gradients.squares[site.name])
+        errors = _weight_errors(site, self.candidates[site.name])
+        return [float((error_OI.square() * felt_OI).sum(dtype=torch.float64)) for error_OI in errors]
 
 
-def hessian(whole: WholeModel, candidates: Candidates) -> Losses:
+_ASKERS: Mapping[Sensitivity, type[_SchemeAsker]] = MappingProxyType(
+    {"gradients": WeightedOutput, "rate": ModelledRate, "fisher": Fisher, "output": RelativeOutput}
+)
+
+
+def hessian(whole: WholeModel, candidates: Candidates) -> dict[str, list[float]]:
     """Mean of the Hessian's diagonal at the site's weights times their squared rounding error.
 
     The trace is Hutchinson's estimate: one random sign vector over all sites per window; where it comes out negative
@@ -121,8 +188,9 @@ def hessian(whole: WholeModel, candidates: Candidates) -> Losses:
     """
     generator = whole.context.generator()
     with whole.resident() as model:
-        sites = _resident_sites(whole, candidates)
-        weights = [weight for _, weight in _wanting_gradients(model, sites)]
+        sites = _sites(whole, candidates)
+        model.requires_grad_(False)
+        weights = [site.module.get_parameter("weight").requires_grad_(True) for site in sites]
         traces = [0.0] * len(sites)
         for ids_BT in torch.split(whole.context.windows_NT, 1):
             # the fused attention kernels have no second derivative
@@ -138,27 +206,27 @@ def hessian(whole: WholeModel, candidates: Candidates) -> Losses:
         return {
             site.name: [
                 max(trace, 0.0) / weight.numel() * float(error_OI.square().sum(dtype=torch.float64))
-                for error_OI in _weight_errors(site, candidates)
+                for error_OI in _weight_errors(site, candidates[site.name])
             ]
             for site, weight, trace in zip(sites, weights, traces, strict=True)
         }
 
 
 @torch.no_grad()
-def divergence(whole: WholeModel, candidates: Candidates) -> Losses:
+def divergence(whole: WholeModel, candidates: Candidates) -> dict[str, list[float]]:
     """Kullback-Leibler divergence of the next token's distribution when that one site is rounded and no other.
 
     One forward per site and candidate. Source: Xu et al., arXiv 2103.16472.
     """
-    losses: Losses = {name: [0.0] * len(each) for name, each in candidates.items()}
+    losses = {name: [0.0] * len(each) for name, each in candidates.items()}
     with whole.resident() as model:
-        sites = _resident_sites(whole, candidates)
+        sites = _sites(whole, candidates)
         for ids_BT in whole.batches():
             dense_TV = _log_probabilities(model, ids_BT)
             for site in sites:
                 whole.context.progress.note(f"divergence of {site.name}")
                 weight_OI = site.weight_OI
-                for index, error_OI in enumerate(_weight_errors(site, candidates)):
+                for index, error_OI in enumerate(_weight_errors(site, candidates[site.name])):
                     if candidates[site.name][index] is not None:
                         site.write(weight_OI + error_OI)
                         rounded_TV = _log_probabilities(model, ids_BT)
@@ -168,42 +236,12 @@ def divergence(whole: WholeModel, candidates: Candidates) -> Losses:
     return losses
 
 
-_BY_OUTPUT: Mapping[Sensitivity, Callable[[WholeModel, Candidates, Quantizers], Losses]] = {
-    "gradients": weighted_output,
-    "output": relative_output,
-}
-_BY_WEIGHT: Mapping[Sensitivity, Callable[[WholeModel, Candidates], Losses]] = {
-    "rate": modelled_rate,
-    "fisher": fisher,
-    "hessian": hessian,
-    "kl": divergence,
-}
-
-
-def _output_errors(
-    whole: WholeModel, candidates: Candidates, quantizers: Quantizers
-) -> Iterator[tuple[LinearSite, Tensor, list[Tensor]]]:
-    """Every site, the Gram matrix of its input, and per candidate the squared error of each output."""
-    read = (kind for each in quantizers.values() for kind in each.needs())
-    kinds: tuple[type[Statistic], ...] = tuple(dict.fromkeys((Gram, *read)))
-    for block in whole.stream():
-        sites = [site for site in block.sites if site.name in candidates]
-        if sites:
-            block.measure(sites, kinds)
-        for site in sites:
-            block.context.progress.inside(f"candidates of {site.name}")
-            gram_II = site.statistic(Gram).sum_II
-            changes = (
-                _quantized(block, site, candidates, quantizers) if quantizers else _weight_errors(site, candidates)
-            )
-            yield site, gram_II, [row_errors(changed_OI, gram_II).double() for changed_OI in changes]
-        block.forget()
-
-
-def _quantized(block: BlockWork, site: LinearSite, candidates: Candidates, quantizers: Quantizers) -> Iterator[Tensor]:
+def _quantized(
+    block: BlockWork, site: LinearSite, schemes: Sequence[Scheme | None], quantizers: Quantizers
+) -> Iterator[Tensor]:
     """What the quantizers change in the site's weight; the dense module stands there again after each."""
     weight_OI, dense = site.weight_OI, site.module
-    for scheme in candidates[site.name]:
+    for scheme in schemes:
         if scheme is not None:
             quantizers[scheme].apply(block, [site])
         changed_OI = site.weight_OI - weight_OI
@@ -211,10 +249,10 @@ def _quantized(block: BlockWork, site: LinearSite, candidates: Candidates, quant
         yield changed_OI
 
 
-def _weight_errors(site: LinearSite, candidates: Candidates) -> Iterator[Tensor]:
+def _weight_errors(site: LinearSite, schemes: Sequence[Scheme | None]) -> Iterator[Tensor]:
     """What rounding to each candidate adds to the weights, O×I."""
     weight_OI = site.weight_OI
-    for scheme in candidates[site.name]:
+    for scheme in schemes:
         if scheme is None:
             yield torch.zeros_like(weight_OI)
             continue
@@ -222,26 +260,14 @@ def _weight_errors(site: LinearSite, candidates: Candidates) -> Iterator[Tensor]
         yield restore(round_to_codes(weight_OI, fitted), fitted) - weight_OI
 
 
-def _resident_sites(whole: WholeModel, candidates: Candidates) -> list[LinearSite]:
-    return [site for site in whole.sites() if site.name in candidates]
+def _sites(whole: WholeModel, names: Mapping[str, object]) -> list[LinearSite]:
+    return [site for site in whole.sites() if site.name in names]
 
 
-def _wanting_gradients(model: nn.Module, sites: Sequence[LinearSite]) -> list[tuple[str, nn.Parameter]]:
-    """The weights of these sites, which from now on are the only parameters that want a gradient."""
-    model.requires_grad_(False)
-    weights = [(site.name, _weight(site)) for site in sites]
-    for _, weight in weights:
-        weight.requires_grad_(True)
-    return weights
-
-
-def _weight(site: LinearSite) -> nn.Parameter:
-    return site.module.get_parameter("weight")
-
-
-def _oriented(site: LinearSite, like_weight: Tensor) -> Tensor:
-    """O×I, whatever the module's layout."""
-    return like_weight.T if site.info.transposed else like_weight
+def _bits(scheme: Scheme | None, outputs: int, inputs: int, stored: int) -> int:
+    if scheme is None:
+        return stored * outputs * inputs
+    return scheme.weights.bits * outputs * inputs + scheme.weights.scale_bits(outputs, inputs, stored)
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:

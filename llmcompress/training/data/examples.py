@@ -14,7 +14,7 @@ from llmcompress.errors import CompressError
 from llmcompress.training.data.base import TrainingData
 from llmcompress.training.data.encoders import Chat, Encoder, PromptResponse, Text
 from llmcompress.training.data.packed import PackedStream, packed_windows
-from llmcompress.training.data.rows import Rows, Stream
+from llmcompress.training.data.rows import Rows, Stream, guarded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -110,7 +110,7 @@ def samples(rows: Any, examples: Examples, tokenizer: PreTrainedTokenizerBase, *
 
 
 def _encoder(rows: Any, examples: Examples, tokenizer: PreTrainedTokenizerBase, where: str) -> Encoder:
-    there = list(rows.column_names or next(iter(rows), {}))
+    there = list(rows.column_names or next((row for _, row in guarded(rows)), {}))
     kinds: dict[str, type[Text] | type[PromptResponse] | type[Chat]]
     kinds = {"text": Text, "prompt": PromptResponse, "chat": Chat}
     wanted = kinds[examples.kind]

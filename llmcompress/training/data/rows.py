@@ -53,7 +53,7 @@ class Stream(TrainingData):
     @override
     def fingerprint(self) -> str:
         """Of the first row: the others are not read for it."""
-        first = next(iter(self._rows), None)
+        first = next(guarded(self._rows), None)
         return hashlib.sha256(repr((first, self._shuffle, self._encoder.fingerprint)).encode()).hexdigest()
 
     @override
@@ -90,14 +90,14 @@ class Stream(TrainingData):
         for epoch in count():
             rows.set_epoch(epoch)
             empty = True
-            for numbered in _guarded(rows):
+            for numbered in guarded(rows):
                 empty = False
                 yield numbered
             if empty:
                 raise CompressError("data.empty", "the stream has no rows", fix="use another source")
 
 
-def _guarded(rows: Any) -> Iterator[Numbered]:
+def guarded(rows: Any) -> Iterator[Numbered]:
     """Numbered rows, with one error for whatever breaks while they are read."""
     try:
         yield from enumerate(rows)

@@ -14,7 +14,7 @@ from llmcompress.numerics import loss
 from llmcompress.numerics.low_rank import break_even
 from llmcompress.numerics.rank_allocation import uniform_rank
 from llmcompress.numerics.statistics import Gram
-from llmcompress.passes.decomposition.ranks import squared_gradients
+from llmcompress.sensitivity.gradients import squared_gradients
 from tests.families import FAMILIES, tiny_model
 from tests.passes.decomposition.factored import block_pass, compressed, logits, map_of, whole_model, windows
 

@@ -8,10 +8,11 @@ import torch
 from llmcompress.calibration.context import RunContext
 from llmcompress.errors import CompressError
 from llmcompress.model.probe import map_model
+from llmcompress.model.units import feed_forward_readers
 from llmcompress.modules.dynamic import tallied
 from llmcompress.modules.dynamic_activations import ThresholdedLinear
 from llmcompress.passes.apply import apply_passes
-from llmcompress.passes.dynamic.activation_sparsity import ActivationSparsity, feed_forward_readers
+from llmcompress.passes.dynamic.activation_sparsity import ActivationSparsity
 from tests.families import VOCABULARY, tiny_model
 
 WINDOWS = torch.randint(3, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(0))

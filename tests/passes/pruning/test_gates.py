@@ -16,13 +16,13 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
+from llmcompress.model.units import unit_groups
 from llmcompress.numerics.gates import Budget, cut_through_ranking, hard_concrete, hard_concrete_mean, open_probability
 from llmcompress.passes.apply import Compressed, apply_passes
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.pruning.gate_hooks import fold_gates, gated
 from llmcompress.passes.pruning.gate_kinds import KINDS
 from llmcompress.passes.pruning.gates import Gates
-from llmcompress.passes.pruning.units import unit_groups
 from tests.families import FAMILIES, tiny_model, tiny_tokens
 
 CPU = torch.device("cpu")

@@ -19,10 +19,10 @@ from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.numerics.masks import due
 from llmcompress.passes.apply import apply_passes
 from llmcompress.passes.base import PASSES, Pass
-from llmcompress.passes.decomposition.ranks import squared_gradients
 from llmcompress.passes.pruning.sparse import SparsePass, magnitude_mask
 from llmcompress.recipe import parse_recipe
 from llmcompress.records.rows import SiteReport
+from llmcompress.sensitivity.gradients import squared_gradients
 from tests.families import VOCABULARY, tiny_model
 
 FAMILIES = ("llama_gqa", "gpt2", "qwen3_moe")
@@ -240,13 +240,14 @@ def test_a_budget_by_loss_takes_from_where_the_loss_feels_it_least() -> None:
     each = make("magnitude", {"sparsity": 0.3, "allocation": "loss", "within": 0.3})
     assert isinstance(each, SparsePass)
     whole = whole_model("llama_gqa")
-    counts = {site: int(count) for site, count in each.decide(whole).items()}
+    shares = {site: float(share) for site, share in each.decide(whole).items()}
     weights = {site.name: site.info.outputs * site.info.inputs for site in whole.sites()}
+    counts = {name: round(share * weights[name]) for name, share in shares.items()}
     assert sum(counts.values()) == due(0.3, sum(weights.values()))
     growth = {"uniform": 0.0, "decided": 0.0}
     for name, gradient in squared_gradients(whole, list(weights)).items():
         site = next(site for site in whole.sites() if site.name == name)
-        for label, share in (("uniform", 0.3), ("decided", counts[name] / weights[name])):
+        for label, share in (("uniform", 0.3), ("decided", shares[name])):
             growth[label] += float(lost_output(whole, site, share) @ gradient)
     assert growth["decided"] < 0.95 * growth["uniform"]
 

@@ -16,10 +16,10 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
+from llmcompress.model.units import UnitGroup, masked, unit_groups
 from llmcompress.passes.apply import apply_passes
 from llmcompress.passes.pruning.bonsai import Bonsai
 from llmcompress.passes.pruning.scores.base import SCORES
-from llmcompress.passes.pruning.units import UnitGroup, masked, unit_groups
 from llmcompress.passes.pruning.width import Width, WidthPass
 from llmcompress.records.rows import SiteReport
 from tests.families import FAMILIES, VOCABULARY, tiny_model
@@ -65,8 +65,12 @@ def parameters(model: nn.Module) -> int:
 
 
 def masks(groups: list[UnitGroup], decisions: dict[str, Tensor]) -> list[Tensor]:
-    kept = [decisions.get(group.key, torch.arange(group.units)) for group in groups]
-    return [torch.zeros(group.units).index_fill(0, units, 1.0) for group, units in zip(groups, kept, strict=True)]
+    return [torch.zeros(group.units).index_fill(0, kept(group, decisions), 1.0) for group in groups]
+
+
+def kept(group: UnitGroup, decisions: dict[str, Tensor]) -> Tensor:
+    gone = set(decisions[group.name].tolist()) if group.name in decisions else set()
+    return torch.tensor(sorted(set(range(group.units)) - gone))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -82,7 +86,7 @@ def test_pruned_is_masked_and_the_count_is_the_formula(family: str) -> None:
     torch.testing.assert_close(logits(small), expected, atol=2e-4 * float(expected.abs().max()), rtol=0)
     gone = 0
     for group in groups:
-        removed = set(range(group.units)) - set(decisions.get(group.key, torch.arange(group.units)).tolist())
+        removed = set(range(group.units)) - set(kept(group, decisions).tolist())
         for part in group.parts:
             site = group.block.structure.site(part.site)
             across = site.inputs + site.has_bias if part.axis == "rows" else site.outputs
@@ -115,7 +119,7 @@ def test_every_score_is_deterministic_and_keeps_the_count(score: str) -> None:
     first, again = (width.decide(whole_model("llama_gqa")) for _ in range(2))
     assert first.keys() == again.keys() and all(torch.equal(first[key], again[key]) for key in first)
     # 2 KV groups × 0.7 is nearest to 1, 96 channels × 0.7 to 67
-    assert {len(kept) for kept in first.values()} == {1, 67}
+    assert {len(removed) for removed in first.values()} == {1, 96 - 67}
     model, rows = pruned("llama_gqa", width)
     assert model.config.intermediate_size == 67 and model.config.num_key_value_heads == 1
     assert model.config.num_attention_heads == 2 and model.config.head_dim == 16
@@ -209,10 +213,8 @@ def test_exact_zeros_stay_exact_zeros_through_a_refit() -> None:
     decisions = width.decide(whole_model("llama", model))
     small, _ = pruned("llama", width, model)
     for index, (layer, was) in enumerate(zip(small.model.layers, zeros, strict=True)):
-        kept = next(
-            decisions[g.key] for g in unit_groups(map_of("llama")) if g.block.index == index and g.key in decisions
-        )
-        assert (layer.mlp.down_proj.weight[was[:, kept]] == 0).all()
+        (group,) = [g for g in unit_groups(map_of("llama")) if g.block.index == index and g.name in decisions]
+        assert (layer.mlp.down_proj.weight[was[:, kept(group, decisions)]] == 0).all()
 
 
 def test_mask_gradients_are_the_slope_of_the_loss() -> None:
@@ -220,7 +222,7 @@ def test_mask_gradients_are_the_slope_of_the_loss() -> None:
     family = "llama"
     whole = whole_model(family, data=windows(count=1))
     groups = [group for group in unit_groups(map_of(family)) if group.kind == "heads"][:2]
-    fisher = SCORES["group_fisher"]().importance(whole, groups)
+    fisher = [row.loss_C for row in SCORES["group_fisher"](groups).measured(whole).rows]
     model = whole.model.double()
     ids = whole.context.windows_NT
 
@@ -239,7 +241,8 @@ def test_mask_gradients_are_the_slope_of_the_loss() -> None:
 def test_norms_are_those_of_all_rows_and_columns_of_a_unit() -> None:
     model = tiny_model("llama_gqa", seed=1)
     groups = unit_groups(map_of("llama_gqa"))
-    l2, l1 = (SCORES[name]().importance(whole_model("llama_gqa"), groups) for name in ("l2", "l1"))
+    tables = (SCORES[name](groups).measured(whole_model("llama_gqa")) for name in ("l2", "l1"))
+    l2, l1 = ([row.loss_C.float() for row in table.rows] for table in tables)
     mlp, attention = model.model.layers[1].mlp, model.model.layers[1].self_attn
     channel = torch.cat([mlp.gate_proj.weight[7], mlp.up_proj.weight[7], mlp.down_proj.weight[:, 7]])
     head = [attention.q_proj.weight[32:], attention.k_proj.weight[16:], attention.v_proj.weight[16:]]
@@ -266,12 +269,14 @@ def test_unique_units_are_less_alike_than_the_largest_ones() -> None:
             for group in groups:
                 stack.callback(
                     model.get_submodule(group.readers[0])
-                    .register_forward_pre_hook(lambda _, args, key=group.key: seen.update({key: args[0].flatten(0, 1)}))
+                    .register_forward_pre_hook(
+                        lambda _, args, key=group.name: seen.update({key: args[0].flatten(0, 1)})
+                    )
                     .remove
                 )
             logits(model)
         for group in groups:
-            x = nn.functional.normalize(seen[group.key][:, decisions[group.key]], dim=0)
+            x = nn.functional.normalize(seen[group.name][:, kept(group, decisions)], dim=0)
             total += float((x.T @ x).abs().mean())
         return total
 
@@ -286,18 +291,27 @@ def test_a_global_budget_is_met_with_floors_and_multiples(ratio: float, multiple
     groups = unit_groups(map_of(family))
     decisions = width.decide(whole_model(family))
     target = ratio * sum(group.units * group.parameters for group in groups)
-    gone = sum((group.units - len(decisions[group.key])) * group.parameters for group in groups)
+    gone = sum(len(decisions[group.name]) * group.parameters for group in groups)
     finest = multiple * min(group.parameters for group in groups)
     assert abs(gone - target) <= finest / 2 + 1e-6
     for group in groups:
-        left = len(decisions[group.key])
+        left = group.units - len(decisions[group.name])
         assert left >= 0.25 * group.units
         assert group.kind == "heads" or left % multiple == 0
     model, _ = pruned(family, width)
     assert torch.isfinite(logits(model)).all()
 
 
+@pytest.mark.parametrize(
+    ("removed", "reason"), [("0-95", "at least one must stay"), ("3, 96", "0 to 95")], ids=["all", "not there"]
+)
+def test_units_that_cannot_go_are_refused(removed: str, reason: str) -> None:
+    width = Width(ratio=0, overrides={"*.down_proj": {"removed": removed}})
+    with pytest.raises(CompressError, match=reason):
+        width.check(map_of("llama"))
+
+
 @pytest.mark.parametrize(("round_to", "left"), [(1, 72), (16, 80), (32, 64), (64, 64), (128, 96)])
 def test_kept_channels_are_rounded_to_the_nearest_multiple(round_to: int, left: int) -> None:
     decisions = Width(ratio=0.25, heads=False, score="l2", refit="none", round_to=round_to).decide(whole_model("llama"))
-    assert {len(kept) for kept in decisions.values()} == ({left} if left < 96 else set())
+    assert {96 - len(removed) for removed in decisions.values()} == ({left} if left < 96 else set())

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from llmcompress.passes.base import PASSES
 from llmcompress.recipe import parse_recipe
 from llmcompress.run import Run
 from tests.families import VOCABULARY, tiny_config, tiny_model, tiny_tokens
+from tests.warm_python import WarmPython
 
 WINDOWS = torch.randint(3, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(0))
 LOAD = """
@@ -77,7 +76,7 @@ if transformers.__version__.startswith("5."):
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def saved(tmp_path_factory: pytest.TempPathFactory, stock_python: WarmPython) -> dict[str, Path]:
     root, folders = tmp_path_factory.mktemp("bnb"), {}
     for number, (name, (family, passes, dtype)) in enumerate(CASES.items()):
         model, folder = apply(family, passes, dtype).model, root / str(number)
@@ -91,12 +90,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             torch.save(model(ids).logits, root / f"{number}.pt")
         folders[name] = folder
     jobs = [str(folder) for folder in folders.values()]
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, json.dumps(jobs)],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
-        capture_output=True,
-        text=True,
-    )
+    done = stock_python.run(LOAD, json.dumps(jobs))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "False"
     return folders
@@ -189,10 +183,14 @@ def test_passes_that_leave_or_need_other_weights_are_refused(passes: str, code: 
     assert refused.value.code == code
 
 
-def test_mixtures_are_refused_when_they_are_saved(tmp_path: Path) -> None:
+def test_mixtures_are_more_than_its_own_format_can_say(tmp_path: Path) -> None:
     both = "[{bnb_nf4: {sites: '*.self_attn.*'}}, {bnb_int8: {sites: '*.mlp.*'}}]"
-    with pytest.raises(CompressError, match="not both"):
-        save_model(apply("llama_gqa", both).model, tmp_path, "auto", storage_dtype=torch.float32, max_shard_size="5GB")
+    model, ids = apply("llama_gqa", both).model, tiny_tokens("llama_gqa")
+    saved = save_model(model, tmp_path, "auto", storage_dtype=torch.float32)
+    assert saved.format == "llmcompress"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 def test_plain_multiplies_nf4_out_and_refuses_int8(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from llmcompress.run import Run
 from tests.export.test_manifest import in_fresh_process
 from tests.families import FAMILIES, VOCABULARY, tiny_model, tiny_tokens
 from tests.passes.test_laws import map_of
+from tests.warm_python import WarmPython
 
 WINDOWS = torch.randint(3, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(0))
 
@@ -93,16 +94,18 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def test_a_process_that_only_imported_us_computes_and_generates_the_same(saved: dict[str, Path]) -> None:
-    assert in_fresh_process(list(saved.values()), "import llmcompress") == ["loaded"] * len(saved)
+def test_a_process_that_only_imported_us_computes_and_generates_the_same(
+    saved: dict[str, Path], stock_python: WarmPython
+) -> None:
+    assert in_fresh_process(stock_python, list(saved.values()), "import llmcompress") == ["loaded"] * len(saved)
     for name, folder in saved.items():
         logits, new = torch.load(folder.with_suffix(".pt"))
         assert torch.equal(torch.load(folder / "logits.pt"), logits), name
         assert torch.equal(torch.load(folder / "new.pt"), new), name
 
 
-def test_a_plain_loader_refuses_loudly(saved: dict[str, Path]) -> None:
-    assert in_fresh_process(list(saved.values()), "") == ["refused RuntimeError"] * len(saved)
+def test_a_plain_loader_refuses_loudly(saved: dict[str, Path], stock_python: WarmPython) -> None:
+    assert in_fresh_process(stock_python, list(saved.values()), "") == ["refused RuntimeError"] * len(saved)
 
 
 IN_STOCK_WORDS = {
@@ -122,7 +125,9 @@ def library_rounds_caches_of(family: str) -> bool:
 
 
 @pytest.mark.parametrize("case", IN_STOCK_WORDS)
-def test_one_scale_for_keys_and_one_for_values_is_compressed_tensors(tmp_path: Path, case: str) -> None:
+def test_one_scale_for_keys_and_one_for_values_is_compressed_tensors(
+    tmp_path: Path, case: str, stock_python: WarmPython
+) -> None:
     family, passes = IN_STOCK_WORDS[case]
     model, ids = apply(family, passes).model, tiny_tokens(family)
     wrappers = [name for name, part in model.named_modules() if isinstance(part, CodedAttention)]
@@ -131,7 +136,7 @@ def test_one_scale_for_keys_and_one_for_values_is_compressed_tensors(tmp_path: P
     assert saved.format == ("compressed-tensors" if stock else "llmcompress")
     assert [name for name, part in model.named_modules() if isinstance(part, CodedAttention)] == wrappers
     torch.save(ids, tmp_path / "ids.pt")
-    assert in_fresh_process([tmp_path], "" if stock else "import llmcompress") == ["loaded"]
+    assert in_fresh_process(stock_python, [tmp_path], "" if stock else "import llmcompress") == ["loaded"]
     with torch.no_grad():
         # the library's rounding multiplies in another order: a number next to a boundary goes the other way
         torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(ids).logits, atol=2e-3, rtol=0)

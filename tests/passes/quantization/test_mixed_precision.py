@@ -1,5 +1,6 @@
 """Bits decided per site: the average asked for, ordinary overrides, the same result again."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ from torch import nn
 from llmcompress.errors import CompressError
 from llmcompress.modules.scheme import named_scheme
 from llmcompress.passes.quantization.mixed_precision import MixedPrecision
-from llmcompress.passes.quantization.sensitivity import fisher, hessian, rounding_loss
+from llmcompress.passes.quantization.sensitivity import hessian, rounding_losses
 from llmcompress.recipe import parse_recipe
 from tests.families import FAMILIES
-from tests.passes.decomposition.factored import block_pass, compressed, logits, map_of, whole_model
+from tests.passes.decomposition.factored import block_pass, compressed, logits, map_of, whole_model, windows
+from tests.sensitivity.kept import KeptMeasurements
 
 SCHEMES = ("int2_g32", "int3_g32", "int4_g32", "int8_g32")
 MEASURES = ("gradients", "rate", "fisher", "hessian", "kl", "output")
@@ -31,35 +33,81 @@ def average(rows: list[Any], model: nn.Module) -> float:
     return sum(row.bits_per_weight * sizes[row.site] for row in rows) / sum(sizes.values())
 
 
-def reachable(family: str) -> set[int]:
+def reachable(family: str, *, per_group: bool) -> set[int]:
     """All sums of bits that the sites of a family can have together, found by adding site after site."""
     sums = {0}
+    grids = [named_scheme(name).weights for name in SCHEMES]
     for block in map_of(family).blocks:
-        for site in block.structure.sites:
-            grids = [named_scheme(name).weights for name in SCHEMES]
+        groups = [group.sites if per_group else (name,) for group in block.structure.groups for name in group.sites]
+        for group in dict.fromkeys(groups):
+            sites = [block.structure.site(name) for name in group]
             own = {
-                grid.bits * site.outputs * site.inputs + grid.scale_bits(site.outputs, site.inputs, 32)
+                sum(
+                    grid.bits * site.outputs * site.inputs + grid.scale_bits(site.outputs, site.inputs, 32)
+                    for site in sites
+                )
                 for grid in grids
             }
             sums = {before + each for before in sums for each in own}
     return sums
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_on_every_family_the_average_is_met_where_sizes_allow_and_overrides_do_the_same(family: str) -> None:
-    decided = mixed()
+@pytest.mark.parametrize(
+    ("family", "per"), [*((family, "group") for family in FAMILIES), ("llama_gqa", "site"), ("gpt2", "site")]
+)
+def test_on_every_family_the_average_is_met_where_sizes_allow_and_overrides_do_the_same(family: str, per: str) -> None:
+    decided = mixed(per=per)
     model, rows = compressed(family, decided)
     assert {row.site for row in rows} == set(map_of(family).site_names())
     weights = sum(model.get_submodule(row.site).dense_weight().numel() for row in rows)
-    possible = [total / weights for total in reachable(family) if total <= 4.5 * weights]
+    possible = [total / weights for total in reachable(family, per_group=per == "group") if total <= 4.5 * weights]
     found = average(rows, model)
     assert found <= 4.5 + 1e-9
     assert found >= 4.49 - 1e-9 or max(possible) < 4.49
-    settled = decided.settled(decided.decide(whole_model(family)))
+    decisions = decided.decide(whole_model(family))
+    settled = decided.settled(decisions)
     assert {"scheme"} == {key for each in settled.overrides.values() for key in each}
     again, rows_again = compressed(family, settled)
     assert rows == rows_again
     assert torch.equal(logits(model), logits(again))
+    if per == "group":
+        for block in map_of(family).blocks:
+            for group in block.structure.groups:
+                assert len({int(decisions[block.full(name)]) for name in group.sites}) == 1
+
+
+@pytest.mark.parametrize("samples", [2, 6])
+def test_the_decision_looks_at_as_many_windows_as_it_says(samples: int) -> None:
+    """Windows behind those change nothing of what is measured, and windows among them do."""
+    tables = []
+    for changed in (False, True):
+        data = windows()
+        if changed:
+            data[3:] = windows(seed=7)[3:]
+        keep = KeptMeasurements()
+        whole = whole_model("llama")
+        context = replace(whole.context.at("00"), windows_NT=data, keep=keep)  # type: ignore[arg-type]
+        mixed(samples=samples).decide(whole.within(context))
+        ((tensors, _),) = keep.files.values()
+        tables.append(torch.cat([tensors[name] for name in sorted(tensors) if name.endswith("loss")]))
+    assert torch.equal(*tables) == (samples == 2)
+
+
+def test_sites_that_share_an_input_may_be_freed() -> None:
+    schemes: dict[str, set[int]] = {}
+    for per in ("group", "site"):
+        decisions = mixed(per=per).decide(whole_model("llama_gqa"))
+        attention = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+        schemes[per] = {int(decisions[name]) for name in attention}
+    assert len(schemes["group"]) == 1 < len(schemes["site"])
+
+
+def test_sites_with_candidates_of_their_own_are_decided_apart() -> None:
+    decisions = mixed(overrides={"*.k_proj": {"schemes": ["int8_g32"]}}).decide(whole_model("llama_gqa"))
+    own = {name: int(index) for name, index in decisions.items() if name.endswith("k_proj")}
+    assert set(own.values()) == {0}
+    joined = [int(decisions[f"model.layers.0.self_attn.{name}_proj"]) for name in "qv"]
+    assert len(set(joined)) == 1
 
 
 @pytest.mark.parametrize("measure", MEASURES)
@@ -70,9 +118,10 @@ def test_every_measure_leaves_the_model_as_it_was_and_fewer_bits_cost_more(famil
     candidates = {
         site.name: [named_scheme(name) for name in SCHEMES] for site in whole.sites() if "0" in site.name.split(".")
     }
-    losses = rounding_loss(measure, whole, candidates, {})
+    table = rounding_losses(measure, whole, candidates, {})
     assert torch.equal(logits(whole.model), dense)
-    assert set(losses) == set(candidates)
+    assert table.units == tuple(candidates)
+    losses = {row.unit: row.loss_C.tolist() for row in table.rows}
     for name, each in losses.items():
         assert len(each) == len(SCHEMES) and all(loss >= 0 for loss in each), name
         assert each[0] >= each[-1]
@@ -83,7 +132,7 @@ def test_the_sum_of_squared_gradients_is_that_of_each_window_alone() -> None:
     whole = whole_model("llama_gqa")
     name = whole.sites()[0].name
     scheme = named_scheme("int3_g32")
-    (loss,) = fisher(whole, {name: [scheme]})[name]
+    (loss,) = rounding_losses("fisher", whole, {name: [scheme]}, {})[name].loss_C.tolist()
     with whole.resident() as model:
         weight = model.get_submodule(name).weight.requires_grad_(True)
         squares = torch.zeros_like(weight)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from llmcompress.modules.before_linear import BeforeLinear
 from llmcompress.modules.quant_linear import QuantLinear
 from tests.families import tiny_model
 from tests.passes.quantization.rearranged import compressed, distance, logits, windows
+from tests.warm_python import WarmPython
 
 STOCK = {
     "rotation, gptq": ("llama_gqa", "[rotation, {gptq: {scheme: int8_channel}}]"),
@@ -81,20 +79,17 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any
     return found
 
 
-def loaded(folders: list[Path], imports: str) -> list[str]:
-    done = subprocess.run(
-        [sys.executable, "-c", LOADER.format(imports=imports), json.dumps([str(folder) for folder in folders])],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def loaded(python: WarmPython, folders: list[Path], imports: str) -> list[str]:
+    names = json.dumps([str(folder) for folder in folders])
+    done = python.run(LOADER.format(imports=imports), names, imports_us=bool(imports))
     assert done.returncode == 0, done.stderr[-2000:]
     return [line for line in done.stdout.splitlines() if line.startswith(("loaded", "refused"))]
 
 
-def test_stock_transformers_loads_what_needs_nothing_and_refuses_the_rest(saved: dict[str, tuple[Path, Any]]) -> None:
-    said = loaded([folder for folder, _ in saved.values()], "")
+def test_stock_transformers_loads_what_needs_nothing_and_refuses_the_rest(
+    saved: dict[str, tuple[Path, Any]], stock_python: WarmPython
+) -> None:
+    said = loaded(stock_python, [folder for folder, _ in saved.values()], "")
     assert dict(zip(saved, said, strict=True)) == {
         **dict.fromkeys(STOCK, "loaded"),
         **dict.fromkeys(OURS, "refused RuntimeError"),
@@ -105,8 +100,8 @@ def test_stock_transformers_loads_what_needs_nothing_and_refuses_the_rest(saved:
         torch.testing.assert_close(torch.load(folder / "logits.pt"), logits(model), rtol=0, atol=near, msg=name)
 
 
-def test_with_us_the_rest_computes_the_same(saved: dict[str, tuple[Path, Any]]) -> None:
-    assert loaded([saved[name][0] for name in OURS], "import llmcompress") == ["loaded"] * len(OURS)
+def test_with_us_the_rest_computes_the_same(saved: dict[str, tuple[Path, Any]], stock_python: WarmPython) -> None:
+    assert loaded(stock_python, [saved[name][0] for name in OURS], "import llmcompress") == ["loaded"] * len(OURS)
     for name in OURS:
         folder, model = saved[name]
         assert torch.equal(torch.load(folder / "logits.pt"), logits(model)), name
@@ -139,5 +134,5 @@ def test_plain_multiplies_out_what_keeps_its_inputs_and_refuses_what_rounds_them
         stock = AutoModelForCausalLM.from_pretrained(tmp_path / family, dtype=torch.float32).eval()
         torch.testing.assert_close(logits(stock), logits(model), rtol=0, atol=1e-4 * float(logits(model).abs().max()))
     model, _ = compressed("gpt2", "[reorder]")
-    with pytest.raises(CompressError, match="round activations"):
+    with pytest.raises(CompressError, match="rounds activations"):
         save_model(model, tmp_path / "rounded", "plain", storage_dtype=torch.float32, max_shard_size="5GB")

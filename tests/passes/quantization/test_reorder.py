@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llmcompress.model.units import feed_forward_readers
 from llmcompress.modules.before_linear import ClusteredInput
 from llmcompress.passes.base import PASSES
-from llmcompress.passes.dynamic.activation_sparsity import feed_forward_readers
 from llmcompress.passes.quantization.reorder import Reorder
 from tests.families import FAMILIES, tiny_model
 from tests.passes.quantization.rearranged import compressed, distance, logits, map_of, windows

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from llmcompress.calibration.whole import WholeModel
+from llmcompress.calibration.stream import BlockWork
 from llmcompress.model.site import LinearSite
+from llmcompress.model.units import UnitGroup
 from llmcompress.numerics.importance import output_products, per_unit, similarity, unique_importance
 from llmcompress.numerics.regression import lasso_order
 from llmcompress.numerics.statistics import Gram, Moments, SquaredNorm, Statistic
 from llmcompress.passes.pruning.scores.base import SCORES, Score
 from llmcompress.passes.pruning.scores.gradients import TaylorFirst
-from llmcompress.passes.pruning.units import UnitGroup
+from llmcompress.sensitivity.fill import Kinds
+from llmcompress.sensitivity.gradients import Listener
 
 
 class _Activations(Score):
@@ -33,20 +35,16 @@ class _Activations(Score):
         """The sum over all readers → importance."""
         return sum_U
 
+    @property
     @override
-    def importance(self, whole: WholeModel, groups: Sequence[UnitGroup]) -> list[Tensor]:
-        found: dict[str, Tensor] = {}
-        for block in whole.stream():
-            here = [group for group in groups if group.block.index == block.info.index]
-            readers = {name for group in here for name in group.readers}
-            sites = {site.name: site for site in block.sites if site.name in readers}
-            block.measure(list(sites.values()), (self.statistic,))
-            for group in here:
-                owners = group.unit_of_column(next(block.module.parameters()).device)
-                parts = [self.of_reader(sites[name], owners, group.units) for name in group.readers]
-                found[group.key] = self.combined(torch.stack(parts).sum(0)).cpu()
-            block.forget()
-        return [found[group.key] for group in groups]
+    def kinds(self) -> Kinds:
+        return (self.statistic,)
+
+    @override
+    def importance(self, block: BlockWork, group: UnitGroup) -> Tensor:
+        owners_I = group.unit_of_column(next(block.module.parameters()).device)
+        readers = [block.site(part.site) for part in group.parts if part.axis == "columns"]
+        return self.combined(torch.stack([self.of_reader(site, owners_I, group.units) for site in readers]).sum(0))
 
 
 @SCORES.register("activation")
@@ -121,11 +119,21 @@ class Uniqueness(Score):
 
     estimates_loss: ClassVar[bool] = True
 
+    def __init__(self, groups: Sequence[UnitGroup]) -> None:
+        super().__init__(groups)
+        self._felt, self._alike = TaylorFirst(groups), _Similarity(groups)
+
+    @property
     @override
-    def importance(self, whole: WholeModel, groups: Sequence[UnitGroup]) -> list[Tensor]:
-        sensitivity = TaylorFirst().importance(whole, groups)
-        alike = _Similarity().importance(whole, groups)
-        return [
-            unique_importance(importance_U.cpu(), similarity_UU)
-            for importance_U, similarity_UU in zip(sensitivity, alike, strict=True)
-        ]
+    def kinds(self) -> Kinds:
+        return self._alike.kinds
+
+    @property
+    @override
+    def listeners(self) -> Sequence[Listener]:
+        return self._felt.listeners
+
+    @override
+    def importance(self, block: BlockWork, group: UnitGroup) -> Tensor:
+        felt_U = self._felt.importance(block, group)
+        return unique_importance(felt_U.cpu(), self._alike.importance(block, group).cpu())

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor
+from typing_extensions import override
 
+from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
+from llmcompress.model.site import LinearSite
+from llmcompress.model.units import UnitGroup
 from llmcompress.numerics.importance import standardised
 from llmcompress.passes.base import Backward
-from llmcompress.passes.pruning.units import UnitGroup
 from llmcompress.registry import Registry
+from llmcompress.sensitivity.fill import Asker, fill, kept_table
+from llmcompress.sensitivity.table import LossTable, Row
 
 Allocate = Callable[[Sequence[Tensor]], list[Tensor]]
 """Priorities per group (greater: keep) → True for the units that stay."""
 
 
-class Score(ABC):
-    """One way to say which units matter. It has no options: what needs some is a pass of its own."""
+class Score(Asker):
+    """One way to say which units matter. It has no options: what needs some is a pass of its own.
+
+    Its table has a row per group, named after the linear that reads it; the options are units that may go.
+    """
 
     needs_data: ClassVar[bool] = True
     """Whether calibration windows are read."""
@@ -31,21 +40,45 @@ class Score(ABC):
     backward: ClassVar[Backward | None] = None
     """What is held while gradients are taken, for a score that needs them."""
 
+    def __init__(self, groups: Sequence[UnitGroup]) -> None:
+        self.groups = tuple(groups)
+        """In model order."""
+
+    @property
+    @override
+    def sites(self) -> frozenset[str]:
+        return frozenset(name for group in self.groups for name in group.readers)
+
     @abstractmethod
-    def importance(self, whole: WholeModel, groups: Sequence[UnitGroup]) -> list[Tensor]:
-        """One number per unit of every group, on any device."""
+    def importance(self, block: BlockWork, group: UnitGroup) -> Tensor:
+        """One number per unit of a group of this block, on any device."""
 
-    def choose(self, whole: WholeModel, groups: Sequence[UnitGroup], allocate: Allocate) -> list[Tensor]:
+    @override
+    def rows(self, block: BlockWork, sites: Sequence[LinearSite]) -> Iterator[Row]:
+        stored = torch.finfo(block.context.storage_dtype).bits
+        for group in self.groups:
+            if group.block.index == block.info.index:
+                units, size = range(group.units), group.parameters
+                importance_U = self.importance(block, group)
+                yield Row.of(
+                    group.name, list(map(str, units)), importance_U, [size * stored] * len(units), [[size]] * len(units)
+                )
+
+    def choose(self, whole: WholeModel, allocate: Allocate) -> list[Tensor]:
         """True for the units that stay, on the CPU."""
-        return allocate(self.priorities(groups, self.importance(whole, groups)))
+        return allocate(self.priorities(kept_table(whole, "unit-losses", lambda: self.measured(whole))))
 
-    def priorities(self, groups: Sequence[UnitGroup], importances: Sequence[Tensor]) -> list[Tensor]:
+    def measured(self, whole: WholeModel) -> LossTable:
+        """The table, measured now."""
+        (table,) = fill(whole, [self])
+        return table
+
+    def priorities(self, table: LossTable) -> list[Tensor]:
         """Numbers that can be compared between groups; within a group they have the order of the importances."""
+        assert table.units == tuple(group.name for group in self.groups)
         if self.estimates_loss:
-            return [
-                (importance_U / group.parameters).cpu() for group, importance_U in zip(groups, importances, strict=True)
-            ]
-        return [standardised(importance_U.double()).cpu() for importance_U in importances]
+            return [row.loss_C / group.parameters for row, group in zip(table.rows, self.groups, strict=True)]
+        return [standardised(row.loss_C) for row in table.rows]
 
 
 SCORES: Registry[Score] = Registry("score", "llmcompress.passes.pruning.scores")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
+from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
+from llmcompress.model.units import UnitGroup
 from llmcompress.numerics.importance import first_order, mixed_order, per_unit, rearranged, second_order
 from llmcompress.passes.base import Backward
 from llmcompress.passes.pruning.scores.base import SCORES, Allocate, Score
-from llmcompress.passes.pruning.units import UnitGroup, mask_gradients
+from llmcompress.sensitivity.gradients import Listener, UnitMasks, WeightGradients, oriented
 
 
 class _Taylor(Score):
@@ -29,24 +31,29 @@ class _Taylor(Score):
     def along(self, weight: Tensor, gradient: Tensor, squared: Tensor, dim: int) -> Tensor:
         """Elementwise scores of one site, summed over `dim`."""
 
+    def __init__(self, groups: Sequence[UnitGroup]) -> None:
+        super().__init__(groups)
+        names = dict.fromkeys(name for group in groups for name in group.sites)
+        self._gradients = WeightGradients(list(names), squares=self.second)
+
+    @property
     @override
-    def importance(self, whole: WholeModel, groups: Sequence[UnitGroup]) -> list[Tensor]:
-        transposed = {site.name: site.info.transposed for site in whole.sites()}
-        found = [torch.zeros(group.units, device=whole.context.device) for group in groups]
-        of_site: dict[str, list[tuple[int, UnitGroup]]] = {}
-        for number, group in enumerate(groups):
-            for name in group.sites:
-                of_site.setdefault(name, []).append((number, group))
-        for name, weight, gradient, squared in _weight_gradients(whole, list(of_site), second=self.second):
-            if transposed[name]:
-                weight, gradient, squared = weight.T, gradient.T, squared.T
-            for number, group in of_site[name]:
-                for part in group.parts:
-                    if group.block.full(part.site) == name:
-                        along = self.along(weight, gradient, squared, 1 if part.axis == "rows" else 0)
-                        owners = group.unit_of(part, len(along), along.device)
-                        found[number] += self.reduce(along, owners, group.units)
-        return found
+    def listeners(self) -> Sequence[Listener]:
+        return (self._gradients,)
+
+    @override
+    def importance(self, block: BlockWork, group: UnitGroup) -> Tensor:
+        windows = self._gradients.windows
+        found_U = torch.zeros(group.units, device=block.context.device)
+        for part in group.parts:
+            site = block.site(part.site)
+            gradient = oriented(site, self._gradients.sums[site.name]) / windows
+            squared = gradient.new_zeros(1, 1)
+            if self.second:
+                squared = oriented(site, self._gradients.squares[site.name]) / windows
+            along = self.along(site.weight_OI, gradient, squared, 1 if part.axis == "rows" else 0)
+            found_U += self.reduce(along, group.unit_of(part, len(along), along.device), group.units)
+        return found_U
 
     def reduce(self, along: Tensor, owners: Tensor, units: int) -> Tensor:
         """Scores of rows or columns → of units."""
@@ -111,8 +118,24 @@ class TaylorMix(_Taylor):
         return mixed_order(weight, gradient, squared).sum(dim)
 
 
+class _MaskGradients(Score):
+    """Something computed from the gradients of the units' masks, window by window."""
+
+    estimates_loss: ClassVar[bool] = True
+    backward: ClassVar[Backward | None] = Backward(windows=1)
+
+    def __init__(self, groups: Sequence[UnitGroup]) -> None:
+        super().__init__(groups)
+        self._masks = UnitMasks(groups)
+
+    @property
+    @override
+    def listeners(self) -> Sequence[Listener]:
+        return (self._masks,)
+
+
 @SCORES.register("fisher")
-class Fisher(Score):
+class Fisher(_MaskGradients):
     """Squared gradients of the masks; then swaps within each group by the full Fisher matrix.
 
     Source: Kwon et al., arXiv 2204.09656. Differs: the search for the number of heads is the allocation `global`, by
@@ -120,17 +143,14 @@ class Fisher(Score):
     scores depend on the batch size, and measured worse (docs/log.md).
     """
 
-    estimates_loss: ClassVar[bool] = True
-    backward: ClassVar[Backward | None] = Backward(windows=1)
+    @override
+    def importance(self, block: BlockWork, group: UnitGroup) -> Tensor:
+        return self._masks.stacked(self.groups.index(group)).square().sum(0)
 
     @override
-    def importance(self, whole: WholeModel, groups: Sequence[UnitGroup]) -> list[Tensor]:
-        return [gradients_SU.square().sum(0) for gradients_SU in _stacked(whole, groups)]
-
-    @override
-    def choose(self, whole: WholeModel, groups: Sequence[UnitGroup], allocate: Allocate) -> list[Tensor]:
-        gradients = _stacked(whole, groups)
-        kept = allocate(self.priorities(groups, [gradients_SU.square().sum(0) for gradients_SU in gradients]))
+    def choose(self, whole: WholeModel, allocate: Allocate) -> list[Tensor]:
+        kept = allocate(self.priorities(self.measured(whole)))
+        gradients = [self._masks.stacked(index) for index in range(len(self.groups))]
         return [
             ~rearranged(gradients_SU.T @ gradients_SU, ~kept_U)
             for gradients_SU, kept_U in zip(gradients, kept, strict=True)
@@ -138,54 +158,16 @@ class Fisher(Score):
 
 
 @SCORES.register("group_fisher")
-class GroupFisher(Score):
+class GroupFisher(_MaskGradients):
     """Squared gradients of the masks, window by window, per weight that goes with the unit.
 
     Source: Liu et al., arXiv 2108.00708. Differs: all units are scored once, instead of one removed at a time.
     """
 
-    estimates_loss: ClassVar[bool] = True
-    backward: ClassVar[Backward | None] = Backward(windows=1)
-
     @override
-    def importance(self, whole: WholeModel, groups: Sequence[UnitGroup]) -> list[Tensor]:
-        found = [torch.zeros(group.units) for group in groups]
-        for gradients in mask_gradients(whole, groups, sequences=1):
-            for sum_U, gradient_U in zip(found, gradients, strict=True):
-                sum_U += gradient_U.square().cpu()
-        return found
-
-
-def _stacked(whole: WholeModel, groups: Sequence[UnitGroup]) -> list[Tensor]:
-    """For every group the gradients of its masks, windows × units, in float64 on the CPU."""
-    rows = list(mask_gradients(whole, groups, sequences=1))
-    return [torch.stack([each[index] for each in rows]).double().cpu() for index in range(len(groups))]
-
-
-def _weight_gradients(
-    whole: WholeModel, names: Sequence[str], *, second: bool
-) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-    """Name, weight, mean gradient and mean squared gradient per window of every site (zeros unless `second`)."""
-    with whole.resident() as model:
-        model.requires_grad_(False)
-        weights = {name: _weight(model.get_submodule(name)).requires_grad_(True) for name in names}
-        sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        squares = {
-            name: torch.zeros_like(weight) if second else sums[name].new_zeros(1, 1) for name, weight in weights.items()
-        }
-        for ids_BT in torch.split(whole.context.windows_NT, 1) if second else whole.batches():
-            with torch.enable_grad():
-                loss = whole.loss(ids_BT.to(whole.context.device)) * len(ids_BT)
-                gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-            for name, gradient in zip(weights, gradients, strict=True):
-                if gradient is not None:  # an expert that no token reached has none
-                    sums[name] += gradient
-                    if second:
-                        squares[name] += gradient.square()
-        windows = max(len(whole.context.windows_NT), 1)
-        for name, weight in weights.items():
-            yield name, weight.detach(), sums[name] / windows, squares[name] / windows
-
-
-def _weight(module: nn.Module) -> nn.Parameter:
-    return module.get_parameter("weight")
+    def importance(self, block: BlockWork, group: UnitGroup) -> Tensor:
+        index = self.groups.index(group)
+        sum_U = torch.zeros(group.units)
+        for of_group in self._masks.windows:
+            sum_U += of_group[index].square().cpu()
+        return sum_U

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from llmcompress.calibration.whole import WholeModel
+from llmcompress.calibration.stream import BlockWork
+from llmcompress.model.units import UnitGroup
 from llmcompress.numerics.importance import per_unit
 from llmcompress.passes.pruning.scores.base import SCORES, Score
-from llmcompress.passes.pruning.units import UnitGroup
 
 
 @SCORES.register("random")
@@ -22,10 +22,15 @@ class Random(Score):
 
     needs_data: ClassVar[bool] = False
 
+    def __init__(self, groups: Sequence[UnitGroup]) -> None:
+        super().__init__(groups)
+        self._generator: torch.Generator | None = None
+
     @override
-    def importance(self, whole: WholeModel, groups: Sequence[UnitGroup]) -> list[Tensor]:
-        generator = whole.context.generator()
-        return [torch.rand(group.units, generator=generator) for group in groups]
+    def importance(self, block: BlockWork, group: UnitGroup) -> Tensor:
+        if self._generator is None:
+            self._generator = block.context.generator()
+        return torch.rand(group.units, generator=self._generator)
 
 
 class _Norm(Score):
@@ -38,17 +43,13 @@ class _Norm(Score):
         """What each weight adds to the norm."""
 
     @override
-    def importance(self, whole: WholeModel, groups: Sequence[UnitGroup]) -> list[Tensor]:
-        sites = {site.name: site for site in whole.sites()}
-        found = []
-        for group in groups:
-            sum_U = torch.zeros(group.units)
-            for part in group.parts:
-                elements_OI = self.elements(sites[group.block.full(part.site)].weight_OI)
-                along = elements_OI.sum(1 if part.axis == "rows" else 0)
-                sum_U += per_unit(along, group.unit_of(part, len(along)), group.units)
-            found.append(sum_U)
-        return found
+    def importance(self, block: BlockWork, group: UnitGroup) -> Tensor:
+        parts = []
+        for part in group.parts:
+            elements_OI = self.elements(block.site(part.site).weight_OI)
+            along = elements_OI.sum(1 if part.axis == "rows" else 0)
+            parts.append(per_unit(along, group.unit_of(part, len(along), along.device), group.units))
+        return torch.stack(parts).sum(0)
 
 
 @SCORES.register("l1")

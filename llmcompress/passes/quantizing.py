@@ -17,7 +17,7 @@ from llmcompress.modules.scheme import DESCRIPTION, Scheme, named_scheme
 from llmcompress.numerics.grid import Fitted, output_error, restore, row_pieces
 from llmcompress.numerics.statistics import AbsMax, Gram, Statistic
 from llmcompress.passes.base import BlockPass, Trait
-from llmcompress.passes.quantization.resolve import resolve_scheme, site_schemes
+from llmcompress.passes.schemes import resolve_scheme, site_schemes
 from llmcompress.records.rows import SiteReport
 
 
@@ -69,6 +69,11 @@ def put_codes(site: LinearSite, scheme: Scheme, codes_OI: Tensor, fitted: Fitted
         rounded = input_scale.to(site.storage_dtype).float()
         input_scale = torch.where(rounded > 0, rounded, torch.ones_like(rounded))
     site.replace(QuantLinear.from_fitted(scheme, codes_OI, fitted, site.bias_O, input_scale))
+
+
+def dense_of(base: QuantLinear) -> Tensor:
+    """The weight that the codes stand for, in float32."""
+    return base.dense_weight().float()
 
 
 def report_row(

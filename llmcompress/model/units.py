@@ -1,4 +1,4 @@
-"""The units that width pruning removes, with full names; masks for them; gradients of those masks. U = units."""
+"""Units that can be removed one by one, with full names, and masks that switch them off. U = units."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from llmcompress.calibration.whole import WholeModel
-from llmcompress.model.map import BlockInfo, ModelMap, WidthPart
+from llmcompress.model.map import BlockInfo, BlockStructure, ModelMap, WidthPart
 from llmcompress.model.shrink import kind_of
 
 Kind = Literal["channels", "heads"]
@@ -29,9 +28,9 @@ class UnitGroup:
     """Weights of one unit; biases are not counted."""
 
     @property
-    def key(self) -> str:
-        """Under which decisions about it are kept."""
-        return f"{self.block.index}.{self.index}"
+    def name(self) -> str:
+        """The full name of the first linear that reads the units: under it recipes and tables speak of the group."""
+        return self.readers[0]
 
     @property
     def parts(self) -> tuple[WidthPart, ...]:
@@ -88,6 +87,19 @@ def kept_share(groups: Iterable[UnitGroup], site: str, removed_share: Callable[[
     return kept
 
 
+def feed_forward_readers(structure: BlockStructure) -> frozenset[str]:
+    """Sites that read what a feed-forward network computes inside: channels that can go one by one.
+
+    Attention's can only go by whole heads.
+    """
+    return frozenset(
+        part.site
+        for group in structure.width_groups
+        for part in group.parts
+        if part.axis == "columns" and group.units > 1 and all(len(columns) == 1 for columns in part.indices)
+    )
+
+
 @contextmanager
 def masked(model: nn.Module, groups: Sequence[UnitGroup], masks: Sequence[Tensor]) -> Iterator[None]:
     """The model computes as if every unit's output were multiplied by its mask, for as long as the context lasts."""
@@ -99,24 +111,6 @@ def masked(model: nn.Module, groups: Sequence[UnitGroup], masks: Sequence[Tensor
             for name in group.readers:
                 stack.enter_context(_input_times(model.get_submodule(name), mask_I))
         yield
-
-
-def mask_gradients(whole: WholeModel, groups: Sequence[UnitGroup], *, sequences: int) -> Iterator[list[Tensor]]:
-    """The gradient of the loss in every unit's mask at 1, for `sequences` windows at a time, summed over them.
-
-    A unit's mask multiplies what its readers see of it, so this is the sum of activation × gradient over the unit.
-    """
-    with whole.resident() as model:
-        model.requires_grad_(False)
-        for ids_BT in torch.split(whole.context.windows_NT, sequences):
-            masks = [torch.ones(group.units, device=whole.context.device, requires_grad=True) for group in groups]
-            with torch.enable_grad(), masked(model, groups, masks):
-                loss = whole.loss(ids_BT.to(whole.context.device)) * len(ids_BT)
-                gradients = torch.autograd.grad(loss, masks, allow_unused=True)
-            yield [
-                torch.zeros_like(mask_U).detach() if gradient is None else gradient
-                for mask_U, gradient in zip(masks, gradients, strict=True)
-            ]
 
 
 @contextmanager

@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from llmcompress.passes.base import PASSES
-from llmcompress.passes.quantization.base import QuantizingPass
+from llmcompress.passes.quantizing import QuantizingPass
 
-_OUTSIDE = {"sites": "sites", "exclude": "exclude", "scheme": "schemes", "overrides": "overrides"}
+_OUTSIDE = {name: name for name in ("sites", "exclude", "overrides", "new_stage")} | {"scheme": "schemes"}
 """Option of the quantizer → what to write in the outer pass instead."""
 
 

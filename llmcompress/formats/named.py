@@ -1,0 +1,54 @@
+"""Tensors of a checkpoint by their last names, and what is known of them before there are any. O = outputs, I = inputs.
+
+Every format here is a pure pair: `pack` gives the named tensors of one module, `unpack` takes them apart again. What a
+plan counts is what `pack` gives for tensors without contents, so no layout is written down twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from llmcompress.modules.expression_leaves import Dense, Quantized
+from llmcompress.modules.scheme import Scheme
+from llmcompress.numerics.formats import TWO_LEVEL
+from llmcompress.numerics.quantized import QuantizedTensor
+
+Named = Mapping[str, Tensor]
+"""By what follows the module's name: `weight`, `weight_scale`, `bias`."""
+
+Kind = tuple[torch.dtype, tuple[int, ...]]
+"""Dtype and shape."""
+
+
+def kinds(tensors: Named) -> dict[str, Kind]:
+    """What a checkpoint's header says of them."""
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def empty_dense(shape: tuple[int, int], dtype: torch.dtype, *, bias: bool) -> Dense:
+    """An ordinary linear of that shape (O, I) without contents."""
+    with torch.device("meta"):
+        return Dense(torch.empty(shape, dtype=dtype), bias=torch.empty(shape[0], dtype=dtype) if bias else None)
+
+
+def empty_codes(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype, *, bias: bool) -> Quantized:
+    """A linear of that shape (O, I) that holds codes, without contents; `dtype` is that of its scales and bias."""
+    grid = scheme.weights
+    scales = grid.scale_shape(*shape)
+    with torch.device("meta"):
+        tensor = QuantizedTensor(
+            torch.empty(shape, dtype=torch.int8),
+            torch.empty(scales, dtype=dtype),
+            None if grid.symmetric else torch.empty(scales, dtype=torch.int8),
+            torch.empty(1) if grid.scales == TWO_LEVEL else None,
+            grid,
+        )
+        return Quantized(
+            tensor,
+            scheme.activations,
+            torch.empty(1) if scheme.measures_inputs else None,
+            bias=torch.empty(shape[0], dtype=dtype) if bias else None,
+        )

@@ -1,0 +1,68 @@
+"""A quantized linear in a folder of ours: codes at their own width. O = outputs, I = inputs, B = bytes of a row."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from llmcompress.formats.named import Kind, Named, empty_codes, kinds
+from llmcompress.modules.expression_leaves import Quantized
+from llmcompress.modules.scheme import Scheme
+from llmcompress.numerics.formats import scales_from_bytes, scales_to_bytes
+from llmcompress.numerics.packing import pack_bits, packed_bytes, unpack_bits
+from llmcompress.numerics.quantized import QuantizedTensor
+
+NAMES = frozenset({"weight", "scale", "zero_point", "shared_scale", "input_scale"})
+"""What `pack` may give beside the bias."""
+
+
+def pack(form: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`weight` is uint8, O×B.
+
+    It has another shape than the stock linear's weight, so a loader without our plug-in refuses the file: codes of a
+    whole byte lie in one row. Float32 numbers are stored as int32: casting a model leaves those alone.
+    """
+    tensor, grid = form.tensor, form.tensor.grid
+    packed_OB = pack_bits(tensor.codes, grid.bits, grid.low)
+    scale = scales_to_bytes(tensor.scale, grid.scales)
+    fixed = form.input_scale
+    found = {
+        "weight": packed_OB.flatten() if grid.bits == 8 else packed_OB,
+        "scale": scale.to(dtype) if grid.scales.bits is None else scale,
+        "zero_point": tensor.zero_point,
+        "input_scale": _bits(fixed) if form.activations == "group" or fixed is None else fixed.to(dtype),
+        "shared_scale": _bits(tensor.shared_scale),
+        "bias": None if form.bias is None else form.bias.detach().to(dtype),
+    }
+    return {name: each for name, each in found.items() if each is not None}
+
+
+def unpack(found: Named, scheme: Scheme, inputs: int, dtype: torch.dtype) -> Quantized:
+    """What was packed, bit for bit; scales that lie in the file as bytes become `dtype`."""
+    grid, bits = scheme.weights, scheme.weights.bits
+    scale, shared, fixed = found["scale"], found.get("shared_scale"), found.get("input_scale")
+    outputs = found["weight"].numel() // packed_bytes(inputs, bits)
+    return Quantized(
+        QuantizedTensor(
+            unpack_bits(found["weight"].reshape(outputs, -1), bits, grid.low, inputs),
+            scales_from_bytes(scale, grid.scales, dtype),
+            found.get("zero_point"),
+            None if shared is None else shared.view(torch.float32),
+            grid,
+        ),
+        scheme.activations,
+        fixed.view(torch.float32) if fixed is not None and scheme.activations == "group" else fixed,
+        bias=found.get("bias"),
+    )
+
+
+@cache
+def tensors(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype, *, bias: bool) -> dict[str, Kind]:
+    """Names, dtypes and shapes of what `pack` gives for a linear of that shape (O, I)."""
+    return kinds(pack(empty_codes(shape, scheme, dtype, bias=bias), dtype))
+
+
+def _bits(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.float().view(torch.int32)

@@ -1,0 +1,96 @@
+"""Which codes a target can hold, as data that quantizers and exporters read alike. I = inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from llmcompress.modules.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class TargetLimits:
+    """What a format or a runtime asks of codes and scales; with the defaults it takes whatever there is.
+
+    A quantizer respects `positive_scales` by itself when the recipe names the target (`passes/quantization/aim.py`).
+    The other limits are for the recipe's author to decide: a scheme that breaks one is refused, and the nearest scheme
+    that does not is named.
+    """
+
+    positive_scales: bool = False
+    """Scales below zero are not understood."""
+    scale_dtypes: frozenset[torch.dtype] | None = None
+    """Of scales in the checkpoint's dtype."""
+    bits: frozenset[int] | None = None
+    """Of a code."""
+    groups: frozenset[int] | None = None
+    """How many inputs may share a scale, where that is not the whole row."""
+    whole_rows: bool = True
+    """A row may be one group."""
+    ragged_groups: bool = True
+    """The last group of a row may be shorter."""
+    symmetric_only: bool = False
+    """No zero points."""
+    integers_only: bool = False
+    """No floats."""
+    rounded_inputs: bool = True
+    """Schemes may round activations."""
+
+    def problem(self, scheme: Scheme, inputs: int, scale_dtype: torch.dtype | None = None) -> str | None:
+        """Why codes of that scheme, I of them in a row, cannot be held; None when they can.
+
+        `scale_dtype` None: not known yet.
+        """
+        grid, group = scheme.weights, group_of(scheme, inputs)
+        if self.integers_only and grid.number is not None:
+            return f"it holds integers only, and {scheme.name} is made of floats"
+        if self.bits is not None and grid.bits not in self.bits:
+            return f"it holds no codes of {grid.bits} bits"
+        if self.symmetric_only and not grid.symmetric:
+            return "it holds no zero points"
+        if self.positive_scales and grid.mirrors:
+            return "it holds no negative scales"
+        if group is None and not self.whole_rows:
+            return "it holds no scale of a whole row"
+        if group is not None and self.groups is not None and group not in self.groups:
+            return f"it holds no groups of {group}"
+        if group is not None and not self.ragged_groups and inputs % group:
+            return f"{inputs} inputs do not divide into groups of {group}, and it has no shorter last group"
+        if not self.rounded_inputs and scheme.activations:
+            return "it rounds no activations"
+        if self.scale_dtypes is not None and grid.scales.bits is None and scale_dtype not in (None, *self.scale_dtypes):
+            return f"it holds no scales in {str(scale_dtype).removeprefix('torch.')}"
+        return None
+
+    def nearest(self, scheme: Scheme, inputs: int) -> Scheme | None:
+        """The scheme most like this one that can be held; None where only another kind of number could be.
+
+        Zero points and rounded activations are given up last, and rather more bits are taken than fewer.
+        """
+        grid = scheme.weights
+        tried = [
+            replace(sized, activations=activations).with_integers(bits, symmetric=symmetric)
+            for activations in dict.fromkeys((scheme.activations, None))
+            for symmetric in sorted({grid.symmetric, True})
+            for bits in self._bits_near(grid.bits)
+            for sized in (scheme, *(scheme.with_group(group) for group in self._groups_near(grid.group, inputs)))
+        ]
+        tried = [each.with_positive_scales() if self.positive_scales else each for each in tried]
+        return next((each for each in tried if self.problem(each, inputs) is None), None)
+
+    def _bits_near(self, bits: int) -> list[int]:
+        return sorted(self.bits or {bits}, key=lambda other: (abs(other - bits), -other))
+
+    def _groups_near(self, group: int | None, inputs: int) -> list[int | None]:
+        """Powers of two and what the target names, nearest first, longer ones last; then the whole row."""
+        wanted = group or inputs
+        known = self.groups or {1 << power for power in range(4, wanted.bit_length())}
+        dividing = [other for other in known if inputs % other == 0 or self.ragged_groups]
+        return [*sorted(dividing, key=lambda other: (other > wanted, abs(other - wanted))), None]
+
+
+def group_of(scheme: Scheme, inputs: int) -> int | None:
+    """Inputs that share a scale; None where the whole row does, because it is no longer than a group."""
+    group = scheme.weights.group
+    return group if group is not None and group <= inputs else None

@@ -1,0 +1,106 @@
+"""Tables of losses filled together: one sweep of gradients, then one dense stream, for however many that ask."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from llmcompress.calibration.measured import Shelf
+from llmcompress.calibration.stream import BlockWork
+from llmcompress.calibration.whole import WholeModel
+from llmcompress.model.site import LinearSite
+from llmcompress.numerics.statistics import Statistic
+from llmcompress.sensitivity.gradients import Listener, sweep
+from llmcompress.sensitivity.table import LossTable, Row
+
+Kinds = tuple[type[Statistic], ...]
+Wanted = tuple[frozenset[str], Kinds]
+"""Sites by full name, and the statistics of their inputs."""
+
+
+class Asker(ABC):
+    """Who fills one table: what must be measured for it, and what a block's rows are then."""
+
+    @property
+    @abstractmethod
+    def sites(self) -> frozenset[str]:
+        """Full names of the linears that are measured."""
+
+    @property
+    def kinds(self) -> Kinds:
+        """Statistics of their inputs."""
+        return ()
+
+    @property
+    def listeners(self) -> Sequence[Listener]:
+        """What must have been heard of gradients."""
+        return ()
+
+    @abstractmethod
+    def rows(self, block: BlockWork, sites: Sequence[LinearSite]) -> Iterable[Row]:
+        """The block's rows; `sites` are those of its linears that were asked for, measured. The block must stay."""
+
+
+def fill(whole: WholeModel, askers: Sequence[Asker]) -> list[LossTable]:
+    """One table for each that asks, in their order; the model stays as it is."""
+    sweep(whole, [listener for each in askers for listener in each.listeners])
+    rows: list[list[Row]] = [[] for _ in askers]
+    for block in dense_stream(whole, [(each.sites, each.kinds) for each in askers]):
+        for found, each in zip(rows, askers, strict=True):
+            found += each.rows(block, [site for site in block.sites if site.name in each.sites])
+    return [LossTable(tuple(found)) for found in rows]
+
+
+def kept_table(whole: WholeModel, name: str, make: Callable[[], LossTable]) -> LossTable:
+    """The table that the run has under that name, or a new one, which it then has."""
+    keep, state = whole.context.keep, whole.context.state
+    if keep is None or state is None:
+        return make()
+    known = keep.measurement(f"{state}-{name}")
+    if known is not None:
+        return LossTable.read(*known)
+    table = make()
+    keep.save_measurement(f"{state}-{name}", table.tensors(), table.about())
+    return table
+
+
+def dense_stream(whole: WholeModel, wanted: Sequence[Wanted]) -> Iterator[BlockWork]:
+    """Every block of the model as it is; sites have the statistics of all that want them, those known from before too.
+
+    Where nothing is missing the blocks are visited and nothing runs.
+    """
+    shelf = whole.context.shelf()
+    if all(_known(shelf, *each) for each in wanted):
+        whole = whole.within(replace(whole.context, windows_NT=whole.context.windows_NT[:0]))
+    for block in whole.stream():
+        _measure(block, wanted, shelf)
+        yield block
+        block.forget()
+
+
+def _known(shelf: Shelf | None, names: frozenset[str], kinds: Kinds) -> bool:
+    return all(shelf is not None and shelf.find(kind, name) is not None for name in names for kind in kinds)
+
+
+def _measure(block: BlockWork, wanted: Sequence[Wanted], shelf: Shelf | None) -> None:
+    """One forward for all sites that want the same; sites that share an input share what is known of it."""
+    found: dict[str, dict[type[Statistic], Statistic]] = {}
+    missing: dict[Kinds, list[LinearSite]] = {}
+    for group in block.input_groups():
+        names = {site.name for site in group}
+        kinds = tuple(dict.fromkeys(kind for each, kinds in wanted if names & each for kind in kinds))
+        asked = [site for site in group if any(site.name in each for each, of in wanted if of)]
+        known = {kind: one for kind in kinds if shelf and asked and (one := shelf.find(kind, asked[0].name))}
+        found |= {site.name: dict(known) for site in asked}
+        if left := tuple(kind for kind in kinds if kind not in known):
+            missing.setdefault(left, []).extend(asked)
+    for kinds, sites in missing.items():
+        block.measure(sites, kinds)
+        for site in sites:
+            for kind in kinds:
+                found[site.name][kind] = site.statistic(kind)
+                if shelf:
+                    shelf.put(found[site.name][kind], site.name)
+    for site in block.sites:
+        site.set_statistics(found.get(site.name, {}))

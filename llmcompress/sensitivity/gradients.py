@@ -1,0 +1,244 @@
+"""One sweep of gradients through the whole model, to which any number of listeners listen. O = outputs, U = units."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from llmcompress.calibration.measured import Shelf
+from llmcompress.calibration.whole import WholeModel
+from llmcompress.model.site import LinearSite
+from llmcompress.model.units import UnitGroup, masked
+
+
+class Listener(ABC):
+    """Something accumulated from gradients of the loss, batch by batch."""
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether it must see every window by itself, not sums over batches."""
+        return False
+
+    def recall(self, shelf: Shelf) -> bool:
+        """Take what is known already; whether that is all it listens for."""
+        return False
+
+    def keep(self, shelf: Shelf) -> None:  # noqa: B027 (most are too large to be kept)
+        """Put what was found where it may be found again."""
+
+    @abstractmethod
+    def attached(self, whole: WholeModel, model: nn.Module) -> AbstractContextManager[None]:
+        """While the sweep lasts: hooks, and parameters that want gradients."""
+
+    def around(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Around every forward and its gradients."""
+        return nullcontext()
+
+    def heard(self) -> None:  # noqa: B027 (hooks have heard already)
+        """The gradients of a batch are there: add them up."""
+
+
+def sweep(whole: WholeModel, listeners: Sequence[Listener]) -> None:
+    """All windows forward and back once; twice where some listeners want single windows and others do not.
+
+    The loss is summed over the windows of a batch, so that gradients do not depend on how windows are batched.
+    """
+    shelf = whole.context.shelf()
+    missing = [each for each in listeners if shelf is None or not each.recall(shelf)]
+    for one_by_one in (False, True):
+        of_kind = [each for each in missing if each.one_by_one is one_by_one]
+        if of_kind:
+            _sweep(whole, of_kind, one_by_one=one_by_one)
+    if shelf:
+        for each in missing:
+            each.keep(shelf)
+
+
+def _sweep(whole: WholeModel, listeners: Sequence[Listener], *, one_by_one: bool) -> None:
+    with whole.resident() as model, ExitStack() as attached:
+        model.requires_grad_(False)
+        for each in listeners:
+            attached.enter_context(each.attached(whole, model))
+        batches = torch.split(whole.context.windows_NT, 1) if one_by_one else whole.batches()
+        for ids_BT in batches:
+            with torch.enable_grad(), ExitStack() as around:
+                for each in listeners:
+                    around.enter_context(each.around(model))
+                (whole.loss(ids_BT.to(whole.context.device)) * len(ids_BT)).backward()  # type: ignore[no-untyped-call]
+            for each in listeners:
+                each.heard()
+            model.zero_grad(set_to_none=True)
+
+
+class OutputSquares(Listener):
+    """Per site and output channel: the sum over tokens of the squared gradient of the loss of their window.
+
+    Zeros where none came.
+    """
+
+    _NAME = "squared gradients of outputs"
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self.sums: dict[str, Tensor] = {}
+
+    @override
+    def recall(self, shelf: Shelf) -> bool:
+        known = {name: shelf.find(Tensor, self._NAME, name) for name in self.names}
+        self.sums = {name: sum_O for name, sum_O in known.items() if sum_O is not None}
+        return len(self.sums) == len(self.names)
+
+    @override
+    def keep(self, shelf: Shelf) -> None:
+        for name, sum_O in self.sums.items():
+            shelf.put(sum_O, self._NAME, name)
+
+    @override
+    @contextmanager
+    def attached(self, whole: WholeModel, model: nn.Module) -> Iterator[None]:
+        missing = set(self.names) - self.sums.keys()
+        with ExitStack() as hooks:
+            hooks.enter_context(_needing_gradient(whole.model.get_input_embeddings()))
+            for site in whole.sites():
+                if site.name in missing:
+                    self.sums[site.name] = torch.zeros(site.info.outputs, device=whole.context.device)
+                    hooks.enter_context(_gradients_of(site.module, self.sums[site.name]))
+            yield
+
+
+class WeightGradients(Listener):
+    """Per site, of its weight as the module stores it: the sum of gradients over all windows, and that of their
+    squares window by window; each takes as much memory as the weights."""
+
+    def __init__(self, names: Sequence[str], *, sums: bool = True, squares: bool = False) -> None:
+        self.names, self._wants_sums, self._wants_squares = tuple(names), sums, squares
+        self.sums: dict[str, Tensor] = {}
+        self.squares: dict[str, Tensor] = {}
+        self.windows = 1
+        """How many were seen, to make means of sums; one where there were none."""
+        self._weights: dict[str, nn.Parameter] = {}
+
+    @property
+    @override
+    def one_by_one(self) -> bool:
+        return self._wants_squares
+
+    @override
+    @contextmanager
+    def attached(self, whole: WholeModel, model: nn.Module) -> Iterator[None]:
+        self.windows = max(len(whole.context.windows_NT), 1)
+        self._weights = {name: model.get_submodule(name).get_parameter("weight") for name in self.names}
+        for name, weight in self._weights.items():
+            weight.requires_grad_(True)
+            if self._wants_sums:
+                self.sums[name] = torch.zeros_like(weight, requires_grad=False)
+            if self._wants_squares:
+                self.squares[name] = torch.zeros_like(weight, requires_grad=False)
+        yield
+        self._weights = {}
+
+    @override
+    def heard(self) -> None:
+        for name, weight in self._weights.items():
+            if weight.grad is None:  # an expert that no token reached
+                continue
+            if self._wants_sums:
+                self.sums[name] += weight.grad
+            if self._wants_squares:
+                self.squares[name] += weight.grad.square()
+
+
+class UnitMasks(Listener):
+    """The gradient of the loss in every unit's mask at 1, window by window.
+
+    A unit's mask multiplies what its readers see of it, so this is the sum of activation × gradient over the unit.
+    """
+
+    def __init__(self, groups: Sequence[UnitGroup]) -> None:
+        self.groups = tuple(groups)
+        self.windows: list[list[Tensor]] = []
+        """For every window a gradient per group, U."""
+        self._masks: list[Tensor] = []
+        self._device = torch.device("cpu")
+
+    @property
+    @override
+    def one_by_one(self) -> bool:
+        return True
+
+    @override
+    @contextmanager
+    def attached(self, whole: WholeModel, model: nn.Module) -> Iterator[None]:
+        self._device = whole.context.device
+        yield
+
+    @override
+    @contextmanager
+    def around(self, model: nn.Module) -> Iterator[None]:
+        self._masks = [torch.ones(group.units, device=self._device, requires_grad=True) for group in self.groups]
+        with masked(model, self.groups, self._masks):
+            yield
+
+    @override
+    def heard(self) -> None:
+        self.windows.append(
+            [mask_U.grad if mask_U.grad is not None else torch.zeros_like(mask_U).detach() for mask_U in self._masks]
+        )
+        self._masks = []
+
+    def stacked(self, group: int) -> Tensor:
+        """Of one group, windows × units, in float64 on the CPU."""
+        return torch.stack([each[group] for each in self.windows]).double().cpu()
+
+
+def squared_gradients(whole: WholeModel, names: Sequence[str]) -> dict[str, Tensor]:
+    """What `OutputSquares` finds for these sites, by name."""
+    listener = OutputSquares(names)
+    sweep(whole, [listener])
+    return listener.sums
+
+
+def oriented(site: LinearSite, like_weight: Tensor) -> Tensor:
+    """Something of the shape in which the module stores its weight → O×I."""
+    return like_weight.T if site.info.transposed else like_weight
+
+
+@contextmanager
+def _gradients_of(module: nn.Module, sum_O: Tensor) -> Iterator[None]:
+    """Add the squares of the gradients of the module's output to `sum_O`."""
+
+    def add(gradient: Tensor) -> None:
+        sum_O.add_(gradient.detach().reshape(-1, gradient.shape[-1]).float().square().sum(0))
+
+    def watch(_: nn.Module, __: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(add)  # type: ignore[no-untyped-call]
+
+    with _hooked(module.register_forward_hook(watch)):
+        yield
+
+
+@contextmanager
+def _needing_gradient(embedding: nn.Module) -> Iterator[None]:
+    """Let gradients reach every block although no parameter wants one."""
+
+    def ask(_: nn.Module, __: Any, output: Tensor) -> None:
+        output.requires_grad_(True)
+
+    with _hooked(embedding.register_forward_hook(ask)):
+        yield
+
+
+@contextmanager
+def _hooked(handle: RemovableHandle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()

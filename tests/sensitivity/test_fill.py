@@ -1,0 +1,155 @@
+"""Several tables cost one sweep and one stream; nothing is measured twice while the model stays what it is."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmcompress.calibration.measured import Measured
+from llmcompress.calibration.whole import WholeModel
+from llmcompress.model.units import unit_groups
+from llmcompress.modules.scheme import named_scheme
+from llmcompress.numerics.statistics import Gram
+from llmcompress.passes.pruning.scores.base import SCORES
+from llmcompress.passes.pruning.sparse_counts import SparsityAsker
+from llmcompress.passes.quantization.sensitivity import RelativeOutput, WeightedOutput
+from llmcompress.sensitivity.fill import Asker, dense_stream, fill, kept_table
+from llmcompress.sensitivity.gradients import OutputSquares, UnitMasks, WeightGradients, squared_gradients, sweep
+from llmcompress.sensitivity.table import LossTable, Row
+from tests.passes.decomposition.factored import block_pass, map_of, whole_model
+from tests.sensitivity.kept import KeptMeasurements
+
+FAMILY = "llama_gqa"
+
+
+@contextmanager
+def forwards(whole: WholeModel) -> Iterator[dict[str, int]]:
+    """How often the model and its first block run."""
+    counts = {"model": 0, "block": 0}
+    block = whole.model.get_submodule(whole.map.blocks[0].name)
+
+    def counted(what: str) -> Callable[..., None]:
+        def count(*_: Any) -> None:
+            counts[what] += 1
+
+        return count
+
+    hooks = [whole.model.lm_head.register_forward_hook(counted("model"))]
+    hooks.append(block.register_forward_hook(counted("block")))
+    try:
+        yield counts
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def askers(whole: WholeModel) -> list[Asker]:
+    names = [site.name for site in whole.sites()]
+    schemes = {name: [named_scheme("int2_g32"), named_scheme("int4_g32")] for name in names}
+    wanda = block_pass("wanda", allocation="loss")
+    groups = unit_groups(whole.map)
+    return [
+        WeightedOutput(schemes),
+        RelativeOutput(schemes),
+        SparsityAsker(wanda, frozenset(names), (0.4, 0.6)),  # type: ignore[arg-type]
+        SCORES["taylor_first"](groups),
+        SCORES["activation"](groups),
+    ]
+
+
+def same(first: LossTable, second: LossTable) -> bool:
+    ours, theirs = first.tensors(), second.tensors()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_tables_filled_together_are_those_filled_alone_and_cost_one_sweep() -> None:
+    whole = whole_model(FAMILY)
+    alone = [fill(whole, [each])[0] for each in askers(whole)]
+    batches = len(list(whole.batches()))
+    with forwards(whole) as counts:
+        together = fill(whole, askers(whole))
+    assert all(map(same, together, alone))
+    assert counts["model"] == batches
+
+
+def test_what_is_known_of_a_state_is_not_measured_again() -> None:
+    whole = whole_model(FAMILY)
+    whole = whole.within(whole.context.at("dense"))
+    first = fill(whole, askers(whole)[:3])
+    with forwards(whole) as counts:
+        again = fill(whole, askers(whole)[:3])
+    assert counts == {"model": 0, "block": 0}
+    assert all(map(same, again, first))
+
+
+@pytest.mark.parametrize("change", ["state", "windows", "nobody vouches"])
+def test_another_state_or_other_windows_are_measured_anew(change: str) -> None:
+    whole = whole_model(FAMILY)
+    whole = whole.within(whole.context.at("dense"))
+    names = [site.name for site in whole.sites()]
+    first = squared_gradients(whole, names)
+    contexts = {
+        "state": whole.context.at("pruned"),
+        "windows": whole.context.first_windows(2),
+        "nobody vouches": whole.context.changing(),
+    }
+    weight = whole.sites()[-1]
+    weight.write(weight.weight_OI * 2)
+    other = squared_gradients(whole.within(contexts[change]), names)
+    assert not torch.equal(first[names[0]], other[names[0]])
+
+
+def test_the_store_holds_no_more_than_it_may() -> None:
+    whole = whole_model(FAMILY)
+    store = Measured(most_bytes=10_000)
+    shelf = store.of("dense", whole.context.windows_NT, "routed")
+    assert shelf is not None
+    for index in range(10):
+        shelf.put(torch.zeros(1000), str(index))
+    assert store.held_bytes <= 10_000
+    assert [shelf.find(Tensor, str(index)) is not None for index in range(3)] == [True, True, False]
+
+
+def test_statistics_of_different_sites_reach_those_that_asked() -> None:
+    whole = whole_model(FAMILY)
+    names = [site.name for site in whole.sites()]
+    some = frozenset(name for name in names if name.endswith("down_proj"))
+    for block in dense_stream(whole, [(some, (Gram,))]):
+        for site in block.sites:
+            assert bool(site.statistics()) == (site.name in some)
+
+
+def test_listeners_of_all_kinds_hear_one_sweep_as_they_hear_their_own() -> None:
+    whole = whole_model(FAMILY)
+    names = [site.name for site in whole.sites()]
+    groups = unit_groups(map_of(FAMILY))
+
+    def made() -> tuple[OutputSquares, WeightGradients, UnitMasks]:
+        return OutputSquares(names), WeightGradients(names), UnitMasks(groups)
+
+    joint, single = made(), made()
+    sweep(whole, joint)
+    for each in single:
+        sweep(whole, [each])
+    for name in names:
+        assert torch.equal(joint[0].sums[name], single[0].sums[name])
+        assert torch.equal(joint[1].sums[name], single[1].sums[name])
+    for index in range(len(groups)):
+        assert torch.equal(joint[2].stacked(index), single[2].stacked(index))
+    assert not any(parameter.grad is not None for parameter in whole.model.parameters())
+
+
+def test_a_kept_table_is_not_made_again() -> None:
+    whole = whole_model(FAMILY)
+    whole = whole.within(replace(whole.context.at("00"), keep=KeptMeasurements()))  # type: ignore[arg-type]
+    made: Sequence[Row] = (Row.of("a", ["x"], [1.0], [8], [(1, 1)]),)
+    first = kept_table(whole, "losses", lambda: LossTable(tuple(made)))
+
+    def never() -> LossTable:
+        raise AssertionError("measured again")
+
+    assert same(kept_table(whole, "losses", never), first)

@@ -1,0 +1,75 @@
+"""The cost of a recipe follows from the map and the recipe alone."""
+
+import builtins
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llmcompress.cost import Cost, cost
+from llmcompress.presets import load_preset, preset_names
+from llmcompress.recipe import Recipe, parse_recipe
+from tests.passes.decomposition.factored import map_of
+
+TINY = sorted(name for name in preset_names() if name.startswith("tiny/"))
+
+
+class NoTorch(TorchDispatchMode):
+    """Fails at the first operation."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{func} was executed")
+
+
+def cost_of(recipe: Recipe, **options: Any) -> Cost:
+    return cost(recipe, map_of("llama_gqa"), parameters=10_000, vocabulary=120, **options)
+
+
+def test_no_tensor_is_computed_and_no_file_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = [load_preset(name) for name in TINY]
+    before = [cost_of(recipe) for recipe in recipes]  # whatever is imported late is there now
+
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise AssertionError(f"a file was opened: {args}")
+
+    for module, name in ((builtins, "open"), (io, "open"), (os, "open"), (Path, "open"), (Path, "read_text")):
+        monkeypatch.setattr(module, name, refuse)
+    with NoTorch():
+        after = [cost_of(recipe) for recipe in recipes]
+    monkeypatch.undo()
+    assert after == before
+
+
+def test_the_guard_notices_an_operation() -> None:
+    with pytest.raises(AssertionError, match="was executed"), NoTorch():
+        torch.ones(2) + 1
+
+
+def recipe(passes: str, samples: int = 8) -> Recipe:
+    return parse_recipe(f"calibration: {{samples: {samples}, tokens: 64}}\npasses: [{passes}]", "test")
+
+
+def test_forwards_and_operations_grow_with_what_a_pass_does() -> None:
+    rtn, gptq = cost_of(recipe("{rtn: {}}")), cost_of(recipe("{gptq: {}}"))
+    by_loss = cost_of(recipe("{mixed_precision: {quantizer: {gptq: {}}}}"))
+    assert rtn.forwards == 1 and gptq.forwards == 2
+    assert by_loss.forwards > gptq.forwards
+    assert rtn.operations < gptq.operations < by_loss.operations
+    assert cost_of(recipe("{gptq: {}}", samples=16)).operations > gptq.operations
+
+
+def test_weights_on_disk_take_less_memory() -> None:
+    given = recipe("{gptq: {}}")
+    large = {"parameters": 10**9, "vocabulary": 120}
+    there, here = (cost(given, map_of("llama_gqa"), offloaded=off, **large) for off in (True, False))
+    assert there.peak_bytes < here.peak_bytes
+
+
+def test_a_decided_recipe_costs_less_than_deciding() -> None:
+    chosen = cost_of(recipe("{svd: {ratio: 0.2, ranks: loss}}"))
+    given = cost_of(recipe("{svd: {ratio: 0.2, ranks: uniform, overrides: {'*.q_proj': {ratio: null, rank: 4}}}}"))
+    assert given.operations < chosen.operations and given.peak_bytes <= chosen.peak_bytes
