@@ -106,11 +106,12 @@ def planted(bug: Bug, copies: SimpleQueue[Path]) -> tuple[str, float]:
 
 
 def _verdict(bug: Bug, folder: Path) -> str:
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", *bug.tests]
+    # the selection of families depends on the commit, and whether a bug is noticed must not
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "--families", "all", "-p", "no:cacheprovider"]
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(
-            [*command, *(["-k", bug.only] if bug.only else [])],
+            [*command, *bug.tests, *(["-k", bug.only] if bug.only else [])],
             cwd=folder,
             env=environment,
             capture_output=True,

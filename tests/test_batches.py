@@ -46,7 +46,7 @@ RECIPES = {
     "tensor trains": ("llama", "{tensor_train: {sites: '*.mlp.*', ratio: 0.3}}", "tensor_train"),
     "tensor trains of tables": (
         "llama_gqa",
-        "{tensorgpt: {rank: 2, head: share}}",
+        "{tensorgpt: {rank: 1, head: share}}",
         "tensor_train_embedding tensor_train_head",
     ),
     "shared factors of heads": ("llama", "{tucker: {sites: '*.self_attn.*', ratio: 0.1}}", "tucker"),

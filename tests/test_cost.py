@@ -62,6 +62,17 @@ def test_forwards_and_operations_grow_with_what_a_pass_does() -> None:
     assert cost_of(recipe("{gptq: {}}", samples=16)).operations > gptq.operations
 
 
+@pytest.mark.parametrize(("tokens", "inside"), [(8, False), (512, True)])
+def test_memory_is_the_sum_done_by_hand(tokens: int, inside: bool) -> None:
+    """Of the model; hidden states before and after; Gram matrices; a batch inside a block or what solving takes."""
+    text = f"calibration: {{samples: 2, tokens: {tokens}, batch: 1}}\npasses: [gptq]\nevaluate: {{perplexity: []}}"
+    outputs, grams, largest, weight = 64 + 32 + 32 + 64 + 96 + 96 + 64, 3 * 64**2 + 96**2, 96**2, 64 * 96
+    in_a_block, solving = tokens * outputs, 2 * largest + 4 * weight
+    assert (in_a_block > solving) == inside
+    floats = 10_000 + 2 * 2 * tokens * 64 + grams + max(in_a_block, solving)
+    assert cost_of(parse_recipe(text, "test")).peak_bytes == 4 * floats
+
+
 def test_weights_on_disk_take_less_memory() -> None:
     given = recipe("{gptq: {}}")
     large = {"parameters": 10**9, "vocabulary": 120}

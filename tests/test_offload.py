@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -173,6 +174,13 @@ def test_auto_keeps_weights_on_disk_only_when_memory_would_not_hold_them() -> No
     assert must_offload("auto", passes, weight_bytes=free)
     assert not must_offload("never", passes, weight_bytes=free)
     assert not must_offload("auto", [PASSES["depth"](remove=1)], weight_bytes=free)  # nothing else would run at all
+
+
+def test_auto_compares_weights_in_float32_with_seven_tenths_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On disk they take 16 bits each."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    fits = [not must_offload("auto", [PASSES["gptq"]()], weight_bytes=count) for count in (349, 351)]
+    assert fits == [True, False]
 
 
 def test_the_plan_foretells_less_memory_when_weights_stay_on_disk(tmp_path: Path) -> None:

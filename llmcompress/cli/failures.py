@@ -20,7 +20,7 @@ def report_failure(failure: Exception, *, as_json: bool) -> int:
     """Tell the user and return the exit code: JSON on stdout, otherwise text on stderr."""
     known = _as_known(failure)
     if as_json:
-        click.echo(json.dumps({"error": known.as_dict()}, ensure_ascii=False))
+        click.echo(_without_tokens(json.dumps({"error": known.as_dict()}, ensure_ascii=False)))
     elif isinstance(failure, click.ClickException):
         failure.show()
     else:

@@ -222,11 +222,15 @@ def _quality_table(report: Report) -> Table:
 
 
 def _divergence_table(divergences: Sequence[Divergence]) -> Table:
-    """Behind ±: one standard error, with windows as the unit that varies."""
+    """Behind ±: one standard error, with windows as the unit that varies.
+
+    KL tells apart the dense model's likely tokens alone, and what probability those have stands beside it.
+    """
     rows = [
         (
             each.text,
             _with_error(each.kl, "{:.4f}"),
+            f"{each.top_mass:.1%}",
             f"{each.kl_99:.3f}",
             _with_error(each.same_top, "{:.2%}"),
             _with_error(each.right_to_wrong, "{:.2%}"),
@@ -234,7 +238,15 @@ def _divergence_table(divergences: Sequence[Divergence]) -> Table:
         )
         for each in divergences
     ]
-    headings = ("against dense, on", "#KL", "#KL, 99 %", "#same top token", "#right → wrong", "#wrong → right")
+    headings = (
+        "against dense, on",
+        "#KL",
+        "#of probability",
+        "#KL, 99 %",
+        "#same top token",
+        "#right → wrong",
+        "#wrong → right",
+    )
     return plain_table(headings, rows)
 
 

@@ -73,6 +73,7 @@ class AgainstDense:
 
     def __init__(self, text: EvaluationText, dense: Sequence[WindowScores]) -> None:
         self._text, self._dense = text, dense
+        self._top_mass: list[Tensor] = []
         self._kl: list[Tensor] = []
         self._loss_increase: list[Tensor] = []
         self._same_top: list[Tensor] = []
@@ -84,6 +85,7 @@ class AgainstDense:
         dense = self._dense[scores.window]
         assert torch.equal(dense.targets_P, scores.targets_P), "scores of other windows"
         right_P, right_before_P = scores.best_P == scores.targets_P, dense.best_P == dense.targets_P
+        self._top_mass.append(dense.logprobs_PK.double().exp().sum(-1))
         self._kl.append(divergences(dense.logprobs_PK, scores.logprobs_PK))
         self._loss_increase.append(dense.logprob_P.double() - scores.logprob_P.double())
         self._same_top.append(scores.best_P == dense.best_P)
@@ -100,6 +102,7 @@ class AgainstDense:
             bos=text.bos,
             tokens=len(kl_N),
             top=self._dense[0].logprobs_PK.shape[-1],
+            top_mass=estimate(self._top_mass).mean,
             kl=estimate(self._kl),
             kl_median=median,
             kl_90=ninety,

@@ -19,6 +19,7 @@ from llmcompress.formats.named import Kind
 from llmcompress.modules.limits import TargetLimits
 from llmcompress.modules.scheme import Scheme
 from llmcompress.registry import Registry
+from llmcompress.runners.base import RUNNERS, Runner
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,10 @@ class Exporter(BaseModel, ABC):
     def tensors(self, site: CodedLinear, storage_dtype: torch.dtype) -> dict[str, Kind]:
         """What the files will hold of a linear, by last name; here: an ordinary weight."""
         return plain.tensors((site.outputs, site.inputs), storage_dtype, bias=site.has_bias)
+
+    def runner(self) -> type[Runner]:
+        """The runtime that opens the folder, as its users will."""
+        return RUNNERS[self.runtime]
 
     @abstractmethod
     def write(self, model: PreTrainedModel, folder: Path, writing: Writing) -> Saved:

@@ -16,8 +16,8 @@ from torch.nn import functional
 from typing_extensions import override
 
 from llmcompress.modules.base import MODULES, CompressedModule, Spec
-from llmcompress.modules.expression import Expression, InputTransform, Opaque
-from llmcompress.modules.expression_leaves import Quantized
+from llmcompress.modules.expression import Expression, InputTransform
+from llmcompress.modules.expression_leaves import Dense, Quantized
 from llmcompress.modules.input_transforms import Int8WithOutliers
 from llmcompress.numerics.formats import NF4
 from llmcompress.numerics.grid import Grid
@@ -102,7 +102,8 @@ class BnbLinear(CompressedModule):
             tensor = QuantizedTensor(self.codes, (self.absmax / 127)[:, None], None, None, Grid(8))
             return InputTransform(Int8WithOutliers(OUTLIER), Quantized(tensor, bias=self.bias))
         if self.in_features % BLOCK:
-            return Opaque("its blocks of weights run across the ends of rows")
+            # its blocks run across the ends of rows, which no grid of ours says; it is a matrix all the same
+            return Dense(self.dense_weight(), bias=self.bias)
         codes_OI = unpack_bits(_halves_swapped(self.codes), 4, 0, self.coded_weights()).view(self.out_features, -1)
         scale_OG = self._scales().view(self.out_features, -1)
         return Quantized(QuantizedTensor(codes_OI, scale_OG, None, None, Grid.of(NF4, BLOCK)), bias=self.bias)

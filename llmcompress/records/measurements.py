@@ -58,6 +58,8 @@ class Divergence(Record):
     bos: bool
     tokens: int
     top: int
+    top_mass: float
+    """Probability that the dense model gives those tokens, mean over the text: near 1, KL leaves little out."""
     kl: Estimate
     """In nats per token."""
     kl_median: float

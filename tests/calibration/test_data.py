@@ -172,6 +172,15 @@ def test_messages_go_through_the_chat_template(tmp_path, column, messages):
     assert tokenizer.decode(data.windows_NT.flatten()).startswith(WRITTEN * 2), "and no second </s> is added"
 
 
+def test_a_template_that_writes_its_own_bos_does_not_double_the_one_of_the_windows(tmp_path):
+    file, tokenizer = jsonl(tmp_path / "c.jsonl", [{"messages": CHAT}] * 9), byte_tokenizer(bos_habit=True)
+    tokenizer.chat_template = "<s>" + TEMPLATE
+    data = windows(file, tokenizer, tokens=21, samples=5)
+    stream = [*tokenizer(WRITTEN, add_special_tokens=False)["input_ids"], tokenizer.bos_token_id] * 9
+    assert data.windows_NT[:, 0].tolist() == [tokenizer.bos_token_id] * 5
+    assert data.windows_NT[:, 1:].flatten().tolist() == stream[: 5 * 20]
+
+
 def test_a_template_file_serves_where_the_tokenizer_has_none(tmp_path):
     (tmp_path / "t.jinja").write_text(TEMPLATE)
     file = jsonl(tmp_path / "c.jsonl", [{"messages": CHAT}] * 9)

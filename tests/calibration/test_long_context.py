@@ -16,7 +16,7 @@ from llmcompress.model.probe import map_model
 from llmcompress.recipe import parse_recipe
 from tests.tiny_folder import write_tiny_llama
 
-ORIGINAL, POSITIONS, WINDOW = 16, 64, 40
+ORIGINAL, POSITIONS, WINDOW, SHORT = 16, 64, 40, 12
 SCALINGS: dict[str, dict[str, Any]] = {
     "linear": {"factor": 4.0},
     "dynamic": {"factor": 4.0},
@@ -37,10 +37,13 @@ SCALINGS: dict[str, dict[str, Any]] = {
 
 
 def folder_of(kind: str, folder: Path) -> Path:
-    # dynamic scaling calls the context that it stretches `max_position_embeddings`
-    positions = ORIGINAL if kind == "dynamic" else POSITIONS
+    # dynamic scaling calls the context that it stretches `max_position_embeddings`; transformers 4 looks for that of
+    # longrope beside the scaling, 5 inside
+    sizes = {"max_position_embeddings": ORIGINAL if kind == "dynamic" else POSITIONS}
+    if kind == "longrope":
+        sizes["original_max_position_embeddings"] = ORIGINAL
     scaling = {"rope_type": kind, **SCALINGS[kind]}
-    return write_tiny_llama(folder, max_position_embeddings=positions, rope_scaling=scaling)
+    return write_tiny_llama(folder, initializer_range=0.3, rope_scaling=scaling, **sizes)
 
 
 def windows() -> torch.Tensor:
@@ -53,15 +56,15 @@ def test_streamed_equals_whole_beyond_the_original_context(kind: str, tmp_path: 
     folder = folder_of(kind, tmp_path / "model")
     whole = load(folder, dtype=torch.float32).model
     hidden = whole(windows(), output_hidden_states=True).hidden_states
-    short = whole(windows()[:, :ORIGINAL], output_hidden_states=True).hidden_states
+    short = whole(windows()[:, :SHORT], output_hidden_states=True).hidden_states
     model = load(folder, dtype=torch.float32).model
     seen = []
     for work in BlockStream(model, map_model(model), RunContext(windows(), batch=3)):
         seen.append(torch.cat(work.inputs()))
     for index, streamed in enumerate(seen):
-        torch.testing.assert_close(streamed, hidden[index], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(streamed, hidden[index], rtol=1e-5, atol=1e-5)
     if kind in ("dynamic", "longrope"):
-        assert not torch.allclose(hidden[1][:, :ORIGINAL], short[1], atol=1e-6), "long windows turn by other angles"
+        assert not torch.allclose(hidden[1][:, :SHORT], short[1], atol=1e-3), "long windows turn by other angles"
 
 
 @pytest.mark.parametrize("kind", ["yarn", "longrope"])

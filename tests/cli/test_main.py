@@ -34,7 +34,7 @@ def result(perplexity: float, **options) -> PerplexityResult:
 def divergence() -> Divergence:
     share = Estimate(mean=0.0312, standard_error=0.0019)
     return Divergence(
-        text="builtin:evaluation", window=512, bos=True, tokens=7000, top=64,
+        text="builtin:evaluation", window=512, bos=True, tokens=7000, top=64, top_mass=0.875,
         kl=Estimate(mean=0.0123, standard_error=None),
         kl_median=0.01, kl_90=0.03, kl_99=0.2, loss_increase=Estimate(mean=0.04879, standard_error=0.002),
         same_top=Estimate(mean=0.9, standard_error=0.004), right_to_wrong=share, wrong_to_right=share,
@@ -221,7 +221,7 @@ def test_compress_reads_the_preset_and_shows_quality_bytes_and_the_worst_sites(r
     assert (model, recipe.model, recipe.seed, output) == ("m", "m", 3, Path("out"))
     assert options == {"device": "cpu", "overwrite": False, "fresh": False}
     assert re.search(r"builtin:evaluation +20\.000 +21\.000 +1\.050 ±0\.002", out)
-    assert re.search(r"builtin:evaluation +0\.0123 +0\.200 +90\.00% ±0\.40% +3\.12% ±0\.19%", out)
+    assert re.search(r"builtin:evaluation +0\.0123 +87\.5% +0\.200 +90\.00% ±0\.40% +3\.12% ±0\.19%", out)
     assert "dense scores: from the cache" in out
     assert "4.9 MB → 1.5 MB (0.31 of it)" in out
     worst = re.findall(r"model\.layers\.(\d)\.mlp\.up_proj +gptq", out)

@@ -69,6 +69,10 @@ def test_divergence_equals_the_sum_over_the_vocabulary_where_all_of_it_is_looked
     other.lm_head.weight.data += 0.05 * torch.randn(259, 16, generator=torch.Generator().manual_seed(1))
     before = scored(dense, top=top)
     after = scored(other, reference=before)
+    compared = AgainstDense(TEXT, before)
+    feed(after, compared)
+    covered = torch.cat([p_PV.exp().topk(min(top, 259)).values.sum(-1) for p_PV in exact(dense)]).mean()
+    assert compared.result().top_mass == pytest.approx(float(covered), abs=1e-5)
     for ours, theirs, p_PV, q_PV in zip(before, after, exact(dense), exact(other), strict=True):
         found_P = divergences(ours.logprobs_PK, theirs.logprobs_PK)
         whole_P = (p_PV.exp() * (p_PV - q_PV)).sum(-1)

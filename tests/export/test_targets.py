@@ -18,6 +18,7 @@ from llmcompress.modules.scheme import named_scheme
 from llmcompress.passes.quantization.rtn import RoundToNearest
 from llmcompress.planning import aimed_at_target
 from llmcompress.recipe.model import Recipe, Save
+from llmcompress.runners.base import Runner
 from tests.export.quantized import quantized_model
 from tests.families import tiny_model
 from tests.tiny_folder import write_tiny_llama
@@ -32,6 +33,7 @@ def test_every_exporter_answers_for_every_scheme(name, scheme):
     exporter = EXPORTERS[name]()
     answer = exporter.check(site, torch.bfloat16)
     assert isinstance(answer, Exact | Converted | Refused) and exporter.fix
+    assert issubclass(exporter.runner(), Runner)
     if isinstance(answer, Refused):
         assert answer.why
     if isinstance(answer, Exact):

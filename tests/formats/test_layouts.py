@@ -8,7 +8,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-from llmcompress.formats import compressed_tensors, packed, plain
+from llmcompress.formats import bitsandbytes, compressed_tensors, packed, plain
 from llmcompress.formats.compressed_tensors import Layout, can_name, layout_of
 from llmcompress.formats.named import kinds
 from llmcompress.modules.bnb_linear import BnbLinear
@@ -111,21 +111,20 @@ def test_words_are_those_of_the_library(bits, shape):
     assert torch.equal(unpack_words(pack_words(codes_OI, bits), bits, shape[1]), codes_OI)
 
 
-def test_codes_of_bitsandbytes_are_taken_apart_without_it():
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_codes_of_bitsandbytes_are_taken_apart_without_it(kind):
     pytest.importorskip("bitsandbytes")
-    from llmcompress.formats import bitsandbytes
+    weight_OI = torch.randn(12, 128, generator=torch.Generator().manual_seed(0))
+    linear = BnbLinear.quantize(kind, weight_OI, None, torch.float32)
+    stored = linear.tensors_on_disk()
+    (said,) = (node for node in linear.expression().nodes() if isinstance(node, Quantized))
+    assert torch.equal(bitsandbytes.unpack(stored, (12, 128)).centred_codes(), said.tensor.centred_codes())
+    states = [tensor for name, tensor in stored.items() if bitsandbytes.STATE in f".{name}"]
+    assert [bitsandbytes.shape_of(state) for state in states] == ([(12, 128)] if kind == "nf4" else [])
 
-    weight_OI = torch.randn(12, 80, generator=torch.Generator().manual_seed(0))
-    for kind in ("nf4", "int8"):
-        linear = BnbLinear.quantize(kind, weight_OI, None, torch.float32)
-        stored = linear.tensors_on_disk()
-        said = linear.expression()
-        (inner,) = [node for node in said.nodes() if isinstance(node, Quantized)]
-        found = bitsandbytes.unpack(stored, (12, 80)).centred_codes()
-        assert torch.equal(found, inner.tensor.centred_codes())
-    state = next(
-        tensor
-        for name, tensor in BnbLinear.quantize("nf4", weight_OI, None, torch.float32).tensors_on_disk().items()
-        if bitsandbytes.STATE in f".{name}"
-    )
-    assert bitsandbytes.shape_of(state) == (12, 80)
+
+def test_codes_whose_blocks_cross_rows_are_a_matrix_all_the_same():
+    pytest.importorskip("bitsandbytes")
+    linear = BnbLinear.quantize("nf4", torch.randn(12, 80), None, torch.float32)
+    assert linear.expression().is_linear
+    assert torch.equal(plain.unpack(plain.pack(linear, torch.float32)).weight, linear.dense_weight())

@@ -342,6 +342,35 @@ def test_wrong_folds_fail_the_legality_check(family, wrong):
     assert all(torch.equal(value, before[key]) for key, value in bench.block.state_dict().items())
 
 
+class NearlyRelu(torch.nn.Module):
+    """Off by about a hundredth of what goes in."""
+
+    def forward(self, x):
+        return x.relu() + 0.01 * torch.sin(3 * x)
+
+
+class EvenOnlyInOctaves(torch.nn.Module):
+    """Twice the input gives twice the output; three times the input does not give three times the output."""
+
+    def forward(self, x):
+        x = x.relu()
+        return x * (1 + 0.1 * torch.sin(2 * torch.pi * x.clamp_min(1e-30).log2()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("activation", "right"), [(torch.nn.ReLU(), True), (NearlyRelu(), False), (EvenOnlyInOctaves(), False)]
+)
+def test_a_fold_that_is_wrong_by_a_few_per_cent_fails_the_legality_check(activation, right):
+    model = tiny_model("opt")
+    blocks = find_blocks(model)
+    recording = record(model, blocks, tiny_tokens("opt"))
+    block = blocks[0][1]
+    block.activation_fn = activation
+    bench = Bench(block, recording.calls[0], recording.hidden)
+    assert legal(bench, [Fold("fc1", False, ("fc2",), plain(FFN))]) == right
+
+
 @torch.no_grad()
 def test_units_that_are_not_separate_fail_the_check():
     model = tiny_model("llama_gqa")

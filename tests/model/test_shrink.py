@@ -252,6 +252,23 @@ def test_half_precision_blocks_shrink_too():
     assert block.self_attn.q_proj.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(("apart", "refused"), [(1e-6, False), (0.05, True)])
+def test_a_smaller_block_that_is_wrong_by_a_few_per_cent_is_refused(apart, refused):
+    """An FFN that gives other outputs because of its width."""
+    model = tiny_model("llama")
+    named = find_blocks(model)
+    recording = record(model, named, tiny_tokens("llama", batch=1, length=8))
+    block, structure = named[0][1], map_of("llama").blocks[0].structure
+    block.mlp.register_forward_hook(lambda mlp, _, out: out * (1 + apart * (mlp.down_proj.in_features < 96)))
+    run = functools.partial(recording.calls[0].run, block, recording.hidden)
+    if not refused:
+        assert shrink_block(block, structure, {1: range(48)}, run=run).site("mlp.down_proj").inputs == 48
+        return
+    with pytest.raises(CompressError, match=r"shrink\.not-separable"):
+        shrink_block(block, structure, {1: range(48)}, run=run)
+    assert block.mlp.down_proj.in_features == 96
+
+
 def test_a_block_that_already_has_a_private_config_is_shrunk_again():
     model, _ = shrunk_model("phi3", {1: range(48)}, {0: [1]})
     assert model.model.layers[0].self_attn.o_proj.in_features == 32

@@ -15,13 +15,17 @@ from llmcompress.loading.load import load_for_compression
 from llmcompress.loading.source import find_source
 from llmcompress.model.probe import map_model
 from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.modules.scheme import named_scheme
+from llmcompress.numerics.carry import Drift, carried
+from llmcompress.numerics.grid import restore, round_to_codes
+from llmcompress.numerics.ranges import fit
 from llmcompress.passes.apply import apply_passes
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.quantization.error_propagation import ErrorPropagation
 from llmcompress.progress import Silent
 from llmcompress.recipe import parse_recipe
 from tests.families import tiny_model
-from tests.passes.test_laws import compressed, logits, make, map_of
+from tests.passes.test_laws import compressed, logits, make, map_of, windows
 
 QUANTIZERS: list[dict[str, dict[str, Any]]] = [
     {"rtn": {}},
@@ -74,6 +78,28 @@ def test_the_first_block_has_nothing_to_make_up_for() -> None:
     ]
     per_block = len(same) // len(map_of("llama_gqa", alone).blocks)
     assert all(same[:per_block]) and not all(same[per_block:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strength", [0.4, 1.0])
+def test_weights_move_as_far_as_the_strength_says(strength: float) -> None:
+    """The second block behind a first one that was rounded: its inputs are seen from outside in both models."""
+    first = make("rtn", {"scheme": "int2_g32", "sites": ("*.layers.0.*",)})
+    name = "model.layers.1.self_attn.q_proj"
+    options = {"scheme": "int8_channel", "sites": (name,), "quantizer": {"rtn": {}}, "strength": strength}
+    model, _ = compressed("llama_gqa", first, make("error_propagation", options))
+    dense = tiny_model("llama_gqa", seed=1)
+    seen = []
+    for each in (dense, model):
+        each.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+        each(windows())
+    drift = Drift(seen[0].shape[1], torch.device("cpu"))
+    drift.add(*seen)
+    (moved,) = carried([dense.get_submodule(name).weight], drift, strength=strength, damping=0.1)
+    fitted = fit(moved, named_scheme("int8_channel").weights)
+    wanted, found = restore(round_to_codes(moved, fitted), fitted), model.get_submodule(name).dense_weight()
+    assert torch.isclose(found, wanted, atol=1e-5).float().mean() > 0.99
+    assert not torch.isclose(found, dense.get_submodule(name).weight, atol=1e-2).all()
 
 
 def test_only_selected_sites_move_and_zeros_stay() -> None:

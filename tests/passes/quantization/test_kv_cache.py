@@ -58,14 +58,24 @@ def test_fixed_scales_cover_the_calibration_text_exactly() -> None:
     assert all(row.tokens == WINDOWS.numel() for row in rows)
     layer = cache_of(tiny_model("llama_gqa", seed=1)(WINDOWS, use_cache=True)).layers[0]
     wrapper = model.model.layers[0].self_attn
-    expected = (layer.keys.abs().amax((0, 2)) / 127)[:, None]
-    torch.testing.assert_close(wrapper.key_scale, expected, rtol=2**-8, atol=0)
+    for scale, cached in ((wrapper.key_scale, layer.keys), (wrapper.value_scale, layer.values)):
+        torch.testing.assert_close(scale, (cached.abs().amax((0, 2)) / 127)[:, None], rtol=2**-8, atol=0)
     assert wrapper.key_scale.shape == (2, 1, 16) and wrapper.bytes_per_token == 2 * 2 * 16
 
 
 def test_rows_tell_bytes_per_token_in_the_stored_type() -> None:
     _, rows = apply("qwen3", "[{kv_cache: {}}]", storage_dtype=torch.bfloat16)
     assert [(row.cache_bytes_before, row.cache_bytes) for row in rows] == [(2 * 2 * 24 * 2, 2 * 2 * 26)] * 3
+
+
+def test_a_model_whose_cached_decode_computes_something_else_is_refused() -> None:
+    model = tiny_model("llama_gqa", seed=1)
+    # a token that comes alone is a decode
+    model.lm_head.register_forward_hook(lambda _, given, out: out * (-1 if given[0].shape[1] == 1 else 1))
+    passes = parse_recipe("passes: [{kv_cache: {}}]", "test").passes
+    with pytest.raises(CompressError) as refused:
+        apply_passes(model, map_of("llama_gqa", tiny_model("llama_gqa", seed=1)), passes, RunContext(WINDOWS))
+    assert refused.value.code == "kv_cache.differs"
 
 
 CASES = {
