@@ -96,7 +96,7 @@ def test_all_processes_come_to_the_same_weights_by_themselves(name: str, options
 
 
 def test_a_pooled_sketch_estimates_the_errors_of_all_tokens_even_where_all_saw_the_same() -> None:
-    """Each draws the same signs for its tokens: added up as they are, equal tokens would count four times, not twice."""
+    """All draw the same signs for their tokens: as they are, equal tokens would count four times, not twice."""
     x_TI = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
     difference_OI = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
 
