@@ -56,7 +56,8 @@ def main() -> int:
         return 1
     if given.texts:
         return 0
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() and given.only else {}
+    before = json.loads(RESULTS.read_text()) if RESULTS.exists() and given.only else {}
+    results = {each.id: before[each.id] for each in read_bugs() if each.id in before}
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(given.jobs) as pool:
         copies: SimpleQueue[Path] = SimpleQueue()
         for number in range(given.jobs):
