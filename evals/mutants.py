@@ -1,7 +1,7 @@
 """Plants plausible bugs, one at a time, in a copy of the project and runs the tests that ought to notice.
 
     python evals/mutants.py                 all of evals/mutants.yaml; results → evals/results/mutants.json
-    python evals/mutants.py --only gptq-act-order-ascending smoothquant-strength-swapped
+    python evals/mutants.py --only gptq-act-order-ascending smoothquant-exponents-swapped
     python evals/mutants.py --texts         only check that every bug can still be planted
 
 A bug that no test notices survives: the exit code is 1 when more than 5 % do, or when a text is not found any more.
