@@ -157,12 +157,16 @@ QUANTIZED: dict[str, tuple[Pass, ...]] = {
     "cmpq": (block_pass("cmpq", bits=3),),
     "low_rank_correction": (block_pass("low_rank_correction", quantizer={"rtn": GPTQ}, rank=2),),
     "svd, gptq": (block_pass("svd", ratio=0.5), block_pass("gptq", **{**GPTQ, "scheme": "int4_channel"})),
+    "bnb_nf4": (block_pass("bnb_nf4", exclude="*.down_proj"),),
+    "bnb_int8": (block_pass("bnb_int8"),),
     "w8a8": (block_pass("rtn", scheme="int8_channel_a8token"),),
 }
 
 
 @pytest.mark.parametrize("before", QUANTIZED)
 def test_recover_after_any_quantizer_lowers_the_loss_and_leaves_the_codes_alone(before: str) -> None:
+    if before.startswith("bnb"):
+        pytest.importorskip("bitsandbytes")
     plain, _ = compressed("llama_gqa", *QUANTIZED[before])
     recover = make("recover", rank=4, training=BRIEF.model_dump())
     model, rows = compressed("llama_gqa", *QUANTIZED[before], recover)
@@ -170,7 +174,7 @@ def test_recover_after_any_quantizer_lowers_the_loss_and_leaves_the_codes_alone(
     after = [each for each in model.state_dict().values() if not each.is_floating_point()]
     codes = [each for each in plain.state_dict().values() if not each.is_floating_point()]
     assert codes and all(torch.equal(a, b) for a, b in zip(after, codes, strict=True))
-    ranks = {row.rank for row in rows if row.algorithm == "recover"}  # cmpq leaves small sites dense
+    ranks = {row.rank for row in rows if row.algorithm == "recover"}  # some leave a few sites dense
     assert 4 in ranks
     branches = [each for each in model.modules() if isinstance(each, CorrectedLinear)]
     assert len(branches) >= len(codes) / 2 / 6 and not any("parametrizations" in name for name in model.state_dict())
