@@ -165,8 +165,6 @@ QUANTIZED: dict[str, tuple[Pass, ...]] = {
 
 @pytest.mark.parametrize("before", QUANTIZED)
 def test_recover_after_any_quantizer_lowers_the_loss_and_leaves_the_codes_alone(before: str) -> None:
-    if before.startswith("bnb"):
-        pytest.importorskip("bitsandbytes")
     plain, _ = compressed("llama_gqa", *QUANTIZED[before])
     recover = make("recover", rank=4, training=BRIEF.model_dump())
     model, rows = compressed("llama_gqa", *QUANTIZED[before], recover)
