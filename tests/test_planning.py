@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
+import io
+import os
 import shutil
 from pathlib import Path
 
@@ -26,7 +29,7 @@ from llmcompress.passes.quantization.gptq import GPTQ
 from llmcompress.passes.quantization.rtn import RoundToNearest
 from llmcompress.passes.quantization.smoothquant import SmoothQuant
 from llmcompress.passes.schemes import resolve_scheme, site_schemes
-from llmcompress.planning import Plan, make_plan
+from llmcompress.planning import Plan, known_model, make_plan
 from llmcompress.recipe.model import Recipe, Save
 from tests.tiny_folder import write_tiny_llama
 
@@ -243,3 +246,17 @@ def test_a_recipe_whose_globs_match_nothing_is_refused(tiny):
 def test_a_plan_is_plain_data(tiny):
     plan = make_plan(tiny, Recipe(passes=(RoundToNearest(scheme="int4_g16"),)))
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
+
+
+def test_plans_for_a_known_model_are_those_for_its_folder_and_open_no_file(tiny, monkeypatch):
+    recipe = Recipe(passes=(GPTQ(scheme="int4_g16"),))
+    known, direct = known_model(tiny), make_plan(tiny, recipe)
+
+    def refuse(*args, **options):
+        raise AssertionError(f"a file was opened: {args}")
+
+    for module, name in ((builtins, "open"), (io, "open"), (os, "open"), (Path, "open")):
+        monkeypatch.setattr(module, name, refuse)
+    again = make_plan(known, recipe)
+    monkeypatch.undo()
+    assert again == direct

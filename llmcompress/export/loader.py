@@ -27,7 +27,7 @@ def loader_of(config: PretrainedConfig) -> Loader:
     """What stock transformers will do with a model of this configuration."""
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    linears = linears_of_loader(skeleton)
+    linears = _linears(skeleton)
     subclassed = (name for name, kind in linears.items() if issubclass(kind, nn.Linear) and kind is not nn.Linear)
     return Loader(merges_on_load(skeleton), frozenset(subclassed))
 
@@ -38,7 +38,10 @@ def linears_of_loader(model: PreTrainedModel) -> dict[str, type[nn.Module]]:
     The live model cannot say: its linears are replaced, and a replacement forgets the layout of a Conv1D.
     """
     with torch.device("meta"):
-        skeleton = type(model)(copy.deepcopy(model.config))
+        return _linears(type(model)(copy.deepcopy(model.config)))
+
+
+def _linears(skeleton: nn.Module) -> dict[str, type[nn.Module]]:
     return {name: type(part) for name, part in skeleton.named_modules() if isinstance(part, (nn.Linear, Conv1D))}
 
 

@@ -60,7 +60,7 @@ def shrink_block(
 def kind_of(group: WidthGroup, structure: BlockStructure) -> Literal["channels", "heads"]:
     """Whether the units of a group are single channels of an FFN, or heads (KV groups) of several columns each."""
     columns = [part for part in group.parts if part.axis == "columns"]
-    single = all(len(indices) <= 1 for part in columns for indices in part.indices)
+    single = all(max(map(len, part.indices), default=0) <= 1 for part in columns)
     return "channels" if single else "heads"
 
 

@@ -70,11 +70,13 @@ def site_schemes(passes: Iterable[Pass], model_map: ModelMap) -> dict[str, Schem
     schemes: dict[str, Scheme] = {}
     problems: dict[str, Indivisible] = {}
     for each in passes:
+        if not isinstance(each, HasScheme):
+            continue
         for block in model_map.blocks:
             for site in block.structure.sites:
                 name = block.full(site.name)
                 chosen = each.for_site(name) if each.selects(name) else None
-                if chosen is None or not isinstance(chosen, HasScheme):
+                if chosen is None:
                     continue
                 found = _try(chosen, name, site.inputs, problems)
                 if found and chosen.quantizes():
