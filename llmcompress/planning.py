@@ -99,7 +99,7 @@ def make_plan(
 ) -> Plan:
     """Check everything that can be checked before any work, and foretell the rest; seconds for `machine` only.
 
-    For a `KnownModel` this is arithmetic alone, some milliseconds: no file is opened.
+    For a `KnownModel` this is arithmetic alone, some milliseconds: no file of the model is opened.
 
     Raises: CompressError for whatever `compress` would refuse in this model or recipe, all sites at once.
     """

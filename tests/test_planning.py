@@ -250,13 +250,13 @@ def test_a_plan_is_plain_data(tiny):
 
 def test_plans_for_a_known_model_are_those_for_its_folder_and_open_no_file(tiny, monkeypatch):
     recipe = Recipe(passes=(GPTQ(scheme="int4_g16"),))
-    known, direct = known_model(tiny), make_plan(tiny, recipe)
+    known, direct = known_model(tiny), make_plan(tiny, recipe, offload="never")  # auto looks at the free memory
 
     def refuse(*args, **options):
         raise AssertionError(f"a file was opened: {args}")
 
     for module, name in ((builtins, "open"), (io, "open"), (os, "open"), (Path, "open")):
         monkeypatch.setattr(module, name, refuse)
-    again = make_plan(known, recipe)
+    again = make_plan(known, recipe, offload="never")
     monkeypatch.undo()
     assert again == direct
