@@ -21,11 +21,12 @@ from llmcompress.loading.source import Source, find_source
 from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
-from llmcompress.planning import check_recipe, storage_dtype_of
+from llmcompress.planning import check_recipe, check_texts, storage_dtype_of
 from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
 from llmcompress.storage.disk import sha256
 from llmcompress.storage.folder import check_output, run_folder
+from llmcompress.storage.ours import begin_run_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +66,15 @@ def prepare(order: Order) -> Prepared:
     if ranks.is_first:
         check_output(output, overwrite=order.overwrite)
     order.progress.stage("load", 1)
+    check_texts(recipe)
     source = find_source(str(recipe.model), revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     weight_bytes = bytes_on_disk(source.folder)
     # a finished folder is no larger than the model; better refused now than when it is written
     if ranks.is_first:
-        check_output(output, overwrite=order.overwrite, needed_bytes=weight_bytes)
+        check_output(output, overwrite=order.overwrite, needed_bytes=weight_bytes, source=source.folder)
     on_disk = must_offload(order.offload, recipe.passes, weight_bytes=weight_bytes, processes=ranks.count)
+    if on_disk:
+        begin_run_folder(run_folder(output))
     loaded = load_for_compression(
         source,
         trust_remote_code=recipe.trust_remote_code,
