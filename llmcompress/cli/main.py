@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 import click
@@ -60,7 +64,25 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line; every failure ends here as an exit code and a short text."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = llmcompress.main(given, prog_name="llmcompress", standalone_mode=False)
+        with _terminated_as_interrupted():
+            code = llmcompress.main(given, prog_name="llmcompress", standalone_mode=False)
     except Exception as failure:
         code = report_failure(failure, as_json="--json" in given)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """A polite end (SIGTERM, from a scheduler or `kill`) is told like Ctrl-C, with what is saved and how to go on."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -15,7 +15,9 @@ _OF_ONE_RUN = ("journal.jsonl", "fingerprint.json", "fingerprint.json.part", "lo
 """What is thrown away when a run starts over."""
 
 _ALL_OF_RUNS = (*_OF_ONE_RUN, "converted", "process.json", "lock", RUN_MARKER)
-_ABOUT_RUN = "The unfinished work of a run of llmcompress. The same command goes on from here and removes this folder.\n"
+_ABOUT_RUN = (
+    "The unfinished work of a run of llmcompress. The same command goes on from here and removes this folder.\n"
+)
 
 
 def mark_output(folder: Path, names: Iterable[str] = ()) -> None:

@@ -46,7 +46,12 @@ def ours(made: Path, tmp_path: Path) -> Path:
 def test_an_output_that_is_or_holds_or_lies_in_the_model_is_refused(where: str, ours: Path, tmp_path: Path) -> None:
     mark_output(ours.parent, [path.relative_to(ours.parent).as_posix() for path in ours.rglob("*")])
     (tmp_path / "link").symlink_to(ours.parent, target_is_directory=True)
-    places = {"the model": ours, "its parent": ours.parent, "inside it": ours / "new", "a link to it": tmp_path / "link"}
+    places = {
+        "the model": ours,
+        "its parent": ours.parent,
+        "inside it": ours / "new",
+        "a link to it": tmp_path / "link",
+    }
     output = places[where] if where != "a link to it" else places[where] / "ours"
     before = _all_files(tmp_path)
     with pytest.raises(CompressError) as caught:
