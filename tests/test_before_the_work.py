@@ -46,6 +46,13 @@ def test_a_missing_text_is_refused_by_the_plan_and_leaves_no_run(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_refusal_after_weights_were_put_on_disk_leaves_no_run(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" ")
+    with pytest.raises(CompressError) as caught:
+        compress(str(tiny), _recipe(text=str(tmp_path / "empty.txt")), tmp_path / "out", offload="always")
+    assert caught.value.code == "data.empty" and [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
 def test_after_an_unreadable_text_the_corrected_command_runs(tiny: Path, tmp_path: Path) -> None:
     """An empty file is only found when it is read, in a run that has begun."""
     (tmp_path / "empty.txt").write_text(" ")

@@ -23,7 +23,8 @@ from llmcompress.storage.ours import check_run_folder, is_our_output, mark_outpu
 def check_output(output: Path, *, overwrite: bool, needed_bytes: int = 0, source: Path | None = None) -> None:
     """Before any work: that `output` can be written, and what an earlier killed run left beside it is cleared.
 
-    `source` is the folder that will be read: an output that holds it, is it or lies in it is refused.
+    `source` is the folder that will be read, if there is one of that name: an output that holds it, is it or lies in it
+    is refused.
 
     Raises: CompressError for a file, a link, a folder in use or with files of the user's, a read-only or full disk.
     """
@@ -34,7 +35,7 @@ def check_output(output: Path, *, overwrite: bool, needed_bytes: int = 0, source
     if output.is_symlink():
         there = f"name the folder that it leads to: {output.resolve()}"
         raise _usage("output.is-link", "the output is a symbolic link, which cannot be replaced", output, there)
-    if source is not None:
+    if source is not None and source.is_dir():
         _check_apart(output, source)
     _recover(output)
     if output.exists() and not output.is_dir():
@@ -61,7 +62,7 @@ def check_output(output: Path, *, overwrite: bool, needed_bytes: int = 0, source
 def _check_apart(output: Path, source: Path) -> None:
     """That neither of two folders holds the other, nor `output` a file that the source links to."""
     there, read = output.resolve(), source.resolve()
-    holders = {read, *(path.resolve() for path in source.iterdir())} if source.is_dir() else {read}
+    holders = {read, *(path.resolve() for path in source.iterdir())}
     for folder in (there, run_folder(output).resolve()):
         if folder.is_relative_to(read) or any(each.is_relative_to(folder) for each in holders):
             what = "the output and the model that is read would be in one another"

@@ -91,6 +91,12 @@ def remove_run_folder(folder: Path) -> None:
             folder.rmdir()
 
 
+def remove_unused_run_folder(folder: Path) -> None:
+    """Remove the folder of a run that was prepared and never begun."""
+    if not (folder / "fingerprint.json").exists():
+        remove_run_folder(folder)
+
+
 def clear_run_folder(folder: Path) -> None:
     """Remove what a run kept in its folder, which another run then uses."""
     _remove(folder, _OF_ONE_RUN)

@@ -42,8 +42,11 @@ def ours(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "parent" / "ours"))
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("where", ["the model", "its parent", "inside it", "a link to it"])
-def test_an_output_that_is_or_holds_or_lies_in_the_model_is_refused(where: str, ours: Path, tmp_path: Path) -> None:
+def test_an_output_that_is_or_holds_or_lies_in_the_model_is_refused(
+    where: str, overwrite: bool, ours: Path, tmp_path: Path
+) -> None:
     mark_output(ours.parent, [path.relative_to(ours.parent).as_posix() for path in ours.rglob("*")])
     (tmp_path / "link").symlink_to(ours.parent, target_is_directory=True)
     places = {
@@ -55,7 +58,7 @@ def test_an_output_that_is_or_holds_or_lies_in_the_model_is_refused(where: str, 
     output = places[where] if where != "a link to it" else places[where] / "ours"
     before = _all_files(tmp_path)
     with pytest.raises(CompressError) as caught:
-        compress(str(ours), _recipe(), output, overwrite=True)
+        compress(str(ours), _recipe(), output, overwrite=overwrite)
     assert caught.value.code == "output.is-source" and _all_files(tmp_path) == before
 
 
@@ -132,3 +135,8 @@ def test_an_output_that_is_a_link_is_refused_before_any_work(ours: Path, tmp_pat
 @pytest.mark.parametrize("length", [250, 300])
 def test_a_name_too_long_for_what_lies_beside_it_is_refused_before_any_work(length: int, tmp_path: Path) -> None:
     assert _refused(tmp_path / ("x" * length)).code == "output.name"
+
+
+def test_an_output_may_be_called_like_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_output(Path("org/name"), overwrite=False, source=Path("org/name"))
