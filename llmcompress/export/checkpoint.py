@@ -123,8 +123,11 @@ def _check_products(module: nn.Module, storage_dtype: torch.dtype, name: str) ->
 
 
 def _checked(tensor: Tensor, storage_dtype: torch.dtype, name: str) -> Tensor:
-    """The same tensor. Raises: CompressError when a value is not finite."""
-    if tensor.is_floating_point() and not tensor.isfinite().all():
+    """The same tensor. Raises: CompressError when a value is not finite.
+
+    Codes and scales of one byte are on a grid of their own; torch asks nothing of them.
+    """
+    if tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.isfinite().all():
         raise CompressError(
             "save.overflow",
             f"a weight does not fit into {storage_dtype}".replace("torch.", ""),
