@@ -1,7 +1,7 @@
 """Plants plausible bugs, one at a time, in a copy of the project and runs the tests that ought to notice.
 
     python evals/mutants.py                 all of evals/mutants.yaml; results → evals/results/mutants.json
-    python evals/mutants.py --only gptq-act-order-ascending smoothquant-strength-swapped
+    python evals/mutants.py --only gptq-act-order-ascending smoothquant-exponents-swapped
     python evals/mutants.py --texts         only check that every bug can still be planted
 
 A bug that no test notices survives: the exit code is 1 when more than 5 % do, or when a text is not found any more.
@@ -56,7 +56,8 @@ def main() -> int:
         return 1
     if given.texts:
         return 0
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() and given.only else {}
+    before = json.loads(RESULTS.read_text()) if RESULTS.exists() and given.only else {}
+    results = {each.id: before[each.id] for each in read_bugs() if each.id in before}
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(given.jobs) as pool:
         copies: SimpleQueue[Path] = SimpleQueue()
         for number in range(given.jobs):

@@ -17,7 +17,8 @@ from tests.warm_python import WarmPython
 DEFAULT_SECONDS = 20
 """For a file that is not listed: new ones should not need to be."""
 BUDGET_SECONDS: dict[str, int] = {
-    "tests/test_pipeline.py": 220,
+    "tests/test_pipeline.py": 260,
+    "tests/test_allocate.py": 50,
     "tests/test_cuda.py": 100,
     "tests/passes/test_laws.py": 90,
     "tests/test_ranks.py": 90,

@@ -97,7 +97,6 @@ def tucker(split: str) -> TuckerLinear:
 
 
 def bnb(kind: str, inputs: int) -> BnbLinear:
-    pytest.importorskip("bitsandbytes")
     return BnbLinear.quantize(kind, random(OUTPUTS, inputs), BIAS, torch.float32)
 
 

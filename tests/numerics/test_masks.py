@@ -69,6 +69,20 @@ def test_masks_of_many_weights_are_as_exact_as_those_of_few(share: float, values
     assert torch.equal(mask.nonzero().flatten(), order[:wanted].sort().values)
 
 
+@pytest.mark.parametrize("beyond", [-1, 0, 1, 200, 401, 402, 403])
+def test_a_misleading_sample_costs_time_and_never_a_weight(beyond: int) -> None:
+    """Of 80 scores one is looked at; here these lie in the middle, and which of them is sought is up to the others."""
+    looked_at, step = 4096, 80
+    score = torch.full((looked_at, step), 0.9)
+    score[:, 0] = torch.linspace(0.4, 0.6, looked_at)
+    wanted, low = looked_at * step // 2, looked_at // 2 - 200  # the search begins 200 below the middle of the sample
+    others = score[:, 1:].reshape(-1)
+    others[: wanted - low - beyond] = 0.1
+    score[:, 1:] = others.view(looked_at, step - 1)
+    mask = lowest(score, wanted).flatten()
+    assert torch.equal(mask.nonzero().flatten(), score.flatten().argsort(stable=True)[:wanted].sort().values)
+
+
 @pytest.mark.parametrize("values", [None, 1, 2, 5])
 @pytest.mark.parametrize("name", ["2:4", "4:8", "1:4", "3:4", "1:2", "5:16", "2:3"])
 def test_a_pattern_has_exactly_n_zeros_in_every_group(name: str, values: int | None) -> None:

@@ -41,6 +41,21 @@ def test_searched_factors_never_lose_to_no_scaling_and_win_with_outliers(seed: i
         assert found.exponent > 0 and found.error < 0.7 * found.error_unscaled
 
 
+def test_the_exponent_found_is_the_best_of_all() -> None:
+    """Where weights of a loud channel are small, scaling it up a lot makes no range wider."""
+    weight, gram, salience = problem(2, True)
+    weight[:, 5] *= 0.02
+    rounded = rounder(Grid(3, group=16))
+    found = search_factors([(weight, rounded)], gram, salience, torch.arange(32), 32, points=20)
+    errors = {}
+    for exponent in (point / 20 for point in range(20)):
+        factors = salience**exponent
+        factors /= (factors.max() * factors.min()).sqrt()
+        errors[exponent] = float(output_error(rounded(weight * factors) / factors - weight, gram))
+    assert found.exponent == min(errors, key=errors.__getitem__) > 0.5
+    torch.testing.assert_close(found.error, min(errors.values()), rtol=1e-5, atol=0)
+
+
 def test_one_point_is_the_identity() -> None:
     weight, gram, salience = problem(0, True)
     found = search_factors([(weight, rounder(Grid(3)))], gram, salience, torch.arange(32), 32, points=1)

@@ -15,7 +15,6 @@ from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError
 from llmcompress.evaluation.footprint import bytes_on_disk
-from llmcompress.evaluation.settings import Evaluate
 from llmcompress.modules.base import TrainableTwin
 from llmcompress.modules.bnb_linear import BnbLinear
 from llmcompress.modules.corrected import CorrectedLinear
@@ -56,7 +55,7 @@ def mixed_model() -> PreTrainedModel:
         block_pass("gptq", **GPTQ, sites="*.mlp.*"),
         block_pass("low_rank_correction", quantizer={"rtn": GPTQ}, rank=3, sites="*.o_proj"),
         block_pass("svd", ratio=0.5, sites="*.q_proj"),
-        make("embeddings", scheme="int8_channel"),
+        make("embeddings"),
     )
     assert isinstance(model, PreTrainedModel)
     return model
@@ -76,9 +75,10 @@ def loss(model: PreTrainedModel) -> float:
     return float(next_token_loss(model(input_ids=ids, use_cache=False).logits, ids))
 
 
-def briefly(model: PreTrainedModel, parameters: list[nn.Parameter]) -> None:
+def briefly(model: PreTrainedModel, parameters: list[nn.Parameter], rate: float = 3e-3) -> None:
     job = Job(parameters=parameters, masks=ZerosStay([]))
-    train(model, Windows(windows()), BRIEF, RunContext(windows(), device=torch.device("cpu")), job=job)
+    settings = BRIEF.model_copy(update={"learning_rate": rate})
+    train(model, Windows(windows()), settings, RunContext(windows(), device=torch.device("cpu")), job=job)
 
 
 def test_there_and_back_untrained_is_the_same_model() -> None:
@@ -112,7 +112,7 @@ def test_trained_by_the_loop_the_loss_falls_and_stays_fallen_when_settled(roles:
     codes = [each.codes_OI for each in model.modules() if isinstance(each, QuantLinear)]
     with trainable_form(model, wanted(roles)) as parameters:
         flat = [each for group in parameters.values() for each in group]
-        briefly(model, flat)
+        briefly(model, flat, 1e-4 if roles == {"scales"} else 3e-3)  # AdamW's steps have the size of the rate
         trained = loss(model)
     assert trained < start and loss(model) == trained
     assert all(torch.equal(each, others[name]) for name, each in model.named_parameters() if name in others)
@@ -157,6 +157,8 @@ QUANTIZED: dict[str, tuple[Pass, ...]] = {
     "cmpq": (block_pass("cmpq", bits=3),),
     "low_rank_correction": (block_pass("low_rank_correction", quantizer={"rtn": GPTQ}, rank=2),),
     "svd, gptq": (block_pass("svd", ratio=0.5), block_pass("gptq", **{**GPTQ, "scheme": "int4_channel"})),
+    "bnb_nf4": (block_pass("bnb_nf4", exclude="*.down_proj"),),
+    "bnb_int8": (block_pass("bnb_int8"),),
     "w8a8": (block_pass("rtn", scheme="int8_channel_a8token"),),
 }
 
@@ -170,8 +172,8 @@ def test_recover_after_any_quantizer_lowers_the_loss_and_leaves_the_codes_alone(
     after = [each for each in model.state_dict().values() if not each.is_floating_point()]
     codes = [each for each in plain.state_dict().values() if not each.is_floating_point()]
     assert codes and all(torch.equal(a, b) for a, b in zip(after, codes, strict=True))
-    ranks = {row.rank for row in rows if row.algorithm == "recover"}
-    assert ranks == {4}
+    ranks = {row.rank for row in rows if row.algorithm == "recover"}  # some leave a few sites dense
+    assert 4 in ranks
     branches = [each for each in model.modules() if isinstance(each, CorrectedLinear)]
     assert len(branches) >= len(codes) / 2 / 6 and not any("parametrizations" in name for name in model.state_dict())
 
@@ -191,7 +193,7 @@ evaluate: {perplexity: [{source: 'builtin:evaluation', window: 48, max_windows: 
     model, _ = load(tmp_path / "out", dtype=torch.float32)
     branches = [each for each in model.modules() if isinstance(each, CorrectedLinear)]
     assert len(branches) == 14 and all(isinstance(each.base, QuantLinear) for each in branches)
-    measured = evaluate(str(tmp_path / "out"), Evaluate(perplexity=parse_recipe(text, "test").evaluate.perplexity))
+    measured = evaluate(str(tmp_path / "out"), parse_recipe(text, "test").evaluate)
     assert measured[0].perplexity == pytest.approx(report.quality[0].compressed.perplexity, rel=1e-4)
 
 

@@ -75,11 +75,12 @@ def test_what_has_no_scheme_or_no_negative_scales_is_left_as_it_is():
         assert aimed(read(text), POSITIVE) == read(text)
 
 
-@pytest.mark.parametrize("name", sorted(PASSES))
+def _has_defaults(name: str) -> bool:
+    return not any(field.is_required() for field in PASSES[name].model_fields.values())
+
+
+@pytest.mark.parametrize("name", sorted(filter(_has_defaults, PASSES)))
 def test_every_pass_can_be_aimed_twice(name):
-    try:
-        each = PASSES[name]()
-    except ValueError:
-        pytest.skip("has no defaults")
+    each = PASSES[name]()
     once = aimed(each, POSITIVE)
     assert type(once) is type(each) and aimed(once, POSITIVE) == once

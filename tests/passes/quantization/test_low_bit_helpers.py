@@ -180,7 +180,7 @@ def test_channelwise_bits_are_those_of_the_tensors_and_meet_the_average(bits: fl
     for row in rows:
         module = model.get_submodule(row.site)
         count = module.in_features * module.out_features
-        floating = (module.value_N, *(module.get_buffer(f"levels_{width}") for width in module._widths))
+        floating = (module.value_N, *(module.get_buffer(f"levels_{width}") for width in module.widths))
         # levels and full weights are float32 in memory and two bytes on disk
         stored = module.coded_bits() - sum(16 * each.numel() for each in floating)
         assert row.bits_per_weight == pytest.approx(stored / count)
