@@ -248,6 +248,15 @@ class Run:
             with replacing(self.folder / "fingerprint.json") as part:
                 part.write_text(json.dumps(given, indent=2, sort_keys=True) + "\n")
             return
+        if not begun:
+            raise CompressError(
+                "run.damaged",
+                "what an unfinished run was begun with cannot be read",
+                where=str(self.folder / "fingerprint.json"),
+                fix="add --fresh to start again",
+                saved="the unfinished run, as it was",
+                exit_code=ExitCode.USAGE,
+            )
         differing = sorted(key for key in begun.keys() | given.keys() if begun.get(key) != given.get(key))
         changes = "; ".join(f"{key}: {begun.get(key, '-')} → {given.get(key, '-')}" for key in differing)
         raise CompressError(

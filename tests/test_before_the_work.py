@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from llmcompress import CompressError, compress, plan
 from llmcompress.cli.main import main
@@ -75,6 +76,17 @@ def test_a_torn_fingerprint_of_a_run_that_kept_nothing_is_written_anew(torn: str
     (tmp_path / "out.run" / "fingerprint.json").write_text(torn)
     with Run.open(tmp_path / "out", fingerprint=SETTINGS, lock_text="", fresh=False) as run:
         assert json.loads((run.folder / "fingerprint.json").read_text()) == SETTINGS
+
+
+def test_a_torn_fingerprint_of_a_run_that_kept_a_block_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "out", fingerprint=SETTINGS, lock_text="", fresh=False) as run:
+        run.save_block(0, 0, nn.Linear(2, 2), nn.Linear(2, 2), [])
+        (run.folder / "fingerprint.json").write_text('{"rec')
+    with pytest.raises(CompressError) as caught:
+        Run.open(tmp_path / "out", fingerprint=SETTINGS, lock_text="", fresh=False)
+    assert caught.value.code == "run.damaged" and "--fresh" in caught.value.fix
+    with Run.open(tmp_path / "out", fingerprint=SETTINGS, lock_text="", fresh=True) as run:
+        assert run.finished_blocks(0) == []
 
 
 @pytest.mark.parametrize("where", ["missing/decided.yaml", "."])
