@@ -20,7 +20,7 @@ from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.probe import map_model
 from llmcompress.passes.apply import apply_passes, stages
 from llmcompress.passes.base import Pass
-from llmcompress.planning import aimed_at_target, check_recipe, storage_dtype_of
+from llmcompress.planning import aimed_at_target, check_recipe, check_texts, storage_dtype_of
 from llmcompress.presets import as_recipe
 from llmcompress.progress import Progress, Silent
 from llmcompress.recipe import Recipe
@@ -36,6 +36,7 @@ def allocate(
     """
     progress = progress or Silent()
     chosen = aimed_at_target(as_recipe(recipe).for_model(model))
+    check_texts(chosen)
     progress.stage("load", 1)
     source = find_source(str(chosen.model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
     loaded = load_for_compression(source, trust_remote_code=chosen.trust_remote_code, progress=progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from enum import IntEnum
 
@@ -23,6 +24,8 @@ class ExitCode(IntEnum):
     GATE = 6
     """The result is worse than the recipe allows; it is kept and not published."""
     INTERRUPTED = 130
+    TERMINATED = 143
+    """Told to end by SIGTERM; state is saved as after an interrupt."""
 
 
 NOTHING_SAVED = "nothing was written"
@@ -46,7 +49,8 @@ class CompressError(ValueError):
         saved: str = NOTHING_SAVED,
         exit_code: ExitCode = ExitCode.REFUSED,
     ) -> None:
-        self.code, self.what, self.where, self.fix, self.saved = code, what, where, fix, saved
+        self.code, self.what, self.where = code, without_tokens(what), without_tokens(where)
+        self.fix, self.saved = without_tokens(fix), without_tokens(saved)
         self.exit_code = exit_code
         super().__init__(str(self))
 
@@ -79,3 +83,27 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     names = list(known)
     near = near_names(word, names)
     return f"did you mean `{near[0]}`?" if near else f"use one of {', '.join(names)}"
+
+
+_SAVED = "saved: "
+
+
+def note_saved(error: BaseException, saved: str) -> None:
+    """Add to any error what of the work so far is kept; Python shows it below the error."""
+    error.add_note(f"{_SAVED}{saved}")
+
+
+def saved_of(error: BaseException) -> str | None:
+    """What `note_saved` added; None: nothing."""
+    notes = [note for note in getattr(error, "__notes__", []) if note.startswith(_SAVED)]
+    return notes[-1].removeprefix(_SAVED) if notes else None
+
+
+_TOKEN = re.compile(r"(?<![A-Za-z0-9])(hf|api_org)_(?!transfer\b)(?:oauth_|jwt_)?[A-Za-z0-9]{8,}")
+_PASSWORD = re.compile(r"(?<=://)[^/@\s\"'<>]+@")
+"""User and password at the beginning of an address."""
+
+
+def without_tokens(text: str) -> str:
+    """Text for a screen or a file: access tokens and passwords in addresses are replaced by stars."""
+    return _TOKEN.sub(r"\1_***", _PASSWORD.sub("***@", text))

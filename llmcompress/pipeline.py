@@ -18,6 +18,7 @@ from llmcompress.calibration.ranks import all_ranks, own_device
 from llmcompress.calibration.sources import overlap_warning
 from llmcompress.calibration.tokens import max_positions
 from llmcompress.cost import Machine, Offload
+from llmcompress.errors import without_tokens
 from llmcompress.evaluation.coverage import coverage_warnings
 from llmcompress.evaluation.dense import DenseScores, against_dense, dense_scores
 from llmcompress.evaluation.environment import machine, versions
@@ -197,8 +198,8 @@ def _save(order: Order, prepared: Prepared, model: PreTrainedModel, report: Repo
         )
         companions(loaded.source.folder, staging, loaded.tokenizer, loaded.preflight.generation_config)
         finished = report.with_measurements([WeightBytes(of="compressed", bytes=bytes_on_disk(staging))])
-        (staging / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
-        (staging / REPORT).write_text(finished.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        (staging / RECIPE).write_text(without_tokens(recipe.to_yaml()), encoding="utf-8")
+        (staging / REPORT).write_text(without_tokens(finished.model_dump_json(indent=1)) + "\n", encoding="utf-8")
         publish(staging, order.output, overwrite=order.overwrite)
     return finished
 

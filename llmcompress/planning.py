@@ -10,6 +10,7 @@ from math import prod
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from llmcompress.calibration.sources import check_source
 from llmcompress.cost import Machine, Offload, cost, must_offload
 from llmcompress.errors import CompressError
 from llmcompress.export.choose import Choice, choose, limits_of
@@ -103,6 +104,7 @@ def make_plan(
 
     Raises: CompressError for whatever `compress` would refuse in this model or recipe, all sites at once.
     """
+    check_texts(recipe)
     known = known_model(model, trust_remote_code=recipe.trust_remote_code) if isinstance(model, Source) else model
     checked, model_map = known.checked, known.map
     offloaded = must_offload(offload, recipe.passes, weight_bytes=checked.bytes_weights)
@@ -131,6 +133,17 @@ def make_plan(
         estimated_seconds=taken.operations / machine.operations_per_second if machine else None,
         warnings=tuple(dict.fromkeys([*checked.warnings, *stored.notes])),
     )
+
+
+def check_texts(recipe: Recipe) -> None:
+    """That every text which the recipe names on this computer is there; nothing of it is read.
+
+    Raises: CompressError for a file or a bundled text that does not exist.
+    """
+    if any(each.uses_data() for each in recipe.passes) and recipe.calibration.source != "self":
+        check_source(recipe.calibration.source, where="calibration.source")
+    for task in recipe.evaluate:
+        check_source(task.source, where=f"evaluate.perplexity: {task.source}")
 
 
 def check_recipe(

@@ -21,11 +21,12 @@ from llmcompress.loading.source import Source, find_source
 from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
-from llmcompress.planning import check_recipe, storage_dtype_of
+from llmcompress.planning import check_recipe, check_texts, storage_dtype_of
 from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
 from llmcompress.storage.disk import sha256
 from llmcompress.storage.folder import check_output, run_folder
+from llmcompress.storage.ours import begin_run_folder, remove_unused_run_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,20 +58,32 @@ class Prepared:
 
 
 def prepare(order: Order) -> Prepared:
-    """Everything that can be refused is refused here.
+    """Everything that can be refused is refused here, and then no run folder is left that this order made.
 
     Raises: CompressError for an output that cannot be written, and any fault of the model, the recipe or a text.
     """
+    try:
+        return _prepared(order)
+    except BaseException:
+        if order.ranks.is_first:
+            remove_unused_run_folder(run_folder(order.output))
+        raise
+
+
+def _prepared(order: Order) -> Prepared:
     recipe, output, ranks = order.recipe, order.output, order.ranks
     if ranks.is_first:
-        check_output(output, overwrite=order.overwrite)
+        check_output(output, overwrite=order.overwrite, source=Path(str(recipe.model)).expanduser())
     order.progress.stage("load", 1)
+    check_texts(recipe)
     source = find_source(str(recipe.model), revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     weight_bytes = bytes_on_disk(source.folder)
     # a finished folder is no larger than the model; better refused now than when it is written
     if ranks.is_first:
-        check_output(output, overwrite=order.overwrite, needed_bytes=weight_bytes)
+        check_output(output, overwrite=order.overwrite, needed_bytes=weight_bytes, source=source.folder)
     on_disk = must_offload(order.offload, recipe.passes, weight_bytes=weight_bytes, processes=ranks.count)
+    if on_disk:
+        begin_run_folder(run_folder(output))
     loaded = load_for_compression(
         source,
         trust_remote_code=recipe.trust_remote_code,

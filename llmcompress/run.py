@@ -8,13 +8,13 @@
                      SS-training-NAME.safetensors (not in the journal: gone when its stage is finished)
                 log.jsonl
                 lock, process.json
+                llmcompress_run.txt  says that a run made the folder: no other is ever removed
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmcompress.errors import NOTHING_SAVED, CompressError, ExitCode
+from llmcompress.errors import NOTHING_SAVED, CompressError, ExitCode, note_saved, without_tokens
 from llmcompress.model.stock import stock_outline
 from llmcompress.modules.manifest import Manifest, apply_manifest, changes
 from llmcompress.records.rows import SiteReport
@@ -35,6 +35,7 @@ from llmcompress.storage.atomic import replacing
 from llmcompress.storage.disk import disk_errors, sha256, sync
 from llmcompress.storage.folder import run_folder
 from llmcompress.storage.lock import ProcessLock
+from llmcompress.storage.ours import begin_run_folder, clear_run_folder, remove_run_folder
 
 _ABOUT = "llmcompress"
 """Metadata key of a kept file: what its tensors do not say."""
@@ -56,17 +57,21 @@ class Run:
     def open(cls, output: Path, *, fingerprint: dict[str, str], lock_text: str, fresh: bool) -> Self:
         """Start a run, or go on with the one found beside `output`; `fresh` throws that one away.
 
-        Raises: CompressError when another process works on it, or it was started with something else.
+        One that had kept nothing yet is no run: it is started anew, whatever its settings were.
+
+        Raises: CompressError when another process works on it, it was started with something else, or the folder is
+        the user's own.
         """
         run = cls(run_folder(output))
         with disk_errors(run.folder, saved="nothing was changed"):
-            (run.folder / "work").mkdir(parents=True, exist_ok=True)
+            begin_run_folder(run.folder)
+            (run.folder / "work").mkdir(exist_ok=True)
             run._lock.take()
             try:
                 if fresh:
                     run._clear()
-                run._settle(fingerprint, lock_text)
                 run._read_journal()
+                run._settle(fingerprint, lock_text)
             except BaseException:
                 run._lock.release()
                 raise
@@ -78,10 +83,19 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, CompressError) and error.saved == NOTHING_SAVED:
-            error.saved = self.saved
-        if error is not None:
-            self.log("stopped", error=f"{type(error).__name__}: {error}", saved=self.saved)
+        if error is None:
+            self._lock.release()
+            return
+        saved = self.saved
+        if isinstance(error, CompressError):
+            if error.saved == NOTHING_SAVED:
+                error.saved = saved
+        else:
+            note_saved(error, saved)
+        if saved == NOTHING_SAVED:
+            self.discard()
+            return
+        self.log("stopped", error=f"{type(error).__name__}: {error}", saved=saved)
         self._lock.release()
 
     def finished_blocks(self, stage: int) -> list[int]:
@@ -180,9 +194,9 @@ class Run:
         _append(self.folder / "log.jsonl", {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **facts})
 
     def discard(self) -> None:
-        """Remove the folder: the result is published."""
+        """Remove the folder: the result is published, or there is nothing to keep."""
         self._lock.release()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_run_folder(self.folder)
 
     def _save(self, key: str, tensors: Mapping[str, Tensor], about: dict[str, Any], rows: list[SiteReport]) -> None:
         path = self._file(key)
@@ -218,32 +232,52 @@ class Run:
         return self.folder / "work" / f"{key}.safetensors"
 
     def _clear(self) -> None:
-        for name in ("journal.jsonl", "fingerprint.json", "lock.yaml", "log.jsonl"):
-            (self.folder / name).unlink(missing_ok=True)
-        shutil.rmtree(self.folder / "work")
+        clear_run_folder(self.folder)
         (self.folder / "work").mkdir()
+        self._journal, self._verified = {}, set()
 
     def _settle(self, fingerprint: Mapping[str, str], lock_text: str) -> None:
         """Write what this run is, or check that it is the run that was begun here."""
-        path = self.folder / "fingerprint.json"
-        if not path.exists():
-            self._clear()
-            (self.folder / "lock.yaml").write_text(lock_text)
-            with replacing(path) as part:
-                part.write_text(json.dumps(fingerprint, indent=2, sort_keys=True) + "\n")
+        given = {key: without_tokens(value) for key, value in fingerprint.items()}
+        begun = self._begun()
+        if begun == given:
             return
-        begun: dict[str, str] = json.loads(path.read_text())
-        differing = sorted(key for key in begun.keys() | fingerprint.keys() if begun.get(key) != fingerprint.get(key))
-        if differing:
-            changes = "; ".join(f"{key}: {begun.get(key, '-')} → {fingerprint.get(key, '-')}" for key in differing)
+        if begun is None or self.saved == NOTHING_SAVED:
+            self._clear()
+            (self.folder / "lock.yaml").write_text(without_tokens(lock_text))
+            with replacing(self.folder / "fingerprint.json") as part:
+                part.write_text(json.dumps(given, indent=2, sort_keys=True) + "\n")
+            return
+        if not begun:
             raise CompressError(
-                "run.other",
-                "an unfinished run with other settings is kept beside the output",
-                where=f"{self.folder} ({changes})",
-                fix="add --fresh to throw it away and start again, or repeat the earlier command to finish it",
+                "run.damaged",
+                "what an unfinished run was begun with cannot be read",
+                where=str(self.folder / "fingerprint.json"),
+                fix="add --fresh to start again",
                 saved="the unfinished run, as it was",
                 exit_code=ExitCode.USAGE,
             )
+        differing = sorted(key for key in begun.keys() | given.keys() if begun.get(key) != given.get(key))
+        changes = "; ".join(f"{key}: {begun.get(key, '-')} → {given.get(key, '-')}" for key in differing)
+        raise CompressError(
+            "run.other",
+            "an unfinished run with other settings is kept beside the output",
+            where=f"{self.folder} ({changes})",
+            fix="add --fresh to throw it away and start again, or repeat the earlier command to finish it",
+            saved="the unfinished run, as it was",
+            exit_code=ExitCode.USAGE,
+        )
+
+    def _begun(self) -> dict[str, str] | None:
+        """What was begun here; None where nothing was, and nothing known where a crash tore the file."""
+        path = self.folder / "fingerprint.json"
+        if not path.exists():
+            return None
+        try:
+            begun = json.loads(path.read_bytes())
+        except ValueError:
+            return {}
+        return begun if isinstance(begun, dict) else {}
 
     def _read_journal(self) -> None:
         """Read the finished lines; a line that a crash tore off is cut."""
@@ -290,7 +324,7 @@ def _own_memory(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _append(path: Path, line: Mapping[str, Any], *, durable: bool = False) -> None:
     with path.open("a") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        file.write(without_tokens(json.dumps(line, ensure_ascii=False)) + "\n")
         if durable:
             file.flush()
             os.fsync(file.fileno())

@@ -20,6 +20,7 @@ from llmcompress.run import Run
 from llmcompress.storage.atomic import replacing
 from llmcompress.storage.folder import check_output, staging_folder
 from llmcompress.storage.lock import ProcessLock
+from llmcompress.storage.ours import begin_run_folder, mark_output
 from tests.export.quantized import quantized_model
 from tests.families import tiny_model, tiny_tokens
 
@@ -147,8 +148,8 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path):
 
 
 def test_a_refused_start_gives_the_lock_back(tmp_path):
-    with _open(tmp_path / "out"):
-        pass
+    with _open(tmp_path / "out") as run:
+        _save(run, 0, [])
     for _ in range(2):
         with pytest.raises(CompressError, match=r"run\.other"):
             _open(tmp_path / "out", recipe="other")
@@ -174,7 +175,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, our_python):
 def test_what_a_killed_process_left_written_locks_nobody_out_and_breaks_no_message(tmp_path, text):
     """The first is a process id that was used again."""
     run = tmp_path / "out.run"
-    run.mkdir()
+    begin_run_folder(run)
     (run / "lock").touch()
     (run / "process.json").write_text(text)
     with _open(tmp_path / "out"):
@@ -214,8 +215,9 @@ def test_what_a_living_run_is_writing_is_not_swept_away(tmp_path):
     with Run.open(output, fingerprint=SETTINGS, lock_text="", fresh=False), staging_folder(output) as staging:
         check_output(output, overwrite=False)
         assert staging.is_dir()
-    left = tmp_path / ".out.tmp-left"
+    left = tmp_path / ".out.tmp-12345678"
     left.mkdir()
+    mark_output(left)
     check_output(output, overwrite=False)
     assert not left.exists()
 

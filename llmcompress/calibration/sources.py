@@ -80,6 +80,17 @@ def read_texts(
     return Texts(name, tuple(found.documents), conversations, fingerprint, found.skipped)
 
 
+def check_source(name: str, *, where: str) -> None:
+    """That a bundled text or a local file of that name is there; Hub datasets are not asked for.
+
+    Raises: CompressError when it is not.
+    """
+    if name.startswith("builtin:"):
+        _check_builtin(name.removeprefix("builtin:"), where)
+    elif not Path(name).expanduser().exists() and _looks_like_a_path(name):
+        raise CompressError("data.not-found", f"{name}: there is no such file", where=where, fix="check the path")
+
+
 def builtin_names() -> list[str]:
     """The bundled texts."""
     files = resources.files("llmcompress").joinpath("builtin").iterdir()
@@ -111,11 +122,10 @@ def _rows(
     """Labelled rows, a name for reports, and the limit that applies."""
     if source.startswith("builtin:"):
         return iter([("the text", _builtin(source.removeprefix("builtin:"), where))]), source, None
+    check_source(source, where=where)
     path = Path(source).expanduser()
     if path.is_file():
         return rows_of_file(path, where=where), path.name, None
-    if not path.is_dir() and _looks_like_a_path(source):
-        raise CompressError("data.not-found", f"{source}: there is no such file", where=where, fix="check the path")
     rows = hub_rows(source, split=split, config=config, max_characters=max_characters, where=where)
     return rows, f"{path.name if path.is_dir() else source}:{split}", max_characters
 
@@ -124,7 +134,7 @@ def _looks_like_a_path(source: str) -> bool:
     return source.startswith((".", "/", "~")) or source.count("/") > 1 or is_text_file(source)
 
 
-def _builtin(name: str, where: str) -> str:
+def _check_builtin(name: str, where: str) -> None:
     if name not in builtin_names():
         raise CompressError(
             "data.not-found",
@@ -133,6 +143,10 @@ def _builtin(name: str, where: str) -> str:
             fix=f"use one of {', '.join(f'builtin:{known}' for known in builtin_names())}",
             exit_code=ExitCode.USAGE,
         )
+
+
+def _builtin(name: str, where: str) -> str:
+    _check_builtin(name, where)
     return resources.files("llmcompress").joinpath("builtin", f"{name}.txt").read_text(encoding="utf-8")
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
 
 from llmcompress.cli.output import device_option, json_option, print_json, quiet_libraries
-from llmcompress.errors import CompressError, ExitCode
+from llmcompress.errors import CompressError, ExitCode, without_tokens
 
 
 @click.command()
@@ -39,10 +40,8 @@ def allocate(
       llmcompress allocate builtin:books-llama --recipe configs/tiny/mixed-precision.yaml
       llmcompress allocate --recipe mixed.yaml -o decided.yaml --set passes.mixed_precision.bits=3.0
     """
-    if output is not None and output.exists() and not overwrite:
-        raise CompressError(
-            "output.exists", f"{output} exists", fix="give another FILE, or add --overwrite", exit_code=ExitCode.USAGE
-        )
+    if output is not None:
+        _check_file(output, overwrite=overwrite)
     quiet_libraries()
     from llmcompress.cli.terminal import TerminalProgress
     from llmcompress.recipe import read_recipe
@@ -54,17 +53,36 @@ def allocate(
         decided = decide(model, read_recipe(recipe_file, settings=settings), device=device, progress=progress)
     if output is not None:
         try:
-            output.write_text(decided.to_yaml(), encoding="utf-8")
+            output.write_text(without_tokens(decided.to_yaml()), encoding="utf-8")
         except OSError as problem:
-            raise CompressError(
-                "output.unwritable",
-                f"cannot write {output}: {problem.strerror}",
-                fix="give another FILE",
-                exit_code=ExitCode.USAGE,
-            ) from None
+            raise _unwritable(output, str(problem.strerror)) from None
     if as_json:
         print_json(decided.model_dump(mode="json"))
     elif output is None:
-        click.echo(decided.to_yaml(), nl=False)
+        click.echo(without_tokens(decided.to_yaml()), nl=False)
     else:
         click.echo(str(output))
+
+
+def _check_file(output: Path, *, overwrite: bool) -> None:
+    """Before any work: that the recipe can be written there.
+
+    Raises: CompressError for a file that exists, a folder, and a folder that is missing or read-only.
+    """
+    if output.is_dir():
+        raise _unwritable(output, "it is a folder")
+    if output.exists() and not overwrite:
+        raise CompressError(
+            "output.exists", f"{output} exists", fix="give another FILE, or add --overwrite", exit_code=ExitCode.USAGE
+        )
+    folder = output.resolve().parent
+    if not folder.is_dir():
+        raise _unwritable(output, f"there is no folder {folder}")
+    if not os.access(output if output.exists() else folder, os.W_OK):
+        raise _unwritable(output, "it is read-only")
+
+
+def _unwritable(output: Path, why: str) -> CompressError:
+    return CompressError(
+        "output.unwritable", f"cannot write {output}: {why}", fix="give another FILE", exit_code=ExitCode.USAGE
+    )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llmcompress.cli.output import device_option, json_option, print_json, print_tables, quiet_libraries
-from llmcompress.errors import CompressError, ExitCode
+from llmcompress.errors import NOTHING_SAVED, CompressError, ExitCode, saved_of
 
 if TYPE_CHECKING:
     from llmcompress.cost import Offload
@@ -112,8 +112,8 @@ def compress(
                     offload=offload,
                     progress=progress,
                 )
-            except KeyboardInterrupt:
-                raise _interrupted(output) from None
+            except KeyboardInterrupt as interrupt:
+                raise _interrupted(output, saved_of(interrupt)) from None
     if dry_run:
         print_json(plan) if as_json else print_tables(*plan_tables(plan))
     elif as_json:
@@ -138,12 +138,11 @@ def _confirm_remote_code(recipe: Recipe, *, yes: bool) -> None:
     )
 
 
-def _interrupted(output: Path) -> CompressError:
-    run = output.with_name(output.name + ".run")
+def _interrupted(output: Path, saved: str | None) -> CompressError:
+    """`saved`: what the run said; None where it had not begun."""
+    run = output.absolute().with_name(output.absolute().name + ".run")
+    if saved is None and (run / "journal.jsonl").exists():
+        saved = f"what an earlier run kept in {run}: run the same command again to go on"
     return CompressError(
-        "interrupted",
-        "stopped before the end",
-        fix="run the same command again: it goes on after the last finished block" if run.exists() else "",
-        saved=f"finished blocks in {run}" if run.exists() else "nothing was written",
-        exit_code=ExitCode.INTERRUPTED,
+        "interrupted", "stopped before the end", saved=saved or NOTHING_SAVED, exit_code=ExitCode.INTERRUPTED
     )

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
-import re
 import sys
 import tempfile
 import traceback
 
 import click
 
-from llmcompress.errors import CompressError, ExitCode
-
-_TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
+from llmcompress.errors import CompressError, ExitCode, saved_of, without_tokens
 
 
 def report_failure(failure: Exception, *, as_json: bool) -> int:
     """Tell the user and return the exit code: JSON on stdout, otherwise text on stderr."""
     known = _as_known(failure)
     if as_json:
-        click.echo(_without_tokens(json.dumps({"error": known.as_dict()}, ensure_ascii=False)))
+        click.echo(without_tokens(json.dumps({"error": known.as_dict()}, ensure_ascii=False)))
     elif isinstance(failure, click.ClickException):
-        failure.show()
+        shown = io.StringIO()
+        failure.show(shown)
+        click.echo(without_tokens(shown.getvalue()), nl=False, err=True)
     else:
         _show(known)
     return int(known.exit_code)
@@ -33,7 +33,7 @@ def _show(error: CompressError) -> None:
     from rich.text import Text
 
     word = "interrupted" if error.exit_code is ExitCode.INTERRUPTED else "error"
-    message = Text(_without_tokens(str(error)))
+    message = Text(without_tokens(str(error)))
     # soft_wrap: paths and commands must stay copyable
     Console(file=sys.stderr).print(Text(f"{word}: ", style="bold red") + message, soft_wrap=True)
 
@@ -57,7 +57,7 @@ def _as_known(failure: Exception) -> CompressError:
         f"{type(failure).__name__}: {_first_line(failure)}",
         where=_write_log(failure),
         fix="this is a bug in llmcompress: please report it with that file",
-        saved="finished blocks, if any: the same command goes on after them",
+        saved=saved_of(failure) or "finished blocks, if any: the same command goes on after them",
         exit_code=ExitCode.BUG,
     )
 
@@ -68,7 +68,7 @@ def _out_of(what: str, failure: Exception, fix: str) -> CompressError:
         f"out of {what}: {_first_line(failure)}",
         where=_write_log(failure),
         fix=fix,
-        saved="finished blocks, if any: the same command goes on after them",
+        saved=saved_of(failure) or "finished blocks, if any: the same command goes on after them",
         exit_code=ExitCode.RESOURCES,
     )
 
@@ -77,14 +77,9 @@ def _write_log(failure: Exception) -> str:
     """Write the traceback to a new file and return its path."""
     text = "".join(traceback.format_exception(failure))
     with tempfile.NamedTemporaryFile("w", prefix="llmcompress-", suffix=".log", delete=False, encoding="utf-8") as file:
-        file.write(_without_tokens(text))
+        file.write(without_tokens(text))
     return file.name
 
 
 def _first_line(failure: Exception) -> str:
-    return _without_tokens(str(failure)).strip().partition("\n")[0][:300]
-
-
-def _without_tokens(text: str) -> str:
-    """Access tokens never reach a screen or a file."""
-    return _TOKEN.sub("hf_***", text)
+    return without_tokens(str(failure)).strip().partition("\n")[0][:300]

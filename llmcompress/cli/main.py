@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 import click
 
 from llmcompress import __version__
 from llmcompress.cli.failures import report_failure
-from llmcompress.errors import did_you_mean
+from llmcompress.errors import ExitCode, did_you_mean
 
 COMMANDS = ("allocate", "compress", "evaluate", "footprint", "inspect", "passes", "recipes", "schema", "speed")
 
@@ -44,7 +48,7 @@ class LazyGroup(click.Group):
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Exit codes: 0 ok, 1 bug, 2 usage or recipe, 3 model or data refused, 4 out of memory or disk, "
-    "5 Hub or network, 6 quality gate, 130 interrupted.",
+    "5 Hub or network, 6 quality gate, 130 interrupted, 143 terminated.",
 )
 @click.version_option(__version__, prog_name="llmcompress")
 def llmcompress() -> None:
@@ -60,7 +64,32 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line; every failure ends here as an exit code and a short text."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = llmcompress.main(given, prog_name="llmcompress", standalone_mode=False)
+        with _terminated_as_interrupted() as terminated:
+            code = llmcompress.main(given, prog_name="llmcompress", standalone_mode=False)
     except Exception as failure:
         code = report_failure(failure, as_json="--json" in given)
+        if code == ExitCode.INTERRUPTED and terminated:
+            code = ExitCode.TERMINATED
     sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[list[int]]:
+    """A polite end (SIGTERM, from a scheduler or `kill`) is told like Ctrl-C, with what is saved and how to go on.
+
+    Gives the signals that came.
+    """
+    received: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield received
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)

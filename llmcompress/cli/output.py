@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from llmcompress.errors import without_tokens
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -32,7 +34,7 @@ def device_option(command: F) -> F:
 
 def print_json(value: Any) -> None:
     """One JSON value on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    click.echo(without_tokens(json.dumps(value, indent=2, ensure_ascii=False)))
 
 
 def print_tables(*tables: RenderableType) -> None:

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
+from llmcompress.errors import without_tokens
+
 SECONDS_BETWEEN_LINES = 30.0
 STEPS_FOR_ESTIMATE = 8
 """The time left comes from the latest steps: blocks restored from an interrupted run take no time."""
@@ -129,7 +131,7 @@ class TerminalProgress:
 
     def _line(self, text: str) -> None:
         self._last_line = self._clock()
-        self._console.print(Text(text))
+        self._console.print(Text(without_tokens(text)))
 
 
 class _Status(ProgressColumn):

@@ -18,6 +18,7 @@ from llmcompress.errors import CompressError
 from llmcompress.export.base import Writing
 from llmcompress.export.shards import ShardWriter
 from llmcompress.loading.versions import TRANSFORMERS_MAJOR
+from llmcompress.modules.quant_linear import QuantLinear
 
 Replaced = Mapping[str, Callable[[], dict[str, Tensor]]]
 """Full name of a module that looks different on disk → its tensors there, under names relative to the module."""
@@ -56,7 +57,9 @@ def _tensors_on_disk(
             if owner is not None:
                 if owner not in begun:
                     begun.add(owner)
-                    block |= {f"{owner}.{part}": value for part, value in replaced[owner]().items()}
+                    _check_products(model.get_submodule(owner), storage_dtype, owner)
+                    for part, value in replaced[owner]().items():
+                        block[f"{owner}.{part}"] = _checked(value, storage_dtype, f"{owner}.{part}")
             elif name not in repeated:
                 block[name] = _stored(_tensor(model, name), storage_dtype, name)
         yield from _under_names_on_disk(model, block).items()
@@ -105,16 +108,33 @@ def _stored(tensor: Tensor, storage_dtype: torch.dtype, name: str) -> Tensor:
     """
     if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
         return tensor.detach()
-    cast = tensor.detach().to(storage_dtype)
-    if not cast.isfinite().all():
+    return _checked(tensor.detach().to(storage_dtype), storage_dtype, name)
+
+
+def _check_products(module: nn.Module, storage_dtype: torch.dtype, name: str) -> None:
+    """That no weight which a loader multiplies out of codes and scales becomes infinite in the stored dtype.
+
+    Raises: CompressError when one does.
+    """
+    for inner, part in module.named_modules():
+        if isinstance(part, QuantLinear):
+            full = f"{name}.{inner}" if inner else name
+            _checked(part.dense_weight().to(storage_dtype), storage_dtype, full)
+
+
+def _checked(tensor: Tensor, storage_dtype: torch.dtype, name: str) -> Tensor:
+    """The same tensor. Raises: CompressError when a value is not finite.
+
+    Codes and scales of one byte are on a grid of their own; torch asks nothing of them.
+    """
+    if tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.isfinite().all():
         raise CompressError(
             "save.overflow",
             f"a weight does not fit into {storage_dtype}".replace("torch.", ""),
             where=name,
-            fix="set `save.dtype` to bfloat16 or float32",
-            saved="all finished blocks: run again with another dtype",
+            fix="set `save.dtype` to bfloat16 or float32 and start afresh: scales are rounded to that type",
         )
-    return cast
+    return tensor
 
 
 def name_on_disk(model: PreTrainedModel, module: str) -> str:

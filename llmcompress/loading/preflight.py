@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from llmcompress.errors import CompressError
 from llmcompress.loading.config import read_config
 from llmcompress.loading.files import some
+from llmcompress.loading.finite import refuse_not_finite_numbers
 from llmcompress.loading.generation import read_generation_config
 from llmcompress.loading.match import Match, match
 from llmcompress.loading.quiet import quiet_transformers
@@ -51,6 +52,7 @@ def preflight(source: Source, *, trust_remote_code: bool = False, progress: Prog
     progress = progress or Silent()
     progress.inside("config.json")
     config, notes = read_config(source.folder, trust_remote_code=trust_remote_code)
+    refuse_not_finite_numbers(config.to_dict(), source.folder)
     with quiet_transformers():
         generation_config, generation_notes = read_generation_config(source.folder, config)
     progress.inside("safetensors headers")

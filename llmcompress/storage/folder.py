@@ -17,14 +17,26 @@ from llmcompress.errors import CompressError, ExitCode
 from llmcompress.storage.disk import disk_errors, sha256, sync
 from llmcompress.storage.lock import ProcessLock
 from llmcompress.storage.names import INDEX
+from llmcompress.storage.ours import check_run_folder, is_our_output, mark_output, other_files, remove_output
 
 
-def check_output(output: Path, *, overwrite: bool, needed_bytes: int = 0) -> None:
+def check_output(output: Path, *, overwrite: bool, needed_bytes: int = 0, source: Path | None = None) -> None:
     """Before any work: that `output` can be written, and what an earlier killed run left beside it is cleared.
 
-    Raises: CompressError for a file, a folder in use, a place that is not ours to replace, a read-only or full disk.
+    `source` is the folder that will be read, if there is one of that name: an output that holds it, is it or lies in it
+    is refused.
+
+    Raises: CompressError for a file, a link, a folder in use or with files of the user's, a read-only or full disk.
     """
     output = output.absolute()
+    if max(len(os.fsencode(name)) for name in (*output.parts, _beside(output, "tmp").name)) > _LONGEST_NAME:
+        raise _usage("output.name", "the output's name is too long for a file system", output, "choose a shorter name")
+    check_run_folder(run_folder(output))
+    if output.is_symlink():
+        there = f"name the folder that it leads to: {output.resolve()}"
+        raise _usage("output.is-link", "the output is a symbolic link, which cannot be replaced", output, there)
+    if source is not None and source.is_dir():
+        _check_apart(output, source)
     _recover(output)
     if output.exists() and not output.is_dir():
         raise _usage("output.is-file", "the output is a file", output, "name a folder that does not exist yet")
@@ -32,11 +44,7 @@ def check_output(output: Path, *, overwrite: bool, needed_bytes: int = 0) -> Non
     if output.resolve() in {home, *home.parents, here, *here.parents}:
         raise _usage("output.unsafe", "the output would replace a folder that holds other things", output, _NEW)
     if output.is_dir() and any(output.iterdir()):
-        if not overwrite:
-            fix = "choose another folder, or add --overwrite: the old one is kept until the new one is complete"
-            raise _usage("output.exists", "the output folder is not empty", output, fix)
-        if not (output / "config.json").is_file():
-            raise _usage("output.unsafe", "the output folder holds something other than a model", output, _NEW)
+        _check_filled(output, overwrite=overwrite)
     parent = next(folder for folder in output.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise _usage("output.read-only", "the output folder cannot be created", output, f"make {parent} writable")
@@ -51,6 +59,30 @@ def check_output(output: Path, *, overwrite: bool, needed_bytes: int = 0) -> Non
         )
 
 
+def _check_apart(output: Path, source: Path) -> None:
+    """That neither of two folders holds the other, nor `output` a file that the source links to."""
+    there, read = output.resolve(), source.resolve()
+    holders = {read, *(path.resolve() for path in source.iterdir())}
+    for folder in (there, run_folder(output).resolve()):
+        if folder.is_relative_to(read) or any(each.is_relative_to(folder) for each in holders):
+            what = "the output and the model that is read would be in one another"
+            raise _usage("output.is-source", what, output, f"name a folder apart from {source}")
+
+
+def _check_filled(output: Path, *, overwrite: bool) -> None:
+    """That a folder with something in it is one that we wrote, with nothing of the user's."""
+    if not overwrite:
+        fix = "choose another folder, or add --overwrite: the old one is kept until the new one is complete"
+        raise _usage("output.exists", "the output folder is not empty", output, fix)
+    if not is_our_output(output):
+        raise _usage("output.unsafe", "the output folder was not written by llmcompress", output, _NEW)
+    others = other_files(output)
+    if others:
+        names = ", ".join(others[:_NAMED]) + (f" and {len(others) - _NAMED} more" if len(others) > _NAMED else "")
+        what = f"the output folder holds files that llmcompress did not write: {names}"
+        raise _usage("output.other-files", what, output, "move them elsewhere, or choose another folder")
+
+
 def run_folder(output: Path) -> Path:
     """Where a run on `output` keeps its unfinished work."""
     return output.absolute().parent / f"{output.name}.run"
@@ -61,17 +93,25 @@ def staging_folder(output: Path) -> Iterator[Path]:
     """An empty folder beside `output`, on the same file system, to fill and then `publish`; removed on any error."""
     output = output.absolute()
     output.parent.mkdir(parents=True, exist_ok=True)
-    folder = output.parent / f".{output.name}.tmp-{uuid.uuid4().hex[:8]}"
+    folder = _beside(output, "tmp")
     folder.mkdir()
     try:
+        mark_output(folder)
         with disk_errors(output, saved="all finished blocks: run the same command again"):
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _beside(output: Path, kind: str) -> Path:
+    """A hidden name beside `output` that nobody has yet."""
+    return output.parent / f".{output.name}.{kind}-{uuid.uuid4().hex[:8]}"
+
+
 def publish(staging: Path, output: Path, *, overwrite: bool) -> dict[str, str]:
     """Check every file of `staging`, then make it `output` by renaming; sha256 by file name.
+
+    A list of the files goes with them, so that a later overwrite knows what it may remove.
 
     Killed at any point it leaves the old folder or the new one complete, never a mixture. Between the two renames of
     an overwrite the old one is called `.NAME.old-…`; `check_output` of the next run puts it back.
@@ -79,6 +119,7 @@ def publish(staging: Path, output: Path, *, overwrite: bool) -> dict[str, str]:
     Raises: CompressError when a weight file does not read back, or `output` is in use.
     """
     output = output.absolute()
+    mark_output(staging, [path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()])
     hashes = {str(path.relative_to(staging)): sha256(path) for path in sorted(staging.rglob("*")) if path.is_file()}
     _check_weights(staging)
     for path in [*staging.rglob("*"), staging]:
@@ -88,11 +129,12 @@ def publish(staging: Path, output: Path, *, overwrite: bool) -> dict[str, str]:
     if output.exists():
         if not overwrite:
             raise _usage("output.exists", "the output folder was filled meanwhile", output, "add --overwrite")
-        aside = output.parent / f".{output.name}.old-{uuid.uuid4().hex[:8]}"
+        _check_filled(output, overwrite=True)
+        aside = _beside(output, "old")
         os.rename(output, aside)
         os.rename(staging, output)
         sync(output.parent)
-        shutil.rmtree(aside)
+        remove_output(aside)
     else:
         os.rename(staging, output)
         sync(output.parent)
@@ -100,6 +142,10 @@ def publish(staging: Path, output: Path, *, overwrite: bool) -> dict[str, str]:
 
 
 _NEW = "name a folder that does not exist yet"
+_LONGEST_NAME = 255
+"""Bytes, on every common file system."""
+_NAMED = 10
+"""Files listed by name in an error."""
 
 
 def _usage(code: str, what: str, output: Path, fix: str) -> CompressError:
@@ -109,17 +155,24 @@ def _usage(code: str, what: str, output: Path, fix: str) -> CompressError:
 def _recover(output: Path) -> None:
     """Undo what a killed run left beside `output`: half-filled folders go, a folder moved aside comes back.
 
-    A living run is left alone: its half-filled folder is its own.
+    A living run is left alone: its half-filled folder is its own. So is every folder that is not marked as ours.
     """
     if ProcessLock(run_folder(output)).is_held():
         return
-    for left in output.parent.glob(glob.escape(f".{output.name}.old-") + "*"):
-        if output.exists():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
+    for left in _left_beside(output, "old"):
+        if not output.exists():
             os.rename(left, output)
-    for left in output.parent.glob(glob.escape(f".{output.name}.tmp-") + "*"):
-        shutil.rmtree(left, ignore_errors=True)
+        elif not other_files(left):
+            remove_output(left)
+    for left in _left_beside(output, "tmp"):
+        remove_output(left)
+
+
+def _left_beside(output: Path, kind: str) -> list[Path]:
+    """Our own hidden folders of that kind; an empty one is ours that was killed before or after it had its marker."""
+    pattern = glob.escape(f".{output.name}.{kind}-") + "[0-9a-f]" * 8
+    found = [path for path in output.parent.glob(pattern) if path.is_dir() and not path.is_symlink()]
+    return [path for path in found if is_our_output(path) or not any(path.iterdir())]
 
 
 def _check_weights(folder: Path) -> None:

@@ -1,3 +1,6 @@
 """What weight files are called, wherever they are read, written or published."""
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+FILES = "llmcompress_files.json"
+"""In an output folder: the names of the files that we wrote there. Whatever is not named is the user's."""

@@ -316,6 +316,7 @@ def test_any_other_failure_is_short_on_screen_and_complete_in_a_file(run, pipeli
 def test_an_interrupt_ends_with_130_and_says_how_to_go_on(run, pipeline, tmp_path, kept):
     if kept:
         (tmp_path / "out.run").mkdir()
+        (tmp_path / "out.run" / "journal.jsonl").touch()
     pipeline.failure = KeyboardInterrupt()
     code, _, err = run("compress", "m", "--preset", "tiny/rtn", "-o", "out")
     assert code == ExitCode.INTERRUPTED

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.storage.disk import disk_errors
 from llmcompress.storage.folder import check_output, publish, staging_folder
+from llmcompress.storage.ours import mark_output
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,6 +43,7 @@ def _fill(folder: Path, what: str) -> Path:
         save_file({name: torch.full((3,), float(len(what)))}, folder / f"model-{name}.safetensors")
     for name in ("config.json", "only-" + what):
         (folder / name).write_text(what)
+    mark_output(folder, [path.name for path in folder.iterdir()])
     return folder
 
 
@@ -51,7 +53,7 @@ def _holds(folder: Path) -> str | None:
         return None
     what = (folder / "config.json").read_text()
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        ["config.json", "model-a.safetensors", "model-b.safetensors", "only-" + what]
+        ["config.json", "llmcompress_files.json", "model-a.safetensors", "model-b.safetensors", "only-" + what]
     )
     return what
 
@@ -73,7 +75,7 @@ def test_killed_at_any_step_leaves_old_or_new_and_the_next_run_clears_up(tmp_pat
         for left in tmp_path.iterdir():
             _remove(left)
         _fill(output, "old")
-        staging = _fill(tmp_path / ".model.tmp-1", "new")
+        staging = _fill(tmp_path / ".model.tmp-12345678", "new")
         killed = _killed_in_fork(staging, output, step)
         between = _holds(output)
         check_output(output, overwrite=True)
@@ -89,7 +91,7 @@ def test_killed_at_any_step_leaves_old_or_new_and_the_next_run_clears_up(tmp_pat
 
 def test_killed_for_real_leaves_the_old_one(tmp_path):
     _fill(tmp_path / "model", "old")
-    assert _run_killed(_fill(tmp_path / ".model.tmp-1", "new"), tmp_path / "model", 3) == 9
+    assert _run_killed(_fill(tmp_path / ".model.tmp-12345678", "new"), tmp_path / "model", 3) == 9
     assert _holds(tmp_path / "model") == "old"
 
 
@@ -119,7 +121,7 @@ def test_publish_moves_a_complete_folder_and_tells_its_hashes(tmp_path):
         assert staging.parent == output.parent
         _fill(staging, "new")
         hashes = publish(staging, output, overwrite=False)
-    assert _holds(output) == "new" and len(hashes) == 4 and all(len(value) == 64 for value in hashes.values())
+    assert _holds(output) == "new" and len(hashes) == 5 and all(len(value) == 64 for value in hashes.values())
     assert [path.name for path in output.parent.iterdir()] == ["model"]
 
 
@@ -203,9 +205,9 @@ def test_a_read_only_place_is_refused(tmp_path, monkeypatch):
 
 
 def test_names_with_glob_characters_are_taken_literally(tmp_path):
-    (tmp_path / ".m1.tmp-x").mkdir()
+    (tmp_path / ".m1.tmp-12345678").mkdir()
     check_output(tmp_path / "m[1]", overwrite=False)
-    assert (tmp_path / ".m1.tmp-x").exists()
+    assert (tmp_path / ".m1.tmp-12345678").exists()
 
 
 def test_a_full_disk_is_the_users_problem_not_a_bug(tmp_path):
