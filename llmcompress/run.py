@@ -34,6 +34,7 @@ from llmcompress.records.rows import SiteReport
 from llmcompress.storage.atomic import replacing
 from llmcompress.storage.disk import disk_errors, sha256, sync
 from llmcompress.storage.folder import run_folder
+from llmcompress.storage.json_file import read_json
 from llmcompress.storage.lock import ProcessLock
 
 _ABOUT = "llmcompress"
@@ -232,7 +233,7 @@ class Run:
             with replacing(path) as part:
                 part.write_text(json.dumps(fingerprint, indent=2, sort_keys=True) + "\n")
             return
-        begun: dict[str, str] = json.loads(path.read_text())
+        begun = read_json(path, code="run.damaged", fix="add --fresh to start again", exit_code=ExitCode.USAGE)
         differing = sorted(key for key in begun.keys() | fingerprint.keys() if begun.get(key) != fingerprint.get(key))
         if differing:
             changes = "; ".join(f"{key}: {begun.get(key, '-')} → {fingerprint.get(key, '-')}" for key in differing)

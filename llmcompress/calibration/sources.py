@@ -7,13 +7,13 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any, Literal
 
 from llmcompress.calibration.hub_datasets import hub_rows
 from llmcompress.calibration.local_files import is_text_file, rows_of_file
 from llmcompress.calibration.records import Format, Message, contents_of
 from llmcompress.errors import CompressError, ExitCode
+from llmcompress.storage.paths import from_home
 
 JOINER = "\n\n"
 """Stands between documents wherever they are read as one text."""
@@ -111,7 +111,7 @@ def _rows(
     """Labelled rows, a name for reports, and the limit that applies."""
     if source.startswith("builtin:"):
         return iter([("the text", _builtin(source.removeprefix("builtin:"), where))]), source, None
-    path = Path(source).expanduser()
+    path = from_home(source)
     if path.is_file():
         return rows_of_file(path, where=where), path.name, None
     if not path.is_dir() and _looks_like_a_path(source):

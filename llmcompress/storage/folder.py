@@ -18,6 +18,9 @@ from llmcompress.storage.disk import disk_errors, sha256, sync
 from llmcompress.storage.lock import ProcessLock
 from llmcompress.storage.names import INDEX
 
+_LONGEST_NAME = 255 - len(".") - len(".tmp-01234567")
+"""File systems allow 255 bytes."""
+
 
 def check_output(output: Path, *, overwrite: bool, needed_bytes: int = 0) -> None:
     """Before any work: that `output` can be written, and what an earlier killed run left beside it is cleared.
@@ -25,6 +28,7 @@ def check_output(output: Path, *, overwrite: bool, needed_bytes: int = 0) -> Non
     Raises: CompressError for a file, a folder in use, a place that is not ours to replace, a read-only or full disk.
     """
     output = output.absolute()
+    _check_name(output)
     _recover(output)
     if output.exists() and not output.is_dir():
         raise _usage("output.is-file", "the output is a file", output, "name a folder that does not exist yet")
@@ -49,6 +53,14 @@ def check_output(output: Path, *, overwrite: bool, needed_bytes: int = 0) -> Non
             fix="free disk space or choose another disk",
             exit_code=ExitCode.RESOURCES,
         )
+
+
+def _check_name(output: Path) -> None:
+    """The names made from it must fit too: `.NAME.tmp-01234567` is the longest."""
+    length = len(os.fsencode(output.name))
+    if length > _LONGEST_NAME:
+        what = f"the output's name is too long: {length} bytes, at most {_LONGEST_NAME}"
+        raise _usage("output.name", what, output, "choose a shorter name")
 
 
 def run_folder(output: Path) -> Path:
