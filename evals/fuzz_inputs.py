@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmcompress.errors import CompressError, ExitCode
+from llmcompress.loading.config import read_config
 from llmcompress.loading.load import load_for_compression
 from llmcompress.loading.source import Source
-from llmcompress.pipeline import inspect
+from llmcompress.model.map import ModelMap
+from llmcompress.model.probe import probe
 from llmcompress.planning import make_plan
 from llmcompress.recipe import Recipe, parse_recipe
 
@@ -103,36 +105,51 @@ def recipe() -> Recipe:
     return parse_recipe("passes: [rtn: {scheme: int4_g16}]\nevaluate: {}", "fuzz")
 
 
-def attempt(folder: Path, order: Recipe) -> None:
-    """What `compress`, its dry run and `inspect` do before any work."""
-    source = Source(folder, "fuzzed")
-    load_for_compression(source)
-    make_plan(source, order)
-    inspect(str(folder))
+class Attempt:
+    """What `compress`, its dry run and `inspect` do with a model before any work."""
+
+    def __init__(self, folder: Path, order: Recipe) -> None:
+        self.folder, self._order = folder, order
+        self._map = self._inspected()
+
+    def outcomes(self, *, config_changed: bool) -> list[str]:
+        """How each command ends: `fine`, the code of a refusal, or the exception with our line that let it pass."""
+        found = []
+        if config_changed:
+            found.append(_outcome(self._inspected))
+        return [*found, _outcome(lambda: self._planned(None if config_changed else self._map))]
+
+    def _inspected(self) -> ModelMap:
+        return probe(read_config(self.folder)[0], unfuse=True)
+
+    def _planned(self, model_map: ModelMap | None) -> None:
+        source = Source(self.folder, "fuzzed")
+        loaded = load_for_compression(source)
+        make_plan(source, self._order, model_map, checked=loaded.preflight)
 
 
-def outcome(folder: Path, order: Recipe) -> str:
-    """`fine`, the code of a refusal, or the exception and the line of ours that let it pass."""
+def _outcome(call: Callable[[], object]) -> str:
     try:
-        attempt(folder, order)
+        call()
     except CompressError as refusal:
-        return "bug" if refusal.exit_code is ExitCode.BUG else refusal.code
+        return "BUG" if refusal.exit_code is ExitCode.BUG else refusal.code
     except Exception as problem:
         ours = [frame for frame in traceback.extract_tb(problem.__traceback__) if "llmcompress/" in frame.filename]
         at = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "?"
-        return f"BUG {type(problem).__name__} at {at}: {str(problem).splitlines()[0] if str(problem) else ''!s:.100}"
+        return f"BUG {type(problem).__name__} at {at}: {str(problem).partition(chr(10))[0]:.100}"
     return "fine"
 
 
-def damaged(folder: Path, mutation: Mutation, order: Recipe) -> str:
-    """The outcome with this file damaged; the folder is afterwards as it was."""
-    file = folder / mutation.file
+def damaged(attempt: Attempt, mutation: Mutation) -> str:
+    """The worst outcome with this file damaged; the folder is afterwards as it was."""
+    file = attempt.folder / mutation.file
     before = file.read_bytes()
     file.write_bytes(mutation.content)
     try:
-        return outcome(folder, order)
+        found = attempt.outcomes(config_changed=mutation.file == "config.json")
     finally:
         file.write_bytes(before)
+    return next((each for each in found if each.startswith("BUG")), found[-1])
 
 
 def main() -> int:
@@ -148,16 +165,16 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp()) / "model"
     try:
         write_tiny_llama(folder, shard="30KB")
-        order = recipe()
+        attempt = Attempt(folder, recipe())
         for mutation in mutations(folder, count=options.count, seed=options.seed):
-            ended = damaged(folder, mutation, order)
+            ended = damaged(attempt, mutation)
             found[ended] += 1
             examples.setdefault(ended, mutation)
     finally:
         shutil.rmtree(folder.parent)
     for ended, times in sorted(found.items(), key=lambda item: -item[1]):
         print(f"{times:5d}  {ended:60s}  {examples[ended].file}: {examples[ended].what}")
-    bugs = {ended: times for ended, times in found.items() if ended.upper().startswith("BUG")}
+    bugs = {ended: times for ended, times in found.items() if ended.startswith("BUG")}
     print(f"{options.count} mutations, {sum(bugs.values())} bugs, {len(bugs)} signatures")
     return 1 if bugs else 0
 

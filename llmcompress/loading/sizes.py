@@ -13,16 +13,18 @@ MOST_BLOCKS = 10_000
 """Transformers spends a millisecond on an empty block; the deepest models have a few hundred."""
 _LARGEST = {
     "num_hidden_layers": MOST_BLOCKS,
-    "hidden_size": 10_000_000,
-    "head_dim": 1_000_000,
-    "num_attention_heads": 1_000_000,
-    "num_key_value_heads": 1_000_000,
+    "hidden_size": 1_000_000,
+    "head_dim": 65_536,
+    "num_attention_heads": 65_536,
+    "num_key_value_heads": 65_536,
     "vocab_size": 1_000_000_000,
-    "intermediate_size": 1_000_000_000,
+    "intermediate_size": 10_000_000,
     "max_position_embeddings": 10_000_000_000,
 }
 """By transformers' own names; whatever a model calls them."""
 _MOST_EXPERTS = 100_000
+_MOST_TIMES = 1024
+"""As wide as a layer's inside may be, against the model's width; models stay below 32."""
 _NUMBERS = ("initializer_range", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "attention_dropout")
 
 
@@ -47,6 +49,7 @@ def check_sizes(config: PretrainedConfig, folder: Path) -> None:
     width, partly = getattr(text, "head_dim", None), getattr(text, "partial_rotary_factor", None)
     if not wrong and rotary and isinstance(width, int) and width % 2 and partly is None:
         wrong = [f"head_dim = {width} is odd, and rotary positions turn pairs"]
+    wrong = wrong or _out_of_proportion(text)
     if wrong:
         raise _refused(folder, wrong)
 
@@ -58,6 +61,21 @@ def _refused(folder: Path, wrong: list[str]) -> CompressError:
         where=f"{folder / 'config.json'}: {'; '.join(wrong)}",
         fix="compare it with the config.json of the original model",
     )
+
+
+def _out_of_proportion(text: PretrainedConfig) -> list[str]:
+    """A block is tried out on random weights, which must not take all memory there is."""
+    hidden, inner, heads, width = (
+        getattr(text, key, None) for key in ("hidden_size", "intermediate_size", "num_attention_heads", "head_dim")
+    )
+    if not isinstance(hidden, int):
+        return []
+    found = []
+    if isinstance(inner, int) and inner > _MOST_TIMES * hidden:
+        found.append(f"intermediate_size = {inner} is over {_MOST_TIMES} times hidden_size = {hidden}")
+    if isinstance(heads, int) and isinstance(width, int) and heads * width > _MOST_TIMES * hidden:
+        found.append(f"num_attention_heads · head_dim = {heads * width} is over {_MOST_TIMES} times {hidden}")
+    return found
 
 
 def _values(text: PretrainedConfig) -> list[tuple[str, Any]]:
