@@ -117,11 +117,16 @@ def read_index(index: Path) -> dict[str, str]:
     """
     refuse_outside(index.parent, {INDEX: INDEX})
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) and file for file in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(map(_is_name, weight_map.values())):
         raise CompressError(
             "model.bad-index", "no usable `weight_map` in the index", where=str(index), fix="get the file again"
         )
     return weight_map
+
+
+def _is_name(file: object) -> bool:
+    """What a file system can be asked for at all."""
+    return isinstance(file, str) and 0 < len(file.encode(errors="replace")) <= 255 and "\x00" not in file
 
 
 def some(names: list[str], most: int = 12) -> str:

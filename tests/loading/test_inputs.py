@@ -66,6 +66,12 @@ def test_json_that_is_no_object_is_refused_with_line_column_and_what_was_found(t
     assert error.where.startswith(str(tmp_path / "x.json")) and place in error.where
 
 
+@pytest.mark.parametrize("name", ["a" * 300, "a\0b", "", 7, None])
+def test_an_index_that_names_no_possible_file_is_refused(folder, name):
+    edit_json(folder / "model.safetensors.index.json", weight_map={"lm_head.weight": name})
+    assert refused(lambda: preflight(Source(folder, "m"))).code == "model.bad-index"
+
+
 def test_a_file_that_cannot_be_opened_is_refused(tmp_path):
     assert "cannot be read" in refused(lambda: read_json(tmp_path)).what
 
