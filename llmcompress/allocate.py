@@ -10,7 +10,7 @@ import torch
 from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.devices import usable_device
-from llmcompress.calibration.tokens import max_positions
+from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.export.loader import loader_of
@@ -55,6 +55,8 @@ def allocate(
             progress=progress,
         )
         windows_NT = data.windows_NT
+        rows = loaded.preflight.contents.embedding_rows
+        refuse_beyond_embedding(windows_NT, loaded.tokenizer, rows, where=f"calibration: {data.source}")
     context = RunContext(
         windows_NT,
         batch=chosen.calibration.batch,

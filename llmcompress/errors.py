@@ -70,6 +70,14 @@ class CompressError(ValueError):
         }
 
 
+def is_out_of_memory(failure: BaseException) -> bool:
+    """Whether memory ran out: Python's error, the GPU's, or the RuntimeError by which torch's CPU allocator says so."""
+    if isinstance(failure, MemoryError) or type(failure).__name__ == "OutOfMemoryError":
+        return True
+    said = str(failure)
+    return isinstance(failure, RuntimeError) and ("DefaultCPUAllocator" in said or "t allocate memory" in said)
+
+
 def near_names(word: str, known: Iterable[str], *, count: int = 1) -> list[str]:
     """The known names that look most like a word, best first; none when nothing does."""
     names = list(known)

@@ -16,7 +16,7 @@ from llmcompress.calibration.data import CalibrationData, calibration_windows
 from llmcompress.calibration.devices import usable_device
 from llmcompress.calibration.ranks import all_ranks, own_device
 from llmcompress.calibration.sources import overlap_warning
-from llmcompress.calibration.tokens import max_positions
+from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
 from llmcompress.cost import Machine, Offload
 from llmcompress.errors import without_tokens
 from llmcompress.evaluation.coverage import coverage_warnings
@@ -241,6 +241,8 @@ def evaluate(
     tokenizer = load_tokenizer(find_source(model))
     with RUNNERS[runner].open(model, device=usable_device(device), dtype=torch.float32) as opened:
         texts = [evaluation_text(task, tokenizer, opened.max_positions) for task in tasks]
+        for text in texts:
+            refuse_beyond_embedding(text.windows, tokenizer, opened.vocabulary, where=text.name)
         return [measure(opened, text, progress=progress) for text in texts]
 
 
@@ -290,7 +292,7 @@ def _calibration(order: Order, prepared: Prepared) -> CalibrationData | None:
     if not any(each.uses_data() for each in recipe.passes):
         return None
     with prepared.home.running(loaded.model, torch.device("cpu")):
-        return calibration_windows(
+        data = calibration_windows(
             recipe.calibration,
             loaded.tokenizer,
             max_positions=max_positions(loaded.model.config),
@@ -298,6 +300,9 @@ def _calibration(order: Order, prepared: Prepared) -> CalibrationData | None:
             model=loaded.model,
             progress=order.progress,
         )
+    rows = loaded.preflight.contents.embedding_rows
+    refuse_beyond_embedding(data.windows_NT, loaded.tokenizer, rows, where=f"calibration: {data.source}")
+    return data
 
 
 def _overlaps(data: CalibrationData, texts: Sequence[EvaluationText]) -> list[str]:

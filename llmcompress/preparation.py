@@ -11,12 +11,12 @@ import torch
 
 from llmcompress.calibration.homes import Home, InMemory, OnDisk
 from llmcompress.calibration.ranks import Ranks
-from llmcompress.calibration.tokens import max_positions
+from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
 from llmcompress.cost import Offload, must_offload
-from llmcompress.evaluation.footprint import bytes_on_disk
 from llmcompress.evaluation.texts import EvaluationText, evaluation_text
 from llmcompress.export.loader import loader_of
 from llmcompress.loading.load import Loaded, load_for_compression
+from llmcompress.loading.preflight import preflight
 from llmcompress.loading.source import Source, find_source
 from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.map import ModelMap
@@ -27,6 +27,7 @@ from llmcompress.recipe import Recipe
 from llmcompress.storage.disk import sha256
 from llmcompress.storage.folder import check_output, run_folder
 from llmcompress.storage.ours import begin_run_folder, remove_unused_run_folder
+from llmcompress.storage.paths import from_home
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +74,12 @@ def prepare(order: Order) -> Prepared:
 def _prepared(order: Order) -> Prepared:
     recipe, output, ranks = order.recipe, order.output, order.ranks
     if ranks.is_first:
-        check_output(output, overwrite=order.overwrite, source=Path(str(recipe.model)).expanduser())
+        check_output(output, overwrite=order.overwrite, source=from_home(str(recipe.model)))
     order.progress.stage("load", 1)
     check_texts(recipe)
     source = find_source(str(recipe.model), revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
-    weight_bytes = bytes_on_disk(source.folder)
+    checked = preflight(source, trust_remote_code=recipe.trust_remote_code, progress=order.progress)
+    weight_bytes = checked.bytes_weights
     # a finished folder is no larger than the model; better refused now than when it is written
     if ranks.is_first:
         check_output(output, overwrite=order.overwrite, needed_bytes=weight_bytes, source=source.folder)
@@ -88,19 +90,22 @@ def _prepared(order: Order) -> Prepared:
         source,
         trust_remote_code=recipe.trust_remote_code,
         scratch=run_folder(output) / "converted" if on_disk else None,
-        progress=order.progress,
+        checked=checked,
     )
     unfuse_experts(loaded.model, loaded.weights)
     model_map = map_model(loaded.model)
     storage_dtype = storage_dtype_of(recipe, loaded.preflight)
     notes = check_recipe(recipe, model_map, loader_of(loaded.model.config), storage_dtype).notes
     limit = max_positions(loaded.model.config)
+    texts = tuple(evaluation_text(task, loaded.tokenizer, limit) for task in recipe.evaluate)
+    for text in texts:
+        refuse_beyond_embedding(text.windows, loaded.tokenizer, checked.contents.embedding_rows, where=text.name)
     return Prepared(
         loaded,
         InMemory() if loaded.weights is None else OnDisk(loaded.weights),
         model_map,
         tuple(notes),
-        tuple(evaluation_text(task, loaded.tokenizer, limit) for task in recipe.evaluate),
+        texts,
         storage_dtype,
         _identity(source) if ranks.is_first else {},
     )

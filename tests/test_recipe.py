@@ -229,11 +229,14 @@ def test_a_text_may_be_written_as_source_and_split(text, source, split):
 # ---- trust
 
 
-def test_code_of_a_repository_needs_a_full_commit():
-    error = refusal("passes: [rtn]\nmodel: m\nrevision: main\ntrust_remote_code: true")
-    assert error.code == "recipe.trust" and "line 4" in error.where
-    commit = "0123456789abcdef" * 2 + "01234567"
-    assert parse_recipe(f"passes: [rtn]\nrevision: {commit}\ntrust_remote_code: true", "r").trust_remote_code
+def test_trust_without_a_commit_is_a_recipe_for_a_local_folder_and_the_hub_asks_for_one():
+    """That a Hub id needs a full commit is shown in tests/loading/test_source.py."""
+    assert parse_recipe("passes: [rtn]\nmodel: ./folder\ntrust_remote_code: true", "r").trust_remote_code
+
+
+def test_a_recipe_without_passes_is_refused_with_its_line():
+    error = refusal("model: m\npasses: []")
+    assert error.code == "recipe.no-passes" and "line 2" in error.where and "rtn" in error.fix
 
 
 def test_a_pinned_revision_is_not_carried_to_another_model():

@@ -237,3 +237,16 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         assert path.read_text() == "old" and part.parent == path.parent
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
     assert done == ["fsync", "replace", "fsync"], "the content before its name, the name before it counts"
+
+
+@pytest.mark.parametrize("torn", ['{"recipe": "a', "", "[]"])
+def test_a_torn_fingerprint_is_refused_with_the_way_out_and_fresh_takes_it(tmp_path, torn):
+    with _open(tmp_path / "out") as run:
+        run.save_block(0, 0, torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), [])
+    (tmp_path / "out.run" / "fingerprint.json").write_text(torn)
+    with pytest.raises(CompressError) as caught:
+        _open(tmp_path / "out")
+    assert caught.value.code == "run.damaged" and "--fresh" in caught.value.fix
+    assert caught.value.exit_code is ExitCode.USAGE
+    with _open(tmp_path / "out", fresh=True) as run:
+        assert run.finished_blocks(0) == []

@@ -54,6 +54,16 @@ def edit_json(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
 
 
+def with_a_far_token(folder: Path) -> None:
+    """Gives the tokenizer words up to 299 and `<far>` = 300; from 288 on they lie beyond the embedding's rows."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    template = tokenizer["added_tokens"][0]
+    tokenizer["added_tokens"].append({**template, "id": 300, "content": "<far>", "special": True})
+    for number in range(len(tokenizer["model"]["vocab"]), 300):
+        tokenizer["model"]["vocab"][f"filler{number}"] = number
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
 def edit_tensors(file: Path, **changes: Tensor | None) -> None:
     """Replace tensors (`__` stands for a dot); None removes them."""
     tensors = {**load_file(file), **{name.replace("__", "."): tensor for name, tensor in changes.items()}}

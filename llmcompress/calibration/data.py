@@ -13,7 +13,8 @@ from llmcompress.calibration.generate import self_generated_text
 from llmcompress.calibration.packing import pack, sections, windows
 from llmcompress.calibration.settings import Calibration
 from llmcompress.calibration.sources import TextSource, paragraph_hashes, read_texts
-from llmcompress.calibration.tokens import starts_with_bos, written_out
+from llmcompress.calibration.templates import written_out
+from llmcompress.calibration.tokens import starts_with_bos
 from llmcompress.errors import CompressError
 from llmcompress.progress import Progress, Silent
 

@@ -23,4 +23,7 @@ def usable_device(name: str) -> torch.device:
             f"the device {name!r} cannot be used: {str(problem).splitlines()[0]}",
             fix="use --device auto, cpu or cuda",
         ) from None
+    if device.type == "meta":
+        what = "the device 'meta' cannot be used: its tensors have shapes and no values"
+        raise CompressError("device.unusable", what, fix="use --device auto, cpu or cuda")
     return device

@@ -119,6 +119,8 @@ def _json_line(line: bytes) -> Any:
         return BadRow(str(bad).replace("line 1, ", ""))  # the label names the line of the file
     except json.JSONDecodeError as failure:
         return BadRow(f"invalid JSON at column {failure.colno}: {failure.msg}")
+    except (RecursionError, ValueError):
+        return BadRow("unusable JSON: thousands of digits in a number, or thousands of nested lists")
 
 
 def _json(path: Path, where: str) -> Rows:
@@ -131,6 +133,9 @@ def _json(path: Path, where: str) -> Rows:
             where=where,
             fix="correct that line; one JSON record per line belongs in a .jsonl file",
         ) from None
+    except (RecursionError, ValueError):
+        what = f"{path.name}: unusable JSON: thousands of digits in a number, or thousands of nested lists"
+        raise CompressError("data.bad-json", what, where=where, fix="write one record per line, as .jsonl") from None
     if not isinstance(content, list):
         what = f"{path.name}: expected a list of records"
         raise CompressError("data.bad-json", what, where=where, fix="write [{...}, {...}] or .jsonl")

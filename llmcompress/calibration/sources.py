@@ -7,13 +7,13 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any, Literal
 
 from llmcompress.calibration.hub_datasets import hub_rows
 from llmcompress.calibration.local_files import is_text_file, rows_of_file
 from llmcompress.calibration.records import Format, Message, contents_of
 from llmcompress.errors import CompressError, ExitCode
+from llmcompress.storage.paths import from_home
 
 JOINER = "\n\n"
 """Stands between documents wherever they are read as one text."""
@@ -87,7 +87,7 @@ def check_source(name: str, *, where: str) -> None:
     """
     if name.startswith("builtin:"):
         _check_builtin(name.removeprefix("builtin:"), where)
-    elif not Path(name).expanduser().exists() and _looks_like_a_path(name):
+    elif not from_home(name).exists() and _looks_like_a_path(name):
         raise CompressError("data.not-found", f"{name}: there is no such file", where=where, fix="check the path")
 
 
@@ -123,7 +123,7 @@ def _rows(
     if source.startswith("builtin:"):
         return iter([("the text", _builtin(source.removeprefix("builtin:"), where))]), source, None
     check_source(source, where=where)
-    path = Path(source).expanduser()
+    path = from_home(source)
     if path.is_file():
         return rows_of_file(path, where=where), path.name, None
     rows = hub_rows(source, split=split, config=config, max_characters=max_characters, where=where)

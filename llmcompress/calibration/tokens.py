@@ -1,13 +1,15 @@
-"""What a tokenizer does of its own accord, found by trying: BOS, chat template, unknown tokens."""
+"""What a tokenizer does of its own accord, found by trying: BOS, unknown tokens, tokens that the model lacks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
-from llmcompress.calibration.records import Format
-from llmcompress.calibration.sources import Texts
+from torch import Tensor
+
 from llmcompress.errors import CompressError
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 UNKNOWN_SHARE = 0.01
 """More unknown tokens than this in ordinary text: the tokenizer was made for something else."""
+_COMPARED_CHARACTERS = 50_000
 
 
 def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -42,7 +45,9 @@ def unknown_warning(
 ) -> str | None:
     """A warning when too much of the text has no token, as with the tokenizer of another model or language."""
     total = sum(map(len, lists))
-    if tokenizer.unk_token_id is None or not total:
+    if tokenizer.unk_token_id is None:
+        return _lost_warning(tokenizer, texts)
+    if not total:
         return None
     unknown = sum(list(tokens).count(tokenizer.unk_token_id) for tokens in lists)
     # a text may hold the unknown token as a word (WikiText does): that is the text's choice, not a misfit
@@ -52,55 +57,39 @@ def unknown_warning(
     return f"{unknown / total:.1%} of the tokens are unknown to the tokenizer; is it the tokenizer of this model?"
 
 
-def written_out(
-    texts: Texts,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    format: Format = "auto",
-    chat_template: str | None = None,
-    skip_bad_rows: bool = False,
-    where: str = "",
-) -> tuple[list[str], int]:
-    """Documents as plain text, conversations through the chat template, and how many did not fit it.
+def refuse_beyond_embedding(
+    windows: Iterable[Tensor], tokenizer: PreTrainedTokenizerBase, rows: int, *, where: str
+) -> None:
+    """Token ids of a text must have a row in the embedding; ids that no text uses may lie beyond it.
 
-    With `format="text"` the contents of the messages are read as they are, without a template.
-
-    Raises: CompressError `data.no-chat-template`, `data.bad-row` when the template refuses a conversation.
+    Raises: CompressError naming the tokens that have none.
     """
-    if not texts.conversations:
-        return list(texts.documents), 0
-    if format == "text":
-        return ["\n\n".join(message["content"] for message in messages) for messages in texts.conversations], 0
-    template = None if chat_template is None else _template_file(chat_template, where)
-    if template is None and not tokenizer.chat_template:
+    beyond = sorted({number for window in windows for number in window[window >= rows].tolist()})
+    if beyond:
+        tokens = ", ".join(f"{tokenizer.convert_ids_to_tokens(number)!r} = {number}" for number in beyond[:12])
         raise CompressError(
-            "data.no-chat-template",
-            f"{texts.name} holds conversations, but the model's tokenizer has no chat template",
-            where=where,
-            fix="set `chat_template` to a Jinja file, or `format: text` to read the messages as plain text",
+            "model.vocabulary",
+            f"the text has {len(beyond)} different tokens beyond the embedding's {rows} rows",
+            where=f"{where}: {tokens}",
+            fix=(
+                "use the tokenizer of this model, or give the model rows for the new tokens: "
+                f"model.resize_token_embeddings({beyond[-1] + 1}), then save it with save_pretrained"
+            ),
         )
-    from jinja2 import TemplateError
-
-    written: list[str] = []
-    skipped = 0
-    for number, messages in enumerate(texts.conversations, start=1):
-        try:
-            written.append(tokenizer.apply_chat_template(list(messages), tokenize=False, chat_template=template))
-        except TemplateError as failure:
-            if not skip_bad_rows:
-                raise CompressError(
-                    "data.bad-row",
-                    f"{texts.name}: conversation {number} does not fit the chat template: {failure}",
-                    where=where,
-                    fix="correct it, or set `skip_bad_rows: true` to leave such rows out and count them",
-                ) from failure
-            skipped += 1
-    return written, skipped
 
 
-def _template_file(path: str, where: str) -> str:
-    try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as failure:
-        what = f"{path}: the chat template cannot be read ({failure})"
-        raise CompressError("data.chat-template", what, where=where, fix="check the path") from failure
+def _lost_warning(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> str | None:
+    """Without an unknown token a tokenizer drops what it does not know: what does not come back was lost."""
+    sample = "\n".join(islice(texts, 1000))[:_COMPARED_CHARACTERS]
+    there = _letters(sample)
+    back = tokenizer.decode(token_lists(tokenizer, [sample])[0], clean_up_tokenization_spaces=False) if there else ""
+    lost, total = (there - _letters(back)).total(), there.total()
+    if lost <= UNKNOWN_SHARE * total:
+        return None
+    return f"{lost / total:.1%} of the text has no token and is lost; is it the tokenizer of this model?"
+
+
+def _letters(text: str) -> Counter[str]:
+    """How often every character occurs; accents, case and white space are the tokenizer's to normalise."""
+    plain = unicodedata.normalize("NFKD", text).casefold()
+    return Counter(letter for letter in plain if not letter.isspace() and not unicodedata.combining(letter))

@@ -127,13 +127,13 @@ def _confirm_remote_code(recipe: Recipe, *, yes: bool) -> None:
     """Code of a model's repository runs only after a person said yes, here or with --yes."""
     if not recipe.trust_remote_code or yes:
         return
-    where = f"{recipe.model} at commit {recipe.revision}"
+    where = f"{recipe.model}{f' at commit {recipe.revision}' if recipe.revision else ''}"
     if sys.stdin.isatty() and click.confirm(f"The recipe runs Python code from {where}. Run it?", err=True):
         return
     raise CompressError(
         "recipe.trust",
         f"the recipe asks to run Python code from {where}",
-        fix="review the code at that commit, then add --yes",
+        fix="review the code, then add --yes",
         exit_code=ExitCode.USAGE,
     )
 

@@ -11,7 +11,7 @@ import traceback
 
 import click
 
-from llmcompress.errors import CompressError, ExitCode, saved_of, without_tokens
+from llmcompress.errors import CompressError, ExitCode, is_out_of_memory, saved_of, without_tokens
 
 
 def report_failure(failure: Exception, *, as_json: bool) -> int:
@@ -46,8 +46,7 @@ def _as_known(failure: Exception) -> CompressError:
         return CompressError("interrupted", "stopped", saved="", exit_code=ExitCode.INTERRUPTED)
     if isinstance(failure, click.ClickException):
         return CompressError("usage", failure.format_message(), exit_code=ExitCode.USAGE)
-    out_of_memory = isinstance(failure, MemoryError) or type(failure).__name__ == "OutOfMemoryError"
-    if out_of_memory:
+    if is_out_of_memory(failure):
         fix = "use a smaller `calibration.batch` or `calibration.tokens`, or `--device cpu`, and run the command again"
         return _out_of("memory", failure, fix)
     if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):

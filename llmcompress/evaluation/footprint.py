@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections import Counter
 from collections.abc import Mapping
 from math import prod
@@ -17,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from llmcompress.evaluation.stored import Stored, stored
 from llmcompress.loading.config import read_config
+from llmcompress.loading.files import read_index
 from llmcompress.loading.match import empty_model
 from llmcompress.loading.source import find_source
 from llmcompress.loading.tensors import TensorHeader, Tensors
@@ -140,13 +140,12 @@ def ratios(model: Footprint, against: Footprint) -> dict[str, float]:
 def bytes_on_disk(folder: Path | str) -> int:
     """Bytes of the weight files that a loader reads: those of the index where there is one.
 
-    Left-over files (a second format, shards of an older save) do not count.
+    Left-over files (a second format, shards of an older save) do not count. Files were checked: every shard is there.
     """
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return sum((folder / name).stat().st_size for name in names)
+        return sum((folder / name).stat().st_size for name in set(read_index(index).values()))
     single = folder / "model.safetensors"
     files = [single] if single.is_file() else list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
     return sum(file.stat().st_size for file in files)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmcompress.calibration.tokens import max_positions
+from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
 from llmcompress.evaluation.reductions import Perplexity, feed
 from llmcompress.evaluation.scores import WindowScores, score
 from llmcompress.evaluation.settings import PerplexityTask
@@ -38,6 +38,7 @@ def perplexity(
     """
     text = evaluation_text(task, tokenizer, max_positions(model.config))
     with TorchRunner(model, device=device) as runner:
+        refuse_beyond_embedding(text.windows, tokenizer, runner.vocabulary, where=text.name)
         return measure(runner, text, batch=batch, progress=progress)
 
 

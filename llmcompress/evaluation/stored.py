@@ -17,7 +17,6 @@ from llmcompress.errors import CompressError
 from llmcompress.evaluation.stored_bnb import BnbSite, bnb_sites
 from llmcompress.formats import compressed_tensors, packed
 from llmcompress.formats.named import Named
-from llmcompress.loading.files import read_json
 from llmcompress.loading.tensors import TensorHeader, Tensors, headers
 from llmcompress.modules.base import MODULES
 from llmcompress.modules.scheme import Scheme, named_scheme
@@ -25,6 +24,7 @@ from llmcompress.numerics.formats import E2M1, E4M3, POWER_OF_TWO, SINGLE, STORE
 from llmcompress.numerics.grid import Grid
 from llmcompress.numerics.quantized import QuantizedTensor
 from llmcompress.records.report import REPORT
+from llmcompress.storage.json_file import read_json
 
 
 @dataclass(frozen=True)

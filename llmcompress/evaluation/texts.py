@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from llmcompress.calibration.sources import JOINER, TextSource, paragraph_hashes, read_texts
-from llmcompress.calibration.tokens import starts_with_bos, unknown_warning, written_out
+from llmcompress.calibration.templates import written_out
+from llmcompress.calibration.tokens import starts_with_bos, unknown_warning
 from llmcompress.errors import CompressError
 from llmcompress.evaluation.settings import PerplexityTask
 

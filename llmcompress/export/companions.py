@@ -6,9 +6,10 @@ import json
 import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from llmcompress.storage.json_file import read_json
 
 _TOKENIZER = (
     "tokenizer*.json",
@@ -63,7 +64,7 @@ def _respell_tokenizer(path: Path) -> None:
     """Class names and lists of transformers 5 in the words that 4 knows; an older file is left as it is."""
     if not path.is_file():
         return
-    settings: dict[str, Any] = json.loads(path.read_text())
+    settings = read_json(path)
     respelled = dict(settings)
     if settings.get("tokenizer_class") == "TokenizersBackend":
         respelled["tokenizer_class"] = "PreTrainedTokenizerFast"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,18 @@ from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llmcompress.errors import CompressError
-from llmcompress.loading.files import adapter_error, read_json, refuse_outside
+from llmcompress.loading.files import adapter_error, refuse_outside
+from llmcompress.loading.quiet import quiet_transformers, said
 from llmcompress.loading.rotary import rotary_as_in_4
+from llmcompress.loading.sizes import check_sizes
 from llmcompress.loading.versions import TRANSFORMERS_MAJOR
+from llmcompress.storage.json_file import read_json
 
-_HARMLESS = {"_name_or_path", "_commit_hash", "_attn_implementation_autoset", "_from_model_config"}
-"""Left behind by transformers itself; dropped without a word."""
-_CODE_SELECTING = {"attn_implementation", "experts_implementation", "fusion_config", "kernel_config"}
-"""May name a repository of kernels that transformers would download and run."""
+_OWN_NOTES = {"_name_or_path", "_model_name_or_path", "_commit_hash", "_attn_implementation_autoset"}
+_OWN_NOTES |= {"_from_model_config", "_auto_class"}
+"""Left behind by transformers or training tools; dropped without a word."""
+_CODE_SELECTING = {"fusion_config", "kernel_config"}
+"""As every `…_implementation`: may name a repository of kernels that transformers would download and run."""
 
 
 def read_config(
@@ -38,6 +43,7 @@ def read_config(
         folder, {path.name: path.name for path in sorted(folder.iterdir()) if path.suffix in (".json", ".jinja")}
     )
     raw = read_json(folder / "config.json")
+    _refuse_other_types(raw, folder)
     if not may_be_quantized:
         _refuse_quantized(raw, folder)
     notes: list[str] = []
@@ -51,6 +57,9 @@ def read_config(
             raise _needs_code(folder, model_type, code)
         del data["auto_map"]
         notes.append(f"config.json names Python files of its own; ignored: transformers' own {model_type} is used")
+    elif code:
+        _refuse_code_from_elsewhere(folder, code)
+        notes.append(f"Python files that come with the model run: {'; '.join(_hashes(folder))}")
     if not native and not code:
         raise _unknown_type(folder, model_type)
     if not code and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -60,18 +69,19 @@ def read_config(
 
 def _build(data: dict[str, Any], folder: Path) -> PretrainedConfig:
     try:
-        config_class = _config_class(data, folder)
-        config: PretrainedConfig = config_class.from_dict(data)
+        with quiet_transformers():
+            config: PretrainedConfig = _config_class(data, folder).from_dict(data)
     except CompressError:
         raise
     except Exception as problem:
         raise CompressError(
             "model.bad-config",
-            f"transformers cannot read config.json: {str(problem).strip().splitlines()[0]}",
+            f"transformers cannot read config.json: {said(problem)}",
             where=str(folder / "config.json"),
             fix="compare it with the config.json of the original model",
         ) from problem
     config.name_or_path = str(folder)
+    check_sizes(config, folder)
     return config
 
 
@@ -87,12 +97,20 @@ def _config_class(data: dict[str, Any], folder: Path) -> type[PretrainedConfig]:
 
 
 def _declared_keys(raw: dict[str, Any]) -> set[str]:
-    """Underscored options of the architecture itself, such as OPT's `_remove_final_layer_norm`."""
+    """Underscored options of the architecture itself: OPT's `_remove_final_layer_norm`, Gemma 3's
+    `_sliding_window_pattern`."""
     model_type = raw.get("model_type")
     if model_type not in transformers.CONFIG_MAPPING:
         return set()
-    options = inspect.signature(transformers.CONFIG_MAPPING[model_type].__init__).parameters
-    return {name for name in options if name.startswith("_") and "implementation" not in name}
+    kind = transformers.CONFIG_MAPPING[model_type]
+    names = {*inspect.signature(kind.__init__).parameters}
+    with suppress(Exception):  # a few need arguments
+        names |= vars(kind()).keys() - vars(PretrainedConfig()).keys()
+    return {name for name in names if name.startswith("_")}
+
+
+def _chooses_code(key: str) -> bool:
+    return "_implementation" in key or key in _CODE_SELECTING
 
 
 def _without_code_keys(
@@ -109,10 +127,13 @@ def _without_code_keys(
         return value
     kept = {}
     for key, item in value.items():
-        if key in _HARMLESS:
+        if key in _OWN_NOTES:
             continue
-        if (key.startswith("_") and key not in declared) or key in _CODE_SELECTING:
+        if _chooses_code(key):
             notes.append(f"config.json: the key {path}{key} was dropped (it can choose code to run)")
+            continue
+        if key.startswith("_") and key not in declared:
+            notes.append(f"config.json: the key {path}{key} was dropped (this transformers has no such option)")
             continue
         kept[key] = _without_code_keys(item, notes, path=f"{path}{key}.")
     return kept
@@ -153,6 +174,27 @@ def _refuse_other_kinds(data: dict[str, Any], folder: Path) -> None:
         raise _not_causal(folder, ", ".join(classes))
 
 
+def _refuse_other_types(raw: dict[str, Any], folder: Path) -> None:
+    """The few keys that are read before transformers checks the rest."""
+    wanted: dict[str, tuple[type, str]] = {
+        "model_type": (str, "text"),
+        "architectures": (list, "a list"),
+        "auto_map": (dict, "an object"),
+        "quantization_config": (dict, "an object"),
+        "rope_parameters": (dict, "an object"),
+        "rope_scaling": (dict, "an object"),
+        "text_config": (dict, "an object"),
+    }
+    for key, (kind, called) in wanted.items():
+        if raw.get(key) is not None and not isinstance(raw[key], kind):
+            raise CompressError(
+                "model.bad-config",
+                f"{key} is {raw[key]!r:.60}, and {called} is needed",
+                where=f"{folder / 'config.json'}, {key}",
+                fix="compare it with the config.json of the original model",
+            )
+
+
 def _not_causal(folder: Path, what: str) -> CompressError:
     return CompressError(
         "model.not-causal",
@@ -182,14 +224,31 @@ def _unknown_type(folder: Path, model_type: str) -> CompressError:
 
 
 def _needs_code(folder: Path, model_type: str, code: Any) -> CompressError:
-    files = [
-        f"{path.name} sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
-        for path in sorted(folder.glob("*.py"))
-    ]
+    files = _hashes(folder)
     named = ", ".join(sorted(str(name) for name in code.values())) if isinstance(code, dict) else str(code)
     return CompressError(
         "model.remote-code",
         f"the model_type {model_type!r} needs Python files that come with the model ({named}); nothing of them was run",
         where="; ".join(files) or f"{folder / 'config.json'}, auto_map",
-        fix="review the files, then set `trust_remote_code: true` (for a Hub model with the full commit as revision)",
+        fix="review the files, then set `trust_remote_code: true` (for a Hub model with the full commit as `revision`)",
     )
+
+
+def _hashes(folder: Path) -> list[str]:
+    """Every Python file of the model, by what is in it."""
+    return [
+        f"{path.name} sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+        for path in sorted(folder.glob("*.py"))
+    ]
+
+
+def _refuse_code_from_elsewhere(folder: Path, code: dict[str, Any]) -> None:
+    """`ORG/NAME--file.Class` is code of another repository, at whatever commit it has today."""
+    elsewhere = sorted(str(name) for name in code.values() if "--" in str(name))
+    if elsewhere:
+        raise CompressError(
+            "model.code-elsewhere",
+            f"config.json asks for Python code of another repository ({', '.join(elsewhere)}), and no commit pins it",
+            where=f"{folder / 'config.json'}, auto_map",
+            fix="copy those files into the model's folder, review them, and remove `ORG/NAME--` from auto_map",
+        )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from llmcompress.errors import CompressError
+from llmcompress.storage.json_file import read_json
 from llmcompress.storage.names import INDEX, SINGLE
 
 
@@ -21,7 +20,7 @@ def weight_files(folder: Path, *, how_to_get_again: str) -> tuple[list[Path], di
         require_safetensors([path.name for path in folder.iterdir()], where=str(folder))
         refuse_outside(folder, {SINGLE: SINGLE})
         return [folder / SINGLE], {}
-    weight_map = _read_index(index)
+    weight_map = read_index(index)
     named = sorted(set(weight_map.values()))
     refuse_outside(folder, {file: f"{INDEX}: weight_map entry {file!r}" for file in named})
     if (folder / SINGLE).exists() and SINGLE not in named:
@@ -111,38 +110,26 @@ def refuse_outside(folder: Path, files: dict[str, str]) -> None:
         )
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object.
+def read_index(index: Path) -> dict[str, str]:
+    """Which file holds which tensor.
 
-    Raises: CompressError with line and column when it is none.
+    Raises: CompressError when the index is no such table or lies outside the folder.
     """
-    try:
-        found = json.loads(file.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as problem:
+    refuse_outside(index.parent, {INDEX: INDEX})
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(map(_is_name, weight_map.values())):
         raise CompressError(
-            "model.bad-json",
-            f"{file.name} is not JSON: {problem.msg}",
-            where=f"{file}, line {problem.lineno}, column {problem.colno}",
-            fix="repair the file there, or get it again from where the model came from",
-        ) from None
-    except UnicodeDecodeError:
-        raise CompressError("model.bad-json", f"{file.name} is not text", where=str(file), fix="get it again") from None
-    if not isinstance(found, dict):
-        raise CompressError("model.bad-json", f"{file.name} holds no JSON object", where=str(file), fix="get it again")
-    return found
+            "model.bad-index", "no usable `weight_map` in the index", where=str(index), fix="get the file again"
+        )
+    return weight_map
+
+
+def _is_name(file: object) -> bool:
+    """What a file system can be asked for at all."""
+    return isinstance(file, str) and 0 < len(file.encode(errors="replace")) <= 255 and "\x00" not in file
 
 
 def some(names: list[str], most: int = 12) -> str:
     """The names in one line, the first few when there are many."""
     shown = ", ".join(names[:most])
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    refuse_outside(index.parent, {INDEX: INDEX})
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) and file for file in weight_map.values()):
-        raise CompressError(
-            "model.bad-index", "no usable `weight_map` in the index", where=str(index), fix="get the file again"
-        )
-    return weight_map

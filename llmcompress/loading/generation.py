@@ -9,7 +9,7 @@ from typing import Any
 from transformers import GenerationConfig, PretrainedConfig
 
 from llmcompress.errors import CompressError
-from llmcompress.loading.files import read_json
+from llmcompress.storage.json_file import read_json
 
 _NAMED = re.compile(r"`(\w+)`")
 

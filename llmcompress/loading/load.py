@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmcompress.errors import CompressError
+from llmcompress.errors import CompressError, is_out_of_memory
 from llmcompress.loading.config import read_config
 from llmcompress.loading.generation import read_generation_config
 from llmcompress.loading.mapped import MappedWeights, map_weights
@@ -51,17 +51,19 @@ def load_for_compression(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
     scratch: Path | None = None,
+    checked: Preflight | None = None,
     progress: Progress | None = None,
 ) -> Loaded:
     """Check everything, then read the weights.
 
     float32 by default: bfloat16 computes several times slower on processors without its instructions. What the
     result will be stored in is `preflight.storage_dtype`. With `scratch`, a folder that must live as long as the model,
-    weights stay in their files, in the files' dtypes, and take memory only where they are used.
+    weights stay in their files, in the files' dtypes, and take memory only where they are used. `checked`: what the
+    preflight of this source found, where it was made already.
 
     Raises: CompressError for any fault of the model.
     """
-    checked = preflight(source, trust_remote_code=trust_remote_code, progress=progress)
+    checked = checked or preflight(source, trust_remote_code=trust_remote_code, progress=progress)
     if scratch is None:
         return Loaded(_load(source, checked, dtype, trust_remote_code), checked.tokenizer, source, checked)
     return _load_mapped(source, checked, scratch, trust_remote_code)
@@ -153,6 +155,8 @@ def _from_pretrained(
         with quiet_transformers():
             model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
     except Exception as problem:
+        if is_out_of_memory(problem):
+            raise
         raise CompressError(
             "model.unloadable",
             f"transformers cannot load it: {said(problem)}",

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from llmcompress.errors import CompressError
+from llmcompress.errors import CompressError, is_out_of_memory
 from llmcompress.loading.files import some
 from llmcompress.loading.quiet import quiet_transformers, said
 from llmcompress.loading.tensors import CODE_DTYPES, TensorHeader
@@ -66,6 +66,8 @@ def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as problem:
+        if is_out_of_memory(problem):
+            raise
         raise CompressError(
             "model.bad-config",
             f"transformers cannot build the model that config.json describes: {said(problem)}",
@@ -114,6 +116,8 @@ def _load_headers(
             device_map={"": "meta"},
         )
     except Exception as problem:
+        if is_out_of_memory(problem):
+            raise
         odd = _odd_experts(headers)
         raise CompressError(
             "model.wrong-shape" if odd else "model.unloadable",

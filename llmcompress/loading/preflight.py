@@ -61,8 +61,8 @@ def preflight(source: Source, *, trust_remote_code: bool = False, progress: Prog
     storage_dtype, dtype_notes = _storage_dtype({n: h for n, h in found.items() if n not in contents.unused})
     progress.inside("tokenizer")
     tokenizer = read_tokenizer(source.folder, config, trust_remote_code=trust_remote_code)
-    _check_vocabulary(tokenizer, contents, source)
-    warnings = [*notes, *generation_notes, *dtype_notes, *_content_notes(contents), *_token_notes(tokenizer)]
+    token_notes = [*_vocabulary_notes(tokenizer, contents), *_token_notes(tokenizer)]
+    warnings = [*notes, *generation_notes, *dtype_notes, *_content_notes(contents), *token_notes]
     for warning in warnings:
         progress.note(warning)
     files = {header.file for header in found.values()}
@@ -103,19 +103,17 @@ def _storage_dtype(found: dict[str, TensorHeader]) -> tuple[torch.dtype, list[st
     ]
 
 
-def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, contents: Match, source: Source) -> None:
+def _vocabulary_notes(tokenizer: PreTrainedTokenizerBase, contents: Match) -> list[str]:
+    """Tokens without a row, such as the image token of Gemma 3's text models: no harm until a text has one."""
     vocabulary = tokenizer.get_vocab()
     beyond = sorted((number, token) for token, number in vocabulary.items() if number >= contents.embedding_rows)
-    if beyond:
-        raise CompressError(
-            "model.vocabulary",
-            f"the tokenizer's largest id is {beyond[-1][0]}, and the embedding has {contents.embedding_rows} rows",
-            where=f"{source.folder}: {some([f'{token!r} = {number}' for number, token in beyond])}",
-            fix=(
-                "use the tokenizer of this model, or give the model rows for the new tokens: "
-                f"model.resize_token_embeddings({beyond[-1][0] + 1}), then save it with save_pretrained"
-            ),
-        )
+    if not beyond:
+        return []
+    tokens = some([f"{token!r} = {number}" for number, token in beyond], 4)
+    return [
+        f"the embedding has {contents.embedding_rows} rows, and {len(beyond)} tokens of the tokenizer lie beyond them "
+        f"({tokens}); a text that has one is refused"
+    ]
 
 
 def _content_notes(contents: Match) -> list[str]:

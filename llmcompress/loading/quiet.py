@@ -26,6 +26,8 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def said(problem: Exception) -> str:
-    """What a loader complained about, in one line."""
-    text = str(problem).strip()
-    return text.splitlines()[0] if text else type(problem).__name__
+    """What a loader complained about, in one line; a first line that only announces the next is joined with it."""
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"
+    return lines[0] if lines else type(problem).__name__

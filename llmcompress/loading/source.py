@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.loading.download import download
+from llmcompress.storage.paths import from_home
 
 BUILTIN = Path(__file__).parent.parent / "builtin"
 
@@ -42,7 +43,7 @@ def find_source(model: str, *, revision: str | None = None, trust_remote_code: b
     """
     if model.startswith("builtin:"):
         return _builtin(model, revision)
-    folder = Path(model).expanduser()
+    folder = from_home(model)
     if folder.is_dir():
         if revision:
             raise _usage("revision", f"{model} is a local folder: it has no revision {revision!r}", "leave it out")
@@ -78,7 +79,7 @@ def _check_id(model: str, repo: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported lazily
 
-    if Path(model).expanduser().is_file():
+    if from_home(model).is_file():
         raise _usage("not-a-folder", f"{model} is a file", "give the folder that holds config.json and the weights")
     if model.startswith((".", "/", "~")) or "\\" in model:
         raise _usage("no-folder", f"there is no folder {model}", "check the path")

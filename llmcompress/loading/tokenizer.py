@@ -7,9 +7,9 @@ from pathlib import Path
 import transformers
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from llmcompress.errors import CompressError
-from llmcompress.loading.files import read_json
+from llmcompress.errors import CompressError, is_out_of_memory
 from llmcompress.loading.quiet import quiet_transformers, said
+from llmcompress.storage.json_file import read_json
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
 
@@ -40,6 +40,8 @@ def read_tokenizer(
     except CompressError:
         raise
     except Exception as problem:
+        if is_out_of_memory(problem):
+            raise
         needs_sentencepiece = not (folder / "tokenizer.json").exists() and any(folder.glob("*.model"))
         raise CompressError(
             "model.bad-tokenizer",

@@ -12,7 +12,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from llmcompress.errors import CompressError
+from llmcompress.errors import CompressError, is_out_of_memory
 from llmcompress.model.bench import LINEARS
 from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.map import BlockInfo, BlockStructure, ModelMap, Refusal
@@ -93,7 +93,9 @@ def without_weights(config: PretrainedConfig) -> PreTrainedModel:
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
-    except (ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # whatever the values of a config.json make transformers stumble over
+        if is_out_of_memory(error):
+            raise
         raise CompressError(
             "model.not-causal-lm",
             f"transformers cannot build a causal language model from this {type(config).__name__}",

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from llmcompress.calibration.settings import Calibration
 from llmcompress.errors import CompressError, ExitCode
@@ -15,8 +14,6 @@ from llmcompress.evaluation.settings import BUNDLED_TEXT, TASKS, PerplexityTask
 from llmcompress.passes.base import PASSES, Pass
 from llmcompress.recipe.document import write_yaml
 from llmcompress.recipe.stages import Grouped, LeavesWeights, Listed, beside_weights
-
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class Save(BaseModel):
@@ -51,7 +48,8 @@ class Recipe(BaseModel):
     revision: str | None = Field(default=None, min_length=1)
     """Commit, tag or branch of the Hub repository."""
     trust_remote_code: bool = False
-    """Run Python code from the model's repository. Dangerous; only together with a 40-digit commit as `revision`."""
+    """Run Python code that comes with the model. Dangerous; a Hub model needs its 40-digit commit as `revision`, and of
+    a local folder the files that run are named with their hashes."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of everything random: which calibration windows, what `self` samples."""
     calibration: Calibration = Calibration()
@@ -61,17 +59,17 @@ class Recipe(BaseModel):
     """What is measured before and after; an empty mapping measures nothing."""
     save: Save = Save()
 
-    @field_validator("trust_remote_code")
+    @field_validator("passes")
     @classmethod
-    def _only_with_a_commit(cls, trusted: bool, info: ValidationInfo) -> bool:
-        if trusted and not _COMMIT.fullmatch(info.data.get("revision") or ""):
+    def _at_least_one(cls, passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
+        if not passes:
             raise CompressError(
-                "recipe.trust",
-                "`trust_remote_code: true` runs code from the model's repository, so it needs a pinned commit",
-                fix='read the code, then write its commit as `revision: "<40 hexadecimal digits>"`',
+                "recipe.no-passes",
+                "`passes` is empty: nothing would be compressed",
+                fix="write at least one, such as `passes: [rtn]`; `llmcompress passes` lists them",
                 exit_code=ExitCode.USAGE,
             )
-        return trusted
+        return passes
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out; `parse_recipe` reads it back to an equal recipe."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from llmcompress.records.measurements import (
     Which,
 )
 from llmcompress.records.rows import Record, SiteReport
+from llmcompress.storage.json_file import read_json
 
 REPORT = "llmcompress_report.json"
 """Its file beside the weights."""
@@ -114,14 +114,9 @@ def read_report(path: Path) -> Report:
     Raises: CompressError when there is none, it is damaged, or another version of llmcompress wrote it in another form.
     """
     file = path / REPORT if path.is_dir() else path
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        version = data.get("version", 0)
-    except (OSError, ValueError, AttributeError) as problem:
-        fix = "name a folder that `llmcompress compress` wrote, or its report"
-        raise CompressError(
-            "report.unreadable", f"no report can be read: {problem}", where=str(file), fix=fix
-        ) from problem
+    fix = "name a folder that `llmcompress compress` wrote, or its report"
+    data = read_json(file, code="report.unreadable", fix=fix)
+    version = data.get("version", 0)
     if version != VERSION:
         newer = isinstance(version, int) and version > VERSION
         fix = "use a newer llmcompress" if newer else "compress the model again with this version"

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmcompress.storage.atomic import replacing
+from llmcompress.storage.paths import from_home
 
 LIMIT_BYTES = 2**32
 """Of all files of a cache together; the ones that were not used for longest go first."""
@@ -28,7 +29,7 @@ def cache_folder() -> Path:
     """`LLMCOMPRESS_CACHE`, or `llmcompress` in `XDG_CACHE_HOME`, or in `~/.cache`."""
     named = os.environ.get("LLMCOMPRESS_CACHE")
     if named:
-        return Path(named).expanduser()
+        return from_home(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmcompress"
 
 

@@ -18,7 +18,7 @@ from llmcompress.loading.preflight import preflight
 from llmcompress.loading.source import Source
 from llmcompress.loading.tensors import headers
 from llmcompress.progress import Silent
-from tests.tiny_folder import edit_json, edit_tensors, raw_safetensors, write_tiny_llama
+from tests.tiny_folder import edit_json, edit_tensors, raw_safetensors, with_a_far_token, write_tiny_llama
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 
@@ -238,15 +238,11 @@ def test_a16_tied_model_holds_its_head_once(tmp_path):
 # A20 … A24
 
 
-def test_a20_token_ids_beyond_the_embedding_are_refused(folder):
-    added = {"id": 300, "content": "<far>", "special": True}
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    template = tokenizer["added_tokens"][0]
-    tokenizer["added_tokens"].append({**template, **added})
-    for number in range(len(tokenizer["model"]["vocab"]), 300):
-        tokenizer["model"]["vocab"][f"filler{number}"] = number
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    refused(folder, "model.vocabulary", "300", "288 rows", "resize_token_embeddings(301)")
+def test_a20_token_ids_beyond_the_embedding_are_named_in_a_warning(folder):
+    """As `<image_soft_token>` of Gemma 3's text models; texts with one are refused: test_tokens.py."""
+    with_a_far_token(folder)
+    (warning,) = preflight(Source(folder, "tiny")).warnings
+    assert all(part in warning for part in ("288 rows", "13 tokens", "'filler288' = 288"))
 
 
 def test_a21_tokenizer_without_pad_and_eos_is_noted_and_left_alone(folder):
@@ -356,7 +352,7 @@ def test_b3_pickle_is_never_opened(folder):
 
 
 @pytest.mark.parametrize(
-    "key", ["_attn_implementation_internal", "_attn_implementation", "attn_implementation", "_anything_else"]
+    "key", ["_attn_implementation_internal", "_attn_implementation", "attn_implementation", "kernel_config"]
 )
 def test_b4_keys_that_choose_code_are_dropped_and_named(folder, key):
     edit_json(folder / "config.json", **{key: "org/repo", "text": {"_experts_implementation_internal": "org/repo"}})
@@ -364,6 +360,21 @@ def test_b4_keys_that_choose_code_are_dropped_and_named(folder, key):
     assert "org/repo" not in json.dumps({k: str(v) for k, v in vars(found.config).items()})
     assert any(key in warning for warning in found.warnings)
     assert any("text._experts_implementation_internal" in warning for warning in found.warnings)
+
+
+def test_only_keys_that_can_choose_code_raise_that_alarm(folder):
+    edit_json(folder / "config.json", _model_name_or_path="org/repo", _anything_else="org/repo")
+    found = preflight(Source(folder, "tiny"))
+    (warning,) = found.warnings
+    assert "_anything_else was dropped" in warning and "code" not in warning
+    assert not hasattr(found.config, "_anything_else")
+
+
+def test_the_sliding_window_pattern_of_gemma_3_is_kept_without_an_alarm(folder):
+    config = AutoConfig.for_model("gemma3_text", num_hidden_layers=2, _sliding_window_pattern=2).to_dict()
+    (folder / "config.json").write_text(json.dumps({**config, "_sliding_window_pattern": 2}))
+    _, notes = read_config(folder)
+    assert notes == []
 
 
 def test_b4_an_underscored_option_of_the_architecture_itself_is_kept(tmp_path, pristine):

@@ -7,7 +7,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -16,6 +15,7 @@ from typing_extensions import override
 from llmcompress.calibration.records import CHAT_COLUMNS, TEXT_COLUMNS, BadRow, Message, conversation
 from llmcompress.calibration.tokens import starts_with_bos, token_lists
 from llmcompress.errors import CompressError
+from llmcompress.storage.paths import from_home
 from llmcompress.training.data.batch import Sample
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ class Chat(Encoder):
 
 def _read(path: str, where: str) -> str:
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        return from_home(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as failure:
         what = f"{path}: the chat template cannot be read ({failure})"
         raise CompressError("data.chat-template", what, where=where, fix="check the path") from failure

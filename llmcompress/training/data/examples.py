@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,6 +10,7 @@ from llmcompress.calibration.hub_datasets import hub_dataset
 from llmcompress.calibration.local_files import is_text_file, rows_of_file
 from llmcompress.calibration.records import BadRow
 from llmcompress.errors import CompressError
+from llmcompress.storage.paths import from_home
 from llmcompress.training.data.base import TrainingData
 from llmcompress.training.data.encoders import Chat, Encoder, PromptResponse, Text
 from llmcompress.training.data.packed import PackedStream, packed_windows
@@ -64,7 +64,7 @@ def read_rows(examples: Examples, *, where: str = "data") -> Any:
     """
     import datasets
 
-    path = Path(examples.source).expanduser()
+    path = from_home(examples.source)
     if not path.is_file():
         if is_text_file(examples.source):
             what = f"{examples.source}: there is no such file"
