@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmcompress.errors import CompressError, ExitCode
+from llmcompress.export.loader import loader_of
 from llmcompress.loading.config import read_config
 from llmcompress.loading.load import load_for_compression
 from llmcompress.loading.source import Source
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import probe
-from llmcompress.planning import make_plan
+from llmcompress.planning import KnownModel, make_plan
 from llmcompress.recipe import Recipe, parse_recipe
 
 FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer_config.json")
@@ -125,7 +126,9 @@ class Attempt:
     def _planned(self, model_map: ModelMap | None) -> None:
         source = Source(self.folder, "fuzzed")
         loaded = load_for_compression(source)
-        make_plan(source, self._order, model_map, checked=loaded.preflight)
+        checked = loaded.preflight
+        known = KnownModel(source.name, checked, model_map or self._inspected(), loader_of(checked.config))
+        make_plan(known, self._order)
 
 
 def _outcome(call: Callable[[], object]) -> str:
