@@ -211,5 +211,6 @@ def test_pooled_moments_keep_the_variance_of_channels_with_a_large_mean() -> Non
 
 
 def test_a_statistic_that_has_no_sum_refuses() -> None:
-    with pytest.raises(CompressError, match="InputSample"):
+    assert not InputSample.adds_up and AbsMax.adds_up
+    with pytest.raises(TypeError, match="InputSample"):
         InputSample(4, torch.device("cpu")).pool(Other(AbsMax(4, torch.device("cpu"))))

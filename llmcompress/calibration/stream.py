@@ -136,6 +136,8 @@ class BlockWork:
         for members, statistics in measured:
             for statistic in statistics.values():
                 if self.context.ranks.count > 1:
+                    if not statistic.adds_up:
+                        self.context.ranks.require_one(f"a pass that reads `{type(statistic).__name__}`")
                     statistic.pool(self.context.ranks)
                 if not statistic.is_finite():
                     raise CompressError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 
@@ -55,6 +56,12 @@ class WidthGroup:
 
     units: int
     parts: tuple[WidthPart, ...]
+
+    @cached_property
+    def has_single_columns(self) -> bool:
+        """Whether every unit is at most one column of each part that it has columns of."""
+        columns = (part for part in self.parts if part.axis == "columns")
+        return all(max(map(len, part.indices), default=0) <= 1 for part in columns)
 
 
 @dataclass(frozen=True)

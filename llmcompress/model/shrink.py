@@ -40,7 +40,7 @@ def shrink_block(
     heads = [
         (structure.width_groups[index], len(set(units)))
         for index, units in keep.items()
-        if kind_of(structure.width_groups[index], structure) == "heads"
+        if kind_of(structure.width_groups[index]) == "heads"
     ]
     if run is None and heads:
         raise CompressError(
@@ -57,11 +57,9 @@ def shrink_block(
     return cut_structure(structure, gone, keep)
 
 
-def kind_of(group: WidthGroup, structure: BlockStructure) -> Literal["channels", "heads"]:
+def kind_of(group: WidthGroup) -> Literal["channels", "heads"]:
     """Whether the units of a group are single channels of an FFN, or heads (KV groups) of several columns each."""
-    columns = [part for part in group.parts if part.axis == "columns"]
-    single = all(max(map(len, part.indices), default=0) <= 1 for part in columns)
-    return "channels" if single else "heads"
+    return "channels" if group.has_single_columns else "heads"
 
 
 def _make_work(

@@ -68,9 +68,7 @@ def unit_groups(model_map: ModelMap) -> list[UnitGroup]:
 def groups_of(info: BlockInfo) -> list[UnitGroup]:
     """The width groups of one block."""
     return [
-        UnitGroup(
-            info, index, kind_of(group, info.structure), group.units, _parameters(info, group.parts) // group.units
-        )
+        UnitGroup(info, index, kind_of(group), group.units, _parameters(info, group.parts) // group.units)
         for index, group in enumerate(info.structure.width_groups)
     ]
 

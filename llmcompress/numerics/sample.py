@@ -19,6 +19,8 @@ class InputSample(Statistic):
 
     LIMIT: ClassVar[int] = 2048
 
+    adds_up: ClassVar[bool] = False
+
     def __init__(self, inputs: int, device: torch.device) -> None:
         super().__init__(inputs, device)
         self.rows_KI = torch.zeros(0, inputs, dtype=torch.float32, device=device)

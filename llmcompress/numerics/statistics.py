@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from llmcompress.errors import CompressError, ExitCode
 from llmcompress.numerics.grid import stripes
 
 
@@ -30,6 +29,9 @@ class Pool(Protocol):
 class Statistic(ABC):
     """Something accumulated from a site's input; one per group of sites that share it."""
 
+    adds_up: ClassVar[bool] = True
+    """Whether what several processes measured can be put together (`pool`)."""
+
     def __init__(self, inputs: int, device: torch.device) -> None:
         self.tokens = 0
 
@@ -46,16 +48,8 @@ class Statistic(ABC):
         """Whether no NaN or Inf was seen."""
 
     def pool(self, pool: Pool) -> None:
-        """Become the statistic of the tokens that all processes have seen.
-
-        Raises: CompressError for a statistic that cannot be put together from parts.
-        """
-        raise CompressError(
-            "ranks.statistic",
-            f"a pass needs `{type(self).__name__}`, which several processes cannot add up",
-            fix="run it in one process, without torchrun",
-            exit_code=ExitCode.USAGE,
-        )
+        """Become the statistic of the tokens that all processes have seen; not to be called unless it `adds_up`."""
+        raise TypeError(f"{type(self).__name__} cannot be put together from parts")
 
     def _pool_tokens(self, pool: Pool) -> None:
         tokens = torch.tensor([self.tokens], dtype=torch.int64)

@@ -31,7 +31,7 @@ def map_of(family):
 
 def groups_of(family, kind):
     structure = map_of(family).blocks[0].structure
-    return {i: group for i, group in enumerate(structure.width_groups) if kind_of(group, structure) == kind}
+    return {i: group for i, group in enumerate(structure.width_groups) if kind_of(group) == kind}
 
 
 WITH_CHANNELS = [family for family in FAMILIES if groups_of(family, "channels")]
