@@ -14,9 +14,14 @@ import click
 from llmcompress.errors import CompressError, ExitCode, is_out_of_memory, saved_of, without_tokens
 
 
-def report_failure(failure: Exception, *, as_json: bool) -> int:
-    """Tell the user and return the exit code: JSON on stdout, otherwise text on stderr."""
+def report_failure(failure: Exception, *, as_json: bool, terminated: bool = False) -> int:
+    """Tell the user and return the exit code: JSON on stdout, otherwise text on stderr.
+
+    `terminated`: it was SIGTERM that interrupted the work.
+    """
     known = _as_known(failure)
+    if terminated and known.exit_code is ExitCode.INTERRUPTED:
+        known.exit_code = ExitCode.TERMINATED
     if as_json:
         click.echo(without_tokens(json.dumps({"error": known.as_dict()}, ensure_ascii=False)))
     elif isinstance(failure, click.ClickException):
@@ -32,7 +37,7 @@ def _show(error: CompressError) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    word = "interrupted" if error.exit_code is ExitCode.INTERRUPTED else "error"
+    word = "interrupted" if error.exit_code in (ExitCode.INTERRUPTED, ExitCode.TERMINATED) else "error"
     message = Text(without_tokens(str(error)))
     # soft_wrap: paths and commands must stay copyable
     Console(file=sys.stderr).print(Text(f"{word}: ", style="bold red") + message, soft_wrap=True)

@@ -15,7 +15,7 @@ import click
 
 from llmcompress import __version__
 from llmcompress.cli.failures import report_failure
-from llmcompress.errors import ExitCode, did_you_mean
+from llmcompress.errors import did_you_mean
 
 COMMANDS = ("allocate", "compress", "evaluate", "footprint", "inspect", "passes", "recipes", "schema", "speed")
 
@@ -67,9 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         with _terminated_as_interrupted() as terminated:
             code = llmcompress.main(given, prog_name="llmcompress", standalone_mode=False)
     except Exception as failure:
-        code = report_failure(failure, as_json="--json" in given)
-        if code == ExitCode.INTERRUPTED and terminated:
-            code = ExitCode.TERMINATED
+        code = report_failure(failure, as_json="--json" in given, terminated=bool(terminated))
     sys.exit(code if isinstance(code, int) else 0)
 
 
