@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 from llmcompress.errors import CompressError, ExitCode, near_names
@@ -93,6 +94,7 @@ class Scheme:
         return self.weights.bits + self.weights.scale_bits(outputs, inputs, scale_bits) / (outputs * inputs)
 
 
+@cache
 def named_scheme(name: str) -> Scheme:
     """The scheme of that name: see `DESCRIPTION`.
 
