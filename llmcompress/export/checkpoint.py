@@ -18,7 +18,7 @@ from llmcompress.errors import CompressError
 from llmcompress.export.base import Writing
 from llmcompress.export.shards import ShardWriter
 from llmcompress.loading.versions import TRANSFORMERS_MAJOR
-from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.modules.quant_linear import quantized_linears
 
 Replaced = Mapping[str, Callable[[], dict[str, Tensor]]]
 """Full name of a module that looks different on disk → its tensors there, under names relative to the module."""
@@ -116,10 +116,9 @@ def _check_products(module: nn.Module, storage_dtype: torch.dtype, name: str) ->
 
     Raises: CompressError when one does.
     """
-    for inner, part in module.named_modules():
-        if isinstance(part, QuantLinear):
-            full = f"{name}.{inner}" if inner else name
-            _checked(part.dense_weight().to(storage_dtype), storage_dtype, full)
+    for inner, part in quantized_linears(module).items():
+        full = f"{name}.{inner}" if inner else name
+        _checked(part.dense_weight().to(storage_dtype), storage_dtype, full)
 
 
 def _checked(tensor: Tensor, storage_dtype: torch.dtype, name: str) -> Tensor:
