@@ -239,9 +239,9 @@ def _divergence_table(divergences: Sequence[Divergence]) -> Table:
         for each in divergences
     ]
     headings = (
-        "against dense, on",
+        "against dense",
         "#KL",
-        "#of probability",
+        "#top-k mass",
         "#KL, 99 %",
         "#same top token",
         "#right → wrong",
