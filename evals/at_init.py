@@ -124,17 +124,17 @@ def rows_of(steps: int, windows: int) -> Iterator[tuple[str, str, str, int]]:
     # the gates' steps are taken from the recovery, so that all methods train equally long
     half = recover.replace(f"steps: {steps}", f"steps: {steps // 2}")
     for score in ("random", "l2", "taylor_first"):
-        cut = f"- width: {{score: {score}, ratio: 0.3333, refit: none}}\n"
+        cut = f"- width: {{score: {score}, fraction: 0.3333, refit: none}}\n"
         yield "gates", f"width {score}", cut, 64
         yield "gates", f"width {score}, recover", f"{cut}- recover: {{training: {recover}}}", windows
     for kind in ("hard_concrete", "slimming", "group_lasso", "decorator"):
-        gates = f"- gates: {{kind: {kind}, ratio: 0.3333, training: {half}}}\n"
+        gates = f"- gates: {{kind: {kind}, fraction: 0.3333, training: {half}}}\n"
         if kind in ("hard_concrete", "slimming"):
             yield "gates", f"gates {kind}", gates, windows
         yield "gates", f"gates {kind}, recover", f"{gates}- recover: {{training: {half}}}", windows
-    cut = "- width: {score: taylor_first, ratio: 0.3333, refit: none, allocation: global}\n"
+    cut = "- width: {score: taylor_first, fraction: 0.3333, refit: none, allocation: global}\n"
     yield "gates", "width taylor_first, global", cut, 64
-    gates = f"- gates: {{kind: dsa, ratio: 0.3333, allocation: global, training: {half}}}\n"
+    gates = f"- gates: {{kind: dsa, fraction: 0.3333, allocation: global, training: {half}}}\n"
     yield "gates", "gates dsa, global", gates, windows
 
 

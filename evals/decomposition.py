@@ -26,19 +26,19 @@ from llmcompress.evaluation.environment import machine, versions
 from llmcompress.model.skeleton import find_blocks
 
 MODULAR = {
-    "modegpt": "modegpt: {{ratio: {ratio}}}",
-    "modegpt, uniform": "modegpt: {{ratio: {ratio}, allocation: uniform}}",
-    "modegpt, plain": "modegpt: {{ratio: {ratio}, allocation: uniform, attention: false}}",
-    "slicegpt": "slicegpt: {{ratio: {ratio}}}",
-    "slicegpt, shortcuts": "slicegpt: {{ratio: {ratio}, form: shortcuts}}",
-    "svd": "svd: {{ratio: {ratio}}}",
+    "modegpt": "modegpt: {{fraction: {ratio}}}",
+    "modegpt, uniform": "modegpt: {{fraction: {ratio}, allocation: uniform}}",
+    "modegpt, plain": "modegpt: {{fraction: {ratio}, allocation: uniform, attention: false}}",
+    "slicegpt": "slicegpt: {{fraction: {ratio}}}",
+    "slicegpt, shortcuts": "slicegpt: {{fraction: {ratio}, form: shortcuts}}",
+    "svd": "svd: {{fraction: {ratio}}}",
 }
 NETWORKS = {
-    "svd of weights": 'svd: {{ratio: {ratio}, whitening: none, sites: "{sites}"}}',
-    "svd, whitened": 'svd: {{ratio: {ratio}, sites: "{sites}"}}',
-    "tensor train, 2 cores": 'tensor_train: {{ratio: {ratio}, sites: "{sites}"}}',
-    "tensor train, 3 cores": 'tensor_train: {{ratio: {ratio}, ways: 3, sites: "{sites}"}}',
-    "tucker": 'tucker: {{ratio: {ratio}, sites: "{sites}"}}',
+    "svd of weights": 'svd: {{fraction: {ratio}, whitening: none, sites: "{sites}"}}',
+    "svd, whitened": 'svd: {{fraction: {ratio}, sites: "{sites}"}}',
+    "tensor train, 2 cores": 'tensor_train: {{fraction: {ratio}, sites: "{sites}"}}',
+    "tensor train, 3 cores": 'tensor_train: {{fraction: {ratio}, ways: 3, sites: "{sites}"}}',
+    "tucker": 'tucker: {{fraction: {ratio}, sites: "{sites}"}}',
 }
 HEADS = "*.self_attn.*"
 """Where Tucker has heads to work on, all methods work there and nowhere else."""

@@ -36,13 +36,13 @@ from llmcompress.progress import Silent
 from llmcompress.recipe import parse_recipe
 
 METHODS = {
-    "block influence": "- depth: {{remove: {count}}}",
-    "block influence, without the first token": "- depth: {{remove: {count}, skip_first_token: true}}",
-    "block influence, greedy": "- depth: {{remove: {count}, mode: greedy}}",
-    "perplexity": "- depth: {{remove: {count}, score: perplexity}}",
-    "perplexity, greedy": "- depth: {{remove: {count}, score: perplexity, mode: greedy}}",
-    "contiguous, angle": "- depth: {{remove: {count}, mode: contiguous}}",
-    "contiguous, perplexity": "- depth: {{remove: {count}, score: perplexity, mode: contiguous}}",
+    "block influence": "- depth: {{count: {count}}}",
+    "block influence, without the first token": "- depth: {{count: {count}, skip_first_token: true}}",
+    "block influence, greedy": "- depth: {{count: {count}, mode: greedy}}",
+    "perplexity": "- depth: {{count: {count}, score: perplexity}}",
+    "perplexity, greedy": "- depth: {{count: {count}, score: perplexity, mode: greedy}}",
+    "contiguous, angle": "- depth: {{count: {count}, mode: contiguous}}",
+    "contiguous, perplexity": "- depth: {{count: {count}, score: perplexity, mode: contiguous}}",
 }
 
 

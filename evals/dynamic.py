@@ -45,7 +45,7 @@ QUALITY = {
         for confidence, jump in (("divergence", False), ("probability", True), ("probability", False))
     },
     **{f"layer_skip {s}": f"- layer_skip: {{skip: {s}}}" for s in (0.05, 0.1, 0.2)},
-    "depth 0.2 (static)": "- depth: {remove: 0.2}",
+    "depth 0.2 (static)": "- depth: {fraction: 0.2}",
     **{f"activation_sparsity, ffn {s}": f"- activation_sparsity: {{sparsity: {s}}}" for s in (0.3, 0.5, 0.7)},
     **{
         f"activation_sparsity, all {s}": f"- activation_sparsity: {{sparsity: {s}, inputs: all}}"

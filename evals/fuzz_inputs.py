@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.export.loader import loader_of
+from llmcompress.exporters.loader import loader_of
 from llmcompress.loading.config import read_config
 from llmcompress.loading.load import load_for_compression
 from llmcompress.loading.source import Source

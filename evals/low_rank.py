@@ -45,8 +45,8 @@ BRANCHES = {
 }
 CHAINS = {
     "gptq int4": "- gptq: {scheme: int4_g32, on_indivisible: pad}",
-    "svd-llm 20 % → gptq int4": "- svd: {ratio: 0.2}\n- gptq: {scheme: int4_g32, on_indivisible: pad}",
-    "svd-llm 20 % → rtn int4": "- svd: {ratio: 0.2}\n- rtn: {scheme: int4_g32, on_indivisible: pad}",
+    "svd-llm 20 % → gptq int4": "- svd: {fraction: 0.2}\n- gptq: {scheme: int4_g32, on_indivisible: pad}",
+    "svd-llm 20 % → rtn int4": "- svd: {fraction: 0.2}\n- rtn: {scheme: int4_g32, on_indivisible: pad}",
 }
 PARTS = ("factors", "branches", "chains", "cuts")
 
@@ -114,7 +114,7 @@ def _trials(part: str, ratios: tuple[float, ...], rank: int, steps: int) -> Iter
     if part == "factors":
         for ratio in ratios:
             for method, options in FACTORS.items():
-                yield f"{ratio:.0%} removed", method, f"- svd: {{ratio: {ratio}, {options}}}"
+                yield f"{ratio:.0%} removed", method, f"- svd: {{fraction: {ratio}, {options}}}"
     elif part == "branches":
         for bits in (3, 2):
             codes = f"scheme: int{bits}_g32, on_indivisible: pad"

@@ -31,10 +31,10 @@ from llmcompress.loading.source import find_source
 from llmcompress.progress import Silent
 
 OURS = {
-    "l2, no refit": "- width: {{ratio: {ratio}, heads: false, score: l2, refit: none}}",
-    "taylor_first, no refit": "- width: {{ratio: {ratio}, heads: false, score: taylor_first, refit: none}}",
-    "taylor_first": "- width: {{ratio: {ratio}, heads: false, score: taylor_first}}",
-    "defaults": "- width: {{ratio: {ratio}, heads: false}}",
+    "l2, no refit": "- width: {{fraction: {ratio}, heads: false, score: l2, refit: none}}",
+    "taylor_first, no refit": "- width: {{fraction: {ratio}, heads: false, score: taylor_first, refit: none}}",
+    "taylor_first": "- width: {{fraction: {ratio}, heads: false, score: taylor_first}}",
+    "defaults": "- width: {{fraction: {ratio}, heads: false}}",
 }
 THEIRS = {
     "magnitude": torch_pruning.importance.GroupMagnitudeImportance,

@@ -100,7 +100,7 @@ def main(
 
 def _untied(setting: Setting, width: int) -> Iterable[tuple[int, int]]:
     """The full width and its parameters, the head with a weight of its own."""
-    yield width, run_trial(setting, "- slicegpt: {ratio: 0, basis: random, refit: false}").parameters
+    yield width, run_trial(setting, "- slicegpt: {fraction: 0, basis: random, refit: false}").parameters
 
 
 def _width_for(parameters: int, known: list[tuple[int, int]], most: int) -> int:

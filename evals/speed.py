@@ -62,10 +62,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 """The 110 M shape, a deep one with grouped queries and that of TinyLlama; all with 32,000 tokens and a tied head."""
 
 BY_PASS = {
-    "slicegpt, shortcuts": "slicegpt: {form: shortcuts, ratio: 0.25}",
-    "modegpt": "modegpt: {ratio: 0.32}",
-    "tensor train": "tensor_train: {ratio: 0.32}",
-    "tucker": "tucker: {ratio: 0.5}",
+    "slicegpt, shortcuts": "slicegpt: {form: shortcuts, fraction: 0.25}",
+    "modegpt": "modegpt: {fraction: 0.32}",
+    "tensor train": "tensor_train: {fraction: 0.32}",
+    "tucker": "tucker: {fraction: 0.5}",
     "int8 codes and a branch": "caldera: {scheme: int8_channel, rank: 64, iterations: 1}",
 }
 """What no plain config can say; ratios that leave about three quarters of all parameters, where a method can."""
@@ -92,7 +92,7 @@ def variants(sizes: dict[str, Any], dense: PreTrainedModel) -> dict[str, Callabl
     return {
         "dense again": lambda: dense,
         "depth": lambda: llama(**{**sizes, "num_hidden_layers": left}),
-        "depth, by the pass": lambda: through_passes(sizes, f"depth: {{remove: {layers - left}}}"),
+        "depth, by the pass": lambda: through_passes(sizes, f"depth: {{count: {layers - left}}}"),
         "width, FFN and heads": lambda: _nearest(goal, _narrower(sizes)),
         "slicegpt, global": lambda: _nearest(goal, slices),
         "low rank": lambda: _low_rank(llama(**sizes), goal),

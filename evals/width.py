@@ -119,7 +119,7 @@ def measured(setting: Setting, loaded: Any, variant: str, *, ratio: float, seeds
     text, refits = VARIANTS[variant]
     chosen = parse_recipe(f"passes:\n- {text}\n", "evals").passes[0]
     assert isinstance(chosen, WidthPass)
-    chosen = chosen.model_copy(update={"ratio": ratio})
+    chosen = chosen.model_copy(update={"fraction": ratio})
     rows = {refit: {"variant": variant, "refit": refit, "perplexity": [], "parameters": []} for refit in refits}
     seconds = []
     for seed in range(seeds):

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.data import CalibrationData, calibration_windows
 from llmcompress.calibration.devices import usable_device
-from llmcompress.calibration.ranks import all_ranks, own_device
+from llmcompress.calibration.process_group import joined_processes, own_device
 from llmcompress.calibration.sources import overlap_warning
 from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
 from llmcompress.cost import Machine, Offload
@@ -27,8 +27,8 @@ from llmcompress.evaluation.perplexity import measure
 from llmcompress.evaluation.settings import BUNDLED_TEXT, PerplexityTask
 from llmcompress.evaluation.speed import SpeedResult, speed_of
 from llmcompress.evaluation.texts import EvaluationText, evaluation_text
-from llmcompress.export.companions import companions
-from llmcompress.export.save import save_model
+from llmcompress.exporters.companions import companions
+from llmcompress.exporters.save import save_model
 from llmcompress.loading.config import read_config
 from llmcompress.loading.load import load_tokenizer
 from llmcompress.loading.source import find_source
@@ -78,38 +78,38 @@ def compress(
     """
     chosen = aimed_at_target(as_recipe(recipe).for_model(model))
     where = own_device(usable_device(device))
-    with all_ranks(where) as ranks:
+    with joined_processes(where) as processes:
         order = Order(
             recipe=chosen,
             output=Path(output),
             device=where,
-            ranks=ranks,
+            processes=processes,
             overwrite=overwrite,
             fresh=fresh,
             offload=offload,
-            progress=progress if progress and ranks.is_first else Silent(),
+            progress=progress if progress and processes.is_first else Silent(),
         )
         return _compress(order)
 
 
 def _compress(order: Order) -> Report:
-    recipe, ranks, clock = order.recipe, order.ranks, Stopwatch()
+    recipe, processes, clock = order.recipe, order.processes, Stopwatch()
     prepared = prepare(order)
     clock.lap("load")
     with _opened_run(order, prepared) as run:
         torch.manual_seed(recipe.seed)
         data = _calibration(order, prepared)
         clock.lap("calibration text")
-        dense = _dense(order, prepared) if ranks.is_first else []
+        dense = _dense(order, prepared) if processes.is_first else []
         clock.lap("evaluate dense")
         order.progress.stage("compress", steps(recipe.passes, prepared.map))
         context = _context(order, prepared, data, run)
         model, rows = apply_passes(prepared.loaded.model, prepared.map, recipe.passes, context)
         clock.lap("compress")
         if run is None:  # the first process evaluates and writes
-            return ranks.same(Report.model_construct())
+            return processes.same(Report.model_construct())
         measured: list[Measurement] = [each.perplexity() for each in dense]
-        with TorchRunner(model, home=prepared.home, device=order.device) as runner:
+        with TorchRunner(model, weights_at=prepared.weights_at, device=order.device) as runner:
             measured += against_dense(runner, dense, order.progress)
         clock.lap("evaluate compressed")
         report = _report(order, prepared, data, rows).with_measurements([*measured, *clock.stages()])
@@ -117,12 +117,12 @@ def _compress(order: Order) -> Report:
         report = _save(order, prepared, model, report)
         order.progress.step(order.output.name)
         run.discard()
-    return ranks.same(report)
+    return processes.same(report)
 
 
 def _opened_run(order: Order, prepared: Prepared) -> AbstractContextManager[Run | None]:
     """The run folder, in the first process alone."""
-    if not order.ranks.is_first:
+    if not order.processes.is_first:
         return nullcontext()
     recipe, model = order.recipe, prepared.loaded.source.name
     # what must not change between a killed run and its resumption, or the halves would not fit together
@@ -140,10 +140,10 @@ def _context(order: Order, prepared: Prepared, data: CalibrationData | None, run
         device=order.device,
         storage_dtype=prepared.storage_dtype,
         seed=order.recipe.seed,
-        home=prepared.home,
+        weights_at=prepared.weights_at,
         experts=order.recipe.calibration.experts,
-        ranks=order.ranks,
-        keep=run if order.ranks.count == 1 else Together(run, order.ranks),
+        processes=order.processes,
+        keep=run if order.processes.count == 1 else Together(run, order.processes),
         progress=order.progress,
     )
 
@@ -153,8 +153,8 @@ def _dense(order: Order, prepared: Prepared) -> list[DenseScores]:
     known = versions()
     return dense_scores(
         prepared.texts,
-        lambda: TorchRunner(prepared.loaded.model, home=prepared.home, device=order.device),
-        # a home computes in float32, whatever the files hold
+        lambda: TorchRunner(prepared.loaded.model, weights_at=prepared.weights_at, device=order.device),
+        # offloaded weights compute in float32, whatever the files hold
         model={
             **prepared.identity,
             "dtype": "float32",
@@ -194,7 +194,7 @@ def _save(order: Order, prepared: Prepared, model: PreTrainedModel, report: Repo
             storage_dtype=prepared.storage_dtype,
             max_shard_size=recipe.save.max_shard_size,
             zero_points=recipe.save.zero_points,
-            home=prepared.home,
+            weights_at=prepared.weights_at,
         )
         companions(loaded.source.folder, staging, loaded.tokenizer, loaded.preflight.generation_config)
         finished = report.with_measurements([WeightBytes(of="compressed", bytes=bytes_on_disk(staging))])
@@ -291,7 +291,7 @@ def _calibration(order: Order, prepared: Prepared) -> CalibrationData | None:
     recipe, loaded = order.recipe, prepared.loaded
     if not any(each.uses_data() for each in recipe.passes):
         return None
-    with prepared.home.running(loaded.model, torch.device("cpu")):
+    with prepared.weights_at.running(loaded.model, torch.device("cpu")):
         data = calibration_windows(
             recipe.calibration,
             loaded.tokenizer,

@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict
 from llmcompress.calibration.sources import check_source
 from llmcompress.cost import Machine, Offload, cost, must_offload
 from llmcompress.errors import CompressError
-from llmcompress.export.choose import Choice, choose, limits_of
-from llmcompress.export.contents import foretold
-from llmcompress.export.loader import Loader, loader_of
+from llmcompress.exporters.choose import Choice, choose, limits_of
+from llmcompress.exporters.contents import foretold
+from llmcompress.exporters.loader import Loader, loader_of
 from llmcompress.formats import plain
 from llmcompress.formats.named import Kind
 from llmcompress.loading.preflight import Preflight, preflight
@@ -49,7 +49,7 @@ class PlannedSite(_Row):
     """Bits on disk ÷ weights of the dense site: codes, scales and zero points, or the dense type."""
     bytes: int
     """On disk, its bias included."""
-    kept_share: float = 1.0
+    kept_fraction: float = 1.0
     """Share of its parameters left after pruning or decomposition; an estimate where data decide."""
 
 
@@ -64,7 +64,7 @@ class Plan(_Row):
     bytes_dense: int
     """Weight files that are read."""
     output_bytes: int
-    """Weight files that would be written; an estimate when any site's `kept_share` is below 1."""
+    """Weight files that would be written; an estimate when any site's `kept_fraction` is below 1."""
     offloaded: bool = False
     """Whether weights would stay on disk while nobody computes with them."""
     peak_memory_bytes: int
@@ -209,7 +209,7 @@ class _SiteTensors:
     passes: tuple[str, ...]
     scheme: Scheme | None
     tensors: dict[str, Kind]
-    kept_share: float
+    kept_fraction: float
 
     @property
     def bytes(self) -> int:
@@ -219,7 +219,7 @@ class _SiteTensors:
     @property
     def removed(self) -> int:
         """Bytes that pruning or decomposition takes away."""
-        return round(self.bytes * (1 - self.kept_share))
+        return round(self.bytes * (1 - self.kept_fraction))
 
     def planned(self) -> PlannedSite:
         """The row of the plan."""
@@ -228,9 +228,9 @@ class _SiteTensors:
             site=self.name,
             passes=self.passes,
             scheme=self.scheme.name if self.scheme else None,
-            bits_per_weight=8 * self.kept_share * weight_bytes / self.weights,
-            bytes=round(self.bytes * self.kept_share),
-            kept_share=self.kept_share,
+            bits_per_weight=8 * self.kept_fraction * weight_bytes / self.weights,
+            bytes=round(self.bytes * self.kept_fraction),
+            kept_fraction=self.kept_fraction,
         )
 
 
@@ -249,7 +249,7 @@ def _sites(recipe: Recipe, model_map: ModelMap, stored: Choice, dtype: torch.dty
                     tuple(PASSES.name_of(type(each)) for each in passes),
                     coded[name].scheme if name in coded else None,
                     stored.tensors(coded[name], dtype) if name in coded else dense,
-                    prod(each.kept_share(name, site, model_map) for each in passes),
+                    prod(each.kept_fraction(name, site, model_map) for each in passes),
                 )
             )
     return found

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from llmcompress.calibration.homes import Home, InMemory, OnDisk
-from llmcompress.calibration.ranks import Ranks
+from llmcompress.calibration.offloading import InMemory, OnDisk, WeightStore
+from llmcompress.calibration.process_group import ProcessGroup
 from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
 from llmcompress.cost import Offload, must_offload
 from llmcompress.evaluation.texts import EvaluationText, evaluation_text
-from llmcompress.export.loader import loader_of
+from llmcompress.exporters.loader import loader_of
 from llmcompress.loading.load import Loaded, load_for_compression
 from llmcompress.loading.preflight import preflight
 from llmcompress.loading.source import Source, find_source
@@ -37,7 +37,7 @@ class Order:
     recipe: Recipe
     output: Path
     device: torch.device
-    ranks: Ranks
+    processes: ProcessGroup
     overwrite: bool
     fresh: bool
     offload: Offload
@@ -49,7 +49,7 @@ class Prepared:
     """A model that was read, mapped and found to fit the recipe; nothing was changed yet."""
 
     loaded: Loaded
-    home: Home
+    weights_at: WeightStore
     map: ModelMap
     notes: tuple[str, ...]
     texts: tuple[EvaluationText, ...]
@@ -66,14 +66,14 @@ def prepare(order: Order) -> Prepared:
     try:
         return _prepared(order)
     except BaseException:
-        if order.ranks.is_first:
+        if order.processes.is_first:
             remove_unused_run_folder(run_folder(order.output))
         raise
 
 
 def _prepared(order: Order) -> Prepared:
-    recipe, output, ranks = order.recipe, order.output, order.ranks
-    if ranks.is_first:
+    recipe, output, processes = order.recipe, order.output, order.processes
+    if processes.is_first:
         check_output(output, overwrite=order.overwrite, source=from_home(str(recipe.model)))
     order.progress.stage("load", 1)
     check_texts(recipe)
@@ -81,9 +81,9 @@ def _prepared(order: Order) -> Prepared:
     checked = preflight(source, trust_remote_code=recipe.trust_remote_code, progress=order.progress)
     weight_bytes = checked.bytes_weights
     # a finished folder is no larger than the model; better refused now than when it is written
-    if ranks.is_first:
+    if processes.is_first:
         check_output(output, overwrite=order.overwrite, needed_bytes=weight_bytes, source=source.folder)
-    on_disk = must_offload(order.offload, recipe.passes, weight_bytes=weight_bytes, processes=ranks.count)
+    on_disk = must_offload(order.offload, recipe.passes, weight_bytes=weight_bytes, processes=processes.count)
     if on_disk:
         begin_run_folder(run_folder(output))
     loaded = load_for_compression(
@@ -107,7 +107,7 @@ def _prepared(order: Order) -> Prepared:
         tuple(notes),
         texts,
         storage_dtype,
-        _identity(source) if ranks.is_first else {},
+        _identity(source) if processes.is_first else {},
     )
 
 

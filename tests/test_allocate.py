@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from llmcompress import compress
-from llmcompress.allocate import allocate
 from llmcompress.cli.main import main
 from llmcompress.errors import CompressError
+from llmcompress.fixed_recipe import allocate
 from llmcompress.loading.load import load
 from llmcompress.progress import Silent
 from llmcompress.recipe import Recipe, parse_recipe
@@ -96,8 +96,8 @@ def test_all_decisions_of_a_recipe_become_options_and_make_the_same_files(tiny: 
         TEXT[: TEXT.index("passes")]
         + """
 passes:
-  - depth: {remove: 1}
-  - width: {ratio: 0.25, allocation: global, score: taylor_first}
+  - depth: {count: 1}
+  - width: {fraction: 0.25, allocation: global, score: taylor_first}
   - wanda: {sparsity: 0.4, allocation: outliers, outlier_times: 3}
   - mixed_precision: {bits: 5.0, schemes: [int3_channel, int8_channel], quantizer: {gptq: {}}, samples: 4}
 evaluate: {perplexity: []}
@@ -108,7 +108,7 @@ evaluate: {perplexity: []}
     compress(str(tiny), parse_recipe(decided.to_yaml(), "decided"), tmp_path / "again")
     assert weights_hash(tmp_path / "out") == weights_hash(tmp_path / "again")
     depth, width, wanda, quantizer = decided.passes
-    assert depth.blocks and width.ratio == 0 and wanda.allocation == "uniform"  # type: ignore[attr-defined]
+    assert depth.blocks and width.fraction == 0 and wanda.allocation == "uniform"  # type: ignore[attr-defined]
     assert all(each.overrides for each in (width, wanda, quantizer))  # type: ignore[attr-defined]
 
 

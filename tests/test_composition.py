@@ -35,37 +35,39 @@ torch.save(whole, sys.argv[1] + "/logits.pt")
 """
 
 PLAIN = {
-    "prune, refit, quantize": "[{width: {ratio: 0.25, score: activation, refit: columns}}, {gptq: {scheme: int4_g16}}]",
-    "drop, prune, quantize": (
-        "[{depth: {remove: 1}}, {width: {ratio: 0.25, score: l2, heads: false}}, {rtn: {scheme: int4_g16}}]"
+    "prune, refit, quantize": (
+        "[{width: {fraction: 0.25, score: activation, refit: columns}}, {gptq: {scheme: int4_g16}}]"
     ),
-    "slice, then sparse": "[{slicegpt: {ratio: 0.25, round_to: 16}}, {wanda: {pattern: '2:4'}}]",
-    "slice, then quantize": "[{slicegpt: {ratio: 0.25, round_to: 16}}, {awq: {scheme: int4_g16}}]",
+    "drop, prune, quantize": (
+        "[{depth: {count: 1}}, {width: {fraction: 0.25, score: l2, heads: false}}, {rtn: {scheme: int4_g16}}]"
+    ),
+    "slice, then sparse": "[{slicegpt: {fraction: 0.25, round_to: 16}}, {wanda: {pattern: '2:4'}}]",
+    "slice, then quantize": "[{slicegpt: {fraction: 0.25, round_to: 16}}, {awq: {scheme: int4_g16}}]",
     "sparse, narrower, smooth, 8 bits": (
-        "[{sparsegpt: {sparsity: 0.5}}, {width: {ratio: 0.25, score: activation, refit: none}}, smoothquant,"
+        "[{sparsegpt: {sparsity: 0.5}}, {width: {fraction: 0.25, score: activation, refit: none}}, smoothquant,"
         " {gptq: {scheme: int8_channel}}]"
     ),
 }
 """All end in a folder that needs nothing of ours."""
 
 MANIFEST = {
-    "factors, then codes": "[{svd: {ratio: 0.3}}, {gptq: {scheme: int4_g16, on_indivisible: pad}}]",
-    "narrower, then factors": "[{width: {ratio: 0.25, score: l2}}, {svd: {ratio: 0.3}}]",
+    "factors, then codes": "[{svd: {fraction: 0.3}}, {gptq: {scheme: int4_g16, on_indivisible: pad}}]",
+    "narrower, then factors": "[{width: {fraction: 0.25, score: l2}}, {svd: {fraction: 0.3}}]",
     "widths that differ from block to block, then codes": (
-        "[{width: {ratio: 0.3, score: activation, allocation: global, floor: 0.1}},"
+        "[{width: {fraction: 0.3, score: activation, allocation: global, floor: 0.1}},"
         " {gptq: {scheme: int4_g16, on_indivisible: channel}}]"
     ),
-    "fewer blocks, factors": "[{depth: {remove: 1}}, {svd: {ratio: 0.3, ranks: energy}}]",
+    "fewer blocks, factors": "[{depth: {count: 1}}, {svd: {fraction: 0.3, ranks: energy}}]",
 }
 """These load after `import llmcompress`."""
 
 REFUSED = {
     "[wanda, svd]": "zeros",
-    "[{wanda: {pattern: '2:4'}}, {width: {ratio: 0.25}}]": "",
+    "[{wanda: {pattern: '2:4'}}, {width: {fraction: 0.25}}]": "",
     "[wanda, slicegpt]": "",
     "[gptq, wanda]": "codes",
     "[gptq, svd]": "codes",
-    "[rtn, {width: {ratio: 0.25}}]": "codes",
+    "[rtn, {width: {fraction: 0.25}}]": "codes",
     "[svd, svd]": "factor",
     "[{sparsegpt: {scheme: int4_g16}}, gptq]": "codes",
 }

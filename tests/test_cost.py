@@ -81,6 +81,8 @@ def test_weights_on_disk_take_less_memory() -> None:
 
 
 def test_a_decided_recipe_costs_less_than_deciding() -> None:
-    chosen = cost_of(recipe("{svd: {ratio: 0.2, ranks: loss}}"))
-    given = cost_of(recipe("{svd: {ratio: 0.2, ranks: uniform, overrides: {'*.q_proj': {ratio: null, rank: 4}}}}"))
+    chosen = cost_of(recipe("{svd: {fraction: 0.2, ranks: loss}}"))
+    given = cost_of(
+        recipe("{svd: {fraction: 0.2, ranks: uniform, overrides: {'*.q_proj': {fraction: null, rank: 4}}}}")
+    )
     assert given.operations < chosen.operations and given.peak_bytes <= chosen.peak_bytes

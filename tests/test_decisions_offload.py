@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmcompress.calibration.context import RunContext
-from llmcompress.calibration.homes import OnDisk
+from llmcompress.calibration.offloading import OnDisk
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.loading.load import load_for_compression
 from llmcompress.loading.source import find_source
@@ -45,7 +45,7 @@ def test_deciding_holds_one_block(name: str, options: dict[str, object], tmp_pat
     assert loaded.weights is not None
     counting = Counting(loaded.model)
     context = RunContext(
-        torch.arange(4 * 32).reshape(4, 32) % 200, batch=2, home=OnDisk(loaded.weights), progress=counting
+        torch.arange(4 * 32).reshape(4, 32) % 200, batch=2, weights_at=OnDisk(loaded.weights), progress=counting
     )
     whole = WholeModel(loaded.model, map_model(loaded.model), context)
     resident = float32_bytes(loaded.model)

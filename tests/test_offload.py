@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from llmcompress import CompressError, compress, plan
-from llmcompress.calibration.homes import OnDisk
+from llmcompress.calibration.offloading import OnDisk
 from llmcompress.cost import must_offload
 from llmcompress.loading.config import read_config
 from llmcompress.loading.load import load_for_compression
@@ -75,9 +75,9 @@ def test_every_family_computes_the_same_from_disk_and_takes_no_memory_afterwards
     model, weights = map_weights(
         tmp_path / "model", config, tmp_path / "scratch", dtype=torch.float16, trust_remote_code=False
     )
-    home = OnDisk(weights)
+    weights_at = OnDisk(weights)
     tokens = torch.arange(3, 40)[None] % 100
-    with home.running(model, torch.device("cpu")):
+    with weights_at.running(model, torch.device("cpu")):
         found = model(input_ids=tokens, use_cache=False).logits
     torch.testing.assert_close(found, resident(input_ids=tokens, use_cache=False).logits, rtol=0, atol=0)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
@@ -106,14 +106,14 @@ def test_experts_on_disk_become_what_experts_in_memory_become(family: str, passe
 def test_a_block_that_left_lies_in_its_file_again(tiny: Path, tmp_path: Path) -> None:
     loaded = load_for_compression(find_source(str(tiny)), scratch=tmp_path / "scratch")
     assert loaded.weights is not None
-    home, (name, block) = OnDisk(loaded.weights), find_blocks(loaded.model)[1]
+    weights_at, (name, block) = OnDisk(loaded.weights), find_blocks(loaded.model)[1]
     block.to(torch.float32)
     kept = {key: tensor + 1 for key, tensor in block.state_dict().items()}
-    home.leave(name, block)
+    weights_at.leave(name, block)
     before = loaded.weights[f"{name}.self_attn.q_proj.weight"]
     assert torch.equal(block.get_parameter("self_attn.q_proj.weight"), before)
-    home.moved(name, lambda: {key: tensor.clone() for key, tensor in kept.items()})
-    home.leave(name, block)
+    weights_at.moved(name, lambda: {key: tensor.clone() for key, tensor in kept.items()})
+    weights_at.leave(name, block)
     assert torch.equal(block.get_parameter("self_attn.q_proj.weight"), before.float() + 1)
 
 
@@ -121,9 +121,9 @@ def test_a_head_that_is_the_embedding_stays_it(tmp_path: Path) -> None:
     folder = write_tiny_llama(tmp_path / "tied", tie_word_embeddings=True)
     loaded = load_for_compression(find_source(str(folder)), scratch=tmp_path / "scratch")
     assert loaded.weights is not None
-    home = OnDisk(loaded.weights)
+    weights_at = OnDisk(loaded.weights)
     for _ in range(2):
-        with home.running(loaded.model, torch.device("cpu")):
+        with weights_at.running(loaded.model, torch.device("cpu")):
             loaded.model(input_ids=torch.arange(5)[None], use_cache=False)
         assert loaded.model.get_input_embeddings().weight is loaded.model.get_output_embeddings().weight
 
@@ -159,7 +159,7 @@ def test_killed_offloaded_and_resumed_either_way_equals_uninterrupted(
     assert weights_hash(tmp_path / "out") == weights_hash(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("pass_", ["{depth: {remove: 1}}", "{wanda: {allocation: loss}}"])
+@pytest.mark.parametrize("pass_", ["{depth: {count: 1}}", "{wanda: {allocation: loss}}"])
 def test_passes_that_need_the_whole_model_are_named_before_any_work(tiny: Path, tmp_path: Path, pass_: str) -> None:
     with pytest.raises(CompressError, match="some passes need") as caught:
         compress(str(tiny), recipe(f"passes: [{pass_}]"), tmp_path / "out", offload="always")
@@ -173,7 +173,7 @@ def test_auto_keeps_weights_on_disk_only_when_memory_would_not_hold_them() -> No
     assert not must_offload("auto", passes, weight_bytes=10**6)
     assert must_offload("auto", passes, weight_bytes=free)
     assert not must_offload("never", passes, weight_bytes=free)
-    assert not must_offload("auto", [PASSES["depth"](remove=1)], weight_bytes=free)  # nothing else would run at all
+    assert not must_offload("auto", [PASSES["depth"](count=1)], weight_bytes=free)  # nothing else would run at all
 
 
 def test_auto_compares_weights_in_float32_with_seven_tenths_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,14 +198,14 @@ def own_bytes(model: nn.Module) -> int:
 def test_only_one_block_is_ever_in_memory(tiny: Path, tmp_path: Path) -> None:
     loaded = load_for_compression(find_source(str(tiny)), scratch=tmp_path / "scratch")
     assert loaded.weights is not None
-    home = OnDisk(loaded.weights)
+    weights_at = OnDisk(loaded.weights)
     most: list[int] = []
 
     def note(*_: Any) -> None:
         most.append(own_bytes(loaded.model))
 
     blocks = [block for _, block in find_blocks(loaded.model)]
-    with home.running(loaded.model, torch.device("cpu")):
+    with weights_at.running(loaded.model, torch.device("cpu")):
         handles = [block.mlp.register_forward_hook(note) for block in blocks]  # type: ignore[operator, union-attr]
         loaded.model(input_ids=torch.arange(5)[None], use_cache=False)
     for handle in handles:

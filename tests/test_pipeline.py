@@ -167,9 +167,9 @@ def test_a_run_killed_at_a_block_and_resumed_equals_an_uninterrupted_one(
 
 
 STAGES = {
-    "factors, then codes": "[{svd: {ratio: 0.3}}, {gptq: {scheme: int4_g16, on_indivisible: pad}}]",
-    "decided widths, then codes": "[{width: {ratio: 0.25, score: activation}}, {gptq: {scheme: int4_g16}}]",
-    "fewer blocks, then zeros": "[{depth: {remove: 1}}, {wanda: {sparsity: 0.5}}]",
+    "factors, then codes": "[{svd: {fraction: 0.3}}, {gptq: {scheme: int4_g16, on_indivisible: pad}}]",
+    "decided widths, then codes": "[{width: {fraction: 0.25, score: activation}}, {gptq: {scheme: int4_g16}}]",
+    "fewer blocks, then zeros": "[{depth: {count: 1}}, {wanda: {sparsity: 0.5}}]",
 }
 
 

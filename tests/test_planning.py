@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig
 
 from llmcompress.cost import Machine
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.export.save import save_model
+from llmcompress.exporters.save import save_model
 from llmcompress.loading.load import load_for_compression
 from llmcompress.loading.source import Source, find_source
 from llmcompress.model.probe import probe

@@ -30,7 +30,7 @@ from llmcompress.records.rows import SiteReport
 
 RTN, RTN_2, MAGNITUDE = "[{rtn: {scheme: int3_g32}}]", "[{rtn: {scheme: int2_g32}}]", "[{magnitude: {sparsity: 0.5}}]"
 GPTQ, WANDA = "[{gptq: {scheme: int3_g32}}]", "[{wanda: {sparsity: 0.5}}]"
-NARROWER = "[{{width: {{ratio: 0.25, score: {score}, refit: {refit}}}}}]"
+NARROWER = "[{{width: {{fraction: 0.25, score: {score}, refit: {refit}}}}}]"
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ ORDERINGS = {
     "sparsegpt, wanda": ("[{sparsegpt: {sparsity: 0.5}}]", WANDA, 0.85),
     "wanda, magnitude, 2:4": ("[{wanda: {pattern: '2:4'}}]", "[{magnitude: {pattern: '2:4'}}]", 0.9),
     "sparsegpt, wanda, 2:4": ("[{sparsegpt: {pattern: '2:4'}}]", "[{wanda: {pattern: '2:4'}}]", 0.8),
-    "factors, whitened or not": ("[{svd: {ratio: 0.3}}]", "[{svd: {ratio: 0.3, whitening: none}}]", 0.65),
+    "factors, whitened or not": ("[{svd: {fraction: 0.3}}]", "[{svd: {fraction: 0.3, whitening: none}}]", 0.65),
     "narrower, refitted or not": (
         NARROWER.format(score="activation", refit="columns"),
         NARROWER.format(score="activation", refit="none"),

@@ -21,7 +21,7 @@ from llmcompress.storage.atomic import replacing
 from llmcompress.storage.folder import check_output, staging_folder
 from llmcompress.storage.lock import ProcessLock
 from llmcompress.storage.ours import begin_run_folder, mark_output
-from tests.export.quantized import quantized_model
+from tests.exporters.quantized import quantized_model
 from tests.families import tiny_model, tiny_tokens
 
 SETTINGS = {"recipe": "abc", "model": "123"}

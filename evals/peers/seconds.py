@@ -60,7 +60,7 @@ METHODS = {
     "wanda 2:4": Method('wanda: {pattern: "2:4"}', "--method wanda --sparsity 0.5 --structure 2:4"),
     "sparsegpt 50 %": Method("sparsegpt: {sparsity: 0.5}", "--method sparsegpt --sparsity 0.5"),
     "sparsegpt 2:4": Method('sparsegpt: {pattern: "2:4"}', "--method sparsegpt --sparsity 0.5 --structure 2:4"),
-    "slicegpt 25 %": Method("slicegpt: {ratio: 0.25}"),
+    "slicegpt 25 %": Method("slicegpt: {fraction: 0.25}"),
     "awq int4_g128_asym": Method("awq: {scheme: int4_g128_asym}", "--method awq --bits 4 --group 128 --asymmetric"),
 }
 EVALUATION = "perplexity"

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from llmcompress.calibration.finished import FinishedWork
-from llmcompress.calibration.homes import Home, InMemory
 from llmcompress.calibration.measured import Measured, Shelf
-from llmcompress.calibration.ranks import ALONE, Ranks
+from llmcompress.calibration.offloading import InMemory, WeightStore
+from llmcompress.calibration.process_group import ALONE, ProcessGroup
 from llmcompress.calibration.settings import Experts
 from llmcompress.progress import Progress, Silent
 
@@ -29,11 +29,11 @@ class RunContext:
     """Of scales and of all that stays dense in the files that will be written; values are rounded to it."""
     seed: int = 0
     """Of everything random."""
-    home: Home = field(default_factory=InMemory)
+    weights_at: WeightStore = field(default_factory=InMemory)
     """Where weights are while nobody computes with them."""
     experts: Experts = "routed"
     """Which tokens the experts of a mixture are measured on."""
-    ranks: Ranks = ALONE
+    processes: ProcessGroup = ALONE
     """The processes that share the windows."""
     keep: FinishedWork | None = None
     """Where finished work is kept and found again; None: nowhere."""

@@ -39,7 +39,7 @@ def self_generated_text(
     Source: Liu et al., arXiv 2305.17888, section 3.1 (LLM-QAT).
     Differs: starts are drawn at random instead of taking the vocabulary in turn; rows are always filled.
 
-    Raises: CompressError `numerics.non-finite` when the model's logits are not finite.
+    Raises: CompressError `numerics.not-finite` when the model's logits are not finite.
     """
     progress = progress or Silent()
     random = torch.Generator().manual_seed(seed)
@@ -103,7 +103,7 @@ class _Writer:
         logits_NV: Tensor = output.logits[:, -1].cpu().double()
         if not bool(logits_NV.isfinite().all()):
             raise CompressError(
-                "numerics.non-finite",
+                "numerics.not-finite",
                 f"the model's logits are not finite while it writes calibration text (token {text_NT.shape[1]})",
                 where="calibration.source",
                 fix="check the model with `llmcompress evaluate`; use another source",

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.experts import all_tokens, in_expert
-from llmcompress.calibration.listening import LastInput, input_of
+from llmcompress.calibration.input_hooks import LastInput, observed_input
 from llmcompress.errors import CompressError
 from llmcompress.model.map import BlockInfo, Fold, ModelMap
 from llmcompress.model.shrink import shrink_block
@@ -129,16 +129,16 @@ class BlockWork:
                     width = members[0].info.inputs
                     statistics = {kind: kind(width, self._device) for kind in kinds}
                     only = every if in_expert(members[0].name) else None
-                    hooks.enter_context(input_of(members[0].module, list(statistics.values()), only))
+                    hooks.enter_context(observed_input(members[0].module, list(statistics.values()), only))
                     measured.append((members, statistics))
             for inputs, call in zip(self._inputs, self._calls, strict=True):
                 self._run(inputs, call)
         for members, statistics in measured:
             for statistic in statistics.values():
-                if self.context.ranks.count > 1:
+                if self.context.processes.count > 1:
                     if not statistic.adds_up:
-                        self.context.ranks.require_one(f"a pass that reads `{type(statistic).__name__}`")
-                    statistic.pool(self.context.ranks)
+                        self.context.processes.require_one(f"a pass that reads `{type(statistic).__name__}`")
+                    statistic.pool(self.context.processes)
                 if not statistic.is_finite():
                     raise CompressError(
                         "numerics.not-finite",
@@ -166,7 +166,7 @@ class BlockWork:
     @torch.no_grad()
     def watch(self, module: nn.Module, see: Callable[[Tensor], None]) -> None:
         """Show every input of one of the block's modules; the block runs over all data, each time only that far."""
-        self.context.ranks.require_one("a pass of this recipe")
+        self.context.processes.require_one("a pass of this recipe")
 
         def show(_: nn.Module, args: tuple[Any, ...]) -> None:
             see(args[0])
@@ -190,7 +190,7 @@ class BlockWork:
         seen = [LastInput() for _ in sites]
         with ExitStack() as hooks:
             for site, into in zip(sites, seen, strict=True):
-                hooks.enter_context(input_of(site.module, [into]))
+                hooks.enter_context(observed_input(site.module, [into]))
             self._run(inputs, call)
         return [into.x_TI for into in seen]
 
@@ -200,7 +200,7 @@ class BlockWork:
 
     def inputs(self) -> list[Tensor]:
         """The block's input for every batch, on the CPU; not to be changed."""
-        self.context.ranks.require_one("a pass of this recipe")
+        self.context.processes.require_one("a pass of this recipe")
         return list(self._inputs)
 
     @property
@@ -210,7 +210,7 @@ class BlockWork:
 
     def pool_(self, tensor: Tensor) -> None:
         """Make it the sum of what all processes have."""
-        self.context.ranks.add_(tensor)
+        self.context.processes.add_(tensor)
 
     def output(self, batch: int) -> Tensor:
         """The block's output for one of this process's batches, on its device, with gradients where enabled."""
@@ -257,8 +257,8 @@ class BlockStream:
         self._blocks = [block for _, block in named]
         self._hidden: list[Tensor] = []
         self._calls: list[list[BlockCall]] = []
-        with context.home.running(model, torch.device("cpu")):
-            windows_NT = context.ranks.share(context.windows_NT)
+        with context.weights_at.running(model, torch.device("cpu")):
+            windows_NT = context.processes.share(context.windows_NT)
             for ids_BT in torch.split(windows_NT, context.batch) if len(windows_NT) else ():
                 recording = record(model, named, ids_BT)
                 first = self._calls[0] if self._calls else recording.calls
@@ -278,7 +278,7 @@ class BlockStream:
             yield work
             if info.index + 1 < len(self._blocks):
                 self._hidden = work.outputs()
-            self._context.home.leave(info.name, work.module)
+            self._context.weights_at.leave(info.name, work.module)
 
 
 def _sharing(call: BlockCall, first: BlockCall) -> BlockCall:

@@ -55,8 +55,8 @@ class WholeModel:
 
         Raises: CompressError when the weights are on disk because memory does not hold them.
         """
-        self.context.home.require_memory("a pass of this recipe")
-        self.context.ranks.require_one("a pass of this recipe")
+        self.context.weights_at.require_memory("a pass of this recipe")
+        self.context.processes.require_one("a pass of this recipe")
         wanted = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
         self.model.to(self.context.device, torch.float32)
         self.model.eval()

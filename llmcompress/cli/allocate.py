@@ -48,7 +48,7 @@ def allocate(
 
     with TerminalProgress() as progress:
         progress.stage("starting", 0)
-        from llmcompress.allocate import allocate as decide
+        from llmcompress.fixed_recipe import allocate as decide
 
         decided = decide(model, read_recipe(recipe_file, settings=settings), device=device, progress=progress)
     if output is not None:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from llmcompress.evaluation.stored import Stored, stored
+from llmcompress.evaluation.checkpoint_codes import StoredCodes, codes_in
 from llmcompress.loading.config import read_config
 from llmcompress.loading.files import read_index
 from llmcompress.loading.match import empty_model
@@ -82,7 +82,7 @@ def footprint(model: str | Path) -> Footprint:
     Raises: CompressError when there is no such model, or its format is not understood.
     """
     source = find_source(str(model))
-    found = stored(source.folder)
+    found = codes_in(source.folder)
     config = read_config(source.folder, may_be_quantized=True)[0]
     parts = _parts(config)
     read = Tensors()
@@ -183,7 +183,7 @@ def _parts(config: PretrainedConfig) -> dict[str, str]:
     return found | {name.removeprefix(prefix): part for name, part in found.items()}
 
 
-def _cache_bytes(config: PretrainedConfig, found: Stored) -> int | None:
+def _cache_bytes(config: PretrainedConfig, found: StoredCodes) -> int | None:
     """Of one token, by the specs in the manifest or the scheme; None for a model whose caches hold ordinary numbers."""
     words = getattr(config, "quantization_config", None) or {}
     if scheme := words.get("kv_cache_scheme"):
@@ -213,6 +213,6 @@ def _histogram(codes_OI: Tensor) -> dict[int, int]:
     return dict(zip(symbols.tolist(), counts.tolist(), strict=True))
 
 
-def _stored_bytes(found: Stored) -> int:
+def _stored_bytes(found: StoredCodes) -> int:
     coded: list[TensorHeader] = [tensor for site in found.coded for tensor in site.tensors.values()]
     return sum(tensor.bytes for tensor in (*found.dense, *coded))

@@ -47,7 +47,7 @@ def measure(
 ) -> PerplexityResult:
     """Perplexity and bits per byte.
 
-    Raises: CompressError `numerics.non-finite` naming the window, when the loss is not finite.
+    Raises: CompressError `numerics.not-finite` naming the window, when the loss is not finite.
     """
     progress = progress or Silent()
     found = Perplexity(text)

@@ -44,11 +44,11 @@ class Perplexity:
         self._tokens += len(scores.logprob_P)
 
     def result(self) -> PerplexityResult:
-        """Raises: CompressError `numerics.non-finite` when it is too large for a number."""
+        """Raises: CompressError `numerics.not-finite` when it is too large for a number."""
         text, mean = self._text, self._nats / self._tokens
         if mean > math.log(torch.finfo(torch.float64).max):
             raise CompressError(
-                "numerics.non-finite",
+                "numerics.not-finite",
                 f"{text.name}: the mean loss is {mean:.0f} nats",
                 where="evaluate.perplexity",
                 fix="a broken weight: measure the dense model alone with `llmcompress evaluate`",

@@ -66,7 +66,7 @@ def score(
     same window. `batch`: windows that go through the model together (None: by the size of their logits); changes no
     result. `name` is what errors call the text.
 
-    Raises: CompressError `numerics.non-finite` naming the window, when a log-probability is not finite.
+    Raises: CompressError `numerics.not-finite` naming the window, when a log-probability is not finite.
     """
     for index, pieces in groupby(log_probabilities(runner, windows, batch=batch), key=lambda piece: piece.window):
         parts = [_looked_at(piece, top, reference) for piece in pieces]
@@ -125,7 +125,7 @@ def _not_finite(runner: Runner, window_W: Tensor, logprob_P: Tensor, where: str)
     part = runner.first_not_finite(window_W[None])
     found = f"; the first part of the model to compute NaN or Inf is {part}" if part else ""
     return CompressError(
-        "numerics.non-finite",
+        "numerics.not-finite",
         f"the log-probability of a token is {float(logprob_P[token - 1])}{found}",
         where=f"{where}, token {token}",
         fix="measure in float32 or bfloat16 (float16 ends at 65504); if it stays, a weight is broken: measure the "

@@ -26,7 +26,7 @@ from llmcompress.loading.weights import refuse_contradicting_head, refuse_not_fi
 from llmcompress.progress import Progress
 
 
-class Ready(NamedTuple):
+class ModelAndTokenizer(NamedTuple):
     """A finished model, ready to generate: `model, tokenizer = load(...)`."""
 
     model: PreTrainedModel
@@ -86,7 +86,9 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTra
     return read_tokenizer(source.folder, config, trust_remote_code=trust_remote_code)
 
 
-def load(path_or_id: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu") -> Ready:
+def load(
+    path_or_id: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+) -> ModelAndTokenizer:
     """A finished result, dense or compressed-tensors, ready to generate.
 
     Raises: CompressError when a tensor is missing: transformers would fill it with random numbers.
@@ -108,7 +110,7 @@ def load(path_or_id: str | Path, *, dtype: torch.dtype | str = "auto", device: t
         model.to(dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     if model.device != torch.device(device):  # transformers 4 refuses `to` for bitsandbytes in 8 bits, whatever it says
         model.to(device)
-    return Ready(model, read_tokenizer(source.folder, config))
+    return ModelAndTokenizer(model, read_tokenizer(source.folder, config))
 
 
 def _restores_to_bfloat16(config: PretrainedConfig) -> bool:

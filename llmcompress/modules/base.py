@@ -131,7 +131,7 @@ class TrainableTwin(nn.Module, ABC):
         self.train(module.training)
 
     @abstractmethod
-    def settled(self) -> CompressedModule:
+    def compressed(self) -> CompressedModule:
         """The compressed module that computes exactly what the last forward did; untrained: the first one's bits."""
 
     @abstractmethod

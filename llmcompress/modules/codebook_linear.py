@@ -162,7 +162,7 @@ class TwinOfCodebooks(TrainableTwin):
 
     @override
     @torch.no_grad()
-    def settled(self) -> CompressedModule:
+    def compressed(self) -> CompressedModule:
         made = sharing_tensors(self._of[0])
         for name in ("value_N", *(f"levels_{bits}" for bits in self._of[0].widths)):
             made._buffers[name] = self._stored(name)

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from llmcompress.modules.base import MODULES, Spec
 from llmcompress.modules.dynamic import DynamicBlock
-from llmcompress.modules.foresight import Foresight
+from llmcompress.modules.linear_predictor import LinearPredictor
 
 LOGITS_AT_ONCE = 2**24
 """Numbers of one matrix of logits: a prompt is judged in pieces of that size."""
@@ -33,25 +33,25 @@ class ExitBlock(DynamicBlock):
 
     A token leaves when it is as sure as `threshold` (above 1: never). With `jump_DD`, the state it leaves with is
     carried to where the last block would have brought it by a linear map, and the model goes on with that state behind
-    its last block. How sure it is comes from `judge`: a small linear test that foretells how far (in nats) the
-    prediction made here would be from the model's own, as exp(-divergence); without a judge, the largest probability
+    its last block. How sure it is comes from `predictor`: a small linear test that foretells how far (in nats) the
+    prediction made here would be from the model's own, as exp(-divergence); without one, the largest probability
     that the model's own head gives here, for which `readout` names the modules from the last block to the logits.
     All blocks from the first exit on must be exit blocks, so that keys and values are stored in every one.
     """
 
     jump_DD: nn.Parameter | None
     jump_D: nn.Parameter | None
-    judge: Foresight | None
+    predictor: LinearPredictor | None
 
     def __init__(
         self,
         threshold: float | None,
         readout: Sequence[str],
         jump: tuple[Tensor, Tensor] | None,
-        judge: Foresight | None = None,
+        predictor: LinearPredictor | None = None,
     ) -> None:
         super().__init__()
-        self.judge = judge
+        self.predictor = predictor
         self.threshold, self.readout = threshold, tuple(readout)
         self.jump_DD = None if jump is None else nn.Parameter(jump[0], requires_grad=False)
         self.jump_D = None if jump is None else nn.Parameter(jump[1], requires_grad=False)
@@ -62,16 +62,16 @@ class ExitBlock(DynamicBlock):
     @override
     def spec(self) -> Spec:
         width = None if self.jump_D is None else len(self.jump_D)
-        judge = None if self.judge is None else self.judge.spec()
-        return {"threshold": self.threshold, "readout": list(self.readout), "jump": width, "judge": judge}
+        predictor = None if self.predictor is None else self.predictor.spec()
+        return {"threshold": self.threshold, "readout": list(self.readout), "jump": width, "predictor": predictor}
 
     @classmethod
     @override
     def from_spec(cls, spec: Spec, dtype: torch.dtype) -> Self:
         width = spec["jump"]
         jump = None if width is None else (torch.zeros(width, width, dtype=dtype), torch.zeros(width, dtype=dtype))
-        judge = None if spec["judge"] is None else Foresight.from_spec(spec["judge"], dtype)
-        return cls(spec["threshold"], spec["readout"], jump, judge)
+        predictor = None if spec["predictor"] is None else LinearPredictor.from_spec(spec["predictor"], dtype)
+        return cls(spec["threshold"], spec["readout"], jump, predictor)
 
     @override
     def connect(self, model: nn.Module) -> None:
@@ -119,8 +119,8 @@ class ExitBlock(DynamicBlock):
 
     def confidence(self, hidden_ND: Tensor) -> Tensor:
         """How sure each token is, from 0 to 1."""
-        if self.judge is not None:
-            sure: Tensor = (-self.judge(hidden_ND)).exp()
+        if self.predictor is not None:
+            sure: Tensor = (-self.predictor(hidden_ND)).exp()
             return sure
         return readings(self._read, self.jump(hidden_ND))[0]
 

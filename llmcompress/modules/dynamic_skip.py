@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from llmcompress.modules.base import MODULES, Spec
 from llmcompress.modules.dynamic import DynamicBlock
-from llmcompress.modules.foresight import Foresight
+from llmcompress.modules.linear_predictor import LinearPredictor
 
 
 @MODULES.register("skip_block")
@@ -21,20 +21,20 @@ class SkipBlock(DynamicBlock):
     runs.
     """
 
-    def __init__(self, judge: Foresight, threshold: float) -> None:
+    def __init__(self, predictor: LinearPredictor, threshold: float) -> None:
         super().__init__()
-        self.judge, self.threshold = judge, threshold
+        self.predictor, self.threshold = predictor, threshold
 
     @override
     def spec(self) -> Spec:
-        return {"judge": self.judge.spec(), "threshold": self.threshold}
+        return {"predictor": self.predictor.spec(), "threshold": self.threshold}
 
     @classmethod
     @override
     def from_spec(cls, spec: Spec, dtype: torch.dtype) -> Self:
-        return cls(Foresight.from_spec(spec["judge"], dtype), float(spec["threshold"]))
+        return cls(LinearPredictor.from_spec(spec["predictor"], dtype), float(spec["threshold"]))
 
     @override
     def skips(self, hidden_BTD: Tensor) -> Tensor:
-        below: Tensor = self.judge(hidden_BTD) < self.threshold
+        below: Tensor = self.predictor(hidden_BTD) < self.threshold
         return below

@@ -1,8 +1,8 @@
-"""A block whose residual stream changes its basis on every skip: lanes inside, shortcut matrices at the ends.
+"""A block whose residual stream changes its basis on every skip: segments inside, shortcut matrices at the ends.
 
 The block's own forward only ever adds to its input. So the wrapper gives it the stream several times side by side: in
-every lane, the stream in the basis that belongs there. Norms read one lane, what they feed adds to the next, and no
-line of the block's code knows.
+every segment, the stream in the basis that belongs there. Norms read one segment, what they feed adds to the next, and
+no line of the block's code knows.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from llmcompress.modules.low_rank import part_expression
 from llmcompress.modules.wrapper import Wrapper
 
 
-@MODULES.register("lane_norm")
-class LaneNorm(CompressedModule):
+@MODULES.register("segment_norm")
+class SegmentNorm(CompressedModule):
     """RMSNorm without gain of the channels `start` to `start + width`, as if they were `divisor` channels.
 
     Source: Ashkboos et al., arXiv 2401.15024: what was sliced away counts as zero, so the mean square is still one
@@ -56,27 +56,27 @@ class LaneNorm(CompressedModule):
 
     @override
     def forward(self, hidden: Tensor) -> Tensor:
-        lane = hidden[..., self.start : self.start + self.width]
-        if lane.shape[-1] < self.width:  # a model that is run without its blocks, to see what they would be given
-            lane = functional.pad(lane, (0, self.width - lane.shape[-1]))
-        wide = lane.float()
+        segment = hidden[..., self.start : self.start + self.width]
+        if segment.shape[-1] < self.width:  # a model that is run without its blocks, to see what they would be given
+            segment = functional.pad(segment, (0, self.width - segment.shape[-1]))
+        wide = segment.float()
         scale = (wide.square().sum(-1, keepdim=True) / self.divisor + self.epsilon).rsqrt()
-        return (wide * scale).to(lane.dtype)
+        return (wide * scale).to(segment.dtype)
 
     @override
     def extra_repr(self) -> str:
-        return f"{self.start}:{self.start + self.width} of the lanes, divisor {self.divisor}"
+        return f"{self.start}:{self.start + self.width} of the segments, divisor {self.divisor}"
 
 
 def place_norm(module: nn.Module, start: int, width: int) -> None:
-    """Let a lane norm read other channels."""
-    assert isinstance(module, LaneNorm)
+    """Let a segment norm read other channels."""
+    assert isinstance(module, SegmentNorm)
     module.place(start, width)
 
 
-@MODULES.register("lane")
-class Lane(Wrapper):
-    """A linear whose outputs stand between `before` and `after` zeros: it adds to one lane only."""
+@MODULES.register("segment")
+class Segment(Wrapper):
+    """A linear whose outputs stand between `before` and `after` zeros: it adds to one segment only."""
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
@@ -103,9 +103,9 @@ class Lane(Wrapper):
         return functional.pad(self.inner(x), (self.before, self.after))
 
 
-def place_lane(module: nn.Module, before: int, after: int) -> None:
-    """Let the linear in a lane write somewhere else."""
-    assert isinstance(module, Lane)
+def place_segment(module: nn.Module, before: int, after: int) -> None:
+    """Let the linear in a segment write somewhere else."""
+    assert isinstance(module, Segment)
     module.before, module.after = before, after
 
 
@@ -113,9 +113,9 @@ def place_lane(module: nn.Module, before: int, after: int) -> None:
 class ShortcutBlock(Wrapper):
     """A block with its residual stream in another basis after every addition.
 
-    Lanes: the stream as it enters; then, for every addition, the stream in the basis it has from there on. The first
-    shortcut brings the input into lane 1 before the block runs, the second brings lane 1 into the basis of lane 2
-    afterwards; a block that adds only once (attention and FFN side by side) has no second.
+    Segments: the stream as it enters; then, for every addition, the stream in the basis it has from there on. The
+    first shortcut brings the input into segment 1 before the block runs, the second brings segment 1 into the basis of
+    segment 2 afterwards; a block that adds only once (attention and FFN side by side) has no second.
     """
 
     def __init__(self, widths: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -153,9 +153,9 @@ class ShortcutBlock(Wrapper):
         """The block's output, in its own form; the hidden state comes first or by keyword."""
         by_keyword = "hidden_states" in kwargs
         hidden = kwargs.pop("hidden_states") if by_keyword else args[0]
-        lanes = [hidden, functional.linear(hidden, self.shortcut_in)]
-        lanes += [hidden.new_zeros(*hidden.shape[:-1], width) for width in self.widths[2:]]
-        inside = torch.cat(lanes, -1)
+        segments = [hidden, functional.linear(hidden, self.shortcut_in)]
+        segments += [hidden.new_zeros(*hidden.shape[:-1], width) for width in self.widths[2:]]
+        inside = torch.cat(segments, -1)
         output = (
             self.inner(*args, hidden_states=inside, **kwargs) if by_keyword else self.inner(inside, *args[1:], **kwargs)
         )

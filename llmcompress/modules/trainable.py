@@ -50,11 +50,11 @@ class TwinOfParts(TrainableTwin):
                 self.roles[f"form.{prefix}{name}"] = role
 
     @override
-    def settled(self) -> CompressedModule:
+    def compressed(self) -> CompressedModule:
         made = sharing_tensors(self.form)
         for name, part in self.form.named_children():
             if isinstance(part, TrainableTwin):
-                setattr(made, name, part.settled())
+                setattr(made, name, part.compressed())
         for name, parameter in _own_parameters(self.form):
             _put(made, name, nn.Parameter(parameter.detach().clone(), requires_grad=self._required[name]))
         return made.train(self.training)

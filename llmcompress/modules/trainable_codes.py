@@ -128,7 +128,7 @@ class TwinOfCodes(TrainableTwin):
 
     @override
     @torch.no_grad()
-    def settled(self) -> CompressedModule:
+    def compressed(self) -> CompressedModule:
         fitted, module = self.fitted(), self._of[0]
         codes_OI = self._codes_OI(fitted)
         if self._learns_codes:

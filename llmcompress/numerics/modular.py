@@ -74,8 +74,8 @@ def value_basis(readers_OV: Sequence[Tensor], grams_VV: Sequence[Tensor], rank: 
     return basis_VK.T
 
 
-def allocate(influence_L: Tensor, sizes_L: Tensor, most_L: Tensor, *, ratio: float, temperature: float) -> Tensor:
-    """Share of every block to remove: more where a block changes its input less; all together exactly `ratio`.
+def allocate(influence_L: Tensor, sizes_L: Tensor, most_L: Tensor, *, fraction: float, temperature: float) -> Tensor:
+    """Share of every block to remove: more where a block changes its input less; all together exactly `fraction`.
 
     Shares are proportional to softmax(-influence ÷ temperature). No block loses more than its share in `most_L`; what
     is cut off there is spread over the others.
@@ -85,7 +85,7 @@ def allocate(influence_L: Tensor, sizes_L: Tensor, most_L: Tensor, *, ratio: flo
     """
     weights_L = torch.softmax(-influence_L.double() / temperature, 0)
     sizes_L, most_L = sizes_L.double(), most_L.double()
-    wanted = ratio * float(sizes_L.sum())
+    wanted = fraction * float(sizes_L.sum())
     full_L = torch.zeros(len(weights_L), dtype=torch.bool)
     while True:
         left = wanted - float((most_L * sizes_L)[full_L].sum())

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.whole import WholeModel
-from llmcompress.model.conform import conformed
+from llmcompress.model.infer_config import with_inferred_config
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
 from llmcompress.passes.base import PASSES, BlockPass, ModelPass, Pass
@@ -89,9 +89,9 @@ def apply_passes(
     todo = [stage for stage in cut if done is None or stage.index > done]
     for each in [each for stage in todo for each in stage.passes]:
         if not each.streams():
-            whole.context.home.require_memory(f"`{PASSES.name_of(type(each))}`")
+            whole.context.weights_at.require_memory(f"`{PASSES.name_of(type(each))}`")
         if not each.pools():
-            context.ranks.require_one(f"`{PASSES.name_of(type(each))}`")
+            context.processes.require_one(f"`{PASSES.name_of(type(each))}`")
     for stage in todo:
         whole.context = replace(context, stage=stage.index)
         for each in stage.passes:
@@ -103,7 +103,7 @@ def apply_passes(
         else:
             rows += _stream(whole, stage, label=f"stage {stage.index + 1}/{len(cut)}, " if len(cut) > 1 else "")
         if stage.changes_sites:
-            whole.model = conformed(whole.model)
+            whole.model = with_inferred_config(whole.model)
         if keep and stage.model_pass:
             keep.save_model(stage.index, whole.model, rows)
         if stage.changes_sites and stage is not todo[-1]:
@@ -134,11 +134,11 @@ def _stream(whole: WholeModel, stage: Stage, *, label: str) -> list[SiteReport]:
             work.decisions = decisions
             block_rows = [row for each in stage.block_passes for row in each.run(work)]
             work.settle()
-            whole.context.ranks.same_tensors(work.module)
+            whole.context.processes.same_tensors(work.module)
             if keep:
                 keep.save_block(stage.index, index, work.module, before, block_rows)
         if keep:
-            whole.context.home.moved(work.info.name, partial(keep.block_state, stage.index, index))
+            whole.context.weights_at.moved(work.info.name, partial(keep.block_state, stage.index, index))
         rows += block_rows
         whole.context.progress.step(f"{label}block {index + 1}/{count}")
     return rows

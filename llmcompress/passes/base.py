@@ -45,10 +45,10 @@ class Pass(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    makes: ClassVar[frozenset[Trait]] = frozenset()
+    leaves: ClassVar[frozenset[Trait]] = frozenset()
     """Traits of what it works on, afterwards."""
 
-    spoils: ClassVar[Mapping[Trait, str]] = NOTHING
+    conflicts: ClassVar[Mapping[Trait, str]] = NOTHING
     """Traits of an earlier pass on the same site that it would undo, each with the reason told to the user."""
 
     keeps_codes: ClassVar[bool] = False
@@ -70,7 +70,7 @@ class Pass(BaseModel, ABC):
 
     def traits(self) -> frozenset[Trait]:
         """What sites have afterwards, with these options."""
-        return self.makes
+        return self.leaves
 
     def for_model(self, model_map: ModelMap) -> Self:
         """The same pass with what it finds in the model written out: `names_after` then speaks of those names."""
@@ -80,11 +80,11 @@ class Pass(BaseModel, ABC):
         """Full names of the linears that stand there afterwards: factors have names of their own."""
         return (site,)
 
-    def kept_share(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
+    def kept_fraction(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
         """About which share of a site's parameters is left, as far as the options tell before any work."""
         return 1.0
 
-    def undoes(self, trait: Trait) -> str | None:
+    def conflict_with(self, trait: Trait) -> str | None:
         """Why this pass may not follow one that left that trait on the same site; None when it may."""
         if trait == "codes" and not self.keeps_codes:
             return "would change weights that are codes already"
@@ -94,9 +94,9 @@ class Pass(BaseModel, ABC):
             return "would change inputs that are rounded on fixed ranges"
         if trait == "cache":
             return "needs the attention of the dense model; what rounds its cache comes last"
-        return self.spoils.get(trait)
+        return self.conflicts.get(trait)
 
-    def undoes_together(self, traits: frozenset[Trait]) -> str | None:
+    def conflict_with_all(self, traits: frozenset[Trait]) -> str | None:
         """The same for all that earlier passes left on one site, where no single trait is in the way."""
         return None
 
@@ -135,7 +135,7 @@ class Pass(BaseModel, ABC):
         """
         return {}
 
-    def settled(self, decisions: Mapping[str, Tensor]) -> Pass | None:
+    def with_decisions(self, decisions: Mapping[str, Tensor]) -> Pass | None:
         """A pass that does the same by ordinary options and decides nothing; `decisions` are what `decide` gave.
 
         None where no option holds what was decided: a mask over single weights.
@@ -198,7 +198,7 @@ class BlockPass(Pass):
         }
         return type(self)(**{**self.model_dump(), **changed, "overrides": {}}) if changed else self
 
-    def settled_by(
+    def with_site_options(
         self,
         changed: Mapping[str, Any],
         of_site: Mapping[str, Mapping[str, Any]],

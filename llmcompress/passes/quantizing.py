@@ -24,7 +24,7 @@ from llmcompress.records.rows import SiteReport
 class QuantizingPass(BlockPass):
     """A pass that replaces its sites by codes and scales."""
 
-    makes: ClassVar[frozenset[Trait]] = frozenset({"codes"})
+    leaves: ClassVar[frozenset[Trait]] = frozenset({"codes"})
 
     sitewise: ClassVar[bool] = True
     """Whether it leaves codes and nothing else changed, site by site: such a pass can serve inside another one."""

@@ -27,7 +27,7 @@ def check_order(passes: Sequence[Pass], site_names: Sequence[str]) -> None:
                 if reason:
                     raise _undone(first, earlier, index, each, reason, where=f"{_label(index, each)}, site {chosen[0]}")
             together = frozenset[Trait]().union(*(traits for _, _, traits in before))
-            if before and (reason := each.for_site(chosen[0]).undoes_together(together)):
+            if before and (reason := each.for_site(chosen[0]).conflict_with_all(together)):
                 first, earlier, _ = before[-1]
                 raise _undone(first, earlier, index, each, reason, where=f"{_label(index, each)}, site {chosen[0]}")
             before.append((index, each, each.for_site(chosen[0]).traits()))
@@ -92,7 +92,7 @@ def _names_by_pass(passes: Sequence[Pass], site: str) -> list[tuple[str, ...]]:
 
 
 def _reason(traits: Iterable[Trait], later: Pass) -> str | None:
-    return next((reason for trait in sorted(traits) if (reason := later.undoes(trait))), None)
+    return next((reason for trait in sorted(traits) if (reason := later.conflict_with(trait))), None)
 
 
 def _globs(each: BlockPass) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from typing_extensions import override
 
-from llmcompress.calibration.homes import Home
+from llmcompress.calibration.offloading import WeightStore
 from llmcompress.calibration.tokens import max_positions
 from llmcompress.loading.load import load
 from llmcompress.runners.base import RUNNERS, Runner
@@ -22,22 +22,22 @@ from llmcompress.runners.base import RUNNERS, Runner
 class TorchRunner(Runner):
     """A live model, in eval mode while the runner is open. Logits have the dtype that the model computes in.
 
-    With a `home` the model runs on `device` in float32 from wherever its weights are, and is back there afterwards.
+    With `weights_at` the model runs on `device` in float32 from wherever its weights are, and is back there afterwards.
     Without one it is used where and as it is.
     """
 
     name = "torch"
 
     def __init__(
-        self, model: PreTrainedModel, *, home: Home | None = None, device: torch.device | str | None = None
+        self, model: PreTrainedModel, *, weights_at: WeightStore | None = None, device: torch.device | str | None = None
     ) -> None:
         self._undo = ExitStack()
         self._model = model
         self._undo.callback(model.train, model.training)
         model.eval()
         self.device = model.get_input_embeddings().weight.device if device is None else torch.device(device)
-        if home is not None:
-            self._undo.enter_context(home.running(model, self.device))
+        if weights_at is not None:
+            self._undo.enter_context(weights_at.running(model, self.device))
         self.vocabulary = model.config.get_text_config().vocab_size
         self.max_positions = max_positions(model.config)
 

@@ -11,7 +11,7 @@ from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.statistics import Statistic
-from llmcompress.sensitivity.gradients import Listener, sweep
+from llmcompress.sensitivity.gradients import GradientObserver, sweep
 from llmcompress.sensitivity.table import LossTable, Row
 
 Kinds = tuple[type[Statistic], ...]
@@ -33,7 +33,7 @@ class Asker(ABC):
         return ()
 
     @property
-    def listeners(self) -> Sequence[Listener]:
+    def observers(self) -> Sequence[GradientObserver]:
         """What must have been heard of gradients."""
         return ()
 
@@ -44,7 +44,7 @@ class Asker(ABC):
 
 def fill(whole: WholeModel, askers: Sequence[Asker]) -> list[LossTable]:
     """One table for each that asks, in their order; the model stays as it is."""
-    sweep(whole, [listener for each in askers for listener in each.listeners])
+    sweep(whole, [observer for each in askers for observer in each.observers])
     rows: list[list[Row]] = [[] for _ in askers]
     for block in dense_stream(whole, [(each.sites, each.kinds) for each in askers]):
         for found, each in zip(rows, askers, strict=True):

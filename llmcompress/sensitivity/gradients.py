@@ -1,4 +1,4 @@
-"""One sweep of gradients through the whole model, to which any number of listeners listen. O = outputs, U = units."""
+"""One sweep of gradients through the whole model, to which any number of observers listen. O = outputs, U = units."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llmcompress.model.site import LinearSite
 from llmcompress.model.units import UnitGroup, masked
 
 
-class Listener(ABC):
+class GradientObserver(ABC):
     """Something accumulated from gradients of the loss, batch by batch."""
 
     @property
@@ -45,13 +45,13 @@ class Listener(ABC):
         """The gradients of a batch are there: add them up."""
 
 
-def sweep(whole: WholeModel, listeners: Sequence[Listener]) -> None:
-    """All windows forward and back once; twice where some listeners want single windows and others do not.
+def sweep(whole: WholeModel, observers: Sequence[GradientObserver]) -> None:
+    """All windows forward and back once; twice where some observers want single windows and others do not.
 
     The loss is summed over the windows of a batch, so that gradients do not depend on how windows are batched.
     """
     shelf = whole.context.shelf()
-    missing = [each for each in listeners if shelf is None or not each.recall(shelf)]
+    missing = [each for each in observers if shelf is None or not each.recall(shelf)]
     for one_by_one in (False, True):
         of_kind = [each for each in missing if each.one_by_one is one_by_one]
         if of_kind:
@@ -61,23 +61,23 @@ def sweep(whole: WholeModel, listeners: Sequence[Listener]) -> None:
             each.keep(shelf)
 
 
-def _sweep(whole: WholeModel, listeners: Sequence[Listener], *, one_by_one: bool) -> None:
+def _sweep(whole: WholeModel, observers: Sequence[GradientObserver], *, one_by_one: bool) -> None:
     with whole.resident() as model, ExitStack() as attached:
         model.requires_grad_(False)
-        for each in listeners:
+        for each in observers:
             attached.enter_context(each.attached(whole, model))
         batches = torch.split(whole.context.windows_NT, 1) if one_by_one else whole.batches()
         for ids_BT in batches:
             with torch.enable_grad(), ExitStack() as around:
-                for each in listeners:
+                for each in observers:
                     around.enter_context(each.around(model))
                 (whole.loss(ids_BT.to(whole.context.device)) * len(ids_BT)).backward()  # type: ignore[no-untyped-call]
-            for each in listeners:
+            for each in observers:
                 each.heard()
             model.zero_grad(set_to_none=True)
 
 
-class OutputSquares(Listener):
+class OutputSquares(GradientObserver):
     """Per site and output channel: the sum over tokens of the squared gradient of the loss of their window.
 
     Zeros where none came.
@@ -113,7 +113,7 @@ class OutputSquares(Listener):
             yield
 
 
-class WeightGradients(Listener):
+class WeightGradients(GradientObserver):
     """Per site, of its weight as the module stores it: the sum of gradients over all windows, and that of their
     squares window by window; each takes as much memory as the weights."""
 
@@ -155,7 +155,7 @@ class WeightGradients(Listener):
                 self.squares[name] += weight.grad.square()
 
 
-class UnitMasks(Listener):
+class UnitMasks(GradientObserver):
     """The gradient of the loss in every unit's mask at 1, window by window.
 
     A unit's mask multiplies what its readers see of it, so this is the sum of activation × gradient over the unit.
@@ -200,9 +200,9 @@ class UnitMasks(Listener):
 
 def squared_gradients(whole: WholeModel, names: Sequence[str]) -> dict[str, Tensor]:
     """What `OutputSquares` finds for these sites, by name."""
-    listener = OutputSquares(names)
-    sweep(whole, [listener])
-    return listener.sums
+    observer = OutputSquares(names)
+    sweep(whole, [observer])
+    return observer.sums
 
 
 def oriented(site: LinearSite, like_weight: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def trainable_form(
             for role, parameter in twin.trained():
                 found.setdefault(role, []).append(parameter)
         yield found
-        after = {name: twin.settled() for name, twin in twins.items()}
+        after = {name: twin.compressed() for name, twin in twins.items()}
     except BaseException:
         _put(model, before)
         raise

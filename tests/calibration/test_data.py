@@ -445,4 +445,4 @@ def test_self_without_a_model_and_with_broken_logits_are_refused():
     assert refused("self").code == "data.self"
     model = tiny_llama()
     model.lm_head.weight.data.fill_(float("nan"))
-    assert refused("self", model=model).code == "numerics.non-finite"
+    assert refused("self", model=model).code == "numerics.not-finite"

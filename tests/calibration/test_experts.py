@@ -16,7 +16,7 @@ from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.stream import BlockStream
 from llmcompress.errors import CompressError
 from llmcompress.evaluation.coverage import coverage_warnings
-from llmcompress.export.save import save_model
+from llmcompress.exporters.save import save_model
 from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.probe import map_model, probe
 from llmcompress.modules.experts import UnfusedExperts
@@ -217,7 +217,7 @@ def test_factors_of_experts_are_refused_where_experts_are_a_bank_and_saved_where
     tmp_path: Path,
 ) -> None:
     def save(sites: str, name: str) -> str:
-        model = apply("qwen3_moe", f"[{{svd: {{ratio: 0.2, sites: '{sites}'}}}}]").model
+        model = apply("qwen3_moe", f"[{{svd: {{fraction: 0.2, sites: '{sites}'}}}}]").model
         return save_model(model, tmp_path / name, "auto", storage_dtype=torch.float32, max_shard_size="5GB").format
 
     if FIVE:

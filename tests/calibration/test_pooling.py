@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.calibration.context import RunContext
-from llmcompress.calibration.ranks import Ranks
+from llmcompress.calibration.process_group import ProcessGroup
 from llmcompress.numerics.statistics import Pool, Sketch
 from llmcompress.passes.apply import apply_passes
 from tests.families import tiny_model
@@ -31,7 +31,7 @@ class Meeting:
 
 
 @dataclass(frozen=True)
-class Played(Ranks):
+class Played(ProcessGroup):
     """One of the threads. Nobody is given the first one's weights: what is not shared shows."""
 
     meeting: Meeting = field(default_factory=Meeting)
@@ -53,7 +53,7 @@ class Played(Ranks):
         tensor.copy_(found)
 
 
-def in_each(do: Callable[[Ranks], Any]) -> list[Any]:
+def in_each(do: Callable[[ProcessGroup], Any]) -> list[Any]:
     """What every thread returns; one that fails wakes the others."""
     meeting = Meeting()
 
@@ -82,7 +82,7 @@ PASSES: list[tuple[str, dict[str, Any]]] = [
 def test_all_processes_come_to_the_same_weights_by_themselves(name: str, options: dict[str, Any]) -> None:
     map_of("llama_gqa", tiny_model("llama_gqa", seed=1))
 
-    def compressed(ranks: Ranks) -> dict[str, Tensor]:
+    def compressed(ranks: ProcessGroup) -> dict[str, Tensor]:
         model = tiny_model("llama_gqa", seed=1)
         context = RunContext(windows(), batch=1, ranks=ranks)
         found = apply_passes(model, map_of("llama_gqa", model), (make(name, options),), context)

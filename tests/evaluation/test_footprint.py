@@ -12,13 +12,13 @@ from torch import nn
 from llmcompress.errors import CompressError
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.evaluation.footprint import bytes_on_disk, footprint, ideal_bytes, parameters, ratios
-from llmcompress.export.save import save_model
+from llmcompress.exporters.save import save_model
 from llmcompress.modules.low_rank import LowRankLinear
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.scheme import named_scheme
 from llmcompress.numerics.grid import round_to_codes
 from llmcompress.numerics.ranges import fit
-from tests.export.quantized import quantized_model
+from tests.exporters.quantized import quantized_model
 from tests.families import FAMILIES, tiny_model
 from tests.tiny_folder import edit_json, edit_tensors
 from tests.tiny_text import tiny_llama

@@ -160,7 +160,7 @@ def test_a_loss_that_is_not_finite_is_refused_naming_the_windows(tmp_path):
     model.lm_head.weight.data[5] = float("inf")
     with pytest.raises(CompressError, match=r"window 1 of .*text\.txt") as caught:
         measure(TorchRunner(model), prepared)
-    assert caught.value.code == "numerics.non-finite" and "lm_head" in caught.value.what
+    assert caught.value.code == "numerics.not-finite" and "lm_head" in caught.value.what
 
 
 def test_measuring_leaves_the_model_as_it_was(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from llmcompress.calibration.homes import OnDisk
+from llmcompress.calibration.offloading import OnDisk
 from llmcompress.errors import CompressError
 from llmcompress.evaluation.scores import score
 from llmcompress.loading.load import load, load_for_compression
@@ -88,7 +88,7 @@ def test_weights_on_disk_give_the_logits_of_weights_in_memory(tmp_path: Path) ->
     assert mapped.weights is not None
     with (
         TorchRunner(load_for_compression(source).model) as here,
-        TorchRunner(mapped.model, home=OnDisk(mapped.weights), device=CPU) as there,
+        TorchRunner(mapped.model, weights_at=OnDisk(mapped.weights), device=CPU) as there,
     ):
         assert torch.equal(here.logits(ids_BT), there.logits(ids_BT))
 
@@ -117,6 +117,6 @@ def test_activations_beyond_float16_are_told_with_window_token_and_place() -> No
     model.model.layers[1].mlp.up_proj.weight.data *= 50
     with TorchRunner(model) as runner, pytest.raises(CompressError) as told:
         list(score(runner, windows, name="a text"))
-    assert told.value.code == "numerics.non-finite"
+    assert told.value.code == "numerics.not-finite"
     assert "window 1 of a text, token" in told.value.where
     assert "model.layers.1.mlp.down_proj" in told.value.what and "bfloat16" in told.value.fix

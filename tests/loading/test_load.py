@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from llmcompress.errors import CompressError
-from llmcompress.export.save import save_model
+from llmcompress.exporters.save import save_model
 from llmcompress.loading.load import load, load_for_compression, load_model, load_tokenizer
 from llmcompress.loading.quiet import quiet_transformers
 from llmcompress.loading.source import Source

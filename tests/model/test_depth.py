@@ -15,7 +15,7 @@ from llmcompress.model.probe import map_model
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.modules.cache_names import with_cache
 from tests.families import FAMILIES, randomise, tiny_config, tiny_model, tiny_tokens
-from tests.model.test_conform import assert_cache_is_right, assert_stock_computes_the_same
+from tests.model.test_infer_config import assert_cache_is_right, assert_stock_computes_the_same
 from tests.model.test_shrink import shrunk_model
 
 

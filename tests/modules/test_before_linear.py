@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from llmcompress.modules.base import CompressedModule, from_named_spec, named_spec
-from llmcompress.modules.before_linear import ClusteredInput, RotatedInput, unwrapped
 from llmcompress.modules.low_rank import linear_of
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.scheme import named_scheme
+from llmcompress.modules.transformed_input import ClusteredInput, RotatedInput, unwrapped
 from llmcompress.numerics.grid import round_to_codes
 from llmcompress.numerics.hadamard import transformed
 from llmcompress.numerics.ranges import fit

@@ -17,7 +17,7 @@ from llmcompress.modules.cache_names import cache_of, with_cache
 from llmcompress.modules.dynamic import DynamicBlock, tallied
 from llmcompress.modules.dynamic_exit import ExitBlock
 from llmcompress.modules.dynamic_skip import SkipBlock
-from llmcompress.modules.foresight import Foresight
+from llmcompress.modules.linear_predictor import LinearPredictor
 from llmcompress.modules.manifest import Manifest, apply_manifest, changes
 from llmcompress.passes.dynamic.states import put_around, readout_of, watching
 from tests.families import FAMILIES, HIDDEN, tiny_model, tiny_tokens
@@ -30,7 +30,7 @@ def skip_blocks(model: Any, threshold: float) -> dict[int, SkipBlock]:
     width = model.config.get_text_config().hidden_size
     generator = torch.Generator().manual_seed(3)
     return {
-        index: SkipBlock(Foresight(torch.randn(width, generator=generator) * width**-0.5, 0.0), threshold)
+        index: SkipBlock(LinearPredictor(torch.randn(width, generator=generator) * width**-0.5, 0.0), threshold)
         for index in range(len(find_blocks(model)))
     }
 
@@ -43,8 +43,8 @@ def exit_blocks(model: Any, threshold: float, *, jump: bool = True, foretold: bo
     found = {}
     for index in range(1, len(find_blocks(model))):
         matrix_DD = torch.eye(width) + 0.2 * width**-0.5 * torch.randn(width, width, generator=generator)
-        judge = Foresight(torch.randn(width, generator=generator) * width**-0.5, 0.0) if foretold else None
-        found[index] = ExitBlock(threshold, readout, (matrix_DD, torch.zeros(width)) if jump else None, judge)
+        predictor = LinearPredictor(torch.randn(width, generator=generator) * width**-0.5, 0.0) if foretold else None
+        found[index] = ExitBlock(threshold, readout, (matrix_DD, torch.zeros(width)) if jump else None, predictor)
     return found
 
 

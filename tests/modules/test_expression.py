@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.modules.base import MODULES, CompressedModule
-from llmcompress.modules.before_linear import ClusteredInput, RotatedInput
 from llmcompress.modules.bnb_linear import BnbLinear
 from llmcompress.modules.codebook_linear import CodebookLinear
 from llmcompress.modules.corrected import CorrectedLinear
@@ -20,17 +19,18 @@ from llmcompress.modules.dynamic_skip import SkipBlock
 from llmcompress.modules.experts import UnfusedExperts
 from llmcompress.modules.expression import Chain, InputTransform, Opaque, Sum, Tied
 from llmcompress.modules.expression_leaves import Dense, Quantized
-from llmcompress.modules.foresight import Foresight
 from llmcompress.modules.input_transforms import Hadamard, Selection
 from llmcompress.modules.kv_cache import CodedAttention
+from llmcompress.modules.linear_predictor import LinearPredictor
 from llmcompress.modules.low_rank import LowRankLinear, linear_of
 from llmcompress.modules.quant_embedding import QuantEmbedding, SharedHead
 from llmcompress.modules.quant_linear import QuantLinear
-from llmcompress.modules.residual import Lane, LaneNorm, PassThrough, ShortcutBlock
+from llmcompress.modules.residual import PassThrough, Segment, SegmentNorm, ShortcutBlock
 from llmcompress.modules.rounded_inputs import fixed_scale
 from llmcompress.modules.scheme import named_scheme
 from llmcompress.modules.selected import SelectedColumns, SelectedRows
 from llmcompress.modules.tensor_train import TensorTrainEmbedding, TensorTrainHead, TensorTrainLinear
+from llmcompress.modules.transformed_input import ClusteredInput, RotatedInput
 from llmcompress.modules.tucker import TuckerLinear
 from llmcompress.numerics.grid import round_to_codes
 from llmcompress.numerics.ranges import fit
@@ -163,14 +163,14 @@ EXAMPLES: dict[str, list[Example]] = {
     ],
     "tensor_train_head": [Example(lambda: TensorTrainHead(cores((OUTPUTS, 1, 5, 2), (OUTPUTS, 2, 2, 1)), BIAS))],
     "tucker": [Example(lambda: tucker("rows")), Example(lambda: tucker("columns"))],
-    "lane": [Example(lambda: wrapped(Lane(2, 1), nn.Linear(INPUTS, 4)))],
+    "segment": [Example(lambda: wrapped(Segment(2, 1), nn.Linear(INPUTS, 4)))],
 }
 OPAQUE: dict[str, Callable[[], CompressedModule]] = {
     "coded_cache": lambda: CodedAttention("int8", "token", "past_key_values", (1, 1), (4, 4)),
     "exit_block": lambda: ExitBlock(0.9, (), None),
-    "skip_block": lambda: SkipBlock(Foresight(random(4), 0.0), 0.5),
+    "skip_block": lambda: SkipBlock(LinearPredictor(random(4), 0.0), 0.5),
     "unfused_experts": lambda: UnfusedExperts(2, 4, 6, ("gate", "up", "down"), "silu", torch.float32),
-    "lane_norm": lambda: LaneNorm(2, 4, 10, 1e-5),
+    "segment_norm": lambda: SegmentNorm(2, 4, 10, 1e-5),
     "shortcuts": lambda: ShortcutBlock((2, 3), torch.float32),
     "pass_through": lambda: PassThrough(4),
 }

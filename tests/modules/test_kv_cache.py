@@ -15,8 +15,8 @@ from llmcompress.model.skeleton import find_blocks, put_module
 from llmcompress.model.stock import stock_outline
 from llmcompress.modules.cache_names import cache_of, with_cache
 from llmcompress.modules.dynamic_skip import SkipBlock
-from llmcompress.modules.foresight import Foresight
 from llmcompress.modules.kv_cache import CodedAttention
+from llmcompress.modules.linear_predictor import LinearPredictor
 from llmcompress.modules.manifest import Manifest, apply_manifest, changes
 from llmcompress.passes.dynamic.states import put_around
 from tests.families import FAMILIES, tiny_model, tiny_tokens
@@ -140,7 +140,7 @@ def test_a_cache_of_fixed_size_is_refused_with_the_way_out() -> None:
 @torch.no_grad()
 def test_a_skipped_block_stores_codes_too() -> None:
     model, ids = coded_model("llama_gqa"), tiny_tokens("llama_gqa")
-    blocks = {i: SkipBlock(Foresight(torch.zeros(64), 0.0), 0.0) for i in range(len(find_blocks(model)))}
+    blocks = {i: SkipBlock(LinearPredictor(torch.zeros(64), 0.0), 0.0) for i in range(len(find_blocks(model)))}
     put_around(model, blocks)
     out = model(ids, use_cache=True)
     for block in blocks.values():

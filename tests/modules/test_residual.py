@@ -1,4 +1,4 @@
-"""Blocks in lanes: what norms and skips compute, and that plain data builds them again."""
+"""Blocks in segments: what norms and skips compute, and that plain data builds them again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.modules.base import from_named_spec, named_spec
-from llmcompress.modules.residual import Lane, LaneNorm, PassThrough, ShortcutBlock
+from llmcompress.modules.residual import PassThrough, Segment, SegmentNorm, ShortcutBlock
 
 
 class Adds(nn.Module):
@@ -27,9 +27,9 @@ class Adds(nn.Module):
 
 def test_a_lane_norm_divides_its_channels_by_the_original_width():
     x = torch.randn(2, 3, 7)
-    found = LaneNorm(2, 4, 10, 1e-3)(x)
-    lane = x[..., 2:6]
-    torch.testing.assert_close(found, lane / (lane.square().sum(-1, keepdim=True) / 10 + 1e-3).sqrt())
+    found = SegmentNorm(2, 4, 10, 1e-3)(x)
+    segment = x[..., 2:6]
+    torch.testing.assert_close(found, segment / (segment.square().sum(-1, keepdim=True) / 10 + 1e-3).sqrt())
 
 
 @pytest.mark.parametrize("pair", [False, True])
@@ -57,15 +57,15 @@ def test_a_block_that_adds_once_has_one_skip():
 
 
 def test_a_lane_pads_what_a_linear_gives():
-    lane = Lane(2, 1)
-    lane.take(nn.Linear(3, 4))
+    segment = Segment(2, 1)
+    segment.take(nn.Linear(3, 4))
     x = torch.randn(5, 3)
-    torch.testing.assert_close(lane(x), nn.functional.pad(lane.inner(x), (2, 1)))
+    torch.testing.assert_close(segment(x), nn.functional.pad(segment.inner(x), (2, 1)))
 
 
 @pytest.mark.parametrize(
     "module",
-    [LaneNorm(2, 4, 10, 1e-5), Lane(2, 1), ShortcutBlock((2, 3, 4), torch.float32), PassThrough(6)],
+    [SegmentNorm(2, 4, 10, 1e-5), Segment(2, 1), ShortcutBlock((2, 3, 4), torch.float32), PassThrough(6)],
     ids=lambda module: type(module).__name__,
 )
 def test_plain_data_builds_the_module_again(module):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import llmcompress.modules
 from llmcompress.errors import CompressError
 from llmcompress.modules.base import MODULES, CompressedModule, TrainableTwin
-from llmcompress.modules.before_linear import ClusteredInput, RotatedInput
 from llmcompress.modules.bnb_linear import BnbLinear
 from llmcompress.modules.codebook_linear import CodebookLinear
 from llmcompress.modules.corrected import CorrectedLinear
@@ -21,11 +20,12 @@ from llmcompress.modules.dynamic_activations import ThresholdedLinear
 from llmcompress.modules.low_rank import LowRankLinear, linear_of
 from llmcompress.modules.quant_embedding import QuantEmbedding, SharedHead
 from llmcompress.modules.quant_linear import QuantLinear
-from llmcompress.modules.residual import LaneNorm, PassThrough
+from llmcompress.modules.residual import PassThrough, SegmentNorm
 from llmcompress.modules.rounded_inputs import fixed_scale
 from llmcompress.modules.scheme import named_scheme
 from llmcompress.modules.selected import SelectedColumns, SelectedRows
 from llmcompress.modules.tensor_train import TensorTrainEmbedding, TensorTrainHead, TensorTrainLinear
+from llmcompress.modules.transformed_input import ClusteredInput, RotatedInput
 from llmcompress.modules.tucker import TuckerLinear
 from llmcompress.modules.wanted import ROLES, Role, Wanted
 from llmcompress.numerics.codebook import column_levels, nearest_level
@@ -118,10 +118,10 @@ TRAINED = trained_kinds()
 NONE: dict[str, Callable[[], CompressedModule] | None] = {
     "bnb_linear": lambda: BnbLinear("int8", OUT, IN, None, torch.bfloat16),
     "shared_head": lambda: SharedHead("table", OUT, IN, None),
-    "lane_norm": lambda: LaneNorm(0, IN, IN, 1e-6),
+    "segment_norm": lambda: SegmentNorm(0, IN, IN, 1e-6),
     "pass_through": lambda: PassThrough(IN),
     # they stand around a block or a linear, in which twins are put
-    **dict.fromkeys(("lane", "shortcuts", "exit_block", "skip_block", "coded_cache", "unfused_experts")),
+    **dict.fromkeys(("segment", "shortcuts", "exit_block", "skip_block", "coded_cache", "unfused_experts")),
 }
 
 
@@ -198,7 +198,7 @@ def test_a_fresh_twin_computes_and_becomes_what_the_module_was_to_the_bit(kind: 
         twin = module.trainable(everything(roles, keep_zeros=keep_zeros))
         assert same_bits(twin(x).detach(), expected.detach())
         assert same_bits(twin.dense_weight().detach(), module.dense_weight().detach())
-        assert same_module(twin.settled(), module)
+        assert same_module(twin.compressed(), module)
         assert {role for role, _ in twin.trained()} <= roles
         assert all(parameter.requires_grad for _, parameter in twin.trained())
         wanted = {id(parameter) for _, parameter in twin.trained()}
@@ -238,7 +238,7 @@ def test_after_some_steps_the_settled_module_computes_what_the_last_forward_did(
         torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
         optimizer.step()
     with torch.no_grad():
-        last, settled = twin(x), twin.settled()
+        last, settled = twin(x), twin.compressed()
         assert same_bits(settled(x), last)
         assert torch.equal(settled.dense_weight(), twin.dense_weight())
         assert not torch.equal(last, module(x))
@@ -258,14 +258,14 @@ def test_scales_of_bfloat16_modules_and_negative_ones_come_back() -> None:
         twin = module.trainable(everything())
         x = normal(4, IN).bfloat16()
         assert same_bits(twin(x).detach(), module(x).detach())
-        assert same_module(twin.settled(), module)
+        assert same_module(twin.compressed(), module)
 
 
 def test_one_bit_pattern_of_two_for_zero_survives() -> None:
     """E2M1 has a negative zero, which rounding never gives."""
     module = coded("fp4_g8")
     module.codes_OI[0, :2] = 8
-    settled = module.trainable(everything()).settled()
+    settled = module.trainable(everything()).compressed()
     assert isinstance(settled, QuantLinear) and torch.equal(settled.codes_OI, module.codes_OI)
 
 
@@ -274,7 +274,7 @@ def test_a_scale_never_changes_its_sign_nor_vanishes() -> None:
     twin = module.trainable(everything())
     with torch.no_grad():
         twin.get_parameter("scale_OG").mul_(-1)
-        settled = twin.settled()
+        settled = twin.compressed()
         assert isinstance(settled, QuantLinear)
         assert (settled.scale_OG.sign() == module.scale_OG.sign()).all()
         assert settled.dense_weight().isfinite().all()

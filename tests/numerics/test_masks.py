@@ -26,7 +26,7 @@ from llmcompress.numerics.masks import (
     named_pattern,
     zeros_first,
 )
-from llmcompress.numerics.shares import counts_by_error, counts_by_outliers
+from llmcompress.numerics.sparsity_allocation import counts_by_error, counts_by_outliers
 from llmcompress.numerics.statistics import Gram, Sketch, SquaredNorm
 from tests.numerics.test_columns import damped, problem
 from tests.reference import masks as reference

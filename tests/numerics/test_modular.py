@@ -94,12 +94,12 @@ def test_values_that_are_never_seen_cost_nothing() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0, 100.0])
-@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.3, 0.6])
-def test_shares_add_up_and_none_is_above_its_limit(ratio: float, temperature: float) -> None:
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.3, 0.6])
+def test_shares_add_up_and_none_is_above_its_limit(fraction: float, temperature: float) -> None:
     influence, sizes = torch.tensor([0.9, 0.2, 0.1, 0.3]), torch.tensor([10.0, 20.0, 20.0, 30.0])
     most = torch.tensor([0.5, 0.9, 0.7, 0.8])
-    shares = allocate(influence, sizes, most, ratio=ratio, temperature=temperature)
-    assert float((shares * sizes).sum()) == pytest.approx(ratio * 80)
+    shares = allocate(influence, sizes, most, fraction=fraction, temperature=temperature)
+    assert float((shares * sizes).sum()) == pytest.approx(fraction * 80)
     assert (shares <= most.double() + 1e-12).all() and (shares >= 0).all()
     free = shares < most.double() - 1e-9
     order = influence[free].argsort()
@@ -109,7 +109,7 @@ def test_shares_add_up_and_none_is_above_its_limit(ratio: float, temperature: fl
 def test_a_high_temperature_is_uniform_and_the_formula_holds_where_nothing_is_clipped() -> None:
     influence, ones = torch.tensor([0.3, 0.1, 0.2], dtype=torch.float64), torch.ones(3)
     torch.testing.assert_close(
-        allocate(influence, ones, ones, ratio=0.25, temperature=1e9), torch.full((3,), 0.25, dtype=torch.float64)
+        allocate(influence, ones, ones, fraction=0.25, temperature=1e9), torch.full((3,), 0.25, dtype=torch.float64)
     )
     expected = 3 * 0.25 * torch.softmax(-influence / 0.2, 0)
-    torch.testing.assert_close(allocate(influence, ones, ones, ratio=0.25, temperature=0.2), expected)
+    torch.testing.assert_close(allocate(influence, ones, ones, fraction=0.25, temperature=0.2), expected)

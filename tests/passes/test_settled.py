@@ -16,17 +16,17 @@ from tests.passes.decomposition.factored import compressed, whole_model, windows
 DECIDING: dict[str, tuple[str, dict[str, Any]]] = {
     "schemes per group": ("mixed_precision", {"bits": 4.5, "schemes": ["int2_g32", "int4_g32", "int8_g32"]}),
     "schemes per site": ("mixed_precision", {"bits": 4.0, "per": "site", "schemes": ["int2_g32", "int8_g32"]}),
-    "ranks by energy": ("svd", {"ratio": 0.3, "ranks": "energy"}),
-    "ranks by loss": ("svd", {"ratio": 0.3, "overrides": {"*.q_proj": {"rank": 5, "ratio": None}}}),
+    "ranks by energy": ("svd", {"fraction": 0.3, "ranks": "energy"}),
+    "ranks by loss": ("svd", {"fraction": 0.3, "overrides": {"*.q_proj": {"rank": 5, "fraction": None}}}),
     "sparsity by outliers": ("wanda", {"sparsity": 0.5, "allocation": "outliers", "outlier_times": 3}),
     "sparsity by loss": ("sparsegpt", {"allocation": "loss", "overrides": {"*.o_proj": {"sparsity": 0.25}}}),
     "magnitude everywhere": ("magnitude", {"sparsity": 0.4, "comparison": "global"}),
-    "units of equal shares": ("width", {"ratio": 0.25, "overrides": {"*.1.mlp.down_proj": {"ratio": 0.5}}}),
-    "units of a common budget": ("width", {"ratio": 0.3, "allocation": "global", "refit": "bias"}),
-    "units by norms": ("width", {"ratio": 0.3, "score": "l2", "heads": False, "refit": "none"}),
-    "units by trial": ("bonsai", {"ratio": 0.2, "masks": 10, "windows": 2, "step": 0.2}),
-    "blocks at once": ("depth", {"remove": 1}),
-    "blocks one by one": ("depth", {"remove": 2, "mode": "greedy", "score": "perplexity"}),
+    "units of equal shares": ("width", {"fraction": 0.25, "overrides": {"*.1.mlp.down_proj": {"fraction": 0.5}}}),
+    "units of a common budget": ("width", {"fraction": 0.3, "allocation": "global", "refit": "bias"}),
+    "units by norms": ("width", {"fraction": 0.3, "score": "l2", "heads": False, "refit": "none"}),
+    "units by trial": ("bonsai", {"fraction": 0.2, "masks": 10, "windows": 2, "step": 0.2}),
+    "blocks at once": ("depth", {"count": 1}),
+    "blocks one by one": ("depth", {"count": 2, "mode": "greedy", "score": "perplexity"}),
 }
 
 
@@ -40,7 +40,7 @@ def test_the_recipe_that_says_it_makes_the_same_weights(what: str) -> None:
     deciding = PASSES[name].model_validate(options)
     decisions = deciding.decide(whole_model("llama_gqa"))
     assert decisions
-    settled = deciding.settled(decisions)
+    settled = deciding.with_decisions(decisions)
     assert settled is not None
     (again,) = parse_recipe(Recipe(passes=(settled,)).to_yaml(), "settled").passes
     assert again == settled and again != deciding
@@ -56,13 +56,13 @@ def test_what_is_said_is_not_decided_again(what: str) -> None:
     """Nothing is scored and no gradient is taken; the model may be another one of that shape."""
     name, options = DECIDING[what]
     deciding = PASSES[name].model_validate(options)
-    settled = deciding.settled(deciding.decide(whole_model("llama_gqa")))
+    settled = deciding.with_decisions(deciding.decide(whole_model("llama_gqa")))
     assert settled is not None
     assert settled.backward() is None
     other = tiny_model("llama_gqa", seed=5)
     whole = WholeModel(other, map_model(other), RunContext(windows(count=0)))
     first = settled.decide(whole)
-    assert settled.settled(first) in (settled, None) or not first
+    assert settled.with_decisions(first) in (settled, None) or not first
 
 
 def test_blocks_that_go_can_be_named() -> None:
@@ -73,7 +73,7 @@ def test_blocks_that_go_can_be_named() -> None:
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [({"blocks": [1], "remove": 1}, "not both"), ({"blocks": [1, 1]}, "once"), ({"blocks": []}, "at least one")],
+    [({"blocks": [1], "count": 1}, "not both"), ({"blocks": [1, 1]}, "once"), ({"blocks": []}, "at least one")],
     ids=["both", "twice", "none"],
 )
 def test_blocks_are_named_once_and_instead_of_a_number(options: dict[str, Any], reason: str) -> None:
@@ -83,7 +83,7 @@ def test_blocks_are_named_once_and_instead_of_a_number(options: dict[str, Any], 
 
 def test_units_that_go_can_be_named() -> None:
     removed = {"model.layers.1.mlp.down_proj": {"removed": "0-3, 7"}}
-    width: Pass = PASSES["width"](ratio=0, refit="none", overrides=removed)
+    width: Pass = PASSES["width"](fraction=0, refit="none", overrides=removed)
     dense, _ = compressed("llama_gqa")
     model, rows = compressed("llama_gqa", width)
     kept = [unit for unit in range(dense.config.intermediate_size) if unit not in (0, 1, 2, 3, 7)]

@@ -16,7 +16,7 @@ from llmcompress.numerics.low_rank import relative_output_error
 from llmcompress.numerics.statistics import Gram, Statistic
 from llmcompress.passes.base import PASSES, Trait
 from llmcompress.passes.decomposition.branch import Branch, branch, corrected_row, weight_only_scheme
-from llmcompress.passes.inside import quantizer_with
+from llmcompress.passes.nested_quantizer import quantizer_with
 from llmcompress.passes.quantizing import QuantizingPass, dense_of
 from llmcompress.records.rows import SiteReport
 
@@ -32,8 +32,8 @@ class Caldera(QuantizingPass):
     lattice; no Hadamard rotation.
     """
 
-    makes: ClassVar[frozenset[Trait]] = frozenset({"codes", "factors"})
-    spoils: ClassVar[Mapping[Trait, str]] = {
+    leaves: ClassVar[frozenset[Trait]] = frozenset({"codes", "factors"})
+    conflicts: ClassVar[Mapping[Trait, str]] = {
         "zeros": "would fill zeros with its dense branch",
         "pattern": "would fill zeros with its dense branch",
     }

@@ -33,8 +33,8 @@ class LowRankCorrection(BlockPass):
     Source: Liu et al., arXiv 2410.21271 (EoRA: `gram`); Zhang et al., arXiv 2402.02446 (LQER: `activation`).
     """
 
-    makes: ClassVar[frozenset[Trait]] = frozenset({"codes", "factors"})
-    spoils: ClassVar[Mapping[Trait, str]] = {
+    leaves: ClassVar[frozenset[Trait]] = frozenset({"codes", "factors"})
+    conflicts: ClassVar[Mapping[Trait, str]] = {
         "zeros": "would fill zeros with its dense branch",
         "pattern": "would fill zeros with its dense branch",
     }

@@ -35,23 +35,25 @@ class ModularDecomposition(BlockPass):
 
     All in closed form from one measurement each. Attention keeps its own code and shapes: linears that compute only
     some rows stand in it, so the result needs a manifest; with `attention: false` and `allocation: uniform` it is a
-    plain smaller model. `ratio` counts all linears of the blocks, whatever parts of them can be made smaller.
+    plain smaller model. `fraction` counts all linears of the blocks, whatever parts of them can be made smaller.
 
     Source: Lin et al., arXiv 2408.09632. Differs: rotary pairs, heads and shared keys are found by experiment
     (`model/attention.py`); what reads the values is fitted to all heads together; parts that must stay (queries and
     keys behind a norm) leave their share to the others.
     """
 
-    makes: ClassVar[frozenset[Trait]] = frozenset({"shapes"})
-    spoils: ClassVar[Mapping[Trait, str]] = {
+    leaves: ClassVar[frozenset[Trait]] = frozenset({"shapes"})
+    conflicts: ClassVar[Mapping[Trait, str]] = {
         "zeros": "would fill pruned weights again: what is left is fitted anew",
         "pattern": "would fill pruned weights again, and shift the columns that N:M groups are counted in",
     }
     decides: ClassVar[bool] = True
     changes_sites: ClassVar[bool] = True
-    whole_block: ClassVar[frozenset[str]] = frozenset({"ratio", "attention", "allocation", "temperature", "ridge"})
+    whole_block: ClassVar[frozenset[str]] = frozenset({"fraction", "attention", "allocation", "temperature", "ridge"})
 
-    ratio: float = Field(0.25, ge=0, lt=1, description="share of the parameters of all linears in the blocks to remove")
+    fraction: float = Field(
+        0.25, ge=0, lt=1, description="share of the parameters of all linears in the blocks to remove"
+    )
     attention: bool = Field(True, description="false: only FFNs get thinner, which a plain config can say")
     allocation: Literal["influence", "uniform"] = Field(
         "influence", description="influence: blocks that change their input least lose most; uniform: all as much"
@@ -64,9 +66,9 @@ class ModularDecomposition(BlockPass):
         """Where only some rows or columns are left of a site, the linear stands inside."""
         return (site, f"{site}.kept") if self.attention else (site,)
 
-    def kept_share(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
-        """The ratio is one of parameters."""
-        return 1 - self.ratio
+    def kept_fraction(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
+        """The fraction is one of parameters."""
+        return 1 - self.fraction
 
     @override
     def uses_data(self) -> bool:
@@ -91,20 +93,20 @@ class ModularDecomposition(BlockPass):
         parts = [parts_of(info, found, self.selects) for info, found in zip(whole.map.blocks, attentions, strict=True)]
         sizes = [_size(info) for info in whole.map.blocks]
         most = [MOST * sum(part.units * part.parameters for part in of_block) for of_block in parts]
-        if self.ratio * sum(sizes) > sum(most):
+        if self.fraction * sum(sizes) > sum(most):
             raise CompressError(
                 "modegpt.too-much",
-                f"{self.ratio:.1%} of the linears' parameters cannot go: at most {sum(most) / sum(sizes):.1%} can",
-                where="ratio",
-                fix="lower `ratio`, or let it work on more `sites`",
+                f"{self.fraction:.1%} of the linears' parameters cannot go: at most {sum(most) / sum(sizes):.1%} can",
+                where="fraction",
+                fix="lower `fraction`, or let it work on more `sites`",
                 exit_code=ExitCode.USAGE,
             )
         influence_L = torch.zeros(len(sizes), dtype=torch.float64)
-        if self.allocation == "influence" and self.ratio > 0:
+        if self.allocation == "influence" and self.fraction > 0:
             influence_L = block_influence(whole)
         sizes_L = torch.tensor(sizes, dtype=torch.float64)
         most_L = torch.tensor(most, dtype=torch.float64) / sizes_L
-        shares_L = allocate(influence_L, sizes_L, most_L, ratio=self.ratio, temperature=self.temperature)
+        shares_L = allocate(influence_L, sizes_L, most_L, fraction=self.fraction, temperature=self.temperature)
         decisions = {"influence": influence_L}
         owed = 0.0
         for info, of_block, wanted in zip(whole.map.blocks, parts, (shares_L * sizes_L).tolist(), strict=True):

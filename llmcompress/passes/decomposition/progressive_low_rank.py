@@ -29,16 +29,16 @@ from llmcompress.training.settings import Training
 class ProgressiveLowRank(ModelPass):
     """Factors as `svd` makes them, but ranks fall in equal steps from full rank, and the factors train in between.
 
-    `ratio` is the share of parameters REMOVED from the selected sites; the training's steps are shared out among cuts.
+    `fraction` of the selected sites' parameters is REMOVED; the training's steps are split evenly among the cuts.
 
     Source: the idea of PLRD (progressive low-rank decomposition), whose details no card confirms; the cut itself is
     SVD-LLM's, arXiv 2403.07378.
     """
 
-    makes: ClassVar[frozenset[Trait]] = SingularValues.makes
-    spoils: ClassVar[Mapping[Trait, str]] = SingularValues.spoils
+    leaves: ClassVar[frozenset[Trait]] = SingularValues.leaves
+    conflicts: ClassVar[Mapping[Trait, str]] = SingularValues.conflicts
 
-    ratio: float = Field(0.2, gt=0, lt=1, description="share of parameters removed")
+    fraction: float = Field(0.2, gt=0, lt=1, description="share of parameters removed")
     cuts: int = Field(4, ge=1, le=100, description="cuts of the ranks, each followed by its share of the training")
     ranks: RankRule = Field("loss", description="equal shares; energy: least output lost; loss: least loss gained")
     round_to: int = Field(1, ge=1, description="final ranks are multiples of this, one at least")
@@ -65,9 +65,9 @@ class ProgressiveLowRank(ModelPass):
     def names_after(self, site: str) -> tuple[str, ...]:
         return self._svd().names_after(site)
 
-    def kept_share(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
-        """The ratio is one of parameters."""
-        return 1 - self.ratio
+    def kept_fraction(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
+        """The fraction is one of parameters."""
+        return 1 - self.fraction
 
     @override
     def uses_data(self) -> bool:
@@ -132,7 +132,7 @@ class ProgressiveLowRank(ModelPass):
     def _svd(self) -> SingularValues:
         return SingularValues.model_validate(
             {
-                "ratio": self.ratio,
+                "fraction": self.fraction,
                 "ranks": self.ranks,
                 "round_to": self.round_to,
                 "sites": self.sites,

@@ -36,15 +36,15 @@ Whitening = Literal["none", "activation", "gram"]
 class SingularValues(BlockPass):
     """Factor every site into two linears of the rank that is worth its parameters.
 
-    `ratio` is the share of parameters REMOVED from the selected sites. Sites that would not get smaller stay dense.
+    `fraction` is the share of parameters REMOVED from the selected sites. Sites that would not get smaller stay dense.
 
     Source: Wang et al., arXiv 2403.07378 (SVD-LLM: `gram`, `refit`); Yuan et al., arXiv 2312.05821 (ASVD:
     `activation`). Differs: no metric is inverted (`numerics/low_rank.py`), so none needs damping; inputs are those that
     the blocks compressed before really give.
     """
 
-    makes: ClassVar[frozenset[Trait]] = frozenset({"factors"})
-    spoils: ClassVar[Mapping[Trait, str]] = {
+    leaves: ClassVar[frozenset[Trait]] = frozenset({"factors"})
+    conflicts: ClassVar[Mapping[Trait, str]] = {
         "zeros": "would multiply zeros out into two dense factors",
         "pattern": "would multiply zeros out into two dense factors",
         "factors": "would factor factors again",
@@ -53,22 +53,25 @@ class SingularValues(BlockPass):
     changes_sites: ClassVar[bool] = True
     whole_block: ClassVar[frozenset[str]] = frozenset({"whitening", "alpha", "ranks", "refit"})
 
-    ratio: float | None = Field(None, gt=0, lt=1, description="share of parameters removed (0.2 if no rank is given)")
-    rank: int | None = Field(None, ge=1, description="instead of a ratio: this rank for every site")
+    fraction: float | None = Field(
+        None, gt=0, lt=1, description="share of parameters removed (0.2 if no rank is given)"
+    )
+    rank: int | None = Field(None, ge=1, description="instead of a fraction: this rank for every site")
     whitening: Whitening = Field("gram", description="inputs count by: nothing, mean magnitude, Gram matrix")
     alpha: float | None = Field(None, gt=0, le=2, description="whitening: activation; power of the magnitude (0.5)")
     ranks: RankRule | None = Field(
-        None, description="uniform: equal shares; energy: least output lost; loss: least loss gained (if ratio is used)"
+        None,
+        description="uniform: equal shares; energy: least output lost; loss: least loss gained (if fraction is used)",
     )
     round_to: int = Field(1, ge=1, description="ranks are multiples of this, one at least")
     refit: bool = Field(False, description="fit left factors again to the inputs that compressed blocks give")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.rank is not None and self.ratio is not None:
-            raise ValueError("give `ratio` or `rank`, not both (null takes one back)")
+        if self.rank is not None and self.fraction is not None:
+            raise ValueError("give `fraction` or `rank`, not both (null takes one back)")
         if self.rank is not None and self.ranks not in (None, "uniform"):
-            raise ValueError(f"`rank` fixes every rank: `ranks: {self.ranks}` needs a `ratio`")
+            raise ValueError(f"`rank` fixes every rank: `ranks: {self.ranks}` needs a `fraction`")
         if self.alpha is not None and self.whitening != "activation":
             raise ValueError("`alpha` belongs to `whitening: activation`")
         return self
@@ -76,7 +79,7 @@ class SingularValues(BlockPass):
     @property
     def keep(self) -> float:
         """Share of a site's parameters that its factors may have."""
-        return 1 - (0.2 if self.ratio is None else self.ratio)
+        return 1 - (0.2 if self.fraction is None else self.fraction)
 
     @property
     def rule(self) -> RankRule:
@@ -87,8 +90,8 @@ class SingularValues(BlockPass):
         """Two linears below the site's own name."""
         return (f"{site}.right", f"{site}.left")
 
-    def kept_share(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
-        """What the ratio or the rank leaves; never more than the dense site."""
+    def kept_fraction(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
+        """What the fraction or the rank leaves; never more than the dense site."""
         here = self.for_site(site)
         if here.rank is None:
             return here.keep
@@ -116,9 +119,9 @@ class SingularValues(BlockPass):
         return {} if self.rule == "uniform" else decide_ranks(self, whole)
 
     @override
-    def settled(self, decisions: Mapping[str, Tensor]) -> Self:
-        of_site = {site: {"ratio": None, "rank": int(rank)} for site, rank in decisions.items()}
-        return self.settled_by({"ranks": "uniform"}, of_site)
+    def with_decisions(self, decisions: Mapping[str, Tensor]) -> Self:
+        of_site = {site: {"fraction": None, "rank": int(rank)} for site, rank in decisions.items()}
+        return self.with_site_options({"ranks": "uniform"}, of_site)
 
     def metric(self, site: LinearSite) -> Tensor | None:
         """What the site's inputs are like, as measured; None where they do not count or none came."""

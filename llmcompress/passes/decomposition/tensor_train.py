@@ -41,18 +41,18 @@ class TensorTrain(BlockPass):
     Source: Novikov et al., arXiv 1509.06569; Oseledets, SIAM J. Sci. Comput. 33 (2011).
     """
 
-    makes: ClassVar[frozenset[Trait]] = frozenset({"factors"})
-    spoils: ClassVar[Mapping[Trait, str]] = _MULTIPLIED_OUT
+    leaves: ClassVar[frozenset[Trait]] = frozenset({"factors"})
+    conflicts: ClassVar[Mapping[Trait, str]] = _MULTIPLIED_OUT
     changes_sites: ClassVar[bool] = True
 
-    ratio: float | None = Field(None, gt=0, lt=1, description="share of parameters removed (0.2 if no eps is given)")
-    eps: float | None = Field(None, ge=0, lt=1, description="instead of a ratio: ‖error‖ ≤ eps · ‖weight‖")
+    fraction: float | None = Field(None, gt=0, lt=1, description="share of parameters removed (0.2 if no eps is given)")
+    eps: float | None = Field(None, ge=0, lt=1, description="instead of a fraction: ‖error‖ ≤ eps · ‖weight‖")
     ways: int = Field(2, ge=2, le=8, description="axes that each side is cut into, as even as its factors allow")
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
-        if self.ratio is not None and self.eps is not None:
-            raise ValueError("give `ratio` or `eps`, not both (null takes one back)")
+        if self.fraction is not None and self.eps is not None:
+            raise ValueError("give `fraction` or `eps`, not both (null takes one back)")
         return self
 
     @override
@@ -60,9 +60,9 @@ class TensorTrain(BlockPass):
         """None: cores are no linears."""
         return ()
 
-    def kept_share(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
-        """The ratio, if there is one: what `eps` leaves is not known before."""
-        return 1 - (0.2 if self.ratio is None and self.eps is None else self.ratio or 0.0)
+    def kept_fraction(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
+        """The fraction, if there is one: what `eps` leaves is not known before."""
+        return 1 - (0.2 if self.fraction is None and self.eps is None else self.fraction or 0.0)
 
     def needs(self) -> tuple[type[Statistic], ...]:
         """Nothing."""
@@ -97,5 +97,5 @@ class TensorTrain(BlockPass):
         axes = [m * n for m, n in zip(outputs, inputs, strict=True)]
         if self.eps is not None:
             return decompose_within(tensor_D[None], axes, self.eps)
-        keep = 1 - (0.2 if self.ratio is None else self.ratio)
+        keep = 1 - (0.2 if self.fraction is None else self.fraction)
         return decompose(tensor_D[None], axes, ranks_within(tensor_D, axes, int(keep * len(tensor_D))))

@@ -39,14 +39,14 @@ class TensorGPT(ModelPass):
     parameters on the models measured (evals).
     """
 
-    makes: ClassVar[frozenset[Trait]] = frozenset({"tables"})
-    spoils: ClassVar[Mapping[Trait, str]] = {"tables": "needs an embedding that is an ordinary table"}
+    leaves: ClassVar[frozenset[Trait]] = frozenset({"tables"})
+    conflicts: ClassVar[Mapping[Trait, str]] = {"tables": "needs an embedding that is an ordinary table"}
 
-    ratio: float | None = Field(
+    fraction: float | None = Field(
         None, gt=0, lt=1, description="share of the embedding's parameters removed (default 0.2)"
     )
-    rank: int | None = Field(None, ge=1, description="instead of a ratio: of every bond")
-    eps: float | None = Field(None, ge=0, lt=1, description="instead of a ratio: ‖error‖ ≤ eps · ‖embedding‖")
+    rank: int | None = Field(None, ge=1, description="instead of a fraction: of every bond")
+    eps: float | None = Field(None, ge=0, lt=1, description="instead of a fraction: ‖error‖ ≤ eps · ‖embedding‖")
     ways: int = Field(2, ge=2, le=12, description="axes that a vector is cut into, as even as its factors allow")
     head: Literal["copy", "keep", "share"] = Field(
         "copy",
@@ -56,8 +56,8 @@ class TensorGPT(ModelPass):
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
-        if sum(value is not None for value in (self.ratio, self.rank, self.eps)) > 1:
-            raise ValueError("give one of `ratio`, `rank` and `eps` (null takes one back)")
+        if sum(value is not None for value in (self.fraction, self.rank, self.eps)) > 1:
+            raise ValueError("give one of `fraction`, `rank` and `eps` (null takes one back)")
         return self
 
     @override
@@ -127,7 +127,7 @@ class TensorGPT(ModelPass):
         full = full_ranks(axes)
         if self.rank is not None:
             return tuple(min(self.rank, most) for most in full)
-        keep = 1 - (0.2 if self.ratio is None else self.ratio)
+        keep = 1 - (0.2 if self.fraction is None else self.fraction)
         fitting = [tuple(min(rank, most) for most in full) for rank in range(1, max(full) + 1)]
         small = [ranks for ranks in fitting if train_parameters(axes, ranks) <= keep * width]
         return small[-1] if small else fitting[0]

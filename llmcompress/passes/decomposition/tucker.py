@@ -31,15 +31,15 @@ class TuckerHeads(BlockPass):
     Source: De Lathauwer et al., SIAM J. Matrix Anal. 21 (2000): higher-order SVD, improved by HOOI.
     """
 
-    makes: ClassVar[frozenset[Trait]] = frozenset({"factors"})
-    spoils: ClassVar[Mapping[Trait, str]] = {
+    leaves: ClassVar[frozenset[Trait]] = frozenset({"factors"})
+    conflicts: ClassVar[Mapping[Trait, str]] = {
         "zeros": "would multiply zeros out into dense factors",
         "pattern": "would multiply zeros out into dense factors",
         "factors": "would factor factors again",
     }
     changes_sites: ClassVar[bool] = True
 
-    ratio: float = Field(0.2, gt=0, lt=1, description="share of parameters removed from each site that has heads")
+    fraction: float = Field(0.2, gt=0, lt=1, description="share of parameters removed from each site that has heads")
 
     @override
     def names_after(self, site: str) -> tuple[str, ...]:
@@ -77,7 +77,7 @@ class TuckerHeads(BlockPass):
         if [index for unit in part.indices for index in unit] != list(range(len(inside_XA))):
             return row.model_copy(update={"degraded": "stays dense: its heads do not stand one after the other"})
         tensor_HRI = inside_XA.reshape(len(part.indices), -1, inside_XA.shape[1])
-        ranks = tucker_ranks(tensor_HRI, int((1 - self.ratio) * weight_OI.numel()))
+        ranks = tucker_ranks(tensor_HRI, int((1 - self.fraction) * weight_OI.numel()))
         if ranks is None:
             return row.model_copy(update={"degraded": "stays dense: not even ranks of one are small enough"})
         found = higher_order_iteration(tensor_HRI, ranks)

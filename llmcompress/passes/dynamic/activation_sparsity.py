@@ -30,8 +30,8 @@ class ActivationSparsity(BlockPass):
     columns of them. Several tokens at once (a prompt, a batch) compute the same and gain nothing.
     """
 
-    makes: ClassVar[frozenset[Trait]] = frozenset({"dynamic"})
-    spoils: ClassVar[Mapping[Trait, str]] = {"factors": "needs the one matrix that the factors replaced"}
+    leaves: ClassVar[frozenset[Trait]] = frozenset({"dynamic"})
+    conflicts: ClassVar[Mapping[Trait, str]] = {"factors": "needs the one matrix that the factors replaced"}
     changes_sites: ClassVar[bool] = True
     whole_block: ClassVar[frozenset[str]] = frozenset({"inputs"})
 

@@ -20,7 +20,7 @@ from llmcompress.model.skeleton import find_blocks
 from llmcompress.modules.dynamic_exit import ExitBlock, readings
 from llmcompress.numerics.linear_map import LinearMap
 from llmcompress.passes.base import PASSES, ModelPass, Trait
-from llmcompress.passes.dynamic.judges import JudgeFit
+from llmcompress.passes.dynamic.fit_predictor import PredictorFit
 from llmcompress.passes.dynamic.states import divergence, measured, put_around, readout_of, states_at
 from llmcompress.records.rows import SiteReport
 
@@ -48,7 +48,7 @@ class EarlyExit(ModelPass):
     in evals/dynamic.py).
     """
 
-    makes: ClassVar[frozenset[Trait]] = frozenset({"dynamic"})
+    leaves: ClassVar[frozenset[Trait]] = frozenset({"dynamic"})
     keeps_codes: ClassVar[bool] = True
 
     exits: tuple[int, ...] | None = Field(
@@ -82,7 +82,7 @@ class EarlyExit(ModelPass):
         return True
 
     @override
-    def undoes(self, trait: Trait) -> str | None:
+    def conflict_with(self, trait: Trait) -> str | None:
         return None
 
     @override
@@ -147,12 +147,12 @@ class EarlyExit(ModelPass):
     ) -> None:
         """Give every exit the test that foretells how far its predictions are from the model's."""
         end = len(whole.map.blocks)
-        fits = {index: JudgeFit(whole.map.hidden_size, whole.context.device) for index in trials}
+        fits = {index: PredictorFit(whole.map.hidden_size, whole.context.device) for index in trials}
         for states in states_at(whole, model, {*trials, end}):
             for index, fit in fits.items():
                 fit.add(states[index], divergence(read, states[end], trials[index].jump(states[index])))
         for index, trial in trials.items():
-            trial.judge = fits[index].solve(self.ridge, whole.context.storage_dtype).to(whole.context.device)
+            trial.predictor = fits[index].solve(self.ridge, whole.context.storage_dtype).to(whole.context.device)
 
     def _threshold(self, sure_NE: Tensor, agrees_NE: Tensor, depths_E: Tensor) -> float:
         if self.threshold is not None:
@@ -179,7 +179,7 @@ def _outcomes(
     for states in states_at(whole, model, {*trials, end}):
         final_N = readings(read, states[end])[1]
         here = [(readings(read, trial.jump(states[index])), trial, states[index]) for index, trial in trials.items()]
-        judged = [(-trial.judge(state)).exp() if trial.judge else most for (most, _), trial, state in here]
+        judged = [(-trial.predictor(state)).exp() if trial.predictor else most for (most, _), trial, state in here]
         sure.append(torch.stack(judged, 1).cpu())
         agrees.append(torch.stack([tokens == final_N for (_, tokens), _, _ in here], 1).cpu())
     return torch.cat(sure), torch.cat(agrees)

@@ -14,9 +14,9 @@ from typing_extensions import override
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.modules.dynamic_skip import SkipBlock
-from llmcompress.modules.foresight import Foresight
+from llmcompress.modules.linear_predictor import LinearPredictor
 from llmcompress.passes.base import PASSES, ModelPass, Trait
-from llmcompress.passes.dynamic.judges import JudgeFit
+from llmcompress.passes.dynamic.fit_predictor import PredictorFit
 from llmcompress.passes.dynamic.states import measured, put_around, watching
 from llmcompress.records.rows import SiteReport
 
@@ -35,7 +35,7 @@ class LayerSkip(ModelPass):
     Time is saved where all tokens of a call skip: in decoding one text. A batch gains only where its texts agree.
     """
 
-    makes: ClassVar[frozenset[Trait]] = frozenset({"dynamic"})
+    leaves: ClassVar[frozenset[Trait]] = frozenset({"dynamic"})
     keeps_codes: ClassVar[bool] = True
 
     skip: float | None = Field(
@@ -57,7 +57,7 @@ class LayerSkip(ModelPass):
         return True
 
     @override
-    def undoes(self, trait: Trait) -> str | None:
+    def conflict_with(self, trait: Trait) -> str | None:
         return None
 
     @override
@@ -66,22 +66,22 @@ class LayerSkip(ModelPass):
         """Fit the tests, choose the threshold, put blocks that someone skips into skip blocks."""
         with whole.resident() as model:
             blocks = find_blocks(model)
-            judges = [judge.to(whole.context.device) for judge in self._judges(whole, model, len(blocks))]
-            foretold_LN = self._foretold(whole, model, judges)
+            predictors = [predictor.to(whole.context.device) for predictor in self._judges(whole, model, len(blocks))]
+            foretold_LN = self._foretold(whole, model, predictors)
             threshold = self.threshold
             if threshold is None:
                 threshold = threshold_for(foretold_LN, 0.1 if self.skip is None else self.skip)
             used = {
-                index: SkipBlock(judge, threshold)
-                for index, judge in enumerate(judges)
+                index: SkipBlock(predictor, threshold)
+                for index, predictor in enumerate(predictors)
                 if bool((foretold_LN[index] < threshold).any())
             }
             put_around(model, used)
             return measured(whole, model, [blocks[index][0] for index in used], "layer_skip", threshold)
 
-    def _judges(self, whole: WholeModel, model: PreTrainedModel, blocks: int) -> list[Foresight]:
+    def _judges(self, whole: WholeModel, model: PreTrainedModel, blocks: int) -> list[LinearPredictor]:
         """One test per block."""
-        fits = [JudgeFit(whole.map.hidden_size, whole.context.device) for _ in range(blocks)]
+        fits = [PredictorFit(whole.map.hidden_size, whole.context.device) for _ in range(blocks)]
         before = torch.empty(0)
 
         def see(index: int, state_ND: Tensor) -> None:
@@ -95,13 +95,13 @@ class LayerSkip(ModelPass):
                 model.base_model(input_ids=ids_BT, use_cache=False)
         return [fit.solve(self.ridge, whole.context.storage_dtype) for fit in fits]
 
-    def _foretold(self, whole: WholeModel, model: PreTrainedModel, judges: list[Foresight]) -> Tensor:
+    def _foretold(self, whole: WholeModel, model: PreTrainedModel, predictors: list[LinearPredictor]) -> Tensor:
         """What the tests say of every token, blocks × N."""
-        foretold: list[list[Tensor]] = [[] for _ in judges]
+        foretold: list[list[Tensor]] = [[] for _ in predictors]
 
         def see(index: int, state_ND: Tensor) -> None:
-            if index < len(judges):
-                foretold[index].append(judges[index](state_ND).cpu())
+            if index < len(predictors):
+                foretold[index].append(predictors[index](state_ND).cpu())
 
         with watching(model, see):
             for ids_BT in whole.batches():

@@ -18,7 +18,7 @@ class Request:
     """What is asked of one group."""
 
     group: UnitGroup
-    ratio: float
+    fraction: float
     """Share of its units to remove; of all groups together under a global budget."""
     multiple: int = 1
     """The number of units that stay is a multiple of this, where the group has that many."""
@@ -36,16 +36,16 @@ def uniform(requests: Sequence[Request], priorities: Sequence[Tensor]) -> list[T
 
 
 def global_budget(requests: Sequence[Request], priorities: Sequence[Tensor]) -> list[Tensor]:
-    """The least worthy units of the whole model go, until as many weights are gone as uniform ratios would take.
+    """The least worthy units of the whole model go, until as many weights are gone as uniform fractions would take.
 
     Units go in steps that keep the multiples. Every group keeps its floor: without it whole layers vanish, and the
     first and last ones are what the model can least do without.
     """
-    target = sum(request.ratio * request.group.units * request.group.parameters for request in requests)
+    target = sum(request.fraction * request.group.units * request.group.parameters for request in requests)
     steps = [
         step
         for index, (request, priority_U) in enumerate(zip(requests, priorities, strict=True))
-        if request.ratio > 0
+        if request.fraction > 0
         for step in _steps(index, request, priority_U)
     ]
     keep = [request.group.units for request in requests]
@@ -68,9 +68,9 @@ ALLOCATIONS: Mapping[str, Allocation] = MappingProxyType({"uniform": uniform, "g
 def kept_units(request: Request) -> int:
     """How many units stay: the multiple nearest to the wanted share, at least one, and all when nothing is asked."""
     units, multiple = request.group.units, request.multiple
-    if request.ratio == 0:
+    if request.fraction == 0:
         return units
-    nearest = multiple * math.floor((1 - request.ratio) * units / multiple + 0.5)
+    nearest = multiple * math.floor((1 - request.fraction) * units / multiple + 0.5)
     return min(units, max(nearest, multiple, _least(request)))
 
 

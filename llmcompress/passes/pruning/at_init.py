@@ -19,7 +19,7 @@ from llmcompress.model.site import LinearSite
 from llmcompress.numerics.saliency import Comparison, drop_lowest
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES, BlockPass, Trait
-from llmcompress.passes.pruning.bits import packed, unpacked
+from llmcompress.passes.pruning.packed_masks import pack_mask, unpack_mask
 from llmcompress.passes.pruning.sparse import sparsity
 from llmcompress.records.rows import SiteReport
 
@@ -27,7 +27,7 @@ from llmcompress.records.rows import SiteReport
 class MaskPass(BlockPass):
     """Chooses all zeros from the untouched model, then writes them block by block."""
 
-    makes: ClassVar[frozenset[Trait]] = frozenset({"zeros"})
+    leaves: ClassVar[frozenset[Trait]] = frozenset({"zeros"})
     decides: ClassVar[bool] = True
     whole_block: ClassVar[frozenset[str]] = frozenset({"sparsity"})
 
@@ -50,14 +50,14 @@ class MaskPass(BlockPass):
         sites = [site for site in whole.sites() if self.selects(site.name)]
         if not sites:
             return {}
-        return {site.name: packed(mask) for site, mask in zip(sites, self.masks(whole, sites), strict=True)}
+        return {site.name: pack_mask(mask) for site, mask in zip(sites, self.masks(whole, sites), strict=True)}
 
     @override
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
         rows = []
         for site in sites:
             weight_OI = site.weight_OI
-            mask_OI = unpacked(block.decisions[site.name], weight_OI.shape).to(weight_OI.device)
+            mask_OI = unpack_mask(block.decisions[site.name], weight_OI.shape).to(weight_OI.device)
             weight_OI = weight_OI.masked_fill(mask_OI, 0)
             site.write(weight_OI)
             rows.append(SiteReport(site=site.name, algorithm=PASSES.name_of(type(self)), sparsity=sparsity(weight_OI)))

@@ -49,10 +49,10 @@ class Bonsai(WidthPass):
     def choose(self, whole: WholeModel, groups: Sequence[UnitGroup], requests: Sequence[Request]) -> list[Tensor]:
         generator = whole.context.generator()
         kept = [torch.ones(group.units, dtype=torch.bool) for group in groups]
-        rounds = max(1, math.ceil(max(request.ratio for request in requests) / self.step - 1e-9))
+        rounds = max(1, math.ceil(max(request.fraction for request in requests) / self.step - 1e-9))
         for turn in range(1, rounds + 1):
             whole.context.progress.inside("bonsai", done=turn - 1, total=rounds)
-            asked = [replace(request, ratio=request.ratio * turn / rounds) for request in requests]
+            asked = [replace(request, fraction=request.fraction * turn / rounds) for request in requests]
             kept = self._round(whole, groups, asked, kept, generator)
         return kept
 

@@ -44,11 +44,15 @@ class Depth(ModelPass):
 
     decides: ClassVar[bool] = True
 
-    remove: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="how many blocks go: a number, or a share of all (rounded, at least one; 0.25 if no `blocks`)"
+    fraction: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="fraction of the blocks to remove (rounded, at least one; 0.25 if nothing is given)",
     )
+    count: int | None = Field(None, ge=1, description="instead: how many blocks to remove")
     blocks: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
-        None, description="instead: these blocks go, counted from 0, e.g. [5, 9]; nothing is scored"
+        None, description="instead: which blocks to remove, counted from 0, e.g. [5, 9]; nothing is scored"
     )
     score: Literal["block_influence", "perplexity", "random"] = Field(
         "block_influence",
@@ -66,8 +70,9 @@ class Depth(ModelPass):
 
     @model_validator(mode="after")
     def _only_options_that_act(self) -> Self:
-        if self.blocks is not None and self.remove is not None:
-            raise ValueError("give `remove` or `blocks`, not both (null takes one back)")
+        given = [name for name in ("fraction", "count", "blocks") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give `{given[0]}` or `{given[1]}`, not both (set one to null)")
         if self.blocks is not None and (not self.blocks or len(set(self.blocks)) < len(self.blocks)):
             raise ValueError("`blocks` names every block that goes once, and at least one")
         if self.score == "random" and self.mode == "greedy":
@@ -87,7 +92,7 @@ class Depth(ModelPass):
 
         Raises: CompressError when none would stay.
         """
-        self.count(len(model_map.blocks))
+        self.blocks_to_remove(len(model_map.blocks))
         missing = [index for index in self.blocks or () if index >= len(model_map.blocks)]
         if missing:
             raise CompressError(
@@ -99,24 +104,28 @@ class Depth(ModelPass):
             )
 
     @override
-    def kept_share(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
-        """The share of blocks that stay: which ones is not known before."""
-        return 1 - self.count(len(model_map.blocks)) / len(model_map.blocks)
+    def kept_fraction(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
+        """The fraction of blocks that stay: which ones is not known before."""
+        return 1 - self.blocks_to_remove(len(model_map.blocks)) / len(model_map.blocks)
 
-    def count(self, blocks: int) -> int:
+    def blocks_to_remove(self, blocks: int) -> int:
         """How many of so many blocks go.
 
         Raises: CompressError when none would stay.
         """
-        asked = 0.25 if self.remove is None else self.remove
-        wanted = asked if isinstance(asked, int) else max(1, round(asked * blocks))
-        wanted = wanted if self.blocks is None else len(self.blocks)
+        if self.blocks is not None:
+            key, wanted = "blocks", len(self.blocks)
+        elif self.count is not None:
+            key, wanted = "count", self.count
+        else:
+            key, wanted = "fraction", max(1, round((0.25 if self.fraction is None else self.fraction) * blocks))
         if wanted >= blocks:
             raise CompressError(
                 "depth.nothing-left",
                 f"{wanted} of {blocks} blocks cannot be removed: one must stay",
-                where="depth: remove" if self.blocks is None else "depth: blocks",
+                where=f"depth: {key}",
                 fix=f"remove at most {blocks - 1}",
+                exit_code=ExitCode.USAGE,
             )
         return wanted
 
@@ -125,14 +134,14 @@ class Depth(ModelPass):
         """Which blocks go, in which order, and the score that each went by."""
         if self.blocks is not None:
             return {}
-        chosen = self._chosen(whole, self.count(len(whole.map.blocks)))
+        chosen = self._chosen(whole, self.blocks_to_remove(len(whole.map.blocks)))
         return {
             _BLOCKS: torch.tensor([index for index, _ in chosen]),
             _SCORES: torch.tensor([score for _, score in chosen], dtype=torch.float64),
         }
 
     @override
-    def settled(self, decisions: Mapping[str, Tensor]) -> Self:
+    def with_decisions(self, decisions: Mapping[str, Tensor]) -> Self:
         if self.blocks is not None:
             return self
         return type(self).model_validate({"blocks": sorted(decisions[_BLOCKS].tolist())})

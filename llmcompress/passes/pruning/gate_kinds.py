@@ -52,10 +52,10 @@ class Task:
 
     model: PreTrainedModel
     groups: Sequence[UnitGroup]
-    ratios: Sequence[float]
+    fractions: Sequence[float]
     """Share of each group to remove."""
     pooled: bool
-    """Whether the ratios bind all groups together, weight for weight, rather than each."""
+    """Whether the fractions bind all groups together, weight for weight, rather than each."""
     strength: float
     steps: int
     kept: Callable[[Sequence[Tensor], float], list[Tensor]]
@@ -71,7 +71,7 @@ class Task:
 
     def targets(self) -> list[float]:
         """What `removed` shall come to."""
-        return [float(share) for share in self.removed([torch.tensor(1 - ratio) for ratio in self.ratios])]
+        return [float(share) for share in self.removed([torch.tensor(1 - fraction) for fraction in self.fractions])]
 
     def removed(self, kept: Sequence[Tensor]) -> list[Tensor]:
         """The share of each group that is gone, or of the weights of all; `kept` are shares of groups."""
@@ -175,7 +175,7 @@ def learn_group_lasso(task: Task) -> Learned:
 
 
 def learn_dsa(task: Task) -> Learned:
-    """A keep ratio for every group is learned through a soft cut in the ranking of its units, under the budget.
+    """A keep fraction for every group is learned through a soft cut in the ranking of its units, under the budget.
 
     Source: Ning et al., arXiv 2004.02164. Differs: an augmented Lagrangian instead of ADMM; units are ranked by
     |∂L/∂gate| at the start.

@@ -16,7 +16,7 @@ from typing_extensions import override
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.model.map import ModelMap, SiteInfo
-from llmcompress.model.units import UnitGroup, groups_of, kept_share, unit_groups
+from llmcompress.model.units import UnitGroup, groups_of, kept_fraction, unit_groups
 from llmcompress.passes.base import PASSES, Backward, ModelPass, Trait
 from llmcompress.passes.pruning.allocation import ALLOCATIONS, Request
 from llmcompress.passes.pruning.gate_hooks import fold_gates
@@ -63,8 +63,8 @@ class Gates(ModelPass):
     arXiv 1909.08174 (decorator). Differs: exactly as many units go as the budget says, the least wanted first.
     """
 
-    makes: ClassVar[frozenset[Trait]] = frozenset({"shapes"})
-    spoils: ClassVar[Mapping[Trait, str]] = {
+    leaves: ClassVar[frozenset[Trait]] = frozenset({"shapes"})
+    conflicts: ClassVar[Mapping[Trait, str]] = {
         "pattern": "would shift the columns that N:M groups are counted in",
         "factors": "cannot remove rows and columns of low-rank factors",
     }
@@ -72,9 +72,9 @@ class Gates(ModelPass):
     kind: Kind = Field(
         "hard_concrete",
         description="hard_concrete: random gates under a budget; slimming: L1 on gates; group_lasso: pulls a unit's "
-        "weights to zero together; dsa: learns each layer's ratio; decorator: |gate · gradient|, in tick-tocks",
+        "weights to zero together; dsa: learns each layer's fraction; decorator: |gate · gradient|, in tick-tocks",
     )
-    ratio: float = Field(0.25, ge=0, lt=1, description="share of the channels, and of the heads, to remove")
+    fraction: float = Field(0.25, ge=0, lt=1, description="share of the channels, and of the heads, to remove")
     channels: bool = Field(True, description="gates on FFN channels")
     heads: bool = Field(True, description="gates on attention heads, whole key-value groups at a time")
     allocation: Literal["uniform", "global"] = Field(
@@ -123,11 +123,11 @@ class Gates(ModelPass):
             )
 
     @override
-    def kept_share(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
-        """About the ratio, of what has gates."""
+    def kept_fraction(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
+        """About the fraction, of what has gates."""
         block = next(block for block in model_map.blocks if site.startswith(f"{block.name}."))
         wanted = {"channels": self.channels, "heads": self.heads}
-        return kept_share([g for g in groups_of(block) if wanted[g.kind]], site, lambda _: self.ratio)
+        return kept_fraction([g for g in groups_of(block) if wanted[g.kind]], site, lambda _: self.fraction)
 
     @override
     def backward(self) -> Backward | None:
@@ -177,7 +177,7 @@ class Gates(ModelPass):
         return Task(
             model,
             groups,
-            [self.ratio] * len(groups),
+            [self.fraction] * len(groups),
             self.allocation == "global",
             self.strength or DEFAULTS[self.kind].strength or 0.0,
             self.training.steps,
@@ -188,7 +188,7 @@ class Gates(ModelPass):
 
     def _kept(self, groups: Sequence[UnitGroup], priorities: Sequence[Tensor], share: float) -> list[Tensor]:
         requests = [
-            Request(group, self.ratio * share, self.round_to if group.kind == "channels" else 1, self.floor)
+            Request(group, self.fraction * share, self.round_to if group.kind == "channels" else 1, self.floor)
             for group in groups
         ]
         return ALLOCATIONS[self.allocation](requests, priorities)

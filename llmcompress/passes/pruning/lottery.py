@@ -38,8 +38,8 @@ class LotteryTicket(ModelPass):
     arXiv 1909.11957. Differs: AdamW's moments start anew after rewinding.
     """
 
-    makes: ClassVar[frozenset[Trait]] = frozenset({"zeros"})
-    spoils: ClassVar[Mapping[Trait, str]] = {
+    leaves: ClassVar[frozenset[Trait]] = frozenset({"zeros"})
+    conflicts: ClassVar[Mapping[Trait, str]] = {
         "pattern": "would add zeros that are not in the pattern",
     }
 

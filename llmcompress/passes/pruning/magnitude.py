@@ -59,8 +59,8 @@ class Magnitude(SparsePass):
         return shares_of(whole, {site.name: count for site, count in zip(sites, counts, strict=True)})
 
     @override
-    def settled(self, decisions: Mapping[str, Tensor]) -> Self:
-        settled = super().settled(decisions)
+    def with_decisions(self, decisions: Mapping[str, Tensor]) -> Self:
+        settled = super().with_decisions(decisions)
         return settled.model_copy(update={"comparison": "layer"}) if self.comparison == "global" else settled
 
     def mask(self, weight_OI: Tensor, squares_I: Tensor | None, share: float) -> Tensor:

@@ -44,12 +44,12 @@ class Recover(ModelPass):
         return self
 
     @override
-    def undoes(self, trait: Trait) -> str | None:
+    def conflict_with(self, trait: Trait) -> str | None:
         """Codes may be there before adapters, which leave them alone."""
-        return None if trait == "codes" and self.rank is not None else super().undoes(trait)
+        return None if trait == "codes" and self.rank is not None else super().conflict_with(trait)
 
     @override
-    def undoes_together(self, traits: frozenset[Trait]) -> str | None:
+    def conflict_with_all(self, traits: frozenset[Trait]) -> str | None:
         """A branch beside codes is dense."""
         return "would fill zeros with its dense branch" if "codes" in traits and traits & {"zeros", "pattern"} else None
 

@@ -24,7 +24,7 @@ class Reinitialise(ModelPass):
     same zeros are worth less with other weights.
     """
 
-    spoils: ClassVar[Mapping[Trait, str]] = {
+    conflicts: ClassVar[Mapping[Trait, str]] = {
         "zeros": _FIRST,
         "pattern": _FIRST,
         "factors": _FIRST,
@@ -39,8 +39,8 @@ class Reinitialise(ModelPass):
         return False
 
     @override
-    def undoes(self, trait: Trait) -> str | None:
-        return None if self.keep_zeros and trait in ("zeros", "pattern") else super().undoes(trait)
+    def conflict_with(self, trait: Trait) -> str | None:
+        return None if self.keep_zeros and trait in ("zeros", "pattern") else super().conflict_with(trait)
 
     @override
     @torch.no_grad()

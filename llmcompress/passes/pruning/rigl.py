@@ -35,8 +35,8 @@ class RigL(ModelPass):
     does not grow back in the same step.
     """
 
-    makes: ClassVar[frozenset[Trait]] = frozenset({"zeros"})
-    spoils: ClassVar[Mapping[Trait, str]] = {
+    leaves: ClassVar[frozenset[Trait]] = frozenset({"zeros"})
+    conflicts: ClassVar[Mapping[Trait, str]] = {
         "pattern": "would move zeros out of their N:M groups; `recover` trains and leaves them where they are"
     }
 

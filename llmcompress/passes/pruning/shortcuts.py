@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.stream_moments import finite, first_of_stages
 from llmcompress.calibration.whole import WholeModel
-from llmcompress.model.lanes import Lanes, last_norm_to_lane
 from llmcompress.model.residual import Ports, Residual, refused
+from llmcompress.model.residual_segments import ResidualSegments, last_norm_to_segment
 from llmcompress.model.rotation import contract, few_tokens, make_rotatable
 from llmcompress.model.shrink import same
 from llmcompress.model.skeleton import BlockCall, find_blocks, put_module, record, recorders
@@ -40,22 +40,22 @@ def slice_with_shortcuts(whole: WholeModel, residual: Residual, slicing: Slicing
     blocks = find_blocks(whole.model)
     for ids_BT in torch.split(whole.context.windows_NT, whole.context.batch) if slicing.basis == "pca" else ():
         moment.add(record(whole.model, blocks, ids_BT).hidden.flatten(0, 1).to(whole.context.device))
-    last_norm_to_lane(whole.model, residual)
+    last_norm_to_segment(whole.model, residual)
     kept_DK = slicing.directions(moment.sum_DD, generator)
     for writer in residual.around.writers:
         contract(whole.model, writer.port.parameter, writer.port.axis, kept_DK)
     lost: dict[str, float] = {}
     # what enters is narrow now: the first block must be able to read it before anything runs
-    lanes = _entered(whole, residual, 0, kept_DK)
+    segments = _entered(whole, residual, 0, kept_DK)
     widens = _may_widen(whole.model, residual.width)
     for work in whole.stream():
         index, (name, ports) = work.info.index, residual.blocks[work.info.index]
         lost[f"{name}.{first_of_stages(ports)[0].name}"] = lost_share(moment.sum_DD, kept_DK)
-        work.become(lanes.wrapper.to(whole.context.device))
+        work.become(segments.wrapper.to(whole.context.device))
         is_last = index + 1 == len(residual.blocks)
-        kept_DK, moment = _slice_block(whole, work, lanes, slicing, generator, lost, widen=widens and is_last)
+        kept_DK, moment = _slice_block(whole, work, segments, slicing, generator, lost, widen=widens and is_last)
         if not is_last:
-            lanes = _entered(whole, residual, index + 1, kept_DK)
+            segments = _entered(whole, residual, index + 1, kept_DK)
         whole.context.progress.inside("slicegpt", done=index + 1, total=len(residual.blocks))
     removed = residual.width - slicing.width
     if widens:
@@ -66,19 +66,19 @@ def slice_with_shortcuts(whole: WholeModel, residual: Residual, slicing: Slicing
     return report_rows(whole, residual, lost, removed=removed, removed_at_head=removed)
 
 
-def _entered(whole: WholeModel, residual: Residual, index: int, enters_DK: Tensor) -> Lanes:
-    """The block put into lanes, wherever it is; the stream enters it in that basis."""
+def _entered(whole: WholeModel, residual: Residual, index: int, enters_DK: Tensor) -> ResidualSegments:
+    """The block put into segments, wherever it is; the stream enters it in that basis."""
     name, ports = residual.blocks[index]
-    lanes = Lanes(whole.model.get_submodule(name), ports, residual.width)
-    lanes.narrow(0, enters_DK)
-    put_module(whole.model, name, lanes.wrapper)
-    return lanes
+    segments = ResidualSegments(whole.model.get_submodule(name), ports, residual.width)
+    segments.narrow(0, enters_DK)
+    put_module(whole.model, name, segments.wrapper)
+    return segments
 
 
 def _slice_block(
     whole: WholeModel,
     work: BlockWork,
-    lanes: Lanes,
+    segments: ResidualSegments,
     slicing: Slicing,
     generator: torch.Generator,
     lost: dict[str, float],
@@ -89,34 +89,34 @@ def _slice_block(
 
     With `widen` the block gives all directions, and nothing is measured after it.
     """
-    width, name = len(lanes.bases[-1]), work.info.name
+    width, name = len(segments.bases[-1]), work.info.name
 
     def directions(where: str, moment: SecondMoment) -> Tensor:
         finite({f"{name}.{where}": moment.sum_DD})
         return slicing.directions(moment.sum_DD, generator)
 
-    for norm in first_of_stages(lanes.ports)[1:]:
+    for norm in first_of_stages(segments.ports)[1:]:
         moment = SecondMoment(width, whole.context.device)
         if slicing.basis == "pca":
-            work.watch(lanes.norm(norm), partial(_add_lane, moment, lanes, norm.stage))
+            work.watch(segments.norm(norm), partial(_add_segment, moment, segments, norm.stage))
         kept_DK = directions(norm.name, moment)
         lost[f"{name}.{norm.name}"] = lost_share(moment.sum_DD, kept_DK)
-        lanes.narrow(norm.stage, kept_DK)
+        segments.narrow(norm.stage, kept_DK)
     moment = SecondMoment(width, whole.context.device)
     if widen:
-        return lanes.bases[-1], moment
+        return segments.bases[-1], moment
     outputs = work.outputs()
     for hidden in outputs:
         moment.add(hidden.to(whole.context.device).flatten(0, -2))
     kept_DK = directions("output", moment)
-    lanes.narrow(lanes.ports.stages, kept_DK)
+    segments.narrow(segments.ports.stages, kept_DK)
     # the narrowed block gives exactly this, so it need not run again
-    work.become(lanes.wrapper, [hidden @ kept_DK.to(hidden) for hidden in outputs])
+    work.become(segments.wrapper, [hidden @ kept_DK.to(hidden) for hidden in outputs])
     return kept_DK, moment
 
 
-def _add_lane(moment: SecondMoment, lanes: Lanes, stage: int, inside: Tensor) -> None:
-    moment.add(lanes.lane(inside, stage).flatten(0, -2))
+def _add_segment(moment: SecondMoment, segments: ResidualSegments, stage: int, inside: Tensor) -> None:
+    moment.add(segments.segment(inside, stage).flatten(0, -2))
 
 
 @torch.no_grad()
@@ -137,7 +137,7 @@ def _may_widen(model: PreTrainedModel, width: int) -> bool:
 
 
 def _check_lanes(whole: WholeModel, residual: Residual) -> None:
-    """Whether the blocks compute the same in lanes, on a copy of one block of each kind.
+    """Whether the blocks compute the same in segments, on a copy of one block of each kind.
 
     Raises: CompressError for blocks whose branches do not follow the width of what they add to: banks of experts.
     """
@@ -148,9 +148,9 @@ def _check_lanes(whole: WholeModel, residual: Residual) -> None:
             continue
         checked.append(ports)
         block = whole.model.get_submodule(name)
-        lanes = Lanes(copy.deepcopy(block), ports, residual.width)
+        segments = ResidualSegments(copy.deepcopy(block), ports, residual.width)
         with suppress(RuntimeError, ValueError):  # shapes that do not fit
-            if same(_output(lanes.wrapper, call, recording.hidden), _output(block, call, recording.hidden)):
+            if same(_output(segments.wrapper, call, recording.hidden), _output(block, call, recording.hidden)):
                 continue
         raise refused("a block sizes what it adds by what it reads; `form: global` may do", name)
 

@@ -33,14 +33,14 @@ class SliceGPT(ModelPass):
     decomposition, which would change no direction.
     """
 
-    makes: ClassVar[frozenset[Trait]] = frozenset({"shapes"})
-    spoils: ClassVar[Mapping[Trait, str]] = {
+    leaves: ClassVar[frozenset[Trait]] = frozenset({"shapes"})
+    conflicts: ClassVar[Mapping[Trait, str]] = {
         "zeros": "would fill the zeros: a rotation mixes all channels",
         "pattern": "would fill the zeros: a rotation mixes all channels",
         "tables": "needs to rotate an embedding and a head that are ordinary tables",
     }
 
-    ratio: float = Field(0.25, ge=0, lt=1, description="share of the channels of the residual stream to remove")
+    fraction: float = Field(0.25, ge=0, lt=1, description="share of the channels of the residual stream to remove")
     form: Literal["global", "shortcuts"] = Field(
         "global",
         description="global: one basis, an ordinary smaller model; shortcuts: one after every addition, as in the "
@@ -67,9 +67,9 @@ class SliceGPT(ModelPass):
         return self.basis == "pca" or (self.form == "global" and self.refit is not False)
 
     @override
-    def kept_share(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
+    def kept_fraction(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
         """Every linear reads or writes the stream on one side."""
-        return 1 - self.ratio
+        return 1 - self.fraction
 
     def apply(self, whole: WholeModel) -> list[SiteReport]:
         """Find who reads and writes the stream, prove it by mirroring it, then slice.
@@ -85,13 +85,13 @@ class SliceGPT(ModelPass):
         return FORMS[self.form](whole, residual, slicing)
 
     def _width(self, before: int) -> int:
-        if self.ratio == 0:
+        if self.fraction == 0:
             return before
-        width = int((1 - self.ratio) * before) // self.round_to * self.round_to
+        width = int((1 - self.fraction) * before) // self.round_to * self.round_to
         if width < 2:
             raise CompressError(
                 "slicegpt.nothing-left",
-                f"{1 - self.ratio:.0%} of {before} channels are less than `round_to`: {self.round_to}",
+                f"{1 - self.fraction:.0%} of {before} channels are less than `round_to`: {self.round_to}",
                 where="slicegpt",
                 fix="remove less, or set a smaller `round_to`",
                 exit_code=ExitCode.USAGE,

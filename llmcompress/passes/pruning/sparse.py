@@ -43,7 +43,7 @@ _ALMOST_ALL = math.nextafter(1.0, 0.0)
 class SparsePass(BlockPass):
     """A pass that sets weights to zero and leaves the shapes; a later pass keeps what is exactly zero."""
 
-    makes: ClassVar[frozenset[Trait]] = frozenset({"zeros"})
+    leaves: ClassVar[frozenset[Trait]] = frozenset({"zeros"})
     decides: ClassVar[bool] = True
     whole_block: ClassVar[frozenset[str]] = frozenset({"allocation", "outlier_times", "within"})
 
@@ -93,7 +93,7 @@ class SparsePass(BlockPass):
 
     def traits(self) -> frozenset[Trait]:
         """Zeros, and whether they follow a pattern."""
-        return self.makes | {"pattern"} if self.zeros else self.makes
+        return self.leaves | {"pattern"} if self.zeros else self.leaves
 
     def uses_data(self) -> bool:
         """What is measured, or what the allocation must know."""
@@ -128,9 +128,9 @@ class SparsePass(BlockPass):
         return {} if self.allocation == "uniform" else decide_shares(self, whole)
 
     @override
-    def settled(self, decisions: Mapping[str, Tensor]) -> Self:
+    def with_decisions(self, decisions: Mapping[str, Tensor]) -> Self:
         of_site = {site: {"sparsity": min(float(share), _ALMOST_ALL)} for site, share in decisions.items()}
-        return self.settled_by({"allocation": "uniform", "outlier_times": None, "within": None}, of_site)
+        return self.with_site_options({"allocation": "uniform", "outlier_times": None, "within": None}, of_site)
 
     def chosen(self, block: BlockWork, sites: Sequence[LinearSite]) -> Iterator[tuple[Self, LinearSite, float]]:
         """Every site with the options it has, and the share of its weights to become zero."""

@@ -14,10 +14,10 @@ from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.grid import row_errors
-from llmcompress.numerics.shares import counts_by_error, counts_by_outliers
+from llmcompress.numerics.sparsity_allocation import counts_by_error, counts_by_outliers
 from llmcompress.numerics.statistics import Gram, SquaredNorm
 from llmcompress.sensitivity.fill import Asker, Kinds, dense_stream, fill, kept_table
-from llmcompress.sensitivity.gradients import Listener, OutputSquares
+from llmcompress.sensitivity.gradients import GradientObserver, OutputSquares
 from llmcompress.sensitivity.table import LossTable, Row
 
 OUTLIER_TIMES = 5.0
@@ -123,7 +123,7 @@ class SparsityAsker(Asker):
 
     @property
     @override
-    def listeners(self) -> Sequence[Listener]:
+    def observers(self) -> Sequence[GradientObserver]:
         return (self.gradients,)
 
     @override
@@ -143,14 +143,14 @@ class SparsityAsker(Asker):
 
 def _by_loss(options: CountOptions, whole: WholeModel, names: frozenset[str]) -> dict[str, int]:
     within = min(WITHIN if options.within is None else options.within, options.target, 1 - options.target)
-    shares_S = torch.linspace(options.target - within, options.target + within, POINTS, dtype=torch.float64)
+    sparsities_S = torch.linspace(options.target - within, options.target + within, POINTS, dtype=torch.float64)
 
     def measured() -> LossTable:
-        (table,) = fill(whole, [SparsityAsker(options, names, shares_S.tolist())])
+        (table,) = fill(whole, [SparsityAsker(options, names, sparsities_S.tolist())])
         return table
 
     table = kept_table(whole, "sparsity-losses", measured)
     losses_PS = torch.stack([row.loss_C for row in table.rows])
     weights_P = torch.stack([row.shape_CD[0].prod() for row in table.rows])
-    counts = counts_by_error(losses_PS, shares_S, weights_P, options.target)
+    counts = counts_by_error(losses_PS, sparsities_S, weights_P, options.target)
     return dict(zip(table.units, counts.tolist(), strict=True))

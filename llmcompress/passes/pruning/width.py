@@ -17,7 +17,7 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.model.site import LinearSite
-from llmcompress.model.units import UnitGroup, groups_of, kept_share, unit_groups
+from llmcompress.model.units import UnitGroup, groups_of, kept_fraction, unit_groups
 from llmcompress.numerics import index_ranges
 from llmcompress.numerics.refit import Refitted
 from llmcompress.numerics.statistics import Gram, Statistic
@@ -28,7 +28,7 @@ from llmcompress.passes.pruning.scores.base import SCORES, Allocate, Score
 from llmcompress.records.rows import SiteReport
 
 _AFTER_THE_CHOICE = ("channels", "heads", "refit", "damping", "sites", "exclude", "overrides")
-_CHOICE = frozenset({"ratio", "removed", "floor", "round_to"})
+_CHOICE = frozenset({"fraction", "removed", "floor", "round_to"})
 """Options that say what is done with the units that go, and those that say which ones."""
 
 
@@ -40,14 +40,14 @@ class WidthPass(BlockPass):
 
     decides: ClassVar[bool] = True
     changes_sites: ClassVar[bool] = True
-    makes: ClassVar[frozenset[Trait]] = frozenset({"shapes"})
-    spoils: ClassVar[Mapping[Trait, str]] = {
+    leaves: ClassVar[frozenset[Trait]] = frozenset({"shapes"})
+    conflicts: ClassVar[Mapping[Trait, str]] = {
         "pattern": "would shift the columns that N:M groups are counted in",
         "factors": "cannot remove rows and columns of low-rank factors",
     }
     whole_block: ClassVar[frozenset[str]] = frozenset({"channels", "heads", "allocation"})
 
-    ratio: float = Field(0.25, ge=0, lt=1, description="share of the channels, and of the heads, to remove")
+    fraction: float = Field(0.25, ge=0, lt=1, description="share of the channels, and of the heads, to remove")
     removed: str | None = Field(
         None,
         pattern=index_ranges.PATTERN,
@@ -105,19 +105,19 @@ class WidthPass(BlockPass):
             )
         for group in self._groups(unit_groups(model_map)):
             self._check_given(group)
-        asked = [request for request in requests if request.ratio > 0]
+        asked = [request for request in requests if request.fraction > 0]
         if self.allocation == "uniform" and asked and all(kept_units(each) == each.group.units for each in asked):
             units = sorted({request.group.units for request in asked})
             raise CompressError(
                 "width.rounded-away",
                 f"rounded to whole units and multiples of {self.round_to}, nothing is left to remove",
                 where=f"groups of {', '.join(map(str, units))} units",
-                fix="lower `round_to` or raise `ratio`",
+                fix="lower `round_to` or raise `fraction`",
                 exit_code=ExitCode.USAGE,
             )
 
     @override
-    def kept_share(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
+    def kept_fraction(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
         """Exact where all layers lose as much."""
         block = next(block for block in model_map.blocks if site.startswith(f"{block.name}."))
 
@@ -125,7 +125,7 @@ class WidthPass(BlockPass):
             gone = self._given(group)
             return (group.units - kept_units(self._request(group)) if gone is None else len(gone)) / group.units
 
-        return kept_share(self._groups(groups_of(block)), site, removed)
+        return kept_fraction(self._groups(groups_of(block)), site, removed)
 
     @override
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
@@ -139,7 +139,7 @@ class WidthPass(BlockPass):
         asked = [
             (group, request)
             for group, request in zip(groups, requests, strict=True)
-            if request.ratio > 0 and (self.allocation == "global" or kept_units(request) < group.units)
+            if request.fraction > 0 and (self.allocation == "global" or kept_units(request) < group.units)
         ]
         if not asked:
             return given
@@ -150,11 +150,11 @@ class WidthPass(BlockPass):
         }
 
     @override
-    def settled(self, decisions: Mapping[str, Tensor]) -> Pass | None:
+    def with_decisions(self, decisions: Mapping[str, Tensor]) -> Pass | None:
         """`width` with the units that go written out, whatever chose them."""
         common = self.model_dump(include=set(_AFTER_THE_CHOICE))
         gone = {name: {"removed": index_ranges.written(units.tolist())} for name, units in decisions.items()}
-        return Width(**common).settled_by({"ratio": 0.0}, gone, dropped=_CHOICE)
+        return Width(**common).with_site_options({"fraction": 0.0}, gone, dropped=_CHOICE)
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
         """Cut the units off, refit what read them, then take their rows and columns out."""
@@ -181,7 +181,7 @@ class WidthPass(BlockPass):
     def _request(self, group: UnitGroup) -> Request:
         here = self.for_site(group.name)
         multiple = here.round_to if group.kind == "channels" else 1
-        return Request(group, here.ratio if here.removed is None else 0.0, multiple, here.floor)
+        return Request(group, here.fraction if here.removed is None else 0.0, multiple, here.floor)
 
     def _given(self, group: UnitGroup) -> list[int] | None:
         """The units that go, where the recipe names them."""
@@ -202,8 +202,8 @@ class WidthPass(BlockPass):
     @property
     def _chooses(self) -> bool:
         """Whether anything is left to be found out."""
-        ratios = [self.ratio, *(options.get("ratio", 0.0) for options in self.overrides.values())]
-        return any(ratios)
+        fractions = [self.fraction, *(options.get("fraction", 0.0) for options in self.overrides.values())]
+        return any(fractions)
 
     def _cut_off(self, block: BlockWork, kept: Mapping[UnitGroup, Tensor]) -> dict[str, Refitted]:
         """Write zeros and new weights into the readers of these groups, all measured in one forward."""

@@ -34,7 +34,7 @@ class AWQ(QuantizingPass):
     """
 
     sitewise: ClassVar[bool] = False
-    spoils: ClassVar[Mapping[Trait, str]] = {"ranges": "would scale inputs that are rounded on fixed ranges"}
+    conflicts: ClassVar[Mapping[Trait, str]] = {"ranges": "would scale inputs that are rounded on fixed ranges"}
 
     scheme: str = Field("int4_g128_asym", description=DESCRIPTION)
     points: int = Field(20, ge=1, le=200, description="exponents tried per fold, 0 included")
@@ -43,7 +43,7 @@ class AWQ(QuantizingPass):
 
     def traits(self) -> frozenset[Trait]:
         """Codes, but only when it rounds."""
-        return self.makes if self.round else frozenset()
+        return self.leaves if self.round else frozenset()
 
     def needs(self) -> tuple[type[Statistic], ...]:
         """Gram matrix for errors, mean magnitude for salience."""

@@ -11,13 +11,13 @@ from llmcompress.modules.quant_linear import codes_of
 from llmcompress.numerics.grid import output_error
 from llmcompress.numerics.statistics import Gram, Moments, Statistic
 from llmcompress.passes.base import PASSES
-from llmcompress.passes.quantization.around import AroundQuantizer
+from llmcompress.passes.quantization.quantizer_wrapper import QuantizerWrapper
 from llmcompress.passes.quantizing import dense_of
 from llmcompress.records.rows import SiteReport
 
 
 @PASSES.register("bias_correction")
-class BiasCorrection(AroundQuantizer):
+class BiasCorrection(QuantizerWrapper):
     """After a quantizer, every bias gets (W - Ŵ) times the mean input.
 
     A linear without a bias keeps none and says so in its row, because stock code would drop one silently;

@@ -26,8 +26,8 @@ _OUTPUTS = 32
 class BnbPass(BlockPass):
     """Both kinds: the package rounds, needs no data, and its folders hold nothing of ours."""
 
-    makes: ClassVar[frozenset[Trait]] = frozenset({"codes"})
-    spoils: ClassVar[Mapping[Trait, str]] = {
+    leaves: ClassVar[frozenset[Trait]] = frozenset({"codes"})
+    conflicts: ClassVar[Mapping[Trait, str]] = {
         "factors": "can only stand for the model's own linears: transformers knows no codes of factors",
     }
     kind: ClassVar[Kind]
@@ -37,7 +37,7 @@ class BnbPass(BlockPass):
         return ()
 
     @override
-    def kept_share(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
+    def kept_fraction(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
         """Of 16-bit weights, in bytes."""
         return self.bits_per_weight(info.inputs) / 16
 

@@ -42,8 +42,8 @@ class ChannelwiseMixedPrecision(BlockPass):
     a budget, with squared inputs times squared errors as the loss; all is counted.
     """
 
-    makes: ClassVar[frozenset[Trait]] = frozenset({"codes"})
-    spoils: ClassVar[Mapping[Trait, str]] = {
+    leaves: ClassVar[frozenset[Trait]] = frozenset({"codes"})
+    conflicts: ClassVar[Mapping[Trait, str]] = {
         "zeros": "would fill zeros with the levels of its codebooks",
         "pattern": "would fill zeros with the levels of its codebooks",
     }
@@ -63,7 +63,7 @@ class ChannelwiseMixedPrecision(BlockPass):
             raise ValueError("name at least one width; all lie between 1 and 8")
         return self
 
-    def kept_share(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
+    def kept_fraction(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
         """As if what stays were of 16 bits."""
         return min(1.0, self.for_site(site).bits / 16)
 

@@ -34,8 +34,8 @@ class Embeddings(ModelPass):
     A look-up restores only its rows. `score` in the report is the squared error of a table ÷ its square.
     """
 
-    makes: ClassVar[frozenset[Trait]] = frozenset({"tables"})
-    spoils: ClassVar[Mapping[Trait, str]] = {"tables": "needs an embedding and a head that are ordinary tables"}
+    leaves: ClassVar[frozenset[Trait]] = frozenset({"tables"})
+    conflicts: ClassVar[Mapping[Trait, str]] = {"tables": "needs an embedding and a head that are ordinary tables"}
     keeps_codes: ClassVar[bool] = True
 
     embedding: str | None = Field("int8_channel", description=f"null: stays dense; weights only: {DESCRIPTION}")

@@ -10,10 +10,10 @@ from pydantic import Field, field_validator
 from llmcompress.calibration.experts import in_expert
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.model.site import LinearSite
-from llmcompress.numerics.carry import Drift, carried
+from llmcompress.numerics.error_compensation import Drift, compensated
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES
-from llmcompress.passes.inside import quantizer_with
+from llmcompress.passes.nested_quantizer import quantizer_with
 from llmcompress.passes.quantizing import QuantizingPass
 from llmcompress.records.rows import SiteReport
 
@@ -99,7 +99,7 @@ class ErrorPropagation(QuantizingPass):
             block.pool_(drift.lost_II)
             weights = [site.weight_OI for site in members]
             for site, weight_OI in zip(
-                members, carried(weights, drift, strength=self.strength, damping=self.damping), strict=True
+                members, compensated(weights, drift, strength=self.strength, damping=self.damping), strict=True
             ):
                 site.write(weight_OI)
         return {site.name for members in groups for site in members}

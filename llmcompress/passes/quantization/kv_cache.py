@@ -36,7 +36,7 @@ class KeyValueCache(ModelPass):
     Differs: one scale per token and head; fixed scales as runtimes with an fp8 cache have them on request.
     """
 
-    makes: ClassVar[frozenset[Trait]] = frozenset({"cache"})
+    leaves: ClassVar[frozenset[Trait]] = frozenset({"cache"})
     keeps_codes: ClassVar[bool] = True
 
     dtype: Number = Field("int8", description="int8, or fp8: floats E4M3")
@@ -52,7 +52,7 @@ class KeyValueCache(ModelPass):
         return self.scales != "token"
 
     @override
-    def undoes(self, trait: Trait) -> str | None:
+    def conflict_with(self, trait: Trait) -> str | None:
         return "would store as codes what is stored as codes already" if trait == "cache" else None
 
     @override

@@ -22,9 +22,9 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.residual import Residual
 from llmcompress.model.rotation import places
 from llmcompress.model.site import LinearSite
-from llmcompress.modules.before_linear import unwrapped
 from llmcompress.modules.rounded_inputs import fixed_scale, round_inputs
 from llmcompress.modules.scheme import Scheme, named_scheme
+from llmcompress.modules.transformed_input import unwrapped
 from llmcompress.numerics.basis import zero_mean_frame
 from llmcompress.numerics.fake_quant import passing
 from llmcompress.numerics.grid import restore, round_to_codes

@@ -20,7 +20,7 @@ from llmcompress.model.site import LinearSite
 from llmcompress.modules.scheme import DESCRIPTION, Scheme, named_scheme
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES, Backward, BlockPass, Trait
-from llmcompress.passes.inside import quantizer_with
+from llmcompress.passes.nested_quantizer import quantizer_with
 from llmcompress.passes.quantization.sensitivity import Sensitivity, rounding_losses
 from llmcompress.passes.quantizing import QuantizingPass
 from llmcompress.passes.schemes import resolve_scheme, site_schemes
@@ -60,7 +60,7 @@ class MixedPrecision(BlockPass):
     solution.
     """
 
-    makes: ClassVar[frozenset[Trait]] = frozenset({"codes"})
+    leaves: ClassVar[frozenset[Trait]] = frozenset({"codes"})
     decides: ClassVar[bool] = True
     whole_block: ClassVar[frozenset[str]] = frozenset({"quantizer", "bits", "budget", "sensitivity", "samples", "per"})
 
@@ -110,12 +110,12 @@ class MixedPrecision(BlockPass):
     def _consistent(self) -> Self:
         if self.bits is not None and self.budget is not None:
             raise ValueError("give `bits` or `budget`, not both (null takes one back)")
-        if not self.settled({}).quantizes():
+        if not self.with_decisions({}).quantizes():
             raise ValueError("the quantizer inside must round: remove `round: false`")
         return self
 
     @override
-    def settled(self, decisions: Mapping[str, Tensor]) -> QuantizingPass:
+    def with_decisions(self, decisions: Mapping[str, Tensor]) -> QuantizingPass:
         """The quantizer with what was decided as ordinary overrides; it works on the same sites and does the same."""
         names = {site: self.for_site(site).schemes[int(index)] for site, index in decisions.items()}
         common = Counter(names.values()).most_common(1)[0][0] if names else self.scheme
@@ -153,11 +153,11 @@ class MixedPrecision(BlockPass):
 
     def wants_dense(self) -> bool:
         """As the quantizer."""
-        return self.settled({}).wants_dense()
+        return self.with_decisions({}).wants_dense()
 
     def streams(self) -> bool:
         """Only errors of outputs are found block by block."""
-        return self.sensitivity == "output" and self.settled({}).streams()
+        return self.sensitivity == "output" and self.with_decisions({}).streams()
 
     def forwards(self) -> int:
         """Errors of the candidates take a stream of their own."""
@@ -209,11 +209,11 @@ class MixedPrecision(BlockPass):
 
     def run(self, block: BlockWork) -> list[SiteReport]:
         """What the quantizer does, with the schemes that were decided."""
-        return self.settled(self._here(block)).run(block)
+        return self.with_decisions(self._here(block)).run(block)
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
         """The same on sites that are measured already."""
-        return self.settled(self._here(block)).apply(block, sites)
+        return self.with_decisions(self._here(block)).apply(block, sites)
 
     def _here(self, block: BlockWork) -> dict[str, Tensor]:
         names = {site.name for site in block.sites}

@@ -16,7 +16,7 @@ from llmcompress.modules.scheme import DESCRIPTION, named_scheme
 from llmcompress.numerics.sample import InputSample
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES, BlockPass, Trait
-from llmcompress.passes.inside import quantizer_with
+from llmcompress.passes.nested_quantizer import quantizer_with
 from llmcompress.passes.quantizing import QuantizingPass
 from llmcompress.passes.schemes import site_schemes
 from llmcompress.records.rows import SiteReport
@@ -30,7 +30,7 @@ class MixtureOfFormats(BlockPass):
     only they are rounded, of outputs where activations are too.
     """
 
-    makes: ClassVar[frozenset[Trait]] = frozenset({"codes"})
+    leaves: ClassVar[frozenset[Trait]] = frozenset({"codes"})
     whole_block: ClassVar[frozenset[str]] = frozenset({"quantizer", "error"})
 
     schemes: tuple[str, ...] = Field(

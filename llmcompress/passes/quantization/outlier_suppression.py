@@ -22,7 +22,13 @@ from llmcompress.modules.scheme import DESCRIPTION, Scheme, named_scheme
 from llmcompress.numerics.clusters import Range
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES, BlockPass, Trait
-from llmcompress.passes.quantization.trial_network import Rearranged, TrialNetwork, calls_of, observed, trial_network
+from llmcompress.passes.quantization.block_reconstruction import (
+    Rearranged,
+    Reconstruction,
+    calls_of,
+    observed,
+    reconstruction_of,
+)
 from llmcompress.records.rows import SiteReport
 
 
@@ -49,7 +55,9 @@ class OutlierSuppression(BlockPass):
     readers of a linear (o_proj, down_proj) their own output.
     """
 
-    spoils: ClassVar[Mapping[Trait, str]] = {"ranges": "would shift and scale inputs that are rounded on fixed ranges"}
+    conflicts: ClassVar[Mapping[Trait, str]] = {
+        "ranges": "would shift and scale inputs that are rounded on fixed ranges"
+    }
 
     scheme: str = Field(
         "int8_channel_a8token", description=f"what the model will be rounded to, activations too: {DESCRIPTION}"
@@ -86,7 +94,7 @@ class OutlierSuppression(BlockPass):
         return rows
 
     def _suppress(self, block: BlockWork, fold: Fold, readers: Sequence[LinearSite]) -> list[SiteReport]:
-        network = trial_network(block, readers, enclosed=fold.producer_is_norm, batches=self.batches)
+        network = reconstruction_of(block, readers, enclosed=fold.producer_is_norm, batches=self.batches)
         schemes = [named_scheme(self.for_site(site.name).scheme) for site in readers]
         candidates = self._candidates(block, fold, readers[0].statistic(Range))
         errors = [_error(network, schemes, fold, each, readers[0].statistic(Range)) for each in candidates]
@@ -130,7 +138,7 @@ class OutlierSuppression(BlockPass):
 
 
 def _error(
-    network: TrialNetwork, schemes: Sequence[Scheme], fold: Fold, candidate: _Candidate, measured: Range
+    network: Reconstruction, schemes: Sequence[Scheme], fold: Fold, candidate: _Candidate, measured: Range
 ) -> float:
     map_C = torch.tensor(fold.channel_map, device=measured.low_I.device)
     shift_C, divide_C = candidate.shift_P[map_C], candidate.divide_P[map_C]

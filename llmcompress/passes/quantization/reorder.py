@@ -14,8 +14,8 @@ from typing_extensions import override
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.model.map import WidthGroup, WidthPart
 from llmcompress.model.site import LinearSite
-from llmcompress.modules.before_linear import ClusteredInput
 from llmcompress.modules.low_rank import linear_of
+from llmcompress.modules.transformed_input import ClusteredInput
 from llmcompress.numerics.clusters import Clusters, Range, cluster, grid_of, round_by_clusters
 from llmcompress.numerics.sample import InputSample
 from llmcompress.numerics.statistics import Statistic
@@ -45,8 +45,8 @@ class Reorder(BlockPass):
     ranges are the extremes of the calibration text; queries, keys and the cache are not rounded.
     """
 
-    makes: ClassVar[frozenset[Trait]] = frozenset({"ranges"})
-    spoils: ClassVar[Mapping[Trait, str]] = {
+    leaves: ClassVar[frozenset[Trait]] = frozenset({"ranges"})
+    conflicts: ClassVar[Mapping[Trait, str]] = {
         "pattern": "would move columns out of their N:M groups",
         "ranges": "would round inputs a second time",
     }

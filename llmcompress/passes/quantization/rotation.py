@@ -21,8 +21,8 @@ from llmcompress.model.residual_probe import find_residual
 from llmcompress.model.rotation import make_rotatable
 from llmcompress.model.site import LinearSite
 from llmcompress.model.units import feed_forward_readers
-from llmcompress.modules.before_linear import RotatedInput
 from llmcompress.modules.low_rank import linear_of
+from llmcompress.modules.transformed_input import RotatedInput
 from llmcompress.numerics.basis import random_basis
 from llmcompress.numerics.hadamard import hadamard, spreading_basis, transformed, uniform_basis
 from llmcompress.passes.base import PASSES, Backward, ModelPass, Trait
@@ -45,7 +45,7 @@ class Rotation(ModelPass):
     where norms subtract the mean the rotation keeps the direction of all ones; queries and keys are not rotated.
     """
 
-    spoils: ClassVar[Mapping[Trait, str]] = {
+    conflicts: ClassVar[Mapping[Trait, str]] = {
         "zeros": _MIXED,
         "pattern": _MIXED,
         "tables": "needs to rotate an embedding and a head that are ordinary tables",

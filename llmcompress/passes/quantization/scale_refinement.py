@@ -15,13 +15,13 @@ from llmcompress.numerics.grid import Fitted
 from llmcompress.numerics.scale_refinement import refine_scales
 from llmcompress.numerics.statistics import Gram
 from llmcompress.passes.base import PASSES
-from llmcompress.passes.quantization.around import AroundQuantizer
+from llmcompress.passes.quantization.quantizer_wrapper import QuantizerWrapper
 from llmcompress.passes.quantizing import relative_error
 from llmcompress.records.rows import SiteReport
 
 
 @PASSES.register("scale_refinement")
-class ScaleRefinement(AroundQuantizer):
+class ScaleRefinement(QuantizerWrapper):
     """After a quantizer, group scales by least squares on the output; no row of a weight gets worse.
 
     Source: the scale step of Egiazarian et al., arXiv 2401.06118 (AQLM) and of Nagel et al., arXiv 2106.08295, section

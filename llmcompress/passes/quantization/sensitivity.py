@@ -28,7 +28,7 @@ from llmcompress.numerics.ranges import fit
 from llmcompress.numerics.statistics import Gram
 from llmcompress.passes.quantizing import QuantizingPass
 from llmcompress.sensitivity.fill import Asker, Kinds, fill
-from llmcompress.sensitivity.gradients import Listener, OutputSquares, WeightGradients, oriented
+from llmcompress.sensitivity.gradients import GradientObserver, OutputSquares, WeightGradients, oriented
 from llmcompress.sensitivity.table import LossTable, Row
 
 Sensitivity = Literal["gradients", "rate", "fisher", "hessian", "kl", "output"]
@@ -122,7 +122,7 @@ class WeightedOutput(RelativeOutput):
 
     @property
     @override
-    def listeners(self) -> Sequence[Listener]:
+    def observers(self) -> Sequence[GradientObserver]:
         return (self.gradients,)
 
     @override
@@ -165,7 +165,7 @@ class Fisher(_SchemeAsker):
 
     @property
     @override
-    def listeners(self) -> Sequence[Listener]:
+    def observers(self) -> Sequence[GradientObserver]:
         return (self.gradients,)
 
     @override

@@ -68,7 +68,7 @@ def test_ranks_by_loss_weigh_directions_by_the_squared_gradients_along_them(monk
     wanted = {name: each[index] for name, each, index in zip(names, ranks, spend(options, budget), strict=True)}
     perplexities = iter([2.0, 1.0])  # uniform ranks would stay if the decided ones measured worse
     monkeypatch.setattr(WholeModel, "perplexity", lambda _: next(perplexities))
-    decided = block_pass("svd", ratio=RATIO, ranks="loss", sites="*.layers.0.*").decide(whole_model(FAMILY))
+    decided = block_pass("svd", fraction=RATIO, ranks="loss", sites="*.layers.0.*").decide(whole_model(FAMILY))
     assert {name: int(rank) for name, rank in decided.items()} == wanted
     assert len(set(wanted.values())) > 2
 

@@ -77,7 +77,7 @@ def test_with_all_rows_and_channels_kept_every_part_leaves_the_logits(family: st
 )
 def test_the_share_of_parameters_asked_for_is_gone(family: str, allocation: str) -> None:
     before = linear_parameters(tiny_model(family), family)
-    model, rows = compressed(family, block_pass("modegpt", ratio=0.25, allocation=allocation))
+    model, rows = compressed(family, block_pass("modegpt", fraction=0.25, allocation=allocation))
     after = linear_parameters(model, family)
     blocks = map_of(family).blocks
     attentions = find_attentions(tiny_model(family), 0, blocks[0].structure)
@@ -103,7 +103,7 @@ def moved_biases(family: str, attention: Attention) -> int:
 
 @pytest.mark.parametrize("family", ["llama", "llama_gqa", "phi3", "gpt2", "opt", "gpt_neox", "falcon", "cohere"])
 def test_ffns_alone_and_all_blocks_alike_give_a_plain_smaller_model(family: str) -> None:
-    model, rows = compressed(family, block_pass("modegpt", ratio=0.25, attention=False, allocation="uniform"))
+    model, rows = compressed(family, block_pass("modegpt", fraction=0.25, attention=False, allocation="uniform"))
     assert not any(isinstance(module, CompressedModule) for module in model.modules())
     stock = type(model)(copy.deepcopy(model.config)).eval()
     stock.load_state_dict(model.state_dict(), strict=True)
@@ -113,7 +113,7 @@ def test_ffns_alone_and_all_blocks_alike_give_a_plain_smaller_model(family: str)
 
 @pytest.mark.parametrize("family", SOME)
 def test_it_reloads_through_its_manifest_and_generates_with_a_cache(family: str) -> None:
-    model, _ = compressed(family, block_pass("modegpt", ratio=0.2))
+    model, _ = compressed(family, block_pass("modegpt", fraction=0.2))
     again = type(model)(copy.deepcopy(model.config)).eval()
     manifest = Manifest.from_json(json.loads(json.dumps(changes(model, again).to_json())))
     apply_manifest(again, manifest, torch.float32)
@@ -126,15 +126,15 @@ def test_it_reloads_through_its_manifest_and_generates_with_a_cache(family: str)
 
 @pytest.mark.parametrize("family", SOME)
 def test_refitted_channels_are_never_worse_than_deleted_ones_and_it_is_deterministic(family: str) -> None:
-    model, rows = compressed(family, block_pass("modegpt", ratio=0.3))
-    again, rows_again = compressed(family, block_pass("modegpt", ratio=0.3))
+    model, rows = compressed(family, block_pass("modegpt", fraction=0.3))
+    again, rows_again = compressed(family, block_pass("modegpt", fraction=0.3))
     assert rows == rows_again and torch.equal(logits(model), logits(again))
     refitted = [row for row in rows if row.error_before is not None]
     assert refitted and all(row.error is not None and row.error <= row.error_before for row in refitted)
 
 
 def test_rotary_pairs_stay_whole_and_are_the_same_for_all_query_heads_of_a_group() -> None:
-    model, _ = compressed("llama_gqa", block_pass("modegpt", ratio=0.25, allocation="uniform"))
+    model, _ = compressed("llama_gqa", block_pass("modegpt", fraction=0.25, allocation="uniform"))
     attention = model.model.layers[0].self_attn
     assert isinstance(attention.q_proj, SelectedRows) and isinstance(attention.k_proj, SelectedRows)
     width = 16
@@ -146,7 +146,7 @@ def test_rotary_pairs_stay_whole_and_are_the_same_for_all_query_heads_of_a_group
 
 
 def test_blocks_that_change_their_input_least_lose_most() -> None:
-    _, rows = compressed("llama", block_pass("modegpt", ratio=0.3, temperature=0.05))
+    _, rows = compressed("llama", block_pass("modegpt", fraction=0.3, temperature=0.05))
     blocks = sorted((row for row in rows if row.score is not None), key=lambda row: row.score or 0)
     removed = [row.removed or 0 for row in blocks]
     assert removed == sorted(removed, reverse=True) and removed[0] > removed[-1]
@@ -172,7 +172,7 @@ def test_influence_is_one_minus_the_cosine_of_what_enters_and_leaves_a_block(fam
 
 def test_only_selected_blocks_pay_for_all() -> None:
     before = linear_parameters(tiny_model("llama"), "llama")
-    model, rows = compressed("llama", block_pass("modegpt", ratio=0.2, exclude=("*.layers.0.*",)))
+    model, rows = compressed("llama", block_pass("modegpt", fraction=0.2, exclude=("*.layers.0.*",)))
     assert linear_parameters(model, "llama") == pytest.approx(0.8 * before, abs=200)
     assert not any(".layers.0" in row.site for row in rows)
     untouched = tiny_model("llama", seed=1).model.layers[0].state_dict()
@@ -182,20 +182,20 @@ def test_only_selected_blocks_pay_for_all() -> None:
 
 def test_more_than_can_go_is_refused_with_what_can() -> None:
     with pytest.raises(CompressError, match=r"at most 90\.0% can"):
-        compressed("llama", block_pass("modegpt", ratio=0.95))
+        compressed("llama", block_pass("modegpt", fraction=0.95))
     with pytest.raises(CompressError, match="cannot go"):
-        compressed("llama", block_pass("modegpt", ratio=0.2, attention=False, exclude="*.mlp.*"))
+        compressed("llama", block_pass("modegpt", fraction=0.2, attention=False, exclude="*.mlp.*"))
 
 
 def test_at_ratio_zero_nothing_is_touched() -> None:
-    model, rows = compressed("llama_gqa", block_pass("modegpt", ratio=0.0))
+    model, rows = compressed("llama_gqa", block_pass("modegpt", fraction=0.0))
     assert rows == []
     assert torch.equal(logits(model), logits(tiny_model("llama_gqa", seed=1)))
 
 
 def test_quantizing_afterwards_works_on_what_is_left() -> None:
     _, rows = compressed(
-        "llama_gqa", block_pass("modegpt", ratio=0.2, allocation="uniform"), block_pass("rtn", scheme="int8_channel")
+        "llama_gqa", block_pass("modegpt", fraction=0.2, allocation="uniform"), block_pass("rtn", scheme="int8_channel")
     )
     names = {row.site.rsplit(".layers.", 1)[1] for row in rows if row.algorithm == "rtn"}
     assert {"0.self_attn.q_proj.kept", "0.self_attn.o_proj.kept", "0.mlp.down_proj"} <= names

@@ -17,7 +17,7 @@ from tests.passes.decomposition.factored import compressed, logits, map_of
 def progressive(**options: Any) -> Any:
     return PASSES["progressive_low_rank"](
         **{
-            "ratio": 0.3,
+            "fraction": 0.3,
             "ranks": "uniform",
             "cuts": 2,
             "training": {"steps": 4, "batch": 4},
@@ -56,12 +56,12 @@ def test_training_moves_the_factors_and_repeats_itself() -> None:
 def test_with_hardly_any_training_one_cut_is_svd() -> None:
     still = {"steps": 1, "learning_rate": 1e-12, "batch": 4}
     model, _ = compressed("llama_gqa", progressive(cuts=1, training=still))
-    cut, _ = compressed("llama_gqa", PASSES["svd"](ratio=0.3, ranks="uniform", sites="*.mlp.*"))
+    cut, _ = compressed("llama_gqa", PASSES["svd"](fraction=0.3, ranks="uniform", sites="*.mlp.*"))
     torch.testing.assert_close(logits(model), logits(cut), atol=1e-4, rtol=0)
 
 
 def test_ranks_can_be_decided_and_sites_that_stay_dense_say_so() -> None:
-    _, rows = compressed("llama_gqa", progressive(ranks="energy", ratio=0.1, sites="*"))
+    _, rows = compressed("llama_gqa", progressive(ranks="energy", fraction=0.1, sites="*"))
     assert len({row.rank for row in rows}) > 2
     assert all(bool(row.degraded) == (row.rank is None) for row in rows)
 

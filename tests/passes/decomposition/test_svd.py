@@ -57,7 +57,7 @@ def test_a_rank_that_saves_nothing_leaves_the_site_dense_and_says_so(family: str
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameters_are_rank_times_outputs_plus_inputs_and_no_more_than_asked_for(family: str) -> None:
-    model, rows = compressed(family, block_pass("svd", ratio=0.3, ranks="uniform"))
+    model, rows = compressed(family, block_pass("svd", fraction=0.3, ranks="uniform"))
     sizes = {
         block.full(s.name): (s.outputs, s.inputs) for block in map_of(family).blocks for s in block.structure.sites
     }
@@ -83,7 +83,7 @@ def test_overrides_give_other_ranks_and_sites_outside_stay_bit_identical() -> No
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "mixtral"])
 def test_inputs_are_those_that_the_blocks_factored_before_really_give(family: str) -> None:
     """The reported error of a site is what its outputs lose on the inputs of the first block, measured from outside."""
-    model, rows = compressed(family, block_pass("svd", ratio=0.5, ranks="uniform"))
+    model, rows = compressed(family, block_pass("svd", fraction=0.5, ranks="uniform"))
     first = map_of(family).blocks[0]
     errors = {row.site: row for row in rows}
     dense = tiny_model(family, seed=1)
@@ -107,7 +107,7 @@ def test_the_gram_matrix_loses_less_than_no_metric_on_the_first_inputs(family: s
     """Of the first input group: later ones see other inputs."""
     errors = []
     for whitening in ("gram", "none"):
-        model, _ = compressed(family, block_pass("svd", ratio=0.5, ranks="uniform", whitening=whitening))
+        model, _ = compressed(family, block_pass("svd", fraction=0.5, ranks="uniform", whitening=whitening))
         whole = whole_model(family)
         block = next(iter(whole.stream()))
         sites = block.input_groups()[0]
@@ -123,7 +123,7 @@ def test_the_gram_matrix_loses_less_than_no_metric_on_the_first_inputs(family: s
 @pytest.mark.parametrize("rule", ["energy", "loss"])
 @pytest.mark.parametrize("family", ["llama_gqa", "gpt2", "qwen3_moe"])
 def test_decided_ranks_keep_to_one_budget(family: str, rule: str) -> None:
-    chosen = block_pass("svd", ratio=0.3, ranks=rule, round_to=2)
+    chosen = block_pass("svd", fraction=0.3, ranks=rule, round_to=2)
     whole = whole_model(family)
     before = {name: tensor.clone() for name, tensor in whole.model.state_dict().items()}
     decided = chosen.decide(whole)
@@ -131,7 +131,7 @@ def test_decided_ranks_keep_to_one_budget(family: str, rule: str) -> None:
     assert all(not parameter.grad for parameter in whole.model.parameters())
     assert set(decided) == set(map_of(family).site_names())
     model, rows = compressed(family, chosen)
-    _, uniform = compressed(family, block_pass("svd", ratio=0.3, ranks="uniform", round_to=2))
+    _, uniform = compressed(family, block_pass("svd", fraction=0.3, ranks="uniform", round_to=2))
     equal = sum(row.parameters or 0 for row in uniform)
     assert 0.95 * equal < sum(row.parameters or 0 for row in rows) <= equal
     for row in rows:
@@ -141,9 +141,9 @@ def test_decided_ranks_keep_to_one_budget(family: str, rule: str) -> None:
 
 
 def test_an_override_can_fix_a_rank_and_the_budget_is_of_the_others() -> None:
-    fixed = {"*.down_proj": {"ratio": None, "rank": 5}}
-    _, rows = compressed("llama_gqa", block_pass("svd", ratio=0.3, overrides=fixed))
-    _, uniform = compressed("llama_gqa", block_pass("svd", ratio=0.3, ranks="uniform", exclude="*.down_proj"))
+    fixed = {"*.down_proj": {"fraction": None, "rank": 5}}
+    _, rows = compressed("llama_gqa", block_pass("svd", fraction=0.3, overrides=fixed))
+    _, uniform = compressed("llama_gqa", block_pass("svd", fraction=0.3, ranks="uniform", exclude="*.down_proj"))
     others = [row.parameters or 0 for row in rows if "down_proj" not in row.site]
     assert (
         0.9 * sum(row.parameters or 0 for row in uniform) < sum(others) <= sum(row.parameters or 0 for row in uniform)
@@ -153,7 +153,7 @@ def test_an_override_can_fix_a_rank_and_the_budget_is_of_the_others() -> None:
 
 @pytest.mark.parametrize("after", [9.0, 11.0])
 def test_ranks_by_loss_stay_uniform_unless_the_loss_falls(monkeypatch: pytest.MonkeyPatch, after: float) -> None:
-    whole, chosen = whole_model("llama_gqa"), block_pass("svd", ratio=0.3)
+    whole, chosen = whole_model("llama_gqa"), block_pass("svd", fraction=0.3)
     measured = iter([10.0, after])
     monkeypatch.setattr(WholeModel, "perplexity", lambda _: next(measured))
     decided = chosen.decide(whole)
@@ -189,7 +189,7 @@ def test_squared_gradients_equal_those_taken_one_site_at_a_time() -> None:
 
 
 def test_refitted_left_factors_lose_no_more_on_the_inputs_that_the_factored_block_gives() -> None:
-    plain, refitted = (block_pass("svd", ratio=0.5, ranks="uniform", refit=refit) for refit in (False, True))
+    plain, refitted = (block_pass("svd", fraction=0.5, ranks="uniform", refit=refit) for refit in (False, True))
     models = [compressed("llama_gqa", each) for each in (plain, refitted)]
     first = map_of("llama_gqa").blocks[0]
     name = first.full("mlp.down_proj")
@@ -223,14 +223,14 @@ def test_how_many_windows_go_at_once_changes_no_gradient(monkeypatch: pytest.Mon
 def test_no_tokens_means_plain_singular_values_and_the_row_says_so() -> None:
     """Experts to which no calibration token was routed."""
     data = torch.full((1, 2), 5)
-    model, rows = compressed("qwen3_moe", block_pass("svd", ratio=0.3, ranks="uniform"), data=data)
+    model, rows = compressed("qwen3_moe", block_pass("svd", fraction=0.3, ranks="uniform"), data=data)
     assert torch.isfinite(logits(model)).all()
     for row in rows:
         assert (row.tokens == 0) == bool(row.degraded and "no tokens" in row.degraded), row
 
 
 def test_svd_is_deterministic() -> None:
-    chosen = block_pass("svd", ratio=0.3, ranks="loss", refit=True)
+    chosen = block_pass("svd", fraction=0.3, ranks="loss", refit=True)
     (one, rows), (two, rows_again) = compressed("llama", chosen), compressed("llama", chosen)
     assert rows == rows_again
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
@@ -251,11 +251,11 @@ def test_without_data_only_plain_singular_values_work() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"ratio": 0.2, "rank": 4}, "not both"),
-        ({"rank": 4, "ranks": "loss"}, "needs a `ratio`"),
+        ({"fraction": 0.2, "rank": 4}, "not both"),
+        ({"rank": 4, "ranks": "loss"}, "needs a `fraction`"),
         ({"alpha": 0.5}, "whitening: activation"),
         ({"overrides": {"*": {"whitening": "none"}}}, "cannot differ from site to site"),
-        ({"ratio": 1.0}, "less than 1"),
+        ({"fraction": 1.0}, "less than 1"),
     ],
     ids=str,
 )
@@ -279,6 +279,6 @@ def test_quantizers_work_on_the_factors_that_svd_left(family: str) -> None:
 
 
 def test_factors_survive_the_checkpoints_dtype_unchanged() -> None:
-    model, _ = compressed("llama_gqa", block_pass("svd", ratio=0.3), dtype=torch.bfloat16)
+    model, _ = compressed("llama_gqa", block_pass("svd", fraction=0.3), dtype=torch.bfloat16)
     for key, tensor in model.model.layers.state_dict().items():
         assert torch.equal(tensor, tensor.bfloat16().float()), key

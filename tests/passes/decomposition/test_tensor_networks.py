@@ -58,14 +58,14 @@ def test_a_tensor_train_stays_within_its_tolerance(family: str, eps: float, ways
 
 
 @pytest.mark.parametrize("name", ["tensor_train", "tucker"])
-@pytest.mark.parametrize("ratio", [0.2, 0.7])
-def test_ratios_are_kept_and_it_reloads(name: str, ratio: float) -> None:
-    model, rows = compressed("llama_gqa", block_pass(name, ratio=ratio))
+@pytest.mark.parametrize("fraction", [0.2, 0.7])
+def test_ratios_are_kept_and_it_reloads(name: str, fraction: float) -> None:
+    model, rows = compressed("llama_gqa", block_pass(name, fraction=fraction))
     dense = tiny_model("llama_gqa")
     kind = TensorTrainLinear if name == "tensor_train" else TuckerLinear
     assert rows and all(isinstance(model.get_submodule(row.site), kind) for row in rows)
     for row in rows:
-        assert (row.parameters or 0) <= (1 - ratio) * dense.get_submodule(row.site).weight.numel()
+        assert (row.parameters or 0) <= (1 - fraction) * dense.get_submodule(row.site).weight.numel()
     assert torch.equal(logits(reloaded(model)), logits(model))
     assert (logits(model) - logits(tiny_model("llama_gqa", seed=1))).abs().max() > 0
 
@@ -73,15 +73,15 @@ def test_ratios_are_kept_and_it_reloads(name: str, ratio: float) -> None:
 def test_less_removed_loses_less() -> None:
     for name in ("tensor_train", "tucker"):
         lost = [
-            sum(row.score or 0 for row in compressed("llama", block_pass(name, ratio=ratio))[1])
-            for ratio in (0.1, 0.4, 0.7)
+            sum(row.score or 0 for row in compressed("llama", block_pass(name, fraction=fraction))[1])
+            for fraction in (0.1, 0.4, 0.7)
         ]
         assert lost == sorted(lost) and lost[0] < lost[-1]
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_gqa", "opt", "gpt_neox", "falcon", "bloom"])
 def test_tucker_works_on_linears_of_heads_only_with_their_biases(family: str) -> None:
-    model, rows = compressed(family, block_pass("tucker", ratio=0.1))
+    model, rows = compressed(family, block_pass("tucker", fraction=0.1))
     touched = {row.site.split(".")[-1] for row in rows if not row.degraded}
     assert touched and not any("mlp" in row.site or "fc" in row.site for row in rows)
     assert torch.isfinite(logits(model)).all()
@@ -112,7 +112,7 @@ def test_at_full_rank_the_embedding_is_exact(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_gqa", "gpt2", "opt", "gemma2", "llama_odd"])
-@pytest.mark.parametrize("options", [{"rank": 2}, {"ratio": 0.5, "ways": 3}, {"eps": 0.9}])
+@pytest.mark.parametrize("options", [{"rank": 2}, {"fraction": 0.5, "ways": 3}, {"eps": 0.9}])
 def test_an_embedding_of_tensor_trains_counts_its_parameters_honestly(family: str, options: dict[str, Any]) -> None:
     dense = tiny_model(family, seed=1)
     tied = map_of(family).tied
@@ -131,12 +131,12 @@ def test_an_embedding_of_tensor_trains_counts_its_parameters_honestly(family: st
 
 
 def test_a_tied_head_shares_the_trains_or_is_refused_when_that_is_larger() -> None:
-    model, rows = compressed("llama_gqa", PASSES["tensorgpt"](ratio=0.6, head="share"))
+    model, rows = compressed("llama_gqa", PASSES["tensorgpt"](fraction=0.6, head="share"))
     assert isinstance(model.get_output_embeddings(), TensorTrainHead)
     assert torch.equal(model.get_output_embeddings().dense_weight(), model.get_input_embeddings().dense_weight())
     assert parameters(model) < parameters(tiny_model("llama_gqa")) and len(rows) == 2
     assert torch.equal(logits(reloaded(model)), logits(model))
-    same, rows = compressed("llama_gqa", PASSES["tensorgpt"](ratio=0.2, head="share"))
+    same, rows = compressed("llama_gqa", PASSES["tensorgpt"](fraction=0.2, head="share"))
     assert "twice" in (rows[0].degraded or "")
     assert torch.equal(logits(same), logits(tiny_model("llama_gqa", seed=1)))
     with pytest.raises(CompressError, match="the head is the embedding"):
@@ -162,7 +162,7 @@ def test_more_rank_loses_less_and_a_scaled_embedding_keeps_its_scale() -> None:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("tensor_train", {"eps": 0.1, "ratio": 0.2}), ("tensorgpt", {"rank": 2, "ratio": 0.2})],
+    [("tensor_train", {"eps": 0.1, "fraction": 0.2}), ("tensorgpt", {"rank": 2, "fraction": 0.2})],
 )
 def test_two_budgets_are_refused(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="give "):

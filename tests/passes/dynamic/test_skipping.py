@@ -129,7 +129,7 @@ def test_the_judge_of_an_exit_follows_the_divergence_it_foretells() -> None:
     read = [model.model.norm, model.lm_head]
     EarlyExit(threshold=0.5, exits=(1,), ridge=1e-6, jump=False).apply(whole_of(model))
     true = divergence(read, final, here).log()
-    foretold = find_blocks(model)[1][1].judge(here).log()
+    foretold = find_blocks(model)[1][1].predictor(here).log()
     assert (foretold - true).square().mean() < 0.7 * true.var()
 
 
@@ -222,5 +222,5 @@ def test_the_test_before_a_block_follows_the_influence_it_foretells() -> None:
     for index, (_, block) in enumerate(find_blocks(model)):
         before, after = torch.cat(states[index]), torch.cat(states[index + 1])
         influence = (1 - torch.cosine_similarity(before, after, dim=1)).log()
-        foretold = block.judge(before).log()
+        foretold = block.predictor(before).log()
         assert (foretold - influence).square().mean() < 0.7 * influence.var()

@@ -204,6 +204,6 @@ def test_reinitialising_around_zeros_keeps_exactly_those() -> None:
 
 
 def test_only_a_reinitialisation_that_keeps_zeros_may_follow_pruning() -> None:
-    assert PASSES["reinitialise"]().undoes("zeros")
-    assert PASSES["reinitialise"](keep_zeros=True).undoes("zeros") is None  # type: ignore[call-arg]
-    assert PASSES["reinitialise"](keep_zeros=True).undoes("shapes")  # type: ignore[call-arg]
+    assert PASSES["reinitialise"]().conflict_with("zeros")
+    assert PASSES["reinitialise"](keep_zeros=True).conflict_with("zeros") is None  # type: ignore[call-arg]
+    assert PASSES["reinitialise"](keep_zeros=True).conflict_with("shapes")  # type: ignore[call-arg]

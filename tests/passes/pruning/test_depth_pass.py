@@ -106,7 +106,7 @@ def slow_perplexity(model, gone):
 def test_block_influence_is_one_minus_the_mean_cosine_of_input_and_output(first):
     model = llama()
     expected = slow_influence(model, first)
-    result = run(model, depth(remove=BLOCKS - 1, skip_first_token=bool(first)))
+    result = run(model, depth(count=BLOCKS - 1, skip_first_token=bool(first)))
     assert removed(result.rows) == sorted(range(BLOCKS), key=expected.__getitem__)[: BLOCKS - 1]
     for row in result.rows:
         assert row.score == pytest.approx(expected[removed([row])[0]], abs=1e-6)
@@ -123,7 +123,7 @@ def test_greedy_influence_is_measured_anew_on_what_is_left():
         values = dict(zip(left, (slow_influence(without)[index] for index in left), strict=True))
         gone.append(min(values, key=values.__getitem__))
         scores.append(values[gone[-1]])
-    rows = run(llama(), depth(remove=3, mode="greedy")).rows
+    rows = run(llama(), depth(count=3, mode="greedy")).rows
     assert removed(rows) == gone
     assert [row.score for row in rows] == pytest.approx(scores, abs=1e-6)
 
@@ -137,7 +137,7 @@ def test_contiguous_blocks_have_the_least_angle_between_them(count):
         cosines = mean_cosine(seen[start], seen[start + count])
         angles.append(sum(math.acos(cosine) for cosine in cosines) / len(cosines) / math.pi)
     best = min(range(len(angles)), key=angles.__getitem__)
-    rows = run(model, depth(remove=count, mode="contiguous")).rows
+    rows = run(model, depth(count=count, mode="contiguous")).rows
     assert removed(rows) == list(range(best, best + count))
     assert [row.score for row in rows] == pytest.approx([angles[best]] * count, abs=1e-6)
 
@@ -148,7 +148,7 @@ def test_greedy_perplexity_removes_the_block_without_which_perplexity_is_lowest_
     for _ in range(2):
         values = {i: slow_perplexity(model, [*gone, i]) for i in range(BLOCKS) if i not in gone}
         gone.append(min(values, key=values.__getitem__))
-    rows = run(llama(), depth(remove=2, score="perplexity", mode="greedy")).rows
+    rows = run(llama(), depth(count=2, score="perplexity", mode="greedy")).rows
     assert removed(rows) == gone
     assert rows[-1].score == pytest.approx(slow_perplexity(model, gone), rel=1e-4)
 
@@ -156,7 +156,7 @@ def test_greedy_perplexity_removes_the_block_without_which_perplexity_is_lowest_
 def test_perplexity_in_one_shot_ranks_blocks_by_what_each_alone_costs():
     model = llama()
     values = [slow_perplexity(model, [index]) for index in range(BLOCKS)]
-    rows = run(llama(), depth(remove=3, score="perplexity")).rows
+    rows = run(llama(), depth(count=3, score="perplexity")).rows
     assert removed(rows) == sorted(range(BLOCKS), key=values.__getitem__)[:3]
     assert [row.score for row in rows] == pytest.approx(sorted(values)[:3], rel=1e-4)
 
@@ -165,7 +165,7 @@ def test_contiguous_perplexity_tries_every_run():
     model = llama()
     values = [slow_perplexity(model, [start, start + 1]) for start in range(BLOCKS - 1)]
     best = min(range(BLOCKS - 1), key=values.__getitem__)
-    assert removed(run(llama(), depth(remove=2, score="perplexity", mode="contiguous")).rows) == [best, best + 1]
+    assert removed(run(llama(), depth(count=2, score="perplexity", mode="contiguous")).rows) == [best, best + 1]
 
 
 @torch.no_grad()
@@ -174,7 +174,7 @@ def test_in_every_family_the_smaller_model_is_the_dense_one_with_that_block_skip
     model = tiny_model(family)
     data = tiny_tokens(family, batch=3, length=10, seed=3)
     dense = tiny_model(family)
-    result = run(model, depth(remove=1), data=data)
+    result = run(model, depth(count=1), data=data)
     expected = with_blocks_skipped(dense, removed(result.rows))(data, use_cache=False).logits
     torch.testing.assert_close(result.model(data).logits, expected, rtol=1e-4, atol=2e-5)
     before = map_model(dense).blocks
@@ -191,19 +191,19 @@ def test_a_block_that_does_nothing_goes_first_and_nobody_notices():
     for mode in ("one_shot", "contiguous"):
         trial = llama()
         trial.load_state_dict(model.state_dict())
-        result = run(trial, depth(remove=1, mode=mode))
+        result = run(trial, depth(count=1, mode=mode))
         assert removed(result.rows) == [3]
         torch.testing.assert_close(result.model(windows()).logits, before, rtol=1e-5, atol=1e-5)
 
 
 def test_random_blocks_depend_on_the_seed_alone_and_need_no_data():
     empty = torch.empty(0, 4, dtype=torch.long)
-    draws = [removed(run(llama(), depth(remove=2, score="random"), seed=seed, data=empty).rows) for seed in range(6)]
-    assert draws[0] == removed(run(llama(), depth(remove=2, score="random"), seed=0, data=empty).rows)
+    draws = [removed(run(llama(), depth(count=2, score="random"), seed=seed, data=empty).rows) for seed in range(6)]
+    assert draws[0] == removed(run(llama(), depth(count=2, score="random"), seed=0, data=empty).rows)
     assert len({tuple(draw) for draw in draws}) > 1
-    assert not depth(remove=2, score="random").uses_data()
+    assert not depth(count=2, score="random").uses_data()
     runs = [
-        removed(run(llama(), depth(remove=2, score="random", mode="contiguous"), seed=s, data=empty).rows)
+        removed(run(llama(), depth(count=2, score="random", mode="contiguous"), seed=s, data=empty).rows)
         for s in (0, 1)
     ]
     assert all(second - first == 1 for first, second in runs)
@@ -212,8 +212,8 @@ def test_random_blocks_depend_on_the_seed_alone_and_need_no_data():
 @torch.no_grad()
 def test_rounding_before_or_after_gives_blocks_with_codes():
     rtn = PASSES["rtn"](scheme="int8_channel")
-    after = run(llama(), depth(remove=2), rtn)
-    before = run(llama(), rtn, depth(remove=2))
+    after = run(llama(), depth(count=2), rtn)
+    before = run(llama(), rtn, depth(count=2))
     assert removed(after.rows[:2]) == removed(before.rows[-2:])
     torch.testing.assert_close(after.model(windows()).logits, before.model(windows()).logits, rtol=1e-3, atol=1e-3)
     assert all(len(find_blocks(result.model)) == 3 for result in (after, before))
@@ -230,31 +230,33 @@ def test_the_model_is_the_same_while_blocks_are_scored():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for score in ("block_influence", "perplexity"):
         for mode in ("one_shot", "greedy", "contiguous"):
-            depth(remove=2, score=score, mode=mode)._chosen(whole, 2)
+            depth(count=2, score=score, mode=mode)._chosen(whole, 2)
     assert len(find_blocks(model)) == BLOCKS
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize(
-    ("remove", "blocks", "expected"), [(3, 5, 3), (0.25, 32, 8), (0.25, 5, 1), (0.01, 5, 1), (0.5, 3, 2)]
+    ("asked", "blocks", "expected"), [(3, 5, 3), (0.25, 32, 8), (0.25, 5, 1), (0.01, 5, 1), (0.5, 3, 2)]
 )
-def test_a_share_is_rounded_to_blocks(remove, blocks, expected):
-    assert depth(remove=remove).count(blocks) == expected
+def test_a_fraction_is_rounded_to_blocks(asked, blocks, expected):
+    option = "count" if isinstance(asked, int) else "fraction"
+    assert depth(**{option: asked}).blocks_to_remove(blocks) == expected
 
 
-@pytest.mark.parametrize("remove", [5, 7, 0.95])
-def test_one_block_must_stay(remove):
+@pytest.mark.parametrize("asked", [{"count": 5}, {"count": 7}, {"fraction": 0.95}])
+def test_one_block_must_stay(asked):
     with pytest.raises(CompressError, match=r"depth\.nothing-left"):
-        run(llama(), depth(remove=remove))
+        run(llama(), depth(**asked))
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"remove": 0},
-        {"remove": 1.5},
-        {"remove": 1, "score": "random", "mode": "greedy"},
-        {"remove": 1, "score": "perplexity", "skip_first_token": True},
+        {"count": 0},
+        {"fraction": 1.5},
+        {"count": 1, "fraction": 0.5},
+        {"count": 1, "score": "random", "mode": "greedy"},
+        {"count": 1, "score": "perplexity", "skip_first_token": True},
     ],
 )
 def test_options_that_mean_nothing_are_refused(options):

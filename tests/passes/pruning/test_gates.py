@@ -81,11 +81,11 @@ def test_folded_gates_compute_what_the_gates_did(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama_odd", "gpt2", "opt", "phi3", "falcon", *ALIBI])
 def test_the_removed_model_computes_what_the_folded_one_did(family: str) -> None:
     """Everything but the shrinking is repeated by hand; the closed units may be cut off and nothing changes."""
-    model, chosen = tiny_model(family), make(kind="slimming", ratio=0.3)
+    model, chosen = tiny_model(family), make(kind="slimming", fraction=0.3)
     if family in ALIBI:
         with pytest.raises(CompressError, match="heads"):
             compressed(family, make(training={**BRIEF, "steps": 10**9}))
-        chosen = make(kind="slimming", ratio=0.3, heads=False)
+        chosen = make(kind="slimming", fraction=0.3, heads=False)
     whole = whole_model(model, family)
     groups = chosen._groups(whole.map)
     if not groups:
@@ -112,7 +112,7 @@ def test_every_kind_keeps_the_budget(kind: Any, allocation: Any) -> None:
         with pytest.raises(ValidationError, match="global"):
             make(kind=kind)
         return
-    chosen = make(kind=kind, allocation=allocation, heads=False, ratio=0.25, floor=0.0)
+    chosen = make(kind=kind, allocation=allocation, heads=False, fraction=0.25, floor=0.0)
     groups = chosen._groups(map_of("llama"))
     result = compressed("llama", chosen)
     kept = [result.model.model.layers[index].mlp.down_proj.weight.shape[1] for index in range(3)]
@@ -124,7 +124,7 @@ def test_every_kind_keeps_the_budget(kind: Any, allocation: Any) -> None:
 
 
 def test_heads_per_layer_are_as_asked_and_the_config_says_so() -> None:
-    result = compressed("llama", make(kind="hard_concrete", channels=False, ratio=0.5))
+    result = compressed("llama", make(kind="hard_concrete", channels=False, fraction=0.5))
     assert result.model.config.num_attention_heads == 2 == result.model.config.num_key_value_heads
     assert {row.removed for row in result.rows} == {2} and len(result.rows) == 12
 
@@ -160,7 +160,7 @@ def test_units_that_do_nothing_are_the_first_to_go(kind: Any) -> None:
             layer.mlp.up_proj.weight.data[dead] *= 1e-3
             layer.mlp.gate_proj.weight.data[dead] *= 1e-3
     chosen = make(
-        kind=kind, heads=False, ratio=0.4, allocation=ALLOCATION.get(kind, "uniform"), floor=0.0,
+        kind=kind, heads=False, fraction=0.4, allocation=ALLOCATION.get(kind, "uniform"), floor=0.0,
         training={**BRIEF, "steps": 24, "learning_rate": 1e-5},
     )  # fmt: skip
     whole = whole_model(model, "llama")

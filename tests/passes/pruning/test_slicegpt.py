@@ -82,18 +82,18 @@ def logits(model: PreTrainedModel) -> Tensor:
 def test_nothing_sliced_leaves_the_logits_or_is_refused_with_the_reason(family, form):
     if (family, form) in REFUSED:
         with pytest.raises(CompressError, match=REFUSED[family, form]):
-            sliced(family, ratio=0.0, form=form)
+            sliced(family, fraction=0.0, form=form)
         return
     dense = logits(tiny_model(family, seed=1))
     # a basis of its own at every place, far from the identity: every skip and every reader must undo another one
     for basis in ("pca", "random"):
-        model, _ = sliced(family, ratio=0.0, form=form, basis=basis)
+        model, _ = sliced(family, fraction=0.0, form=form, basis=basis)
         torch.testing.assert_close(logits(model), dense, rtol=0, atol=1e-4 * float(dense.abs().max()))
 
 
 @pytest.mark.parametrize("family", PLAIN)
 def test_one_basis_gives_a_stock_model_with_a_plain_config(family):
-    model, rows = sliced(family, ratio=0.25)
+    model, rows = sliced(family, fraction=0.25)
     text = model.config.get_text_config()
     width = 24 if family == "llama_odd" else 48  # 31 of 42, rounded down to a multiple of 8
     assert text.hidden_size == width
@@ -111,7 +111,7 @@ def test_one_basis_gives_a_stock_model_with_a_plain_config(family):
 
 def test_families_without_a_head_size_keep_their_config_and_describe_the_rest():
     for family in ("gpt2", "gpt_neox", "stablelm"):
-        model, _ = sliced(family, ratio=0.25)
+        model, _ = sliced(family, fraction=0.25)
         assert model.config.hidden_size == 64
         assert changes(model, stock_outline(model)).shapes
         assert torch.isfinite(logits(model)).all()
@@ -132,7 +132,9 @@ def test_embeddings_scaled_by_the_width_make_up_for_the_smaller_width():
     randomise(model, 0)
     dense = logits(model)
     before = find_residual(model).width
-    small, _ = sliced("gemma", model=model, ratio=0.01, round_to=1)  # one channel of random directions: hardly a loss
+    small, _ = sliced(
+        "gemma", model=model, fraction=0.01, round_to=1
+    )  # one channel of random directions: hardly a loss
     assert (before, small.config.hidden_size) == (64, 63)
     assert not changes(small, stock_outline(small))
     assert float((logits(small) - dense).abs().mean() / dense.abs().mean()) < 0.2
@@ -156,14 +158,14 @@ def test_shortcuts_have_the_parameters_of_the_papers_formula():
         num_attention_heads=4,
     )
     randomise(small, 0)  # without a bias in the last norm the head would get none
-    model, rows = sliced("opt-96", model=small, ratio=0.2, form="shortcuts")
+    model, rows = sliced("opt-96", model=small, fraction=0.2, form="shortcuts")
     expected = opt_with_shortcuts(vocabulary=VOCABULARY, positions=40, width=96, kept=72, ffn=200, layers=3)
     assert parameters(model) == expected
     assert sum(row.parameters or 0 for row in rows) == expected  # norms have none
 
 
 def test_rows_tell_what_every_part_has_lost():
-    _, rows = sliced("llama", ratio=0.25, form="shortcuts")
+    _, rows = sliced("llama", fraction=0.25, form="shortcuts")
     by_site = {row.site: row for row in rows}
     assert by_site["lm_head"].removed == 0  # as in the paper
     assert by_site["model.embed_tokens"].removed == by_site["model.layers.1"].removed == 16
@@ -173,8 +175,8 @@ def test_rows_tell_what_every_part_has_lost():
 
 @pytest.mark.parametrize("form", ["global", "shortcuts"])
 def test_a_cache_changes_nothing_and_the_seed_decides(form):
-    model, rows = sliced("llama_gqa", ratio=0.25, form=form)
-    again, rows_again = sliced("llama_gqa", ratio=0.25, form=form)
+    model, rows = sliced("llama_gqa", fraction=0.25, form=form)
+    again, rows_again = sliced("llama_gqa", fraction=0.25, form=form)
     assert torch.equal(logits(model), logits(again)) and rows == rows_again
     prompt = windows(1, 6, seed=4)
     plain, cached = (model.generate(prompt, max_new_tokens=8, do_sample=False, use_cache=use) for use in (False, True))
@@ -183,11 +185,11 @@ def test_a_cache_changes_nothing_and_the_seed_decides(form):
 
 @pytest.mark.parametrize("form", ["global", "shortcuts"])
 def test_later_passes_quantize_the_smaller_linears(form):
-    model, _ = sliced("llama_gqa", PASSES["rtn"](scheme="int8_channel"), ratio=0.25, form=form)
+    model, _ = sliced("llama_gqa", PASSES["rtn"](scheme="int8_channel"), fraction=0.25, form=form)
     quantized = [module for module in model.modules() if isinstance(module, QuantLinear)]
     assert len(quantized) == 3 * 7
     assert {module.in_features for module in quantized} == {48, 64, 96}
-    only_sliced, _ = sliced("llama_gqa", ratio=0.25, form=form)
+    only_sliced, _ = sliced("llama_gqa", fraction=0.25, form=form)
     near = 0.1 * float(logits(only_sliced).abs().max())
     torch.testing.assert_close(logits(model), logits(only_sliced), rtol=0, atol=near)
 
@@ -211,8 +213,10 @@ def test_a_random_basis_needs_no_text():
 
 def test_what_cannot_be_is_refused():
     with pytest.raises(CompressError, match="round_to"):
-        sliced("llama", ratio=0.95)
+        sliced("llama", fraction=0.95)
     with pytest.raises(ValidationError, match="belong to `form: global`"):
         SliceGPT(form="shortcuts", refit=False)
-    assert SliceGPT().undoes("zeros") and SliceGPT().undoes("pattern") and SliceGPT().undoes("codes")
-    assert SliceGPT().undoes("shapes") is None
+    assert (
+        SliceGPT().conflict_with("zeros") and SliceGPT().conflict_with("pattern") and SliceGPT().conflict_with("codes")
+    )
+    assert SliceGPT().conflict_with("shapes") is None

@@ -20,7 +20,7 @@ READERS = 0.3
 def test_directions_kept_are_those_that_norms_see_and_readers_read_every_norm_alike() -> None:
     dense = tiny_model("llama", seed=1)
     sliced, _ = apply_passes(
-        tiny_model("llama", seed=1), map_model(dense), (SliceGPT(ratio=0.25),), RunContext(windows(), batch=4)
+        tiny_model("llama", seed=1), map_model(dense), (SliceGPT(fraction=0.25),), RunContext(windows(), batch=4)
     )
     readers = {"model.norm": [dense.lm_head]}
     for index, layer in enumerate(dense.model.layers):

@@ -75,7 +75,7 @@ def kept(group: UnitGroup, decisions: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pruned_is_masked_and_the_count_is_the_formula(family: str) -> None:
-    width = Width(ratio=0.4, score="l2", refit="none", heads=family not in ALL_HEADS_NEEDED)
+    width = Width(fraction=0.4, score="l2", refit="none", heads=family not in ALL_HEADS_NEEDED)
     dense = tiny_model(family, seed=1)
     groups = unit_groups(map_of(family))
     decisions = width.decide(whole_model(family))
@@ -101,7 +101,7 @@ def test_pruned_is_masked_and_the_count_is_the_formula(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama_gqa", "gpt2", "phi3", "opt", "mixtral"])
 def test_nothing_to_remove_leaves_every_bit(family: str) -> None:
     before = tiny_model(family, seed=1).state_dict()
-    for pass_ in (Width(ratio=0.0), Width(ratio=0.0, allocation="global", score="fisher"), Bonsai(ratio=0.0)):
+    for pass_ in (Width(fraction=0.0), Width(fraction=0.0, allocation="global", score="fisher"), Bonsai(fraction=0.0)):
         model, rows = pruned(family, pass_)
         assert not rows
         for key, tensor in model.state_dict().items():
@@ -115,7 +115,7 @@ def test_the_description_names_every_score() -> None:
 
 @pytest.mark.parametrize("score", list(SCORES))
 def test_every_score_is_deterministic_and_keeps_the_count(score: str) -> None:
-    width = Width(ratio=0.3, score=score, channels=True)
+    width = Width(fraction=0.3, score=score, channels=True)
     first, again = (width.decide(whole_model("llama_gqa")) for _ in range(2))
     assert first.keys() == again.keys() and all(torch.equal(first[key], again[key]) for key in first)
     # 2 KV groups × 0.7 is nearest to 1, 96 channels × 0.7 to 67
@@ -142,14 +142,14 @@ def test_every_score_is_deterministic_and_keeps_the_count(score: str) -> None:
     ],
 )
 def test_scores_and_refits_run_on_conv1d_fused_and_routed_linears(family: str, score: str) -> None:
-    model, rows = pruned(family, Width(ratio=0.5, score=score, damping=0.1))
+    model, rows = pruned(family, Width(fraction=0.5, score=score, damping=0.1))
     assert rows and torch.isfinite(logits(model)).all()
 
 
 @pytest.mark.parametrize("refit", ["columns", "scales", "bias", "none"])
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
 def test_refits_never_raise_the_error_of_a_reader(family: str, refit: Any) -> None:
-    model, rows = pruned(family, Width(ratio=0.5, score="random", refit=refit))
+    model, rows = pruned(family, Width(fraction=0.5, score="random", refit=refit))
     readers = [row for row in rows if row.error is not None]
     assert bool(readers) == (refit != "none")
     for row in readers:
@@ -167,7 +167,7 @@ def test_a_refit_of_duplicated_channels_is_exact() -> None:
         for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
             linear.weight.data[48:] = linear.weight.data[:48]
     dense = logits(model)
-    small, rows = pruned("llama", Width(ratio=0.5, heads=False, score="uniqueness", damping=1e-8), model)
+    small, rows = pruned("llama", Width(fraction=0.5, heads=False, score="uniqueness", damping=1e-8), model)
     torch.testing.assert_close(logits(small), dense, atol=2e-3 * float(dense.abs().max()), rtol=0)
     assert all(row.removed == 48 for row in rows)
 
@@ -178,9 +178,9 @@ def test_heads_and_channels_can_be_left_alone_and_unselected_sites_stay() -> Non
         ({"heads": False}, "mlp"),
         ({"channels": False}, "self_attn"),
         ({"sites": "*.mlp.*", "exclude": "*.layers.0.*"}, "mlp"),
-        ({"overrides": {"*.layers.0.*": {"ratio": 0.0}}, "heads": False}, "mlp"),
+        ({"overrides": {"*.layers.0.*": {"fraction": 0.0}}, "heads": False}, "mlp"),
     ]:
-        model, rows = pruned("llama_gqa", Width(ratio=0.5, score="l1", **options))
+        model, rows = pruned("llama_gqa", Width(fraction=0.5, score="l1", **options))
         assert all(touched in row.site for row in rows)
         spared = "exclude" in options or "overrides" in options
         assert spared != any(".layers.0." in row.site for row in rows)
@@ -196,11 +196,11 @@ def test_what_cannot_be_pruned_is_refused_before_any_work() -> None:
     with pytest.raises(CompressError):
         Width(sites=("*.q_proj",)).check(map_of("llama"))
     with pytest.raises(CompressError, match="nothing is left"):
-        Width(ratio=0.1, heads=False, round_to=48).check(map_of("llama"))
-    Width(ratio=0.0).check(map_of("llama"))
+        Width(fraction=0.1, heads=False, round_to=48).check(map_of("llama"))
+    Width(fraction=0.0).check(map_of("llama"))
     with pytest.raises(ValueError, match="did you mean `taylor_first`"):
         Width(score="taylor_frist")
-    assert Width().undoes("pattern") and Width().undoes("codes") and not Width().undoes("zeros")
+    assert Width().conflict_with("pattern") and Width().conflict_with("codes") and not Width().conflict_with("zeros")
 
 
 def test_exact_zeros_stay_exact_zeros_through_a_refit() -> None:
@@ -209,7 +209,7 @@ def test_exact_zeros_stay_exact_zeros_through_a_refit() -> None:
         weight = layer.mlp.down_proj.weight.data
         weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5] = 0
     zeros = [layer.mlp.down_proj.weight.data == 0 for layer in model.model.layers]
-    width = Width(ratio=0.25, heads=False, score="l2")
+    width = Width(fraction=0.25, heads=False, score="l2")
     decisions = width.decide(whole_model("llama", model))
     small, _ = pruned("llama", width, model)
     for index, (layer, was) in enumerate(zip(small.model.layers, zeros, strict=True)):
@@ -262,7 +262,7 @@ def test_unique_units_are_less_alike_than_the_largest_ones() -> None:
     groups = [group for group in unit_groups(map_of(family)) if group.kind == "channels"]
 
     def likeness(score: str) -> float:
-        decisions = Width(ratio=0.3, heads=False, score=score).decide(whole_model(family, model))
+        decisions = Width(fraction=0.3, heads=False, score=score).decide(whole_model(family, model))
         total = 0.0
         with ExitStack() as stack:
             seen: dict[str, Tensor] = {}
@@ -283,14 +283,14 @@ def test_unique_units_are_less_alike_than_the_largest_ones() -> None:
     assert likeness("uniqueness") < likeness("l2")
 
 
-@pytest.mark.parametrize("ratio", [0.1, 0.35, 0.5])
+@pytest.mark.parametrize("fraction", [0.1, 0.35, 0.5])
 @pytest.mark.parametrize("multiple", [1, 8])
-def test_a_global_budget_is_met_with_floors_and_multiples(ratio: float, multiple: int) -> None:
+def test_a_global_budget_is_met_with_floors_and_multiples(fraction: float, multiple: int) -> None:
     family = "mistral"
-    width = Width(ratio=ratio, score="taylor_first", allocation="global", floor=0.25, round_to=multiple)
+    width = Width(fraction=fraction, score="taylor_first", allocation="global", floor=0.25, round_to=multiple)
     groups = unit_groups(map_of(family))
     decisions = width.decide(whole_model(family))
-    target = ratio * sum(group.units * group.parameters for group in groups)
+    target = fraction * sum(group.units * group.parameters for group in groups)
     gone = sum(len(decisions[group.name]) * group.parameters for group in groups)
     finest = multiple * min(group.parameters for group in groups)
     assert abs(gone - target) <= finest / 2 + 1e-6
@@ -306,12 +306,14 @@ def test_a_global_budget_is_met_with_floors_and_multiples(ratio: float, multiple
     ("removed", "reason"), [("0-95", "at least one must stay"), ("3, 96", "0 to 95")], ids=["all", "not there"]
 )
 def test_units_that_cannot_go_are_refused(removed: str, reason: str) -> None:
-    width = Width(ratio=0, overrides={"*.down_proj": {"removed": removed}})
+    width = Width(fraction=0, overrides={"*.down_proj": {"removed": removed}})
     with pytest.raises(CompressError, match=reason):
         width.check(map_of("llama"))
 
 
 @pytest.mark.parametrize(("round_to", "left"), [(1, 72), (16, 80), (32, 64), (64, 64), (128, 96)])
 def test_kept_channels_are_rounded_to_the_nearest_multiple(round_to: int, left: int) -> None:
-    decisions = Width(ratio=0.25, heads=False, score="l2", refit="none", round_to=round_to).decide(whole_model("llama"))
+    decisions = Width(fraction=0.25, heads=False, score="l2", refit="none", round_to=round_to).decide(
+        whole_model("llama")
+    )
     assert {96 - len(removed) for removed in decisions.values()} == ({left} if left < 96 else set())

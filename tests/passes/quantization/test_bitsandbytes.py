@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from llmcompress.calibration.context import RunContext
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.footprint import footprint
-from llmcompress.export.save import save_model
+from llmcompress.exporters.save import save_model
 from llmcompress.model.probe import map_model
 from llmcompress.modules.bnb_linear import BnbLinear
 from llmcompress.passes.apply import apply_passes
@@ -68,7 +68,7 @@ CASES |= {
     "some blocks": ("qwen3", "[{bnb_nf4: {sites: '*.1.self_attn.q_proj'}}]", torch.float32),
     "every linear": ("llama_odd", "[{bnb_int8: {}}]", torch.float32),
     "after pruning": ("llama_gqa", "[{wanda: {sparsity: 0.5}}, {bnb_int8: {}}]", torch.float32),
-    "narrower": ("llama_gqa", "[{width: {ratio: 0.33, round_to: 64, heads: false}}, {bnb_nf4: {}}]", torch.float32),
+    "narrower": ("llama_gqa", "[{width: {fraction: 0.33, round_to: 64, heads: false}}, {bnb_nf4: {}}]", torch.float32),
     "experts stay": ("qwen3_moe", "[{bnb_int8: {exclude: '*.mlp.*'}}]", torch.float32),
 }
 if transformers.__version__.startswith("5."):
@@ -172,7 +172,7 @@ def test_sites_that_some_loader_cannot_read_are_refused_with_the_way_out() -> No
 @pytest.mark.parametrize(
     ("passes", "code"),
     [
-        ("[{svd: {ratio: 0.2}}, {bnb_nf4: {}}]", "recipe.order"),
+        ("[{svd: {fraction: 0.2}}, {bnb_nf4: {}}]", "recipe.order"),
         ("[{rtn: {scheme: int4_g32}}, {bnb_nf4: {}}]", "recipe.order"),
         ("[{bnb_nf4: {}}, {gptq: {scheme: int4_g32}}]", "recipe.order"),
     ],

@@ -11,7 +11,7 @@ from torch import nn
 
 from llmcompress.errors import CompressError
 from llmcompress.evaluation.footprint import footprint, ideal_bytes, parameters
-from llmcompress.export.save import save_model
+from llmcompress.exporters.save import save_model
 from llmcompress.modules.quant_embedding import QuantEmbedding, SharedHead
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.passes.base import PASSES

@@ -16,7 +16,7 @@ from llmcompress.loading.source import find_source
 from llmcompress.model.probe import map_model
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.scheme import named_scheme
-from llmcompress.numerics.carry import Drift, carried
+from llmcompress.numerics.error_compensation import Drift, compensated
 from llmcompress.numerics.grid import restore, round_to_codes
 from llmcompress.numerics.ranges import fit
 from llmcompress.passes.apply import apply_passes
@@ -95,7 +95,7 @@ def test_weights_move_as_far_as_the_strength_says(strength: float) -> None:
         each(windows())
     drift = Drift(seen[0].shape[1], torch.device("cpu"))
     drift.add(*seen)
-    (moved,) = carried([dense.get_submodule(name).weight], drift, strength=strength, damping=0.1)
+    (moved,) = compensated([dense.get_submodule(name).weight], drift, strength=strength, damping=0.1)
     fitted = fit(moved, named_scheme("int8_channel").weights)
     wanted, found = restore(round_to_codes(moved, fitted), fitted), model.get_submodule(name).dense_weight()
     assert torch.isclose(found, wanted, atol=1e-5).float().mean() > 0.99

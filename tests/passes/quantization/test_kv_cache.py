@@ -12,7 +12,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from llmcompress.calibration.context import RunContext
 from llmcompress.errors import CompressError
 from llmcompress.evaluation.footprint import footprint
-from llmcompress.export.save import save_model
+from llmcompress.exporters.save import save_model
 from llmcompress.model.probe import map_model
 from llmcompress.modules.cache_names import cache_of
 from llmcompress.modules.kv_cache import CodedAttention
@@ -20,7 +20,7 @@ from llmcompress.passes.apply import apply_passes
 from llmcompress.passes.base import PASSES
 from llmcompress.recipe import parse_recipe
 from llmcompress.run import Run
-from tests.export.test_manifest import in_fresh_process
+from tests.exporters.test_manifest import in_fresh_process
 from tests.families import FAMILIES, VOCABULARY, tiny_model, tiny_tokens
 from tests.passes.test_laws import map_of
 from tests.warm_python import WarmPython
@@ -83,7 +83,7 @@ CASES = {
     "fp8, fixed": ("gpt2", "[{kv_cache: {dtype: fp8, scales: tensor}}]"),
     "after codes": ("mistral", "[{rtn: {scheme: int4_g32}}, {kv_cache: {}}]"),
     "after codes with biases": ("opt", "[{rtn: {scheme: int4_g32}}, {kv_cache: {dtype: fp8}}]"),
-    "after factors": ("llama_gqa", "[{svd: {ratio: 0.2}}, {kv_cache: {scales: channel}}]"),
+    "after factors": ("llama_gqa", "[{svd: {fraction: 0.2}}, {kv_cache: {scales: channel}}]"),
     "beside skipping": ("llama_gqa", "[{kv_cache: {}}, {layer_skip: {skip: 0.3}}]"),
     "experts": ("mixtral", "[{kv_cache: {dtype: int8}}]"),
 }
@@ -189,7 +189,7 @@ def test_stock_formats_are_refused(tmp_path: Path, wanted: Any) -> None:
     assert "auto" in refused.value.fix
 
 
-LATER = ["gptq: {scheme: int4_g32}", "svd: {ratio: 0.2}", "kv_cache: {}", "depth: {remove: 1}"]
+LATER = ["gptq: {scheme: int4_g32}", "svd: {fraction: 0.2}", "kv_cache: {}", "depth: {count: 1}"]
 
 
 @pytest.mark.parametrize("later", LATER)

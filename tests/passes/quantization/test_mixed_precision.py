@@ -65,7 +65,7 @@ def test_on_every_family_the_average_is_met_where_sizes_allow_and_overrides_do_t
     assert found <= 4.5 + 1e-9
     assert found >= 4.49 - 1e-9 or max(possible) < 4.49
     decisions = decided.decide(whole_model(family))
-    settled = decided.settled(decisions)
+    settled = decided.with_decisions(decisions)
     assert {"scheme"} == {key for each in settled.overrides.values() for key in each}
     again, rows_again = compressed(family, settled)
     assert rows == rows_again
@@ -242,6 +242,6 @@ def test_candidates_that_do_not_divide_are_refused_before_any_work() -> None:
 
 def test_a_decided_recipe_survives_its_own_yaml() -> None:
     decided = mixed()
-    settled = decided.settled(decided.decide(whole_model("llama")))
+    settled = decided.with_decisions(decided.decide(whole_model("llama")))
     recipe = parse_recipe("passes:\n  - rtn", "test").model_copy(update={"passes": (settled,)})
     assert parse_recipe(recipe.to_yaml(), "test") == recipe

@@ -68,7 +68,7 @@ def test_without_the_shift_nothing_but_scales_changes() -> None:
     before = tiny_model("opt", seed=1).state_dict()
     model, _ = suppressed("opt", shift=False)
     after = model.state_dict()
-    ratio = (
+    fraction = (
         after["model.decoder.layers.0.self_attn_layer_norm.bias"]
         / before["model.decoder.layers.0.self_attn_layer_norm.bias"]
     )
@@ -76,7 +76,7 @@ def test_without_the_shift_nothing_but_scales_changes() -> None:
         after["model.decoder.layers.0.self_attn_layer_norm.weight"]
         / before["model.decoder.layers.0.self_attn_layer_norm.weight"]
     )
-    torch.testing.assert_close(ratio, gain)
+    torch.testing.assert_close(fraction, gain)
     assert (gain < 1.0001).all() and (gain < 0.999).any()
     assert torch.equal(
         after["model.decoder.layers.0.self_attn.q_proj.bias"], before["model.decoder.layers.0.self_attn.q_proj.bias"]
@@ -110,5 +110,5 @@ def test_it_is_deterministic_and_survives_storage_in_bfloat16() -> None:
 def test_options_that_round_no_activations_are_refused() -> None:
     with pytest.raises(ValidationError, match="rounds no activations"):
         OutlierSuppression(scheme="int4_g128")
-    assert OutlierSuppression().undoes("ranges") and OutlierSuppression().undoes("codes")
-    assert OutlierSuppression().undoes("zeros") is None
+    assert OutlierSuppression().conflict_with("ranges") and OutlierSuppression().conflict_with("codes")
+    assert OutlierSuppression().conflict_with("zeros") is None

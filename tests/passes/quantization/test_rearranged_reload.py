@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from llmcompress.errors import CompressError
-from llmcompress.export.save import save_model
-from llmcompress.modules.before_linear import BeforeLinear
+from llmcompress.exporters.save import save_model
 from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.modules.transformed_input import TransformedInput
 from tests.families import tiny_model
 from tests.passes.quantization.rearranged import compressed, distance, logits, windows
 from tests.warm_python import WarmPython
@@ -27,7 +27,7 @@ STOCK = {
     ),
     "pruned, outlier suppression, W8A8": (
         "llama_gqa",
-        "[{width: {ratio: 0.25, score: l2}}, {outlier_suppression: {points: 5}},"
+        "[{width: {fraction: 0.25, score: l2}}, {outlier_suppression: {points: 5}},"
         " {rtn: {scheme: int8_channel_a8token}}]",
     ),
 }
@@ -36,12 +36,15 @@ STOCK = {
 OURS = {
     "online, codes": ("llama_gqa", "[{rotation: {online: true}}, {gptq: {scheme: int4_channel_a8token}}]"),
     "online, codes of a Conv1D": ("gpt2", "[{rotation: {online: true}}, {rtn: {scheme: int8_channel}}]"),
-    "narrower, online": ("llama_odd", "[{width: {ratio: 0.2, score: l2, heads: false}}, {rotation: {online: true}}]"),
+    "narrower, online": (
+        "llama_odd",
+        "[{width: {fraction: 0.2, score: l2, heads: false}}, {rotation: {online: true}}]",
+    ),
     "reordered": ("gpt2", "[{reorder: {clusters: 5, bits: 8}}]"),
     "reordered, codes": ("llama_gqa", "[{reorder: {clusters: 8, bits: 4}}, {gptq: {scheme: int4_channel}}]"),
     "pruned, reordered, codes": (
         "opt",
-        "[{width: {ratio: 0.25, score: l2}}, {reorder: {clusters: 4}}, {rtn: {scheme: int8_channel}}]",
+        "[{width: {fraction: 0.25, score: l2}}, {reorder: {clusters: 4}}, {rtn: {scheme: int8_channel}}]",
     ),
 }
 """These load after `import llmcompress`, and a plain loader refuses them."""
@@ -109,7 +112,7 @@ def test_with_us_the_rest_computes_the_same(saved: dict[str, tuple[Path, Any]], 
 
 def test_codes_stand_behind_what_happens_to_their_inputs(saved: dict[str, tuple[Path, Any]]) -> None:
     for name in OURS:
-        before = [part for part in saved[name][1].modules() if isinstance(part, BeforeLinear)]
+        before = [part for part in saved[name][1].modules() if isinstance(part, TransformedInput)]
         assert before, name
         assert all(isinstance(part.kept, QuantLinear) == ("codes" in name) for part in before), name
 

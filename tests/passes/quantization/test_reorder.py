@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmcompress.model.units import feed_forward_readers
-from llmcompress.modules.before_linear import ClusteredInput
+from llmcompress.modules.transformed_input import ClusteredInput
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.quantization.reorder import Reorder
 from tests.families import FAMILIES, tiny_model
@@ -77,7 +77,7 @@ def test_overrides_give_sites_other_clusters_and_bits() -> None:
 
 def test_passes_that_would_change_fixed_ranges_are_refused() -> None:
     for name in ("smoothquant", "awq", "outlier_suppression", "reorder", "svd", "rotation", "width"):
-        assert PASSES[name]().undoes("ranges"), name
+        assert PASSES[name]().conflict_with("ranges"), name
     for name in ("gptq", "rtn"):
-        assert PASSES[name]().undoes("ranges") is None, name
-    assert Reorder().undoes("pattern") and Reorder().undoes("zeros") is None
+        assert PASSES[name]().conflict_with("ranges") is None, name
+    assert Reorder().conflict_with("pattern") and Reorder().conflict_with("zeros") is None

@@ -80,7 +80,7 @@ def test_the_seed_decides_and_bases_differ() -> None:
 
 
 @pytest.mark.parametrize(
-    "first", ["{width: {ratio: 0.25, score: l2}}", "{slicegpt: {ratio: 0.25}}", "{svd: {ratio: 0.2}}"]
+    "first", ["{width: {fraction: 0.25, score: l2}}", "{slicegpt: {fraction: 0.25}}", "{svd: {fraction: 0.2}}"]
 )
 def test_it_follows_pruning_and_factoring(first: str) -> None:
     before, _ = compressed("llama_gqa", f"[{first}]")
@@ -121,7 +121,11 @@ def test_learning_is_exact_and_never_ends_worse_than_it_began(family: str, valid
 
 
 def test_what_cannot_be_is_refused() -> None:
-    assert Rotation().undoes("zeros") and Rotation().undoes("codes") and Rotation().undoes("shapes") is None
+    assert (
+        Rotation().conflict_with("zeros")
+        and Rotation().conflict_with("codes")
+        and Rotation().conflict_with("shapes") is None
+    )
     with pytest.raises(ValidationError, match="leave `stream` true"):
         Rotation(stream=False, learned={})
     with pytest.raises(CompressError, match="inside of a feed-forward"):

@@ -19,7 +19,7 @@ from llmcompress.numerics.statistics import Gram, Moments, SquaredNorm, Statisti
 from llmcompress.passes.pruning.scores.base import SCORES, Score
 from llmcompress.passes.pruning.scores.gradients import TaylorFirst
 from llmcompress.sensitivity.fill import Kinds
-from llmcompress.sensitivity.gradients import Listener
+from llmcompress.sensitivity.gradients import GradientObserver
 
 
 class _Activations(Score):
@@ -130,8 +130,8 @@ class Uniqueness(Score):
 
     @property
     @override
-    def listeners(self) -> Sequence[Listener]:
-        return self._felt.listeners
+    def observers(self) -> Sequence[GradientObserver]:
+        return self._felt.observers
 
     @override
     def importance(self, block: BlockWork, group: UnitGroup) -> Tensor:

@@ -16,7 +16,7 @@ from llmcompress.model.units import UnitGroup
 from llmcompress.numerics.importance import first_order, mixed_order, per_unit, rearranged, second_order
 from llmcompress.passes.base import Backward
 from llmcompress.passes.pruning.scores.base import SCORES, Allocate, Score
-from llmcompress.sensitivity.gradients import Listener, UnitMasks, WeightGradients, oriented
+from llmcompress.sensitivity.gradients import GradientObserver, UnitMasks, WeightGradients, oriented
 
 
 class _Taylor(Score):
@@ -38,7 +38,7 @@ class _Taylor(Score):
 
     @property
     @override
-    def listeners(self) -> Sequence[Listener]:
+    def observers(self) -> Sequence[GradientObserver]:
         return (self._gradients,)
 
     @override
@@ -130,7 +130,7 @@ class _MaskGradients(Score):
 
     @property
     @override
-    def listeners(self) -> Sequence[Listener]:
+    def observers(self) -> Sequence[GradientObserver]:
         return (self._masks,)
 
 

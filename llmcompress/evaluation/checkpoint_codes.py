@@ -1,0 +1,199 @@
+"""Which tensors of a saved model are codes, read from its config and the headers of its weight files.
+
+O = outputs, I = inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcompress.errors import CompressError
+from llmcompress.evaluation.checkpoint_codes_bnb import BnbSite, bnb_sites
+from llmcompress.formats import compressed_tensors, packed
+from llmcompress.formats.named import Named
+from llmcompress.loading.tensors import TensorHeader, Tensors, headers
+from llmcompress.modules.base import MODULES
+from llmcompress.modules.scheme import Scheme, named_scheme
+from llmcompress.numerics.formats import E2M1, E4M3, POWER_OF_TWO, SINGLE, STORED, TWO_LEVEL
+from llmcompress.numerics.grid import Grid
+from llmcompress.numerics.quantized import QuantizedTensor
+from llmcompress.records.report import REPORT
+from llmcompress.storage.json_file import read_json
+
+
+@dataclass(frozen=True)
+class CodedSite:
+    """One quantized linear of a checkpoint."""
+
+    name: str
+    outputs: int
+    inputs: int
+    grid: Grid
+    """As the file shows it: a 3-bit grid may lie in 4-bit fields, and zero points may be part of the codes."""
+    scheme: Scheme | None
+    """What was quantized to; None: a folder of others, which says no more than its fields."""
+    tensors: Mapping[str, TensorHeader]
+    """By their last name: `weight_packed`, `scale`, …"""
+    unpack: Callable[[CodedSite, Named], QuantizedTensor]
+    """By the format."""
+
+    @property
+    def weights(self) -> int:
+        """How many the codes stand for."""
+        return self.outputs * self.inputs
+
+    @property
+    def code_bits(self) -> int:
+        """Of one code at its own width."""
+        return self.scheme.weights.bits if self.scheme else self.grid.bits
+
+    @property
+    def ideal_bits(self) -> int:
+        """Codes at their own width, scales and zero points."""
+        scale = next(tensor for name, tensor in self.tensors.items() if name in ("scale", "weight_scale"))
+        scale_bits = 8 * scale.dtype.itemsize
+        extra = 8 * sum(tensor.bytes for name, tensor in self.tensors.items() if name.startswith("input_"))
+        grid = self.scheme.weights if self.scheme else self.grid
+        return self.weights * grid.bits + grid.scale_bits(self.outputs, self.inputs, scale_bits) + extra
+
+    def codes(self, read: Tensors) -> Tensor:
+        """O×I int16: each code less its zero point (or the code of 0), so 0 is a weight of zero."""
+        found = {name: read(tensor) for name, tensor in self.tensors.items() if not name.startswith("input_")}
+        return self.unpack(self, found).centred_codes()
+
+
+@dataclass(frozen=True)
+class StoredCodes:
+    """A checkpoint sorted into codes and everything else."""
+
+    folder: Path
+    format: str
+    """`plain`, or the `quant_method` of its config."""
+    coded: tuple[CodedSite | BnbSite, ...]
+    dense: tuple[TensorHeader, ...]
+
+
+def codes_in(folder: Path) -> StoredCodes:
+    """Sort the tensors of a folder; reads no weight.
+
+    Raises: CompressError when the files are damaged, or quantized in a format that is none of ours,
+    compressed-tensors and bitsandbytes.
+    """
+    found = headers(folder)
+    config = read_json(folder / "config.json").get("quantization_config") or {}
+    method = str(config.get("quant_method", "plain"))
+    if method == "plain":
+        return StoredCodes(folder, method, (), tuple(found.values()))
+    if method not in _READERS:
+        raise CompressError(
+            "footprint.format",
+            f"codes of the format {method!r} are not understood",
+            where=f"{folder}/config.json",
+            fix=f"use a folder in plain, {' or '.join(_READERS)} format",
+        )
+    coded: tuple[CodedSite | BnbSite, ...] = tuple(_READERS[method](config, found, _schemes(folder)))
+    taken = {tensor.name for site in coded for tensor in site.tensors.values()}
+    return StoredCodes(folder, method, coded, tuple(tensor for name, tensor in found.items() if name not in taken))
+
+
+def _from_manifest(
+    config: Mapping[str, Any], found: Mapping[str, TensorHeader], _: Mapping[str, Scheme]
+) -> Iterator[CodedSite]:
+    for name, spec in _quantized_specs(config.get("modules", {})):
+        scheme, tensors = named_scheme(str(spec["scheme"])), _at(name, found, packed.NAMES)
+        yield CodedSite(name, int(spec["outputs"]), int(spec["inputs"]), scheme.weights, scheme, tensors, _packed)
+
+
+def _packed(site: CodedSite, found: Named) -> QuantizedTensor:
+    assert site.scheme is not None
+    return packed.unpack(found, site.scheme, site.inputs, torch.float32).tensor
+
+
+def _quantized_specs(modules: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every quantized linear of a manifest, those that are parts of other modules too."""
+    for name, spec in modules.items():
+        if isinstance(spec, Mapping):
+            kind = str(spec.get("type"))
+            if kind in MODULES and MODULES[kind].holds_codes:
+                yield prefix + name, spec
+            else:
+                yield from _quantized_specs(spec, f"{prefix}{name}.")
+
+
+def _from_compressed_tensors(
+    config: Mapping[str, Any], found: Mapping[str, TensorHeader], schemes: Mapping[str, Scheme]
+) -> Iterator[CodedSite]:
+    read = Tensors()
+    widths = sorted(
+        {int(group["weights"]["num_bits"]) for group in config["config_groups"].values() if group.get("weights")}
+    )
+    for scale in found:
+        name, _, leaf = scale.rpartition(".")
+        if leaf != "weight_scale":
+            continue
+        tensors = _at(name, found, compressed_tensors.NAMES)
+        if "weight_shape" in tensors:
+            outputs, inputs = read(tensors["weight_shape"]).tolist()
+        else:
+            codes = tensors.get("weight", tensors.get("weight_packed"))
+            assert codes is not None
+            outputs, inputs = codes.shape[0], codes.shape[1] * (1 if "weight" in tensors else 2)
+        yield CodedSite(
+            name, outputs, inputs, _grid(tensors, inputs, widths), schemes.get(name), tensors, _compressed_tensors
+        )
+
+
+def _compressed_tensors(site: CodedSite, found: Named) -> QuantizedTensor:
+    return compressed_tensors.unpack(found, site.grid, torch.float32)
+
+
+def _grid(tensors: Mapping[str, TensorHeader], inputs: int, widths: Sequence[int]) -> Grid:
+    """What dtypes and shapes say of the grid; `widths` are those that the config names, in rising order."""
+    scale = tensors["weight_scale"]
+    group = inputs // scale.shape[-1] if len(scale.shape) > 1 else None
+    if "weight_shape" in tensors:
+        words = tensors["weight_packed"].shape[1]
+        bits = next(width for width in widths if -(-inputs * width // 32) == words)
+        return Grid(bits, "weight_zero_point" not in tensors, group)
+    kind = SINGLE if len(scale.shape) == 1 else POWER_OF_TWO if scale.dtype == torch.uint8 else STORED
+    if "weight_packed" in tensors:
+        return Grid.of(E2M1, group, TWO_LEVEL if "weight_global_scale" in tensors else kind)
+    if tensors["weight"].dtype == torch.float8_e4m3fn:
+        return Grid.of(E4M3, group, kind)
+    return Grid(8, "weight_zero_point" not in tensors, group)
+
+
+def _from_bitsandbytes(
+    _: Mapping[str, Any], found: Mapping[str, TensorHeader], __: Mapping[str, Scheme]
+) -> Iterator[BnbSite]:
+    return bnb_sites(found)
+
+
+_Reader = Callable[
+    [Mapping[str, Any], Mapping[str, TensorHeader], Mapping[str, Scheme]], Iterator[CodedSite] | Iterator[BnbSite]
+]
+_READERS: Mapping[str, _Reader] = {
+    "llmcompress": _from_manifest,
+    "compressed-tensors": _from_compressed_tensors,
+    "bitsandbytes": _from_bitsandbytes,
+}
+
+
+def _at(name: str, found: Mapping[str, TensorHeader], leaves: Set[str]) -> dict[str, TensorHeader]:
+    """The tensors of a quantized linear, its bias left out."""
+    there = {leaf: found.get(f"{name}.{leaf}") for leaf in sorted(leaves)}
+    return {leaf: tensor for leaf, tensor in there.items() if tensor is not None}
+
+
+def _schemes(folder: Path) -> dict[str, Scheme]:
+    """The grids that our own report names: a 3-bit grid lies in 4-bit fields, and the files cannot say so."""
+    if not (folder / REPORT).is_file():
+        return {}
+    rows = read_json(folder / REPORT).get("sites", [])
+    return {row["site"]: named_scheme(row["scheme"]) for row in rows if row.get("scheme")}

@@ -1,0 +1,121 @@
+"""What a target of an export is: it says what it can hold before any work, and writes it at the end."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from transformers import PreTrainedModel
+
+from llmcompress.calibration.offloading import InMemory, WeightStore
+from llmcompress.exporters.contents import CodedLinear, Contents
+from llmcompress.formats import plain
+from llmcompress.formats.named import Kind
+from llmcompress.modules.limits import TargetLimits
+from llmcompress.modules.scheme import Scheme
+from llmcompress.registry import Registry
+from llmcompress.runners.base import RUNNERS, Runner
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Codes, scales and zero points are stored as they are."""
+
+    doubt: str | None = None
+    """What loaders are known to make of it that is not what runs here. Whoever names the target gets it all the same;
+    `auto` looks further."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Stored in another form that computes the same: multiplied out to ordinary weights."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Cannot be stored."""
+
+    why: str
+    nearest: Scheme | None = None
+    """The scheme most like it that could be."""
+
+
+Answer = Exact | Converted | Refused
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How files are written, whatever the target."""
+
+    storage_dtype: torch.dtype
+    """Of scales and of all that stays dense."""
+    max_shard_size: str = "5GB"
+    weights_at: WeightStore = field(default_factory=InMemory)
+    """Where weights go again, block after block, when they are written."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What an exporter wrote."""
+
+    weight_files: tuple[str, ...]
+    tensor_bytes: int
+    format: str
+    """`compressed-tensors`, `plain`, `bitsandbytes` or `llmcompress`."""
+    dense_sites: Mapping[str, str] = field(default_factory=dict)
+    """Quantized sites that were multiplied out, and why."""
+
+
+class Exporter(BaseModel, ABC):
+    """One target; its fields are its options. Subclasses register under the name that recipes use.
+
+    `answers` and `problem` are asked twice, by the same function (`choose`): of what a recipe will make, before any
+    work, and of the finished model. What is refused there is never written.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    limits: ClassVar[TargetLimits] = TargetLimits()
+    """What it asks of codes; quantizers respect it from the start in a recipe that names this target."""
+    runtime: ClassVar[str] = "torch"
+    """Name of the runner that opens the folder."""
+    fix: ClassVar[str]
+    """What a user can do about a refusal."""
+
+    @abstractmethod
+    def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:
+        """What would become of one quantized linear by itself; `storage_dtype` None: not known yet."""
+
+    def answers(self, contents: Contents) -> dict[str, Answer]:
+        """The same for every quantized linear of a model; here stand rules about several of them."""
+        return {site.name: self.check(site, contents.storage_dtype) for site in contents.sites}
+
+    def problem(self, contents: Contents) -> str | None:
+        """Why it can hold nothing of this model, whatever its single linears are; None when it can."""
+        return None
+
+    def notes(self, contents: Contents, answers: Mapping[str, Answer]) -> list[str]:
+        """What the user should know about the result, one line each."""
+        return []
+
+    def tensors(self, site: CodedLinear, storage_dtype: torch.dtype) -> dict[str, Kind]:
+        """What the files will hold of a linear, by last name; here: an ordinary weight."""
+        return plain.tensors((site.outputs, site.inputs), storage_dtype, bias=site.has_bias)
+
+    def runner(self) -> type[Runner]:
+        """The runtime that opens the folder, as its users will."""
+        return RUNNERS[self.runtime]
+
+    @abstractmethod
+    def write(self, model: PreTrainedModel, folder: Path, writing: Writing) -> Saved:
+        """Write weights and `config.json` of a model that it does not refuse; the model is not changed."""
+
+
+EXPORTERS: Registry[Exporter] = Registry("exporter", "llmcompress.exporters")

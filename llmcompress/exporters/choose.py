@@ -1,0 +1,105 @@
+"""Which exporter holds a model: decided before any work from what a recipe will make, and again from what it made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from llmcompress.errors import NOTHING_SAVED, CompressError, ExitCode
+from llmcompress.exporters.base import EXPORTERS, Answer, Exact, Exporter, Refused
+from llmcompress.exporters.bitsandbytes import BitsAndBytesExporter
+from llmcompress.exporters.compressed_tensors import CompressedTensorsExporter
+from llmcompress.exporters.contents import CodedLinear, Contents
+from llmcompress.exporters.manifest import ManifestExporter
+from llmcompress.exporters.plain import PlainExporter
+from llmcompress.formats.compressed_tensors import ZeroPoints
+from llmcompress.formats.named import Kind
+from llmcompress.modules.limits import TargetLimits
+
+Format = Literal["auto", "compressed-tensors", "plain", "llmcompress"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The exporter that writes a model, and what becomes of each quantized linear."""
+
+    exporter: Exporter
+    contents: Contents
+    answers: Mapping[str, Answer]
+    notes: tuple[str, ...]
+    """What the user should know about how the result is stored, one line each."""
+
+    def tensors(self, site: CodedLinear, storage_dtype: torch.dtype) -> dict[str, Kind]:
+        """What the files will hold of a linear, by last name."""
+        writer = self.exporter if isinstance(self.answers.get(site.name), Exact) else PlainExporter()
+        return writer.tensors(site, storage_dtype)
+
+
+def choose(
+    wanted: Format, contents: Contents, *, zero_points: ZeroPoints = "folded", saved: str = NOTHING_SAVED
+) -> Choice:
+    """The first of `candidates` that holds all of it; of several, the first whose loaders leave no doubt.
+
+    Raises: CompressError when none does; `saved` tells the user what is left.
+    """
+    reasons: list[str] = []
+    exporters = candidates(wanted, contents, zero_points)
+    for exporter in exporters:
+        answers = exporter.answers(contents)
+        problem = exporter.problem(contents)
+        refused = {name: answer for name, answer in answers.items() if isinstance(answer, Refused)}
+        doubts = [each.doubt for each in answers.values() if isinstance(each, Exact) and each.doubt]
+        if problem is None and not refused and (not doubts or len(exporters) == 1):
+            return Choice(exporter, contents, answers, _notes(exporter, contents, answers, reasons))
+        reasons = list(
+            dict.fromkeys([*([problem] if problem else []), *(each.why for each in refused.values()), *doubts])
+        )
+    raise _refusal(exporter, problem, refused, len(contents.sites), saved)
+
+
+def candidates(wanted: Format, contents: Contents, zero_points: ZeroPoints) -> tuple[Exporter, ...]:
+    """Who may write it, best first: what stock loaders read, then our own folder."""
+    if contents.is_stock:
+        return (PlainExporter(),)
+    if wanted == "auto":
+        codes = CompressedTensorsExporter(zero_points=zero_points, multiplies_out=True)
+        return (BitsAndBytesExporter(), codes, ManifestExporter())
+    if wanted == "compressed-tensors":
+        return (CompressedTensorsExporter(zero_points=zero_points),)
+    return (EXPORTERS[wanted](),)
+
+
+def limits_of(wanted: Format) -> TargetLimits:
+    """What the target that a recipe names asks of quantizers; `auto` finds a target that holds whatever they make."""
+    return TargetLimits() if wanted == "auto" else EXPORTERS[wanted].limits
+
+
+def _notes(
+    exporter: Exporter, contents: Contents, answers: Mapping[str, Answer], passed_over: Sequence[str]
+) -> tuple[str, ...]:
+    """Its own, or why it was taken and not the one that stock loaders read."""
+    if not isinstance(exporter, ManifestExporter) or not passed_over:
+        return tuple(exporter.notes(contents, answers))
+    ending = "the whole model is saved with our manifest and loads after `import llmcompress`"
+    return tuple(f"{reason}; {ending}" for reason in passed_over)
+
+
+def _refusal(
+    exporter: Exporter, problem: str | None, refused: Mapping[str, Refused], sites: int, saved: str
+) -> CompressError:
+    name = EXPORTERS.name_of(type(exporter))
+    lines = [f"{site}: {answer.why}" for site, answer in refused.items()]
+    nearest = dict.fromkeys(answer.nearest.name for answer in refused.values() if answer.nearest)
+    return CompressError(
+        "save.format",
+        f"{name} cannot hold this model: {problem}"
+        if problem
+        else f"{name} cannot hold {len(refused)} of {sites} sites",
+        where="; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if len(lines) > 5 else ""),
+        fix=(f"use {' or '.join(nearest)} there, or " if nearest else "") + exporter.fix,
+        saved=saved,
+        exit_code=ExitCode.USAGE if saved == NOTHING_SAVED else ExitCode.REFUSED,
+    )

@@ -1,0 +1,51 @@
+"""The quantizing pass that another pass names by `{name: {option: value}}` and gives a scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from llmcompress.passes.base import PASSES
+from llmcompress.passes.quantizing import QuantizingPass
+
+_OUTSIDE = {name: name for name in ("sites", "exclude", "overrides", "new_stage")} | {"scheme": "schemes"}
+"""Option of the quantizer → what to write in the outer pass instead."""
+
+
+def quantizer_with(
+    named: Mapping[str, dict[str, Any]],
+    scheme: str,
+    *,
+    sites: tuple[str, ...] = ("*",),
+    exclude: tuple[str, ...] = (),
+    overrides: Mapping[str, dict[str, Any]] | None = None,
+    sitewise: bool = False,
+) -> QuantizingPass:
+    """That pass with that scheme; `sitewise`: it must change nothing but the sites it is given.
+
+    Raises: ValueError when there is no such pass, or it is given what the outer pass decides.
+    """
+    if len(named) != 1:
+        raise ValueError("name exactly one quantizing pass, e.g. {gptq: {}}")
+    ((name, options),) = named.items()
+    known = _serving(sitewise=sitewise)
+    if name not in known:
+        raise ValueError(f"use one of {', '.join(known)}; {name!r} is no pass that leaves codes and nothing else")
+    for option, instead in _OUTSIDE.items():
+        if option in options:
+            raise ValueError(f"{option!r} cannot be set inside `quantizer`: write `{instead}` beside it")
+    cls = PASSES[name]
+    assert issubclass(cls, QuantizingPass)
+    if sitewise and cls.whole_block & options.keys():
+        raise ValueError(f"{min(cls.whole_block & options.keys())!r} cannot be set inside: sites come one by one")
+    return cls(**options, sites=sites, exclude=exclude, overrides=dict(overrides or {}), scheme=scheme)
+
+
+def _serving(*, sitewise: bool) -> Collection[str]:
+    """Names of the passes that leave codes and nothing else."""
+    found = [(name, PASSES[name]) for name in PASSES]
+    return [
+        name
+        for name, cls in found
+        if issubclass(cls, QuantizingPass) and cls.leaves == frozenset({"codes"}) and (cls.sitewise or not sitewise)
+    ]

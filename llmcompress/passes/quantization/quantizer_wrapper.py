@@ -1,0 +1,65 @@
+"""Passes around a quantizer: they need the weights from before it, so it is named inside them. O = outputs."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from llmcompress.calibration.stream import BlockWork
+from llmcompress.model.site import LinearSite
+from llmcompress.numerics.statistics import Gram, Statistic
+from llmcompress.passes.nested_quantizer import quantizer_with
+from llmcompress.passes.quantizing import QuantizingPass
+from llmcompress.records.rows import SiteReport
+
+
+class QuantizerWrapper(QuantizingPass):
+    """Quantizes each site with another pass, then improves what it left. `scheme` stands here, not inside.
+
+    Such passes can stand inside each other, and inside whatever takes a quantizer.
+    """
+
+    quantizer: dict[str, dict[str, Any]] = Field(
+        {"gptq": {}}, description="one quantizing pass with its options but its scheme, e.g. {gptq: {damping: 0.02}}"
+    )
+
+    @field_validator("quantizer")
+    @classmethod
+    def _known_quantizer(cls, named: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for options in named.values():
+            if "on_indivisible" in options:
+                raise ValueError("'on_indivisible' cannot be set inside `quantizer`: write it beside it")
+        quantizer_with(named, "int4_channel", sitewise=True)
+        return named
+
+    @property
+    def inner(self) -> QuantizingPass:
+        """The quantizing pass."""
+        return self._inner(self.quantizer)
+
+    def _inner(self, named: dict[str, dict[str, Any]]) -> QuantizingPass:
+        ((name, options),) = named.items()
+        return quantizer_with({name: {**options, "on_indivisible": self.on_indivisible}}, self.scheme, sitewise=True)
+
+    def needs(self) -> tuple[type[Statistic], ...]:
+        """The Gram matrix for errors, and what the quantizers read."""
+        others = [self._inner(options["quantizer"]) for options in self.overrides.values() if "quantizer" in options]
+        read = [kind for each in (self.inner, *others) for kind in each.needs()]
+        return tuple(dict.fromkeys((Gram, *read, *self.activation_statistics())))
+
+    def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
+        """Quantize and improve site by site; what the quantizer leaves dense stays so."""
+        rows = []
+        for site in sites:
+            here, weight_OI = self.for_site(site.name), site.weight_OI
+            for row in here.inner.apply(block, [site]):
+                rows.append(here.improve(site, weight_OI, row) if site.statistic(Gram).tokens else row)
+        return rows
+
+    @abstractmethod
+    def improve(self, site: LinearSite, weight_OI: Tensor, row: SiteReport) -> SiteReport:
+        """Change what the quantizer made of that weight, and its row."""
