@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,10 @@ def compress(
 
 
 def _compress(order: Order) -> Report:
-    recipe, processes, clock = order.recipe, order.processes, Stopwatch()
+    clock = Stopwatch()
     prepared = prepare(order)
+    order = replace(order, recipe=prepared.recipe)
+    recipe, processes = order.recipe, order.processes
     clock.lap("load")
     with _opened_run(order, prepared) as run:
         torch.manual_seed(recipe.seed)

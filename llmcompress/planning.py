@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -25,9 +25,9 @@ from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import probe
 from llmcompress.modules.scheme import Scheme
 from llmcompress.passes.apply import stages
-from llmcompress.passes.base import PASSES
+from llmcompress.passes.base import PASSES, Pass
 from llmcompress.passes.quantization.aim import aimed
-from llmcompress.passes.schemes import site_schemes
+from llmcompress.passes.schemes import site_schemes, with_fitted_schemes
 from llmcompress.progress import Progress
 from llmcompress.recipe.model import Recipe
 from llmcompress.recipe.order import check_order, check_sites
@@ -163,8 +163,24 @@ def check_recipe(
         each.check_packages()
     for each in stages(recipe.passes)[0].passes:
         each.check(model_map)
+    notes = [note for each in _on_this_model(recipe.passes) for note in each.notes(model_map)]
     contents = foretold(model_map, planned_schemes(recipe, model_map), loader, storage_dtype)
-    return choose(recipe.save.format, contents, zero_points=recipe.save.zero_points)
+    choice = choose(recipe.save.format, contents, zero_points=recipe.save.zero_points)
+    return replace(choice, notes=tuple(dict.fromkeys([*notes, *choice.notes])))
+
+
+def fitted_to_model(recipe: Recipe, model_map: ModelMap) -> Recipe:
+    """The same recipe with the schemes written out that `on_indivisible: fit` finds for this model."""
+    first = _on_this_model(recipe.passes)
+    fitted = [with_fitted_schemes(each, model_map) for each in first]
+    return recipe.model_copy(update={"passes": (*fitted, *recipe.passes[len(first) :])})
+
+
+def _on_this_model(passes: Sequence[Pass]) -> list[Pass]:
+    """The passes up to the first that leaves other linears: whatever the map says of sizes holds for them."""
+    cut = stages(passes)
+    first = next((stage.index for stage in cut if stage.changes_sites), len(cut))
+    return [each for stage in cut if stage.index <= first for each in stage.passes]
 
 
 def aimed_at_target(recipe: Recipe) -> Recipe:
@@ -179,12 +195,11 @@ def planned_schemes(recipe: Recipe, model_map: ModelMap) -> dict[str, Scheme]:
     Once a pass changes what the linears are, sizes are others and are asked again when the later stage begins.
     Raises: CompressError listing every site of the first stages whose inputs do not divide into groups.
     """
-    cut = stages(recipe.passes)
-    first = next((stage.index for stage in cut if stage.changes_sites), len(cut))
-    schemes = site_schemes([each for stage in cut if stage.index <= first for each in stage.passes], model_map)
-    for stage in cut[first + 1 :]:
+    first = _on_this_model(recipe.passes)
+    schemes = site_schemes(first, model_map)
+    for each in recipe.passes[len(first) :]:
         with suppress(CompressError):
-            schemes |= site_schemes(stage.passes, model_map)
+            schemes |= site_schemes([each], model_map)
     return schemes
 
 

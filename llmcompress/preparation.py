@@ -21,7 +21,7 @@ from llmcompress.loading.source import Source, find_source
 from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
-from llmcompress.planning import check_recipe, check_texts, storage_dtype_of
+from llmcompress.planning import check_recipe, check_texts, fitted_to_model, storage_dtype_of
 from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
 from llmcompress.storage.disk import sha256
@@ -48,6 +48,8 @@ class Order:
 class Prepared:
     """A model that was read, mapped and found to fit the recipe; nothing was changed yet."""
 
+    recipe: Recipe
+    """As it fits this model: every scheme is one that its sites can have."""
     loaded: Loaded
     weights_at: WeightStore
     map: ModelMap
@@ -101,6 +103,7 @@ def _prepared(order: Order) -> Prepared:
     for text in texts:
         refuse_beyond_embedding(text.windows, loaded.tokenizer, checked.contents.embedding_rows, where=text.name)
     return Prepared(
+        fitted_to_model(recipe, model_map),
         loaded,
         InMemory() if loaded.weights is None else OnDisk(loaded.weights),
         model_map,

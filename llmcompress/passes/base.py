@@ -106,6 +106,10 @@ class Pass(BaseModel, ABC):
         Raises: CompressError when it cannot.
         """
 
+    def notes(self, model_map: ModelMap) -> list[str]:
+        """What it does otherwise than its options say, because this model asks for it: told before the work."""
+        return []
+
     def check_packages(self) -> None:
         """Whether the optional packages that it needs are there, asked of all passes before any work.
 

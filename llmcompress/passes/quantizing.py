@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from pydantic import Field, field_validator
@@ -17,7 +17,7 @@ from llmcompress.modules.scheme import DESCRIPTION, Scheme, named_scheme
 from llmcompress.numerics.grid import Fitted, output_error, restore, row_pieces
 from llmcompress.numerics.statistics import AbsMax, Gram, Statistic
 from llmcompress.passes.base import BlockPass, Trait
-from llmcompress.passes.schemes import resolve_scheme, site_schemes
+from llmcompress.passes.schemes import OnIndivisible, fitting_notes, resolve_scheme, site_schemes
 from llmcompress.records.rows import SiteReport
 
 
@@ -30,9 +30,11 @@ class QuantizingPass(BlockPass):
     """Whether it leaves codes and nothing else changed, site by site: such a pass can serve inside another one."""
 
     scheme: str = Field("int4_g128", description=DESCRIPTION)
-    on_indivisible: Literal["error", "skip", "channel", "pad"] = Field(
+    on_indivisible: OnIndivisible = Field(
         "error",
-        description="for sites whose inputs do not divide into groups: refuse, leave dense, one scale a row, ragged",
+        description="for sites whose inputs do not divide into groups. error: refuse; fit: the longest power of two that "
+        "divides, not below 32, else one scale a row; skip: leave dense; channel: one scale a row; pad: a shorter last "
+        "group",
     )
 
     @field_validator("scheme")
@@ -43,6 +45,10 @@ class QuantizingPass(BlockPass):
     def check(self, model_map: ModelMap) -> None:
         """Raises: CompressError listing every site whose inputs do not divide into groups."""
         site_schemes([self], model_map)
+
+    def notes(self, model_map: ModelMap) -> list[str]:
+        """Which sites get another scheme than the one asked for, because groups must divide."""
+        return fitting_notes([self], model_map)
 
     def schemes(self) -> tuple[str, ...]:
         """Every scheme this pass may use, overrides included."""

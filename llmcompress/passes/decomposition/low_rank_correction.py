@@ -17,7 +17,7 @@ from llmcompress.numerics.statistics import AbsMean, Gram, Statistic
 from llmcompress.passes.base import PASSES, BlockPass, Trait
 from llmcompress.passes.decomposition.branch import branch, corrected_row, weight_only_scheme
 from llmcompress.passes.quantizing import QuantizingPass, dense_of
-from llmcompress.passes.schemes import site_schemes
+from llmcompress.passes.schemes import OnIndivisible, fitting_notes, site_schemes
 from llmcompress.records.rows import SiteReport
 
 _SELECTORS = frozenset({"sites", "exclude", "overrides", "new_stage"})
@@ -71,9 +71,13 @@ class LowRankCorrection(BlockPass):
         return self.inner.scheme
 
     @property
-    def on_indivisible(self) -> Literal["error", "skip", "channel", "pad"]:
+    def on_indivisible(self) -> OnIndivisible:
         """What happens to sites that do not divide into the scheme's groups."""
         return self.inner.on_indivisible
+
+    def notes(self, model_map: ModelMap) -> list[str]:
+        """Which sites get another group than the scheme asks for."""
+        return fitting_notes([self], model_map)
 
     def check(self, model_map: ModelMap) -> None:
         """What the quantizer asks of the sites that are selected here.

@@ -23,7 +23,7 @@ from llmcompress.passes.base import PASSES, Backward, BlockPass, Trait
 from llmcompress.passes.nested_quantizer import quantizer_with
 from llmcompress.passes.quantization.sensitivity import Sensitivity, rounding_losses
 from llmcompress.passes.quantizing import QuantizingPass
-from llmcompress.passes.schemes import resolve_scheme, site_schemes
+from llmcompress.passes.schemes import OnIndivisible, fitting_notes, resolve_scheme, site_schemes
 from llmcompress.records.rows import SiteReport
 from llmcompress.sensitivity.allocation import bits_of, least_and_most_bits, least_loss
 from llmcompress.sensitivity.fill import kept_table
@@ -130,7 +130,7 @@ class MixedPrecision(BlockPass):
         return min(self.schemes, key=lambda name: abs(named_scheme(name).weights.bits - wanted))
 
     @property
-    def on_indivisible(self) -> Literal["error", "skip", "channel", "pad"]:
+    def on_indivisible(self) -> OnIndivisible:
         """What the quantizer does with sites that do not divide into a candidate's groups."""
         return self._quantizer(self.schemes[0], {}).on_indivisible
 
@@ -141,6 +141,10 @@ class MixedPrecision(BlockPass):
         """
         for scheme in self.schemes:
             site_schemes([self._quantizer(scheme, {})], model_map)
+
+    def notes(self, model_map: ModelMap) -> list[str]:
+        """Which sites get another group than a candidate asks for."""
+        return fitting_notes([self._quantizer(scheme, {}) for scheme in self.schemes], model_map)
 
     def needs(self) -> tuple[type[Statistic], ...]:
         """What the quantizer reads, whichever candidates are chosen."""

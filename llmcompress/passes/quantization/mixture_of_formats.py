@@ -18,7 +18,7 @@ from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES, BlockPass, Trait
 from llmcompress.passes.nested_quantizer import quantizer_with
 from llmcompress.passes.quantizing import QuantizingPass
-from llmcompress.passes.schemes import site_schemes
+from llmcompress.passes.schemes import OnIndivisible, fitting_notes, site_schemes
 from llmcompress.records.rows import SiteReport
 
 
@@ -62,7 +62,7 @@ class MixtureOfFormats(BlockPass):
         return self.schemes[0]
 
     @property
-    def on_indivisible(self) -> Literal["error", "skip", "channel", "pad"]:
+    def on_indivisible(self) -> OnIndivisible:
         """What the quantizer does with sites that do not divide into a candidate's groups."""
         return self._quantizers()[0].on_indivisible
 
@@ -70,6 +70,10 @@ class MixtureOfFormats(BlockPass):
         """Raises: CompressError listing every site whose inputs do not divide into a candidate's groups."""
         for each in self._quantizers():
             site_schemes([each], model_map)
+
+    def notes(self, model_map: ModelMap) -> list[str]:
+        """Which sites get another group than the candidates ask for."""
+        return fitting_notes(self._quantizers(), model_map)
 
     def needs(self) -> tuple[type[Statistic], ...]:
         """What the quantizers read, and some inputs where outputs are compared."""
