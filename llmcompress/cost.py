@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import psutil
 import torch
 
+from llmcompress.calibration.sources import bytes_of_text
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.model.map import BlockInfo, InputGroup, ModelMap
 from llmcompress.numerics.loss import LOGITS_BYTES, LOGITS_COPIES, windows_at_once
@@ -41,8 +42,16 @@ _SAVED_OUTPUTS = 2
 """The outputs of linears themselves, and what is computed from them."""
 _BACKWARD_FORWARDS = 3
 """Forward passes that one forward and its gradients cost."""
+_EVALUATED_MODELS = 2
+"""The dense one, unless its scores are known already, and the compressed one."""
+BYTES_PER_TOKEN = 4
+"""Of ordinary text in the vocabularies of large models."""
 _SOLVING_PRODUCTS = 40
 """Products ΔW·G of O×I by I×I that solving one site takes in time: AWQ tries about twenty scales and twenty ranges."""
+
+
+_ROUNDED_WEIGHT = 1000.0
+"""Operations of a matrix product in whose time one weight gets its range and its code."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,8 @@ class Cost:
     """How often all calibration windows go through all blocks; a forward with gradients counts for three."""
     peak_bytes: int
     """Most bytes held at any time, beside the interpreter and its libraries."""
+    evaluation_operations: float | None = None
+    """Of measuring the dense and the compressed model; None: how long a text is is not known before it is read."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +77,12 @@ class _Measuring:
     wants_dense: bool
     solves: bool
     """Whether Gram matrices are measured, and systems solved with them."""
+    rounds: bool
+    """Whether it ends in codes."""
 
     @classmethod
     def of(cls, each: BlockPass) -> _Measuring:
-        return cls(each.selects, each.forwards(), each.wants_dense(), Gram in each.measures())
+        return cls(each.selects, each.forwards(), each.wants_dense(), Gram in each.measures(), each.quantizes())
 
 
 class Machine(NamedTuple):
@@ -107,13 +120,22 @@ def must_offload(offload: Offload, passes: Sequence[Pass], *, weight_bytes: int,
     return offload == "always" or (too_large and not blocked and processes == 1)
 
 
-def cost(recipe: Recipe, model_map: ModelMap, *, parameters: int, vocabulary: int, offloaded: bool = False) -> Cost:
+def cost(
+    recipe: Recipe,
+    model_map: ModelMap,
+    *,
+    parameters: int,
+    vocabulary: int,
+    max_positions: int | None = None,
+    offloaded: bool = False,
+) -> Cost:
     """What the recipe takes, from the map and the recipe alone: nothing is computed, measured or read.
 
     `vocabulary` = embedding rows.
     """
     passes = [_Measuring.of(each) for each in recipe.passes if isinstance(each, BlockPass)]
-    forwards = [1 + sum(each.forwards for each in passes if any(_groups(each, block))) for block in model_map.blocks]
+    once = int(any(each.uses_data() for each in recipe.passes))  # without windows nothing goes through the blocks
+    forwards = [once + sum(each.forwards for each in passes if any(_groups(each, block))) for block in model_map.blocks]
     samples = recipe.calibration.samples
     through_model = sum(
         _BACKWARD_FORWARDS * (gradients.trained_on or samples) / samples
@@ -124,7 +146,15 @@ def cost(recipe: Recipe, model_map: ModelMap, *, parameters: int, vocabulary: in
         operations=_operations(recipe, model_map, passes, [times + through_model for times in forwards]),
         forwards=sum(forwards) / max(len(forwards), 1) + through_model,
         peak_bytes=_peak_bytes(recipe, model_map, passes, parameters, vocabulary, offloaded=offloaded),
+        evaluation_operations=_evaluation(recipe, model_map, vocabulary, max_positions),
     )
+
+
+def about(seconds: float) -> str:
+    """As exact as foresight is: `45 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def this_machine(size: int = 512, seconds: float = 0.05) -> Machine:
@@ -176,6 +206,25 @@ def _operations(recipe: Recipe, model_map: ModelMap, passes: Sequence[_Measuring
         once = 2.0 * tokens * weights + 4.0 * tokens * window * model_map.hidden_size
         total += once * times
         total += sum(_statistics_operations(each, block, tokens) for each in passes if each.forwards)
+        total += sum(_ROUNDED_WEIGHT * _selected_weights(each, block) for each in passes if each.rounds)
+    return total
+
+
+def _evaluation(recipe: Recipe, model_map: ModelMap, vocabulary: int, max_positions: int | None) -> float | None:
+    """The head counts here: it computes logits of every token."""
+    weights = vocabulary * model_map.hidden_size + sum(
+        site.outputs * site.inputs for block in model_map.blocks for site in block.structure.sites
+    )
+    total = 0.0
+    for task in recipe.evaluate:
+        window = task.window_for(max_positions)
+        size, most = bytes_of_text(task.source), task.most_windows(window)
+        if size is None and most is None:
+            return None
+        known = [size / BYTES_PER_TOKEN] if size is not None else []
+        tokens = min([*known, *([most * window] if most is not None else [])])
+        attention = 4.0 * window * model_map.hidden_size * len(model_map.blocks)
+        total += _EVALUATED_MODELS * tokens * (2.0 * weights + attention)
     return total
 
 
@@ -212,6 +261,11 @@ def _gradient_bytes(each: Pass, recipe: Recipe, model_map: ModelMap, parameters:
         saved += _SAVED_OUTPUTS * sum(site.outputs for site in sites) + _SAVED_HIDDEN * model_map.hidden_size
     kept = found.copies * weights + found.of_all * parameters
     return int(_FLOAT * (kept + with_logits * LOGITS_COPIES * vocabulary + tokens * saved))
+
+
+def _selected_weights(each: _Measuring, block: BlockInfo) -> int:
+    sites = block.structure.sites
+    return sum(site.outputs * site.inputs for site in sites if each.selects(block.full(site.name)))
 
 
 def _statistics_operations(each: _Measuring, block: BlockInfo, tokens: int) -> float:

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.data import CalibrationData, calibration_windows
 from llmcompress.calibration.devices import usable_device
+from llmcompress.calibration.offloading import InMemory
 from llmcompress.calibration.process_group import joined_processes, own_device
 from llmcompress.calibration.sources import overlap_warning
 from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
-from llmcompress.cost import Machine, Offload
+from llmcompress.cost import Machine, Offload, about, this_machine
 from llmcompress.errors import without_tokens
 from llmcompress.evaluation.coverage import coverage_warnings
 from llmcompress.evaluation.dense import DenseScores, against_dense, dense_scores
@@ -37,7 +38,7 @@ from llmcompress.model.describe import describe
 from llmcompress.model.probe import probe
 from llmcompress.passes.apply import apply_passes, steps
 from llmcompress.passes.together import Together
-from llmcompress.planning import Plan, aimed_at_target, make_plan, refused
+from llmcompress.planning import Plan, aimed_at_target, foretold_cost, make_plan, refused
 from llmcompress.preparation import Order, Prepared, prepare
 from llmcompress.presets import as_recipe
 from llmcompress.progress import Progress, Silent
@@ -99,6 +100,7 @@ def _compress(order: Order) -> Report:
     order = replace(order, recipe=prepared.recipe)
     recipe, processes = order.recipe, order.processes
     clock.lap("load")
+    order.progress.note(_estimate(prepared))
     with _opened_run(order, prepared) as run:
         torch.manual_seed(recipe.seed)
         data = _calibration(order, prepared)
@@ -121,6 +123,16 @@ def _compress(order: Order) -> Report:
         order.progress.step(order.output.name)
         run.discard()
     return processes.same(report)
+
+
+def _estimate(prepared: Prepared) -> str:
+    """How long the run will take here: a measured speed, and operations that the recipe foretells."""
+    offloaded = not isinstance(prepared.weights_at, InMemory)
+    taken = foretold_cost(prepared.recipe, prepared.map, prepared.loaded.preflight, offloaded=offloaded)
+    speed = this_machine().operations_per_second
+    evaluating = taken.evaluation_operations
+    ending = f", and {about(evaluating / speed)} to evaluate" if evaluating else ""
+    return f"estimate for this machine: about {about(taken.operations / speed)} to compress{ending}"
 
 
 def _opened_run(order: Order, prepared: Prepared) -> AbstractContextManager[Run | None]:

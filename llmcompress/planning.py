@@ -11,10 +11,12 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from llmcompress.calibration.sources import check_source
-from llmcompress.cost import Machine, Offload, cost, must_offload
+from llmcompress.calibration.tokens import max_positions
+from llmcompress.cost import Cost, Machine, Offload, cost, must_offload
 from llmcompress.errors import CompressError
 from llmcompress.exporters.choose import Choice, choose, limits_of
 from llmcompress.exporters.contents import foretold
+from llmcompress.exporters.dense_tables import bytes_of, dense_tables
 from llmcompress.exporters.loader import Loader, loader_of
 from llmcompress.formats import plain
 from llmcompress.formats.named import Kind
@@ -73,6 +75,8 @@ class Plan(_Row):
     """Multiplications and additions of compression."""
     estimated_seconds: float | None = None
     """Of compression on the machine that was given; text, evaluation and saving come on top."""
+    evaluation_seconds: float | None = None
+    """Of measuring the dense and the compressed model there; None too where the length of a text is not known."""
     warnings: tuple[str, ...]
 
 
@@ -107,18 +111,15 @@ def make_plan(
     check_texts(recipe)
     known = known_model(model, trust_remote_code=recipe.trust_remote_code) if isinstance(model, Source) else model
     checked, model_map = known.checked, known.map
-    offloaded = must_offload(offload, recipe.passes, weight_bytes=checked.bytes_weights)
+    recipe, offloaded = with_weights_placed(recipe, offload, weight_bytes=checked.bytes_weights)
     dtype = storage_dtype_of(recipe, checked)
     stored = check_recipe(recipe, model_map, known.loader, dtype)
     sites = _sites(recipe, model_map, stored, dtype)
     tensors = _other_tensors(checked, model_map, dtype)
-    taken = cost(
-        recipe,
-        model_map,
-        parameters=sum(prod(shape) for shape in checked.contents.shapes.values()),
-        vocabulary=checked.contents.embedding_rows,
-        offloaded=offloaded,
-    )
+    for each in recipe.passes:
+        tensors = each.tensors_outside(tensors, model_map, dtype)
+    taken = foretold_cost(recipe, model_map, checked, offloaded=offloaded)
+    evaluating = taken.evaluation_operations
     tensors |= {f"{row.name}.{part}": kind for row in sites for part, kind in row.tensors.items()}
     return Plan(
         model=known.name,
@@ -131,7 +132,20 @@ def make_plan(
         peak_memory_bytes=taken.peak_bytes + (machine.process_bytes if machine else 0),
         operations=taken.operations,
         estimated_seconds=taken.operations / machine.operations_per_second if machine else None,
+        evaluation_seconds=evaluating / machine.operations_per_second if machine and evaluating is not None else None,
         warnings=tuple(dict.fromkeys([*checked.warnings, *stored.notes])),
+    )
+
+
+def foretold_cost(recipe: Recipe, model_map: ModelMap, checked: Preflight, *, offloaded: bool) -> Cost:
+    """Operations and memory of the recipe for a model that was checked."""
+    return cost(
+        recipe,
+        model_map,
+        parameters=sum(prod(shape) for shape in checked.contents.shapes.values()),
+        vocabulary=checked.contents.embedding_rows,
+        max_positions=max_positions(checked.config),
+        offloaded=offloaded,
     )
 
 
@@ -165,8 +179,11 @@ def check_recipe(
         each.check(model_map)
     notes = [note for each in _on_this_model(recipe.passes) for note in each.notes(model_map)]
     contents = foretold(model_map, planned_schemes(recipe, model_map), loader, storage_dtype)
+    if any(each.rounds_embedding() for each in recipe.passes):
+        contents = replace(contents, rounded_embedding=model_map.embedding)
     choice = choose(recipe.save.format, contents, zero_points=recipe.save.zero_points)
-    return replace(choice, notes=tuple(dict.fromkeys([*notes, *choice.notes])))
+    dtype = storage_dtype or torch.bfloat16
+    return replace(choice, notes=tuple(dict.fromkeys([*notes, *choice.notes, *dense_tables(choice, model_map, dtype)])))
 
 
 def fitted_to_model(recipe: Recipe, model_map: ModelMap) -> Recipe:
@@ -184,9 +201,31 @@ def _on_this_model(passes: Sequence[Pass]) -> list[Pass]:
 
 
 def aimed_at_target(recipe: Recipe) -> Recipe:
-    """The same recipe, whose quantizers respect from the start what the target that it names cannot hold."""
+    """The same recipe, whose quantizers respect from the start what the target that it names cannot hold.
+
+    A pass that is not required and that the target cannot hold is left out.
+    """
     limits = limits_of(recipe.save.format)
-    return recipe.model_copy(update={"passes": tuple(aimed(each, limits) for each in recipe.passes)})
+    aimed_passes = tuple(aimed(each, limits) for each in recipe.passes)
+    aimed_recipe = recipe.model_copy(update={"passes": aimed_passes})
+    return aimed_recipe if limits.rounded_embedding else _without_optional(aimed_recipe)
+
+
+def with_weights_placed(
+    recipe: Recipe, offload: Offload, *, weight_bytes: int, processes: int = 1
+) -> tuple[Recipe, bool]:
+    """Whether weights stay on disk, and the recipe: a pass that is not required does not keep them in memory.
+
+    Raises: CompressError as `must_offload` does.
+    """
+    lean = _without_optional(recipe)
+    on_disk = must_offload(offload, lean.passes, weight_bytes=weight_bytes, processes=processes)
+    return lean if on_disk or processes > 1 else recipe, on_disk
+
+
+def _without_optional(recipe: Recipe) -> Recipe:
+    kept = tuple(each for each in recipe.passes if not each.is_optional())
+    return recipe.model_copy(update={"passes": kept}) if kept else recipe
 
 
 def planned_schemes(recipe: Recipe, model_map: ModelMap) -> dict[str, Scheme]:
@@ -229,7 +268,7 @@ class _SiteTensors:
     @property
     def bytes(self) -> int:
         """Of all its tensors."""
-        return sum(_bytes(kind) for kind in self.tensors.values())
+        return sum(bytes_of(kind) for kind in self.tensors.values())
 
     @property
     def removed(self) -> int:
@@ -238,7 +277,7 @@ class _SiteTensors:
 
     def planned(self) -> PlannedSite:
         """The row of the plan."""
-        weight_bytes = sum(_bytes(kind) for part, kind in self.tensors.items() if part != "bias")
+        weight_bytes = sum(bytes_of(kind) for part, kind in self.tensors.items() if part != "bias")
         return PlannedSite(
             site=self.name,
             passes=self.passes,
@@ -280,12 +319,7 @@ def _other_tensors(checked: Preflight, model_map: ModelMap, dtype: torch.dtype) 
     return {name: (dtype, shape) for name, shape in shapes.items() if name not in sites and not name.startswith(apart)}
 
 
-def _bytes(kind: Kind) -> int:
-    dtype, shape = kind
-    return prod(shape) * dtype.itemsize
-
-
 def _file_bytes(tensors: Mapping[str, Kind]) -> int:
     """Size of one safetensors file with these tensors, its header included."""
     header, _ = write_header(tensors)
-    return len(header) + sum(_bytes(kind) for kind in tensors.values())
+    return len(header) + sum(bytes_of(kind) for kind in tensors.values())

@@ -12,7 +12,7 @@ import torch
 from llmcompress.calibration.offloading import InMemory, OnDisk, WeightStore
 from llmcompress.calibration.process_group import ProcessGroup
 from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
-from llmcompress.cost import Offload, must_offload
+from llmcompress.cost import Offload
 from llmcompress.evaluation.texts import EvaluationText, evaluation_text
 from llmcompress.exporters.loader import loader_of
 from llmcompress.loading.load import Loaded, load_for_compression
@@ -21,7 +21,13 @@ from llmcompress.loading.source import Source, find_source
 from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
-from llmcompress.planning import check_recipe, check_texts, fitted_to_model, storage_dtype_of
+from llmcompress.planning import (
+    check_recipe,
+    check_texts,
+    fitted_to_model,
+    storage_dtype_of,
+    with_weights_placed,
+)
 from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
 from llmcompress.storage.disk import sha256
@@ -85,7 +91,9 @@ def _prepared(order: Order) -> Prepared:
     # a finished folder is no larger than the model; better refused now than when it is written
     if processes.is_first:
         check_output(output, overwrite=order.overwrite, needed_bytes=weight_bytes, source=source.folder)
-    on_disk = must_offload(order.offload, recipe.passes, weight_bytes=weight_bytes, processes=processes.count)
+    recipe, on_disk = with_weights_placed(
+        recipe, order.offload, weight_bytes=weight_bytes, processes=processes.count
+    )
     if on_disk:
         begin_run_folder(run_folder(output))
     loaded = load_for_compression(

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any, Literal
 
 from llmcompress.calibration.hub_datasets import hub_rows
@@ -34,6 +35,8 @@ class Texts:
     """sha256 of the content read."""
     skipped: int = 0
     """Rows that could not be read and were left out (`skip_bad_rows`)."""
+    bounded: bool = False
+    """Whether a dataset was streamed, and no further than enough."""
 
     @property
     def kind(self) -> Literal["text", "chat"]:
@@ -77,7 +80,7 @@ def read_texts(
         raise CompressError("data.empty", what, where=where, fix="use another source")
     conversations = tuple(tuple(messages) for messages in found.conversations)
     fingerprint = _fingerprint(found.documents or conversations)
-    return Texts(name, tuple(found.documents), conversations, fingerprint, found.skipped)
+    return Texts(name, tuple(found.documents), conversations, fingerprint, found.skipped, limit is not None)
 
 
 def check_source(name: str, *, where: str) -> None:
@@ -89,6 +92,13 @@ def check_source(name: str, *, where: str) -> None:
         _check_builtin(name.removeprefix("builtin:"), where)
     elif not from_home(name).exists() and _looks_like_a_path(name):
         raise CompressError("data.not-found", f"{name}: there is no such file", where=where, fix="check the path")
+
+
+def bytes_of_text(name: str) -> int | None:
+    """Size of a bundled text or a local file, which is not opened; None for anything else."""
+    bundled = resources.files("llmcompress").joinpath("builtin", f"{name.removeprefix('builtin:')}.txt")
+    path = Path(str(bundled)) if name.startswith("builtin:") else from_home(name)
+    return path.stat().st_size if path.is_file() else None
 
 
 def builtin_names() -> list[str]:

@@ -35,7 +35,8 @@ from llmcompress.cli.output import device_option, json_option, print_json, print
     metavar="NAME",
     help="What runs the model: transformers, by default.",
 )
-@click.option("--max-windows", type=click.IntRange(min=1), help="Measure only the first windows.")
+@click.option("--max-windows", type=click.IntRange(min=1), help="Measure only the first windows [default: 16,384 tokens].")
+@click.option("--whole-text", is_flag=True, help="Measure all windows.")
 @device_option
 @json_option
 def evaluate(
@@ -44,6 +45,7 @@ def evaluate(
     window: int | None,
     bos: str,
     max_windows: int | None,
+    whole_text: bool,
     runner: str,
     device: str,
     as_json: bool,
@@ -60,7 +62,7 @@ def evaluate(
     from llmcompress.cli.terminal import TerminalProgress
     from llmcompress.evaluation.settings import PerplexityTask
 
-    common = {"window": window, "bos": bos, "max_windows": max_windows}
+    common = {"window": window, "bos": bos, "max_windows": "all" if whole_text else max_windows}
     tasks = [PerplexityTask.model_validate({**PerplexityTask.from_text(source), **common}) for source in sources]
     with TerminalProgress() as progress:
         progress.stage("starting", 0)

@@ -81,6 +81,7 @@ def plan_tables(plan: dict[str, Any]) -> list[RenderableType]:
     tables: list[RenderableType] = [plain_table(headings, rows, title=f"{plan['model']} ({plan['family']})")]
     if plan["refused"]:
         tables.append(_reasons(f"not compressed: {len(plan['refused'])}", plan["refused"]))
+    evaluating = plan.get("evaluation_seconds")
     facts = [
         ("weight files", f"{size(plan['bytes_dense'])} → {size(plan['output_bytes'])}"),
         ("peak memory", size(plan["peak_memory_bytes"]) + (", weights on disk" if plan.get("offloaded") else "")),
@@ -88,6 +89,7 @@ def plan_tables(plan: dict[str, Any]) -> list[RenderableType]:
             "time",
             f"about {duration(plan['estimated_seconds'])}" if plan["estimated_seconds"] is not None else "unknown",
         ),
+        ("and to evaluate", f"about {duration(evaluating)}" if evaluating is not None else "unknown"),
     ]
     tables.append(plain_table(("", "#"), facts, title="estimate"))
     tables += [Text(f"warning: {warning}", style="yellow") for warning in plan["warnings"]]
@@ -103,7 +105,7 @@ def perplexity_table(results: Sequence[PerplexityResult]) -> Table:
             f"{each.bits_per_byte:.4f}",
             str(each.window),
             _bos(each),
-            str(each.tokens),
+            _tokens(each),
         )
         for each in results
     ]
@@ -205,6 +207,14 @@ def _cell(value: Any) -> str:
     return "" if value is None else str(value)
 
 
+def _tokens(result: PerplexityResult) -> str:
+    """How many were measured, of how many where that is known."""
+    whole = result.text_tokens
+    # what is given and not predicted is a token of the text: a text measured to its end lacks at most one a window
+    partly = whole is not None and whole - result.tokens > whole / result.window + 1
+    return f"{result.tokens:,} of {whole:,}" if partly else f"{result.tokens:,}"
+
+
 def _quality_table(report: Report) -> Table:
     rows = [
         (
@@ -213,7 +223,7 @@ def _quality_table(report: Report) -> Table:
             f"{each.compressed.perplexity:.3f}",
             f"{each.ratio:.3f}" + ("" if each.ratio_error is None else f" ±{each.ratio_error:.3f}"),
             str(each.dense.window),
-            str(each.dense.tokens),
+            _tokens(each.dense),
         )
         for each in report.quality
     ]

@@ -59,6 +59,7 @@ class Perplexity:
             window=text.window,
             bos=text.bos,
             tokens=self._tokens,
+            text_tokens=text.text_tokens,
             perplexity=math.exp(mean),
             bits_per_byte=self._nats / math.log(2) / text.predicted_bytes,
             from_cache=self._from_cache,

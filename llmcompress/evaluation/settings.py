@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from llmcompress.registry import Registry
 
 _WITH_SPLIT = re.compile(r"(?!builtin:)(?P<source>.+):(?P<split>[A-Za-z][\w-]*(\[[^]]*\])?)")
+
+LONGEST_DEFAULT_WINDOW = 2048
+
+DEFAULT_TOKENS = 16_384
+"""Measured of a text where nothing else is asked for, dense and compressed alike. On the 135 M parameters of SmolLM2 that
+takes one core half a minute for both; all of WikiText-2's test text took nearly nine (docs/decisions/0029)."""
 
 TASKS: Registry[PerplexityTask] = Registry("measurement", "llmcompress.evaluation.settings")
 """Name of a measurement → what a recipe may say of one."""
@@ -33,8 +39,19 @@ class PerplexityTask(BaseModel):
     """Tokens in a window, the BOS included; None: the model's own limit, at most 2048."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Whether every window starts with the BOS token; `auto`: as the tokenizer does it."""
-    max_windows: int | None = Field(default=None, ge=1)
-    """Measure only the first windows; None: all."""
+    max_windows: Annotated[int, Field(ge=1)] | Literal["all"] | None = None
+    """Measure only the first windows; None: as many as 16,384 tokens fill; `all`: the whole text."""
+
+    def window_for(self, max_positions: int | None) -> int:
+        """Tokens in a window of a model of so many positions (None: no limit)."""
+        wanted = LONGEST_DEFAULT_WINDOW if self.window is None else self.window
+        return min(max_positions or wanted, wanted)
+
+    def most_windows(self, window: int) -> int | None:
+        """How many windows of that length are measured, where the text has so many; None: all."""
+        if self.max_windows == "all":
+            return None
+        return max(1, DEFAULT_TOKENS // window) if self.max_windows is None else self.max_windows
 
     @classmethod
     def from_text(cls, text: str) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from llmcompress.evaluation.settings import PerplexityTask
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LONGEST_DEFAULT_WINDOW = 2048
 CHARACTERS_PER_TOKEN = 8
 """More than any tokenizer's average, so that a streamed text is read far enough."""
 
@@ -40,6 +39,8 @@ class EvaluationText:
     """Bytes of the UTF-8 text whose tokens are predicted."""
     paragraphs: frozenset[int]
     """For the overlap check with the calibration text."""
+    text_tokens: int | None = None
+    """Of the whole text; None: only a beginning of it was read."""
     warnings: tuple[str, ...] = ()
 
     @property
@@ -59,7 +60,8 @@ def evaluation_text(
     """
     window, warnings = _window(task, max_positions)
     bos = _bos(task, tokenizer)
-    enough = None if task.max_windows is None else task.max_windows * window * CHARACTERS_PER_TOKEN
+    most = task.most_windows(window)
+    enough = None if most is None else most * window * CHARACTERS_PER_TOKEN
     where = f"evaluate.perplexity: {task.source}"
     source = TextSource(task.source, task.split, task.config, task.column)
     texts = read_texts(source, max_characters=enough, where=where)
@@ -67,7 +69,7 @@ def evaluation_text(
     tokens, ends = _tokens_and_byte_ends(text, tokenizer)
     unknown = unknown_warning(tokenizer, [text], [tokens])
     length = window - len(bos)
-    starts = range(0, len(tokens), length)[: task.max_windows]
+    starts = range(0, len(tokens), length)[:most]
     pieces = [tokens[start : start + length] for start in starts]
     if not bos and pieces and len(pieces[-1]) == 1:
         pieces.pop()  # nothing comes before this token, so it cannot be predicted
@@ -86,16 +88,16 @@ def evaluation_text(
         bool(bos),
         predicted_bytes,
         paragraph_hashes([text]),
+        None if texts.bounded else len(tokens),
         tuple(warnings + ([unknown] if unknown else [])),
     )
 
 
 def _window(task: PerplexityTask, limit: int | None) -> tuple[int, list[str]]:
-    if task.window is None:
-        return min(limit or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW), []
-    if limit is not None and task.window > limit:
-        return limit, [f"windows cut from {task.window} to {limit} tokens, the model has no more positions"]
-    return task.window, []
+    window = task.window_for(limit)
+    if task.window is not None and window < task.window:
+        return window, [f"windows cut from {task.window} to {window} tokens, the model has no more positions"]
+    return window, []
 
 
 def _bos(task: PerplexityTask, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -57,11 +57,13 @@ class Contents:
     """What replaced a module of the stock model, parts of such a thing left out. Not known to a plan either."""
     named_caches: frozenset[str] = frozenset()
     """Attentions that cache codes in a way for which compressed-tensors has words."""
+    rounded_embedding: str | None = None
+    """Its name, where a plan rounds it; found in a model it is among the differences."""
 
     @property
     def is_stock(self) -> bool:
         """Whether ordinary weights are all there is."""
-        return not self.sites and not self.differences
+        return not self.sites and not self.differences and self.rounded_embedding is None
 
     @property
     def rearranged(self) -> tuple[str, ...]:
@@ -75,7 +77,8 @@ class Contents:
         found = self.differences
         other = (name for name, spec in found.modules.items() if not MODULES[spec["type"]].has_stock_format)
         named = (name for name in other if name not in self.named_caches)
-        return (*named, *found.reshaped, *found.shapes, *found.attributes)
+        rounded = () if self.rounded_embedding is None else (self.rounded_embedding,)
+        return (*rounded, *named, *found.reshaped, *found.shapes, *found.attributes)
 
 
 def foretold(

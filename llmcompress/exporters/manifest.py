@@ -19,6 +19,7 @@ from llmcompress.exporters.contents import CodedLinear, Contents, found_in
 from llmcompress.formats import packed
 from llmcompress.formats.named import Kind
 from llmcompress.modules.expression_leaves import Quantized
+from llmcompress.modules.limits import TargetLimits
 from llmcompress.modules.quant_linear import QuantLinear, quantized_linears
 
 METHOD = "llmcompress"
@@ -29,6 +30,7 @@ VERSION = 1
 class ManifestExporter(Exporter):
     """Codes at their own width; `from_pretrained` loads it after `import llmcompress`, and refuses it without."""
 
+    limits: ClassVar[TargetLimits] = TargetLimits(rounded_embedding=True)
     fix: ClassVar[str] = 'leave experts out with `exclude: "*.experts.*"`, or use integer or fp8 schemes on them'
 
     @override

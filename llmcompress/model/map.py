@@ -112,6 +112,8 @@ class ModelMap:
     head: str
     tied: bool
     refused: tuple[Refusal, ...] = ()
+    vocabulary: int = 0
+    """Rows of the embedding."""
 
     def site_names(self) -> tuple[str, ...]:
         """Full names of all sites, in model order."""

@@ -60,6 +60,7 @@ def _probe(model: PreTrainedModel) -> ModelMap:
     text = config.get_text_config()
     tied = bool(getattr(text, "tie_word_embeddings", False))
     refused = _refused_outside(model, blocks, embedding, head, tied=tied)
+    rows = len(model.get_input_embeddings().weight)  # before a smaller table takes its place
     # A padding token would be masked or numbered in its own way by some models.
     token = 2 if getattr(text, "pad_token_id", None) == 1 else 1
     _furnish(model, [block for _, block in blocks], vocabulary=token + 1)
@@ -71,7 +72,7 @@ def _probe(model: PreTrainedModel) -> ModelMap:
             structures[kind] = block_structure(model, blocks, index, token)
             release(block)
     infos = tuple(BlockInfo(i, name, structures[_kind(block)]) for i, (name, block) in enumerate(blocks))
-    return ModelMap(config.model_type, int(text.hidden_size), infos, embedding, head, tied, refused)
+    return ModelMap(config.model_type, int(text.hidden_size), infos, embedding, head, tied, refused, rows)
 
 
 def _copy_indices(model: nn.Module, outline: nn.Module) -> None:

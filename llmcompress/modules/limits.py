@@ -36,6 +36,8 @@ class TargetLimits:
     """No floats."""
     rounded_inputs: bool = True
     """Schemes may round activations."""
+    rounded_embedding: bool = False
+    """The embedding may be codes, also where it is the head."""
 
     def problem(self, scheme: Scheme, inputs: int, scale_dtype: torch.dtype | None = None) -> str | None:
         """Why codes of that scheme, I of them in a row, cannot be held; None when they can.

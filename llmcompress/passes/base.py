@@ -8,11 +8,13 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
+from llmcompress.formats.named import Kind
 from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.statistics import Statistic
@@ -83,6 +85,20 @@ class Pass(BaseModel, ABC):
     def kept_fraction(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
         """About which share of a site's parameters is left, as far as the options tell before any work."""
         return 1.0
+
+    def tensors_outside(
+        self, tensors: Mapping[str, Kind], model_map: ModelMap, storage_dtype: torch.dtype
+    ) -> dict[str, Kind]:
+        """What the files hold afterwards beside the linears of blocks, by full name, as far as the options tell."""
+        return dict(tensors)
+
+    def rounds_embedding(self) -> bool:
+        """Whether the embedding holds codes afterwards."""
+        return False
+
+    def is_optional(self) -> bool:
+        """Whether it is left out where the target or the memory has no room for it."""
+        return False
 
     def conflict_with(self, trait: Trait) -> str | None:
         """Why this pass may not follow one that left that trait on the same site; None when it may."""

@@ -36,6 +36,9 @@ class HasScheme(Protocol):
     def on_indivisible(self) -> OnIndivisible:
         """What to do with a site whose inputs do not divide."""
 
+    def quantizes(self) -> bool:
+        """Whether the sites hold codes afterwards."""
+
 
 @dataclass(frozen=True)
 class Indivisible:

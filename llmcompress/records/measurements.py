@@ -34,6 +34,8 @@ class PerplexityResult(Record):
     """Whether every window starts with the BOS token (which is never predicted)."""
     tokens: int
     """Tokens predicted."""
+    text_tokens: int | None = None
+    """Of the whole text; None: not known, because only its beginning was read."""
     perplexity: float
     bits_per_byte: float
     from_cache: bool = False

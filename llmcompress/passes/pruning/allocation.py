@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -28,6 +28,30 @@ class Request:
 
 Allocation = Callable[[Sequence[Request], Sequence[Tensor]], list[Tensor]]
 """Requests and priorities (greater: keep) → True for the units that stay."""
+
+
+def balanced(requests: Sequence[Request]) -> list[Request]:
+    """The same, where the channels of a block take what its heads remove too much or too little of.
+
+    A quarter of three key-value groups is one third of the attention or nothing; channels are small enough to bring the
+    block's parameters to the fraction asked for.
+    """
+    missing: dict[str, float] = {}
+    channels: dict[str, int] = {}
+    for request in requests:
+        block, group = request.group.block.name, request.group
+        if request.fraction > 0 and group.kind == "heads":
+            gone = group.units - kept_units(request)
+            missing[block] = missing.get(block, 0.0) + (request.fraction * group.units - gone) * group.parameters
+        elif request.fraction > 0:
+            channels[block] = channels.get(block, 0) + group.units * group.parameters
+    return [
+        replace(request, fraction=min(max(request.fraction + missing.get(block, 0.0) / channels[block], 0.0), 0.99))
+        if request.fraction > 0 and request.group.kind == "channels"
+        else request
+        for request in requests
+        for block in [request.group.block.name]
+    ]
 
 
 def uniform(requests: Sequence[Request], priorities: Sequence[Tensor]) -> list[Tensor]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
 from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
+from llmcompress.formats.named import Kind
 from llmcompress.model.embedding_norm import bake_embedding_norm
 from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.model.residual_probe import find_residual
@@ -69,7 +71,37 @@ class SliceGPT(ModelPass):
     @override
     def kept_fraction(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
         """Every linear reads or writes the stream on one side."""
-        return 1 - self.fraction
+        return self._width(model_map.hidden_size) / model_map.hidden_size
+
+    @override
+    def tensors_outside(
+        self, tensors: Mapping[str, Kind], model_map: ModelMap, storage_dtype: torch.dtype
+    ) -> dict[str, Kind]:
+        """Norms and tables are as wide as the stream; the last norm moves into the head, so no head stays tied."""
+        before, found = model_map.hidden_size, dict(tensors)
+        if model_map.tied:
+            found[f"{model_map.head}.weight"] = tensors[f"{model_map.embedding}.weight"]
+        width = self._width(before)
+        return {
+            name: (kind, tuple(width if size == before else size for size in shape))
+            for name, (kind, shape) in found.items()
+        }
+
+    @override
+    def notes(self, model_map: ModelMap) -> list[str]:
+        """What a head of its own costs, and which fraction would reach what was asked for."""
+        if not model_map.tied or self.fraction == 0:
+            return []
+        blocks = sum(site.outputs * site.inputs for block in model_map.blocks for site in block.structure.sites)
+        table = model_map.vocabulary * model_map.hidden_size
+        left = (blocks + 2 * table) * self._width(model_map.hidden_size) / model_map.hidden_size / (blocks + table)
+        needed = 1 - (1 - self.fraction) * (blocks + table) / (blocks + 2 * table)
+        change = f"shrink by {1 - left:.0%} only" if left < 1 else f"grow by {left - 1:.0%}"
+        return [
+            f"slicegpt, {self.fraction:.0%} asked for: the embedding ({table / (blocks + table):.0%} of the parameters) "
+            f"is the head too, and in a rotated stream each needs a table of its own, so the weights {change}; "
+            f"`fraction: {needed:.2f}` reaches {self.fraction:.0%}, and `width` needs no second table"
+        ]
 
     def apply(self, whole: WholeModel) -> list[SiteReport]:
         """Find who reads and writes the stream, prove it by mirroring it, then slice.

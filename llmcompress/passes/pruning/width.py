@@ -15,14 +15,14 @@ from typing_extensions import override
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.model.map import ModelMap, SiteInfo
+from llmcompress.model.map import BlockInfo, ModelMap, SiteInfo
 from llmcompress.model.site import LinearSite
 from llmcompress.model.units import UnitGroup, groups_of, kept_fraction, unit_groups
 from llmcompress.numerics import index_ranges
 from llmcompress.numerics.refit import Refitted
 from llmcompress.numerics.statistics import Gram, Statistic
 from llmcompress.passes.base import PASSES, Backward, BlockPass, Pass, Trait
-from llmcompress.passes.pruning.allocation import ALLOCATIONS, Request, kept_units
+from llmcompress.passes.pruning.allocation import ALLOCATIONS, Request, balanced, kept_units
 from llmcompress.passes.pruning.refits import REFITS, RefitName
 from llmcompress.passes.pruning.scores.base import SCORES, Allocate, Score
 from llmcompress.records.rows import SiteReport
@@ -30,6 +30,9 @@ from llmcompress.records.rows import SiteReport
 _AFTER_THE_CHOICE = ("channels", "heads", "refit", "damping", "sites", "exclude", "overrides")
 _CHOICE = frozenset({"fraction", "removed", "floor", "round_to"})
 """Options that say what is done with the units that go, and those that say which ones."""
+
+_AS_ASKED = 0.02
+"""How far a share of heads may be from the fraction before anyone is told."""
 
 
 class WidthPass(BlockPass):
@@ -47,7 +50,8 @@ class WidthPass(BlockPass):
     }
     whole_block: ClassVar[frozenset[str]] = frozenset({"channels", "heads", "allocation"})
 
-    fraction: float = Field(0.25, ge=0, lt=1, description="share of the channels, and of the heads, to remove")
+    fraction: float = Field(0.25, ge=0, lt=1, description="share of the parameters of heads and channels to remove; heads go whole, with a uniform allocation "
+        "channels make up for it")
     removed: str | None = Field(
         None,
         pattern=index_ranges.PATTERN,
@@ -94,7 +98,7 @@ class WidthPass(BlockPass):
 
     @override
     def check(self, model_map: ModelMap) -> None:
-        requests = [self._request(group) for group in self._groups(unit_groups(model_map))]
+        requests = self._requests(self._groups(unit_groups(model_map)))
         if not requests:
             raise CompressError(
                 "width.nothing-to-remove",
@@ -120,12 +124,37 @@ class WidthPass(BlockPass):
     def kept_fraction(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
         """Exact where all layers lose as much."""
         block = next(block for block in model_map.blocks if site.startswith(f"{block.name}."))
+        groups = self._groups(groups_of(block))
+        asked = {request.group: request for request in self._requests(groups)}
 
         def removed(group: UnitGroup) -> float:
             gone = self._given(group)
-            return (group.units - kept_units(self._request(group)) if gone is None else len(gone)) / group.units
+            return (group.units - kept_units(asked[group]) if gone is None else len(gone)) / group.units
 
-        return kept_fraction(self._groups(groups_of(block)), site, removed)
+        return kept_fraction(groups, site, removed)
+
+    @override
+    def notes(self, model_map: ModelMap) -> list[str]:
+        """Where whole heads cannot be the fraction asked for: what goes of heads, of channels and in all."""
+        if self.allocation != "uniform":
+            return []
+        return list(dict.fromkeys(note for block in model_map.blocks if (note := self._note(block))))
+
+    def _note(self, block: BlockInfo) -> str | None:
+        requests = [each for each in self._requests(self._groups(groups_of(block))) if self._given(each.group) is None]
+        gone = {each.group: each.group.units - kept_units(each) for each in requests}
+        heads = [group for group in gone if group.kind == "heads"]
+        wanted = {group: self.for_site(group.name).fraction for group in gone}
+        if all(abs(gone[group] / group.units - wanted[group]) < _AS_ASKED for group in heads):
+            return None
+        said = [f"{gone[group]} of {group.units} groups of heads go, which go whole" for group in heads]
+        said += [
+            f"{gone[group] / group.units:.1%} of the FFN channels" for group in gone if group.kind == "channels"
+        ]
+        removed = sum(count * group.parameters for group, count in gone.items())
+        share = removed / sum(group.units * group.parameters for group in gone)
+        fraction = " or ".join(f"{each:.0%}" for each in sorted(set(wanted.values())))
+        return f"width, {fraction} asked for: {', '.join(said)}; {share:.1%} of their parameters in all"
 
     @override
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
@@ -135,7 +164,7 @@ class WidthPass(BlockPass):
             for group in groups
             if (gone := self._given(group)) is not None
         }
-        requests = [self._request(group) for group in groups]
+        requests = self._requests(groups)
         asked = [
             (group, request)
             for group, request in zip(groups, requests, strict=True)
@@ -177,6 +206,11 @@ class WidthPass(BlockPass):
         """The groups of the wanted kinds all of whose sites are selected."""
         wanted = {"channels": self.channels, "heads": self.heads}
         return [group for group in groups if wanted[group.kind] and all(map(self.selects, group.sites))]
+
+    def _requests(self, groups: Sequence[UnitGroup]) -> list[Request]:
+        """What is asked of every group; a global allocation has a budget of parameters in any case."""
+        requests = [self._request(group) for group in groups]
+        return balanced(requests) if self.allocation == "uniform" else requests
 
     def _request(self, group: UnitGroup) -> Request:
         here = self.for_site(group.name)

@@ -13,6 +13,8 @@ from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
+from llmcompress.formats import packed
+from llmcompress.formats.named import Kind
 from llmcompress.model.lookup import row_multiplier
 from llmcompress.model.map import ModelMap
 from llmcompress.model.rotation import untie
@@ -47,6 +49,12 @@ class Embeddings(ModelPass):
     )
     range: RangeSearch = Field("mse", description="mse: shrink ranges to the least squared error; minmax: cover all")
 
+    required: bool = Field(
+        True,
+        description="false: left out unless `save.format` names a target that holds a rounded embedding (stock loaders "
+        "read none), and where weights are offloaded or several processes work",
+    )
+
     @field_validator("embedding", "head")
     @classmethod
     def _known(cls, name: str | None) -> str | None:
@@ -80,6 +88,35 @@ class Embeddings(ModelPass):
                 fix="give both the same scheme, or write `tied: untie` for a table each",
                 exit_code=ExitCode.USAGE,
             )
+
+    @override
+    def rounds_embedding(self) -> bool:
+        return self.embedding is not None
+
+    @override
+    def is_optional(self) -> bool:
+        return not self.required
+
+    @override
+    def tensors_outside(
+        self, tensors: Mapping[str, Kind], model_map: ModelMap, storage_dtype: torch.dtype
+    ) -> dict[str, Kind]:
+        """Codes and scales in the place of tables; a head that shares the embedding's has nothing of its own."""
+        found = dict(tensors)
+        dense = tensors.get(f"{model_map.embedding}.weight")
+        if dense is None:  # another pass took it apart: the report will say
+            return found
+        rounded = {model_map.embedding: self.embedding}
+        if not self._shares(model_map):
+            rounded[model_map.head] = self.head
+        for name, scheme in rounded.items():
+            if scheme is not None:
+                found.pop(f"{name}.weight", None)
+                kinds = packed.tensors(dense[1], named_scheme(scheme), storage_dtype, bias=False)
+                found |= {f"{name}.{part}": kind for part, kind in kinds.items()}
+        if model_map.tied and not self._shares(model_map) and self.head is None:
+            found[f"{model_map.head}.weight"] = dense
+        return found
 
     def _shares(self, model_map: ModelMap) -> bool:
         return model_map.tied and self.tied == "share"

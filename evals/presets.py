@@ -1,0 +1,145 @@
+"""Every preset on a real model: perplexity on two texts, bytes, seconds and peak memory against what the dry run foretold.
+
+    python evals/presets.py --model FOLDER --calibration valid.txt --text wikitext2=test.txt --text books=books.txt --name NAME
+
+Each preset runs as shipped, in a process of its own, with two changes: the calibration text, and at most SAMPLES × TOKENS
+of it. One that does not end within `--limit` seconds is recorded as not done. Foretold and measured are of the same
+process: the plan comes first, on the speed of matrix products measured then. Writes evals/results/presets-NAME.json after
+every preset, and goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llmcompress.evaluation.environment import machine, versions
+from llmcompress.presets import load_preset, preset_names
+
+WINDOW, WINDOWS = 512, 10
+"""About 5,100 tokens of each text."""
+
+
+@click.command()
+@click.option("--model", required=True)
+@click.option("--calibration", required=True)
+@click.option("--text", "texts", multiple=True, required=True, help="NAME=FILE")
+@click.option("--name", required=True, help="of the result file")
+@click.option("--samples", default=16, show_default=True)
+@click.option("--tokens", default=512, show_default=True)
+@click.option("--limit", default=420, show_default=True, help="seconds for one preset")
+@click.option("--only", "chosen", multiple=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="an empty folder for results")
+@click.option("--one", hidden=True)
+def main(
+    model: str,
+    calibration: str,
+    texts: tuple[str, ...],
+    name: str,
+    samples: int,
+    tokens: int,
+    limit: int,
+    chosen: tuple[str, ...],
+    out: Path,
+    one: str | None,
+) -> None:
+    """Run every preset that is not in the result file yet."""
+    if one is not None:
+        print(json.dumps(run_one(one, model, calibration, texts, samples, tokens, out / one)))
+        return
+    path = Path(__file__).parent / "results" / f"presets-{name}.json"
+    facts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    facts |= {
+        "model": name,
+        "calibration": Path(calibration).name,
+        "samples": samples,
+        "tokens": tokens,
+        "limit": limit,
+        "window": WINDOW,
+        "texts": [text.partition("=")[0] for text in texts],
+        "versions": versions(),
+        "machine": machine(),
+    }
+    done = {row["preset"] for row in facts["rows"]}
+    presets = chosen or tuple(each for each in preset_names() if "/" not in each)
+    for preset in [each for each in presets if each not in done]:
+        facts["rows"].append(in_its_own_process(preset, limit))
+        path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        click.echo(json.dumps(facts["rows"][-1]), err=True)
+
+
+def in_its_own_process(preset: str, limit: int) -> dict[str, Any]:
+    """The row of a preset, or why there is none."""
+    command = [sys.executable, *sys.argv, "--one", preset]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired:
+        return {"preset": preset, "not_done": f"not done after {limit} s"}
+    if found.returncode:
+        return {"preset": preset, "not_done": found.stderr.strip().splitlines()[-1][:300]}
+    row: dict[str, Any] = json.loads(found.stdout.strip().splitlines()[-1])
+    return row
+
+
+def run_one(
+    preset: str, model: str, calibration: str, texts: tuple[str, ...], samples: int, tokens: int, out: Path
+) -> dict[str, Any]:
+    """Plan, then compress with measurements; both are told apart by their own clocks."""
+    import torch
+
+    from llmcompress.cost import this_machine
+    from llmcompress.pipeline import compress, plan
+
+    torch.set_num_threads(1)
+    shipped = load_preset(preset).calibration
+    tasks = [
+        {"source": text.partition("=")[2], "window": WINDOW, "bos": "always", "max_windows": WINDOWS} for text in texts
+    ]
+    settings = [
+        f"calibration.source={calibration}",
+        f"calibration.samples={min(samples, shipped.samples)}",
+        f"calibration.tokens={min(tokens, shipped.tokens)}",
+        f"evaluate.perplexity={json.dumps(tasks)}",
+    ]
+    recipe = load_preset(preset, settings=settings)
+    foreseen = plan(model, recipe, machine=this_machine())
+    cpu, started = time.process_time(), time.perf_counter()
+    report = compress(model, recipe, out, overwrite=True)
+    quality = {
+        text.partition("=")[0]: {
+            "dense": each.dense.perplexity,
+            "compressed": each.compressed.perplexity,
+            "ratio_error": each.ratio_error,
+            "tokens": each.dense.tokens,
+        }
+        for text, each in zip(texts, report.quality, strict=True)
+    }
+    return {
+        "preset": preset,
+        "samples": min(samples, shipped.samples),
+        "tokens": min(tokens, shipped.tokens),
+        "quality": quality,
+        "bytes_dense": report.bytes_dense,
+        "bytes": report.bytes_compressed,
+        "bytes_foretold": foreseen.output_bytes,
+        "stages": report.seconds,
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - cpu,
+        "compress_foretold": foreseen.estimated_seconds,
+        "evaluate_foretold": foreseen.evaluation_seconds,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_foretold": foreseen.peak_memory_bytes,
+        "degraded": len(report.degraded),
+        "warnings": list(report.warnings),
+    }
+
+
+if __name__ == "__main__":
+    main()
