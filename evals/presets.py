@@ -1,11 +1,11 @@
-"""Every preset on a real model: perplexity on two texts, bytes, seconds and peak memory against what the dry run foretold.
+"""Every preset on a real model: perplexity on two texts, bytes, seconds and memory against what the dry run foretold.
 
-    python evals/presets.py --model FOLDER --calibration valid.txt --text wikitext2=test.txt --text books=books.txt --name NAME
+    python evals/presets.py --model FOLDER --calibration valid.txt --text wikitext2=test.txt --name NAME --out FOLDER
 
-Each preset runs as shipped, in a process of its own, with two changes: the calibration text, and at most SAMPLES × TOKENS
-of it. One that does not end within `--limit` seconds is recorded as not done. Foretold and measured are of the same
-process: the plan comes first, on the speed of matrix products measured then. Writes evals/results/presets-NAME.json after
-every preset, and goes on where it was stopped.
+Each preset runs as shipped, in a process of its own, with two changes: the calibration text, and at most
+SAMPLES × TOKENS of it. One that does not end within `--limit` seconds is recorded as not done. Foretold and measured
+are of the same process: the plan comes first, on the speed of matrix products measured then. Writes
+evals/results/presets-NAME.json after every preset, and goes on where it was stopped.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tables import cost, pruning, quantization
+from tables import cost, presets, pruning, quantization
 from tables.cells import Facts
 from tables.summary import LINES, MODEL, summary
 
@@ -68,6 +68,7 @@ def with_results(text: str, tables: str) -> str:
 def sections() -> list[Section]:
     """What there is, in the order of the documents."""
     return [
+        Section("Presets on a real model", presets.presets, "presets-*.json"),
         Section("Weights only", quantization.quantization, "quantization-*.json"),
         Section(
             "Codes, against llm-compressor, GPTQModel and AutoRound",

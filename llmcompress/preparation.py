@@ -91,9 +91,7 @@ def _prepared(order: Order) -> Prepared:
     # a finished folder is no larger than the model; better refused now than when it is written
     if processes.is_first:
         check_output(output, overwrite=order.overwrite, needed_bytes=weight_bytes, source=source.folder)
-    recipe, on_disk = with_weights_placed(
-        recipe, order.offload, weight_bytes=weight_bytes, processes=processes.count
-    )
+    recipe, on_disk = with_weights_placed(recipe, order.offload, weight_bytes=weight_bytes, processes=processes.count)
     if on_disk:
         begin_run_folder(run_folder(output))
     loaded = load_for_compression(

@@ -29,7 +29,8 @@ from llmcompress.passes.quantization.gptq import GPTQ
 from llmcompress.passes.quantization.rtn import RoundToNearest
 from llmcompress.passes.quantization.smoothquant import SmoothQuant
 from llmcompress.passes.schemes import resolve_scheme, site_schemes
-from llmcompress.planning import Plan, known_model, make_plan
+from llmcompress.pipeline import compress
+from llmcompress.planning import Plan, aimed_at_target, known_model, make_plan, with_weights_placed
 from llmcompress.recipe.model import Recipe, Save
 from tests.tiny_folder import write_tiny_llama
 
@@ -135,11 +136,13 @@ def test_a17_all_indivisible_sites_are_listed_with_every_way_out(tiny):
     error = caught.value
     assert error.code == "scheme.indivisible" and error.exit_code is ExitCode.USAGE
     assert error.where == "model.layers.*.mlp.down_proj: 48 inputs, int4_g32 (2 sites)"
-    for way in ("int4_g16", "int4_channel", '"*.down_proj"', "on_indivisible: skip|channel|pad"):
+    for way in ("int4_channel", '"*.down_proj"', "on_indivisible: fit|skip|channel|pad"):
         assert way in error.fix
 
 
-@pytest.mark.parametrize(("choice", "scheme"), [("skip", None), ("channel", "int4_channel"), ("pad", "int4_g32")])
+@pytest.mark.parametrize(
+    ("choice", "scheme"), [("skip", None), ("channel", "int4_channel"), ("pad", "int4_g32"), ("fit", "int4_channel")]
+)
 def test_a17_on_indivisible_decides(tiny, choice, scheme):
     plan = make_plan(tiny, Recipe(passes=(RoundToNearest(scheme="int4_g32", on_indivisible=choice),)))
     by_kind = {row.site.rpartition(".")[2]: row.scheme for row in plan.sites}
@@ -161,7 +164,7 @@ def test_a17_a_pass_that_only_scales_is_checked_too_and_makes_no_codes(tiny):
 
 
 @pytest.mark.parametrize(
-    ("inputs", "group", "smaller"), [(11008, 128, None), (100, 64, "g50"), (172, 32, "g4"), (97, 32, "channel")]
+    ("inputs", "group", "smaller"), [(11008, 128, None), (576, 128, "g64"), (100, 64, "channel"), (172, 32, "channel")]
 )
 def test_the_group_proposed_divides(inputs, group, smaller):
     rtn = RoundToNearest(scheme=f"int4_g{group}")
@@ -187,6 +190,50 @@ def test_no_weight_is_read(tiny, tmp_path):
     ours, theirs = make_plan(Source(folder, "tiny"), recipe), make_plan(tiny, recipe)
     same = {"sites", "output_bytes", "bytes_dense", "refused", "warnings"}
     assert ours.model_dump(include=same) == theirs.model_dump(include=same)
+
+
+def test_the_time_of_evaluation_is_foretold_and_bounded(tiny, tmp_path):
+    machine = Machine(operations_per_second=1e9, process_bytes=0)
+    text = tmp_path / "long.txt"
+    text.write_text("a word and another\n" * 50_000)
+
+    def seconds(**task):
+        evaluated = {"perplexity": [{"source": str(text), **task}]}
+        recipe = Recipe(passes=(RoundToNearest(scheme="int4_g16"),), evaluate=evaluated)
+        return make_plan(tiny, recipe, machine=machine).evaluation_seconds
+
+    assert 0 < seconds(max_windows=4) < seconds() < seconds(max_windows="all")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_output_bytes_of_rounded_tables_are_those_of_the_saved_file(tmp_path, tied):
+    source = Source(write_tiny_llama(tmp_path / "model", tie_word_embeddings=tied), "tiny")
+    recipe = Recipe(
+        passes=(RoundToNearest(scheme="int4_g16"), PASSES["embeddings"]()),
+        save=Save(format="llmcompress"),
+        evaluate={"perplexity": []},
+    )
+    plan = make_plan(source, recipe)
+    compress(str(source.folder), recipe, tmp_path / "out")
+    assert plan.output_bytes == size_of(tmp_path / "out")
+
+
+def test_output_bytes_of_a_sliced_model_count_the_head_that_is_no_longer_tied(tmp_path):
+    source = Source(write_tiny_llama(tmp_path / "model", tie_word_embeddings=True), "tiny")
+    sizes = {"source": "self", "samples": 4, "tokens": 32}
+    recipe = Recipe(passes=(PASSES["slicegpt"](),), calibration=sizes, evaluate={"perplexity": []})
+    plan = make_plan(source, recipe)
+    compress(str(source.folder), recipe, tmp_path / "out")
+    assert plan.output_bytes == pytest.approx(size_of(tmp_path / "out"), rel=0.02)
+    assert any("grow by" in note for note in plan.warnings if note.startswith("slicegpt"))
+
+
+@pytest.mark.parametrize("save", ["auto", "llmcompress"])
+def test_an_optional_table_is_rounded_where_the_target_holds_it(tiny, save):
+    optional = PASSES["embeddings"](required=False)
+    recipe = Recipe(passes=(RoundToNearest(scheme="int4_g16"), optional), save=Save(format=save))
+    assert (optional in aimed_at_target(recipe).passes) == (save == "llmcompress")
+    assert optional not in with_weights_placed(recipe, "always", weight_bytes=1)[0].passes
 
 
 def test_passes_are_named_in_order_and_refused_parts_with_reasons(tiny):

@@ -35,7 +35,9 @@ from llmcompress.cli.output import device_option, json_option, print_json, print
     metavar="NAME",
     help="What runs the model: transformers, by default.",
 )
-@click.option("--max-windows", type=click.IntRange(min=1), help="Measure only the first windows [default: 16,384 tokens].")
+@click.option(
+    "--max-windows", type=click.IntRange(min=1), help="Measure only the first windows [default: 16,384 tokens]."
+)
 @click.option("--whole-text", is_flag=True, help="Measure all windows.")
 @device_option
 @json_option

@@ -14,8 +14,7 @@ _WITH_SPLIT = re.compile(r"(?!builtin:)(?P<source>.+):(?P<split>[A-Za-z][\w-]*(\
 LONGEST_DEFAULT_WINDOW = 2048
 
 DEFAULT_TOKENS = 16_384
-"""Measured of a text where nothing else is asked for, dense and compressed alike. On the 135 M parameters of SmolLM2 that
-takes one core half a minute for both; all of WikiText-2's test text took nearly nine (docs/decisions/0029)."""
+"""Measured of a text where nothing else is asked for, dense and compressed alike: docs/decisions/0029."""
 
 TASKS: Registry[PerplexityTask] = Registry("measurement", "llmcompress.evaluation.settings")
 """Name of a measurement → what a recipe may say of one."""

@@ -172,8 +172,8 @@ class BlockPass(Pass):
 
     What `decide` gave is there as `block.decisions`.
 
-    `sites`, `exclude` and the keys of `overrides` are globs on full module names (`*.down_proj`); an override
-    changes options for the sites it matches, the last match wins.
+    `sites`, `exclude` and the keys of `overrides` are globs on full module names (`*.down_proj`; `*.down_proj|*.fc2`:
+    one or the other); an override changes options for the sites it matches, the last match wins.
     """
 
     changes_sites: ClassVar[bool] = False
@@ -213,7 +213,7 @@ class BlockPass(Pass):
         changed = {
             option: value
             for glob, options in self.overrides.items()
-            if fnmatchcase(site, glob)
+            if matches(site, glob)
             for option, value in options.items()
         }
         return type(self)(**{**self.model_dump(), **changed, "overrides": {}}) if changed else self
@@ -293,8 +293,13 @@ class ModelPass(Pass):
         """Change the model in place, or give `whole.replace_model` another; rows for what was touched."""
 
 
+def matches(site: str, glob: str) -> bool:
+    """Whether a site has a name like that; `*.down_proj|*.fc2`: one of several."""
+    return any(fnmatchcase(site, each) for each in glob.split("|"))
+
+
 def _matches(site: str, globs: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(site, glob) for glob in globs)
+    return any(matches(site, glob) for glob in globs)
 
 
 PASSES: Registry[Pass] = Registry("pass", "llmcompress.passes")

@@ -32,8 +32,8 @@ class QuantizingPass(BlockPass):
     scheme: str = Field("int4_g128", description=DESCRIPTION)
     on_indivisible: OnIndivisible = Field(
         "error",
-        description="for sites whose inputs do not divide into groups. error: refuse; fit: the longest power of two that "
-        "divides, not below 32, else one scale a row; skip: leave dense; channel: one scale a row; pad: a shorter last "
+        description="for sites whose inputs do not divide into groups. error: refuse; fit: the longest power of two "
+        "that divides, not below 32, else one scale a row; skip: leave dense; channel: one scale a row; pad: a shorter last "
         "group",
     )
 

@@ -20,8 +20,8 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 OnIndivisible = Literal["error", "fit", "skip", "channel", "pad"]
 
 SHORTEST_GROUP = 32
-"""Of a group that is chosen and not asked for: kernels of runtimes take 32, 64, 128 or whole rows, and in shorter groups
-16-bit scales would weigh a bit per weight and more."""
+"""Of a group that is chosen and not asked for: kernels of runtimes take 32, 64, 128 or whole rows, and in shorter
+groups 16-bit scales would weigh a bit per weight and more."""
 
 
 @runtime_checkable
@@ -74,7 +74,7 @@ def resolve_scheme(pass_for_site: HasScheme, site_name: str, inputs: int) -> Sch
 
 
 def fitting_group(group: int, inputs: int) -> int | None:
-    """The longest power of two up to `group` into which the inputs divide; None, the whole row, below SHORTEST_GROUP."""
+    """The longest power of two up to `group` that divides the inputs; None, the whole row, below SHORTEST_GROUP."""
     powers = (1 << power for power in range(group.bit_length() - 1, 0, -1))
     return next((length for length in powers if length >= SHORTEST_GROUP and inputs % length == 0), None)
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from fnmatch import fnmatchcase
 from itertools import combinations
 
 from llmcompress.errors import CompressError, ExitCode, near_names
-from llmcompress.passes.base import PASSES, BlockPass, Pass, Trait
+from llmcompress.passes.base import PASSES, BlockPass, Pass, Trait, matches
 from llmcompress.recipe.document import Document
 
 
@@ -62,7 +61,7 @@ def check_sites(passes: Sequence[Pass], site_names: Sequence[str]) -> None:
         selected = [name for name in names if each.selects(name)]
         for key, glob in _globs(each):
             among = selected if key == "overrides" else names
-            if not any(fnmatchcase(site, glob) for site in among):
+            if not any(matches(site, glob) for site in among):
                 what = f"{key} {glob!r} matches no {'site that the pass works on' if among is selected else 'site'}"
                 raise CompressError(
                     "recipe.no-such-site",

@@ -8,7 +8,7 @@ import torch
 from llmcompress.errors import CompressError
 from llmcompress.evaluation import scores as module
 from llmcompress.evaluation.perplexity import measure, perplexity
-from llmcompress.evaluation.settings import PerplexityTask
+from llmcompress.evaluation.settings import DEFAULT_TOKENS, PerplexityTask
 from llmcompress.evaluation.texts import evaluation_text
 from llmcompress.runners.torch_runner import TorchRunner
 from tests.tiny_text import byte_tokenizer, tiny_llama, word_tokenizer
@@ -113,6 +113,15 @@ def test_max_windows_measures_the_first_windows_and_their_bytes(tmp_path):
         task(tmp_path, "x" * 100, window=16, bos="never", max_windows=3), byte_tokenizer(), POSITIONS
     )
     assert (len(prepared.windows), prepared.tokens, prepared.predicted_bytes) == (3, 45, 45)
+
+
+def test_so_much_of_a_text_is_measured_unless_told_and_the_rest_is_counted(tmp_path):
+    long = "x" * 40_000
+    for most, windows in ((None, DEFAULT_TOKENS // 64), ("all", 625), (3, 3)):
+        prepared = evaluation_text(
+            task(tmp_path, long, window=64, bos="never", max_windows=most), byte_tokenizer(), POSITIONS
+        )
+        assert (len(prepared.windows), prepared.text_tokens) == (windows, 40_000)
 
 
 def test_a_last_window_of_one_token_without_bos_predicts_nothing(tmp_path):

@@ -98,7 +98,7 @@ class SliceGPT(ModelPass):
         needed = 1 - (1 - self.fraction) * (blocks + table) / (blocks + 2 * table)
         change = f"shrink by {1 - left:.0%} only" if left < 1 else f"grow by {left - 1:.0%}"
         return [
-            f"slicegpt, {self.fraction:.0%} asked for: the embedding ({table / (blocks + table):.0%} of the parameters) "
+            f"slicegpt, {self.fraction:.0%} asked for: the embedding ({table / (blocks + table):.0%} of the weights) "
             f"is the head too, and in a rotated stream each needs a table of its own, so the weights {change}; "
             f"`fraction: {needed:.2f}` reaches {self.fraction:.0%}, and `width` needs no second table"
         ]

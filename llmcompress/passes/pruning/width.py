@@ -50,8 +50,13 @@ class WidthPass(BlockPass):
     }
     whole_block: ClassVar[frozenset[str]] = frozenset({"channels", "heads", "allocation"})
 
-    fraction: float = Field(0.25, ge=0, lt=1, description="share of the parameters of heads and channels to remove; heads go whole, with a uniform allocation "
-        "channels make up for it")
+    fraction: float = Field(
+        0.25,
+        ge=0,
+        lt=1,
+        description="share of the parameters of heads and channels to remove; heads go whole, uniformly allocated "
+        "channels make up for it",
+    )
     removed: str | None = Field(
         None,
         pattern=index_ranges.PATTERN,
@@ -148,9 +153,7 @@ class WidthPass(BlockPass):
         if all(abs(gone[group] / group.units - wanted[group]) < _AS_ASKED for group in heads):
             return None
         said = [f"{gone[group]} of {group.units} groups of heads go, which go whole" for group in heads]
-        said += [
-            f"{gone[group] / group.units:.1%} of the FFN channels" for group in gone if group.kind == "channels"
-        ]
+        said += [f"{gone[group] / group.units:.1%} of the FFN channels" for group in gone if group.kind == "channels"]
         removed = sum(count * group.parameters for group, count in gone.items())
         share = removed / sum(group.units * group.parameters for group in gone)
         fraction = " or ".join(f"{each:.0%}" for each in sorted(set(wanted.values())))

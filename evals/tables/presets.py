@@ -1,0 +1,49 @@
+"""The table of presets: what each costs and saves, against what its dry run foretold. Standard library only."""
+
+from __future__ import annotations
+
+from tables.cells import Facts, environment, markdown
+
+
+def presets(facts: Facts) -> str:
+    """One line per preset, in the order in which they ran; foretold numbers stand in brackets."""
+    texts = facts["texts"]
+    done = [row for row in facts["rows"] if "quality" in row]
+    head = (
+        f"**{facts['model']}**, calibrated on at most {facts['samples']} × {facts['tokens']} tokens of "
+        f"`{facts['calibration']}` (fewer where the preset takes fewer), all else as shipped; one thread. "
+        f"Perplexity in windows of {facts['window']}, each with BOS"
+        + "".join(
+            f"; `{text}`: dense {done[0]['quality'][text]['dense']:.2f}, {done[0]['quality'][text]['tokens']:,} tokens"
+            for text in texts
+            if done
+        )
+        + ". × is the ratio to dense ± one paired standard error over windows; in brackets what the dry run foretold, on "
+        "the speed that the machine had then. Both models' evaluation is in the seconds of its own column."
+    )
+    columns = ["preset", *texts, "MB", "compress, s", "evaluate, s", "peak, GB"]
+    return "\n\n".join([head, markdown(columns, [_line(row, texts) for row in facts["rows"]]), environment(facts)])
+
+
+def _line(row: Facts, texts: list[str]) -> list[str]:
+    if "quality" not in row:
+        return [f"`{row['preset']}`", row["not_done"], *[""] * (len(texts) + 3)]
+    stages = row["stages"]
+    evaluating = sum(seconds for name, seconds in stages.items() if name.startswith("evaluate"))
+    return [
+        f"`{row['preset']}`",
+        *(_ratio(row["quality"][text]) for text in texts),
+        _foretold(row["bytes"] / 1e6, row["bytes_foretold"] / 1e6, "{:.0f}"),
+        _foretold(stages["compress"], row["compress_foretold"], "{:.0f}"),
+        _foretold(evaluating, row["evaluate_foretold"], "{:.0f}"),
+        _foretold(row["peak_bytes"] / 1e9, row["peak_foretold"] / 1e9, "{:.1f}"),
+    ]
+
+
+def _ratio(found: Facts) -> str:
+    error = "" if found["ratio_error"] is None else f" ±{found['ratio_error']:.3f}"
+    return f"{found['compressed']:.2f}, ×{found['compressed'] / found['dense']:.3f}{error}"
+
+
+def _foretold(measured: float, foretold: float | None, form: str) -> str:
+    return form.format(measured) + ("" if foretold is None else f" ({form.format(foretold)})")
