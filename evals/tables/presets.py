@@ -18,8 +18,8 @@ def presets(facts: Facts) -> str:
             for text in texts
             if done
         )
-        + ". × is the ratio to dense ± one paired standard error over windows; in brackets what the dry run foretold, on "
-        "the speed that the machine had then. Both models' evaluation is in the seconds of its own column."
+        + ". × is the ratio to dense ± one paired standard error over windows; in brackets what the dry run foretold, "
+        "on the speed that the machine had then. Evaluating is both models, the dense one until its scores are known."
     )
     columns = ["preset", *texts, "MB", "compress, s", "evaluate, s", "peak, GB"]
     return "\n\n".join([head, markdown(columns, [_line(row, texts) for row in facts["rows"]]), environment(facts)])

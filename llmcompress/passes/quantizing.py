@@ -33,8 +33,8 @@ class QuantizingPass(BlockPass):
     on_indivisible: OnIndivisible = Field(
         "error",
         description="for sites whose inputs do not divide into groups. error: refuse; fit: the longest power of two "
-        "that divides, not below 32, else one scale a row; skip: leave dense; channel: one scale a row; pad: a shorter last "
-        "group",
+        "that divides, not below 32, else one scale a row; skip: leave dense; channel: one scale a row; pad: a shorter "
+        "last group",
     )
 
     @field_validator("scheme")
