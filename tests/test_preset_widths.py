@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, PretrainedConfig
 
 from llmcompress.errors import CompressError
 from llmcompress.exporters.choose import Choice
@@ -22,9 +19,7 @@ from llmcompress.passes.pruning.width import Width
 from llmcompress.passes.schemes import SHORTEST_GROUP, fitting_group
 from llmcompress.planning import aimed_at_target, check_recipe, fitted_to_model, planned_schemes
 from llmcompress.presets import load_preset, preset_names
-
-CONFIGS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "hub_configs.json").read_text())
-"""Name on the Hub → what its config says of sizes."""
+from tests.hub_widths import CONFIGS, config_of, hub_map
 
 PRESETS = [name for name in preset_names() if "/" not in name]
 
@@ -32,22 +27,27 @@ REFUSED: dict[tuple[str, str], str] = {}
 """Model and preset → why that is refused, in the words of the error."""
 
 
-def config_of(model: str) -> PretrainedConfig:
-    sizes = dict(CONFIGS[model])
-    model_type = sizes.pop("model_type")
-    depth = "n_layer" if model_type in ("gpt2", "bloom") else "num_hidden_layers"
-    return AutoConfig.for_model(model_type, **{depth: 4}, **sizes)
-
-
 @cache
 def known(model: str) -> tuple[ModelMap, Loader]:
-    config = config_of(model)
-    return probe(config), loader_of(config)
+    return hub_map(model), loader_of(config_of(model))
 
 
 def checked(model: str, preset: str) -> Choice:
     model_map, loader = known(model)
     return check_recipe(aimed_at_target(load_preset(preset)), model_map, loader, torch.bfloat16)
+
+
+@pytest.mark.parametrize("model", ["HuggingFaceTB/SmolLM2-135M", "openai-community/gpt2", "EleutherAI/pythia-160m"])
+def test_the_map_is_the_one_that_experiments_at_full_width_find(model: str) -> None:
+    found, expected = hub_map(model), probe(config_of(model))
+    assert [block.name for block in found.blocks] == [block.name for block in expected.blocks]
+    for ours, theirs in zip(found.blocks, expected.blocks, strict=True):
+        assert ours.structure == replace(theirs.structure, folds=())
+    assert (found.vocabulary, found.hidden_size, found.tied) == (
+        expected.vocabulary,
+        expected.hidden_size,
+        expected.tied,
+    )
 
 
 @pytest.mark.parametrize("model", CONFIGS)
