@@ -35,7 +35,7 @@ from llmcompress.loading.source import find_source
 from llmcompress.model.describe import describe
 from llmcompress.model.probe import probe
 from llmcompress.passes.apply import apply_passes, steps
-from llmcompress.passes.together import Together
+from llmcompress.passes.shared_resume_store import SharedResumeStore
 from llmcompress.planning import Plan, aimed_at_target, make_plan, refused
 from llmcompress.preparation import Order, Prepared, prepare
 from llmcompress.presets import as_recipe
@@ -143,7 +143,7 @@ def _context(order: Order, prepared: Prepared, data: CalibrationData | None, run
         weights_at=prepared.weights_at,
         experts=order.recipe.calibration.experts,
         processes=order.processes,
-        keep=run if order.processes.count == 1 else Together(run, order.processes),
+        keep=run if order.processes.count == 1 else SharedResumeStore(run, order.processes),
         progress=order.progress,
     )
 

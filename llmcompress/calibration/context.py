@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from llmcompress.calibration.finished import FinishedWork
 from llmcompress.calibration.measured import Measured, Shelf
 from llmcompress.calibration.offloading import InMemory, WeightStore
 from llmcompress.calibration.process_group import ALONE, ProcessGroup
+from llmcompress.calibration.resume_store import ResumeStore
 from llmcompress.calibration.settings import Experts
 from llmcompress.progress import Progress, Silent
 
@@ -35,7 +35,7 @@ class RunContext:
     """Which tokens the experts of a mixture are measured on."""
     processes: ProcessGroup = ALONE
     """The processes that share the windows."""
-    keep: FinishedWork | None = None
+    keep: ResumeStore | None = None
     """Where finished work is kept and found again; None: nowhere."""
     stage: int = 0
     """Which stage of the passes is running: what it keeps is filed under this number."""

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from llmcompress.calibration.finished import FinishedWork
 from llmcompress.calibration.process_group import ProcessGroup
+from llmcompress.calibration.resume_store import ResumeStore
 from llmcompress.modules.manifest import Manifest, apply_manifest, changes
 from llmcompress.passes.apply import outline
 from llmcompress.records.rows import SiteReport
 
 
-class Together(FinishedWork):
+class SharedResumeStore(ResumeStore):
     """`keep` is where the first process keeps finished work; the others have none."""
 
-    def __init__(self, keep: FinishedWork | None, processes: ProcessGroup) -> None:
+    def __init__(self, keep: ResumeStore | None, processes: ProcessGroup) -> None:
         self._keep, self._processes = keep, processes
 
     @override
