@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from llmcompress.calibration.measured import Shelf
+from llmcompress.calibration.measurement_cache import CachedMeasurements
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.site import LinearSite
@@ -70,20 +70,20 @@ def dense_stream(whole: WholeModel, wanted: Sequence[Wanted]) -> Iterator[BlockW
 
     Where nothing is missing the blocks are visited and nothing runs.
     """
-    shelf = whole.context.shelf()
-    if all(_known(shelf, *each) for each in wanted):
+    cached = whole.context.cached_measurements()
+    if all(_known(cached, *each) for each in wanted):
         whole = whole.within(replace(whole.context, windows_NT=whole.context.windows_NT[:0]))
     for block in whole.stream():
-        _measure(block, wanted, shelf)
+        _measure(block, wanted, cached)
         yield block
         block.forget()
 
 
-def _known(shelf: Shelf | None, names: frozenset[str], kinds: Kinds) -> bool:
-    return all(shelf is not None and shelf.find(kind, name) is not None for name in names for kind in kinds)
+def _known(cached: CachedMeasurements | None, names: frozenset[str], kinds: Kinds) -> bool:
+    return all(cached is not None and cached.find(kind, name) is not None for name in names for kind in kinds)
 
 
-def _measure(block: BlockWork, wanted: Sequence[Wanted], shelf: Shelf | None) -> None:
+def _measure(block: BlockWork, wanted: Sequence[Wanted], cached: CachedMeasurements | None) -> None:
     """One forward for all sites that want the same; sites that share an input share what is known of it."""
     found: dict[str, dict[type[Statistic], Statistic]] = {}
     missing: dict[Kinds, list[LinearSite]] = {}
@@ -91,7 +91,7 @@ def _measure(block: BlockWork, wanted: Sequence[Wanted], shelf: Shelf | None) ->
         names = {site.name for site in group}
         kinds = tuple(dict.fromkeys(kind for each, kinds in wanted if names & each for kind in kinds))
         asked = [site for site in group if any(site.name in each for each, of in wanted if of)]
-        known = {kind: one for kind in kinds if shelf and asked and (one := shelf.find(kind, asked[0].name))}
+        known = {kind: one for kind in kinds if cached and asked and (one := cached.find(kind, asked[0].name))}
         found |= {site.name: dict(known) for site in asked}
         if left := tuple(kind for kind in kinds if kind not in known):
             missing.setdefault(left, []).extend(asked)
@@ -100,7 +100,7 @@ def _measure(block: BlockWork, wanted: Sequence[Wanted], shelf: Shelf | None) ->
         for site in sites:
             for kind in kinds:
                 found[site.name][kind] = site.statistic(kind)
-                if shelf:
-                    shelf.put(found[site.name][kind], site.name)
+                if cached:
+                    cached.put(found[site.name][kind], site.name)
     for site in block.sites:
         site.set_statistics(found.get(site.name, {}))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from llmcompress.calibration.measured import Shelf
+from llmcompress.calibration.measurement_cache import CachedMeasurements
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.site import LinearSite
 from llmcompress.model.units import UnitGroup, masked
@@ -26,11 +26,11 @@ class GradientObserver(ABC):
         """Whether it must see every window by itself, not sums over batches."""
         return False
 
-    def recall(self, shelf: Shelf) -> bool:
+    def recall(self, cached: CachedMeasurements) -> bool:
         """Take what is known already; whether that is all it listens for."""
         return False
 
-    def keep(self, shelf: Shelf) -> None:  # noqa: B027 (most are too large to be kept)
+    def keep(self, cached: CachedMeasurements) -> None:  # noqa: B027 (most are too large to be kept)
         """Put what was found where it may be found again."""
 
     @abstractmethod
@@ -50,15 +50,15 @@ def sweep(whole: WholeModel, observers: Sequence[GradientObserver]) -> None:
 
     The loss is summed over the windows of a batch, so that gradients do not depend on how windows are batched.
     """
-    shelf = whole.context.shelf()
-    missing = [each for each in observers if shelf is None or not each.recall(shelf)]
+    cached = whole.context.cached_measurements()
+    missing = [each for each in observers if cached is None or not each.recall(cached)]
     for one_by_one in (False, True):
         of_kind = [each for each in missing if each.one_by_one is one_by_one]
         if of_kind:
             _sweep(whole, of_kind, one_by_one=one_by_one)
-    if shelf:
+    if cached:
         for each in missing:
-            each.keep(shelf)
+            each.keep(cached)
 
 
 def _sweep(whole: WholeModel, observers: Sequence[GradientObserver], *, one_by_one: bool) -> None:
@@ -90,15 +90,15 @@ class OutputSquares(GradientObserver):
         self.sums: dict[str, Tensor] = {}
 
     @override
-    def recall(self, shelf: Shelf) -> bool:
-        known = {name: shelf.find(Tensor, self._NAME, name) for name in self.names}
+    def recall(self, cached: CachedMeasurements) -> bool:
+        known = {name: cached.find(Tensor, self._NAME, name) for name in self.names}
         self.sums = {name: sum_O for name, sum_O in known.items() if sum_O is not None}
         return len(self.sums) == len(self.names)
 
     @override
-    def keep(self, shelf: Shelf) -> None:
+    def keep(self, cached: CachedMeasurements) -> None:
         for name, sum_O in self.sums.items():
-            shelf.put(sum_O, self._NAME, name)
+            cached.put(sum_O, self._NAME, name)
 
     @override
     @contextmanager

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.calibration.measured import Measured
+from llmcompress.calibration.measurement_cache import MeasurementCache
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.units import unit_groups
 from llmcompress.modules.scheme import named_scheme
@@ -105,13 +105,13 @@ def test_another_state_or_other_windows_are_measured_anew(change: str) -> None:
 
 def test_the_store_holds_no_more_than_it_may() -> None:
     whole = whole_model(FAMILY)
-    store = Measured(most_bytes=10_000)
-    shelf = store.of("dense", whole.context.windows_NT, "routed")
-    assert shelf is not None
+    store = MeasurementCache(most_bytes=10_000)
+    cached = store.of("dense", whole.context.windows_NT, "routed")
+    assert cached is not None
     for index in range(10):
-        shelf.put(torch.zeros(1000), str(index))
+        cached.put(torch.zeros(1000), str(index))
     assert store.held_bytes <= 10_000
-    assert [shelf.find(Tensor, str(index)) is not None for index in range(3)] == [True, True, False]
+    assert [cached.find(Tensor, str(index)) is not None for index in range(3)] == [True, True, False]
 
 
 def test_statistics_of_different_sites_reach_those_that_asked() -> None:
