@@ -15,7 +15,7 @@ from llmcompress.sensitivity.gradients import GradientObserver, sweep
 from llmcompress.sensitivity.table import LossTable, Row
 
 Kinds = tuple[type[Statistic], ...]
-Wanted = tuple[frozenset[str], Kinds]
+Measurements = tuple[frozenset[str], Kinds]
 """Sites by full name, and the statistics of their inputs."""
 
 
@@ -65,7 +65,7 @@ def kept_table(whole: WholeModel, name: str, make: Callable[[], LossTable]) -> L
     return table
 
 
-def dense_stream(whole: WholeModel, wanted: Sequence[Wanted]) -> Iterator[BlockWork]:
+def dense_stream(whole: WholeModel, wanted: Sequence[Measurements]) -> Iterator[BlockWork]:
     """Every block of the model as it is; sites have the statistics of all that want them, those known from before too.
 
     Where nothing is missing the blocks are visited and nothing runs.
@@ -83,7 +83,7 @@ def _known(cached: CachedMeasurements | None, names: frozenset[str], kinds: Kind
     return all(cached is not None and cached.find(kind, name) is not None for name in names for kind in kinds)
 
 
-def _measure(block: BlockWork, wanted: Sequence[Wanted], cached: CachedMeasurements | None) -> None:
+def _measure(block: BlockWork, wanted: Sequence[Measurements], cached: CachedMeasurements | None) -> None:
     """One forward for all sites that want the same; sites that share an input share what is known of it."""
     found: dict[str, dict[type[Statistic], Statistic]] = {}
     missing: dict[Kinds, list[LinearSite]] = {}

@@ -19,7 +19,7 @@ from llmcompress.modules.base import TrainableTwin
 from llmcompress.modules.bnb_linear import BnbLinear
 from llmcompress.modules.corrected import CorrectedLinear
 from llmcompress.modules.quant_linear import QuantLinear
-from llmcompress.modules.wanted import ROLES, Role, Wanted
+from llmcompress.modules.trainable_roles import ROLES, Role, TrainableRoles
 from llmcompress.numerics.loss import next_token_loss
 from llmcompress.passes.base import PASSES, Pass
 from llmcompress.recipe import parse_recipe
@@ -40,8 +40,8 @@ SITE = "model.layers.0.mlp.down_proj"
 GPTQ = {"scheme": "int3_g32", "on_indivisible": "pad"}
 
 
-def wanted(roles: frozenset[Role] = ROLES, *, keep_zeros: bool = False) -> Wanted:
-    return Wanted(roles, keep_zeros=keep_zeros, storage_dtype=torch.float32)
+def wanted(roles: frozenset[Role] = ROLES, *, keep_zeros: bool = False) -> TrainableRoles:
+    return TrainableRoles(roles, keep_zeros=keep_zeros, storage_dtype=torch.float32)
 
 
 def make(name: str, **options: Any) -> Pass:
