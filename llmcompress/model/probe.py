@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from llmcompress.errors import CompressError, is_out_of_memory
-from llmcompress.model.bench import LINEARS
+from llmcompress.model.block_experiment import LINEARS
 from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.map import BlockInfo, BlockStructure, ModelMap, Refusal
 from llmcompress.model.random_weights import materialise, release

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmcompress.model.bench import LINEARS
+from llmcompress.model.block_experiment import LINEARS
 from llmcompress.model.residual import Ports, Residual, StreamNorm, refused
 from llmcompress.model.rotation import contract
 from llmcompress.model.skeleton import put_module

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmcompress.model.bench import LINEARS
+from llmcompress.model.block_experiment import LINEARS
 from llmcompress.model.norms import gain_and_bias
 from llmcompress.model.residual import Port, Ports, Residual, StreamNorm, refused
 from llmcompress.modules.base import CompressedModule

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llmcompress.errors import CompressError
 from llmcompress.model.attributes import change_until, head_counts
-from llmcompress.model.bench import LINEARS
+from llmcompress.model.block_experiment import LINEARS
 from llmcompress.model.map import BlockStructure, WidthGroup
 from llmcompress.model.slices import Cut, Sliced, cut_structure, cuts
 
