@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmcompress.model.follow import Channels
+from llmcompress.model.channel_tracing import Channels
 from llmcompress.model.map import BlockStructure, Fold
 from llmcompress.model.skeleton import BlockCall, find_blocks, record
 

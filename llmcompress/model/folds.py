@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.model.block_experiment import BlockExperiment, Observed, sizes
-from llmcompress.model.follow import NONE, Channels, Link, follow
+from llmcompress.model.channel_tracing import NONE, Channels, Link, trace_channels
 from llmcompress.model.map import Fold
 from llmcompress.model.surgery import apply_fold
 
@@ -21,7 +21,7 @@ def norm_folds(experiment: BlockExperiment, readers: Sequence[Sequence[str]]) ->
         if offset is None:
             continue
         channels = Channels(((name, norm.get_parameter("weight").numel()),))
-        links = follow(experiment, channels, [group[0] for group in readers])
+        links = trace_channels(experiment, channels, [group[0] for group in readers])
         found += _candidates(channels, links, readers, offset, is_norm=True)
     return found
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmcompress.model.block_experiment import BlockExperiment, Observed, sizes
+from llmcompress.model.channel_tracing import Channels, trace_channels
 from llmcompress.model.exceptions import NEVER_EXECUTED, refusals
 from llmcompress.model.folds import legal, linear_folds, norm_folds
-from llmcompress.model.follow import Channels, follow
 from llmcompress.model.map import BlockStructure, Fold, InputGroup, Refusal, SiteInfo, WidthGroup
 from llmcompress.model.skeleton import record
 from llmcompress.model.widths import removable, width_group
@@ -66,7 +66,7 @@ def _experiments(
         channels = Channels(tuple((name, sizes(single.linears[name])[0]) for name in names))
         first = next(i for i, group in enumerate(readers) if stage[0][0] in group)
         later = [group for group in readers[first + 1 :] if not set(group).intersection(names)]
-        links = follow(single, channels, [group[0] for group in later])
+        links = trace_channels(single, channels, [group[0] for group in later])
         folds += linear_folds(channels, links, readers)
         members = {group[0]: group for group in later}
         found = (width_group(sequence, channels, link, members[link.reader]) for link in links)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.model.block_experiment import BlockExperiment, sizes
-from llmcompress.model.follow import NONE, Channels, Link
+from llmcompress.model.channel_tracing import NONE, Channels, Link
 from llmcompress.model.map import WidthGroup, WidthPart
 
 Unit = tuple[list[int], list[int]]

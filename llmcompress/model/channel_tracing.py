@@ -55,7 +55,7 @@ class Link:
     """The producer channel that moves it in some other way (the gate of a gated FFN), or NONE."""
 
 
-def follow(experiment: BlockExperiment, channels: Channels, readers: Sequence[str]) -> list[Link]:
+def trace_channels(experiment: BlockExperiment, channels: Channels, readers: Sequence[str]) -> list[Link]:
     """The readers whose every input channel depends on at most one channel proportionally and one otherwise.
 
     Every channel number is written in binary. For each bit, two forwards: channels with the bit set are doubled,
