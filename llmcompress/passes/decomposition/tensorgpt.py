@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.model.lookup import row_multiplier
+from llmcompress.model.embedding_multiplier import embedding_multiplier
 from llmcompress.model.map import ModelMap
 from llmcompress.model.rotation import untie
 from llmcompress.modules.base import CompressedModule
@@ -100,7 +100,7 @@ class TensorGPT(ModelPass):
             return [_row(whole.map.embedding, embedding, degraded=why)]
         lost = float((compose(cores) - table_VD).double().square().sum() / table_VD.double().square().sum())
         cores = [core.to(embedding.weight.dtype) for core in cores]
-        train = TensorTrainEmbedding(cores, row_multiplier(model, embedding))
+        train = TensorTrainEmbedding(cores, embedding_multiplier(model, embedding))
         head = model.get_output_embeddings()
         if tied:
             untie(model)

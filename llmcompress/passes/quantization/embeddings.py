@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.model.lookup import row_multiplier
+from llmcompress.model.embedding_multiplier import embedding_multiplier
 from llmcompress.model.map import ModelMap
 from llmcompress.model.rotation import untie
 from llmcompress.modules.base import CompressedModule
@@ -95,7 +95,7 @@ class Embeddings(ModelPass):
             untie(model)
         rows = []
         if self.embedding is not None:
-            scheme, multiplier = named_scheme(self.embedding), row_multiplier(model, embedding)
+            scheme, multiplier = named_scheme(self.embedding), embedding_multiplier(model, embedding)
             codes_VD, fitted, lost = self._rounded(
                 names.embedding, embedding.weight, scheme, whole.context.storage_dtype
             )

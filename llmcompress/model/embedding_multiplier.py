@@ -10,7 +10,7 @@ from llmcompress.errors import CompressError
 
 
 @torch.no_grad()
-def row_multiplier(model: PreTrainedModel, embedding: nn.Embedding) -> float:
+def embedding_multiplier(model: PreTrainedModel, embedding: nn.Embedding) -> float:
     """What the embedding's class multiplies its rows by; found by looking some up.
 
     Raises: CompressError when it does something else with them.
