@@ -27,7 +27,7 @@ from llmcompress.evaluation.perplexity import measure
 from llmcompress.evaluation.settings import BUNDLED_TEXT, PerplexityTask
 from llmcompress.evaluation.speed import SpeedResult, speed_of
 from llmcompress.evaluation.texts import EvaluationText, evaluation_text
-from llmcompress.exporters.companions import companions
+from llmcompress.exporters.auxiliary_files import copy_auxiliary_files
 from llmcompress.exporters.save import save_model
 from llmcompress.loading.config import read_config
 from llmcompress.loading.load import load_tokenizer
@@ -196,7 +196,7 @@ def _save(order: Order, prepared: Prepared, model: PreTrainedModel, report: Repo
             zero_points=recipe.save.zero_points,
             weights_at=prepared.weights_at,
         )
-        companions(loaded.source.folder, staging, loaded.tokenizer, loaded.preflight.generation_config)
+        copy_auxiliary_files(loaded.source.folder, staging, loaded.tokenizer, loaded.preflight.generation_config)
         finished = report.with_measurements([WeightBytes(of="compressed", bytes=bytes_on_disk(staging))])
         (staging / RECIPE).write_text(without_tokens(recipe.to_yaml()), encoding="utf-8")
         (staging / REPORT).write_text(without_tokens(finished.model_dump_json(indent=1)) + "\n", encoding="utf-8")
