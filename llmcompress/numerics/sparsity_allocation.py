@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from llmcompress.numerics.allocation import corners
+from llmcompress.numerics.allocation import lower_convex_hull
 from llmcompress.numerics.masks import due
 
 
@@ -38,7 +38,7 @@ def counts_by_error(errors_PS: Tensor, sparsities_S: Tensor, weights_P: Tensor, 
     steps: list[tuple[float, int, float]] = []
     for part, (errors_S, weights) in enumerate(zip(errors_PS.tolist(), weights_P.tolist(), strict=True)):
         points = list(zip(sparsities_S.tolist(), errors_S, strict=True))
-        curve = (points[index] for index in corners(points))
+        curve = (points[index] for index in lower_convex_hull(points))
         for (share, error), (next_share, next_error) in pairwise(curve):
             dropped = (next_share - share) * weights
             steps.append(((next_error - error) / dropped, part, dropped))
