@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.numerics.allocation import lower_convex_hull
-from llmcompress.numerics.masks import due
+from llmcompress.numerics.masks import count_of_zeros
 
 
 def counts_by_outliers(outliers_P: Tensor, weights_P: Tensor, target: float, within: float) -> Tensor:
@@ -55,5 +55,5 @@ def counts_by_error(errors_PS: Tensor, sparsities_S: Tensor, weights_P: Tensor, 
 def _rounded(sparsities_P: Tensor, weights_P: Tensor, target: float) -> Tensor:
     """Whole numbers near share · weights; their sum is that of the target, whatever float64 made of the shares."""
     ends = [math.floor(end + 0.5) for end in (sparsities_P * weights_P).cumsum(0).tolist()]
-    ends[-1] = due(target, int(weights_P.sum()))
+    ends[-1] = count_of_zeros(target, int(weights_P.sum()))
     return torch.tensor([end - start for start, end in pairwise([0, *ends])], dtype=torch.int64)

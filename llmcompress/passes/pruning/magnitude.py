@@ -12,7 +12,7 @@ from typing_extensions import override
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.site import LinearSite
-from llmcompress.numerics.masks import due, lowest_counts
+from llmcompress.numerics.masks import count_of_zeros, lowest_counts
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.pruning.sparse import SparsePass, magnitude_mask, sparsity
@@ -55,7 +55,7 @@ class Magnitude(SparsePass):
             return (site.weight_OI.abs() for site in sites)
 
         weights = sum(site.info.outputs * site.info.inputs for site in sites)
-        counts = lowest_counts(magnitudes, due(self.target, weights))
+        counts = lowest_counts(magnitudes, count_of_zeros(self.target, weights))
         return shares_of(whole, {site.name: count for site, count in zip(sites, counts, strict=True)})
 
     @override

@@ -20,7 +20,7 @@ from llmcompress.model.map import ModelMap
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.masks import (
     Pattern,
-    due,
+    count_of_zeros,
     lowest,
     lowest_per_group,
     lowest_per_row,
@@ -163,7 +163,7 @@ def lowest_scores(score_OI: Tensor, share: float, pattern: Pattern | None, *, by
     """The lowest scores of every group of the pattern; without one of every output's row, or of the site."""
     if pattern:
         return lowest_per_group(score_OI, pattern)
-    return lowest_per_row(score_OI, share) if by_row else lowest(score_OI, due(share, score_OI.numel()))
+    return lowest_per_row(score_OI, share) if by_row else lowest(score_OI, count_of_zeros(share, score_OI.numel()))
 
 
 def magnitude_mask(weight_OI: Tensor, share: float, pattern: Pattern | None, *, by_row: bool = False) -> Tensor:

@@ -22,7 +22,7 @@ from llmcompress.numerics.columns import (
     sweep_columns,
 )
 from llmcompress.numerics.grid import Fitted, output_error, restore, round_to_codes
-from llmcompress.numerics.masks import due, lowest, lowest_per_group, zeros_first
+from llmcompress.numerics.masks import count_of_zeros, lowest, lowest_per_group, zeros_first
 from llmcompress.numerics.ranges import RangeSearch, fit
 from llmcompress.numerics.repair import repair_kept
 from llmcompress.numerics.statistics import AbsMax, Gram, Statistic
@@ -104,7 +104,11 @@ class SparseGPT(SparsePass):
     def mask(self, weight_OI: Tensor, squares_I: Tensor, share: float) -> Tensor:
         """What would be dropped if nothing were repaired on the way."""
         score_OI = zeros_first(weight_OI.square() * squares_I, weight_OI)
-        return lowest_per_group(score_OI, self.zeros) if self.zeros else lowest(score_OI, due(share, score_OI.numel()))
+        return (
+            lowest_per_group(score_OI, self.zeros)
+            if self.zeros
+            else lowest(score_OI, count_of_zeros(share, score_OI.numel()))
+        )
 
     def _prune(self, site: LinearSite, share: float, factor: InverseFactor | None) -> SiteReport:
         weight_OI, gram = site.weight_OI, site.statistic(Gram)
