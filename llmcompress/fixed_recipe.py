@@ -20,7 +20,7 @@ from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.probe import map_model
 from llmcompress.passes.apply import apply_passes, stages
 from llmcompress.passes.base import Pass
-from llmcompress.planning import aimed_at_target, check_recipe, check_texts, storage_dtype_of
+from llmcompress.planning import check_recipe, check_texts, storage_dtype_of, within_target_limits
 from llmcompress.presets import as_recipe
 from llmcompress.progress import Progress, Silent
 from llmcompress.recipe import Recipe
@@ -35,7 +35,7 @@ def allocate(
     Raises: CompressError when no pass decides anything that a recipe can say, and for all that `compress` refuses.
     """
     progress = progress or Silent()
-    chosen = aimed_at_target(as_recipe(recipe).for_model(model))
+    chosen = within_target_limits(as_recipe(recipe).for_model(model))
     check_texts(chosen)
     progress.stage("load", 1)
     source = find_source(str(chosen.model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)

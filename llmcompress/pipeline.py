@@ -36,7 +36,7 @@ from llmcompress.model.describe import describe
 from llmcompress.model.probe import probe
 from llmcompress.passes.apply import apply_passes, steps
 from llmcompress.passes.shared_resume_store import SharedResumeStore
-from llmcompress.planning import Plan, aimed_at_target, make_plan, refused
+from llmcompress.planning import Plan, make_plan, refused, within_target_limits
 from llmcompress.preparation import Order, Prepared, prepare
 from llmcompress.presets import as_recipe
 from llmcompress.progress import Progress, Silent
@@ -76,7 +76,7 @@ def compress(
 
     Raises: CompressError for everything a user can cause.
     """
-    chosen = aimed_at_target(as_recipe(recipe).for_model(model))
+    chosen = within_target_limits(as_recipe(recipe).for_model(model))
     where = own_device(usable_device(device))
     with joined_processes(where) as processes:
         order = Order(
@@ -211,7 +211,7 @@ def plan(
 
     Raises: CompressError for what `compress` would refuse.
     """
-    chosen = aimed_at_target(as_recipe(recipe).for_model(model))
+    chosen = within_target_limits(as_recipe(recipe).for_model(model))
     source = find_source(str(chosen.model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
     return make_plan(source, chosen, offload=offload, machine=machine)
 

@@ -26,7 +26,7 @@ from llmcompress.model.probe import probe
 from llmcompress.modules.scheme import Scheme
 from llmcompress.passes.apply import stages
 from llmcompress.passes.base import PASSES
-from llmcompress.passes.quantization.aim import aimed
+from llmcompress.passes.quantization.target_limits import within_limits
 from llmcompress.passes.schemes import site_schemes
 from llmcompress.progress import Progress
 from llmcompress.recipe.model import Recipe
@@ -167,10 +167,10 @@ def check_recipe(
     return choose(recipe.save.format, contents, zero_points=recipe.save.zero_points)
 
 
-def aimed_at_target(recipe: Recipe) -> Recipe:
+def within_target_limits(recipe: Recipe) -> Recipe:
     """The same recipe, whose quantizers respect from the start what the target that it names cannot hold."""
     limits = limits_of(recipe.save.format)
-    return recipe.model_copy(update={"passes": tuple(aimed(each, limits) for each in recipe.passes)})
+    return recipe.model_copy(update={"passes": tuple(within_limits(each, limits) for each in recipe.passes)})
 
 
 def planned_schemes(recipe: Recipe, model_map: ModelMap) -> dict[str, Scheme]:

@@ -13,7 +13,8 @@ from llmcompress.modules.scheme import Scheme
 class TargetLimits:
     """What a format or a runtime asks of codes and scales; with the defaults it takes whatever there is.
 
-    A quantizer respects `positive_scales` by itself when the recipe names the target (`passes/quantization/aim.py`).
+    A quantizer respects `positive_scales` by itself when the recipe names the target
+    (`passes/quantization/target_limits.py`).
     The other limits are for the recipe's author to decide: a scheme that breaks one is refused, and the nearest scheme
     that does not is named.
     """

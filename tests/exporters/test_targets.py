@@ -17,7 +17,7 @@ from llmcompress.model.probe import map_model
 from llmcompress.modules.limits import TargetLimits
 from llmcompress.modules.scheme import named_scheme
 from llmcompress.passes.quantization.rtn import RoundToNearest
-from llmcompress.planning import aimed_at_target
+from llmcompress.planning import within_target_limits
 from llmcompress.recipe.model import Recipe, Save
 from llmcompress.runners.base import Runner
 from tests.exporters.quantized import quantized_model
@@ -83,4 +83,4 @@ def test_no_target_of_today_changes_a_recipe():
     for wanted in ("auto", "plain", "compressed-tensors", "llmcompress"):
         recipe = Recipe(passes=(RoundToNearest(scheme="int4_g16"),), save=Save(format=wanted))
         assert not limits_of(wanted).positive_scales
-        assert aimed_at_target(recipe) == recipe and aimed_at_target(recipe).hash() == recipe.hash()
+        assert within_target_limits(recipe) == recipe and within_target_limits(recipe).hash() == recipe.hash()
