@@ -18,8 +18,8 @@ from llmcompress.numerics.low_rank import Spectrum, break_even, output_spectrum,
 from llmcompress.numerics.rank_allocation import Matrix, equal_shares, uniform_rank
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.sensitivity.allocation import by_slopes
-from llmcompress.sensitivity.fill import Asker, Kinds, dense_stream, fill, kept_table
 from llmcompress.sensitivity.gradients import squared_gradients
+from llmcompress.sensitivity.loss_estimators import Kinds, LossEstimator, cached_table, dense_stream, measure_losses
 from llmcompress.sensitivity.table import LossTable, Row
 
 RankRule = Literal["uniform", "energy", "loss"]
@@ -80,7 +80,7 @@ def rank_row(site: str, matrix: Matrix, bits_per_weight: int) -> Row:
 
 
 @dataclass
-class _EnergyAsker(Asker):
+class _EnergyEstimator(LossEstimator):
     """Losses as shares of each site's squared output."""
 
     options: FactorOptions
@@ -108,10 +108,10 @@ class _EnergyAsker(Asker):
 
 def _by_energy(options: FactorOptions, whole: WholeModel) -> dict[str, int]:
     def measured() -> LossTable:
-        (table,) = fill(whole, [_EnergyAsker(options, _deciding(options, whole))])
+        (table,) = measure_losses(whole, [_EnergyEstimator(options, _deciding(options, whole))])
         return table
 
-    return _within_budget(options, kept_table(whole, "rank-energies", measured))
+    return _within_budget(options, cached_table(whole, "rank-energies", measured))
 
 
 @dataclass(frozen=True)

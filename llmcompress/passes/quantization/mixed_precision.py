@@ -26,7 +26,7 @@ from llmcompress.passes.quantizing import QuantizingPass
 from llmcompress.passes.schemes import resolve_scheme, site_schemes
 from llmcompress.records.rows import SiteReport
 from llmcompress.sensitivity.allocation import bits_of, least_and_most_bits, least_loss
-from llmcompress.sensitivity.fill import kept_table
+from llmcompress.sensitivity.loss_estimators import cached_table
 from llmcompress.sensitivity.table import LossTable
 
 CANDIDATES = (
@@ -180,7 +180,7 @@ class MixedPrecision(BlockPass):
         if not candidates:
             return {}
         few = whole.within(whole.context.first_windows(self.samples))
-        table = kept_table(
+        table = cached_table(
             few,
             "scheme-losses",
             lambda: rounding_losses(self.sensitivity, few, candidates, self._quantizers(candidates)),

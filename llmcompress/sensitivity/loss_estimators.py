@@ -19,7 +19,7 @@ Measurements = tuple[frozenset[str], Kinds]
 """Sites by full name, and the statistics of their inputs."""
 
 
-class Asker(ABC):
+class LossEstimator(ABC):
     """Who fills one table: what must be measured for it, and what a block's rows are then."""
 
     @property
@@ -42,17 +42,17 @@ class Asker(ABC):
         """The block's rows; `sites` are those of its linears that were asked for, measured. The block must stay."""
 
 
-def fill(whole: WholeModel, askers: Sequence[Asker]) -> list[LossTable]:
+def measure_losses(whole: WholeModel, estimators: Sequence[LossEstimator]) -> list[LossTable]:
     """One table for each that asks, in their order; the model stays as it is."""
-    sweep(whole, [observer for each in askers for observer in each.observers])
-    rows: list[list[Row]] = [[] for _ in askers]
-    for block in dense_stream(whole, [(each.sites, each.kinds) for each in askers]):
-        for found, each in zip(rows, askers, strict=True):
+    sweep(whole, [observer for each in estimators for observer in each.observers])
+    rows: list[list[Row]] = [[] for _ in estimators]
+    for block in dense_stream(whole, [(each.sites, each.kinds) for each in estimators]):
+        for found, each in zip(rows, estimators, strict=True):
             found += each.rows(block, [site for site in block.sites if site.name in each.sites])
     return [LossTable(tuple(found)) for found in rows]
 
 
-def kept_table(whole: WholeModel, name: str, make: Callable[[], LossTable]) -> LossTable:
+def cached_table(whole: WholeModel, name: str, make: Callable[[], LossTable]) -> LossTable:
     """The table that the run has under that name, or a new one, which it then has."""
     keep, state = whole.context.keep, whole.context.state
     if keep is None or state is None:
