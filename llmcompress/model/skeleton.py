@@ -133,7 +133,7 @@ class _Form:
             if any(parameter.is_meta for parameter in block.parameters()):
                 block = copy.deepcopy(block)
                 materialise(block)
-            with torch.no_grad(), _unheard(block):
+            with torch.no_grad(), _without_hooks(block):
                 output = block(*positional, **arguments, **call.kwargs)
             self.length = None if isinstance(output, Tensor) else len(output)
             self.known = True
@@ -141,18 +141,18 @@ class _Form:
 
 
 @contextmanager
-def _unheard(block: nn.Module) -> Iterator[None]:
+def _without_hooks(block: nn.Module) -> Iterator[None]:
     """Hooks inside the block do not see this run: it is on no data, and not on the device they may wait on.
 
     Those of the block itself stay: they bring its weights.
     """
-    heard = [(part, part._forward_pre_hooks, part._forward_hooks) for part in block.modules() if part is not block]
-    for part, _, _ in heard:
+    hooks = [(part, part._forward_pre_hooks, part._forward_hooks) for part in block.modules() if part is not block]
+    for part, _, _ in hooks:
         part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
     try:
         yield
     finally:
-        for part, before, behind in heard:
+        for part, before, behind in hooks:
             part._forward_pre_hooks, part._forward_hooks = before, behind
 
 

@@ -37,11 +37,11 @@ class GradientObserver(ABC):
     def attached(self, whole: WholeModel, model: nn.Module) -> AbstractContextManager[None]:
         """While the sweep lasts: hooks, and parameters that want gradients."""
 
-    def around(self, model: nn.Module) -> AbstractContextManager[None]:
+    def during_batch(self, model: nn.Module) -> AbstractContextManager[None]:
         """Around every forward and its gradients."""
         return nullcontext()
 
-    def heard(self) -> None:  # noqa: B027 (hooks have heard already)
+    def collect(self) -> None:  # noqa: B027 (hooks have heard already)
         """The gradients of a batch are there: add them up."""
 
 
@@ -70,10 +70,10 @@ def _sweep(whole: WholeModel, observers: Sequence[GradientObserver], *, one_by_o
         for ids_BT in batches:
             with torch.enable_grad(), ExitStack() as around:
                 for each in observers:
-                    around.enter_context(each.around(model))
+                    around.enter_context(each.during_batch(model))
                 (whole.loss(ids_BT.to(whole.context.device)) * len(ids_BT)).backward()  # type: ignore[no-untyped-call]
             for each in observers:
-                each.heard()
+                each.collect()
             model.zero_grad(set_to_none=True)
 
 
@@ -145,7 +145,7 @@ class WeightGradients(GradientObserver):
         self._weights = {}
 
     @override
-    def heard(self) -> None:
+    def collect(self) -> None:
         for name, weight in self._weights.items():
             if weight.grad is None:  # an expert that no token reached
                 continue
@@ -181,13 +181,13 @@ class UnitMasks(GradientObserver):
 
     @override
     @contextmanager
-    def around(self, model: nn.Module) -> Iterator[None]:
+    def during_batch(self, model: nn.Module) -> Iterator[None]:
         self._masks = [torch.ones(group.units, device=self._device, requires_grad=True) for group in self.groups]
         with masked(model, self.groups, self._masks):
             yield
 
     @override
-    def heard(self) -> None:
+    def collect(self) -> None:
         self.windows.append(
             [mask_U.grad if mask_U.grad is not None else torch.zeros_like(mask_U).detach() for mask_U in self._masks]
         )
