@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.data import CalibrationData, calibration_windows
 from llmcompress.calibration.devices import usable_device
-from llmcompress.calibration.process_group import joined_processes, own_device
+from llmcompress.calibration.process_group import own_device, process_group
 from llmcompress.calibration.sources import overlap_warning
 from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
 from llmcompress.cost import Machine, Offload
@@ -78,7 +78,7 @@ def compress(
     """
     chosen = within_target_limits(as_recipe(recipe).for_model(model))
     where = own_device(usable_device(device))
-    with joined_processes(where) as processes:
+    with process_group(where) as processes:
         order = Order(
             recipe=chosen,
             output=Path(output),
@@ -107,7 +107,7 @@ def _compress(order: Order) -> Report:
         model, rows = apply_passes(prepared.loaded.model, prepared.map, recipe.passes, context)
         clock.lap("compress")
         if run is None:  # the first process evaluates and writes
-            return processes.same(Report.model_construct())
+            return processes.broadcast(Report.model_construct())
         measured: list[Measurement] = [each.perplexity() for each in dense]
         with TorchRunner(model, weights_at=prepared.weights_at, device=order.device) as runner:
             measured += against_dense(runner, dense, order.progress)
@@ -117,7 +117,7 @@ def _compress(order: Order) -> Report:
         report = _save(order, prepared, model, report)
         order.progress.step(order.output.name)
         run.discard()
-    return processes.same(report)
+    return processes.broadcast(report)
 
 
 def _opened_run(order: Order, prepared: Prepared) -> AbstractContextManager[Run | None]:

@@ -210,7 +210,7 @@ class BlockWork:
 
     def pool_(self, tensor: Tensor) -> None:
         """Make it the sum of what all processes have."""
-        self.context.processes.add_(tensor)
+        self.context.processes.all_reduce_sum_(tensor)
 
     def output(self, batch: int) -> Tensor:
         """The block's output for one of this process's batches, on its device, with gradients where enabled."""
@@ -258,7 +258,7 @@ class BlockStream:
         self._hidden: list[Tensor] = []
         self._calls: list[list[BlockCall]] = []
         with context.weights_at.running(model, torch.device("cpu")):
-            windows_NT = context.processes.share(context.windows_NT)
+            windows_NT = context.processes.shard(context.windows_NT)
             for ids_BT in torch.split(windows_NT, context.batch) if len(windows_NT) else ():
                 recording = record(model, named, ids_BT)
                 first = self._calls[0] if self._calls else recording.calls

@@ -134,7 +134,7 @@ def _stream(whole: WholeModel, stage: Stage, *, label: str) -> list[SiteReport]:
             work.decisions = decisions
             block_rows = [row for each in stage.block_passes for row in each.run(work)]
             work.settle()
-            whole.context.processes.same_tensors(work.module)
+            whole.context.processes.broadcast_tensors(work.module)
             if keep:
                 keep.save_block(stage.index, index, work.module, before, block_rows)
         if keep:

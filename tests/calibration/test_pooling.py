@@ -36,13 +36,13 @@ class Played(ProcessGroup):
 
     meeting: Meeting = field(default_factory=Meeting)
 
-    def add_(self, tensor: Tensor) -> None:
+    def all_reduce_sum_(self, tensor: Tensor) -> None:
         self._all(tensor, lambda brought: brought.sum(0))
 
-    def largest_(self, tensor: Tensor) -> None:
+    def all_reduce_max_(self, tensor: Tensor) -> None:
         self._all(tensor, lambda brought: brought.amax(0))
 
-    def same_tensors(self, module: nn.Module) -> None:
+    def broadcast_tensors(self, module: nn.Module) -> None:
         pass
 
     def _all(self, tensor: Tensor, how: Callable[[Tensor], Tensor]) -> None:
