@@ -66,11 +66,11 @@ def allocate(
         experts=chosen.calibration.experts,
         progress=progress,
     )
-    passes = settled_passes(WholeModel(loaded.model, model_map, context), chosen.passes)
+    passes = decided_passes(WholeModel(loaded.model, model_map, context), chosen.passes)
     return chosen.model_copy(update={"passes": passes})
 
 
-def settled_passes(whole: WholeModel, passes: Sequence[Pass]) -> tuple[Pass, ...]:
+def decided_passes(whole: WholeModel, passes: Sequence[Pass]) -> tuple[Pass, ...]:
     """The passes with all decisions taken, each on the model as those before it leave it. The model is changed.
 
     Raises: CompressError when nothing was decided that options can say.

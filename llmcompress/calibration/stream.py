@@ -155,7 +155,7 @@ class BlockWork:
         for site in self.sites:
             site.set_statistics({})
 
-    def settle(self) -> None:
+    def round_to_storage_dtype(self) -> None:
         """Round the block's parameters to what will be stored, so that later blocks see what users will load.
 
         Buffers stay: loaders keep rotary tables in float32, and the scales of quantized linears are rounded already.
@@ -194,7 +194,7 @@ class BlockWork:
             self._run(inputs, call)
         return [into.x_TI for into in seen]
 
-    def become(self, module: nn.Module, outputs: list[Tensor] | None = None) -> None:
+    def replace_module(self, module: nn.Module, outputs: list[Tensor] | None = None) -> None:
         """Another module takes the block's place; `outputs`, where they are known, are fed onward as they are."""
         self.module, self._known_outputs = module, outputs
 

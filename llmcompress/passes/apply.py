@@ -133,7 +133,7 @@ def _stream(whole: WholeModel, stage: Stage, *, label: str) -> list[SiteReport]:
             before = outline(work.module)
             work.decisions = decisions
             block_rows = [row for each in stage.block_passes for row in each.run(work)]
-            work.settle()
+            work.round_to_storage_dtype()
             whole.context.processes.broadcast_tensors(work.module)
             if keep:
                 keep.save_block(stage.index, index, work.module, before, block_rows)

@@ -225,11 +225,11 @@ def distances(
     earlier: deque[Tensor] = deque(maxlen=span)
     for work in whole.stream():
         if work.info.index in skipped:
-            work.become(work.module, work.inputs())
+            work.replace_module(work.module, work.inputs())
             continue
         earlier.append(_states(work.inputs(), first))
         outputs = work.outputs()
-        work.become(work.module, outputs)  # fed onward as they are, not computed again
+        work.replace_module(work.module, outputs)  # fed onward as they are, not computed again
         if len(earlier) == span:
             found.append(distance(earlier[0], _states(outputs, first)))
     return found

@@ -51,7 +51,7 @@ def slice_with_shortcuts(whole: WholeModel, residual: Residual, slicing: Slicing
     for work in whole.stream():
         index, (name, ports) = work.info.index, residual.blocks[work.info.index]
         lost[f"{name}.{first_of_stages(ports)[0].name}"] = lost_share(moment.sum_DD, kept_DK)
-        work.become(segments.wrapper.to(whole.context.device))
+        work.replace_module(segments.wrapper.to(whole.context.device))
         is_last = index + 1 == len(residual.blocks)
         kept_DK, moment = _slice_block(whole, work, segments, slicing, generator, lost, widen=widens and is_last)
         if not is_last:
@@ -111,7 +111,7 @@ def _slice_block(
     kept_DK = directions("output", moment)
     segments.narrow(segments.ports.stages, kept_DK)
     # the narrowed block gives exactly this, so it need not run again
-    work.become(segments.wrapper, [hidden @ kept_DK.to(hidden) for hidden in outputs])
+    work.replace_module(segments.wrapper, [hidden @ kept_DK.to(hidden) for hidden in outputs])
     return kept_DK, moment
 
 
