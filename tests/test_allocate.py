@@ -44,7 +44,7 @@ class Watching(Silent):
         self.computed: list[str] = []
         self.dies_after = dies_after
 
-    def inside(self, text: str, *, done: int = 0, total: int = 0) -> None:
+    def substep(self, text: str, *, done: int = 0, total: int = 0) -> None:
         self.computed.append(text)
 
     def note(self, text: str) -> None:

@@ -91,7 +91,7 @@ class _Writer:
             age_N += 1
             if position % 32 == 0:
                 written = done * tokens + rows * position
-                progress.inside("writing calibration text", done=written, total=of * tokens)
+                progress.substep("writing calibration text", done=written, total=of * tokens)
         return text_NT
 
     def _logits(self, text_NT: Tensor) -> Tensor:

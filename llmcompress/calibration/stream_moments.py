@@ -43,7 +43,7 @@ def stream_moments(whole: WholeModel, residual: Residual) -> dict[str, Tensor]:
             if work.info.index + 1 == len(residual.blocks):
                 for hidden_BTD in work.outputs():
                     last.add(hidden_BTD.to(whole.context.device).flatten(0, -2))
-            whole.context.progress.inside("slicegpt", done=work.info.index + 1, total=len(residual.blocks))
+            whole.context.progress.substep("slicegpt", done=work.info.index + 1, total=len(residual.blocks))
     return finite({name: found.sum_DD for name, found in moments.items()})
 
 

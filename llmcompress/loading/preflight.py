@@ -50,16 +50,16 @@ def preflight(source: Source, *, trust_remote_code: bool = False, progress: Prog
     Raises: CompressError (exit code 3) for the first kind of problem, listing all places where it occurs.
     """
     progress = progress or Silent()
-    progress.inside("config.json")
+    progress.substep("config.json")
     config, notes = read_config(source.folder, trust_remote_code=trust_remote_code)
     refuse_not_finite_numbers(config.to_dict(), source.folder)
     with quiet_transformers():
         generation_config, generation_notes = read_generation_config(source.folder, config)
-    progress.inside("safetensors headers")
+    progress.substep("safetensors headers")
     found = headers(source.folder, how_to_get_again=source.how_to_get_again)
     contents = match(config, found, trust_remote_code=trust_remote_code)
     storage_dtype, dtype_notes = _storage_dtype({n: h for n, h in found.items() if n not in contents.unused})
-    progress.inside("tokenizer")
+    progress.substep("tokenizer")
     tokenizer = read_tokenizer(source.folder, config, trust_remote_code=trust_remote_code)
     token_notes = [*_vocabulary_notes(tokenizer, contents), *_token_notes(tokenizer)]
     warnings = [*notes, *generation_notes, *dtype_notes, *_content_notes(contents), *token_notes]

@@ -119,7 +119,7 @@ class Session:
         for number in range(first + 1, settings.steps + 1):
             loss, tokens = self._one_step(number, batches)
             text = f"{job.title}: step {number}/{settings.steps}, loss {loss:.3f}"
-            context.progress.inside(text, done=number, total=settings.steps)
+            context.progress.substep(text, done=number, total=settings.steps)
             stop = bool(job.callback and job.callback.after_step(number))
             losses = (*self._reached.losses, loss)
             finished = stop or number == settings.steps

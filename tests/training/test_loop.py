@@ -434,7 +434,7 @@ def test_progress_tells_the_loss_and_how_many_of_all_steps_are_done() -> None:
             self.texts: list[str] = []
             self.done: list[tuple[int, int]] = []
 
-        def inside(self, text: str, *, done: int = 0, total: int = 0) -> None:
+        def substep(self, text: str, *, done: int = 0, total: int = 0) -> None:
             self.texts.append(text)
             self.done.append((done, total))
 

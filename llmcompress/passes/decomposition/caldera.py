@@ -61,7 +61,7 @@ class Caldera(QuantizingPass):
         rows = []
         for site in sites:
             if self.scheme_for(site.name, site.info.inputs):
-                block.context.progress.inside(f"caldera {site.info.name}")
+                block.context.progress.substep(f"caldera {site.info.name}")
                 rows.append(self.for_site(site.name)._compress(block, site))
         return rows
 

@@ -138,14 +138,14 @@ class ModularDecomposition(BlockPass):
         for number, attention in enumerate(attentions):
             scores, values = fewer.get(("coupling", number)), fewer.get(("values", number))
             if scores is not None or values is not None:
-                block.context.progress.inside(f"modegpt {attention.reader}")
+                block.context.progress.substep(f"modegpt {attention.reader}")
                 names = [*(name for name, _ in attention.taps), attention.reader]
                 block.measure([block.site(name) for name in names], (Gram, Moments))
                 rows += shrink_attention(block, attention, score_rows=scores, value_rows=values)
                 block.forget()
         channels = {number: kept for (kind, number), kept in fewer.items() if kind == "channels"}
         if channels:
-            block.context.progress.inside("modegpt channels")
+            block.context.progress.substep("modegpt channels")
             rows += shrink_channels(block, channels, ridge=self.ridge)
         return [*rows, self._block_row(block, info, attentions)]
 

@@ -99,7 +99,7 @@ class _EnergyEstimator(LossEstimator):
     @override
     def rows(self, block: BlockWork, sites: Sequence[LinearSite]) -> Iterator[Row]:
         for site in sites:
-            block.context.progress.inside(f"spectrum of {site.name}")
+            block.context.progress.substep(f"spectrum of {site.name}")
             gain_K = equal_shares(output_spectrum(site.weight_OI, self.options.metric(site)).energy_K)
             step = self.options.for_site(site.name).round_to
             matrix = Matrix(site.info.outputs, site.info.inputs, gain_K.cpu(), step)
@@ -139,7 +139,7 @@ def _by_loss(options: FactorOptions, whole: WholeModel) -> dict[str, int]:
         return {}
     uniform = {name: _uniform(options, name, *each.weight_OI.shape) for name, each in found.items()}
     with _truncated(whole, found, uniform) as rough:
-        whole.context.progress.inside("gradients with uniform ranks")
+        whole.context.progress.substep("gradients with uniform ranks")
         gradients = squared_gradients(rough, list(found))
         before = _perplexity(rough)
     rows = []
@@ -163,7 +163,7 @@ def _spectra(options: FactorOptions, whole: WholeModel) -> dict[str, _Site]:
     for block in dense_stream(whole, [(names, options.needs())]):
         for site in block.sites:
             if site.name in names:
-                block.context.progress.inside(f"spectrum of {site.name}")
+                block.context.progress.substep(f"spectrum of {site.name}")
                 spectrum = output_spectrum(site.weight_OI, options.metric(site))
                 on_cpu = Spectrum(spectrum.basis_OK.float().cpu(), spectrum.energy_K.cpu())
                 found[site.name] = _Site(site.weight_OI.cpu(), on_cpu, _bits(site))

@@ -152,7 +152,7 @@ class SingularValues(BlockPass):
         """Factor every site by itself."""
         rows = []
         for site in sites:
-            block.context.progress.inside(f"svd {site.info.name}")
+            block.context.progress.substep(f"svd {site.info.name}")
             rows.append(self._compress(site, self.rank_of(site, block.decisions)))
         return rows
 

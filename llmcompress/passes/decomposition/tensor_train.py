@@ -72,7 +72,7 @@ class TensorTrain(BlockPass):
         """Every site by itself."""
         rows = []
         for site in sites:
-            block.context.progress.inside(f"tensor_train {site.info.name}")
+            block.context.progress.substep(f"tensor_train {site.info.name}")
             rows.append(self.for_site(site.name)._replace(site))
         return rows
 

@@ -66,7 +66,7 @@ class TuckerHeads(BlockPass):
         rows = []
         for part in _parts(block.info):
             if part.site in selected:
-                block.context.progress.inside(f"tucker {part.site}")
+                block.context.progress.substep(f"tucker {part.site}")
                 rows.append(self.for_site(selected[part.site].name)._replace(selected[part.site], part))
         return rows
 

@@ -51,7 +51,7 @@ class Bonsai(WidthPass):
         kept = [torch.ones(group.units, dtype=torch.bool) for group in groups]
         rounds = max(1, math.ceil(max(request.fraction for request in requests) / self.step - 1e-9))
         for turn in range(1, rounds + 1):
-            whole.context.progress.inside("bonsai", done=turn - 1, total=rounds)
+            whole.context.progress.substep("bonsai", done=turn - 1, total=rounds)
             asked = [replace(request, fraction=request.fraction * turn / rounds) for request in requests]
             kept = self._round(whole, groups, asked, kept, generator)
         return kept

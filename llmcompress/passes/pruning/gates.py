@@ -170,7 +170,7 @@ class Gates(ModelPass):
             model.requires_grad_(False)
             with torch.enable_grad():
                 for ids_BT in whole.batches():
-                    whole.context.progress.inside(f"gates ({self.kind}): gradients")
+                    whole.context.progress.substep(f"gates ({self.kind}): gradients")
                     (whole.loss(ids_BT) * len(ids_BT)).backward()  # type: ignore[no-untyped-call]
             model.requires_grad_(True)
 

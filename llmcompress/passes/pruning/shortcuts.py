@@ -56,7 +56,7 @@ def slice_with_shortcuts(whole: WholeModel, residual: Residual, slicing: Slicing
         kept_DK, moment = _slice_block(whole, work, segments, slicing, generator, lost, widen=widens and is_last)
         if not is_last:
             segments = _entered(whole, residual, index + 1, kept_DK)
-        whole.context.progress.inside("slicegpt", done=index + 1, total=len(residual.blocks))
+        whole.context.progress.substep("slicegpt", done=index + 1, total=len(residual.blocks))
     removed = residual.width - slicing.width
     if widens:
         return report_rows(whole, residual, lost, removed=removed, removed_at_head=0)

@@ -129,7 +129,7 @@ class SparsityEstimator(LossEstimator):
     @override
     def rows(self, block: BlockWork, sites: Sequence[LinearSite]) -> Iterator[Row]:
         for site in sites:
-            block.context.progress.inside(f"errors of {site.info.name}")
+            block.context.progress.substep(f"errors of {site.info.name}")
             weight_OI, gram = site.weight_OI, site.statistic(Gram)
             masks = (self.options.mask(weight_OI, gram.sum_II.diagonal(), share) for share in self.shares)
             errors = (row_errors(weight_OI.masked_fill(~mask_OI, 0.0), gram.sum_II) for mask_OI in masks)

@@ -94,7 +94,7 @@ class SparseGPT(SparsePass):
         # sites that share an input stand together and share its matrix: it is factored once for all of them
         known: tuple[tuple[Gram, float], InverseFactor | None] | None = None
         for here, site, share in self.chosen(block, sites):
-            block.context.progress.inside(f"sparsegpt {site.info.name}")
+            block.context.progress.substep(f"sparsegpt {site.info.name}")
             key = (site.statistic(Gram), here.damping)
             if known is None or known[0] != key:
                 known = (key, inverse_factor(key[0].sum_II, here.damping))

@@ -43,7 +43,7 @@ class SynFlow(AtInitPass):
         ]
         masks = [weights[site.name] == 0 for site in sites]
         for index, share in enumerate(exponential_shares(self.sparsity, self.rounds)):
-            whole.context.progress.inside("synflow", done=index, total=self.rounds)
+            whole.context.progress.substep("synflow", done=index, total=self.rounds)
             scores = {
                 info.full(name): score
                 for info, found in zip(

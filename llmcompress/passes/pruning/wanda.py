@@ -51,7 +51,7 @@ class Wanda(SparsePass):
         """Zero them; by magnitude alone where no token came."""
         rows = []
         for here, site, share in self.chosen(block, sites):
-            block.context.progress.inside(f"wanda {site.info.name}")
+            block.context.progress.substep(f"wanda {site.info.name}")
             rows.append(here._drop(site, share))
         return rows
 

@@ -214,7 +214,7 @@ class WidthPass(BlockPass):
             block.measure(list(measured.values()), tuple(kinds))
         done: dict[str, Refitted] = {}
         for site, group in readers:
-            block.context.progress.inside(f"{PASSES.name_of(type(self))} {site.info.name}")
+            block.context.progress.substep(f"{PASSES.name_of(type(self))} {site.info.name}")
             here = self.for_site(site.name)
             weight_OI = site.weight_OI
             owner_I = group.unit_of_column(weight_OI.device)

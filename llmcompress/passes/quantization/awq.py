@@ -55,7 +55,7 @@ class AWQ(QuantizingPass):
         scaled: set[str] = set()
         divided: set[str] = set()  # whose own outputs are others now, as a fold's producer
         for fold in block.folds_into(sites):
-            block.context.progress.inside(f"awq scales {fold.producer}")
+            block.context.progress.substep(f"awq scales {fold.producer}")
             if self._scale(block, fold, {} if divided & {*fold.consumers} else before):
                 scaled.update(block.site(name).name for name in fold.consumers)
                 divided.add(fold.producer)

@@ -75,7 +75,7 @@ class ChannelwiseMixedPrecision(BlockPass):
         """Find widths, codebooks and codes of every site by itself."""
         rows = []
         for site in sites:
-            block.context.progress.inside(f"cmpq {site.info.name}")
+            block.context.progress.substep(f"cmpq {site.info.name}")
             rows.append(self.for_site(site.name)._compress(site))
         return rows
 

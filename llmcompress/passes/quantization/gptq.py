@@ -85,7 +85,7 @@ class GPTQ(QuantizingPass):
             if scheme is None:
                 continue
             here = self.for_site(site.name)
-            block.context.progress.inside(f"gptq {site.info.name}")
+            block.context.progress.substep(f"gptq {site.info.name}")
             gram = site.statistic(Gram)
             key = (gram, here.damping, here.act_order)
             if known is None or known[0] != key:

@@ -109,7 +109,7 @@ class LearnedRounding(QuantizingPass):
         first = self.rate or 1 / self.steps
         order: list[int] = []
         for step in range(self.steps):
-            block.context.progress.inside("learned_rounding", done=step, total=self.steps)
+            block.context.progress.substep("learned_rounding", done=step, total=self.steps)
             order = order or torch.randperm(block.batches, generator=generator).tolist()
             index = order.pop()
             with torch.enable_grad():

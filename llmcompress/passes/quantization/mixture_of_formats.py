@@ -80,7 +80,7 @@ class MixtureOfFormats(BlockPass):
         """Choose site by site."""
         rows = []
         for site in sites:
-            block.context.progress.inside(f"mixture_of_formats {site.info.name}")
+            block.context.progress.substep(f"mixture_of_formats {site.info.name}")
             rows += self.for_site(site.name)._choose(block, site)
         return rows
 

@@ -87,7 +87,7 @@ class OutlierSuppression(BlockPass):
         """Search and fold, one fold after the other; no fold changes the input of another one's readers."""
         rows = []
         for fold in block.folds_into(sites):
-            block.context.progress.inside(f"outlier_suppression {fold.producer}")
+            block.context.progress.substep(f"outlier_suppression {fold.producer}")
             readers = [block.site(name) for name in fold.consumers]
             if readers[0].statistic(Range).tokens:
                 rows += self.for_site(readers[0].name)._suppress(block, fold, readers)

@@ -77,7 +77,7 @@ class _SchemeEstimator(LossEstimator):
     @override
     def rows(self, block: BlockWork, sites: Sequence[LinearSite]) -> Iterator[Row]:
         for site in sites:
-            block.context.progress.inside(f"candidates of {site.name}")
+            block.context.progress.substep(f"candidates of {site.name}")
             yield scheme_row(site, self.candidates[site.name], self.losses(block, site))
 
     @abstractmethod

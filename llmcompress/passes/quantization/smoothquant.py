@@ -41,7 +41,7 @@ class SmoothQuant(BlockPass):
             strength = self.for_site(consumers[0].name).strength
             if strength == 0 or (self.folds == "norms" and not fold.producer_is_norm):
                 continue
-            block.context.progress.inside(f"smoothquant {fold.producer}")
+            block.context.progress.substep(f"smoothquant {fold.producer}")
             weight_max_C = torch.stack([site.weight_OI.abs().amax(0) for site in consumers]).amax(0)
             input_max_C = consumers[0].statistic(AbsMax).max_I
             producers = block.producer_channels(fold)
