@@ -14,7 +14,7 @@ from llmcompress.calibration.sources import check_source
 from llmcompress.cost import Machine, Offload, cost, must_offload
 from llmcompress.errors import CompressError
 from llmcompress.exporters.choose import Choice, choose, limits_of
-from llmcompress.exporters.contents import foretold
+from llmcompress.exporters.contents import planned_contents
 from llmcompress.exporters.loader import Loader, loader_of
 from llmcompress.formats import plain
 from llmcompress.formats.named import Kind
@@ -163,7 +163,7 @@ def check_recipe(
         each.check_packages()
     for each in stages(recipe.passes)[0].passes:
         each.check(model_map)
-    contents = foretold(model_map, planned_schemes(recipe, model_map), loader, storage_dtype)
+    contents = planned_contents(model_map, planned_schemes(recipe, model_map), loader, storage_dtype)
     return choose(recipe.save.format, contents, zero_points=recipe.save.zero_points)
 
 

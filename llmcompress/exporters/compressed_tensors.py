@@ -22,7 +22,7 @@ from llmcompress.exporters.base import EXPORTERS, Answer, Converted, Exact, Expo
 from llmcompress.exporters.cache_scheme import stock_attention
 from llmcompress.exporters.checkpoint import name_on_disk, write_model
 from llmcompress.exporters.config import portable_config
-from llmcompress.exporters.contents import EXPERTS, CodedLinear, Contents, found_in
+from llmcompress.exporters.contents import EXPERTS, CodedLinear, Contents, contents_in
 from llmcompress.exporters.loader import linears_of_loader
 from llmcompress.exporters.quantization_config import NamedCodes, numbered, quantization_config
 from llmcompress.formats import compressed_tensors, plain
@@ -107,7 +107,7 @@ class CompressedTensorsExporter(Exporter):
             return self._write(model, folder, writing, cache)
 
     def _write(self, model: PreTrainedModel, folder: Path, writing: Writing, cache: QuantizationArgs | None) -> Saved:
-        contents, dtype = found_in(model, writing.storage_dtype), writing.storage_dtype
+        contents, dtype = contents_in(model, writing.storage_dtype), writing.storage_dtype
         answers = self.answers(contents)
         coded = {site.name: site for site in contents.sites if isinstance(answers[site.name], Exact)}
         config = portable_config(model, dtype)

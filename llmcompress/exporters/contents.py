@@ -78,7 +78,7 @@ class Contents:
         return (*named, *found.reshaped, *found.shapes, *found.attributes)
 
 
-def foretold(
+def planned_contents(
     model_map: ModelMap, schemes: Mapping[str, Scheme], loader: Loader, storage_dtype: torch.dtype | None
 ) -> Contents:
     """What a model will hold whose sites (full names) are quantized by these schemes."""
@@ -100,7 +100,7 @@ def foretold(
     return Contents(sites, model_map.site_names(), loader.merges_experts, experts, storage_dtype)
 
 
-def found_in(model: PreTrainedModel, storage_dtype: torch.dtype) -> Contents:
+def contents_in(model: PreTrainedModel, storage_dtype: torch.dtype) -> Contents:
     """What a finished model holds."""
     found = changes(model, stock_outline(model))
     # experts that stayed ordinary linears are stored under the names of the stock bank

@@ -14,7 +14,7 @@ from typing_extensions import override
 from llmcompress.exporters.base import EXPORTERS, Answer, Converted, Exporter, Refused, Saved, Writing
 from llmcompress.exporters.checkpoint import write_model
 from llmcompress.exporters.config import portable_config
-from llmcompress.exporters.contents import CodedLinear, Contents, found_in
+from llmcompress.exporters.contents import CodedLinear, Contents, contents_in
 from llmcompress.exporters.loader import linears_of_loader
 from llmcompress.formats import plain
 from llmcompress.modules.limits import TargetLimits
@@ -49,7 +49,7 @@ class PlainExporter(Exporter):
     @override
     def write(self, model: PreTrainedModel, folder: Path, writing: Writing) -> Saved:
         """An ordinary folder."""
-        dtype, modules = writing.storage_dtype, found_in(model, writing.storage_dtype).modules
+        dtype, modules = writing.storage_dtype, contents_in(model, writing.storage_dtype).modules
         turned = {name for name, kind in linears_of_loader(model).items() if issubclass(kind, Conv1D)}
         replaced = {
             name: partial(plain.pack, module, dtype, transposed=name in turned) for name, module in modules.items()
