@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from llmcompress.errors import CompressError
 from llmcompress.loading.files import adapter_error, refuse_outside
-from llmcompress.loading.quiet import quiet_transformers, said
+from llmcompress.loading.quiet import loader_message, quiet_transformers
 from llmcompress.loading.rotary import rotary_as_in_4
 from llmcompress.loading.sizes import check_sizes
 from llmcompress.loading.versions import TRANSFORMERS_MAJOR
@@ -76,7 +76,7 @@ def _build(data: dict[str, Any], folder: Path) -> PretrainedConfig:
     except Exception as problem:
         raise CompressError(
             "model.bad-config",
-            f"transformers cannot read config.json: {said(problem)}",
+            f"transformers cannot read config.json: {loader_message(problem)}",
             where=str(folder / "config.json"),
             fix="compare it with the config.json of the original model",
         ) from problem

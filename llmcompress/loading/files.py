@@ -68,7 +68,7 @@ def require_safetensors(names: Iterable[str], *, where: str) -> None:
         fix = "use the model that it was made from, in safetensors"
     else:
         what, there, fix = f"there are no weights: neither {SINGLE} nor {INDEX}", [], "give the folder of a whole model"
-    found = f" ({some(sorted(there))})" if there else ""
+    found = f" ({shortened_list(sorted(there))})" if there else ""
     raise CompressError("model.no-safetensors", what + found, where=where, fix=fix)
 
 
@@ -105,7 +105,7 @@ def refuse_outside(folder: Path, files: dict[str, str]) -> None:
         raise CompressError(
             "model.outside-folder",
             "files outside the model's folder are asked for",
-            where=some(outside),
+            where=shortened_list(outside),
             fix="do not use this model unless you know why; put real files (no links, no paths) into the folder",
         )
 
@@ -129,7 +129,7 @@ def _is_name(file: object) -> bool:
     return isinstance(file, str) and 0 < len(file.encode(errors="replace")) <= 255 and "\x00" not in file
 
 
-def some(names: list[str], most: int = 12) -> str:
+def shortened_list(names: list[str], most: int = 12) -> str:
     """The names in one line, the first few when there are many."""
     shown = ", ".join(names[:most])
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown

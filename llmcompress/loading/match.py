@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from llmcompress.errors import CompressError, is_out_of_memory
-from llmcompress.loading.files import some
-from llmcompress.loading.quiet import quiet_transformers, said
+from llmcompress.loading.files import shortened_list
+from llmcompress.loading.quiet import loader_message, quiet_transformers
 from llmcompress.loading.tensors import CODE_DTYPES, TensorHeader
 
 Shape = tuple[int, ...]
@@ -70,7 +70,7 @@ def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
             raise
         raise CompressError(
             "model.bad-config",
-            f"transformers cannot build the model that config.json describes: {said(problem)}",
+            f"transformers cannot build the model that config.json describes: {loader_message(problem)}",
             where=f"{config.name_or_path}/config.json",
             fix="compare it with the config.json of the original model",
         ) from problem
@@ -87,7 +87,7 @@ def missing_error(names: Iterable[str], where: str, *, head: str = "") -> Compre
     return CompressError(
         "model.missing-tensor",
         f"{len(names)} tensors that the model needs are not in the checkpoint",
-        where=f"{where}: {some(names)}",
+        where=f"{where}: {shortened_list(names)}",
         fix=fix,
     )
 
@@ -121,8 +121,10 @@ def _load_headers(
         odd = _odd_experts(headers)
         raise CompressError(
             "model.wrong-shape" if odd else "model.unloadable",
-            "the experts of a layer do not fit together" if odd else f"transformers cannot load it: {said(problem)}",
-            where=f"{folder}: {some(odd)}" if odd else folder,
+            "the experts of a layer do not fit together"
+            if odd
+            else f"transformers cannot load it: {loader_message(problem)}",
+            where=f"{folder}: {shortened_list(odd)}" if odd else folder,
             fix="get the whole checkpoint again, or correct config.json",
         ) from problem
     wrong = [_mismatch(entry, headers, shapes, config) for entry in info["mismatched_keys"]]
@@ -176,7 +178,7 @@ def _odd_experts(headers: Mapping[str, TensorHeader]) -> list[str]:
 
 def _odd_note(headers: Mapping[str, TensorHeader]) -> str:
     odd = _odd_experts(headers)
-    return f"; {some(odd)}" if odd else ""
+    return f"; {shortened_list(odd)}" if odd else ""
 
 
 def _owner(model: nn.Module, name: str) -> object:

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 
 from llmcompress.errors import CompressError
 from llmcompress.loading.config import read_config
-from llmcompress.loading.files import some
+from llmcompress.loading.files import shortened_list
 from llmcompress.loading.finite import refuse_not_finite_numbers
 from llmcompress.loading.generation import read_generation_config
 from llmcompress.loading.match import Match, match
@@ -90,7 +90,7 @@ def _storage_dtype(found: dict[str, TensorHeader]) -> tuple[torch.dtype, list[st
         raise CompressError(
             "model.already-quantized",
             "weights are stored as quantized codes, and config.json has no quantization_config that says which",
-            where=some([f"{name} ({str(found[name].dtype).removeprefix('torch.')})" for name in packed]),
+            where=shortened_list([f"{name} ({str(found[name].dtype).removeprefix('torch.')})" for name in packed]),
             fix="use the 16-bit model that it was made from",
         )
     usual = max((dtype for dtype in by_dtype if dtype in _STORABLE), key=lambda dtype: by_dtype[dtype])
@@ -109,7 +109,7 @@ def _vocabulary_notes(tokenizer: PreTrainedTokenizerBase, contents: Match) -> li
     beyond = sorted((number, token) for token, number in vocabulary.items() if number >= contents.embedding_rows)
     if not beyond:
         return []
-    tokens = some([f"{token!r} = {number}" for number, token in beyond], 4)
+    tokens = shortened_list([f"{token!r} = {number}" for number, token in beyond], 4)
     return [
         f"the embedding has {contents.embedding_rows} rows, and {len(beyond)} tokens of the tokenizer lie beyond them "
         f"({tokens}); a text that has one is refused"
@@ -119,7 +119,7 @@ def _vocabulary_notes(tokenizer: PreTrainedTokenizerBase, contents: Match) -> li
 def _content_notes(contents: Match) -> list[str]:
     if not contents.unused:
         return []
-    names = some(list(contents.unused), 4)
+    names = shortened_list(list(contents.unused), 4)
     return [f"{len(contents.unused)} tensors of the checkpoint have no place in the model and are left out: {names}"]
 
 

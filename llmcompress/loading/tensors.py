@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llmcompress.errors import CompressError
-from llmcompress.loading.files import some, weight_files
+from llmcompress.loading.files import shortened_list, weight_files
 from llmcompress.storage.names import INDEX
 
 DTYPES = {
@@ -75,7 +75,7 @@ def headers(folder: Path, *, how_to_get_again: str = "delete it and get it again
         raise CompressError(
             "model.missing-tensor",
             f"{len(missing)} tensors that {INDEX} lists are not in the files",
-            where=some(missing),
+            where=shortened_list(missing),
             fix=f"the file is not the one that belongs to the index: {how_to_get_again}",
         )
     return found

@@ -8,7 +8,7 @@ import transformers
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llmcompress.errors import CompressError, is_out_of_memory
-from llmcompress.loading.quiet import quiet_transformers, said
+from llmcompress.loading.quiet import loader_message, quiet_transformers
 from llmcompress.storage.json_file import read_json
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
@@ -45,7 +45,7 @@ def read_tokenizer(
         needs_sentencepiece = not (folder / "tokenizer.json").exists() and any(folder.glob("*.model"))
         raise CompressError(
             "model.bad-tokenizer",
-            f"the tokenizer cannot be read: {said(problem)}",
+            f"the tokenizer cannot be read: {loader_message(problem)}",
             where=str(folder),
             fix=(
                 "pip install 'llmcompress[sentencepiece]'"

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llmcompress.errors import CompressError
-from llmcompress.loading.files import some
+from llmcompress.loading.files import shortened_list
 from llmcompress.loading.preflight import Preflight
 from llmcompress.loading.tensors import TensorHeader
 
@@ -29,7 +29,7 @@ def refuse_not_finite(weights: Mapping[str, Tensor], found: Mapping[str, TensorH
         raise CompressError(
             "model.not-finite",
             f"{len(bad)} weights hold NaN or Inf",
-            where=some(bad),
+            where=shortened_list(bad),
             fix="the checkpoint is damaged or was trained to failure: get it again or use an earlier one",
         )
 
