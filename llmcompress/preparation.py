@@ -26,7 +26,7 @@ from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
 from llmcompress.storage.disk import sha256
 from llmcompress.storage.folder import check_output, run_folder
-from llmcompress.storage.ours import begin_run_folder, remove_unused_run_folder
+from llmcompress.storage.ownership import begin_run_folder, remove_unused_run_folder
 from llmcompress.storage.paths import from_home
 
 

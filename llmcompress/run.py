@@ -35,7 +35,7 @@ from llmcompress.storage.atomic import replacing
 from llmcompress.storage.disk import disk_errors, sha256, sync
 from llmcompress.storage.folder import run_folder
 from llmcompress.storage.lock import ProcessLock
-from llmcompress.storage.ours import begin_run_folder, clear_run_folder, remove_run_folder
+from llmcompress.storage.ownership import begin_run_folder, clear_run_folder, remove_run_folder
 
 _ABOUT = "llmcompress"
 """Metadata key of a kept file: what its tensors do not say."""

@@ -20,7 +20,7 @@ from llmcompress.run import Run
 from llmcompress.storage.atomic import replacing
 from llmcompress.storage.folder import check_output, staging_folder
 from llmcompress.storage.lock import ProcessLock
-from llmcompress.storage.ours import begin_run_folder, mark_output
+from llmcompress.storage.ownership import begin_run_folder, mark_output
 from tests.exporters.quantized import quantized_model
 from tests.families import tiny_model, tiny_tokens
 

@@ -17,7 +17,7 @@ from llmcompress.errors import CompressError, ExitCode
 from llmcompress.storage.disk import disk_errors, sha256, sync
 from llmcompress.storage.lock import ProcessLock
 from llmcompress.storage.names import INDEX
-from llmcompress.storage.ours import check_run_folder, is_our_output, mark_output, other_files, remove_output
+from llmcompress.storage.ownership import check_run_folder, is_our_output, mark_output, other_files, remove_output
 
 
 def check_output(output: Path, *, overwrite: bool, needed_bytes: int = 0, source: Path | None = None) -> None:
