@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from llmcompress.calibration.context import RunContext
 from llmcompress.errors import NOTHING_SAVED, CompressError
 from llmcompress.training.checkpoint import Checkpoint, Reached, Stateful, random_states, restore_random
-from llmcompress.training.data.base import Part, SomeSamples, TrainingData
+from llmcompress.training.data.base import BatchRange, IndexedSamples, TrainingData
 from llmcompress.training.data.batch import Batch, padded
 from llmcompress.training.engine import require_whole_parameters
 from llmcompress.training.head import Head, find_head, rows_at_once
@@ -90,7 +90,7 @@ class Session:
         self._masks = task.job.masks or ZerosStay(trained)
         self._keep = self._checkpoint(step, trained, plain)
         self._reached = (self._keep.load() if self._keep else None) or Reached(task.job.start)
-        part = Part(self._reached.step * self._pieces, settings.steps * self._pieces, at_once, context.seed)
+        part = BatchRange(self._reached.step * self._pieces, settings.steps * self._pieces, at_once, context.seed)
         names = {id(each): name for name, each in step.named_parameters()}
         self._step, self._optimizer, self._loader, self._rates = accelerator.prepare(
             step, plain, learned.loader(part), schedule(plain, settings, self._reached.step)
@@ -193,7 +193,7 @@ class Session:
         return self._keep.saved if self._keep else NOTHING_SAVED
 
     @torch.no_grad()
-    def _validation_loss(self, kept_out: SomeSamples) -> float:
+    def _validation_loss(self, kept_out: IndexedSamples) -> float:
         """On every process over all samples: nothing is exchanged, and the samples are few."""
         total, tokens = 0.0, 0
         at_once = max(1, self._task.settings.batch // self._accelerator.num_processes)

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from llmcompress.errors import CompressError
-from llmcompress.training.data.base import Part, TrainingData
+from llmcompress.training.data.base import BatchRange, TrainingData
 from llmcompress.training.data.batch import IGNORED, Batch, Sample, padded
 from llmcompress.training.data.examples import Examples, samples, training_data
 from tests.tiny_text import byte_tokenizer
@@ -49,7 +49,7 @@ def learned(batch: Batch) -> list[str]:
 
 
 def batches(data: TrainingData, first: int, end: int, seed: int = 0, size: int = 3) -> list[Batch]:
-    return list(data.loader(Part(first, end, size, seed)))
+    return list(data.loader(BatchRange(first, end, size, seed)))
 
 
 def same(a: list[Batch], b: list[Batch]) -> bool:
