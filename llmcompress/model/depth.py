@@ -74,16 +74,16 @@ def _plan(model: PreTrainedModel, kept: Sequence[int]) -> _Plan:
     named = find_blocks(stock)
     numbers = _numbers([block for _, block in named])
     wanted = [_kind(named[index][1], numbers) for index in kept]
-    around = _around(stock, named)
+    outside = _outside_blocks(stock, named)
     for config in smaller_configs(model.config, kept, len(named)):
         try:
             smaller = outline(type(model), reloaded(config))
         except Exception:  # whatever a family raises about a config that contradicts itself
             continue
         blocks = find_blocks(smaller)
-        rest = _around(smaller, blocks)
-        if rest.shapes == around.shapes and [_kind(block, numbers) for _, block in blocks] == wanted:
-            changed = {k: v for k, v in rest.attributes.items() if around.attributes.get(k) != v}
+        rest = _outside_blocks(smaller, blocks)
+        if rest.shapes == outside.shapes and [_kind(block, numbers) for _, block in blocks] == wanted:
+            changed = {k: v for k, v in rest.attributes.items() if outside.attributes.get(k) != v}
             return _Plan(config, numbers, changed)
     raise CompressError(
         "depth.no-config",
@@ -147,7 +147,7 @@ def _kind(block: nn.Module, numbers: frozenset[str]) -> object:
     return facts.shapes, attributes, [(name, type(module)) for name, module in block.named_modules()]
 
 
-def _around(model: nn.Module, named: Named) -> Facts:
+def _outside_blocks(model: nn.Module, named: Named) -> Facts:
     """The facts of everything that stands outside the blocks."""
     return Facts.of(model, frozenset(name for name, _ in named))
 

@@ -74,7 +74,7 @@ class Residual:
     """The residual stream of a model: how wide it is, and who meets it."""
 
     width: int
-    around: Ports
+    outside_blocks: Ports
     """Embeddings write; the readers of the one norm are the head, or a projection before it. Full names."""
     blocks: tuple[tuple[str, Ports], ...]
     """By the blocks' full names."""
@@ -82,7 +82,7 @@ class Residual:
     @property
     def centred(self) -> bool:
         """Whether the norms subtract the mean (LayerNorm): all of them do, or none."""
-        return self.around.norms[0].form.centred
+        return self.outside_blocks.norms[0].form.centred
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,9 @@ def _find(shell: PreTrainedModel, ids_BT: Tensor) -> Residual:
         release(block)
         found.append((name, kinds[kind]))
     materialise(blocks[0][1])
-    residual = Residual(width, _around(shell, blocks, ids_BT, width), tuple(found))
-    if len({norm.form.centred for ports in (residual.around, *kinds.values()) for norm in ports.norms}) > 1:
-        raise refused("some norms subtract the mean and others do not", residual.around.norms[0].name)
+    residual = Residual(width, _outside_blocks(shell, blocks, ids_BT, width), tuple(found))
+    if len({norm.form.centred for ports in (residual.outside_blocks, *kinds.values()) for norm in ports.norms}) > 1:
+        raise refused("some norms subtract the mean and others do not", residual.outside_blocks.norms[0].name)
     return residual
 
 
@@ -85,7 +85,7 @@ def _block_experiment(name: str, block: nn.Module, call: BlockCall, shape: torch
     return StreamExperiment(name, block, run, written=1)
 
 
-def _around(shell: PreTrainedModel, blocks: Blocks, ids_BT: Tensor, width: int) -> Ports:
+def _outside_blocks(shell: PreTrainedModel, blocks: Blocks, ids_BT: Tensor, width: int) -> Ports:
     with recorders(shell, blocks) as standing:
 
         def run(sample: int) -> tuple[Tensor, Tensor]:

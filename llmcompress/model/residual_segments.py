@@ -85,5 +85,5 @@ class ResidualSegments:
 
 def last_norm_to_segment(model: PreTrainedModel, residual: Residual) -> None:
     """The last norm without gain: it reads the whole stream, whose mean is no mean of channels any more."""
-    norm = residual.around.norms[0]
+    norm = residual.outside_blocks.norms[0]
     put_module(model, norm.name, SegmentNorm(0, residual.width, residual.width, norm.form.epsilon))

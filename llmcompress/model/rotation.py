@@ -61,7 +61,7 @@ def make_rotatable(
 
 def places(residual: Residual) -> list[tuple[str, Ports]]:
     """What stands around the blocks, then the blocks; with the prefix of the ports' names."""
-    return [("", residual.around), *((f"{name}.", ports) for name, ports in residual.blocks)]
+    return [("", residual.outside_blocks), *((f"{name}.", ports) for name, ports in residual.blocks)]
 
 
 def untie(model: PreTrainedModel) -> None:
@@ -94,11 +94,11 @@ def contract(model: nn.Module, name: str, axis: int, matrix_DW: Tensor) -> None:
     for size in noted:
         setattr(owner, size, width)
         # a factored linear notes the sizes of its outer factors
-        for outer in _factored_around(model, owner_name):
+        for outer in _factored_parents(model, owner_name):
             setattr(outer, size, width)
 
 
-def _factored_around(model: nn.Module, name: str) -> Iterator[CompressedModule]:
+def _factored_parents(model: nn.Module, name: str) -> Iterator[CompressedModule]:
     while name := name.rpartition(".")[0]:
         module = model.get_submodule(name)
         if not isinstance(module, CompressedModule) or module.wraps_original:

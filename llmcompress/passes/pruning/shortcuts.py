@@ -42,7 +42,7 @@ def slice_with_shortcuts(whole: WholeModel, residual: Residual, slicing: Slicing
         moment.add(record(whole.model, blocks, ids_BT).hidden.flatten(0, 1).to(whole.context.device))
     last_norm_to_segment(whole.model, residual)
     kept_DK = slicing.directions(moment.sum_DD, generator)
-    for writer in residual.around.writers:
+    for writer in residual.outside_blocks.writers:
         contract(whole.model, writer.port.parameter, writer.port.axis, kept_DK)
     lost: dict[str, float] = {}
     # what enters is narrow now: the first block must be able to read it before anything runs
@@ -60,9 +60,9 @@ def slice_with_shortcuts(whole: WholeModel, residual: Residual, slicing: Slicing
     removed = residual.width - slicing.width
     if widens:
         return report_rows(whole, residual, lost, removed=removed, removed_at_head=0)
-    for port in residual.around.readers():
+    for port in residual.outside_blocks.readers():
         contract(whole.model, port.parameter, port.axis, kept_DK)
-    lost[residual.around.norms[0].name] = lost_share(moment.sum_DD, kept_DK)
+    lost[residual.outside_blocks.norms[0].name] = lost_share(moment.sum_DD, kept_DK)
     return report_rows(whole, residual, lost, removed=removed, removed_at_head=removed)
 
 
