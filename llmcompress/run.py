@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmcompress.errors import NOTHING_SAVED, CompressError, ExitCode, note_saved, without_tokens
-from llmcompress.model.stock import stock_outline
+from llmcompress.model.stock import stock_model
 from llmcompress.modules.manifest import Manifest, apply_manifest, changes
 from llmcompress.records.rows import SiteReport
 from llmcompress.storage.atomic import replacing
@@ -169,7 +169,7 @@ class Run:
 
         Raises: CompressError when the disk is full; all before is kept.
         """
-        about = {"config": model.config.to_dict(), **changes(model, stock_outline(model)).to_json()}
+        about = {"config": model.config.to_dict(), **changes(model, stock_model(model)).to_json()}
         self._save(f"{stage:02d}{_MODEL}", model.state_dict(), about, rows)
         for path in (self.folder / "work").glob(f"{stage:02d}{_TRAINING}*"):
             path.unlink()
@@ -178,7 +178,7 @@ class Run:
         """The model that was kept after that stage, and all rows until then; `model` is what the run began with."""
         key = f"{stage:02d}{_MODEL}"
         tensors, about = self._read(key)
-        kept = stock_outline(model, config=type(model.config).from_dict(about["config"]))
+        kept = stock_model(model, config=type(model.config).from_dict(about["config"]))
         apply_manifest(kept, Manifest.from_json(about), model.dtype)
         kept.load_state_dict(tensors, strict=True, assign=True)
         kept.tie_weights()

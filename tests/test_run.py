@@ -14,7 +14,7 @@ from torch import nn
 
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.modules.quant_linear import QuantLinear
-from llmcompress.passes.apply import outline
+from llmcompress.passes.apply import meta_copy
 from llmcompress.records.rows import SiteReport
 from llmcompress.run import Run
 from llmcompress.storage.atomic import replacing
@@ -50,7 +50,7 @@ def test_blocks_come_back_bit_for_bit(tmp_path, family):
     blocks, fresh_blocks = (list(m.get_submodule(paths[0])) for m in (model, again))
     with _open(tmp_path / "out") as run:
         for index, block in enumerate(blocks):
-            run.save_block(0, index, block, outline(fresh_blocks[index]), ROWS)
+            run.save_block(0, index, block, meta_copy(fresh_blocks[index]), ROWS)
     with _open(tmp_path / "out") as run:
         assert run.finished_blocks(0) == list(range(len(blocks)))
         for index, block in enumerate(fresh_blocks):

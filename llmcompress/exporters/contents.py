@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from llmcompress.exporters.cache_scheme import cache_scheme
 from llmcompress.exporters.loader import Loader, linears_of_loader, merges_on_load
 from llmcompress.model.map import ModelMap
-from llmcompress.model.stock import stock_outline
+from llmcompress.model.stock import stock_model
 from llmcompress.modules.base import MODULES, CompressedModule
 from llmcompress.modules.manifest import Manifest, changes
 from llmcompress.modules.quant_linear import QuantLinear, quantized_linears
@@ -102,7 +102,7 @@ def planned_contents(
 
 def contents_in(model: PreTrainedModel, storage_dtype: torch.dtype) -> Contents:
     """What a finished model holds."""
-    found = changes(model, stock_outline(model))
+    found = changes(model, stock_model(model))
     # experts that stayed ordinary linears are stored under the names of the stock bank
     dense = {name for name, part in compressed_modules(model).items() if part.is_transparent and part.is_dense()}
     found = replace(found, modules={name: spec for name, spec in found.modules.items() if name not in dense})

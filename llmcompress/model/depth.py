@@ -15,7 +15,7 @@ from llmcompress.model.facts import Facts
 from llmcompress.model.layer_config import smaller_configs
 from llmcompress.model.shrink import same
 from llmcompress.model.skeleton import find_blocks, record
-from llmcompress.model.stock import outline, reloaded
+from llmcompress.model.stock import meta_model, reloaded
 from llmcompress.modules.plain_attributes import plain_attributes
 
 _TOKENS = 16
@@ -70,14 +70,14 @@ class _Plan:
 
 def _plan(model: PreTrainedModel, kept: Sequence[int]) -> _Plan:
     """The config whose stock model has exactly the kept blocks."""
-    stock = outline(type(model), model.config)
+    stock = meta_model(type(model), model.config)
     named = find_blocks(stock)
     numbers = _numbers([block for _, block in named])
     wanted = [_kind(named[index][1], numbers) for index in kept]
     outside = _outside_blocks(stock, named)
     for config in smaller_configs(model.config, kept, len(named)):
         try:
-            smaller = outline(type(model), reloaded(config))
+            smaller = meta_model(type(model), reloaded(config))
         except Exception:  # whatever a family raises about a config that contradicts itself
             continue
         blocks = find_blocks(smaller)

@@ -13,7 +13,7 @@ from typing_extensions import override
 from llmcompress.calibration.process_group import ProcessGroup
 from llmcompress.calibration.resume_store import ResumeStore
 from llmcompress.modules.manifest import Manifest, apply_manifest, changes
-from llmcompress.passes.apply import outline
+from llmcompress.passes.apply import meta_copy
 from llmcompress.records.rows import SiteReport
 
 
@@ -34,7 +34,7 @@ class SharedResumeStore(ResumeStore):
 
     @override
     def restore_block(self, stage: int, index: int, block: nn.Module) -> list[SiteReport]:
-        before, dtype = outline(block), next(block.parameters()).dtype
+        before, dtype = meta_copy(block), next(block.parameters()).dtype
         rows = self._keep.restore_block(stage, index, block) if self._keep else []
         manifest = self._processes.broadcast(changes(block, before).to_json() if self._keep else {})
         if not self._keep:

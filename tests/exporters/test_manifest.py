@@ -19,7 +19,7 @@ from llmcompress.exporters.save import save_model
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
 from llmcompress.model.skeleton import find_blocks
-from llmcompress.model.stock import stock_outline
+from llmcompress.model.stock import stock_model
 from llmcompress.modules.manifest import Manifest, apply_manifest, changes
 from llmcompress.passes.apply import apply_passes
 from llmcompress.recipe import parse_recipe
@@ -198,9 +198,9 @@ def test_other_shapes_and_numbers_are_described_and_made_again() -> None:
     for linear in (up, gate):
         linear.weight, linear.out_features = nn.Parameter(linear.weight[:50].clone()), 50
     down.weight, down.in_features = nn.Parameter(down.weight[:, :50].clone()), 50
-    found = changes(model, stock_outline(model))
+    found = changes(model, stock_model(model))
     assert not found.modules and len(found.shapes) == 3 and len(found.attributes) == 3
-    again = stock_outline(model)
+    again = stock_model(model)
     apply_manifest(again, Manifest.from_json(json.loads(json.dumps(found.to_json()))), torch.float32)
     again.load_state_dict(model.state_dict(), assign=True)
     ids = tiny_tokens("llama")
@@ -213,4 +213,4 @@ def test_an_unknown_module_is_an_error_not_a_wrong_folder() -> None:
     model = tiny_model("llama", seed=1)
     find_blocks(model)[0][1].mlp = nn.Identity()
     with pytest.raises(CompressError, match=r"manifest\.unknown-module"):
-        changes(model, stock_outline(model))
+        changes(model, stock_model(model))
