@@ -11,8 +11,8 @@ from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.site import LinearSite
-from llmcompress.numerics.flow import flow_scores
 from llmcompress.numerics.schedule import exponential_shares
+from llmcompress.numerics.synflow import synflow_scores
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.pruning.at_init import AtInitPass
 from llmcompress.passes.pruning.flow_graph import flow_stages
@@ -22,7 +22,7 @@ from llmcompress.passes.pruning.flow_graph import flow_stages
 class SynFlow(AtInitPass):
     """Zeros where the least synaptic flow passes, scored again after each of many rounds.
 
-    Source: Tanaka et al., arXiv 2006.05467. Differs: what flows through a decoder, see `numerics/flow.py`; embedding
+    Source: Tanaka et al., arXiv 2006.05467. Differs: what flows through a decoder, see `numerics/synflow.py`; embedding
     and head are never pruned, so the flow begins and ends with ones in the residual stream.
     """
 
@@ -47,7 +47,7 @@ class SynFlow(AtInitPass):
             scores = {
                 info.full(name): score
                 for info, found in zip(
-                    whole.map.blocks, flow_scores(whole.map.hidden_size, blocks, by_block), strict=True
+                    whole.map.blocks, synflow_scores(whole.map.hidden_size, blocks, by_block), strict=True
                 )
                 for name, score in found.items()
             }

@@ -16,8 +16,8 @@ from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
-from llmcompress.numerics.flow import flow_scores
 from llmcompress.numerics.masks import count_of_zeros
+from llmcompress.numerics.synflow import synflow_scores
 from llmcompress.passes.apply import Compressed, apply_passes
 from llmcompress.passes.base import PASSES, Pass
 from llmcompress.passes.pruning.flow_graph import flow_stages
@@ -166,7 +166,7 @@ def test_the_flow_through_every_block_is_conserved_between_its_linears(family: s
     blocks = [flow_stages(info.structure) for info in whole.map.blocks]
     every = {site.name: site.weight_OI.double() for site in whole.sites()}
     weights = [{s.name: every[info.full(s.name)] for s in info.structure.sites} for info in whole.map.blocks]
-    scores = flow_scores(whole.map.hidden_size, blocks, weights)
+    scores = synflow_scores(whole.map.hidden_size, blocks, weights)
     scored = set()
     for stages, block_scores in zip(blocks, scores, strict=True):
         for branch in (branch for stage in stages for branch in stage):
