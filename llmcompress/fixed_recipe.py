@@ -92,8 +92,8 @@ def decided_passes(whole: WholeModel, passes: Sequence[Pass]) -> tuple[Pass, ...
     if tuple(settled) == tuple(passes):
         raise CompressError(
             "recipe.nothing-to-allocate",
-            "no pass of the recipe decides anything that a recipe can say",
-            fix="write one that does, e.g. `- mixed_precision: {bits: 3.5, quantizer: {gptq: {}}}`",
+            "no pass of the recipe makes a decision that can be written into a recipe",
+            fix="add a pass that allocates, e.g. `- mixed_precision: {bits: 3.5, quantizer: {gptq: {}}}`",
             exit_code=ExitCode.USAGE,
         )
     return tuple(settled)

@@ -251,9 +251,9 @@ class Run:
         if not begun:
             raise CompressError(
                 "run.damaged",
-                "what an unfinished run was begun with cannot be read",
+                "the settings of an unfinished run are damaged",
                 where=str(self.folder / "fingerprint.json"),
-                fix="add --fresh to start again",
+                fix="add --fresh to start over",
                 saved="the unfinished run, as it was",
                 exit_code=ExitCode.USAGE,
             )
@@ -261,9 +261,9 @@ class Run:
         changes = "; ".join(f"{key}: {begun.get(key, '-')} → {given.get(key, '-')}" for key in differing)
         raise CompressError(
             "run.other",
-            "an unfinished run with other settings is kept beside the output",
+            "an unfinished run with other settings exists for this output",
             where=f"{self.folder} ({changes})",
-            fix="add --fresh to throw it away and start again, or repeat the earlier command to finish it",
+            fix="add --fresh to discard it and start over, or repeat the earlier command to finish it",
             saved="the unfinished run, as it was",
             exit_code=ExitCode.USAGE,
         )

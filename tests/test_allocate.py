@@ -144,7 +144,7 @@ def test_passes_before_the_decision_are_applied_first(tiny: Path) -> None:
 
 
 def test_a_recipe_without_anything_to_decide_is_refused(tiny: Path) -> None:
-    with pytest.raises(CompressError, match="no pass of the recipe decides"):
+    with pytest.raises(CompressError, match="no pass of the recipe makes a decision"):
         allocate(str(tiny), recipe("passes: [rtn: {scheme: int4_g16}]"))
 
 

@@ -146,7 +146,7 @@ def _from_model(
     if model is None:
         raise CompressError(
             "data.self",
-            "`source: self` samples text from the model, and there is no model here that can run as a whole",
+            "`source: self` samples text from the model, which needs the whole model in memory",
             where="calibration.source",
             fix="use another source, such as builtin:calibration",
         )

@@ -36,9 +36,9 @@ def rows_of_file(path: Path, *, where: str) -> Rows:
     if reader is None:
         raise CompressError(
             "data.file-type",
-            f"{path.name}: text cannot be read from this kind of file",
+            f"{path.name}: unsupported file type for text",
             where=where,
-            fix=f"use one of {', '.join(_READERS)} (the text ones also as .xz or .gz)",
+            fix=f"use one of {', '.join(_READERS)} (text formats may be compressed as .xz or .gz)",
         )
     try:
         yield from reader(path, where)

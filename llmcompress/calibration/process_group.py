@@ -82,8 +82,8 @@ class ProcessGroup:
         if self.count > 1:
             raise CompressError(
                 "processes.one-only",
-                f"{what} looks at more than sums over tokens, which is all that several processes share",
-                fix="run it in one process, without torchrun",
+                f"{what} cannot run in several processes: it needs more than statistics that sum over tokens",
+                fix="start it without torchrun",
                 exit_code=ExitCode.USAGE,
             )
 

@@ -88,7 +88,7 @@ def check_source(name: str, *, where: str) -> None:
     if name.startswith("builtin:"):
         _check_builtin(name.removeprefix("builtin:"), where)
     elif not from_home(name).exists() and _looks_like_a_path(name):
-        raise CompressError("data.not-found", f"{name}: there is no such file", where=where, fix="check the path")
+        raise CompressError("data.not-found", f"{name}: no such file", where=where, fix="check the path")
 
 
 def builtin_names() -> list[str]:

@@ -145,7 +145,7 @@ class BlockWork:
                         "the model computes NaN or Inf on the calibration data",
                         where=f"input of {members[0].name}",
                         fix="check the checkpoint with a plain forward pass; try another calibration text",
-                        saved=f"blocks before {self.info.index} are kept: run again to resume",
+                        saved=f"blocks before {self.info.index} are saved: run again to resume",
                     )
             for site in members:
                 site.set_statistics(statistics)

@@ -62,7 +62,7 @@ def written_out(
                     "data.bad-row",
                     f"{texts.name}: conversation {number} does not fit the chat template: {_template_message(failure)}",
                     where=where,
-                    fix="correct it, or set `skip_bad_rows: true` to leave such rows out and count them",
+                    fix="correct it, or set `skip_bad_rows: true` to skip and count such rows",
                 ) from failure
             skipped += 1
     return written, skipped

@@ -69,10 +69,10 @@ def refuse_beyond_embedding(
         tokens = ", ".join(f"{tokenizer.convert_ids_to_tokens(number)!r} = {number}" for number in beyond[:12])
         raise CompressError(
             "model.vocabulary",
-            f"the text has {len(beyond)} different tokens beyond the embedding's {rows} rows",
+            f"the text contains {len(beyond)} token ids that the embedding of {rows} rows does not have",
             where=f"{where}: {tokens}",
             fix=(
-                "use the tokenizer of this model, or give the model rows for the new tokens: "
+                "use this model's own tokenizer, or add embedding rows for the new tokens: "
                 f"model.resize_token_embeddings({beyond[-1] + 1}), then save it with save_pretrained"
             ),
         )

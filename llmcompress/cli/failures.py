@@ -61,7 +61,7 @@ def _as_known(failure: Exception) -> CompressError:
         f"{type(failure).__name__}: {_first_line(failure)}",
         where=_write_log(failure),
         fix="this is a bug in llmcompress: please report it with that file",
-        saved=saved_of(failure) or "finished blocks, if any: the same command goes on after them",
+        saved=saved_of(failure) or "finished blocks, if any: run the same command again to resume",
         exit_code=ExitCode.BUG,
     )
 
@@ -72,7 +72,7 @@ def _out_of(what: str, failure: Exception, fix: str) -> CompressError:
         f"out of {what}: {_first_line(failure)}",
         where=_write_log(failure),
         fix=fix,
-        saved=saved_of(failure) or "finished blocks, if any: the same command goes on after them",
+        saved=saved_of(failure) or "finished blocks, if any: run the same command again to resume",
         exit_code=ExitCode.RESOURCES,
     )
 

@@ -156,7 +156,7 @@ def _refuse_quantized(raw: dict[str, Any], folder: Path) -> None:
         "model.already-quantized",
         f"this model is already quantized: {method}{f', {bits} bits' if bits else ''}",
         where=f"{folder / 'config.json'}, quantization_config",
-        fix="compress the model that it was made from (its card names it as base_model)",
+        fix="compress the original model instead (`base_model` in the model card names it)",
     )
 
 
@@ -189,7 +189,7 @@ def _refuse_other_types(raw: dict[str, Any], folder: Path) -> None:
         if raw.get(key) is not None and not isinstance(raw[key], kind):
             raise CompressError(
                 "model.bad-config",
-                f"{key} is {raw[key]!r:.60}, and {called} is needed",
+                f"{key} is {raw[key]!r:.60}, but it must be {called}",
                 where=f"{folder / 'config.json'}, {key}",
                 fix="compare it with the config.json of the original model",
             )
@@ -198,9 +198,9 @@ def _refuse_other_types(raw: dict[str, Any], folder: Path) -> None:
 def _not_causal(folder: Path, what: str) -> CompressError:
     return CompressError(
         "model.not-causal",
-        f"this is {what}; only text models that predict the next token can be compressed",
+        f"this is {what}; only causal language models can be compressed",
         where=str(folder / "config.json"),
-        fix="give a model whose config.json says an architecture …ForCausalLM",
+        fix="give a model whose config.json names an architecture …ForCausalLM",
     )
 
 
@@ -208,7 +208,7 @@ def _no_config(folder: Path) -> CompressError:
     if (folder / "model_index.json").exists():
         return _not_causal(folder, "a diffusion pipeline (model_index.json)")
     return CompressError(
-        "model.no-config", "there is no config.json", where=str(folder), fix="give the folder of a whole model"
+        "model.no-config", "there is no config.json", where=str(folder), fix="give the folder of a complete model"
     )
 
 
@@ -228,7 +228,7 @@ def _needs_code(folder: Path, model_type: str, code: Any) -> CompressError:
     named = ", ".join(sorted(str(name) for name in code.values())) if isinstance(code, dict) else str(code)
     return CompressError(
         "model.remote-code",
-        f"the model_type {model_type!r} needs Python files that come with the model ({named}); nothing of them was run",
+        f"the model_type {model_type!r} needs Python files that come with the model ({named}); they were not run",
         where="; ".join(files) or f"{folder / 'config.json'}, auto_map",
         fix="review the files, then set `trust_remote_code: true` (for a Hub model with the full commit as `revision`)",
     )
@@ -248,7 +248,7 @@ def _refuse_code_from_elsewhere(folder: Path, code: dict[str, Any]) -> None:
     if elsewhere:
         raise CompressError(
             "model.code-elsewhere",
-            f"config.json asks for Python code of another repository ({', '.join(elsewhere)}), and no commit pins it",
+            f"config.json needs Python code of another repository ({', '.join(elsewhere)}) without pinning a commit",
             where=f"{folder / 'config.json'}, auto_map",
             fix="copy those files into the model's folder, review them, and remove `ORG/NAME--` from auto_map",
         )

@@ -26,9 +26,9 @@ def weight_files(folder: Path, *, how_to_get_again: str) -> tuple[list[Path], di
     if (folder / SINGLE).exists() and SINGLE not in named:
         raise CompressError(
             "model.ambiguous",
-            f"{SINGLE} and {INDEX} are both there, and the index does not mention the file",
+            f"the folder has both {SINGLE} and {INDEX}, and the index does not list that file",
             where=str(folder),
-            fix="two checkpoints share this folder: delete the one that does not belong here",
+            fix="two checkpoints are mixed in this folder: delete the one that does not belong",
         )
     missing = [file for file in named if not (folder / file).exists()]
     if missing:
@@ -104,9 +104,9 @@ def refuse_outside(folder: Path, files: dict[str, str]) -> None:
     if outside:
         raise CompressError(
             "model.outside-folder",
-            "files outside the model's folder are asked for",
+            "the checkpoint refers to files outside the model's folder",
             where=shortened_list(outside),
-            fix="do not use this model unless you know why; put real files (no links, no paths) into the folder",
+            fix="do not use this model unless you trust it; copy the real files into the folder (no links, no paths)",
         )
 
 
@@ -119,7 +119,7 @@ def read_index(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(map(_is_name, weight_map.values())):
         raise CompressError(
-            "model.bad-index", "no usable `weight_map` in the index", where=str(index), fix="get the file again"
+            "model.bad-index", "the index has no usable `weight_map`", where=str(index), fix="download the file again"
         )
     return weight_map
 

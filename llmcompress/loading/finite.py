@@ -20,7 +20,7 @@ def refuse_not_finite_numbers(config: dict[str, Any], folder: Path) -> None:
     if wrong:
         raise CompressError(
             "model.bad-config",
-            "config.json holds numbers that are not finite",
+            "config.json contains NaN or Inf",
             where=f"{folder / 'config.json'}: {shortened_list(wrong)}",
             fix="compare it with the config.json of the original model",
         )

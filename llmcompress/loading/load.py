@@ -163,7 +163,7 @@ def _from_pretrained(
             "model.unloadable",
             f"transformers cannot load it: {loader_message(problem)}",
             where=str(folder),
-            fix="get the whole model again from where it came from",
+            fix="download the whole model again",
         ) from problem
     if info["missing_keys"]:
         raise missing_error(info["missing_keys"], str(folder))

@@ -81,12 +81,12 @@ def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
 def missing_error(names: Iterable[str], where: str, *, head: str = "") -> CompressError:
     """Tensors that would be filled with random numbers."""
     names = sorted(names)
-    fix = "get the whole checkpoint again, or correct config.json if it describes another model"
+    fix = "download the whole checkpoint again, or correct config.json if it describes another model"
     if head in names:
         fix = f'if the head is meant to be the embedding, set "tie_word_embeddings": true in config.json; else {fix}'
     return CompressError(
         "model.missing-tensor",
-        f"{len(names)} tensors that the model needs are not in the checkpoint",
+        f"{len(names)} tensors of the model are missing from the checkpoint",
         where=f"{where}: {shortened_list(names)}",
         fix=fix,
     )
@@ -121,19 +121,19 @@ def _load_headers(
         odd = _odd_experts(headers)
         raise CompressError(
             "model.wrong-shape" if odd else "model.unloadable",
-            "the experts of a layer do not fit together"
+            "the experts of a layer have different shapes"
             if odd
             else f"transformers cannot load it: {loader_message(problem)}",
             where=f"{folder}: {shortened_list(odd)}" if odd else folder,
-            fix="get the whole checkpoint again, or correct config.json",
+            fix="download the whole checkpoint again, or correct config.json",
         ) from problem
     wrong = [_mismatch(entry, headers, shapes, config) for entry in info["mismatched_keys"]]
     if wrong:
         raise CompressError(
             "model.wrong-shape",
-            f"{len(wrong)} tensors have another shape than config.json says",
+            f"{len(wrong)} tensors do not have the shape that config.json implies",
             where=f"{folder}: {'; '.join(sorted(wrong)[:12])}{_odd_note(headers)}",
-            fix="use the config.json that belongs to this checkpoint, or get the checkpoint again",
+            fix="use the config.json that belongs to this checkpoint, or download the checkpoint again",
         )
     if info["missing_keys"]:
         raise missing_error(info["missing_keys"], folder, head=head)

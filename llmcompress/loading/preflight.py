@@ -89,9 +89,9 @@ def _storage_dtype(found: dict[str, TensorHeader]) -> tuple[torch.dtype, list[st
     if packed or not any(dtype in _STORABLE for dtype in by_dtype):
         raise CompressError(
             "model.already-quantized",
-            "weights are stored as quantized codes, and config.json has no quantization_config that says which",
+            "the weights are quantized codes, but config.json has no quantization_config",
             where=shortened_list([f"{name} ({str(found[name].dtype).removeprefix('torch.')})" for name in packed]),
-            fix="use the 16-bit model that it was made from",
+            fix="compress the original 16-bit model instead",
         )
     usual = max((dtype for dtype in by_dtype if dtype in _STORABLE), key=lambda dtype: by_dtype[dtype])
     floats = [dtype for dtype in tensors if dtype in _STORABLE]

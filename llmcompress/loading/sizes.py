@@ -35,7 +35,7 @@ def check_sizes(config: PretrainedConfig, folder: Path) -> None:
     """
     text = config.get_text_config()
     if not isinstance(text, PretrainedConfig):
-        raise _refused(folder, ["text_config is no configuration of a text model"])
+        raise _refused(folder, ["text_config does not describe a text model"])
     wrong = [f"{_called(text, key)} = {_shown(value)}" for key, value in _values(text) if not _fits(key, value)]
     wrong += [
         f"{key} = {_shown(value)} (a number is needed)"
@@ -57,7 +57,7 @@ def check_sizes(config: PretrainedConfig, folder: Path) -> None:
 def _refused(folder: Path, wrong: list[str]) -> CompressError:
     return CompressError(
         "model.bad-config",
-        "config.json holds values that no model can have",
+        "config.json contains impossible values",
         where=f"{folder / 'config.json'}: {'; '.join(wrong)}",
         fix="compare it with the config.json of the original model",
     )

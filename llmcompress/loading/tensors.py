@@ -74,9 +74,9 @@ def headers(folder: Path, *, how_to_get_again: str = "delete it and get it again
     if missing:
         raise CompressError(
             "model.missing-tensor",
-            f"{len(missing)} tensors that {INDEX} lists are not in the files",
+            f"{len(missing)} tensors listed in {INDEX} are not in the files",
             where=shortened_list(missing),
-            fix=f"the file is not the one that belongs to the index: {how_to_get_again}",
+            fix=f"the file does not belong to this index: {how_to_get_again}",
         )
     return found
 

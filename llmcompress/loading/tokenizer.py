@@ -24,7 +24,7 @@ def read_tokenizer(
     if not any(any(folder.glob(pattern)) for pattern in _VOCABULARIES):
         raise CompressError(
             "model.no-tokenizer",
-            "there is no tokenizer",
+            "the model has no tokenizer",
             where=f"{folder}: none of {', '.join(_VOCABULARIES)}",
             fix="put the tokenizer files of the original model into the folder",
         )
@@ -50,7 +50,7 @@ def read_tokenizer(
             fix=(
                 "pip install 'llmcompress[sentencepiece]'"
                 if needs_sentencepiece
-                else "get tokenizer.json and tokenizer_config.json again from where the model came from"
+                else "download tokenizer.json and tokenizer_config.json again"
             ),
         ) from problem
 

@@ -51,9 +51,9 @@ def drop_blocks(model: PreTrainedModel, indices: Collection[int]) -> None:
             step()
         raise CompressError(
             "depth.place-matters",
-            f"block {wrong[0]} computes something else when blocks before it are missing",
+            f"block {wrong[0]} depends on its position: it computes something else once earlier blocks are removed",
             where=named[wrong[0]][0],
-            fix="remove other blocks, or none of this model",
+            fix="remove other blocks, or do not use `depth` on this model",
         )
 
 
@@ -87,9 +87,9 @@ def _plan(model: PreTrainedModel, kept: Sequence[int]) -> _Plan:
             return _Plan(config, numbers, changed)
     raise CompressError(
         "depth.no-config",
-        f"no {type(model.config).__name__} describes this model without those blocks",
-        where=f"blocks that would stay: {', '.join(map(str, kept))}",
-        fix="choose blocks so that the kinds of blocks still follow the pattern of the family",
+        f"no {type(model.config).__name__} can describe this model without those blocks",
+        where=f"remaining blocks: {', '.join(map(str, kept))}",
+        fix="choose blocks so that the remaining ones still follow the family's pattern of block types",
     )
 
 

@@ -98,7 +98,7 @@ def without_weights(config: PretrainedConfig) -> PreTrainedModel:
             raise
         raise CompressError(
             "model.not-causal-lm",
-            f"transformers cannot build a causal language model from this {type(config).__name__}",
+            f"transformers has no causal language model for {type(config).__name__}",
             where=str(error).splitlines()[0] if str(error) else "",
             fix="use a decoder-only model that AutoModelForCausalLM supports",
         ) from error

@@ -108,14 +108,17 @@ def find_ports(experiment: StreamExperiment, width: int) -> Ports:
         parameter.requires_grad_(True)
     norms = _stream_norms(experiment, width)
     if not norms:
-        raise refused("no norm reads the residual stream: norms stand on what is added to it", experiment.name)
+        raise refused(
+            "no norm reads the residual stream: the model normalizes the outputs of its sublayers (post-norm)",
+            experiment.name,
+        )
     _expect_all_run(experiment, parameters)
     some_D = torch.zeros(width, dtype=torch.bool)
     some_D[torch.randperm(width, generator=torch.Generator().manual_seed(1))[: (width + 1) // 2]] = True
     writers, before = _writers(experiment, parameters, norms, some_D)
     stages = sorted(set(before.values()), key=len)
     if any(not small < large for small, large in pairwise(stages)):
-        raise refused("its norms do not read the residual stream one after the other", experiment.name)
+        raise refused("its norms do not read the residual stream in sequence", experiment.name)
     rows = tuple(
         StreamNorm(
             name,
@@ -190,7 +193,8 @@ def _writers(
     for port in writers:
         if port.owner not in matrices:
             raise refused(
-                "it scales single channels of what is added to the residual stream", _full(experiment, port.parameter)
+                "this module scales individual channels of what is added to the residual stream",
+                _full(experiment, port.parameter),
             )
     return writers, before
 
@@ -204,7 +208,9 @@ def _readers(
         readers = _zero_outside(_gradients(experiment.run(0)[1], others), some_D)
     for port in readers:
         if others[port.parameter].dim() < 2:
-            raise refused("it multiplies single channels of what a norm gives", _full(experiment, port.parameter))
+            raise refused(
+                "this module multiplies individual channels of a norm's output", _full(experiment, port.parameter)
+            )
     return tuple(readers)
 
 
@@ -281,7 +287,7 @@ def refused(why: str, where: str) -> CompressError:
         "residual.no-other-basis",
         f"the residual stream of this model cannot be rotated: {why}",
         where=where,
-        fix="use another way to make it smaller: drop blocks, or remove FFN channels and heads",
+        fix="use another method: `depth` removes blocks, `width` removes FFN channels and heads",
     )
 
 

@@ -97,7 +97,7 @@ def _outside_blocks(shell: PreTrainedModel, blocks: Blocks, ids_BT: Tensor, widt
         run(0)
         ports = find_ports(StreamExperiment("", shell, run, written=0), width)
     if len(ports.norms) != 1:
-        raise refused("between the last block and the head there is not exactly one norm", type(shell).__name__)
+        raise refused("there is not exactly one norm between the last block and the output head", type(shell).__name__)
     return ports
 
 

@@ -28,7 +28,9 @@ class ResidualSegments:
         Raises: CompressError for a block that adds to the stream by other than linears, or more than twice.
         """
         if ports.stages > 2:
-            raise refused("a block reads it more than twice in a row; `form: global` may do", type(block).__name__)
+            raise refused(
+                "a block reads the residual stream more than twice in a row; try `form: global`", type(block).__name__
+            )
         self.ports, self.block = ports, block
         self.bases = [torch.eye(width)] * (1 + ports.stages)
         self.wrapper = ShortcutBlock(self._widths(), torch.float32)
@@ -36,7 +38,7 @@ class ResidualSegments:
         for owner in dict.fromkeys(writer.port.owner for writer in ports.writers):
             linear = block.get_submodule(owner)
             if not isinstance(linear, LINEARS):
-                raise refused("what is added to it is no linear; `form: global` may do", owner)
+                raise refused("something other than a linear adds to the residual stream; try `form: global`", owner)
             segment = Segment(0, 0)
             segment.take(linear)
             put_module(block, owner, segment)

@@ -56,7 +56,9 @@ def make_rotatable(
     moved = (logits_of(model, ids_BT) - before).abs().max()
     # rounding moves them by 1e-6 of the largest, a missed reader by a tenth
     if not moved <= 1e-3 * before.abs().max():
-        raise refused("something reads or writes it in a way that was not found", type(model).__name__)
+        raise refused(
+            "a module reads or writes the residual stream in a way that could not be identified", type(model).__name__
+        )
 
 
 def places(residual: Residual) -> list[tuple[str, Ports]]:
@@ -146,7 +148,9 @@ def _fold_norm(
 
         _change(model, prefix, port, change)
     if carried and not norm.form.centred:
-        raise refused("the bias of a norm that keeps the mean has nowhere to go", prefix + norm.name)
+        raise refused(
+            "the bias of this norm, which keeps the mean, cannot be folded into any linear", prefix + norm.name
+        )
     for key, parameter in module.named_parameters(recurse=False):
         parameter.data.fill_(1 - norm.form.offset if key == "weight" else float(carried))
 

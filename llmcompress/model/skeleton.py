@@ -77,7 +77,7 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
             "model.no-blocks",
             f"no list of {layers} blocks was found in {type(model).__name__}",
             where=f"num_hidden_layers: {layers}",
-            fix="only decoder models whose blocks stand in one ModuleList can be compressed",
+            fix="only decoder models that keep their blocks in one ModuleList can be compressed",
         )
     _, name, blocks = min(lists, key=lambda found: found[0])
     return [(f"{name}.{index}", block) for index, block in enumerate(blocks)]
@@ -189,9 +189,9 @@ def record(model: PreTrainedModel, blocks: Sequence[tuple[str, nn.Module]], inpu
     if hidden is None or None in calls or hidden.dim() != 3 or hidden.shape[:2] != input_ids_BT.shape:
         raise CompressError(
             "model.other-blocks",
-            f"the blocks of {type(model).__name__} are not run one after the other on one hidden state per token",
+            f"{type(model).__name__} does not run its blocks in sequence on one hidden state per token",
             where=blocks[0][0] if hidden is None else f"{blocks[0][0]}: input of shape {tuple(hidden.shape)}",
-            fix="only plain decoders can be compressed",
+            fix="only plain decoder models can be compressed",
         )
     return Recording(hidden, [call for call in calls if call is not None])
 

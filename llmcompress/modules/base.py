@@ -110,7 +110,7 @@ class CompressedModule(nn.Module, ABC):
         raise CompressError(
             "training.no-trainable-form",
             f"a {MODULES.name_of(type(self))} has no trainable form",
-            fix="train adapters beside it, or leave its sites out",
+            fix="train adapters instead, or exclude these sites",
         )
 
 

@@ -52,8 +52,8 @@ def named_pattern(name: str) -> Pattern | None:
     if not found or int(found["zeros"]) >= int(found["of"]):
         raise CompressError(
             "sparsity.pattern",
-            f"{name!r} is not a pattern of zeros",
-            fix="write `unstructured`, or N:M for N zeros in every M neighbouring inputs, N < M, e.g. 2:4 or 4:8",
+            f"{name!r} is not a sparsity pattern",
+            fix="write `unstructured`, or N:M for N zeros in every M consecutive inputs, N < M, e.g. 2:4 or 4:8",
             exit_code=ExitCode.USAGE,
         )
     return Pattern(int(found["zeros"]), int(found["of"]))

@@ -111,7 +111,7 @@ def indivisible_error(found: Sequence[Indivisible]) -> CompressError:
     sites = "1 site has inputs" if len(found) == 1 else f"{len(found)} sites have inputs"
     return CompressError(
         "scheme.indivisible",
-        f"{sites} that do not divide into the scheme's groups",
+        f"{sites} that do not divide into the groups of the scheme",
         where="; ".join(f"{row} ({count} sites)" if count > 1 else row for row, count in rows.items()),
         fix="use " + ", or ".join(fixes[:-1]) + "; " + fixes[-1],
         exit_code=ExitCode.USAGE,

@@ -74,9 +74,9 @@ def check_sites(passes: Sequence[Pass], site_names: Sequence[str]) -> None:
         if not selected:
             raise CompressError(
                 "recipe.no-such-site",
-                "`exclude` leaves the pass no site to work on",
+                "`exclude` removes every site that `sites` selects",
                 where=_label(index, each),
-                fix="exclude less, or remove the pass",
+                fix="exclude fewer sites, or remove the pass",
                 exit_code=ExitCode.USAGE,
             )
 

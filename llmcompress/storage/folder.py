@@ -52,7 +52,7 @@ def check_output(output: Path, *, overwrite: bool, needed_bytes: int = 0, source
     if free < needed_bytes * 1.1:
         raise CompressError(
             "output.disk-full",
-            f"about {needed_bytes / 1e9:.2f} GB will be written, {free / 1e9:.2f} GB are free",
+            f"about {needed_bytes / 1e9:.2f} GB are needed, but only {free / 1e9:.2f} GB are free",
             where=str(output),
             fix="free disk space or choose another disk",
             exit_code=ExitCode.RESOURCES,
@@ -192,7 +192,7 @@ def _check_weights(folder: Path) -> None:
 def _unreadable(path: Path, what: str) -> CompressError:
     return CompressError(
         "output.unreadable",
-        f"a file that was just written does not read back: {what}",
+        f"a file that was just written cannot be read back: {what}",
         where=path.name,
         fix="check the disk and run the same command again",
         saved="all finished blocks; the output folder is as it was",

@@ -71,7 +71,7 @@ def check_run_folder(folder: Path) -> None:
         return
     raise CompressError(
         "run.not-ours",
-        "the unfinished work of this run would be kept in a folder that no run has made",
+        "the run folder for unfinished work already exists, and llmcompress did not create it",
         where=str(folder),
         fix="choose another output folder, or move that one",
         exit_code=ExitCode.USAGE,

@@ -139,9 +139,9 @@ class Session:
         if not tokens:
             raise CompressError(
                 "training.no-targets",
-                "no token of a whole batch is part of the loss",
+                "a batch has no target tokens: the loss is undefined",
                 where=f"step {number}",
-                fix="responses are empty, or prompts fill all of `tokens`: allow more tokens",
+                fix="raise `tokens` if prompts fill it completely; remove rows with empty responses",
                 saved=self._saved,
             )
         loss = 0.0
@@ -180,11 +180,11 @@ class Session:
         settings = self._task.settings
         raise CompressError(
             "training.not-finite",
-            f"the training diverged: loss {loss:g}, norm of the gradient {norm:g}",
+            f"training diverged: loss {loss:g}, gradient norm {norm:g}",
             where=f"{self._task.job.title}: step {number} of {settings.steps}, "
             f"learning rate {settings.learning_rate:g}",
             fix=f"try learning_rate: {settings.learning_rate / 10:g}, or a longer warmup"
-            + (", or leave mixed_precision out" if settings.mixed_precision else ""),
+            + (", or remove mixed_precision" if settings.mixed_precision else ""),
             saved=saved,
         )
 

@@ -97,7 +97,7 @@ def test_a_pattern_has_exactly_n_zeros_in_every_group(name: str, values: int | N
 @pytest.mark.parametrize("name", ["4:2", "4:4", "0:4", "2:", "half", "2:4:8", ""])
 def test_other_patterns_are_refused(name: str) -> None:
     assert named_pattern("unstructured") is None
-    with pytest.raises(CompressError, match="is not a pattern"):
+    with pytest.raises(CompressError, match="is not a sparsity pattern"):
         named_pattern(name)
 
 

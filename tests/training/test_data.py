@@ -197,5 +197,5 @@ def test_what_cannot_be_used_is_said_with_the_columns_there_are(tmp_path: Path) 
     with pytest.raises(CompressError, match="no such file"):
         training_data(Examples(source=str(tmp_path / "none.jsonl")), plain)
     stream = samples(IterableDataset.from_generator(lambda: iter(PAIRS)), examples(kind="prompt"), plain)
-    with pytest.raises(CompressError, match="kept out of a stream"):
+    with pytest.raises(CompressError, match="stream cannot be split"):
         stream.held_out(0.1, 0)

@@ -40,11 +40,11 @@ class Caldera(QuantizingPass):
 
     sitewise: ClassVar[bool] = False
 
-    scheme: str = Field("int2_g64", description=f"of the codes: {DESCRIPTION}")
-    rank: int = Field(64, ge=0, description="of the branch; 0: gptq alone")
-    iterations: int = Field(10, ge=1, le=100, description="turns of branch and codes after the first candidate")
+    scheme: str = Field("int2_g64", description=f"scheme of the codes: {DESCRIPTION}")
+    rank: int = Field(64, ge=0, description="rank of the low-rank branch; 0: gptq alone")
+    iterations: int = Field(10, ge=1, le=100, description="alternating updates of branch and codes")
     factor_scheme: str | None = Field(
-        None, description="of the factors, e.g. int8_channel; null: the dtype of the model"
+        None, description="scheme of the factors, e.g. int8_channel; null: the model's dtype"
     )
 
     @field_validator("factor_scheme")

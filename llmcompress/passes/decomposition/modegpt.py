@@ -51,15 +51,15 @@ class ModularDecomposition(BlockPass):
     changes_sites: ClassVar[bool] = True
     whole_block: ClassVar[frozenset[str]] = frozenset({"fraction", "attention", "allocation", "temperature", "ridge"})
 
-    fraction: float = Field(
-        0.25, ge=0, lt=1, description="share of the parameters of all linears in the blocks to remove"
-    )
-    attention: bool = Field(True, description="false: only FFNs get thinner, which a plain config can say")
+    fraction: float = Field(0.25, ge=0, lt=1, description="fraction of the parameters of the blocks' linears to remove")
+    attention: bool = Field(True, description="false: compress only FFNs, which a plain config can represent")
     allocation: Literal["influence", "uniform"] = Field(
-        "influence", description="influence: blocks that change their input least lose most; uniform: all as much"
+        "influence", description="influence: blocks that change their input least lose most; uniform: all blocks alike"
     )
-    temperature: float = Field(0.1, gt=0, description="allocation: influence; the lower, the more blocks differ")
-    ridge: float = Field(0.01, gt=0, le=1, description="of channel scores and refit, as a share of the mean diagonal")
+    temperature: float = Field(0.1, gt=0, description="allocation: influence; the lower, the more the blocks differ")
+    ridge: float = Field(
+        0.01, gt=0, le=1, description="ridge of channel scores and refit, as a fraction of the mean diagonal"
+    )
 
     @override
     def names_after(self, site: str) -> tuple[str, ...]:
@@ -96,9 +96,9 @@ class ModularDecomposition(BlockPass):
         if self.fraction * sum(sizes) > sum(most):
             raise CompressError(
                 "modegpt.too-much",
-                f"{self.fraction:.1%} of the linears' parameters cannot go: at most {sum(most) / sum(sizes):.1%} can",
+                f"cannot remove {self.fraction:.1%} of the parameters: the limit is {sum(most) / sum(sizes):.1%}",
                 where="fraction",
-                fix="lower `fraction`, or let it work on more `sites`",
+                fix="lower `fraction`, or select more `sites`",
                 exit_code=ExitCode.USAGE,
             )
         influence_L = torch.zeros(len(sizes), dtype=torch.float64)

@@ -45,14 +45,18 @@ class TensorTrain(BlockPass):
     conflicts: ClassVar[Mapping[Trait, str]] = _MULTIPLIED_OUT
     changes_sites: ClassVar[bool] = True
 
-    fraction: float | None = Field(None, gt=0, lt=1, description="share of parameters removed (0.2 if no eps is given)")
-    eps: float | None = Field(None, ge=0, lt=1, description="instead of a fraction: ‖error‖ ≤ eps · ‖weight‖")
-    ways: int = Field(2, ge=2, le=8, description="axes that each side is cut into, as even as its factors allow")
+    fraction: float | None = Field(
+        None, gt=0, lt=1, description="fraction of the parameters to remove (0.2 if no eps is given)"
+    )
+    eps: float | None = Field(None, ge=0, lt=1, description="instead of `fraction`: ‖error‖ ≤ eps · ‖weight‖")
+    ways: int = Field(
+        2, ge=2, le=8, description="number of axes per side of the matrix, as even as its prime factors allow"
+    )
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
         if self.fraction is not None and self.eps is not None:
-            raise ValueError("give `fraction` or `eps`, not both (null takes one back)")
+            raise ValueError("give `fraction` or `eps`, not both (set the other to null)")
         return self
 
     @override

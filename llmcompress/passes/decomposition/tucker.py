@@ -39,7 +39,9 @@ class TuckerHeads(BlockPass):
     }
     changes_sites: ClassVar[bool] = True
 
-    fraction: float = Field(0.2, gt=0, lt=1, description="share of parameters removed from each site that has heads")
+    fraction: float = Field(
+        0.2, gt=0, lt=1, description="fraction of the parameters to remove from each site that has heads"
+    )
 
     @override
     def names_after(self, site: str) -> tuple[str, ...]:
@@ -56,7 +58,7 @@ class TuckerHeads(BlockPass):
             raise CompressError(
                 "tucker.no-heads",
                 "no selected site consists of several heads",
-                fix="select linears of an attention with several key-value heads; `llmcompress inspect` shows them",
+                fix="select the linears of an attention with several key-value heads; `llmcompress inspect` lists them",
                 exit_code=ExitCode.USAGE,
             )
 

@@ -39,12 +39,15 @@ class LayerSkip(ModelPass):
     keeps_codes: ClassVar[bool] = True
 
     skip: float | None = Field(
-        None, ge=0, lt=1, description="share of (token, block) pairs to skip on calibration text; 0.1 by default"
+        None,
+        ge=0,
+        lt=1,
+        description="fraction of (token, block) pairs to skip, on the calibration text; 0.1 by default",
     )
-    threshold: float | None = Field(None, ge=0, description="influence below which a token skips; 0: never")
-    ridge: float = Field(
-        0.01, gt=0, description="pull of the tests towards one constant, as a share of the mean square"
+    threshold: float | None = Field(
+        None, ge=0, description="predicted influence below which a token skips a block; 0: never"
     )
+    ridge: float = Field(0.01, gt=0, description="ridge of the predictors, as a fraction of the mean square")
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:

@@ -29,7 +29,7 @@ class GraSP(AtInitPass):
     differentiating twice; attention runs in the one implementation that allows this.
     """
 
-    temperature: float = Field(200.0, gt=0, description="the logits are divided by this before the loss")
+    temperature: float = Field(200.0, gt=0, description="temperature: the logits are divided by it before the loss")
 
     @override
     def uses_data(self) -> bool:

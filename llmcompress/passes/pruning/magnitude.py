@@ -30,15 +30,15 @@ class Magnitude(SparsePass):
     whole_block: ClassVar[frozenset[str]] = SparsePass.whole_block | {"comparison"}
 
     comparison: Literal["row", "layer", "global"] = Field(
-        "layer", description="weights are compared within an output's row, within a site, or over all selected sites"
+        "layer", description="rank weights within each output row, within each site, or across all selected sites"
     )
 
     @model_validator(mode="after")
     def _comparable(self) -> Self:
         if self.zeros and self.comparison != "layer":
-            raise ValueError(f"pattern {self.pattern} compares inside its groups: leave `comparison` out")
+            raise ValueError(f"pattern {self.pattern} ranks weights within its groups: remove `comparison`")
         if self.comparison == "global" and self.allocation != "uniform":
-            raise ValueError("`comparison: global` is an allocation itself: `allocation` must be uniform")
+            raise ValueError("`comparison: global` already allocates sparsity: `allocation` must be uniform")
         return self
 
     def needs(self) -> tuple[type[Statistic], ...]:

@@ -28,7 +28,8 @@ class RandomZeros(MaskPass):
     whole_block: ClassVar[frozenset[str]] = MaskPass.whole_block | {"densities"}
 
     densities: Literal["uniform", "erk"] = Field(
-        "uniform", description="uniform: this share of every site; erk: the larger a site, the sparser (Erdős–Rényi)"
+        "uniform",
+        description="uniform: the same sparsity in every site; erk: the larger a site, the sparser (Erdős–Rényi)",
     )
 
     @override

@@ -32,15 +32,17 @@ class Recover(ModelPass):
     """
 
     rank: int | None = Field(
-        None, ge=1, description="of the adapters on every linear; null: train all weights (before there are codes)"
+        None,
+        ge=1,
+        description="rank of the LoRA adapters on every linear; null: train all weights (not after quantization)",
     )
-    scale: float | None = Field(None, gt=0, description="of the adapters, α ÷ rank (2)")
+    scale: float | None = Field(None, gt=0, description="scale of the adapters, α ÷ rank (2)")
     training: Training = Field(default_factory=Training, description="steps, learning rate and batches")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.scale is not None and self.rank is None:
-            raise ValueError("`scale` belongs to adapters: give their `rank` too")
+            raise ValueError("`scale` applies to adapters: set `rank` too")
         return self
 
     @override
@@ -73,8 +75,8 @@ class Recover(ModelPass):
         if self.rank is not None and not sites:
             raise CompressError(
                 "recover.no-sites",
-                "no linear of the blocks can take an adapter any more: all are factors made of codes",
-                fix="put `recover` right behind the pass that made the codes",
+                "no linear can take an adapter: all are quantized low-rank factors",
+                fix="put `recover` right after the pass that quantizes",
             )
         with whole.resident() as model:
             if self.rank is None:

@@ -152,7 +152,7 @@ def _check_lanes(whole: WholeModel, residual: Residual) -> None:
         with suppress(RuntimeError, ValueError):  # shapes that do not fit
             if same(_output(segments.wrapper, call, recording.hidden), _output(block, call, recording.hidden)):
                 continue
-        raise refused("a block sizes what it adds by what it reads; `form: global` may do", name)
+        raise refused("the block's output width follows its input width; try `form: global`", name)
 
 
 @torch.no_grad()

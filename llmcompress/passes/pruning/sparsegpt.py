@@ -58,12 +58,18 @@ class SparseGPT(SparsePass):
     is reached; a site where all that ends worse than its own mask without repair keeps the mask alone.
     """
 
-    damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to the Gram matrix")
-    block: int = Field(128, ge=1, description="columns among which weights are compared, and of one lazy update")
-    repair_steps: int = Field(2, ge=0, le=100, description="without a scheme: steps that move all kept weights again")
-    scheme: str | None = Field(None, description=f"also round: {DESCRIPTION}")
-    range: RangeSearch = Field("mse", description="with a scheme: how ranges are found, as in gptq")
-    on_indivisible: OnIndivisible = Field("error", description="with a scheme: inputs that do not divide, as in gptq")
+    damping: float = Field(
+        0.01, gt=0, le=1, description="damping of the Gram matrix (Hessian), as a fraction of its mean diagonal"
+    )
+    block: int = Field(128, ge=1, description="block size in columns, for ranking weights and for lazy updates")
+    repair_steps: int = Field(
+        2, ge=0, le=100, description="without a scheme: conjugate-gradient steps that refit the kept weights"
+    )
+    scheme: str | None = Field(None, description=f"also quantize, in the same sweep: {DESCRIPTION}")
+    range: RangeSearch = Field("mse", description="with a scheme: range search, as in gptq")
+    on_indivisible: OnIndivisible = Field(
+        "error", description="with a scheme: inputs that do not divide into groups, as in gptq"
+    )
 
     @field_validator("scheme")
     @classmethod

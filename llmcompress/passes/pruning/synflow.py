@@ -28,7 +28,7 @@ class SynFlow(AtInitPass):
 
     whole_block: ClassVar[frozenset[str]] = AtInitPass.whole_block | {"rounds"}
 
-    rounds: int = Field(100, ge=1, description="rounds of pruning; the share that is kept falls exponentially")
+    rounds: int = Field(100, ge=1, description="pruning rounds; the kept fraction decays exponentially")
 
     @override
     def uses_data(self) -> bool:

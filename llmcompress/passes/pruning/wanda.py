@@ -29,13 +29,13 @@ class Wanda(SparsePass):
     whole_block: ClassVar[frozenset[str]] = SparsePass.whole_block | {"comparison"}
 
     comparison: Literal["row", "layer"] = Field(
-        "row", description="weights are compared within an output's row, or within a site"
+        "row", description="rank weights within each output row, or within each site"
     )
 
     @model_validator(mode="after")
     def _comparable(self) -> Self:
         if self.zeros and self.comparison != "row":
-            raise ValueError(f"pattern {self.pattern} compares inside its groups: leave `comparison` out")
+            raise ValueError(f"pattern {self.pattern} ranks weights within its groups: remove `comparison`")
         return self
 
     def needs(self) -> tuple[type[Statistic], ...]:

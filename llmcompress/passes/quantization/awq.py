@@ -37,9 +37,11 @@ class AWQ(QuantizingPass):
     conflicts: ClassVar[Mapping[Trait, str]] = {"ranges": "would scale inputs that are rounded on fixed ranges"}
 
     scheme: str = Field("int4_g128_asym", description=DESCRIPTION)
-    points: int = Field(20, ge=1, le=200, description="exponents tried per fold, 0 included")
-    clip: bool = Field(True, description="shrink each group's range to the least output error")
-    round: bool = Field(True, description="false: only scale, and leave rounding to a later pass")
+    points: int = Field(
+        20, ge=1, le=200, description="grid size of the scale search: exponents tried per fold, 0 included"
+    )
+    clip: bool = Field(True, description="clip each group's range to minimize the output error")
+    round: bool = Field(True, description="false: only scale, and let a later pass round")
 
     def traits(self) -> frozenset[Trait]:
         """Codes, but only when it rounds."""

@@ -119,6 +119,6 @@ def _refusal(what: str, names: Sequence[str]) -> CompressError:
         "bnb.site",
         what,
         where=", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else ""),
-        fix="leave them out with `exclude: [" + ", ".join(f'"*.{leaf}"' for leaf in leaves) + "]`",
+        fix="exclude them with `exclude: [" + ", ".join(f'"*.{leaf}"' for leaf in leaves) + "]`",
         exit_code=ExitCode.USAGE,
     )

@@ -48,9 +48,13 @@ class ChannelwiseMixedPrecision(BlockPass):
         "pattern": "would fill zeros with the levels of its codebooks",
     }
 
-    bits: float = Field(3.5, gt=1, le=16, description="average stored bits per weight, all included")
-    widths: tuple[int, ...] = Field((1, 2, 3, 4, 5, 6), description="bits that a channel's codes may have, each 1 to 8")
-    outliers: float = Field(0.0025, ge=0, le=0.1, description="share of weights kept in full, for each of the two sets")
+    bits: float = Field(
+        3.5, gt=1, le=16, description="average bits per weight on disk, codebooks and outliers included"
+    )
+    widths: tuple[int, ...] = Field((1, 2, 3, 4, 5, 6), description="candidate bit widths per channel, each 1 to 8")
+    outliers: float = Field(
+        0.0025, ge=0, le=0.1, description="fraction of weights kept in full precision, for each of the two outlier sets"
+    )
 
     @field_validator("widths", mode="before")
     @classmethod
@@ -60,7 +64,7 @@ class ChannelwiseMixedPrecision(BlockPass):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if not self.widths or not all(1 <= width <= 8 for width in self.widths):
-            raise ValueError("name at least one width; all lie between 1 and 8")
+            raise ValueError("name at least one bit width; each must be from 1 to 8")
         return self
 
     def kept_fraction(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:

@@ -48,11 +48,17 @@ class GPTQ(QuantizingPass):
 
     whole_block: ClassVar[frozenset[str]] = frozenset({"true_sequential"})
 
-    damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to the Gram matrix")
-    block: int = Field(128, ge=1, description="columns of one lazy update")
-    act_order: bool = Field(True, description="visit columns by falling input energy, with grids fitted beforehand")
-    true_sequential: bool = Field(False, description="measure again after every group of sites that share an input")
-    range: RangeSearch = Field("mse", description="mse: shrink ranges to the least output error; minmax: cover all")
+    damping: float = Field(0.01, gt=0, le=1, description="damping of the Hessian, as a fraction of its mean diagonal")
+    block: int = Field(128, ge=1, description="columns per lazy update")
+    act_order: bool = Field(
+        True, description="activation order: quantize columns by descending input energy, with scales fitted in advance"
+    )
+    true_sequential: bool = Field(
+        False, description="recalibrate after every group of sites that share an input (true sequential)"
+    )
+    range: RangeSearch = Field(
+        "mse", description="mse: clip ranges to minimize the output error; minmax: cover all values"
+    )
 
     def needs(self) -> tuple[type[Statistic], ...]:
         """The Gram matrix of every input."""

@@ -43,8 +43,8 @@ class LearnedRounding(QuantizingPass):
     sitewise: ClassVar[bool] = False
     whole_block: ClassVar[frozenset[str]] = frozenset({"steps", "rate"})
 
-    steps: int = Field(200, ge=1, description="batches looked at in every block")
-    rate: float | None = Field(None, gt=0, le=1, description="length of the first step (1 ÷ steps)")
+    steps: int = Field(200, ge=1, description="optimization steps per block, one batch each")
+    rate: float | None = Field(None, gt=0, le=1, description="initial learning rate (1 ÷ steps)")
 
     @field_validator("scheme")
     @classmethod

@@ -53,9 +53,13 @@ class Reorder(BlockPass):
     changes_sites: ClassVar[bool] = True
 
     clusters: int = Field(
-        32, ge=1, description="of every input, each with a scale; sites that share an input use those of the first"
+        32,
+        ge=1,
+        description="channel clusters per input, one scale each; sites that share an input use the first site's",
     )
-    bits: int | None = Field(8, ge=2, le=8, description="of the rounded inputs; null: only reorder, which is exact")
+    bits: int | None = Field(
+        8, ge=2, le=8, description="bits of the quantized inputs; null: only reorder, which is exact"
+    )
 
     @override
     def needs(self) -> tuple[type[Statistic], ...]:

@@ -26,8 +26,12 @@ class SmoothQuant(BlockPass):
 
     whole_block: ClassVar[frozenset[str]] = frozenset({"folds"})
 
-    strength: float = Field(0.5, ge=0, le=1, description="alpha: how much of the difficulty moves into the weights")
-    folds: Literal["norms", "all"] = Field("all", description="norms: leave out v → o and up → down, as the paper does")
+    strength: float = Field(
+        0.5, ge=0, le=1, description="alpha: how much of the quantization difficulty moves into the weights"
+    )
+    folds: Literal["norms", "all"] = Field(
+        "all", description="norms: only norm → linear, as in the paper; all: v → o and up → down too"
+    )
 
     def needs(self) -> tuple[type[Statistic], ...]:
         """The largest magnitude of every input channel."""

@@ -150,7 +150,7 @@ class Chat(Encoder):
         if not self._template:
             raise CompressError(
                 "data.no-chat-template",
-                "the rows are conversations, and the model's tokenizer has no chat template",
+                "the rows are conversations, but the model's tokenizer has no chat template",
                 where=where,
                 fix="set `chat_template` to a Jinja file",
             )

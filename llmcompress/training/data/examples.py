@@ -85,7 +85,7 @@ def read_rows(examples: Examples, *, where: str = "data") -> Any:
             raise CompressError("data.bad-row", f"{label}: {row}", where=where, fix="correct that row")
         rows.append({"text": row} if isinstance(row, str) else {"messages": row} if isinstance(row, list) else row)
     if not rows:
-        raise CompressError("data.empty", f"{path.name}: there are no rows", where=where, fix="use another source")
+        raise CompressError("data.empty", f"{path.name}: the file has no rows", where=where, fix="use another source")
     try:
         return datasets.Dataset.from_list(rows)
     except Exception as failure:  # pyarrow's errors share no type
@@ -118,7 +118,7 @@ def _encoder(rows: Any, examples: Examples, tokenizer: PreTrainedTokenizerBase, 
     if strange:
         raise CompressError(
             "data.columns",
-            f"`kind: {examples.kind}` has no column {strange[0]!r}",
+            f"`kind: {examples.kind}` does not use a column {strange[0]!r}",
             where=where,
             fix=f"name {' and '.join(wanted.columns)}",
         )
@@ -129,7 +129,7 @@ def _encoder(rows: Any, examples: Examples, tokenizer: PreTrainedTokenizerBase, 
         if name is None:
             raise CompressError(
                 "data.columns",
-                f"no column holds the {part} ({' or '.join(names)}); columns found: {', '.join(there) or 'none'}",
+                f"no column for the {part} ({' or '.join(names)}); columns found: {', '.join(there) or 'none'}",
                 where=where,
                 fix=f"set `columns: {{{part}: NAME}}`",
             )

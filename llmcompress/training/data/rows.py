@@ -70,7 +70,7 @@ class Stream(TrainingData):
         if share:
             raise CompressError(
                 "training.validation",
-                "samples cannot be kept out of a stream",
+                "a stream cannot be split into training and validation samples",
                 where="training.validation",
                 fix="set `validation: 0`, or `streaming: false`",
             )

@@ -27,13 +27,13 @@ from tests.families import FAMILIES, VOCABULARY, randomise, tiny_config, tiny_mo
 from tests.reference.slicing import opt_with_shortcuts, parameters
 
 REFUSED = {
-    ("gemma2", "global"): "scales single channels",
-    ("gemma2", "shortcuts"): "scales single channels",
-    ("olmo2", "global"): "norms stand on what is added",
-    ("olmo2", "shortcuts"): "norms stand on what is added",
+    ("gemma2", "global"): "scales individual channels",
+    ("gemma2", "shortcuts"): "scales individual channels",
+    ("olmo2", "global"): "post-norm",
+    ("olmo2", "shortcuts"): "post-norm",
     # experts are summed into a tensor of the shape of their input
-    ("mixtral", "shortcuts"): "`form: global` may do",
-    ("qwen3_moe", "shortcuts"): "`form: global` may do",
+    ("mixtral", "shortcuts"): "try `form: global`",
+    ("qwen3_moe", "shortcuts"): "try `form: global`",
 }
 PLAIN = (
     "llama",
@@ -214,7 +214,7 @@ def test_a_random_basis_needs_no_text():
 def test_what_cannot_be_is_refused():
     with pytest.raises(CompressError, match="round_to"):
         sliced("llama", fraction=0.95)
-    with pytest.raises(ValidationError, match="belong to `form: global`"):
+    with pytest.raises(ValidationError, match="apply to `form: global`"):
         SliceGPT(form="shortcuts", refit=False)
     assert (
         SliceGPT().conflict_with("zeros") and SliceGPT().conflict_with("pattern") and SliceGPT().conflict_with("codes")

@@ -302,12 +302,12 @@ def test_widths_that_no_pattern_fits_are_refused_before_any_work_with_every_way_
     [
         ("{pattern: 2:4, sparsity: 0.6}", "fixes `sparsity`"),
         ("{pattern: 2:4, allocation: outliers}", "must be uniform"),
-        ("{outlier_times: 3}", "belongs to `allocation: outliers`"),
-        ("{within: 0.1}", "belongs to `allocation"),
-        ("{pattern: 4:2}", "not a pattern"),
+        ("{outlier_times: 3}", "applies to `allocation: outliers`"),
+        ("{within: 0.1}", "applies to `allocation"),
+        ("{pattern: 4:2}", "not a sparsity pattern"),
         ("{sparsity: 1.0}", "sparsity"),
         ("{comparison: global, allocation: loss}", "must be uniform"),
-        ("{comparison: row, pattern: 2:4}", "leave `comparison` out"),
+        ("{comparison: row, pattern: 2:4}", "remove `comparison`"),
         ('{overrides: {"*.q_proj": {allocation: loss}}}', "allocation"),
     ],
 )
@@ -324,7 +324,7 @@ def test_a_pattern_needs_no_quotes_in_yaml() -> None:
 
 
 def test_wanda_by_layer_and_a_pattern_contradict() -> None:
-    with pytest.raises(CompressError, match="leave `comparison` out"):
+    with pytest.raises(CompressError, match="remove `comparison`"):
         parse_recipe("model: m\npasses:\n  - wanda: {pattern: 2:4, comparison: layer}\n", "recipe.yaml")
 
 
