@@ -111,15 +111,15 @@ class Run:
         kept = [key for key in self._journal if self._is_valid(key)]
         counts = {
             "finished blocks": sum(not key.endswith(_NOT_BLOCKS) for key in kept),
-            "finished passes on the whole model": sum(key.endswith(_MODEL) for key in kept),
+            "all finished whole-model passes": sum(key.endswith(_MODEL) for key in kept),
             "decisions": sum(key.endswith(_DECISIONS) for key in kept),
             "measurements": sum(key.endswith(_MEASURED) for key in kept),
-            "trainings as far as they were": len(list((self.folder / "work").glob(f"*{_TRAINING}*.safetensors"))),
+            "the training progress": len(list((self.folder / "work").glob(f"*{_TRAINING}*.safetensors"))),
         }
         if not any(counts.values()):
             return NOTHING_SAVED
         what = " and ".join(f"{count} {name}" for name, count in counts.items() if count)
-        return f"{what} in {self.folder}: run the same command again to go on"
+        return f"{what} in {self.folder}: run the same command again to resume"
 
     def save_block(self, stage: int, index: int, block: nn.Module, before: nn.Module, rows: list[SiteReport]) -> None:
         """Keep every tensor of a block, how it differs from its outline `before`, and its report rows.

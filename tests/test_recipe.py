@@ -55,7 +55,7 @@ def refusal(text: str | bytes, *settings: str) -> CompressError:
         ("passes: [rtn]\nevaluate: {perplexity: a.txt}", "recipe.type", "r.yaml line 2", "`perplexity: [a.txt]`"),
         ("passes: [rtn]\nevaluate: {perplexity: [{split: a}]}", "recipe.missing", "r.yaml line 2", "`source:`"),
         ("passes: [rtn]\ncalibration: 3", "recipe.type", "r.yaml line 2 (calibration)", "samples"),
-        ("passes: [rtn]\ncalibration:", "recipe.type", "r.yaml line 2 (calibration)", "leave the key out"),
+        ("passes: [rtn]\ncalibration:", "recipe.type", "r.yaml line 2 (calibration)", "remove the key"),
         ("passes: rtn", "recipe.type", "r.yaml line 1 (passes)", "`passes: [rtn]`"),
         ("passes: {rtn: {}}", "recipe.type", "r.yaml line 1 (passes)", "`- `"),
         ("model: m", "recipe.missing", "r.yaml (passes)", "`passes:`"),

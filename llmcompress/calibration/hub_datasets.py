@@ -143,7 +143,7 @@ def _load(path: str, config: str | None, split: str, *, streaming: bool, where: 
 
 def _not_found(path: str, gated: bool, where: str) -> CompressError:
     if gated:
-        fix = "ask for access on the dataset's page, then `hf auth login`"
+        fix = "request access on the dataset's page, then `hf auth login`"
         return CompressError("data.gated", f"{path}: access to this dataset must be requested", where=where, fix=fix)
     fix = f"check the name (short names: {', '.join(ALIASES)}); for a private dataset `hf auth login`"
     return CompressError("data.not-found", f"{path}: no such file or Hub dataset", where=where, fix=fix)

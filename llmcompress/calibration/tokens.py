@@ -54,7 +54,7 @@ def unknown_warning(
     unknown -= sum(text.count(tokenizer.unk_token) for text in texts)
     if unknown <= UNKNOWN_SHARE * total:
         return None
-    return f"{unknown / total:.1%} of the tokens are unknown to the tokenizer; is it the tokenizer of this model?"
+    return f"{unknown / total:.1%} of the tokens are unknown; does the tokenizer belong to this model?"
 
 
 def refuse_beyond_embedding(
@@ -86,7 +86,7 @@ def _lost_warning(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> s
     lost, total = (there - _letters(back)).total(), there.total()
     if lost <= UNKNOWN_SHARE * total:
         return None
-    return f"{lost / total:.1%} of the text has no token and is lost; is it the tokenizer of this model?"
+    return f"{lost / total:.1%} of the text cannot be tokenized and is lost; does the tokenizer belong to this model?"
 
 
 def _letters(text: str) -> Counter[str]:

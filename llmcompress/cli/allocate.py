@@ -85,7 +85,7 @@ def _check_file(output: Path, *, overwrite: bool) -> None:
         )
     folder = output.resolve().parent
     if not folder.is_dir():
-        raise _unwritable(output, f"there is no folder {folder}")
+        raise _unwritable(output, f"the folder {folder} does not exist")
     if not os.access(output if output.exists() else folder, os.W_OK):
         raise _unwritable(output, "it is read-only")
 

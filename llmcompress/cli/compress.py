@@ -140,7 +140,7 @@ def _interrupted(output: Path, saved: str | None) -> CompressError:
     """`saved`: what the run said; None where it had not begun."""
     run = output.absolute().with_name(output.absolute().name + ".run")
     if saved is None and (run / "journal.jsonl").exists():
-        saved = f"what an earlier run kept in {run}: run the same command again to go on"
+        saved = f"what an earlier run saved in {run}: run the same command again to resume"
     return CompressError(
         "interrupted",
         "interrupted before the run was complete",

@@ -55,7 +55,7 @@ def _as_known(failure: Exception) -> CompressError:
         fix = "use a smaller `calibration.batch` or `calibration.tokens`, or `--device cpu`, and run the command again"
         return _out_of("memory", failure, fix)
     if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
-        return _out_of("disk space", failure, "make room and run the command again")
+        return _out_of("disk space", failure, "free disk space and run the command again")
     return CompressError(
         "bug",
         f"{type(failure).__name__}: {_first_line(failure)}",

@@ -7,7 +7,7 @@ import click
 from llmcompress.cli.output import device_option, json_option, print_json, print_tables, quiet_libraries
 
 
-@click.command(short_help="Measure tokens per second, prompt and decode apart.")
+@click.command(short_help="Measure tokens per second, prefill and decode separately.")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(min=2), default=32, show_default=True)

@@ -83,7 +83,7 @@ def _notes(
     """Its own, or why it was taken and not the one that stock loaders read."""
     if not isinstance(exporter, ManifestExporter) or not passed_over:
         return tuple(exporter.notes(contents, answers))
-    ending = "the whole model is saved with our manifest and loads after `import llmcompress`"
+    ending = "the model is saved with our manifest and loads only after `import llmcompress`"
     return tuple(f"{reason}; {ending}" for reason in passed_over)
 
 

@@ -29,7 +29,7 @@ VERSION = 1
 class ManifestExporter(Exporter):
     """Codes at their own width; `from_pretrained` loads it after `import llmcompress`, and refuses it without."""
 
-    fix: ClassVar[str] = 'leave experts out with `exclude: "*.experts.*"`, or use integer or fp8 schemes on them'
+    fix: ClassVar[str] = 'exclude the experts with `exclude: "*.experts.*"`, or use integer or fp8 schemes for them'
 
     @override
     def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:
@@ -46,7 +46,7 @@ class ManifestExporter(Exporter):
     @override
     def notes(self, contents: Contents, answers: Mapping[str, Answer]) -> list[str]:
         """Who can load it."""
-        return ["codes lie at their own width, and the folder loads after `import llmcompress` only"]
+        return ["codes are stored without padding, and the model loads only after `import llmcompress`"]
 
     @override
     def tensors(self, site: CodedLinear, storage_dtype: torch.dtype) -> dict[str, Kind]:

@@ -28,7 +28,7 @@ class PlainExporter(Exporter):
     """
 
     limits: ClassVar[TargetLimits] = TargetLimits(rounded_inputs=False)
-    fix: ClassVar[str] = "set `save.format` to auto"
+    fix: ClassVar[str] = "set `save.format: auto`"
 
     @override
     def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:
@@ -40,11 +40,11 @@ class PlainExporter(Exporter):
     def problem(self, contents: Contents) -> str | None:
         """Ordinary weights cannot say other sizes, modules around modules, or what depends on the input."""
         if contents.rearranged:
-            return f"no config of its family describes {', '.join(contents.rearranged[:3])}"
+            return f"no config of this model family can represent {', '.join(contents.rearranged[:3])}"
         sites = {site.name for site in contents.sites}
         others = {name: module for name, module in contents.modules.items() if name not in sites}
         rounding = [name for name, module in others.items() if not module.expression().is_linear]
-        return f"{rounding[0]} rounds activations or decides by them what it computes" if rounding else None
+        return f"{rounding[0]} quantizes activations or depends on them (dynamic inference)" if rounding else None
 
     @override
     def write(self, model: PreTrainedModel, folder: Path, writing: Writing) -> Saved:

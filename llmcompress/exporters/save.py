@@ -28,6 +28,6 @@ def save_model(
 
     Raises: CompressError when `wanted` cannot hold the model.
     """
-    saved = "all finished work: run again with another format"
+    saved = "all finished blocks: run again with another format"
     chosen = choose(wanted, contents_in(model, storage_dtype), zero_points=zero_points, saved=saved)
     return chosen.exporter.write(model, folder, Writing(storage_dtype, max_shard_size, weights_at or InMemory()))

@@ -56,7 +56,7 @@ def read_config(
         if not native:
             raise _needs_code(folder, model_type, code)
         del data["auto_map"]
-        notes.append(f"config.json names Python files of its own; ignored: transformers' own {model_type} is used")
+        notes.append(f"config.json names custom Python files; they are ignored, and transformers' {model_type} is used")
     elif code:
         _refuse_code_from_elsewhere(folder, code)
         notes.append(f"Python files that come with the model run: {'; '.join(_hashes(folder))}")
@@ -130,10 +130,12 @@ def _without_code_keys(
         if key in _OWN_NOTES:
             continue
         if _chooses_code(key):
-            notes.append(f"config.json: the key {path}{key} was dropped (it can choose code to run)")
+            notes.append(f"config.json: the key {path}{key} was ignored (it can select code to run)")
             continue
         if key.startswith("_") and key not in declared:
-            notes.append(f"config.json: the key {path}{key} was dropped (this transformers has no such option)")
+            notes.append(
+                f"config.json: the key {path}{key} was ignored (this version of transformers has no such option)"
+            )
             continue
         kept[key] = _without_code_keys(item, notes, path=f"{path}{key}.")
     return kept
@@ -215,11 +217,11 @@ def _no_config(folder: Path) -> CompressError:
 def _unknown_type(folder: Path, model_type: str) -> CompressError:
     installed = transformers.__version__
     if not model_type:
-        what = "config.json has no model_type, so nobody can tell which architecture this is"
+        what = "config.json has no model_type, so the architecture is unknown"
         fix = 'add the model_type of the original model, e.g. "model_type": "llama"'
     else:
         what = f"transformers {installed} does not know the model_type {model_type!r}"
-        fix = "check its spelling; a newer model needs a newer transformers: pip install -U transformers"
+        fix = "check the spelling; a newer model needs a newer transformers: pip install -U transformers"
     return CompressError("model.unknown-type", what, where=str(folder / "config.json"), fix=fix)
 
 

@@ -56,18 +56,22 @@ def require_safetensors(names: Iterable[str], *, where: str) -> None:
     loose = [name for name in names if name.endswith(".safetensors")]
     if loose:
         what, there = f"there are safetensors files but neither {SINGLE} nor {INDEX}", loose
-        fix = f"get {INDEX} from where the model came from, or rename a single file to {SINGLE}"
+        fix = f"download {INDEX} too, or rename a single weight file to {SINGLE}"
     elif pickles:
-        what, there = "the weights are pickles, which can run any program when they are read", pickles
+        what, there = "the weights are pickle files, which can execute code when loaded", pickles
         fix = (
             "use a revision with safetensors (often a pull request: ORG/NAME@refs/pr/N), or convert it on the Hub: "
             "https://huggingface.co/spaces/safetensors/convert"
         )
     elif gguf:
-        what, there = "the weights are GGUF, a format for running, already quantized", gguf
-        fix = "use the model that it was made from, in safetensors"
+        what, there = "the weights are GGUF, an inference format that is already quantized", gguf
+        fix = "use the original model in safetensors format"
     else:
-        what, there, fix = f"there are no weights: neither {SINGLE} nor {INDEX}", [], "give the folder of a whole model"
+        what, there, fix = (
+            f"there are no weights: neither {SINGLE} nor {INDEX}",
+            [],
+            "give the folder of a complete model",
+        )
     found = f" ({shortened_list(sorted(there))})" if there else ""
     raise CompressError("model.no-safetensors", what + found, where=where, fix=fix)
 

@@ -43,9 +43,7 @@ def read_generation_config(folder: Path, config: PretrainedConfig) -> tuple[Gene
             dropped.append(f"{key}={data.pop(key)!r}")
     if not dropped:
         return settings, []
-    return settings, [
-        f"generation_config.json is invalid; dropped from the copy that will be saved: {', '.join(dropped)}"
-    ]
+    return settings, [f"generation_config.json is invalid; the saved copy leaves out {', '.join(dropped)}"]
 
 
 def _culprit(problem: str, data: dict[str, Any]) -> str | None:

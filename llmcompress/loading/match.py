@@ -83,7 +83,7 @@ def missing_error(names: Iterable[str], where: str, *, head: str = "") -> Compre
     names = sorted(names)
     fix = "download the whole checkpoint again, or correct config.json if it describes another model"
     if head in names:
-        fix = f'if the head is meant to be the embedding, set "tie_word_embeddings": true in config.json; else {fix}'
+        fix = f'if the output head is tied, set "tie_word_embeddings": true in config.json; otherwise {fix}'
     return CompressError(
         "model.missing-tensor",
         f"{len(names)} tensors of the model are missing from the checkpoint",
@@ -172,7 +172,7 @@ def _odd_experts(headers: Mapping[str, TensorHeader]) -> list[str]:
             if number not in by_expert:
                 odd.append(f"{name} is missing")
             elif by_expert[number] != usual:
-                odd.append(f"{name} is {list(by_expert[number])}, its siblings are {list(usual)}")
+                odd.append(f"{name} is {list(by_expert[number])}, the others are {list(usual)}")
     return odd
 
 

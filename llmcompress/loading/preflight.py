@@ -111,8 +111,8 @@ def _vocabulary_notes(tokenizer: PreTrainedTokenizerBase, contents: Match) -> li
         return []
     tokens = shortened_list([f"{token!r} = {number}" for number, token in beyond], 4)
     return [
-        f"the embedding has {contents.embedding_rows} rows, and {len(beyond)} tokens of the tokenizer lie beyond them "
-        f"({tokens}); a text that has one is refused"
+        f"the embedding has {contents.embedding_rows} rows, and {len(beyond)} tokens of the tokenizer have none "
+        f"({tokens}); texts that contain one are refused"
     ]
 
 
@@ -120,10 +120,10 @@ def _content_notes(contents: Match) -> list[str]:
     if not contents.unused:
         return []
     names = shortened_list(list(contents.unused), 4)
-    return [f"{len(contents.unused)} tensors of the checkpoint have no place in the model and are left out: {names}"]
+    return [f"{len(contents.unused)} tensors of the checkpoint are not used by the model and are dropped: {names}"]
 
 
 def _token_notes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
-        return ["the tokenizer has no end-of-text and no padding token; calibration windows are full and need none"]
+        return ["the tokenizer has neither an end-of-text nor a padding token; calibration does not need them"]
     return []

@@ -51,7 +51,7 @@ class TensorHeader:
     bytes: int
 
 
-def headers(folder: Path, *, how_to_get_again: str = "delete it and get it again") -> dict[str, TensorHeader]:
+def headers(folder: Path, *, how_to_get_again: str = "delete it and download it again") -> dict[str, TensorHeader]:
     """Every tensor of the checkpoint in the folder, by name, in the order of the files.
 
     Raises: CompressError naming every file that is missing, damaged, ambiguous or outside the folder.
@@ -108,7 +108,7 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise BadFile("its header is not that of a safetensors file") from None
     if size != 8 + length + end:
-        raise BadFile(f"{size:,} bytes; its header promises {8 + length + end:,}")
+        raise BadFile(f"{size:,} bytes; according to its header it has {8 + length + end:,}")
     return found
 
 

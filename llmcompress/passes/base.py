@@ -87,13 +87,13 @@ class Pass(BaseModel, ABC):
     def conflict_with(self, trait: Trait) -> str | None:
         """Why this pass may not follow one that left that trait on the same site; None when it may."""
         if trait == "codes" and not self.keeps_codes:
-            return "would change weights that are codes already"
+            return "would change weights that are already quantized"
         if trait == "dynamic":
-            return "needs blocks that run in full for every input; what decides per input comes last"
+            return "needs blocks that run in full for every input; passes for dynamic inference must come last"
         if trait == "ranges" and not (self.quantizes() or self.keeps_codes):
-            return "would change inputs that are rounded on fixed ranges"
+            return "would change inputs that have static quantization ranges"
         if trait == "cache":
-            return "needs the attention of the dense model; what rounds its cache comes last"
+            return "needs the original attention; quantizing the KV cache must come last"
         return self.conflicts.get(trait)
 
     def conflict_with_all(self, traits: frozenset[Trait]) -> str | None:

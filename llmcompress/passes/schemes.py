@@ -105,8 +105,8 @@ def indivisible_error(found: Sequence[Indivisible]) -> CompressError:
         fixes.insert(0, f"`scheme: {scheme.with_group(smaller).name}`")
     leaves = sorted({f'"*.{row.site.rpartition(".")[2]}"' for row in found})
     fixes += [
-        f"leave these sites dense with `exclude: [{', '.join(leaves)}]`",
-        "or decide for all such sites with `on_indivisible: skip|channel|pad`",
+        f"exclude these sites with `exclude: [{', '.join(leaves)}]`",
+        "or set `on_indivisible: skip|channel|pad` for all such sites",
     ]
     sites = "1 site has inputs" if len(found) == 1 else f"{len(found)} sites have inputs"
     return CompressError(

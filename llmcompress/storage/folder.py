@@ -33,16 +33,16 @@ def check_output(output: Path, *, overwrite: bool, needed_bytes: int = 0, source
         raise _usage("output.name", "the output's name is too long for a file system", output, "choose a shorter name")
     check_run_folder(run_folder(output))
     if output.is_symlink():
-        there = f"name the folder that it leads to: {output.resolve()}"
+        there = f"give the folder it points to: {output.resolve()}"
         raise _usage("output.is-link", "the output is a symbolic link, which cannot be replaced", output, there)
     if source is not None and source.is_dir():
         _check_apart(output, source)
     _recover(output)
     if output.exists() and not output.is_dir():
-        raise _usage("output.is-file", "the output is a file", output, "name a folder that does not exist yet")
+        raise _usage("output.is-file", "the output is a file", output, "choose a folder that does not exist yet")
     home, here = Path.home().resolve(), Path.cwd().resolve()
     if output.resolve() in {home, *home.parents, here, *here.parents}:
-        raise _usage("output.unsafe", "the output would replace a folder that holds other things", output, _NEW)
+        raise _usage("output.unsafe", "the output would replace a folder that contains other things", output, _NEW)
     if output.is_dir() and any(output.iterdir()):
         _check_filled(output, overwrite=overwrite)
     parent = next(folder for folder in output.parents if folder.exists())
@@ -65,8 +65,8 @@ def _check_apart(output: Path, source: Path) -> None:
     holders = {read, *(path.resolve() for path in source.iterdir())}
     for folder in (there, run_folder(output).resolve()):
         if folder.is_relative_to(read) or any(each.is_relative_to(folder) for each in holders):
-            what = "the output and the model that is read would be in one another"
-            raise _usage("output.is-source", what, output, f"name a folder apart from {source}")
+            what = "the output folder and the source model's folder overlap"
+            raise _usage("output.is-source", what, output, f"choose a folder outside {source}")
 
 
 def _check_filled(output: Path, *, overwrite: bool) -> None:
@@ -79,7 +79,7 @@ def _check_filled(output: Path, *, overwrite: bool) -> None:
     others = other_files(output)
     if others:
         names = ", ".join(others[:_NAMED]) + (f" and {len(others) - _NAMED} more" if len(others) > _NAMED else "")
-        what = f"the output folder holds files that llmcompress did not write: {names}"
+        what = f"the output folder contains files that llmcompress did not write: {names}"
         raise _usage("output.other-files", what, output, "move them elsewhere, or choose another folder")
 
 
@@ -128,7 +128,7 @@ def publish(staging: Path, output: Path, *, overwrite: bool) -> dict[str, str]:
         output.rmdir()
     if output.exists():
         if not overwrite:
-            raise _usage("output.exists", "the output folder was filled meanwhile", output, "add --overwrite")
+            raise _usage("output.exists", "the output folder was written to during the run", output, "add --overwrite")
         _check_filled(output, overwrite=True)
         aside = _beside(output, "old")
         os.rename(output, aside)
@@ -141,7 +141,7 @@ def publish(staging: Path, output: Path, *, overwrite: bool) -> dict[str, str]:
     return hashes
 
 
-_NEW = "name a folder that does not exist yet"
+_NEW = "choose a folder that does not exist yet"
 _LONGEST_NAME = 255
 """Bytes, on every common file system."""
 _NAMED = 10

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmcompress.errors import CompressError, ExitCode
 
-GET_AGAIN = "repair the file there, or get it again from where the model came from"
+GET_AGAIN = "correct the file, or download it again"
 
 
 def read_json(

@@ -16,7 +16,7 @@ _OF_ONE_RUN = ("journal.jsonl", "fingerprint.json", "fingerprint.json.part", "lo
 
 _ALL_OF_RUNS = (*_OF_ONE_RUN, "converted", "process.json", "lock", RUN_MARKER)
 _ABOUT_RUN = (
-    "The unfinished work of a run of llmcompress. The same command goes on from here and removes this folder.\n"
+    "Unfinished work of an llmcompress run. Running the same command again resumes from here and removes this folder.\n"
 )
 
 

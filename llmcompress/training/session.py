@@ -33,7 +33,7 @@ from llmcompress.training.teacher import Teacher
 
 _SKIPPED = 20
 """Steps in a row that fp16 may skip while it looks for a loss scale that does not overflow."""
-_UNEXPLAINED = "its logits are more than the head and a number of the config explain, so they are computed for whole"
+_UNEXPLAINED = "the logits cannot be computed in chunks (unknown output head), so they are computed for whole"
 
 
 @dataclass(frozen=True)

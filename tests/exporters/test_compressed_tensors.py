@@ -136,7 +136,7 @@ def test_wider_fields_than_the_scheme_are_said():
     [
         ("nf4_g32", None, "no word"),
         ("fp4_g32", torch.bfloat16, "no word"),
-        ("mxfp4", torch.float16, "bfloat16 alone"),
+        ("mxfp4", torch.float16, "bfloat16 only"),
         ("nvfp4_a", torch.bfloat16, "differently"),
     ],
 )

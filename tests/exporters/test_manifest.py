@@ -60,7 +60,7 @@ CASES = {
     "factors": ("llama_gqa", "[{svd: {fraction: 0.2}}]"),
     "factors of a Conv1D": ("gpt2", "[{svd: {fraction: 0.2}}]"),
     "factors with a bias": ("opt", "[{svd: {fraction: 0.2}}]"),
-    "codes of factors": ("qwen3", "[{svd: {fraction: 0.2}}, {gptq: {scheme: int3_g16_asym, on_indivisible: pad}}]"),
+    "quantized low-rank factors": ("qwen3", "[{svd: {fraction: 0.2}}, {gptq: {scheme: int3_g16_asym, on_indivisible: pad}}]"),
     "codes, factors and dense": (
         "gemma2",
         "[{svd: {fraction: 0.2, sites: '*.down_proj'}}, {rtn: {scheme: int4_channel, sites: '*.gate_proj'}}]",
@@ -144,7 +144,7 @@ def test_we_may_be_imported_before_the_libraries_too(saved: dict[str, Path]) -> 
 def test_codes_take_their_own_bits_on_disk(saved: dict[str, Path]) -> None:
     from safetensors import safe_open
 
-    with safe_open(saved["codes of factors"] / "model.safetensors", framework="pt") as file:
+    with safe_open(saved["quantized low-rank factors"] / "model.safetensors", framework="pt") as file:
         names = [name for name in file.keys() if name.endswith("q_proj.right.weight")]  # noqa: SIM118
         packed = file.get_tensor(names[0])
     assert packed.dtype == torch.uint8 and packed.shape[1] == 64 * 3 // 8

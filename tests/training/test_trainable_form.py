@@ -243,10 +243,10 @@ def test_orders_that_work_are_allowed(passes: str) -> None:
 @pytest.mark.parametrize(
     ("passes", "reason"),
     [
-        ("[gptq, recover]", "would change weights that are codes already"),
-        ("[wanda, gptq, recover: {rank: 4}]", "would fill zeros with its dense branch"),
-        ("[sparsegpt: {pattern: '2:4'}, gptq, recover: {rank: 4}]", "would fill zeros with its dense branch"),
-        ("[gptq, recover: {rank: 4}, awq: {round: false}]", "would change weights that are codes already"),
+        ("[gptq, recover]", "would change weights that are already quantized"),
+        ("[wanda, gptq, recover: {rank: 4}]", "would fill zeros through its dense branch"),
+        ("[sparsegpt: {pattern: '2:4'}, gptq, recover: {rank: 4}]", "would fill zeros through its dense branch"),
+        ("[gptq, recover: {rank: 4}, awq: {round: false}]", "would change weights that are already quantized"),
     ],
 )
 def test_orders_that_do_not_are_refused_with_the_reason(passes: str, reason: str) -> None:

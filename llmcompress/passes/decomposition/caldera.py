@@ -34,8 +34,8 @@ class Caldera(QuantizingPass):
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"codes", "factors"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
-        "zeros": "would fill zeros with its dense branch",
-        "pattern": "would fill zeros with its dense branch",
+        "zeros": "would fill zeros through its dense branch",
+        "pattern": "would fill zeros through its dense branch",
     }
 
     sitewise: ClassVar[bool] = False

@@ -35,8 +35,8 @@ class LowRankCorrection(BlockPass):
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"codes", "factors"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
-        "zeros": "would fill zeros with its dense branch",
-        "pattern": "would fill zeros with its dense branch",
+        "zeros": "would fill zeros through its dense branch",
+        "pattern": "would fill zeros through its dense branch",
     }
     whole_block: ClassVar[frozenset[str]] = frozenset({"whitening"})
 
@@ -127,7 +127,11 @@ def quantizer_of(named: Mapping[str, dict[str, Any]]) -> QuantizingPass:
     known = [each for each in PASSES if issubclass(PASSES[each], QuantizingPass)]
     serving = [each for each in known if getattr(PASSES[each], "sitewise", False)]
     if name not in serving:
-        why = "changes more than single sites: put it before, with `round: false`" if name in known else "is none"
+        why = (
+            "changes more than one site at a time: put it before this pass, with `round: false`"
+            if name in known
+            else "is none"
+        )
         raise ValueError(f"use one of {', '.join(serving)}; {name!r} {why}")
     cls = PASSES[name]
     assert issubclass(cls, QuantizingPass)

@@ -44,8 +44,8 @@ class ModularDecomposition(BlockPass):
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"shapes"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
-        "zeros": "would fill pruned weights again: what is left is fitted anew",
-        "pattern": "would fill pruned weights again, and shift the columns that N:M groups are counted in",
+        "zeros": "would fill pruned weights: it refits the remaining ones",
+        "pattern": "would fill pruned weights and shift the columns of N:M groups",
     }
     decides: ClassVar[bool] = True
     changes_sites: ClassVar[bool] = True

@@ -148,7 +148,7 @@ class ProgressiveLowRank(ModelPass):
 
     def _row(self, name: str, rank: int | None, outputs: int, inputs: int) -> SiteReport:
         parameters = outputs * inputs if rank is None else rank * (outputs + inputs)
-        why = None if rank else "stays dense: two factors of its rank would not be smaller"
+        why = None if rank else "kept dense: two factors of its rank would not be smaller"
         return SiteReport(site=name, algorithm="progressive_low_rank", rank=rank, parameters=parameters, degraded=why)
 
 

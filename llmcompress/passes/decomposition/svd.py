@@ -45,9 +45,9 @@ class SingularValues(BlockPass):
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"factors"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
-        "zeros": "would multiply zeros out into two dense factors",
-        "pattern": "would multiply zeros out into two dense factors",
-        "factors": "would factor factors again",
+        "zeros": "would replace zeros by the product of two dense factors",
+        "pattern": "would replace zeros by the product of two dense factors",
+        "factors": "would factor low-rank factors again",
     }
     decides: ClassVar[bool] = True
     changes_sites: ClassVar[bool] = True
@@ -169,7 +169,7 @@ class SingularValues(BlockPass):
         outputs, inputs = site.info.outputs, site.info.inputs
         tokens = site.statistic(self.needs()[0]).tokens if self.needs() else None
         if rank >= break_even(outputs, inputs):
-            why = f"stays dense: two factors of rank {rank} would not be smaller"
+            why = f"kept dense: two factors of rank {rank} would not be smaller"
             parameters = outputs * inputs
             return SiteReport(site=site.name, algorithm="svd", parameters=parameters, tokens=tokens, degraded=why)
         weight_OI = site.weight_OI

@@ -25,9 +25,9 @@ from llmcompress.passes.base import PASSES, BlockPass, Trait
 from llmcompress.records.rows import SiteReport
 
 _MULTIPLIED_OUT: Mapping[Trait, str] = {
-    "zeros": "would multiply zeros out into dense cores",
-    "pattern": "would multiply zeros out into dense cores",
-    "factors": "would factor factors again",
+    "zeros": "would replace zeros by the product of dense cores",
+    "pattern": "would replace zeros by the product of dense cores",
+    "factors": "would factor low-rank factors again",
 }
 
 
@@ -90,7 +90,7 @@ class TensorTrain(BlockPass):
         parameters = sum(core.numel() for core in cores)
         row = SiteReport(site=site.name, algorithm="tensor_train", parameters=weight_OI.numel())
         if parameters >= weight_OI.numel():
-            why = f"stays dense: cores of ranks {train.ranks} would not be smaller"
+            why = f"kept dense: cores of ranks {train.ranks} would not be smaller"
             return row.model_copy(update={"degraded": why})
         lost = (train.dense_weight() - weight_OI).double().square().sum() / weight_OI.double().square().sum()
         site.replace(train)

@@ -40,7 +40,7 @@ class TensorGPT(ModelPass):
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"tables"})
-    conflicts: ClassVar[Mapping[Trait, str]] = {"tables": "needs an embedding that is an ordinary table"}
+    conflicts: ClassVar[Mapping[Trait, str]] = {"tables": "needs an ordinary embedding"}
 
     fraction: float | None = Field(
         None, gt=0, lt=1, description="fraction of the embedding's parameters to remove (default 0.2)"
@@ -96,7 +96,7 @@ class TensorGPT(ModelPass):
         stored = sum(core.numel() for core in cores) * (2 if tied and self.head == "share" else 1)
         if stored >= table_VD.numel():
             twice = ", twice for a tied head," if tied and self.head == "share" else ""
-            why = f"stays dense: its tensor trains{twice} would not be smaller"
+            why = f"kept dense: its tensor trains{twice} would not be smaller"
             return [_row(whole.map.embedding, embedding, degraded=why)]
         lost = float((compose(cores) - table_VD).double().square().sum() / table_VD.double().square().sum())
         cores = [core.to(embedding.weight.dtype) for core in cores]
@@ -112,7 +112,7 @@ class TensorGPT(ModelPass):
             model.set_output_embeddings(shared.train(head.training))
             rows.append(_row(whole.map.head, shared, rank=max(train.ranks), score=lost))
         elif tied:
-            why = f"untied: with a dense matrix of its own the model has {stored} parameters more"
+            why = f"untied: the dense output head adds {stored} parameters to the model"
             rows.append(_row(whole.map.head, head, degraded=why))
         return rows
 

@@ -33,9 +33,9 @@ class TuckerHeads(BlockPass):
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"factors"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
-        "zeros": "would multiply zeros out into dense factors",
-        "pattern": "would multiply zeros out into dense factors",
-        "factors": "would factor factors again",
+        "zeros": "would replace zeros by the product of dense factors",
+        "pattern": "would replace zeros by the product of dense factors",
+        "factors": "would factor low-rank factors again",
     }
     changes_sites: ClassVar[bool] = True
 
@@ -77,11 +77,11 @@ class TuckerHeads(BlockPass):
         row = SiteReport(site=site.name, algorithm="tucker", parameters=weight_OI.numel())
         inside_XA = weight_OI if part.axis == "rows" else weight_OI.T
         if [index for unit in part.indices for index in unit] != list(range(len(inside_XA))):
-            return row.model_copy(update={"degraded": "stays dense: its heads do not stand one after the other"})
+            return row.model_copy(update={"degraded": "kept dense: its heads are not contiguous"})
         tensor_HRI = inside_XA.reshape(len(part.indices), -1, inside_XA.shape[1])
         ranks = tucker_ranks(tensor_HRI, int((1 - self.fraction) * weight_OI.numel()))
         if ranks is None:
-            return row.model_copy(update={"degraded": "stays dense: not even ranks of one are small enough"})
+            return row.model_copy(update={"degraded": "kept dense: even rank one is too large"})
         found = higher_order_iteration(tensor_HRI, ranks)
         core, heads, inside, across = (tensor.to(weight_OI).contiguous() for tensor in (found.core_abc, *found.factors))
         site.replace(TuckerLinear(core, heads, inside, across, site.bias_O, split=part.axis))

@@ -31,7 +31,7 @@ class ActivationSparsity(BlockPass):
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"dynamic"})
-    conflicts: ClassVar[Mapping[Trait, str]] = {"factors": "needs the one matrix that the factors replaced"}
+    conflicts: ClassVar[Mapping[Trait, str]] = {"factors": "needs a single matrix, not low-rank factors"}
     changes_sites: ClassVar[bool] = True
     whole_block: ClassVar[frozenset[str]] = frozenset({"inputs"})
 
@@ -78,7 +78,7 @@ class ActivationSparsity(BlockPass):
                     tokens=sample.tokens,
                     score=threshold,
                     active=left,
-                    degraded=None if sample.tokens else "no tokens: nothing is left out",
+                    degraded=None if sample.tokens else "no calibration tokens: no activations are dropped",
                 )
             )
         return rows

@@ -65,7 +65,7 @@ class Gates(ModelPass):
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"shapes"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
-        "pattern": "would shift the columns that N:M groups are counted in",
+        "pattern": "would shift the columns of N:M groups",
         "factors": "cannot remove rows and columns of low-rank factors",
     }
 

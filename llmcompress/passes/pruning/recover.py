@@ -53,7 +53,9 @@ class Recover(ModelPass):
     @override
     def conflict_with_all(self, traits: frozenset[Trait]) -> str | None:
         """A branch beside codes is dense."""
-        return "would fill zeros with its dense branch" if "codes" in traits and traits & {"zeros", "pattern"} else None
+        return (
+            "would fill zeros through dense adapters" if "codes" in traits and traits & {"zeros", "pattern"} else None
+        )
 
     @override
     def uses_data(self) -> bool:

@@ -13,7 +13,7 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.passes.base import PASSES, ModelPass, Trait
 from llmcompress.records.rows import SiteReport
 
-_FIRST = "would throw away what the passes before it did: put it first"
+_FIRST = "would discard the work of earlier passes: put it first"
 
 
 @PASSES.register("reinitialise")

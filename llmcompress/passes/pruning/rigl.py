@@ -37,7 +37,7 @@ class RigL(ModelPass):
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"zeros"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
-        "pattern": "would move zeros out of their N:M groups; `recover` trains and leaves them where they are"
+        "pattern": "would move zeros out of their N:M groups; `recover` trains with a fixed mask"
     }
 
     alpha: float = Field(

@@ -37,7 +37,7 @@ class SliceGPT(ModelPass):
     conflicts: ClassVar[Mapping[Trait, str]] = {
         "zeros": "would fill the zeros: a rotation mixes all channels",
         "pattern": "would fill the zeros: a rotation mixes all channels",
-        "tables": "needs to rotate an embedding and a head that are ordinary tables",
+        "tables": "needs an ordinary embedding and output head to rotate",
     }
 
     fraction: float = Field(0.25, ge=0, lt=1, description="fraction of the residual stream's channels to remove")

@@ -192,8 +192,8 @@ def _indivisible(wrong: Sequence[tuple[str, int, Pattern]]) -> CompressError:
     fitting = [of for of in range(step, shape.of, step) if common % of == 0]
     fixes = [f"`pattern: {round(max(fitting) * shape.share)}:{max(fitting)}`"] if fitting else []
     fixes += [
-        f"leave these sites dense with `exclude: [{', '.join(leaves)}]`",
-        f"drop the same share without a pattern: `overrides: {{{leaves[0]}: {{pattern: unstructured, "
+        f"exclude these sites with `exclude: [{', '.join(leaves)}]`",
+        f"use the same sparsity without a pattern: `overrides: {{{leaves[0]}: {{pattern: unstructured, "
         f"sparsity: {shape.share:g}}}}}`",
     ]
     return CompressError(

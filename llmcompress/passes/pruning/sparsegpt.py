@@ -129,15 +129,15 @@ class SparseGPT(SparsePass):
 
         smallest = _masked(site, scheme, magnitude_mask(weight_OI, share, self.zeros))
         if factor is None:
-            why = "no tokens reached it" if gram.tokens == 0 else "its Gram matrix has no inverse"
-            best = baseline = tried(smallest, f"{why}: dropped by magnitude")
+            why = "no tokens reached it" if gram.tokens == 0 else "its Gram matrix is singular"
+            best = baseline = tried(smallest, f"{why}: pruned by magnitude")
         else:
             raised = f"damping raised from {self.damping:g} to {factor.damping:g}"
             swept, mask_OI = self._sweep(site, scheme, share, factor)
-            baseline = tried(smallest, "the sweep ended worse than magnitude: dropped by magnitude")
+            baseline = tried(smallest, "SparseGPT did worse than magnitude pruning: pruned by magnitude")
             best = tried(swept, raised if factor.damping > self.damping else None)
             if baseline.error < best.error:
-                alone = tried(_masked(site, scheme, mask_OI), "the repair ended worse than its mask: not repaired")
+                alone = tried(_masked(site, scheme, mask_OI), "refitting the kept weights did not help: not refitted")
                 best = min(alone, baseline, key=lambda each: each.error)
         row = SiteReport(site=site.name, algorithm="sparsegpt")
         if scheme and best.pruned.codes:

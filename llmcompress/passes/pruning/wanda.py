@@ -63,7 +63,7 @@ class Wanda(SparsePass):
         site.write(pruned_OI)
         row = SiteReport(site=site.name, algorithm="wanda", sparsity=sparsity(pruned_OI), tokens=norm.tokens)
         if not norm.tokens:
-            return row.model_copy(update={"degraded": "no tokens reached it: dropped by magnitude"})
+            return row.model_copy(update={"degraded": "no tokens reached it: pruned by magnitude"})
         sketch = site.statistic(Sketch)
         signal = sketch.output_error(weight_OI) or 1.0
         error, before = (sketch.output_error(weight_OI * each) / signal for each in (mask_OI, smallest_OI))

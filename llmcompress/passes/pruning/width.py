@@ -42,7 +42,7 @@ class WidthPass(BlockPass):
     changes_sites: ClassVar[bool] = True
     leaves: ClassVar[frozenset[Trait]] = frozenset({"shapes"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
-        "pattern": "would shift the columns that N:M groups are counted in",
+        "pattern": "would shift the columns of N:M groups",
         "factors": "cannot remove rows and columns of low-rank factors",
     }
     whole_block: ClassVar[frozenset[str]] = frozenset({"channels", "heads", "allocation"})

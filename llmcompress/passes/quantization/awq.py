@@ -34,7 +34,7 @@ class AWQ(QuantizingPass):
     """
 
     sitewise: ClassVar[bool] = False
-    conflicts: ClassVar[Mapping[Trait, str]] = {"ranges": "would scale inputs that are rounded on fixed ranges"}
+    conflicts: ClassVar[Mapping[Trait, str]] = {"ranges": "would scale inputs that have static quantization ranges"}
 
     scheme: str = Field("int4_g128_asym", description=DESCRIPTION)
     points: int = Field(

@@ -58,5 +58,7 @@ class BiasCorrection(QuantizerWrapper):
             "tokens": gram.tokens,
         }
         if codes.bias is None:
-            told["degraded"] = "; ".join(filter(None, (row.degraded, "it has no bias to correct: see `new_biases`")))
+            told["degraded"] = "; ".join(
+                filter(None, (row.degraded, "it has no bias to correct: set `new_biases` to add one"))
+            )
         return row.model_copy(update=told)

@@ -44,8 +44,8 @@ class ChannelwiseMixedPrecision(BlockPass):
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"codes"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
-        "zeros": "would fill zeros with the levels of its codebooks",
-        "pattern": "would fill zeros with the levels of its codebooks",
+        "zeros": "would replace zeros by levels of its codebooks",
+        "pattern": "would replace zeros by levels of its codebooks",
     }
 
     bits: float = Field(
@@ -90,7 +90,7 @@ class ChannelwiseMixedPrecision(BlockPass):
         usual_IO = without(weight_OI, place_N).T.contiguous()
         width_I = self._widths_of(usual_IO, squares_I, len(place_N), site)
         if width_I is None:
-            why = f"stays dense: {self.bits:g} bits per weight do not hold its codebooks"
+            why = f"kept dense: its codebooks do not fit into {self.bits:g} bits per weight"
             return SiteReport(site=site.name, algorithm="cmpq", tokens=gram.tokens, degraded=why)
         codes_IO = torch.zeros(usual_IO.shape, dtype=torch.int16, device=usual_IO.device)
         levels: dict[int, Tensor] = {}
@@ -108,7 +108,7 @@ class ChannelwiseMixedPrecision(BlockPass):
             bits_per_weight=self._stored_bits(width_I, len(place_N), site) / weight_OI.numel(),
             error=relative_output_error(weight_OI, site.weight_OI, gram.sum_II) if gram.tokens else None,
             tokens=gram.tokens,
-            degraded=None if gram.tokens else "no tokens reached it: all inputs count the same",
+            degraded=None if gram.tokens else "no tokens reached it: all inputs are weighted equally",
         )
 
     def _stored_bits(self, width_I: Tensor, full: int, site: LinearSite) -> int:

@@ -35,7 +35,7 @@ class Embeddings(ModelPass):
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"tables"})
-    conflicts: ClassVar[Mapping[Trait, str]] = {"tables": "needs an embedding and a head that are ordinary tables"}
+    conflicts: ClassVar[Mapping[Trait, str]] = {"tables": "needs an ordinary embedding and output head"}
     keeps_codes: ClassVar[bool] = True
 
     embedding: str | None = Field(

@@ -104,7 +104,7 @@ class GPTQ(QuantizingPass):
             error_before, error = relative_errors(weight_OI, [(plain_OI, plain), (codes_OI, fitted)], gram)
             if error > error_before:
                 codes_OI, fitted, error = plain_OI, plain, error_before
-                degraded = "the sweep ended worse than plain rounding: rounded to nearest"
+                degraded = "GPTQ did worse than rounding to nearest: rounded to nearest"
             put_codes(site, scheme, codes_OI, fitted)
             rows.append(
                 report_row(
@@ -132,7 +132,7 @@ class GPTQ(QuantizingPass):
         order_I, visit_I, factor = visit.order_I, visit.visit_I, visit.factor
         if factor is None:
             fitted = fit(weight_OI, grid, scale_dtype=site.storage_dtype)
-            why = "no tokens reached it" if gram.tokens == 0 else "its Gram matrix has no inverse"
+            why = "no tokens reached it" if gram.tokens == 0 else "its Gram matrix is singular"
             return round_to_codes(weight_OI, fitted), fitted, f"{why}: rounded to nearest"
         rounding = RoundToGrid(
             weight_OI,

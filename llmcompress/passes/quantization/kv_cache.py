@@ -53,7 +53,7 @@ class KeyValueCache(ModelPass):
 
     @override
     def conflict_with(self, trait: Trait) -> str | None:
-        return "would store as codes what is stored as codes already" if trait == "cache" else None
+        return "would quantize a KV cache that is already quantized" if trait == "cache" else None
 
     @override
     @torch.no_grad()

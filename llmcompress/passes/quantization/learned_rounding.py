@@ -84,7 +84,7 @@ class LearnedRounding(QuantizingPass):
         if not after <= before:
             for module in learning.values():
                 module.start_again()
-            after, degraded = before, "what was learned ended worse than plain rounding: rounded to nearest"
+            after, degraded = before, "learned rounding did worse than rounding to nearest: rounded to nearest"
         signal = _sum(block, (output.square() for output in wanted)) or 1.0
         rows = []
         for site, module in learning.items():

@@ -56,7 +56,7 @@ class OutlierSuppression(BlockPass):
     """
 
     conflicts: ClassVar[Mapping[Trait, str]] = {
-        "ranges": "would shift and scale inputs that are rounded on fixed ranges"
+        "ranges": "would shift and scale inputs that have static quantization ranges"
     }
 
     scheme: str = Field(

@@ -48,7 +48,7 @@ class Reorder(BlockPass):
     leaves: ClassVar[frozenset[Trait]] = frozenset({"ranges"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
         "pattern": "would move columns out of their N:M groups",
-        "ranges": "would round inputs a second time",
+        "ranges": "would quantize activations a second time",
     }
     changes_sites: ClassVar[bool] = True
 
@@ -107,7 +107,7 @@ class Reorder(BlockPass):
             error_before=None if bits is None else _error(sample_KI, weight_OI, _one(plan), bits, site.storage_dtype),
             tokens=tokens,
             score=float(len(plan.clusters.sizes)),
-            degraded=None if tokens else "no tokens reached it: its inputs are not rounded",
+            degraded=None if tokens else "no tokens reached it: its activations are not quantized",
         )
 
 

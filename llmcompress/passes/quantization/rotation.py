@@ -48,7 +48,7 @@ class Rotation(ModelPass):
     conflicts: ClassVar[Mapping[Trait, str]] = {
         "zeros": _MIXED,
         "pattern": _MIXED,
-        "tables": "needs to rotate an embedding and a head that are ordinary tables",
+        "tables": "needs an ordinary embedding and output head to rotate",
     }
 
     basis: Literal["hadamard", "random"] = Field(
@@ -128,7 +128,7 @@ class Rotation(ModelPass):
                 algorithm="rotation",
                 parameters=sum(p.numel() for p in whole.model.get_submodule(info.name).parameters()),
                 score=score,
-                degraded="its heads stay as they are" if self.heads and info.name not in rotated else None,
+                degraded="its heads are not rotated" if self.heads and info.name not in rotated else None,
             )
             for info in whole.map.blocks
         ]

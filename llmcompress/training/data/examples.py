@@ -67,7 +67,7 @@ def read_rows(examples: Examples, *, where: str = "data") -> Any:
     path = from_home(examples.source)
     if not path.is_file():
         if is_text_file(examples.source):
-            what = f"{examples.source}: there is no such file"
+            what = f"{examples.source}: no such file"
             raise CompressError("data.not-found", what, where=where, fix="check the path")
         return hub_dataset(
             examples.source, split=examples.split, config=examples.config, streaming=examples.streaming, where=where
@@ -75,7 +75,7 @@ def read_rows(examples: Examples, *, where: str = "data") -> Any:
     if examples.streaming:
         builder = _BUILDERS.get(path.suffix.lower())
         if builder is None:
-            what = f"{path.name}: rows cannot be streamed from this kind of file"
+            what = f"{path.name}: rows cannot be streamed from this file type"
             raise CompressError("data.file-type", what, where=where, fix=f"use one of {', '.join(_BUILDERS)}")
         options = {"sample_by": "paragraph"} if builder == "text" else {}
         return datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True, **options)
@@ -89,7 +89,7 @@ def read_rows(examples: Examples, *, where: str = "data") -> Any:
     try:
         return datasets.Dataset.from_list(rows)
     except Exception as failure:  # pyarrow's errors share no type
-        what = f"{path.name}: rows differ in the types of their columns: {failure}"
+        what = f"{path.name}: the columns have different types in different rows: {failure}"
         raise CompressError("data.bad-row", what, where=where, fix="give all rows the same columns") from failure
 
 

@@ -102,7 +102,7 @@ def guarded(rows: Any) -> Iterator[Numbered]:
     try:
         yield from enumerate(rows)
     except Exception as failure:  # from one of several libraries, which share no type
-        what = " ".join(f"the stream cannot be read further: {failure.__cause__ or failure}".split())[:300]
+        what = " ".join(f"reading the stream failed: {failure.__cause__ or failure}".split())[:300]
         raise CompressError(
             "data.unreadable", what, fix="correct the file; without `streaming` the error names the line"
         ) from failure
