@@ -60,7 +60,10 @@ CASES = {
     "factors": ("llama_gqa", "[{svd: {fraction: 0.2}}]"),
     "factors of a Conv1D": ("gpt2", "[{svd: {fraction: 0.2}}]"),
     "factors with a bias": ("opt", "[{svd: {fraction: 0.2}}]"),
-    "quantized low-rank factors": ("qwen3", "[{svd: {fraction: 0.2}}, {gptq: {scheme: int3_g16_asym, on_indivisible: pad}}]"),
+    "quantized low-rank factors": (
+        "qwen3",
+        "[{svd: {fraction: 0.2}}, {gptq: {scheme: int3_g16_asym, on_indivisible: pad}}]",
+    ),
     "codes, factors and dense": (
         "gemma2",
         "[{svd: {fraction: 0.2, sites: '*.down_proj'}}, {rtn: {scheme: int4_channel, sites: '*.gate_proj'}}]",

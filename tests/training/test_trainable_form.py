@@ -244,8 +244,8 @@ def test_orders_that_work_are_allowed(passes: str) -> None:
     ("passes", "reason"),
     [
         ("[gptq, recover]", "would change weights that are already quantized"),
-        ("[wanda, gptq, recover: {rank: 4}]", "would fill zeros through its dense branch"),
-        ("[sparsegpt: {pattern: '2:4'}, gptq, recover: {rank: 4}]", "would fill zeros through its dense branch"),
+        ("[wanda, gptq, recover: {rank: 4}]", "would fill zeros through dense adapters"),
+        ("[sparsegpt: {pattern: '2:4'}, gptq, recover: {rank: 4}]", "would fill zeros through dense adapters"),
         ("[gptq, recover: {rank: 4}, awq: {round: false}]", "would change weights that are already quantized"),
     ],
 )
