@@ -1,4 +1,4 @@
-"""Progress on stderr: a live two-level display on a terminal, elsewhere a plain line every half minute."""
+"""Progress on stderr: a live two-level display on a terminal, otherwise a plain line every half minute."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What belongs to a model beside its weights: tokenizer, chat template, generation settings, licence."""
+"""Copies the files that accompany the weights: tokenizer, chat template, generation config, license."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a target of an export is: it says what it can hold before any work, and writes it at the end."""
+"""The base class of export targets: it says what it can represent before any work, and writes it at the end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Exact:
 
 @dataclass(frozen=True)
 class Converted:
-    """Stored in another form that computes the same: multiplied out to ordinary weights."""
+    """Stored in another form that computes the same: dequantized to ordinary weights."""
 
     why: str
 
@@ -52,7 +52,7 @@ Answer = Exact | Converted | Refused
 
 @dataclass(frozen=True)
 class Writing:
-    """How files are written, whatever the target."""
+    """How files are written, for any target."""
 
     storage_dtype: torch.dtype
     """Of scales and of all that stays dense."""
@@ -76,8 +76,8 @@ class Saved:
 class Exporter(BaseModel, ABC):
     """One target; its fields are its options. Subclasses register under the name that recipes use.
 
-    `answers` and `problem` are asked twice, by the same function (`choose`): of what a recipe will make, before any
-    work, and of the finished model. What is refused there is never written.
+    `answers` and `problem` are called twice, by the same function (`choose`): before any work, for what a recipe will
+    produce, and for the finished model. What is refused there is never written.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

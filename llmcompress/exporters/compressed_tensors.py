@@ -1,6 +1,6 @@
-"""Codes and scales as compressed-tensors: loads in stock transformers and vLLM, nothing of ours needed.
+"""compressed-tensors checkpoints: they load in stock transformers and vLLM, without llmcompress.
 
-What the loaders were seen to do: docs/decisions/0004-saved-formats.md.
+How the loaders were found to behave: docs/decisions/0004-saved-formats.md.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _MERGED = "transformers 5 loads no compressed-tensors model unless all experts a
 
 @EXPORTERS.register("compressed-tensors")
 class CompressedTensorsExporter(Exporter):
-    """A site that the format cannot hold is multiplied out; when no other is left, the folder is a plain one."""
+    """Sites that the format cannot represent are dequantized; if no other is left, the folder is a plain one."""
 
     limits: ClassVar[TargetLimits] = TargetLimits(ragged_groups=False)
     fix: ClassVar[str] = "exclude these sites with `exclude`, or set `save.format: auto`"

@@ -1,4 +1,4 @@
-"""What an exporter is asked about: foretold by a plan, or found in a live model; the questions are the same."""
+"""What exporters know of a model: predicted by a plan or found in a live model, in the same form."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXPERTS = "experts"
 
 @dataclass(frozen=True)
 class CodedLinear:
-    """A linear that will hold codes, or does."""
+    """A linear that is, or will be, quantized."""
 
     name: str
     """Full."""

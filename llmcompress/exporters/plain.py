@@ -1,4 +1,6 @@
-"""The plain folder: every replaced module multiplied out to ordinary weights, which any loader reads."""
+"""Plain checkpoints: every replaced module is dequantized or multiplied out to ordinary weights, which any loader
+reads.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,10 @@ from llmcompress.modules.limits import TargetLimits
 
 @EXPORTERS.register("plain")
 class PlainExporter(Exporter):
-    """Products are rounded to the stored dtype exactly as the model itself does when it is cast to that dtype.
+    """Weights are rounded to the stored dtype exactly as the model itself does when it is cast to that dtype.
 
-    So a loader that uses it gets the same logits bit for bit; float32 keeps every product of codes and scales exact.
+    A loader that uses this dtype therefore gets the same logits bit for bit; in float32, products of codes and scales
+    are exact.
     """
 
     limits: ClassVar[TargetLimits] = TargetLimits(rounded_inputs=False)

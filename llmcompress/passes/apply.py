@@ -1,6 +1,6 @@
-"""The inner loop of a run: stage after stage, block after block, pass after pass; what is finished is kept.
+"""The main loop of a run: stage by stage, block by block, pass by pass; finished work is saved for resuming.
 
-A stage is a chain of block passes that one stream over the blocks can serve, or one pass on the whole model.
+A stage is a chain of block passes that share one stream over the blocks, or one pass on the whole model.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def stages(passes: Sequence[Pass]) -> list[Stage]:
 
 
 class Compressed(NamedTuple):
-    """What came out: the model may be another object than the one that went in."""
+    """The result; its model may be another object than the input."""
 
     model: PreTrainedModel
     rows: list[SiteReport]

@@ -1,4 +1,4 @@
-"""What a compression algorithm is: a frozen set of options, and one method that works on a block or a model."""
+"""Base classes of compression algorithms: a frozen set of options and one method that works on a block or a model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NOTHING: Mapping[Trait, str] = MappingProxyType({})
 
 
 class Backward(NamedTuple):
-    """Gradients of the loss through the whole model: what foresight must know of them."""
+    """What gradients of the loss through the whole model need, for the resource estimate."""
 
     copies: float = 0.0
     """Beside the model, in float32: of the selected sites' weights."""
@@ -148,12 +148,12 @@ class Pass(BaseModel, ABC):
 
 
 class BlockPass(Pass):
-    """An algorithm that works on one block after the other, each as the model with all earlier blocks done sees it.
+    """An algorithm that works block by block; each block sees the outputs of the compressed blocks before it.
 
-    What `decide` gave is there as `block.decisions`.
+    What `decide` returned is in `block.decisions`.
 
-    `sites`, `exclude` and the keys of `overrides` are globs on full module names (`*.down_proj`); an override
-    changes options for the sites it matches, the last match wins.
+    `sites`, `exclude` and the keys of `overrides` are globs on full module names (`*.down_proj`); an override changes
+    options for the sites it matches, and the last match wins.
     """
 
     changes_sites: ClassVar[bool] = False
@@ -264,10 +264,11 @@ class BlockPass(Pass):
 
 
 class ModelPass(Pass):
-    """An algorithm that must work on the whole model at once: blocks are dropped, the residual stream is rotated.
+    """An algorithm that needs the whole model at once, for example to remove blocks or rotate the residual stream.
 
-    What it leaves is kept in the run folder when it is done. A killed one starts again, with `whole.decisions` as they
-    were; its trainings go on where they were saved last.
+    Its result is saved in the run folder. An interrupted one starts again with the same `whole.decisions`; its
+    trainings
+    resume from their last saved state.
     """
 
     @abstractmethod

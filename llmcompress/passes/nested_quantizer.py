@@ -1,4 +1,4 @@
-"""The quantizing pass that another pass names by `{name: {option: value}}` and gives a scheme."""
+"""The quantization pass inside another pass, written as `{name: {option: value}}`; it gets its scheme from outside."""
 
 from __future__ import annotations
 

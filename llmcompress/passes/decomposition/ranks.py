@@ -1,4 +1,4 @@
-"""The rank of every site under one budget, decided on the whole dense model. O = outputs, K = directions."""
+"""Rank allocation: the rank of every site under one budget, from the whole dense model. O = outputs, K = directions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RankRule = Literal["uniform", "energy", "loss"]
 
 
 class FactorOptions(Protocol):
-    """What must be known of the pass that factors."""
+    """The options that rank allocation needs from a pass."""
 
     @property
     def rule(self) -> RankRule:
@@ -81,7 +81,7 @@ def rank_row(site: str, matrix: Matrix, bits_per_weight: int) -> Row:
 
 @dataclass
 class _EnergyEstimator(LossEstimator):
-    """Losses as shares of each site's squared output."""
+    """Losses as a fraction of each site's squared output."""
 
     options: FactorOptions
     names: frozenset[str]
@@ -116,7 +116,7 @@ def _by_energy(options: FactorOptions, whole: WholeModel) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class _Site:
-    """A dense weight and its spectrum, on the CPU; the basis in single precision takes as much memory as the weight."""
+    """A dense weight and its spectrum, on the CPU; the float32 basis takes as much memory as the weight."""
 
     weight_OI: Tensor
     spectrum: Spectrum

@@ -1,4 +1,4 @@
-"""Two thin linears in place of one: what the site's outputs lose least by dropping. O = outputs, I = inputs."""
+"""Low-rank factorization: two linears replace one, with the least output error. O = outputs, I = inputs."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ Whitening = Literal["none", "activation", "gram"]
 
 @PASSES.register("svd")
 class SingularValues(BlockPass):
-    """Factor every site into two linears of the rank that is worth its parameters.
+    """Factor every site into two linears.
 
-    `fraction` is the share of parameters REMOVED from the selected sites. Sites that would not get smaller stay dense.
+    `fraction` of the parameters of the selected sites is REMOVED. Sites that would not get smaller are kept dense.
 
     Source: Wang et al., arXiv 2403.07378 (SVD-LLM: `gram`, `refit`); Yuan et al., arXiv 2312.05821 (ASVD:
-    `activation`). Differs: no metric is inverted (`numerics/low_rank.py`), so none needs damping; inputs are those that
-    the blocks compressed before really give.
+    `activation`). Differs: no matrix is inverted (`numerics/low_rank.py`), so no damping is needed; inputs are those
+    that the compressed blocks before it produce.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"factors"})

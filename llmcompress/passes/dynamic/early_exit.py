@@ -1,4 +1,4 @@
-"""Early exit: tokens whose prediction is sure before the last block leave the remaining ones.
+"""Early exit: tokens with a confident prediction skip the remaining blocks.
 
 N = calibration tokens, D = hidden size, E = exits, C = candidate thresholds.
 """
@@ -32,20 +32,20 @@ AGREEMENT = 0.95
 
 @PASSES.register("early_exit")
 class EarlyExit(ModelPass):
-    """A token leaves before block e when it is as sure of its prediction there as `threshold`.
+    """A token exits before block e when its confidence there reaches `threshold`.
 
-    How sure: `confidence: divergence` foretells by a linear test how many nats the prediction made there would be from
-    the model's own (exp of its negative); `probability` takes the largest probability that the head gives there.
-    Blocks that a token has left still store its keys and values, computed from the state it left with; so later
-    tokens attend to everything, and a cached decode computes what one forward over the text computes. With `jump` a
-    linear map, fitted on calibration text, carries the state to where the last block would have brought it.
+    `confidence: divergence` predicts, with a linear model, how many nats this early prediction would differ from the
+    full model's (the confidence is exp of its negative); `probability` takes the largest probability that the output
+    head gives there. Skipped blocks still store the token's keys and values, computed from its exit state, so that
+    later tokens can attend to it and cached decoding computes the same as one forward pass over the text. With `jump`,
+    a linear map fitted on the calibration text carries the exit state to the output of the last block.
 
-    One threshold for all exits is chosen on calibration text: the lowest at which the share `agreement` of predictions
-    is still that of the whole model, or the one that leaves the mean share `depth` of blocks to run; or it is given.
+    All exits share one threshold, chosen on the calibration text: the lowest one that keeps the fraction `agreement` of
+    the predictions, or the one that runs the mean fraction `depth` of the blocks; or it is given.
 
     Source: Schuster et al. (CALM), arXiv 2207.07061, softmax response and state copying; Din et al., arXiv 2303.09435,
-    the linear jump. Differs: nothing is trained; the foretold divergence is ours (measured against the probability
-    in evals/dynamic.py).
+    the linear jump. Differs: nothing is trained; the predicted divergence is our own (compared with the probability in
+    evals/dynamic.py).
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"dynamic"})

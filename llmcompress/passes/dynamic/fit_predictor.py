@@ -1,4 +1,4 @@
-"""Fitting the linear tests of dynamic passes on calibration text. N = tokens, D = hidden size."""
+"""Fits the linear predictors of dynamic inference on calibration text. N = tokens, D = hidden size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How gates are learned, one function per method; each ends with a priority and a gate for every unit. U = units."""
+"""How gates are learned, one function per method; each returns a priority and a gate for every unit. U = units."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Task:
 
 
 class OverBudget(Penalty):
-    """What is missing of the budget, under multipliers that grow."""
+    """Penalizes the distance to the budget, with growing Lagrange multipliers."""
 
     def __init__(self, budget: Budget, removed: Callable[[], Sequence[Tensor]]) -> None:
         self._budget, self._removed = budget, removed
@@ -107,7 +107,7 @@ class OverBudget(Penalty):
 
 
 class Pull(Penalty):
-    """The same at every step."""
+    """A constant penalty."""
 
     def __init__(self, size: Callable[[], Tensor]) -> None:
         self._size = size

@@ -1,6 +1,6 @@
-"""Which directions of the residual stream stay; and the form of SliceGPT that has one basis for the whole stream.
+"""Which directions of the residual stream are kept, and SliceGPT with one basis for the whole stream.
 
-D = width of the stream, K = directions that stay.
+D = width of the stream, K = kept directions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _READERS = 0.3
 
 @dataclass(frozen=True)
 class Slicing:
-    """How wide the stream becomes, and by which directions."""
+    """The new width of the stream, and how its directions are chosen."""
 
     width: int
     basis: BasisName

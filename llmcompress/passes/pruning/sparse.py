@@ -1,4 +1,6 @@
-"""What all passes share that zero single weights: how many, in which pattern, and where. O = outputs, I = inputs."""
+"""What unstructured and N:M sparsity passes share: how many zeros, in which pattern, and where. O = outputs, I =
+inputs.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ _ALMOST_ALL = math.nextafter(1.0, 0.0)
 
 
 class SparsePass(BlockPass):
-    """A pass that sets weights to zero and leaves the shapes; a later pass keeps what is exactly zero."""
+    """A pass that sets weights to zero without changing shapes; later passes keep exact zeros."""
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"zeros"})
     decides: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""Round to nearest: the baseline every other quantizer must beat, and the only one that needs no data."""
+"""Round to nearest: the baseline of all quantizers, without data."""
 
 from __future__ import annotations
 

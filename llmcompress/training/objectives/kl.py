@@ -1,4 +1,4 @@
-"""Distillation on logits: the divergence between the teacher's and the student's distribution of the next token.
+"""Distillation of logits: the divergence between the teacher's and the student's next-token distributions.
 
 R = rows, V = vocabulary.
 """

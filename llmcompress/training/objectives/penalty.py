@@ -1,4 +1,4 @@
-"""A penalty beside another objective: on gates, on norms of weights, on anything that is not a token."""
+"""A penalty added to another objective: on gates, on weight norms, on anything that is not per token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llmcompress.training.objectives.base import Objective, ObjectiveInputs
 
 
 class Penalty(ABC):
-    """Something to add to the loss."""
+    """A term added to the loss."""
 
     @abstractmethod
     def value(self, step: int) -> Tensor:
