@@ -1,10 +1,10 @@
-"""Rough foresight: what compressing takes in memory and operations. N = calibration tokens, O, I = a site's sizes.
+"""The resource estimate: memory and operations of a recipe. N = calibration tokens; O, I = a site's sizes.
 
 Memory: the model in float32 (offloaded: its largest part), the hidden states of all calibration tokens before and after
 a block, one batch inside a block, and the largest pass's statistics with the copies made while solving; where gradients
-go through the whole model, all that one batch computes and what the pass keeps. Time: operations ÷ the
-speed of a matrix product on some machine. Time is meant to be right within a factor of two, memory within a fifth, and
-both to order alternatives correctly.
+go through the whole model, all activations of one batch and what the pass keeps. Time: operations ÷ the speed of a
+matrix product on this machine. Time should be right within a factor of two, memory within a fifth, and both should
+order alternatives correctly.
 """
 
 from __future__ import annotations

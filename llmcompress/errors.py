@@ -1,4 +1,4 @@
-"""The one error users meet: what went wrong, where, how to fix it, and what is saved."""
+"""The error that users see: what happened, where, what to do, and what is saved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run would do and need, from the recipe, config.json and safetensors headers: no weight is read."""
+"""The plan of a run, from the recipe, config.json and safetensors headers: no weight is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a long run tells its user while it works: stages, blocks, an estimate of the time left, memory."""
+"""The interface of progress reporting: stages, steps, notes."""
 
 from __future__ import annotations
 

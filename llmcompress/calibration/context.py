@@ -1,4 +1,6 @@
-"""What a run computes with and where: one frozen value that travels instead of a dozen arguments. N = windows."""
+"""The context of a run, one frozen value: windows, batch, device, dtype, seed, weight store, processes, progress. N =
+windows.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All calibration tokens through all experts, whatever the router chose, while they are measured."""
+"""Runs all calibration tokens through all experts while they are measured, regardless of the router."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Datasets of the Hub (and dataset folders): short names, streaming, and errors that say what to do offline."""
+"""Datasets from the Hub (and dataset folders): short names, streaming, and errors that say what to do offline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Show the inputs of a module to whoever listens, while the model runs. T = tokens, I = inputs."""
+"""Hooks that pass a module's inputs to observers while the model runs. T = tokens, I = inputs."""
 
 from __future__ import annotations
 

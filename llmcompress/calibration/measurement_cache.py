@@ -1,4 +1,4 @@
-"""What was measured of a model stays known while the model is what it was: no statistic is taken twice. N = windows."""
+"""A cache of measurements, valid while the model does not change; no statistic is measured twice. N = windows."""
 
 from __future__ import annotations
 

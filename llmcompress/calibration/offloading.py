@@ -1,4 +1,4 @@
-"""Where a model's weights are while nobody computes with them: in memory, or in files that are mapped, not read."""
+"""Weight offloading: weights that are not in use stay in memory, or in memory-mapped files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several processes that calibrate one model together: each runs other windows, what they measured is added up."""
+"""Several processes that calibrate one model: each runs different windows, and their statistics are summed."""
 
 from __future__ import annotations
 

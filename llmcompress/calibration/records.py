@@ -1,4 +1,4 @@
-"""Rows of any table → plain texts or conversations: finds the column, checks every row, counts what is left out."""
+"""Rows of any table → plain texts or conversations: finds the column, checks every row, counts skipped rows."""
 
 from __future__ import annotations
 

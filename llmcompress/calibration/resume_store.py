@@ -1,4 +1,4 @@
-"""Where finished work is kept, so that a killed run need not compute it again."""
+"""The interface of what is saved during a run, so that an interrupted run can resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `calibration:` in a recipe may say."""
+"""The settings under `calibration:` in a recipe."""
 
 from __future__ import annotations
 

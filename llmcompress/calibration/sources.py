@@ -1,4 +1,4 @@
-"""Where text comes from: bundled texts, local files, Hub datasets; read once, with a fingerprint of the content."""
+"""Text sources: bundled texts, local files, Hub datasets; read once, with a fingerprint of the content."""
 
 from __future__ import annotations
 

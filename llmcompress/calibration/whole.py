@@ -1,4 +1,4 @@
-"""The whole model as passes see it that cannot decide block by block. B = sequences, T = tokens, N = windows."""
+"""The whole model, for passes that cannot work block by block. B = sequences, T = tokens, N = windows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tensors of a saved model are codes, read from its config and the headers of its weight files.
+"""Finds the quantized tensors of a saved model from its config and the headers of its weight files.
 
 O = outputs, I = inputs.
 """

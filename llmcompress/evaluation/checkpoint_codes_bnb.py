@@ -1,4 +1,4 @@
-"""The linears of a checkpoint that bitsandbytes quantized, by us or by anybody. O = outputs, I = inputs."""
+"""The linears of a checkpoint that are quantized with bitsandbytes. O = outputs, I = inputs."""
 
 from __future__ import annotations
 

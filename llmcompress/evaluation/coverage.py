@@ -1,4 +1,4 @@
-"""Whether calibration reached every expert: a router sends each its own share of the tokens."""
+"""Warns if calibration did not reach every expert with enough tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The dense model's scores: computed once per model and text, then read from a cache. N = tokens, K = likely tokens."""
+"""Scores of the dense model, computed once per model and text and then cached. N = tokens, K = top tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Versions and machine for reports: enough to repeat a number, nothing that names a person, a host or a path."""
+"""Versions and machine for reports: enough to reproduce a number, nothing that identifies a person or host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How large a model is: what lies on disk, and what its numbers would take at best. A zero counts like any number."""
+"""The size of a model: bytes on disk, and theoretical minima. A zero counts like any other number."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Measurements made of scores: each takes the scores of one window after the other, several share one pass.
+"""Metrics computed from token scores, window by window; several share one pass.
 
-P = predicted tokens of a window, K = tokens that the dense model's scores look at.
+P = predicted tokens of a window, K = top tokens of the dense model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a model says of every token of a text: the one loop that all measurements of quality are reductions over.
+"""Token scores: the one loop over a text from which all quality metrics are computed.
 
 B = windows in a batch, W = tokens of a window, P = predicted tokens of a window (all but the first), R = some of those,
-V = vocabulary, K = tokens of it that are looked at.
+V = vocabulary, K = top tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `evaluate:` in a recipe may say."""
+"""The settings under `evaluate:` in a recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens per second, prompt and decode apart, measured so that models can be compared: interleaved, warm, medians."""
+"""Tokens per second of prefill and decode, measured so that models can be compared: interleaved, warm, medians."""
 
 from __future__ import annotations
 

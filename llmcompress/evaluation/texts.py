@@ -1,7 +1,7 @@
-"""Text made ready to be measured on, by one protocol for every model.
+"""Evaluation texts as token windows, by one protocol for all models.
 
-The text is tokenised once and cut into windows that do not overlap; the last one may be shorter. A window sees
-nothing of the windows before it. See docs/decisions/0003-perplexity-protocol.md.
+The text is tokenised once and cut into non-overlapping windows; the last one may be shorter. A window does not see
+earlier windows. See docs/decisions/0003-perplexity-protocol.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A linear in the codes of bitsandbytes, by us or by anybody. O = outputs, I = inputs.
+"""The tensors of a linear quantized with bitsandbytes. O = outputs, I = inputs.
 
-The package itself lays them out (`BnbLinear.native_tensors`); here they are taken apart without it.
+The package itself writes the layout (`BnbLinear.native_tensors`); it is read here without the package.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A quantized linear in the layouts of compressed-tensors. O = outputs, I = inputs, G = groups of inputs.
+"""The tensors of a quantized linear in compressed-tensors. O = outputs, I = inputs, G = groups of inputs.
 
-What its loaders were seen to do with each: docs/decisions/0004-saved-formats.md.
+How loaders were found to treat each layout: docs/decisions/0004-saved-formats.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""A quantized linear in a folder of ours: codes at their own width. O = outputs, I = inputs, B = bytes of a row."""
+"""The tensors of a quantized linear in our own format: codes without padding. O = outputs, I = inputs, B = bytes of a
+row.
+"""
 
 from __future__ import annotations
 

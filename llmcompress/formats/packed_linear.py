@@ -1,4 +1,4 @@
-"""What stands in a quantized linear's place while a folder of ours is read: tensors as `packed.py` lays them out."""
+"""Replaces a quantized linear while a folder in our own format is loaded: tensors in the layout of `packed.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""config.json → a configuration that is safe to build a model from, or the reason why it is refused."""
+"""config.json → a config that is safe to build a model from, or the reason why it is refused."""
 
 from __future__ import annotations
 

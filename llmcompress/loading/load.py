@@ -1,4 +1,4 @@
-"""A model in memory: for compression (checked, in one dtype) or as a finished result, ready to generate."""
+"""Loads a model: for compression (checked, in one dtype), or a finished result, ready to generate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's tensors are exactly what the model needs, found by loading their headers without weights."""
+"""Checks that a checkpoint has exactly the tensors that the model needs, from headers without weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every check that can be made before any work: files, configuration, tensors, tokenizer, generation settings."""
+"""All checks that can be made before any work: files, config, tensors, tokenizer, generation config."""
 
 from __future__ import annotations
 

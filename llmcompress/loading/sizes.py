@@ -1,4 +1,4 @@
-"""Whether the numbers of a configuration can be those of a model, asked before anything is built from them."""
+"""Checks that the numbers of a config are plausible before anything is built from them."""
 
 from __future__ import annotations
 

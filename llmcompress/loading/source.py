@@ -1,4 +1,4 @@
-"""What the user called the model → a folder with its files: bundled, local, or downloaded from the Hub."""
+"""The user's name for a model → a folder with its files: bundled, local, or downloaded from the Hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which modules of a model store keys and values in a cache, and in what shape: seen in one short forward pass."""
+"""Finds the modules that store keys and values in a cache, and their shapes, in one short forward pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was found in a model: blocks, linear sites, shared inputs, folds, width groups, tying. Plain data."""
+"""The map of a model as plain data: blocks, linear sites, shared inputs, folds, width groups, tying."""
 
 from __future__ import annotations
 

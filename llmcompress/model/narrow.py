@@ -1,4 +1,4 @@
-"""One basis for the whole residual stream, of which some directions are kept: an ordinary smaller model.
+"""Narrows the residual stream to some directions of one basis: an ordinary smaller model.
 
 D = width of the stream, W = its new width, K = kept directions: W, or W - 1 where norms subtract the mean.
 """

@@ -1,8 +1,8 @@
-"""Where a model reads and writes its residual stream, found by experiment. D = width of the stream.
+"""Finds by experiment where a model reads and writes its residual stream. D = width of the stream.
 
-A parameter *reads* the stream when it multiplies what a norm makes of it, and *writes* it when it makes what is added
-to it. Both are statements about one axis of the parameter, whatever its module is: a linear, a Conv1D, a router, a bank
-of experts, an embedding. They are tested by gradients that must be exactly zero.
+A parameter *reads* the stream if it multiplies a norm's output, and *writes* it if it produces what is added to the
+stream. Both are statements about one axis of the parameter, for any module: a linear, a Conv1D, a router, an expert
+bank, an embedding. They are tested by gradients that must be exactly zero.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Make a block narrower: units of width groups go, rows and columns together, and the block computes as if masked."""
+"""Removes units of width groups from a block, rows and columns together; the result equals the masked block."""
 
 from __future__ import annotations
 

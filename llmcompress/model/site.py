@@ -1,4 +1,4 @@
-"""The only handle a pass may use on a linear, whatever its class or storage layout. O = outputs, I = inputs."""
+"""A linear site: the only handle a pass may use on a linear of any class or storage layout. O = outputs, I = inputs."""
 
 from __future__ import annotations
 

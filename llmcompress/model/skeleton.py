@@ -1,4 +1,4 @@
-"""Run a model without its blocks: each block is replaced by a recorder that notes what the block would be given."""
+"""Runs a model without its blocks: each is replaced by a recorder that notes the arguments the block would get."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows and columns of linears cut out, and what the map of the block is afterwards. O = outputs, I = inputs."""
+"""Cuts rows and columns out of linears, and updates the map of the block. O = outputs, I = inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Units that can be removed one by one, with full names, and masks that switch them off. U = units."""
+"""Units that can be removed individually, with full names, and masks that switch them off. U = units."""
 
 from __future__ import annotations
 

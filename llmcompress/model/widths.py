@@ -1,4 +1,4 @@
-"""Width groups of one block: which rows and columns can only be removed together."""
+"""Width groups of one block: rows and columns that can only be removed together."""
 
 from __future__ import annotations
 

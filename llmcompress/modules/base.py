@@ -1,4 +1,4 @@
-"""What replaces a module after compression, and is built again from plain data. O = outputs, I = inputs."""
+"""Base classes of compressed modules, which are saved and rebuilt as plain data. O = outputs, I = inputs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A linear in the codes of bitsandbytes, computed by bitsandbytes. O = outputs, I = inputs, B = blocks of 64 weights.
+"""A linear quantized and computed by bitsandbytes. O = outputs, I = inputs, B = blocks of 64 weights.
 
-The package is an extra: it is imported when such a linear is made or run, not with this file.
+The package is an optional extra: it is imported when such a linear is created or run, not with this file.
 """
 
 from __future__ import annotations

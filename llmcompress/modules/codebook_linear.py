@@ -1,6 +1,7 @@
-"""A linear whose columns have codebooks of different sizes, and a few weights in full. O = outputs, I = inputs.
+"""A linear with a codebook for each column and some weights in full precision. O = outputs, I = inputs.
 
-A research format: honest about bytes, slow to run. C = columns of one width, L = levels, N = weights in full.
+A research format: exact about bytes, slow to run. C = columns of one bit width, L = levels, N = weights in full
+precision.
 """
 
 from __future__ import annotations

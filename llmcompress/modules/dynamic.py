@@ -1,8 +1,8 @@
-"""Blocks that are run only for the tokens that need them, with a key-value cache that stays complete.
+"""Blocks that run only for the tokens that need them, with a KV cache that stays complete.
 
-B = sequences, T = tokens, D = hidden size. Whether a token skips a block depends on that token's own hidden state and
-nothing else, so a cached decode and one forward over the whole text decide alike. A skipped token leaves the block as
-it came, but its keys and values in that block are those of the state it came with, and later tokens attend to them.
+B = sequences, T = tokens, D = hidden size. Whether a token skips a block depends only on that token's own hidden state,
+so cached decoding and one forward pass over the whole text decide alike. A skipped token leaves the block unchanged,
+but the block still stores its keys and values, computed from its input state, and later tokens attend to them.
 """
 
 from __future__ import annotations

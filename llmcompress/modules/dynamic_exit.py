@@ -1,4 +1,4 @@
-"""Early exit: a token whose prediction is sure enough halfway leaves the remaining blocks. B, T, D as in dynamic.py."""
+"""Early exit: a token with a confident prediction skips the remaining blocks. B, T, D as in dynamic.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layer skipping: a small linear test before each block foretells how little it would change a token."""
+"""Layer skipping: a linear predictor before each block estimates how little the block would change a token."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What a module computes, said in a few kinds of nodes that every exporter, measure and report can read.
+"""Describes what a module computes as a tree of a few kinds of nodes, which exporters, metrics and reports read.
 
 O = outputs, I = inputs, R = rank, K = outputs that are computed, V = entries, D = width.
 
-What holds numbers stands in `expression_leaves.py`; here is what joins them and what stands around them. The algebra is
-closed: a module that it cannot say is `Opaque`, with the reason.
+Leaves, which hold numbers, are in `expression_leaves.py`; here are the nodes that combine them. The algebra is closed:
+a module that it cannot represent is `Opaque`, with the reason.
 """
 
 from __future__ import annotations

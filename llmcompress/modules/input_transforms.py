@@ -1,4 +1,4 @@
-"""What happens to an input before a matrix reads it, as data. O = outputs, I = inputs that come, K = those it reads."""
+"""Transforms of an input before a matrix reads it. O = outputs, I = original inputs, K = transformed inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An attention whose keys and values are cached as codes, one byte a number. H = key-value heads, D = head width."""
+"""An attention with a quantized KV cache, one byte per number. H = key-value heads, D = head width."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which codes a target can hold, as data that quantizers and exporters read alike. I = inputs."""
+"""Which quantized tensors a target supports, as data for quantizers and exporters. I = inputs."""
 
 from __future__ import annotations
 

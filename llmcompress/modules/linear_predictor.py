@@ -1,4 +1,4 @@
-"""A linear test that foretells something small and positive of a token from its state. D = hidden size."""
+"""A linear predictor of a small positive quantity from a token's hidden state. D = hidden size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A linear as two thinner ones, and the parts of which factored linears are made. O = outputs, I = inputs, R = rank."""
+"""A linear as two factors, and helpers for factored linears. O = outputs, I = inputs, R = rank."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What makes a compressed model differ from the stock model of its config, as plain data; and how to make it so.
+"""The manifest: how a compressed model differs from the stock model of its config, as plain data; and how to apply it.
 
-Nothing is recorded while passes work: the differences are found by comparing modules.
+Passes do not record anything: the differences are found by comparing modules.
 """
 
 from __future__ import annotations

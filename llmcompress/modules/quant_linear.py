@@ -1,4 +1,4 @@
-"""A linear whose weight is codes and scales: runs exactly what will be shipped. O = outputs, I = inputs."""
+"""A quantized linear: computes exactly what the saved model computes. O = outputs, I = inputs."""
 
 from __future__ import annotations
 

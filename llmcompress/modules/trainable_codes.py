@@ -1,4 +1,4 @@
-"""The trainable twin of a module made of codes and scales. O = outputs, I = inputs, G = groups of inputs."""
+"""The trainable twin of a quantized module. O = outputs, I = inputs, G = groups of inputs."""
 
 from __future__ import annotations
 

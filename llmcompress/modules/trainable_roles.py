@@ -1,4 +1,4 @@
-"""What of a compressed module a training changes: plain data that whoever trains hands to `trainable`."""
+"""Which tensors of a compressed module are trained: plain data for `trainable`."""
 
 from __future__ import annotations
 

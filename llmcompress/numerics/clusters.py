@@ -1,4 +1,4 @@
-"""Channels with like ranges put together, so that each lot has a grid of its own. I = channels, K = clusters."""
+"""Clusters channels with similar ranges, so that each cluster has its own grid. I = channels, K = clusters."""
 
 from __future__ import annotations
 

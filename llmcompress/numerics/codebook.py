@@ -1,4 +1,4 @@
-"""A codebook for every column of a weight. O = outputs, C = columns, L = levels, I = inputs, N = weights kept aside."""
+"""A codebook for every column of a weight. O = outputs, C = columns, L = levels, I = inputs, N = outliers."""
 
 from __future__ import annotations
 

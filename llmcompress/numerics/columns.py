@@ -1,7 +1,7 @@
-"""Treat the columns of a weight one by one, each error repaired by the columns still to come.
+"""The column sweep: treats the columns of a weight one by one and compensates each error in the remaining columns.
 
-GPTQ and SparseGPT share this sweep; they differ only in what happens to a column. O = outputs, I = inputs,
-B = columns of one lazy block. Float32 or float64, as the inputs are.
+GPTQ and SparseGPT share this sweep; they differ only in what they do to a column. O = outputs, I = inputs, B = columns
+of one lazy block. Float32 or float64, as the inputs are.
 """
 
 from __future__ import annotations

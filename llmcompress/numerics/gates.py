@@ -1,6 +1,6 @@
-"""Gates that training can close: hard concrete, a soft cut through a ranking, and what holds them to a budget.
+"""Gates that training can close: hard concrete, a soft cut through a ranking, and their budget penalties.
 
-U = units of one group. A gate multiplies what a unit gives out; 1 is open, 0 is closed.
+U = units of one group. A gate multiplies a unit's output; 1 is open, 0 is closed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Grids of values: fit scales, round, restore. O = outputs, I = inputs, G = groups of inputs, N = group length.
+"""Quantization grids: fit scales, round, dequantize. O = outputs, I = inputs, G = groups of inputs, N = group length.
 
-Integer codes are signed in both modes, `-2^(b-1) … 2^(b-1)-1`, as compressed-tensors stores them; codes of other
-numbers are what their format says (`numerics/formats.py`).
+Integer codes are signed in both modes, `-2^(b-1) … 2^(b-1)-1`, as compressed-tensors stores them; codes of other number
+formats are defined in `numerics/formats.py`.
 """
 
 from __future__ import annotations

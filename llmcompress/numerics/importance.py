@@ -1,7 +1,7 @@
-"""How much every unit of a width group matters, from weights, gradients and activations.
+"""The importance of units of a width group, from weights, gradients and activations.
 
-A unit (an FFN channel, a key-value group) owns rows of some linears and columns of others. O = outputs, I = inputs,
-U = units, S = samples. `unit_of_I` gives each column's unit, -1 for columns of none. In the dtype of the inputs.
+A unit (an FFN channel, a key-value group) owns rows of some linears and columns of others. O = outputs, I = inputs, U =
+units, S = samples. `unit_of_I` gives each column's unit, -1 for columns of none. In the dtype of the inputs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The best matrix of low rank in place of a linear, for the inputs it sees. O = outputs, I = inputs, R = rank.
+"""The best low-rank approximation of a linear for its inputs. O = outputs, I = inputs, R = rank.
 
-K = min(O, I). A metric says what the inputs are like: None (all directions alike), a vector of I weights (squared
-magnitudes of channels), or their Gram matrix I×I. Everything is computed in float64: spectra fall over many decades.
+K = min(O, I). A metric describes the inputs: None (all directions alike), a vector of I weights (squared magnitudes of
+channels), or their Gram matrix I×I. Everything is computed in float64, because spectra span many orders of magnitude.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which weights to drop: exactly as many as asked for, ties included. O = outputs, I = inputs.
+"""Pruning masks with exactly the requested sparsity, ties included. O = outputs, I = inputs.
 
-A mask is True where a weight is dropped. Among equal scores the first ones are dropped, so that a mask is
-deterministic and never a weight too large: a threshold with `<=` drops every tie.
+A mask is True where a weight is pruned. Among equal scores the first ones are pruned, so that a mask is deterministic
+and exact: a threshold with `<=` would prune every tie.
 """
 
 from __future__ import annotations

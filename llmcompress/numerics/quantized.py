@@ -1,4 +1,4 @@
-"""A matrix that is codes and scales: what it stands for, and what it takes. O = outputs, I = inputs, G = groups."""
+"""A quantized matrix: its codes and scales, its values, and its size. O = outputs, I = inputs, G = groups."""
 
 from __future__ import annotations
 

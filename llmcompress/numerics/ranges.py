@@ -1,4 +1,4 @@
-"""Scales and zero points of every group: ranges, and the search for those that lose least.
+"""Scales and zero points of every group: min-max ranges, and the search for those with the least error.
 
 O = outputs, I = inputs, G = groups of inputs, N = group length.
 """

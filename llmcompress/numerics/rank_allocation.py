@@ -1,4 +1,4 @@
-"""Which ranks a matrix can have, and what is lost with each. O = outputs, I = inputs, K = min(O, I)."""
+"""The possible ranks of a matrix, and the loss of each. O = outputs, I = inputs, K = min(O, I)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""How much the training of a network depends on each weight, and exact global or layer-wise masks from any score.
+"""Saliency scores of weights for training, and exact global or layer-wise masks from any score.
 
-A mask is True where a weight is dropped; greater scores are kept. Scores may be of any sign.
+A mask is True where a weight is pruned; higher scores are kept. Scores may have any sign.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Evenly spaced tokens of a site's input, for what only single values can tell. T = tokens, I = inputs, K = kept."""
+"""Evenly spaced tokens of a site's input, for what needs individual values. T = tokens, I = inputs, K = kept."""
 
 from __future__ import annotations
 

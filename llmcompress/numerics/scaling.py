@@ -1,4 +1,5 @@
-"""Which channels to divide before a linear and multiply inside it. C = consumer channels, P = producer channels.
+"""Smoothing factors: which channels to divide before a linear and multiply in it. C = consumer channels, P = producer
+channels.
 
 A fold feeds consumer channel c from producer channel `channel_map[c]`; several consumer channels share a producer
 channel where key-value heads are shared, and then share one factor. O = outputs.

@@ -1,4 +1,4 @@
-"""How sparse a network is after each round of pruning, and each layer of it; how many connections RigL moves."""
+"""Sparsity schedules: the sparsity after each pruning round and of each layer, and RigL's update fraction."""
 
 from __future__ import annotations
 

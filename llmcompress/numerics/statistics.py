@@ -1,4 +1,4 @@
-"""What passes want to know about a site's input, accumulated batch by batch. T = tokens, I = inputs."""
+"""Statistics of a site's input, accumulated batch by batch. T = tokens, I = inputs."""
 
 from __future__ import annotations
 

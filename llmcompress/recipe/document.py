@@ -1,4 +1,4 @@
-"""Recipe text → plain data that remembers the line of every key; the traps of YAML are refused here."""
+"""Recipe text → plain data that keeps the line of every key; the pitfalls of YAML are refused here."""
 
 from __future__ import annotations
 

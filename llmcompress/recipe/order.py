@@ -1,4 +1,4 @@
-"""Which passes may follow which, and whether their globs mean anything in this model."""
+"""Which passes may follow which, and whether their globs match anything in this model."""
 
 from __future__ import annotations
 

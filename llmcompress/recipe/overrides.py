@@ -1,4 +1,4 @@
-"""`--set a.b=c`: one value of a document replaced from the command line, found and typed by the schema."""
+"""`--set a.b=c`: replaces one value of a document, located and typed by the schema."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What pydantic found → one CompressError: the line, the nearest key, what to write instead."""
+"""Converts pydantic's errors into one CompressError: the line, the nearest key, what to write instead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be measured of a model, as records told apart by `kind`; kinds of other versions survive as they are."""
+"""Measurements of a model as records distinguished by `kind`; unknown kinds from other versions are preserved."""
 
 from __future__ import annotations
 

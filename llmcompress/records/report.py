@@ -1,4 +1,4 @@
-"""The evidence of a run: what was done to every site, what was measured before and after, the environment."""
+"""The report of a run: what was done to every site, measurements before and after, the environment."""
 
 from __future__ import annotations
 

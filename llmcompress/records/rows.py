@@ -1,4 +1,4 @@
-"""What one pass did to one site: the rows that passes return, journals keep and reports list."""
+"""The report row of one pass at one site, as returned by passes, kept in journals and listed in reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One sweep of gradients through the whole model, to which any number of observers listen. O = outputs, U = units."""
+"""One gradient sweep through the whole model for any number of observers. O = outputs, U = units."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of losses filled together: one sweep of gradients, then one dense stream, for however many that ask."""
+"""Fills loss tables together: one gradient sweep, then one dense stream, for all estimators."""
 
 from __future__ import annotations
 

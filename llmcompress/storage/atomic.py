@@ -1,4 +1,4 @@
-"""One file that is the old one or the new one, whatever happens while it is written."""
+"""Replaces a file atomically: it is the old one or the new one, whatever happens during writing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors that took long to compute, kept for later runs: bounded in size, shared by processes, checked when read."""
+"""A cache of tensors for later runs: bounded in size, shared by processes, verified when read."""
 
 from __future__ import annotations
 

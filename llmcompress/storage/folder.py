@@ -1,4 +1,4 @@
-"""The output folder: refused early if it cannot be written, filled beside its place, moved there in one step."""
+"""The output folder: refused early if it cannot be written, filled in a staging folder, published in one step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One process per run folder: a lock of the operating system, which ends with its process however that ends."""
+"""One process per run folder: an operating-system lock, released when its process ends in any way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters: merged into weights without a trace, or left as branches beside codes, which do not change."""
+"""Low-rank adapters (LoRA): merged into dense weights, or kept as branches on quantized ones."""
 
 from __future__ import annotations
 

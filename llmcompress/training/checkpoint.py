@@ -1,4 +1,4 @@
-"""A training's state in one file: weights, optimizer, masks, random numbers; never pickled, replaced atomically."""
+"""The state of a training in one file: weights, optimizer, masks, random states; never pickled, replaced atomically."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one training is about: which parameters, under which masks, watched by whom, under which name."""
+"""What one training covers: its parameters, masks, callback and name."""
 
 from __future__ import annotations
 

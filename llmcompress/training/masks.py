@@ -1,4 +1,4 @@
-"""What training does with weights that are exactly zero: they stay zero, unless a pass brings masks of its own."""
+"""Masks in training: exact zeros stay zero, unless a pass has its own masks."""
 
 from __future__ import annotations
 

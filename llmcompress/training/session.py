@@ -1,4 +1,4 @@
-"""One training from its first step to its last: prepared by accelerate, resumed, stepped, saved."""
+"""One training from start to end: prepared by accelerate, resumed, stepped, saved."""
 
 from __future__ import annotations
 

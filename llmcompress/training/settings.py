@@ -1,4 +1,4 @@
-"""What a recipe may say about a short training: steps, learning rate, batches, precision."""
+"""Settings of a short training in a recipe: steps, learning rate, batches, precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a distillation's targets come from: a model that is loaded when it is first asked. B, T, V as in head.py."""
+"""The teacher of a distillation: a model that is loaded on first use. B, T, V as in head.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training learns from: samples whose order is a function of the seed and the position alone.
+"""Training data: samples whose order is a function of the seed and the position only.
 
 Every process asks for the same order; accelerate gives each its part of every batch. N = windows, T = tokens.
 """

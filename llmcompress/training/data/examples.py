@@ -1,4 +1,4 @@
-"""From a file, a Hub dataset or rows at hand to samples: packed text, prompts with responses, conversations."""
+"""Samples from a file, a Hub dataset or given rows: packed text, prompts with responses, conversations."""
 
 from __future__ import annotations
 
