@@ -25,7 +25,7 @@ from llmcompress.passes.base import PASSES, BlockPass, Pass
 from llmcompress.recipe.model import Recipe
 
 Offload = Literal["auto", "always", "never"]
-"""Whether weights stay on disk while nobody computes with them; auto: when they would not fit into memory."""
+"""Whether weights are offloaded to disk; auto: if they would not fit into memory."""
 
 _FLOAT = 4
 _SHARE_OF_MEMORY = 0.7

@@ -69,7 +69,7 @@ def compress(
 
     `model` is a Hub id, a folder or `builtin:books-llama` (None: the recipe names it); `recipe` a `Recipe`, a file or
     the name of a preset. Beside `output` a folder `<output>.run` keeps finished blocks until all is done: a killed run
-    started again goes on where it was, unless `fresh`. An existing `output` is only replaced with `overwrite`, after
+    started again resumes, unless `fresh`. An existing `output` is only replaced with `overwrite`, after
     its successor is complete. With `offload` the weights stay on disk and one block at a time is in memory (auto: when
     the whole model would not fit). Processes that `torchrun` started share the calibration windows; the first one
     evaluates and writes, all return the report.

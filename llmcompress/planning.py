@@ -66,7 +66,7 @@ class Plan(_Row):
     output_bytes: int
     """Weight files that would be written; an estimate when any site's `kept_fraction` is below 1."""
     offloaded: bool = False
-    """Whether weights would stay on disk while nobody computes with them."""
+    """Whether weights would be offloaded to disk."""
     peak_memory_bytes: int
     """Beside the interpreter where no machine was given."""
     operations: float
@@ -98,11 +98,11 @@ def known_model(source: Source, *, trust_remote_code: bool = False, progress: Pr
 def make_plan(
     model: Source | KnownModel, recipe: Recipe, *, offload: Offload = "auto", machine: Machine | None = None
 ) -> Plan:
-    """Check everything that can be checked before any work, and foretell the rest; seconds for `machine` only.
+    """Check everything that can be checked before any work, and estimate the rest; seconds for `machine` only.
 
     For a `KnownModel` this is arithmetic alone, some milliseconds: no file of the model is opened.
 
-    Raises: CompressError for whatever `compress` would refuse in this model or recipe, all sites at once.
+    Raises: CompressError for anything that `compress` would refuse in this model or recipe, all sites at once.
     """
     check_texts(recipe)
     known = known_model(model, trust_remote_code=recipe.trust_remote_code) if isinstance(model, Source) else model

@@ -17,7 +17,7 @@ class Progress(Protocol):
     def substep(self, text: str, *, done: int = 0, total: int = 0) -> None:
         """What the running step is doing now (`gptq: mlp.down_proj`), and how many of its equal parts are `done`.
 
-        Whoever shows it works out the time left; 0 of 0: nobody knows.
+        The display estimates the time left; 0 of 0: unknown.
         """
 
     def note(self, text: str) -> None:

@@ -57,7 +57,7 @@ class Run:
     def open(cls, output: Path, *, fingerprint: dict[str, str], lock_text: str, fresh: bool) -> Self:
         """Start a run, or go on with the one found beside `output`; `fresh` throws that one away.
 
-        One that had kept nothing yet is no run: it is started anew, whatever its settings were.
+        A run that has saved nothing is not resumed: it starts over, with any settings.
 
         Raises: CompressError when another process works on it, it was started with something else, or the folder is
         the user's own.

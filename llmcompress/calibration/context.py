@@ -32,7 +32,7 @@ class RunContext:
     seed: int = 0
     """Of everything random."""
     weights_at: WeightStore = field(default_factory=InMemory)
-    """Where weights are while nobody computes with them."""
+    """Where weights are stored while they are not in use."""
     experts: Experts = "routed"
     """Which tokens the experts of a mixture are measured on."""
     processes: ProcessGroup = ALONE
@@ -49,7 +49,7 @@ class RunContext:
     """What is known of the model in its states."""
 
     def first_windows(self, count: int) -> RunContext:
-        """The same run that looks at fewer windows."""
+        """The same context with only the first windows."""
         return replace(self, windows_NT=self.windows_NT[:count])
 
     def at(self, state: str) -> RunContext:

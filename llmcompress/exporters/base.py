@@ -70,7 +70,7 @@ class Saved:
     format: str
     """`compressed-tensors`, `plain`, `bitsandbytes` or `llmcompress`."""
     dense_sites: Mapping[str, str] = field(default_factory=dict)
-    """Quantized sites that were multiplied out, and why."""
+    """Quantized sites that were dequantized, and why."""
 
 
 class Exporter(BaseModel, ABC):
@@ -98,7 +98,7 @@ class Exporter(BaseModel, ABC):
         return {site.name: self.check(site, contents.storage_dtype) for site in contents.sites}
 
     def problem(self, contents: Contents) -> str | None:
-        """Why it can hold nothing of this model, whatever its single linears are; None when it can."""
+        """Why it cannot represent this model as a whole; None if it can."""
         return None
 
     def notes(self, contents: Contents, answers: Mapping[str, Answer]) -> list[str]:

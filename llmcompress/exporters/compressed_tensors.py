@@ -79,13 +79,13 @@ class CompressedTensorsExporter(Exporter):
 
     @override
     def problem(self, contents: Contents) -> str | None:
-        """It has words for quantized linears of stock sizes, and for caches."""
+        """It can represent quantized linears of stock sizes, and quantized caches."""
         others = contents.more_than_quantized
         return f"it can represent quantized linears only, not {others[0]}" if others else None
 
     @override
     def notes(self, contents: Contents, answers: Mapping[str, Answer]) -> list[str]:
-        """What is multiplied out, and which fields are wider than their codes."""
+        """Which sites are dequantized, and which codes are padded."""
         dense = [
             f"{name}: {answer.why}; saved as dequantized weights"
             for name, answer in answers.items()
@@ -146,7 +146,7 @@ class CompressedTensorsExporter(Exporter):
         return layout_of(site.scheme, packable=site.packable, zero_points=self.zero_points)
 
     def _instead(self, site: CodedLinear, why: str) -> Answer:
-        """Rounded activations cannot be multiplied out."""
+        """Quantized activations cannot be dequantized into weights."""
         if self.multiplies_out and site.scheme.activations is None:
             return Converted(why)
         return Refused(why, self.limits.nearest(site.scheme, site.inputs) if site.is_linear else None)

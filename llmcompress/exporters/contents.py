@@ -56,7 +56,7 @@ class Contents:
     modules: Mapping[str, CompressedModule] = field(default_factory=dict)
     """What replaced a module of the stock model, parts of such a thing left out. Not known to a plan either."""
     named_caches: frozenset[str] = frozenset()
-    """Attentions that cache codes in a way for which compressed-tensors has words."""
+    """Attentions with a quantized KV cache that compressed-tensors can represent."""
 
     @property
     def is_stock(self) -> bool:
@@ -71,7 +71,7 @@ class Contents:
 
     @property
     def more_than_quantized(self) -> tuple[str, ...]:
-        """Whatever is not a linear of stock size that holds codes."""
+        """Everything that is not a quantized linear of stock size."""
         found = self.differences
         other = (name for name, spec in found.modules.items() if not MODULES[spec["type"]].has_stock_format)
         named = (name for name in other if name not in self.named_caches)

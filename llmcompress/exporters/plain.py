@@ -35,7 +35,7 @@ class PlainExporter(Exporter):
 
     @override
     def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:
-        """Whatever the grid, it is multiplied out."""
+        """Any grid is dequantized."""
         why = self.limits.problem(site.scheme, site.inputs)
         return Converted("plain format") if why is None else Refused(why, self.limits.nearest(site.scheme, site.inputs))
 

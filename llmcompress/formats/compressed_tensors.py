@@ -67,7 +67,7 @@ _FLOATS: dict[tuple[NumberFormat, ScaleKind], LayoutName] = {
     (E2M1, POWER_OF_TWO): "mxfp4-pack-quantized",
     (E2M1, TWO_LEVEL): "nvfp4-pack-quantized",
 }
-"""Floats that the format has words for."""
+"""Float formats that it can represent."""
 
 
 @dataclass(frozen=True)

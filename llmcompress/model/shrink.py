@@ -96,7 +96,7 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 def _masked(block: nn.Module, gone: Mapping[str, Cut], run: Callable[[], Tensor]) -> Tensor:
-    """The output when nobody reads the removed units."""
+    """The output with the removed units masked."""
     with ExitStack() as stack:
         for name, cut in gone.items():
             if cut.columns:

@@ -29,7 +29,7 @@ class CompressedModule(nn.Module, ABC):
     """
 
     has_stock_format: ClassVar[bool] = False
-    """Whether stock loaders have words for one with the sizes and the bias of the module that stood there."""
+    """Whether stock loaders can represent it if it has the sizes and the bias of the stock module."""
     holds_codes: ClassVar[bool] = False
     """Whether its own buffers (not its parts) are codes and scales on a grid."""
     is_transparent: ClassVar[bool] = False
@@ -68,7 +68,7 @@ class CompressedModule(nn.Module, ABC):
 
     @abstractmethod
     def expression(self) -> Expression:
-        """What it computes, with its own tensors; `Opaque` where the algebra has no words for it."""
+        """What it computes, with its own tensors; `Opaque` where the algebra cannot represent it."""
 
     def dense_weight(self) -> Tensor:
         """The one matrix that it stands for, O×I (an embedding: entries × width), in its parameters' dtype.

@@ -64,10 +64,10 @@ class DynamicBlock(Wrapper):
 
     @abstractmethod
     def skips(self, hidden_BTD: Tensor) -> Tensor:
-        """True for every token (B×T) that leaves the block as it came."""
+        """True for every token (B×T) that skips the block."""
 
     def leave(self, hidden_BTD: Tensor) -> Tensor:
-        """The hidden state that the model goes on with; what it is, unless a subclass changes it."""
+        """The hidden state that later blocks get; unchanged by default."""
         return hidden_BTD
 
     @override

@@ -33,7 +33,7 @@ class ExitBlock(DynamicBlock):
 
     A token leaves when it is as sure as `threshold` (above 1: never). With `jump_DD`, the state it leaves with is
     carried to where the last block would have brought it by a linear map, and the model goes on with that state behind
-    its last block. How sure it is comes from `predictor`: a small linear test that foretells how far (in nats) the
+    its last block. How sure it is comes from `predictor`: a linear predictor of how far (in nats) the
     prediction made here would be from the model's own, as exp(-divergence); without one, the largest probability
     that the model's own head gives here, for which `readout` names the modules from the last block to the logits.
     All blocks from the first exit on must be exit blocks, so that keys and values are stored in every one.

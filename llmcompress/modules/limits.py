@@ -11,7 +11,7 @@ from llmcompress.modules.scheme import Scheme
 
 @dataclass(frozen=True)
 class TargetLimits:
-    """What a format or a runtime asks of codes and scales; with the defaults it takes whatever there is.
+    """What a format or a runtime requires of codes and scales; the defaults require nothing.
 
     A quantizer respects `positive_scales` by itself when the recipe names the target
     (`passes/quantization/target_limits.py`).

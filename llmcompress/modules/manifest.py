@@ -39,7 +39,7 @@ class Manifest:
 
     @property
     def needs_plugin(self) -> bool:
-        """Whether more differs than modules of stock size for which a stock format has words."""
+        """Whether it contains more than modules of stock size that a stock format can represent."""
         return bool(self.shapes or self.attributes or self.reshaped) or not all(
             MODULES[spec["type"]].has_stock_format for spec in self.modules.values()
         )

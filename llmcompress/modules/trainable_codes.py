@@ -34,7 +34,7 @@ class CodedModule(CompressedModule):
     @property
     @abstractmethod
     def quantized(self) -> QuantizedTensor:
-        """Codes, scales and zero points together."""
+        """Codes, scales and zero points."""
 
     @abstractmethod
     def with_codes(self, tensor: QuantizedTensor, bias_O: Tensor | None) -> Self:

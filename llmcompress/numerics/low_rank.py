@@ -38,7 +38,7 @@ class Spectrum:
         return float(self.energy_K[rank:].sum())
 
     def lost(self, rank: int) -> float:
-        """The same as a share of the whole squared output; 0 when there is none."""
+        """The same as a fraction of the squared output; 0 if that is 0."""
         total = float(self.energy_K.sum())
         return self.discarded(rank) / total if total > 0 else 0.0
 

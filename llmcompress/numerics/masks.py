@@ -96,7 +96,7 @@ def _kth_lowest(score: Tensor, count: int) -> Tensor:
 
 
 def lowest_per_row(score_OI: Tensor, share: float) -> Tensor:
-    """The lowest share of every row; where it is no whole number, rows take turns, and the total is exact.
+    """Prunes the lowest scores of every row; where the count is fractional, rows alternate, and the total is exact.
 
     Source: Sun et al., arXiv 2306.11695, section 3 (per-output comparison groups).
     """

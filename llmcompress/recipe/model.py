@@ -22,10 +22,10 @@ class Save(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     format: Literal["auto", "compressed-tensors", "plain", "llmcompress"] = "auto"
-    """`auto`: compressed-tensors where that format holds every site; `plain`: multiplied out to ordinary weights;
+    """`auto`: compressed-tensors where that format can represent every site; `plain`: dequantized to ordinary weights;
     `llmcompress`: every code at its own width, 3 bits in 3 bits, for loading after `import llmcompress`."""
     dtype: Literal["checkpoint", "bfloat16", "float16", "float32"] = "checkpoint"
-    """Of scales and of all that stays dense; `checkpoint`: as it was read."""
+    """Dtype of scales and of everything that stays dense; `checkpoint`: as in the source."""
     zero_points: Annotated[Literal["folded", "packed"], LeavesWeights()] = "folded"
     """Of 2- and 4-bit asymmetric grids. `folded` into the codes, whose fields are then twice as wide: loads everywhere;
     `packed`: as small as the grid says, for runtimes that read packed zero points (docs/decisions/0004)."""

@@ -172,7 +172,7 @@ class ModularDecomposition(BlockPass):
 
 
 def plan(parts: Sequence[Part], wanted: float) -> tuple[list[int], int]:
-    """Units that stay of every part, so that about `wanted` parameters go, the same share of each; and how many go."""
+    """Kept units of every part, so that about `wanted` parameters are removed evenly; and how many are."""
     kept, removed = [], 0
     left = sum(part.units * part.parameters for part in parts)
     for part in parts:

@@ -30,7 +30,7 @@ class Part:
     """Of one unit, biases included."""
 
     def kept(self, share: float) -> int:
-        """Units that stay when about that share of them goes: at least one step."""
+        """Units that are kept if about that fraction is removed: at least one step."""
         return max(self.step, self.step * round(self.units * (1 - share) / self.step))
 
 

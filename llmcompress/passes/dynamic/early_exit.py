@@ -148,7 +148,7 @@ class EarlyExit(ModelPass):
     def _judge(
         self, whole: WholeModel, model: PreTrainedModel, trials: Mapping[int, ExitBlock], read: Sequence[nn.Module]
     ) -> None:
-        """Give every exit the test that foretells how far its predictions are from the model's."""
+        """Give every exit the predictor of how far its predictions are from the full model's."""
         end = len(whole.map.blocks)
         fits = {index: PredictorFit(whole.map.hidden_size, whole.context.device) for index in trials}
         for states in states_at(whole, model, {*trials, end}):
@@ -191,7 +191,7 @@ def _outcomes(
 def outcome_at(threshold: float, sure_NE: Tensor, agrees_NE: Tensor, depths_E: Tensor) -> tuple[float, float]:
     """Mean depth and agreement when every token leaves at its first exit where it is as sure as `threshold`.
 
-    `depths_E` is the share of blocks that have run there. As if the tokens before it had all seen every block.
+    `depths_E` is the fraction of blocks run at each exit. Assumes that all earlier tokens ran every block.
     """
     leaves_NE = sure_NE >= threshold
     first_N = leaves_NE.int().argmax(1)

@@ -23,7 +23,7 @@ class Request:
     multiple: int = 1
     """The number of units that stay is a multiple of this, where the group has that many."""
     floor: float = 0.0
-    """Least share of its units that stays."""
+    """Minimum fraction of its units to keep."""
 
 
 Allocation = Callable[[Sequence[Request], Sequence[Tensor]], list[Tensor]]

@@ -22,7 +22,7 @@ from llmcompress.training.objectives.penalty import Penalty
 START_OPEN = 2.5
 """log α of a gate that is all but surely open at first, and still near enough to the slope to be closed."""
 SLOPE = 0.05
-"""Width of the soft cut of `dsa`, as a share of the units."""
+"""Width of the soft cut of `dsa`, as a fraction of the units."""
 CYCLES = 4
 """Tick-tocks of `decorator`."""
 RAMP = 0.5
@@ -59,7 +59,7 @@ class Task:
     strength: float
     steps: int
     kept: Callable[[Sequence[Tensor], float], list[Tensor]]
-    """Priorities and a share of the way → True for the units that stay there."""
+    """Priorities and a fraction of the training → True for the units kept then."""
     train: TrainGates
     measure: Callable[[], None]
     """Leave the gradient of the loss over all calibration windows in whatever wants one."""
@@ -74,7 +74,7 @@ class Task:
         return [float(share) for share in self.removed([torch.tensor(1 - fraction) for fraction in self.fractions])]
 
     def removed(self, kept: Sequence[Tensor]) -> list[Tensor]:
-        """The share of each group that is gone, or of the weights of all; `kept` are shares of groups."""
+        """The removed fraction of each group, or of the weights of all; `kept` are fractions of groups."""
         if not self.pooled:
             return [1 - share for share in kept]
         weights = [group.units * group.parameters for group in self.groups]

@@ -93,7 +93,7 @@ class SparsePass(BlockPass):
 
     @property
     def target(self) -> float:
-        """Share of weights to become zero."""
+        """The sparsity of the pattern, or `sparsity`."""
         shape = self.zeros
         if shape:
             return shape.share
@@ -132,7 +132,7 @@ class SparsePass(BlockPass):
         return Backward() if self.allocation == "loss" else None
 
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
-        """The share of weights that each site loses, where that depends on the others."""
+        """The sparsity of each site, if it is allocated."""
         return {} if self.allocation == "uniform" else decide_shares(self, whole)
 
     @override
@@ -141,7 +141,7 @@ class SparsePass(BlockPass):
         return self.with_site_options({"allocation": "uniform", "outlier_times": None, "within": None}, of_site)
 
     def chosen(self, block: BlockWork, sites: Sequence[LinearSite]) -> Iterator[tuple[Self, LinearSite, float]]:
-        """Every site with the options it has, and the share of its weights to become zero."""
+        """Every site with its options and its sparsity."""
         self._check_widths((site.name, site.info.inputs) for site in sites)
         for site in sites:
             here = self.for_site(site.name)

@@ -38,7 +38,7 @@ class CountOptions(Protocol):
 
     @property
     def target(self) -> float:
-        """Share of all weights to become zero."""
+        """The sparsity over all sites."""
 
     @property
     def outlier_times(self) -> float | None:
@@ -59,7 +59,7 @@ class CountOptions(Protocol):
 
 
 def decide_shares(options: CountOptions, whole: WholeModel) -> dict[str, Tensor]:
-    """Site → the share of its weights that becomes zero, a whole number of them; without sites that have their own."""
+    """Site → its sparsity, for a whole number of weights; without sites that set their own."""
     names = [site.name for site in whole.sites() if options.selects(site.name)]
     names = [name for name in names if not options.has_own_share(name)]
     if not names:

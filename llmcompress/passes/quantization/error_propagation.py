@@ -74,11 +74,11 @@ class ErrorPropagation(QuantizingPass):
         return self.inner.needs()
 
     def uses_data(self) -> bool:
-        """Both streams do, whatever the quantizer reads."""
+        """Always, for both streams."""
         return True
 
     def wants_dense(self) -> bool:
-        """What the weights are to make up for."""
+        """The errors for which the weights compensate."""
         return True
 
     def pools(self) -> bool:
