@@ -84,7 +84,7 @@ def test_all_processes_come_to_the_same_weights_by_themselves(name: str, options
 
     def compressed(ranks: ProcessGroup) -> dict[str, Tensor]:
         model = tiny_model("llama_gqa", seed=1)
-        context = RunContext(windows(), batch=1, ranks=ranks)
+        context = RunContext(windows(), batch=1, processes=ranks)
         found = apply_passes(model, map_of("llama_gqa", model), (make(name, options),), context)
         return dict(found.model.state_dict())
 
