@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.storage.disk import disk_errors
 from llmcompress.storage.folder import check_output, publish, staging_folder
-from llmcompress.storage.ours import mark_output
+from llmcompress.storage.ownership import mark_output
 
 ROOT = Path(__file__).resolve().parents[2]
 
