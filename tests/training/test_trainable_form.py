@@ -54,7 +54,7 @@ def mixed_model() -> PreTrainedModel:
         "llama_gqa",
         block_pass("gptq", **GPTQ, sites="*.mlp.*"),
         block_pass("low_rank_correction", quantizer={"rtn": GPTQ}, rank=3, sites="*.o_proj"),
-        block_pass("svd", ratio=0.5, sites="*.q_proj"),
+        block_pass("svd", fraction=0.5, sites="*.q_proj"),
         make("embeddings"),
     )
     assert isinstance(model, PreTrainedModel)
@@ -156,7 +156,7 @@ QUANTIZED: dict[str, tuple[Pass, ...]] = {
     "gptq": (block_pass("gptq", **GPTQ),),
     "cmpq": (block_pass("cmpq", bits=3),),
     "low_rank_correction": (block_pass("low_rank_correction", quantizer={"rtn": GPTQ}, rank=2),),
-    "svd, gptq": (block_pass("svd", ratio=0.5), block_pass("gptq", **{**GPTQ, "scheme": "int4_channel"})),
+    "svd, gptq": (block_pass("svd", fraction=0.5), block_pass("gptq", **{**GPTQ, "scheme": "int4_channel"})),
     "bnb_nf4": (block_pass("bnb_nf4", exclude="*.down_proj"),),
     "bnb_int8": (block_pass("bnb_int8"),),
     "w8a8": (block_pass("rtn", scheme="int8_channel_a8token"),),
