@@ -29,7 +29,7 @@ Offload = Literal["auto", "always", "never"]
 
 _FLOAT = 4
 _SHARE_OF_MEMORY = 0.7
-"""Of the free memory that weights may take; passes need the rest."""
+"""Fraction of the free memory for weights; passes need the rest."""
 _SOLVING_COPIES = 2
 """Of a Gram matrix, in float32: permuted and factored; it is inverted in its place."""
 _WEIGHT_COPIES = 4
@@ -47,14 +47,14 @@ _SOLVING_PRODUCTS = 40
 
 @dataclass(frozen=True)
 class Cost:
-    """What a recipe takes on any machine."""
+    """The resources of a recipe, on any machine."""
 
     operations: float
     """Multiplications and additions of passes over all blocks and of gradients; those of the head are left out."""
     forwards: float
-    """How often all calibration windows go through all blocks; a forward with gradients counts for three."""
+    """How often all calibration windows pass through all blocks; a forward and backward pass counts as three."""
     peak_bytes: int
-    """Most bytes held at any time, beside the interpreter and its libraries."""
+    """Peak bytes, without the interpreter and its libraries."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class _Measuring:
 
 
 class Machine(NamedTuple):
-    """What turns a cost into seconds and into the memory of a process."""
+    """The speed and base memory of a machine, to turn a cost into seconds and process memory."""
 
     operations_per_second: float
     process_bytes: int = 0
@@ -108,7 +108,7 @@ def must_offload(offload: Offload, passes: Sequence[Pass], *, weight_bytes: int,
 
 
 def cost(recipe: Recipe, model_map: ModelMap, *, parameters: int, vocabulary: int, offloaded: bool = False) -> Cost:
-    """What the recipe takes, from the map and the recipe alone: nothing is computed, measured or read.
+    """The cost of a recipe, from the map and the recipe only: nothing is computed, measured or read.
 
     `vocabulary` = embedding rows.
     """

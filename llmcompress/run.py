@@ -8,7 +8,7 @@
                      SS-training-NAME.safetensors (not in the journal: gone when its stage is finished)
                 log.jsonl
                 lock, process.json
-                llmcompress_run.txt  says that a run made the folder: no other is ever removed
+                llmcompress_run.txt  marks the folder as created by a run: no other is ever removed
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Run:
 
     @property
     def saved(self) -> str:
-        """What is kept, in words for an error."""
+        """Describes what is saved, for error messages."""
         kept = [key for key in self._journal if self._is_valid(key)]
         counts = {
             "finished blocks": sum(not key.endswith(_NOT_BLOCKS) for key in kept),

@@ -25,7 +25,7 @@ class AllTokens:
         self._input_NH = torch.empty(0)
 
     def run(self, experts: nn.ModuleList, x_NH: Tensor) -> None:
-        """Every expert once, on every token."""
+        """Run every expert once on every token."""
         self._input_NH = x_NH
         self.running = True
         try:

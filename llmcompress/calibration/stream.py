@@ -28,7 +28,7 @@ from llmcompress.numerics.statistics import Statistic
 
 
 class BlockWork:
-    """One block while passes work on it: its sites, folds and statistics."""
+    """One block during compression: its sites, folds and statistics."""
 
     def __init__(
         self,

@@ -35,7 +35,7 @@ class CodedSite:
     outputs: int
     inputs: int
     grid: Grid
-    """As the file shows it: a 3-bit grid may lie in 4-bit fields, and zero points may be part of the codes."""
+    """As stored in the file: a 3-bit grid may be in 4-bit fields, and zero points may be part of the codes."""
     scheme: Scheme | None
     """What was quantized to; None: a folder of others, which says no more than its fields."""
     tensors: Mapping[str, TensorHeader]
@@ -50,12 +50,12 @@ class CodedSite:
 
     @property
     def code_bits(self) -> int:
-        """Of one code at its own width."""
+        """Bits of one code without padding."""
         return self.scheme.weights.bits if self.scheme else self.grid.bits
 
     @property
     def ideal_bits(self) -> int:
-        """Codes at their own width, scales and zero points."""
+        """Bits of codes without padding, scales and zero points."""
         scale = next(tensor for name, tensor in self.tensors.items() if name in ("scale", "weight_scale"))
         scale_bits = 8 * scale.dtype.itemsize
         extra = 8 * sum(tensor.bytes for name, tensor in self.tensors.items() if name.startswith("input_"))
@@ -192,7 +192,7 @@ def _at(name: str, found: Mapping[str, TensorHeader], leaves: Set[str]) -> dict[
 
 
 def _schemes(folder: Path) -> dict[str, Scheme]:
-    """The grids that our own report names: a 3-bit grid lies in 4-bit fields, and the files cannot say so."""
+    """The grids named in our report: a 3-bit grid is stored in 4-bit fields, and the files cannot tell."""
     if not (folder / REPORT).is_file():
         return {}
     rows = read_json(folder / REPORT).get("sites", [])

@@ -51,7 +51,7 @@ class Footprint(BaseModel):
     stored_bytes: int
     """Of the tensors in them: without headers."""
     ideal_bytes: int
-    """Codes at their own width, scales, zero points and everything else, without padding."""
+    """Codes, scales, zero points and everything else, without padding."""
     sparse_ideal_bytes: int
     """The same if every tensor stored its non-zeros and a bit for every place, where that is less. No file here is
     stored so, and no count above includes it."""

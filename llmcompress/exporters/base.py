@@ -27,7 +27,7 @@ class Exact:
     """Codes, scales and zero points are stored as they are."""
 
     doubt: str | None = None
-    """What loaders are known to make of it that is not what runs here. Whoever names the target gets it all the same;
+    """What loaders are known to compute differently. A recipe that names the target gets it anyway;
     `auto` looks further."""
 
 
@@ -83,7 +83,7 @@ class Exporter(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     limits: ClassVar[TargetLimits] = TargetLimits()
-    """What it asks of codes; quantizers respect it from the start in a recipe that names this target."""
+    """What it requires of codes; quantizers respect it from the start in a recipe that names this target."""
     runtime: ClassVar[str] = "torch"
     """Name of the runner that opens the folder."""
     fix: ClassVar[str]

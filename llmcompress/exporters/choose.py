@@ -73,7 +73,7 @@ def candidates(wanted: Format, contents: Contents, zero_points: ZeroPoints) -> t
 
 
 def limits_of(wanted: Format) -> TargetLimits:
-    """What the target that a recipe names asks of quantizers; `auto` finds a target that holds whatever they make."""
+    """What the target named in a recipe requires of quantizers; `auto` finds a target for any result."""
     return TargetLimits() if wanted == "auto" else EXPORTERS[wanted].limits
 
 

@@ -1,4 +1,4 @@
-"""Plain checkpoints: every replaced module is dequantized or multiplied out to ordinary weights, which any loader
+"""Plain checkpoints: every replaced module is converted to ordinary weights, which any loader
 reads.
 """
 
@@ -41,7 +41,7 @@ class PlainExporter(Exporter):
 
     @override
     def problem(self, contents: Contents) -> str | None:
-        """Ordinary weights cannot say other sizes, modules around modules, or what depends on the input."""
+        """Ordinary weights cannot represent other sizes, wrapped modules, or dynamic inference."""
         if contents.rearranged:
             return f"no config of this model family can represent {', '.join(contents.rearranged[:3])}"
         sites = {site.name for site in contents.sites}

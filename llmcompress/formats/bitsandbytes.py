@@ -15,7 +15,7 @@ from llmcompress.formats.named import Named
 from llmcompress.numerics.packing import unpack_bits
 
 STATE = ".quant_state.bitsandbytes__"
-"""In the name of the tensor that says, as JSON, how 4-bit codes lie."""
+"""Part of the name of the tensor with the layout of 4-bit codes, as JSON."""
 
 _CONSTANT = ("quant_map", "nested_quant_map", "weight_format", "quant_state")
 """The same in every linear, or no more than its shape."""

@@ -10,7 +10,7 @@ from llmcompress.modules.quant_linear import QuantLinear, quantized_linears
 
 
 class PackedLinear(nn.Module):
-    """Buffers under the names that the file has, on the linear's device; they are filled by whoever loads."""
+    """Buffers under the names in the file, on the linear's device; the loader fills them."""
 
     def __init__(self, site: QuantLinear) -> None:
         super().__init__()

@@ -37,7 +37,7 @@ class Match:
 def match(config: PretrainedConfig, headers: Mapping[str, TensorHeader], *, trust_remote_code: bool = False) -> Match:
     """Let transformers load the checkpoint's headers as tensors on the meta device, with all its own renaming.
 
-    So legacy prefixes, fused experts and ignorable keys are judged by the loader that will load the weights.
+    Legacy prefixes, fused experts and ignorable keys are therefore handled by the loader that will load the weights.
 
     Raises: CompressError listing every tensor that is missing or has another shape than config.json says.
     """

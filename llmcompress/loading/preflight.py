@@ -25,7 +25,7 @@ _STORABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Preflight:
-    """A model that passed, and what is known of it without having read a weight."""
+    """A model that passed all checks, and what is known about it without reading weights."""
 
     config: PretrainedConfig
     """Clean: no key of it chooses code to run."""

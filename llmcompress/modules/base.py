@@ -21,7 +21,7 @@ Spec = dict[str, Any]
 class CompressedModule(nn.Module, ABC):
     """Replaces a linear (or an embedding, a block); computes exactly what will be shipped.
 
-    Subclasses register under the name that manifests use: `@MODULES.register("low_rank")`. All that is learned lies in
+    Subclasses register under the name that manifests use: `@MODULES.register("low_rank")`. All that is learned is in
     parameters and persistent buffers; everything else is in `spec`.
 
     The empty buffer `weight` is a guard: a loader without our plug-in builds the stock module, whose `weight` has
@@ -86,7 +86,7 @@ class CompressedModule(nn.Module, ABC):
         return 0
 
     def coded_bits(self) -> int:
-        """What these take when nothing is wasted: codes at their own width, scales, zero points."""
+        """Bits of codes without padding, scales and zero points."""
         return 0
 
     def differs_below(self, stock: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
@@ -118,7 +118,7 @@ class TrainableTwin(nn.Module, ABC):
     """Stands where a compressed module stood while its numbers are trained, and computes what that will compute.
 
     Before the first step that is the module's own output to the bit. It is in no manifest and is never saved:
-    `settled` ends it. Subclasses note in `roles` which parameters of their own are trained.
+    `compressed` ends it. Subclasses note in `roles` which parameters of their own are trained.
     """
 
     out_features: int

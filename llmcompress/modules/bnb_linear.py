@@ -102,7 +102,7 @@ class BnbLinear(CompressedModule):
             tensor = QuantizedTensor(self.codes, (self.absmax / 127)[:, None], None, None, Grid(8))
             return InputTransform(Int8WithOutliers(OUTLIER), Quantized(tensor, bias=self.bias))
         if self.in_features % BLOCK:
-            # its blocks run across the ends of rows, which no grid of ours says; it is a matrix all the same
+            # its blocks cross the ends of rows, which none of our grids can represent; it is still a matrix
             return Dense(self.dense_weight(), bias=self.bias)
         codes_OI = unpack_bits(_halves_swapped(self.codes), 4, 0, self.coded_weights()).view(self.out_features, -1)
         scale_OG = self._scales().view(self.out_features, -1)

@@ -14,7 +14,7 @@ from llmcompress.modules.dynamic import DynamicBlock
 from llmcompress.modules.linear_predictor import LinearPredictor
 
 LOGITS_AT_ONCE = 2**24
-"""Numbers of one matrix of logits: a prompt is judged in pieces of that size."""
+"""Elements of one matrix of logits: longer prompts are processed in pieces of that size."""
 
 
 class Exits:

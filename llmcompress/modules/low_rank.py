@@ -152,7 +152,7 @@ def _order_by_column(left: nn.Module) -> None:
 
 
 def _empty(outputs: int, inputs: int, *, bias: bool, dtype: torch.dtype, device: torch.device) -> nn.Linear:
-    """Without the random start of an ordinary one: that would move the generator of whoever loads a model."""
+    """Without the random initialization of an ordinary one, which would advance the caller's random generator."""
     linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
         nn.Linear, inputs, outputs, bias=bias, dtype=dtype, device=device
     )

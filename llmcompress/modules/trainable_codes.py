@@ -145,5 +145,5 @@ class TwinOfCodes(TrainableTwin):
 
     @override
     def forward(self, x: Any) -> Any:
-        """What the settled module would compute."""
+        """What the quantized module would compute."""
         return self._of[0].computed(x, self.dense_weight(), self.bias)

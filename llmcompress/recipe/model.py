@@ -23,7 +23,7 @@ class Save(BaseModel):
 
     format: Literal["auto", "compressed-tensors", "plain", "llmcompress"] = "auto"
     """`auto`: compressed-tensors where that format can represent every site; `plain`: dequantized to ordinary weights;
-    `llmcompress`: every code at its own width, 3 bits in 3 bits, for loading after `import llmcompress`."""
+    `llmcompress`: codes without padding, 3 bits in 3 bits, for loading after `import llmcompress`."""
     dtype: Literal["checkpoint", "bfloat16", "float16", "float32"] = "checkpoint"
     """Dtype of scales and of everything that stays dense; `checkpoint`: as in the source."""
     zero_points: Annotated[Literal["folded", "packed"], LeavesWeights()] = "folded"

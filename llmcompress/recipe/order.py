@@ -109,7 +109,7 @@ def _nearest_sites(glob: str, site_names: Sequence[str]) -> str:
 
 
 def _sure_traits(each: Pass) -> frozenset[Trait]:
-    """What every selected site has afterwards, whatever the overrides do."""
+    """Traits that every selected site has afterwards, with any overrides."""
     changed = each.overrides.values() if isinstance(each, BlockPass) else ()
     return each.traits().intersection(*(each.model_copy(update=options).traits() for options in changed))
 

@@ -36,7 +36,7 @@ def cache_folder() -> Path:
 class TensorCache:
     """Named tensors by key, one safetensors file each.
 
-    A file appears complete or not at all, so processes may share a folder without a lock: whoever writes a key last
+    A file appears complete or not at all, so processes may share a folder without a lock: the last one to write a key
     writes what the others wrote. What is missing, damaged or cannot be written is computed again, never an error.
     """
 

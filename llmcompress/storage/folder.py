@@ -23,7 +23,7 @@ from llmcompress.storage.ownership import check_run_folder, is_our_output, mark_
 def check_output(output: Path, *, overwrite: bool, needed_bytes: int = 0, source: Path | None = None) -> None:
     """Before any work: that `output` can be written, and what an earlier killed run left beside it is cleared.
 
-    `source` is the folder that will be read, if there is one of that name: an output that holds it, is it or lies in it
+    `source` is the folder that will be read, if there is one of that name: an output that contains, is or is inside it
     is refused.
 
     Raises: CompressError for a file, a link, a folder in use or with files of the user's, a read-only or full disk.
@@ -104,7 +104,7 @@ def staging_folder(output: Path) -> Iterator[Path]:
 
 
 def _beside(output: Path, kind: str) -> Path:
-    """A hidden name beside `output` that nobody has yet."""
+    """A hidden name beside `output` that is not in use."""
     return output.parent / f".{output.name}.{kind}-{uuid.uuid4().hex[:8]}"
 
 

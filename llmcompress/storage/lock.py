@@ -17,7 +17,7 @@ from llmcompress.errors import CompressError, ExitCode
 class ProcessLock:
     """`lock` in a folder, and beside it `process.json`, which says who holds it.
 
-    The second file is for people only: one that a killed process left behind locks nobody out.
+    The second file is informative only: one left behind by a killed process does not lock anything.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -33,7 +33,7 @@ class ProcessLock:
         try:
             with self._lock.acquire(timeout=0):
                 return False
-        except OSError:  # it is held, or belongs to somebody else
+        except OSError:  # it is held, or belongs to another user
             return True
 
     def take(self) -> None:

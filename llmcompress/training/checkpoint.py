@@ -120,7 +120,7 @@ class Checkpoint:
 
     @property
     def saved(self) -> str:
-        """What is kept, in words for an error."""
+        """Describes what is saved, for error messages."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 facts = json.loads((file.metadata() or {})[_FACTS])

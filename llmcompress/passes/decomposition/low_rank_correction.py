@@ -76,7 +76,7 @@ class LowRankCorrection(BlockPass):
         return self.inner.on_indivisible
 
     def check(self, model_map: ModelMap) -> None:
-        """What the quantizer asks of the sites that are selected here.
+        """Runs the quantizer's checks on the sites selected here.
 
         Raises: CompressError listing every site whose inputs do not divide into groups.
         """

@@ -111,7 +111,7 @@ class ModularDecomposition(BlockPass):
         owed = 0.0
         for info, of_block, wanted in zip(whole.map.blocks, parts, (shares_L * sizes_L).tolist(), strict=True):
             kept, removed = plan(of_block, wanted + owed)
-            # rounding is made up for in the next block, except where all blocks are to be alike
+            # rounding is compensated in the next block, except if all blocks must be alike
             owed += wanted - removed if self.allocation == "influence" else 0.0
             for part, count in zip(of_block, kept, strict=True):
                 decisions[f"{info.index}.{part.kind}.{part.number}"] = torch.tensor(count)

@@ -202,7 +202,7 @@ class Gates(ModelPass):
         return [group for group in unit_groups(model_map) if wanted[group.kind]]
 
     def _rehearse(self, whole: WholeModel, groups: Sequence[UnitGroup]) -> None:
-        """Shrink a copy of one block of each kind, so that nobody trains for hours to learn that heads cannot go.
+        """Shrink a copy of one block of each kind, to find out before a long training if heads cannot be removed.
 
         Raises: CompressError when a block cannot do without units.
         """

@@ -46,7 +46,7 @@ class Magnitude(SparsePass):
         return ()
 
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
-        """How many of the smallest weights of all lie in each site."""
+        """How many of the smallest weights each site contains."""
         if self.comparison != "global":
             return super().decide(whole)
         sites = [site for site in whole.sites() if self.selects(site.name) and not self.has_own_share(site.name)]

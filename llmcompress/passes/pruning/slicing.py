@@ -83,7 +83,7 @@ def _unit_trace(matrix_DD: Tensor) -> Tensor:
 
 
 def lost_share(moment_DD: Tensor, kept_DK: Tensor) -> float:
-    """Share of the energy of the stream that lies in other directions."""
+    """Fraction of the stream's energy in the removed directions."""
     total = float(moment_DD.trace())
     return 1 - float(((moment_DD @ kept_DK) * kept_DK).sum()) / total if total else 0.0
 

@@ -72,7 +72,7 @@ class ChannelwiseMixedPrecision(BlockPass):
         return min(1.0, self.for_site(site).bits / 16)
 
     def needs(self) -> tuple[type[Statistic], ...]:
-        """The Gram matrix: squared inputs stand on its diagonal, errors come from all of it."""
+        """The Gram matrix: squared inputs from its diagonal, errors from all of it."""
         return (Gram,)
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
