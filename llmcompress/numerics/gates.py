@@ -41,7 +41,7 @@ def open_probability(openness_U: Tensor) -> Tensor:
 def cut_through_ranking(importance_U: Tensor, kept: Tensor, softness: float) -> Tensor:
     """Gates that keep a share (a scalar that may be learned) of the units: near 1 for the most important, then falling.
 
-    Their mean is the kept fraction, except for clipped ends; `softness` is the width of the slope as a fraction of units.
+    Their mean is the kept fraction, except for clipped ends; `softness`: width of the slope, as a fraction of units.
 
     Source: Ning et al., arXiv 2004.02164 (DSA). Differs: a logistic slope over ranks, not over the scores themselves.
     """
