@@ -37,7 +37,7 @@ class CodedSite:
     grid: Grid
     """As stored in the file: a 3-bit grid may be in 4-bit fields, and zero points may be part of the codes."""
     scheme: Scheme | None
-    """What was quantized to; None: a folder of others, which says no more than its fields."""
+    """The grid; None for checkpoints of other tools, which store only the field widths."""
     tensors: Mapping[str, TensorHeader]
     """By their last name: `weight_packed`, `scale`, …"""
     unpack: Callable[[CodedSite, Named], QuantizedTensor]
@@ -45,7 +45,7 @@ class CodedSite:
 
     @property
     def weights(self) -> int:
-        """How many the codes stand for."""
+        """Number of quantized weights."""
         return self.outputs * self.inputs
 
     @property
@@ -70,7 +70,7 @@ class CodedSite:
 
 @dataclass(frozen=True)
 class StoredCodes:
-    """A checkpoint sorted into codes and everything else."""
+    """A checkpoint divided into quantized and other tensors."""
 
     folder: Path
     format: str
@@ -154,7 +154,7 @@ def _compressed_tensors(site: CodedSite, found: Named) -> QuantizedTensor:
 
 
 def _grid(tensors: Mapping[str, TensorHeader], inputs: int, widths: Sequence[int]) -> Grid:
-    """What dtypes and shapes say of the grid; `widths` are those that the config names, in rising order."""
+    """The grid, as far as dtypes and shapes tell; `widths` are the candidates from the config, ascending."""
     scale = tensors["weight_scale"]
     group = inputs // scale.shape[-1] if len(scale.shape) > 1 else None
     if "weight_shape" in tensors:

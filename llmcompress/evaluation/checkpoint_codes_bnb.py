@@ -25,7 +25,7 @@ class BnbSite:
 
     @property
     def weights(self) -> int:
-        """How many the codes stand for."""
+        """Number of quantized weights."""
         return self.outputs * self.inputs
 
     @property

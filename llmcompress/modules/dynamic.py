@@ -26,19 +26,19 @@ _HIDDEN = "hidden_states"
 
 @dataclass
 class Tally:
-    """How often something ran while it was counted."""
+    """Counts of what ran."""
 
     total: float = 0
-    """Tokens that came (blocks), or numbers that came (activations)."""
+    """Input tokens (blocks), or input elements (activations)."""
     active: float = 0
-    """Those of them that were computed with."""
+    """Those that were used."""
     calls: int = 0
     skipped_calls: int = 0
     """Calls whose tokens all skipped: only these save time."""
 
     @property
     def share(self) -> float:
-        """What was computed with."""
+        """The fraction that was used."""
         return self.active / self.total if self.total else 1.0
 
 
@@ -143,7 +143,7 @@ def _is_cache(value: Any) -> bool:
 
 @contextmanager
 def tallied(model: nn.Module) -> Iterator[dict[str, Tally]]:
-    """Count, while the context lasts, what dynamic modules run and what they skip; by module name."""
+    """Count, within the context, what dynamic modules run and skip, by module name."""
     dynamic = {name: part for name, part in model.named_modules() if hasattr(type(part), "tally")}
     counts = {name: Tally() for name in dynamic}
     try:

@@ -20,13 +20,13 @@ class TargetLimits:
     """
 
     positive_scales: bool = False
-    """Scales below zero are not understood."""
+    """Negative scales are not supported."""
     scale_dtypes: frozenset[torch.dtype] | None = None
-    """Of scales in the checkpoint's dtype."""
+    """Supported dtypes of scales."""
     bits: frozenset[int] | None = None
-    """Of a code."""
+    """Supported bit widths."""
     groups: frozenset[int] | None = None
-    """How many inputs may share a scale, where that is not the whole row."""
+    """Supported group sizes, other than the whole row."""
     whole_rows: bool = True
     """A row may be one group."""
     ragged_groups: bool = True
@@ -65,7 +65,7 @@ class TargetLimits:
         return None
 
     def nearest(self, scheme: Scheme, inputs: int) -> Scheme | None:
-        """The scheme most like this one that can be held; None where only another kind of number could be.
+        """The most similar supported scheme; None if only another kind of number is supported.
 
         Zero points and rounded activations are given up last, and rather more bits are taken than fewer.
         """
@@ -92,6 +92,6 @@ class TargetLimits:
 
 
 def group_of(scheme: Scheme, inputs: int) -> int | None:
-    """Inputs that share a scale; None where the whole row does, because it is no longer than a group."""
+    """Inputs that share a scale; None if the whole row does."""
     group = scheme.weights.group
     return group if group is not None and group <= inputs else None

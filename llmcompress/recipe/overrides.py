@@ -115,7 +115,7 @@ def _typed(text: str, path: Path, schema: Schema) -> Any:
 
 
 def _forget(document: Document, path: Path) -> None:
-    """Drop what was known of the old value and of all below it."""
+    """Forget the places and raw texts of the old value and everything below it."""
     for known in (document.places, document.raw):
         for old in [old for old in known if old[: len(path)] == path]:
             del known[old]
