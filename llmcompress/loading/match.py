@@ -21,17 +21,17 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Match:
-    """What the model holds once it is loaded."""
+    """The tensors of the model once it is loaded."""
 
     shapes: dict[str, Shape]
-    """Every tensor that is saved, under the name transformers gives it; a tied head is not there twice."""
+    """Every saved tensor, under transformers' name; a tied head is listed once."""
     embedding_rows: int
     tied: bool
-    """Whether config.json says that head and embedding are one tensor."""
+    """Whether config.json ties the output head to the embedding."""
     stored_twice: tuple[str, str] | None
     """Names in the checkpoint of a tied embedding and head that are both stored."""
     unused: tuple[str, ...]
-    """Tensors of the checkpoint that the model has no place for."""
+    """Tensors of the checkpoint that the model does not use."""
 
 
 def match(config: PretrainedConfig, headers: Mapping[str, TensorHeader], *, trust_remote_code: bool = False) -> Match:
@@ -99,7 +99,7 @@ def _load_headers(
     shapes: Mapping[str, Shape],
     head: str,
 ) -> list[str]:
-    """Names that found no place."""
+    """Unused names."""
     folder = str(config.name_or_path)
     tensors = {
         # codes in place of a weight are the caller's to name; here they would only break the assignment

@@ -19,7 +19,7 @@ class Source:
 
     folder: Path
     name: str
-    """As the user wrote it."""
+    """The name that the user gave."""
     revision: str | None = None
     """Commit on the Hub; None for a folder of the user's own."""
     is_builtin: bool = False

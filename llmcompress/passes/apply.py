@@ -145,7 +145,7 @@ def _stream(whole: WholeModel, stage: Stage, *, label: str) -> list[SiteReport]:
 
 
 def _decisions(whole: WholeModel, stage: Stage) -> dict[str, Tensor]:
-    """Only the first pass of a stage can decide; what it decided is kept."""
+    """Only the first pass of a stage can decide; its decisions are saved."""
     first, keep = stage.passes[0], whole.context.keep
     if not first.decides:
         return {}
@@ -169,6 +169,6 @@ def meta_copy(module: nn.Module) -> nn.Module:
 
 
 def _settle(model: nn.Module, storage_dtype: torch.dtype) -> None:
-    """Round every parameter to what will be stored, as the stream does block by block."""
+    """Round every parameter to the stored dtype, as the stream does block by block."""
     for parameter in model.parameters():
         parameter.data.copy_(parameter.data.to(storage_dtype))

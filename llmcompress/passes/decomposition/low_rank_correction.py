@@ -62,7 +62,7 @@ class LowRankCorrection(BlockPass):
 
     @property
     def inner(self) -> QuantizingPass:
-        """The quantizing pass."""
+        """The quantization pass."""
         return quantizer_of(self.quantizer)
 
     @property
@@ -117,7 +117,7 @@ class LowRankCorrection(BlockPass):
 
 
 def quantizer_of(named: Mapping[str, dict[str, Any]]) -> QuantizingPass:
-    """The quantizing pass that `{name: {option: value}}` stands for.
+    """The quantization pass that `{name: {option: value}}` stands for.
 
     Raises: ValueError when it is none, or could not work inside another pass.
     """

@@ -26,7 +26,7 @@ from llmcompress.passes.decomposition.modegpt_parts import Part, parts_of, reaso
 from llmcompress.records.rows import SiteReport
 
 MOST = 0.9
-"""No part of a block loses a larger share than this."""
+"""No part of a block loses a larger fraction than this."""
 
 
 @PASSES.register("modegpt")

@@ -38,7 +38,7 @@ class FactorOptions(Protocol):
 
     @property
     def keep(self) -> float:
-        """Share of a site's parameters that goes into the budget."""
+        """Fraction of a site's parameters for the budget."""
 
     def selects(self, site: str) -> bool:
         """Whether it works on that site."""
@@ -50,7 +50,7 @@ class FactorOptions(Protocol):
         """Statistics that `metric` reads."""
 
     def metric(self, site: LinearSite) -> Tensor | None:
-        """What the site's inputs are like."""
+        """The metric of the site's inputs."""
 
 
 def decide_ranks(options: FactorOptions, whole: WholeModel) -> dict[str, Tensor]:
@@ -68,7 +68,7 @@ def decide_ranks(options: FactorOptions, whole: WholeModel) -> dict[str, Tensor]
 
 
 def rank_row(site: str, matrix: Matrix, bits_per_weight: int) -> Row:
-    """What every rank of a site loses and takes; the last option is the matrix itself."""
+    """Loss and size of every rank of a site; the last option is the dense matrix."""
     options = matrix.options()
     return Row.of(
         site,

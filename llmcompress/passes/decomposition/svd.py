@@ -80,7 +80,7 @@ class SingularValues(BlockPass):
 
     @property
     def keep(self) -> float:
-        """Share of a site's parameters that its factors may have."""
+        """Fraction of a site's parameters that its factors may have."""
         return 1 - (0.2 if self.fraction is None else self.fraction)
 
     @property
@@ -104,7 +104,7 @@ class SingularValues(BlockPass):
         return bool(self.needs()) or self.rule == "loss" or self.refit
 
     def needs(self) -> tuple[type[Statistic], ...]:
-        """What the metric is made of."""
+        """The statistic behind the metric."""
         kinds: dict[Whitening, tuple[type[Statistic], ...]] = {"none": (), "activation": (AbsMean,), "gram": (Gram,)}
         return kinds[self.whitening]
 
@@ -126,7 +126,7 @@ class SingularValues(BlockPass):
         return self.with_site_options({"ranks": "uniform"}, of_site)
 
     def metric(self, site: LinearSite) -> Tensor | None:
-        """What the site's inputs are like, as measured; None where they do not count or none came."""
+        """The measured metric of the site's inputs; None without whitening or tokens."""
         if not self.needs() or site.statistic(self.needs()[0]).tokens == 0:
             return None
         if self.whitening == "gram":

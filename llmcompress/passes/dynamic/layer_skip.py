@@ -68,7 +68,7 @@ class LayerSkip(ModelPass):
     @override
     @torch.no_grad()
     def apply(self, whole: WholeModel) -> list[SiteReport]:
-        """Fit the tests, choose the threshold, put blocks that someone skips into skip blocks."""
+        """Fit the predictors, choose the threshold, wrap the blocks that tokens skip."""
         with whole.resident() as model:
             blocks = find_blocks(model)
             predictors = [
@@ -87,7 +87,7 @@ class LayerSkip(ModelPass):
             return measured(whole, model, [blocks[index][0] for index in used], "layer_skip", threshold)
 
     def _predictors(self, whole: WholeModel, model: PreTrainedModel, blocks: int) -> list[LinearPredictor]:
-        """One test per block."""
+        """One predictor per block."""
         fits = [PredictorFit(whole.map.hidden_size, whole.context.device) for _ in range(blocks)]
         before = torch.empty(0)
 
@@ -103,7 +103,7 @@ class LayerSkip(ModelPass):
         return [fit.solve(self.ridge, whole.context.storage_dtype) for fit in fits]
 
     def _predictions(self, whole: WholeModel, model: PreTrainedModel, predictors: list[LinearPredictor]) -> Tensor:
-        """What the tests say of every token, blocks × N."""
+        """Predictions for every token, blocks × N."""
         predicted: list[list[Tensor]] = [[] for _ in predictors]
 
         def see(index: int, state_ND: Tensor) -> None:

@@ -19,7 +19,7 @@ class Request:
 
     group: UnitGroup
     fraction: float
-    """Share of its units to remove; of all groups together under a global budget."""
+    """Fraction of its units to remove; of all groups together under a global budget."""
     multiple: int = 1
     """The number of units that stay is a multiple of this, where the group has that many."""
     floor: float = 0.0

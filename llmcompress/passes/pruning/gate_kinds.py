@@ -24,9 +24,9 @@ START_OPEN = 2.5
 SLOPE = 0.05
 """Width of the soft cut of `dsa`, as a fraction of the units."""
 CYCLES = 4
-"""Tick-tocks of `decorator`."""
+"""Cycles of `decorator`."""
 RAMP = 0.5
-"""Share of the steps over which budgets are approached."""
+"""Fraction of the steps over which budgets are approached."""
 
 
 class TrainGates(Protocol):
@@ -53,7 +53,7 @@ class Task:
     model: PreTrainedModel
     groups: Sequence[UnitGroup]
     fractions: Sequence[float]
-    """Share of each group to remove."""
+    """Fraction of each group to remove."""
     pooled: bool
     """Whether the fractions bind all groups together, weight for weight, rather than each."""
     strength: float
@@ -62,7 +62,7 @@ class Task:
     """Priorities and a fraction of the training → True for the units kept then."""
     train: TrainGates
     measure: Callable[[], None]
-    """Leave the gradient of the loss over all calibration windows in whatever wants one."""
+    """Accumulate the gradient of the loss over all calibration windows."""
 
     def vectors(self, value: float) -> list[nn.Parameter]:
         """A parameter with one number per unit, for every group."""
@@ -70,7 +70,7 @@ class Task:
         return [nn.Parameter(torch.full((group.units,), value, device=device)) for group in self.groups]
 
     def targets(self) -> list[float]:
-        """What `removed` shall come to."""
+        """The target of `removed`."""
         return [float(share) for share in self.removed([torch.tensor(1 - fraction) for fraction in self.fractions])]
 
     def removed(self, kept: Sequence[Tensor]) -> list[Tensor]:
@@ -82,7 +82,7 @@ class Task:
         return [torch.as_tensor(gone) / sum(weights)]
 
     def budget(self) -> Budget:
-        """What pushes the shares to the targets."""
+        """The penalty that pushes the fractions to their targets."""
         rate = 10 * self.strength / self.steps
         return Budget(self.targets(), ramp_steps=round(RAMP * self.steps), rate=rate, quadratic=self.strength)
 
@@ -204,7 +204,7 @@ def learn_dsa(task: Task) -> Learned:
 
 
 def learn_decorator(task: Task) -> Learned:
-    """Tick: gates alone are watched, and the units of least |gate · ∂L/∂gate| go; tock: the rest recovers.
+    """Cycles of two phases: gates are scored and the units of least |gate · ∂L/∂gate| removed; then the rest recovers.
 
     Source: You et al., arXiv 1909.08174 (Gate Decorator). Differs: few cycles of equal length, and no penalty.
     """

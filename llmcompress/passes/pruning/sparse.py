@@ -108,7 +108,7 @@ class SparsePass(BlockPass):
         return bool(self.needs()) or self.allocation != "uniform"
 
     def check(self, model_map: ModelMap) -> None:
-        """Whether every selected site divides into groups of its pattern.
+        """Check that every selected site divides into groups of its pattern.
 
         Raises: CompressError listing all that do not.
         """
@@ -124,11 +124,11 @@ class SparsePass(BlockPass):
         return self.allocation != "loss"
 
     def forwards(self) -> int:
-        """Shares that depend on each other take a stream of their own."""
+        """One more stream if the sparsity is allocated."""
         return super().forwards() + 2 * (self.allocation != "uniform")
 
     def backward(self) -> Backward | None:
-        """For shares by loss."""
+        """For allocation by loss."""
         return Backward() if self.allocation == "loss" else None
 
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ class QuantizerWrapper(QuantizingPass):
 
     @property
     def inner(self) -> QuantizingPass:
-        """The quantizing pass."""
+        """The quantization pass."""
         return self._inner(self.quantizer)
 
     def _inner(self, named: dict[str, dict[str, Any]]) -> QuantizingPass:

@@ -78,11 +78,11 @@ class Objective(ABC):
         """The mean over the tokens to be predicted in this batch."""
 
     def state(self) -> dict[str, Tensor]:
-        """What a killed training must find again, beside weights and random numbers."""
+        """State for resuming, besides weights and random states."""
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 (most have no state)
-        """Go on where `state` was taken."""
+        """Restore what `state` returned."""
 
 
 class TokenObjective(BaseModel, Objective):

@@ -28,9 +28,9 @@ class KL(TokenObjective):
     """forward: KL(teacher ‖ student), covers all that the teacher says; reverse: KL(student ‖ teacher), seeks its
     modes."""
     temperature: float = Field(default=1.0, gt=0)
-    """Divides the logits of both."""
+    """Temperature of both distributions."""
     weight: float = Field(default=1.0, ge=0, le=1)
-    """Share of the divergence; the rest is cross-entropy with the targets."""
+    """Weight of the divergence; the rest is cross-entropy with the targets."""
 
     @override
     def needs_teacher(self) -> bool:

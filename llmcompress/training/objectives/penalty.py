@@ -20,11 +20,11 @@ class Penalty(ABC):
         """Of step 1, 2, …, with its graph."""
 
     def state(self) -> dict[str, Tensor]:
-        """What a killed training must find again."""
+        """State for resuming."""
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 (most have no state)
-        """Go on where `state` was taken."""
+        """Restore what `state` returned."""
 
 
 class Penalised(Objective):
