@@ -35,7 +35,7 @@ _SOLVING_COPIES = 2
 _WEIGHT_COPIES = 4
 """Of a site's weights while it is solved: as they are, permuted, transposed for the sweep, codes and masks."""
 _SAVED_HIDDEN = 10
-"""Hidden states that a block keeps per token for the gradient, beside its linears' outputs: norms, turned queries and
+"""Hidden states that a block keeps per token for the gradient, besides its linears' outputs: norms, turned queries and
 keys, sums."""
 _SAVED_OUTPUTS = 2
 """The outputs of linears themselves, and what is computed from them."""
@@ -50,7 +50,7 @@ class Cost:
     """The resources of a recipe, on any machine."""
 
     operations: float
-    """Multiplications and additions of passes over all blocks and of gradients; those of the head are left out."""
+    """Multiplications and additions of passes over all blocks and of gradients, without the output head."""
     forwards: float
     """How often all calibration windows pass through all blocks; a forward and backward pass counts as three."""
     peak_bytes: int
@@ -167,7 +167,7 @@ def _peak_bytes(
 
 
 def _operations(recipe: Recipe, model_map: ModelMap, passes: Sequence[_Measuring], forwards: Sequence[float]) -> float:
-    """Of passes over all blocks and of gradients; the head is left out."""
+    """Operations of passes over all blocks and of gradients, without the output head."""
     window = recipe.calibration.tokens
     tokens = recipe.calibration.samples * window
     total = 0.0
@@ -180,7 +180,7 @@ def _operations(recipe: Recipe, model_map: ModelMap, passes: Sequence[_Measuring
 
 
 def _working_bytes(each: _Measuring, block: BlockInfo, tokens: int) -> int:
-    """Beside weights and hidden states: one batch inside the block; then its statistics and what solving a site takes.
+    """Besides weights and hidden states: one batch inside the block; then its statistics and what solving a site takes.
 
     Gram matrices of all input groups are there at once; vectors do not count.
     """
@@ -195,7 +195,7 @@ def _working_bytes(each: _Measuring, block: BlockInfo, tokens: int) -> int:
 
 
 def _gradient_bytes(each: Pass, recipe: Recipe, model_map: ModelMap, parameters: int, vocabulary: int) -> int:
-    """Beside the weights, while gradients of the loss go through the whole model; 0 for a pass that takes none."""
+    """Besides the weights, while gradients of the loss are computed; 0 for a pass without gradients."""
     found = each.backward()
     if not found:
         return 0

@@ -1,4 +1,4 @@
-"""The run folder beside the output: what a killed run needs to go on at the block it reached, bit for bit.
+"""The run folder next to the output: everything that an interrupted run needs to resume, bit for bit.
 
 <output>.run/   lock.yaml         the resolved recipe; compressing with it repeats the run
                 fingerprint.json  what must be the same for a resume to make sense
@@ -55,7 +55,7 @@ class Run:
 
     @classmethod
     def open(cls, output: Path, *, fingerprint: dict[str, str], lock_text: str, fresh: bool) -> Self:
-        """Start a run, or go on with the one found beside `output`; `fresh` throws that one away.
+        """Start a run, or resume the one found next to `output`; `fresh` discards that one.
 
         A run that has saved nothing is not resumed: it starts over, with any settings.
 

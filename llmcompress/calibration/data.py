@@ -113,7 +113,7 @@ def _from_text(
     windows_NT = windows(packed, settings, length, bos, name=texts.name)
     skipped = texts.skipped + refused
     if skipped:
-        warnings.append(f"{skipped} rows of {texts.name} could not be read and were left out")
+        warnings.append(f"{skipped} rows of {texts.name} could not be read and were skipped")
     if packed.unknown:
         warnings.append(packed.unknown)
     if len(windows_NT) < settings.samples:

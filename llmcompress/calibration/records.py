@@ -72,7 +72,7 @@ def contents_of(
 
 
 def find_columns(columns: list[str], *, column: str | None, format: Format, where: str) -> tuple[str, ...]:
-    """The columns that hold the text or the messages; several are put together (`prompt+completion`).
+    """The columns with the text or the messages; several are joined (`prompt+completion`).
 
     Raises: CompressError showing the columns there are.
     """

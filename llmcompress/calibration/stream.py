@@ -68,7 +68,7 @@ class BlockWork:
         return [[self._by_name[name] for name in group.sites] for group in self.info.structure.groups]
 
     def producer_channels(self, fold: Fold) -> int:
-        """How many channels a fold's producer gives out."""
+        """The number of output channels of a fold's producer."""
         if fold.producer_is_norm:
             return self.module.get_parameter(f"{fold.producer}.weight").numel()
         return self.info.structure.site(fold.producer).outputs

@@ -99,5 +99,5 @@ class WholeModel:
         return math.exp(min(total / max(tokens, 1), 80.0))
 
     def replace_model(self, model: PreTrainedModel) -> None:
-        """The model became another object; the map is made anew when the pass is done."""
+        """The model was replaced by another object; it is mapped again after the pass."""
         self.model = model

@@ -186,7 +186,7 @@ _READERS: Mapping[str, _Reader] = {
 
 
 def _at(name: str, found: Mapping[str, TensorHeader], leaves: Set[str]) -> dict[str, TensorHeader]:
-    """The tensors of a quantized linear, its bias left out."""
+    """The tensors of a quantized linear, without its bias."""
     there = {leaf: found.get(f"{name}.{leaf}") for leaf in sorted(leaves)}
     return {leaf: tensor for leaf, tensor in there.items() if tensor is not None}
 

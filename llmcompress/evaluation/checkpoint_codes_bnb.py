@@ -57,6 +57,6 @@ def bnb_sites(found: Mapping[str, TensorHeader]) -> Iterator[BnbSite]:
 
 
 def _at(linear: str, found: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
-    """Its tensors, the bias left out."""
+    """Its tensors, without the bias."""
     inside = {name.removeprefix(f"{linear}."): each for name, each in found.items() if name.startswith(f"{linear}.")}
     return {name: each for name, each in inside.items() if name != "bias"}

@@ -62,7 +62,7 @@ def score(
 ) -> Iterator[WindowScores]:
     """Every window's scores, in order; what is computed of the next one is computed when it is asked for.
 
-    Beside the token that came, the `top` most likely ones are looked at, or those that a `reference` looked at in the
+    Besides the actual token, the `top` most likely ones are scored, or those that a `reference` scored in the
     same window. `batch`: windows that go through the model together (None: by the size of their logits); changes no
     result. `name` is what errors call the text.
 

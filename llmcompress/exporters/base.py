@@ -91,7 +91,7 @@ class Exporter(BaseModel, ABC):
 
     @abstractmethod
     def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:
-        """What would become of one quantized linear by itself; `storage_dtype` None: not known yet."""
+        """The answer for one quantized linear; `storage_dtype` None: not known yet."""
 
     def answers(self, contents: Contents) -> dict[str, Answer]:
         """The same for every quantized linear of a model; here stand rules about several of them."""

@@ -54,7 +54,7 @@ class Contents:
     differences: Manifest = field(default_factory=Manifest)
     """From the stock model. A plan does not know them."""
     modules: Mapping[str, CompressedModule] = field(default_factory=dict)
-    """What replaced a module of the stock model, parts of such a thing left out. Not known to a plan either."""
+    """Modules that replace a stock module, without their parts. Not known to a plan either."""
     named_caches: frozenset[str] = frozenset()
     """Attentions with a quantized KV cache that compressed-tensors can represent."""
 

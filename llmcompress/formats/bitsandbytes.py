@@ -54,5 +54,5 @@ def shape_of(state: Tensor) -> tuple[int, int]:
 
 
 def is_constant(name: str) -> bool:
-    """Whether a tensor beside the codes tells nothing of the weights."""
+    """Whether a tensor besides the codes is not needed for the weights."""
     return name.removeprefix("weight.").startswith(_CONSTANT)

@@ -58,7 +58,7 @@ NAMES = frozenset(
         "input_global_scale",
     }
 )
-"""What `pack` may give beside the bias."""
+"""What `pack` may return besides the bias."""
 
 _FLOATS: dict[tuple[NumberFormat, ScaleKind], LayoutName] = {
     (E4M3, STORED): "float-quantized",

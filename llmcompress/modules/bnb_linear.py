@@ -27,7 +27,7 @@ from llmcompress.numerics.quantized import QuantizedTensor
 Kind = Literal["nf4", "int8"]
 
 BLOCK, NESTED_BLOCK = 64, 256
-"""Weights under one scale, and scales under one scale of scales: what the package takes by itself."""
+"""Weights per scale, and scales per scale of scales: the package's defaults."""
 OUTLIER = 6.0
 """Inputs beyond it are multiplied in float16 (int8 only), as transformers does by default."""
 

@@ -126,7 +126,7 @@ class ExitBlock(DynamicBlock):
 
 
 def readings(read: Sequence[nn.Module], hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest probability, and the token that has it, for states behind the last block.
+    """Largest probability, and its token, for states after the last block.
 
     What a family does to its logits afterwards (Gemma's soft cap, Cohere's scale) is not done: it keeps their order.
     """
@@ -142,7 +142,7 @@ def readings(read: Sequence[nn.Module], hidden_ND: Tensor) -> tuple[Tensor, Tens
 
 
 def logits_of(read: Sequence[nn.Module], hidden_ND: Tensor) -> Tensor:
-    """N×V in float32, for states behind the last block."""
+    """N×V in float32, for states after the last block."""
     state = hidden_ND[None]
     for module in read:
         state = module(state)

@@ -9,7 +9,7 @@ import torch
 
 Role = Literal["weights", "scales", "zero_points", "factors", "adapters", "biases"]
 """Weights that codes are rounded from (or that are no codes); scales of codes, and levels of codebooks; zero points;
-factors that multiply to a matrix; low-rank branches beside codes; biases."""
+factors that multiply to a matrix; low-rank branches of quantized linears; biases."""
 
 ROLES: frozenset[Role] = frozenset(get_args(Role))
 

@@ -20,7 +20,7 @@ from llmcompress.errors import CompressError, ExitCode
 _NAME = re.compile(r"(?P<zeros>[1-9]\d*):(?P<of>[1-9]\d*)")
 
 _LARGE = 1 << 18
-"""Scores from which on sampling pays."""
+"""Number of scores from which sampling is faster."""
 
 
 @dataclass(frozen=True)

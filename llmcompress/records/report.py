@@ -22,7 +22,7 @@ from llmcompress.records.rows import Record, SiteReport
 from llmcompress.storage.json_file import read_json
 
 REPORT = "llmcompress_report.json"
-"""Its file beside the weights."""
+"""Its file, saved with the weights."""
 
 VERSION: Literal[1] = 1
 """Increases when a field or a kind of measurement changes its meaning; new kinds do not change it."""
@@ -51,7 +51,7 @@ class Quality:
 
 
 class Report(Record):
-    """Saved as `llmcompress_report.json` beside the weights."""
+    """Saved as `llmcompress_report.json` with the weights."""
 
     version: Literal[1] = VERSION
     model: str

@@ -13,7 +13,7 @@ from llmcompress.storage.disk import sync
 
 @contextmanager
 def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
-    """A file beside `path` to fill; when the block ends it becomes `path`, and the disk has confirmed it.
+    """A file next to `path` to fill; when the block ends it becomes `path`, synced to disk.
 
     It is in the same folder, because renaming is atomic only within one file system. After an error `path` is what
     it was, and the half-written file is gone. `shared`: other processes may write the same file at this moment.

@@ -15,7 +15,7 @@ from llmcompress.errors import CompressError, ExitCode
 
 
 class ProcessLock:
-    """`lock` in a folder, and beside it `process.json`, which says who holds it.
+    """`lock` in a folder, and next to it `process.json`, which names its owner.
 
     The second file is informative only: one left behind by a killed process does not lock anything.
     """

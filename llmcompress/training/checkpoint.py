@@ -63,7 +63,7 @@ class Checkpoint:
     parts: Mapping[str, Stateful]
 
     def save(self, reached: Reached) -> None:
-        """Write the file beside the old one and put it in its place.
+        """Replace the file atomically.
 
         Raises: CompressError when the disk is full; the old file is kept.
         """

@@ -205,7 +205,7 @@ class Session:
         return total / max(tokens, 1)
 
     def _head_and_samples(self, data: TrainingData) -> tuple[Head | None, int]:
-        """The head by itself, where logits of a whole batch are too large, or else how many samples at once."""
+        """The head, if the logits of a whole batch are too large, or else how many samples at once."""
         model, context = self._task.model, self._task.context
         vocabulary, processes = model.config.get_text_config().vocab_size, self._accelerator.num_processes
         batch, most = self._task.settings.batch, rows_at_once(vocabulary)

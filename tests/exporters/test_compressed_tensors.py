@@ -96,7 +96,7 @@ def test_ragged_groups_and_conv1d_are_said_before_any_work():
 
 def test_auto_saves_them_multiplied_out_and_says_so():
     notes = _notes("auto", _schemes("int4_g32"), PROJ, RAGGED, CONV)
-    assert len(notes) == 2 and all("multiplied out" in note for note in notes)
+    assert len(notes) == 2 and all("dequantized" in note for note in notes)
 
 
 def test_compressed_tensors_refuses_them_naming_site_and_fix():
@@ -134,8 +134,8 @@ def test_wider_fields_than_the_scheme_are_said():
 @pytest.mark.parametrize(
     ("scheme", "dtype", "reason"),
     [
-        ("nf4_g32", None, "no word"),
-        ("fp4_g32", torch.bfloat16, "no word"),
+        ("nf4_g32", None, "cannot represent"),
+        ("fp4_g32", torch.bfloat16, "cannot represent"),
         ("mxfp4", torch.float16, "bfloat16 only"),
         ("nvfp4_a", torch.bfloat16, "differently"),
     ],

@@ -58,7 +58,7 @@ class Caldera(QuantizingPass):
         return (Gram, *self.activation_statistics())
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
-        """Find codes and branch of every site by itself."""
+        """Find codes and branch of every site separately."""
         rows = []
         for site in sites:
             if self.scheme_for(site.name, site.info.inputs):

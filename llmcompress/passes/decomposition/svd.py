@@ -104,7 +104,7 @@ class SingularValues(BlockPass):
         return bool(self.needs()) or self.rule == "loss" or self.refit
 
     def needs(self) -> tuple[type[Statistic], ...]:
-        """The statistic behind the metric."""
+        """The statistic of the metric."""
         kinds: dict[Whitening, tuple[type[Statistic], ...]] = {"none": (), "activation": (AbsMean,), "gram": (Gram,)}
         return kinds[self.whitening]
 
@@ -151,7 +151,7 @@ class SingularValues(BlockPass):
         return _refitted(block, weights, rows) if self.refit else rows
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
-        """Factor every site by itself."""
+        """Factor every site separately."""
         rows = []
         for site in sites:
             block.context.progress.substep(f"svd {site.info.name}")

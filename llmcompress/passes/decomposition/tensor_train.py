@@ -74,7 +74,7 @@ class TensorTrain(BlockPass):
         return ()
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
-        """Every site by itself."""
+        """Decompose every site separately."""
         rows = []
         for site in sites:
             block.context.progress.substep(f"tensor_train {site.info.name}")

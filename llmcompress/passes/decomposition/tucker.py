@@ -64,7 +64,7 @@ class TuckerHeads(BlockPass):
             )
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
-        """Every site that has heads, by itself."""
+        """Decompose every site that has heads separately."""
         selected = {site.info.name: site for site in sites}
         rows = []
         for part in _parts(block.info):

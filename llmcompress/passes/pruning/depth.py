@@ -219,7 +219,7 @@ def distances(
 ) -> list[float]:
     """How far each run of `span` blocks moves the hidden states; blocks in `skipped` do nothing and have no score.
 
-    Positions before `first` are left out. One stream over the blocks; the states of the last `span` depths are kept.
+    Positions before `first` are ignored. One stream over the blocks; the states of the last `span` depths are kept.
     """
     found = []
     earlier: deque[Tensor] = deque(maxlen=span)

@@ -52,7 +52,7 @@ class Recover(ModelPass):
 
     @override
     def conflict_with_all(self, traits: frozenset[Trait]) -> str | None:
-        """A branch beside codes is dense."""
+        """A branch of a quantized linear is dense."""
         return (
             "would fill zeros through dense adapters" if "codes" in traits and traits & {"zeros", "pattern"} else None
         )

@@ -76,7 +76,7 @@ class ChannelwiseMixedPrecision(BlockPass):
         return (Gram,)
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
-        """Find widths, codebooks and codes of every site by itself."""
+        """Find bit widths, codebooks and codes of every site separately."""
         rows = []
         for site in sites:
             block.context.progress.substep(f"cmpq {site.info.name}")

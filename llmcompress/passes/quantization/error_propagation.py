@@ -59,7 +59,7 @@ class ErrorPropagation(QuantizingPass):
 
     @property
     def inner(self) -> QuantizingPass:
-        """The quantization pass, with all that stands beside it here."""
+        """The quantization pass, with this pass's other options."""
         ((name, options),) = self.quantizer.items()
         return quantizer_with(
             {name: {**options, "on_indivisible": self.on_indivisible}},

@@ -40,7 +40,7 @@ class HalfQuadratic(QuantizingPass):
         return self.activation_statistics()
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
-        """Solve and round every site by itself."""
+        """Solve and round every site separately."""
         rows = []
         for site in sites:
             scheme = self.scheme_for(site.name, site.info.inputs)

@@ -69,7 +69,7 @@ class Reorder(BlockPass):
 
     @override
     def names_after(self, site: str) -> tuple[str, ...]:
-        """The linear behind the rounding."""
+        """The linear after the quantization."""
         return (f"{site}.kept",)
 
     @override

@@ -88,7 +88,7 @@ class Rotation(ModelPass):
 
     @override
     def names_after(self, site: str) -> tuple[str, ...]:
-        """The linear behind an online transform has another name."""
+        """A linear after an online transform has another name."""
         return (f"{site}.kept",) if self._matches(site) else (site,)
 
     @override

@@ -32,7 +32,7 @@ class RoundToNearest(QuantizingPass):
         return self.activation_statistics()
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
-        """Round every site by itself."""
+        """Round every site separately."""
         rows = []
         for site in sites:
             scheme = self.scheme_for(site.name, site.info.inputs)

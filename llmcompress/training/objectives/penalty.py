@@ -28,7 +28,7 @@ class Penalty(ABC):
 
 
 class Penalised(Objective):
-    """The sum of an objective and a penalty. In validation (step 0) the penalty is left out."""
+    """The sum of an objective and a penalty. In validation (step 0) there is no penalty."""
 
     def __init__(self, objective: Objective, penalty: Penalty) -> None:
         self._objective, self._penalty = objective, penalty
