@@ -62,11 +62,11 @@ def calibration_windows(
 ) -> CalibrationData:
     """Read the source of `settings` and cut it into at most `samples` windows of `tokens` tokens.
 
-    Documents longer than about two windows are cut at paragraphs; these sections are shuffled by `seed` (so a seed
-    picks from the whole text), tokenised once, separated by the BOS or EOS, and packed. Windows begin with the BOS
-    when the tokenizer adds one itself. `model` is needed for `source: self` only.
+    Documents longer than about two windows are cut at paragraphs; these sections are shuffled by `seed` (so the seed
+    samples from the whole text), tokenised once, separated by BOS or EOS, and packed. Windows start with BOS if the
+    tokenizer adds one itself. `model` is needed only for `source: self`.
 
-    Raises: CompressError `data.*` when there is not one full window, and everything `read_texts` raises.
+    Raises: CompressError `data.*` if there is not one full window, and everything that `read_texts` raises.
     """
     progress = progress or Silent()
     length, warnings = _length(settings.tokens, max_positions)

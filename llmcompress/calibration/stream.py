@@ -242,11 +242,11 @@ class _SeenEnough(Exception):
 
 
 class BlockStream:
-    """Runs the model block by block over calibration windows; later blocks see what earlier ones became.
+    """Runs the model block by block over calibration windows; later blocks see the outputs of compressed earlier ones.
 
-    `windows_NT` are unpadded token ids, so no mask is needed to keep padding out of the statistics. With no windows
-    at all the blocks are only visited: enough for passes that need no data. With `dense` a second stream runs beside
-    the first, through the blocks as they are before anybody works on them.
+    `windows_NT` are unpadded token ids, so no mask is needed to keep padding out of the statistics. Without windows the
+    blocks are only visited, which is enough for passes without data. With `dense` a second stream runs through the
+    uncompressed blocks.
     """
 
     def __init__(
