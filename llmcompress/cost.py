@@ -92,7 +92,7 @@ def must_offload(offload: Offload, passes: Sequence[Pass], *, weight_bytes: int,
         raise CompressError(
             "memory.processes",
             f"{processes} processes share one run, and weights on disk serve one process only",
-            fix="run it in one process, or use --offload never",
+            fix="run it in one process, or set `offload='never'`",
             exit_code=ExitCode.USAGE,
         )
     if offload == "always" and blocked:
@@ -100,7 +100,7 @@ def must_offload(offload: Offload, passes: Sequence[Pass], *, weight_bytes: int,
             "memory.needed",
             "some passes need the whole model in memory",
             where=", ".join(blocked),
-            fix="use --offload never, or leave these passes out",
+            fix="set `offload='never'`, or leave these passes out",
             exit_code=ExitCode.USAGE,
         )
     too_large = 2 * weight_bytes > _SHARE_OF_MEMORY * psutil.virtual_memory().available

@@ -253,7 +253,7 @@ class Run:
                 "run.damaged",
                 "what an unfinished run was begun with cannot be read",
                 where=str(self.folder / "fingerprint.json"),
-                fix="add --fresh to start again",
+                fix="set `fresh=True` to start again",
                 saved="the unfinished run, as it was",
                 exit_code=ExitCode.USAGE,
             )
@@ -263,7 +263,7 @@ class Run:
             "run.other",
             "an unfinished run with other settings is kept beside the output",
             where=f"{self.folder} ({changes})",
-            fix="add --fresh to throw it away and start again, or repeat the earlier command to finish it",
+            fix="set `fresh=True` to throw it away and start again, or repeat the earlier run to finish it",
             saved="the unfinished run, as it was",
             exit_code=ExitCode.USAGE,
         )

@@ -158,7 +158,7 @@ def test_a_run_killed_at_a_block_and_resumed_equals_an_uninterrupted_one(
     killed_at(our_python, "block 2/3", text, tiny, tmp_path)
     with pytest.raises(CompressError, match="other settings") as other:
         compress(str(tiny), recipe(text.replace("int4", "int8")), tmp_path / "out")
-    assert "--fresh" in other.value.fix
+    assert "`fresh=True`" in other.value.fix
     watching = Watching()
     resumed = compress(str(tiny), recipe(text), tmp_path / "out", progress=watching)
     assert weights_hash(tmp_path / "out") == weights_hash(tmp_path / "whole")

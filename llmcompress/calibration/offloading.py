@@ -103,7 +103,7 @@ class OnDisk:
         raise CompressError(
             "memory.needed",
             f"{what} needs the whole model in memory, and this run reads it from disk block by block",
-            fix="use --offload never on a machine with enough memory, or leave the pass out",
+            fix="set `offload='never'` on a machine with enough memory, or leave the pass out",
         )
 
     def _after_block(self, name: str, block: nn.Module, *_: Any) -> None:
