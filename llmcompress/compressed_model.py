@@ -22,7 +22,7 @@ from llmcompress.evaluation.footprint import footprint as footprint_of_folder
 from llmcompress.evaluation.measuring import TaskLike, as_tasks, perplexities
 from llmcompress.exporters.save import save_model
 from llmcompress.hub_upload import HubApi, upload
-from llmcompress.loading.borrowed import borrowed
+from llmcompress.loading.borrowed import borrowed, is_loaded_quantized
 from llmcompress.loading.in_memory import LiveModel, whole_model
 from llmcompress.loading.load import ModelAndTokenizer, load
 from llmcompress.loading.source import IN_MEMORY
@@ -86,7 +86,7 @@ class CompressedModel:
         Computed in float32, as the report's numbers are. Raises: CompressError when a text cannot be read.
         """
         chosen, model = as_tasks(self.recipe.evaluate if tasks is None else tasks), self.model
-        with borrowed(model), TorchRunner(model, weights_at=InMemory(), device=self.device) as runner:
+        with borrowed(model), runner_of(model, self.device) as runner:
             return perplexities(runner, self.tokenizer, chosen, as_progress(progress))
 
     def generate(self, prompt: str | Sequence[dict[str, str]], *, max_new_tokens: int = 64) -> str:
@@ -230,6 +230,11 @@ def footprint(model: ModelLike) -> Footprint:
         with borrowed(live):
             save_model(live, Path(scratch), "auto", storage_dtype=storage_dtype)
         return footprint_of_folder(scratch).model_copy(update={"model": f"{IN_MEMORY}{type(live).__name__}"})
+
+
+def runner_of(model: PreTrainedModel, device: torch.device) -> TorchRunner:
+    """A borrowed model on that device; one that transformers loaded with codes stays where it is."""
+    return TorchRunner(model) if is_loaded_quantized(model) else TorchRunner(model, weights_at=InMemory(), device=device)
 
 
 def tokenizer_beside(model: object) -> PreTrainedTokenizerBase | None:

@@ -16,8 +16,7 @@ from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.devices import usable_device
 from llmcompress.calibration.in_memory import as_calibration
-from llmcompress.calibration.offloading import InMemory
-from llmcompress.calibration.process_group import joined_processes, own_device
+from llmcompress.calibration.process_group import own_device, process_group
 from llmcompress.calibration.sources import overlap_warning
 from llmcompress.calibration.token_windows import CalibrationData
 from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
@@ -28,6 +27,7 @@ from llmcompress.compressed_model import (
     is_dense,
     live_model,
     named_models,
+    runner_of,
     tokenizer_beside,
 )
 from llmcompress.cost import Machine, Offload
@@ -42,15 +42,15 @@ from llmcompress.evaluation.stopwatch import Stopwatch
 from llmcompress.evaluation.texts import EvaluationText
 from llmcompress.loading.borrowed import borrowed, lent, told_if_changed
 from llmcompress.loading.config import read_config
-from llmcompress.loading.in_memory import required_tokenizer, whole_model
+from llmcompress.loading.in_memory import required_tokenizer
 from llmcompress.loading.load import load_tokenizer
 from llmcompress.loading.source import IN_MEMORY, find_source
 from llmcompress.model.describe import describe
 from llmcompress.model.probe import map_model, probe
 from llmcompress.passes.apply import apply_passes, steps
-from llmcompress.passes.together import Together
-from llmcompress.planning import Plan, aimed_at_target, known_in_memory, make_plan, refused
-from llmcompress.preparation import Order, Prepared, prepare
+from llmcompress.passes.shared_resume_store import SharedResumeStore
+from llmcompress.planning import Plan, known_in_memory, make_plan, refused, within_target_limits
+from llmcompress.preparation import CompressionRequest, Prepared, prepare
 from llmcompress.presets import RecipeLike, as_recipe
 from llmcompress.progress import ProgressLike, Silent, as_progress
 from llmcompress.records.measurements import Measurement, PerplexityResult, WeightBytes
@@ -99,10 +99,10 @@ def compress(
     live = live_model(model, tokenizer)
     chosen = as_recipe(recipe).for_model(live.name if live else None if model is None else str(model))
     settings, given = as_calibration(calibration, chosen.calibration)
-    chosen = aimed_at_target(chosen.model_copy(update={"calibration": settings}))
+    chosen = within_target_limits(chosen.model_copy(update={"calibration": settings}))
     where = own_device(usable_device(device))
-    with joined_processes(where) as processes, lent(live.model if live else None) as give_back:
-        order = Order(
+    with process_group(where) as processes, lent(live.model if live else None) as give_back:
+        request = CompressionRequest(
             recipe=chosen,
             output=None if output is None else Path(output),
             live=live,
@@ -114,93 +114,99 @@ def compress(
             offload=offload,
             progress=as_progress(progress) if processes.is_first else Silent(),
         )
-        made = _compress(order)
+        made = _compress(request)
         give_back(made.model, made.storage_dtype)
     return made
 
 
-def _compress(order: Order) -> CompressedModel:
-    recipe, processes, clock = order.recipe, order.processes, Stopwatch()
-    prepared = prepare(order)
+def _compress(request: CompressionRequest) -> CompressedModel:
+    recipe, processes, clock = request.recipe, request.processes, Stopwatch()
+    prepared = prepare(request)
     clock.lap("load")
-    with _opened_run(order, prepared) as run:
+    with _opened_run(request, prepared) as run:
         torch.manual_seed(recipe.seed)
-        data = _calibration(order, prepared)
+        data = _calibration(request, prepared)
         clock.lap("calibration text")
-        dense = _dense(order, prepared) if processes.is_first else []
+        dense = _dense(request, prepared) if processes.is_first else []
         clock.lap("evaluate dense")
-        order.progress.stage("compress", steps(recipe.passes, prepared.map))
-        context = _context(order, prepared, data, run)
-        with told_if_changed(order.live is not None):
+        request.progress.stage("compress", steps(recipe.passes, prepared.map))
+        context = _context(request, prepared, data, run)
+        with told_if_changed(request.live is not None):
             model, rows = apply_passes(prepared.loaded.model, prepared.map, recipe.passes, context)
         clock.lap("compress")
         measured: list[Measurement] = [each.perplexity() for each in dense]
         if processes.is_first:  # it evaluates and writes
-            with TorchRunner(model, weights_at=prepared.weights_at, device=order.device) as runner:
-                measured += against_dense(runner, dense, order.progress)
+            with TorchRunner(model, weights_at=prepared.weights_at, device=request.device) as runner:
+                measured += against_dense(runner, dense, request.progress)
             clock.lap("evaluate compressed")
-        report = _report(order, prepared, data, rows).with_measurements([*measured, *clock.stages()])
-        result = _result(order, prepared, model, report)
-        result = replace(result, report=processes.same(_saved(order, result) if processes.is_first else report))
+        report = _report(request, prepared, data, rows).with_measurements([*measured, *clock.stages()])
+        result = _result(request, prepared, model, report)
+        result = replace(result, report=processes.broadcast(_saved(request, result) if processes.is_first else report))
         if run is not None:
             run.discard()
-    return CompressedModel(result, order.device, order.output, offloaded=prepared.loaded.weights is not None)
+    return CompressedModel(result, request.device, request.output, offloaded=prepared.loaded.weights is not None)
 
 
-def _opened_run(order: Order, prepared: Prepared) -> AbstractContextManager[Run | None]:
+def _opened_run(request: CompressionRequest, prepared: Prepared) -> AbstractContextManager[Run | None]:
     """The run folder, in the first process alone, and only beside an output."""
-    if order.output is None or not order.processes.is_first:
+    if request.output is None or not request.processes.is_first:
         return nullcontext()
-    recipe, model = order.recipe, prepared.loaded.name
+    recipe, model = request.recipe, prepared.loaded.name
     # what must not change between a killed run and its resumption, or the halves would not fit together
     short = {name: digest[:16] for name, digest in prepared.identity.items()}
     fingerprint = {"recipe": recipe.hash(), **short, "model": model, **versions()}
-    run = Run.open(order.output, fingerprint=fingerprint, lock_text=recipe.to_yaml(), fresh=order.fresh)
+    run = Run.open(request.output, fingerprint=fingerprint, lock_text=recipe.to_yaml(), fresh=request.fresh)
     run.log("begun", model=model, recipe=recipe.hash(), saved=run.saved)
     return run
 
 
-def _context(order: Order, prepared: Prepared, data: CalibrationData | None, run: Run | None) -> RunContext:
+def _context(
+    request: CompressionRequest, prepared: Prepared, data: CalibrationData | None, run: Run | None
+) -> RunContext:
     return RunContext(
         data.windows_NT if data else torch.zeros(0, 1, dtype=torch.long),
-        batch=order.recipe.calibration.batch,
-        device=order.device,
+        batch=request.recipe.calibration.batch,
+        device=request.device,
         storage_dtype=prepared.storage_dtype,
-        seed=order.recipe.seed,
+        seed=request.recipe.seed,
         weights_at=prepared.weights_at,
-        experts=order.recipe.calibration.experts,
-        processes=order.processes,
-        keep=Together(run, order.processes) if order.output is not None and order.processes.count > 1 else run,
-        progress=order.progress,
+        experts=request.recipe.calibration.experts,
+        processes=request.processes,
+        keep=SharedResumeStore(run, request.processes)
+        if request.output is not None and request.processes.count > 1
+        else run,
+        progress=request.progress,
     )
 
 
-def _dense(order: Order, prepared: Prepared) -> list[DenseScores]:
+def _dense(request: CompressionRequest, prepared: Prepared) -> list[DenseScores]:
     """What the model says of every text before anything is done to it."""
     known = versions()
     return dense_scores(
         prepared.texts,
-        lambda: TorchRunner(prepared.loaded.model, weights_at=prepared.weights_at, device=order.device),
+        lambda: TorchRunner(prepared.loaded.model, weights_at=prepared.weights_at, device=request.device),
         # offloaded weights compute in float32, whatever the files hold
         model={
             **prepared.identity,
             "dtype": "float32",
-            "device": order.device.type,
+            "device": request.device.type,
             **{name: known[name] for name in ("torch", "transformers")},
         },
         cache=TensorCache(cache_folder() / "scores"),
-        progress=order.progress,
+        progress=request.progress,
     )
 
 
-def _report(order: Order, prepared: Prepared, data: CalibrationData | None, rows: Sequence[SiteReport]) -> Report:
+def _report(
+    request: CompressionRequest, prepared: Prepared, data: CalibrationData | None, rows: Sequence[SiteReport]
+) -> Report:
     loaded, texts = prepared.loaded, prepared.texts
     about_data = [*data.warnings, *_overlaps(data, texts), *coverage_warnings(rows, prepared.map)] if data else []
     about_texts = [f"{text.name}: {warning}" for text in texts for warning in text.warnings]
     dense_bytes = bytes_on_disk(loaded.folder) if loaded.folder else loaded.preflight.bytes_weights
     return Report(
         model=loaded.name,
-        recipe_hash=order.recipe.hash(),
+        recipe_hash=request.recipe.hash(),
         versions=versions(),
         machine=machine(),
         calibration_tokens=data.tokens if data else 0,
@@ -211,12 +217,12 @@ def _report(order: Order, prepared: Prepared, data: CalibrationData | None, rows
     )
 
 
-def _result(order: Order, prepared: Prepared, model: PreTrainedModel, report: Report) -> Result:
+def _result(request: CompressionRequest, prepared: Prepared, model: PreTrainedModel, report: Report) -> Result:
     loaded = prepared.loaded
     return Result(
         model=model,
         tokenizer=loaded.tokenizer,
-        recipe=order.recipe,
+        recipe=request.recipe,
         report=report,
         storage_dtype=prepared.storage_dtype,
         generation_config=loaded.preflight.generation_config,
@@ -225,13 +231,13 @@ def _result(order: Order, prepared: Prepared, model: PreTrainedModel, report: Re
     )
 
 
-def _saved(order: Order, result: Result) -> Report:
+def _saved(request: CompressionRequest, result: Result) -> Report:
     """Written to the output, or counted how much that would be: the report with the bytes."""
-    if order.output is None:
+    if request.output is None:
         return result.measured(bytes_to_write(result))
-    order.progress.stage("save", 1)
-    report = publish_result(result, order.output, overwrite=order.overwrite)
-    order.progress.step(order.output.name)
+    request.progress.stage("save", 1)
+    report = publish_result(result, request.output, overwrite=request.overwrite)
+    request.progress.step(request.output.name)
     return report
 
 
@@ -244,7 +250,7 @@ def plan(
     """
     live = in_memory(model)
     name = None if model is None else f"{IN_MEMORY}{type(live).__name__}" if live is not None else str(model)
-    chosen = aimed_at_target(as_recipe(recipe).for_model(name))
+    chosen = within_target_limits(as_recipe(recipe).for_model(name))
     if live is not None:
         return make_plan(known_in_memory(live), chosen, offload="never", machine=machine)
     source = find_source(str(chosen.model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
@@ -281,11 +287,11 @@ def evaluate(
     live, where = in_memory(model), usable_device(device)
     if live is not None:
         known = required_tokenizer(tokenizer or tokenizer_beside(model))
-        with borrowed(whole_model(live)), TorchRunner(live, weights_at=InMemory(), device=where) as opened:
+        with borrowed(live), runner_of(live, where) as opened:
             return perplexities(opened, known, as_tasks(tasks), as_progress(progress))
     known = load_tokenizer(find_source(str(model)))
-    with RUNNERS[runner].open(str(model), device=where, dtype=torch.float32) as opened:
-        return perplexities(opened, known, as_tasks(tasks), as_progress(progress))
+    with RUNNERS[runner].open(str(model), device=where, dtype=torch.float32) as running:
+        return perplexities(running, known, as_tasks(tasks), as_progress(progress))
 
 
 def speed(
@@ -314,8 +320,8 @@ def speed(
     )
 
 
-def _calibration(order: Order, prepared: Prepared) -> CalibrationData | None:
-    recipe, loaded = order.recipe, prepared.loaded
+def _calibration(request: CompressionRequest, prepared: Prepared) -> CalibrationData | None:
+    recipe, loaded = request.recipe, prepared.loaded
     if not any(each.uses_data() for each in recipe.passes):
         return None
     with prepared.weights_at.running(loaded.model, torch.device("cpu")):
@@ -325,8 +331,8 @@ def _calibration(order: Order, prepared: Prepared) -> CalibrationData | None:
             max_positions=max_positions(loaded.model.config),
             seed=recipe.seed,
             model=loaded.model,
-            progress=order.progress,
-            given=order.given,
+            progress=request.progress,
+            given=request.given,
         )
     rows = loaded.preflight.contents.embedding_rows
     refuse_beyond_embedding(data.windows_NT, loaded.tokenizer, rows, where=f"calibration: {data.source}")

@@ -1,4 +1,4 @@
-"""From an order to a model that is read, mapped, checked against the recipe and known by its hashes: no work yet."""
+"""From an request to a model that is read, mapped, checked against the recipe and known by its hashes: no work yet."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
 from llmcompress.storage.disk import sha256
 from llmcompress.storage.folder import check_output, run_folder
-from llmcompress.storage.ours import begin_run_folder, remove_unused_run_folder
+from llmcompress.storage.ownership import begin_run_folder, remove_unused_run_folder
 from llmcompress.storage.paths import from_home
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class CompressionRequest:
     """What was asked for, and how it is to be run."""
 
     recipe: Recipe
@@ -66,27 +66,27 @@ class Prepared:
     """Hashes of what decides what the model computes; empty where nothing is kept under them."""
 
 
-def prepare(order: Order) -> Prepared:
-    """Everything that can be refused is refused here, and then no run folder is left that this order made.
+def prepare(request: CompressionRequest) -> Prepared:
+    """Everything that can be refused is refused here, and then no run folder is left that this request made.
 
     Raises: CompressError for an output that cannot be written, and any fault of the model, the recipe or a text.
     """
     try:
-        return _prepared(order)
+        return _prepared(request)
     except BaseException:
-        if order.processes.is_first and order.output is not None:
-            remove_unused_run_folder(run_folder(order.output))
+        if request.processes.is_first and request.output is not None:
+            remove_unused_run_folder(run_folder(request.output))
         raise
 
 
-def _prepared(order: Order) -> Prepared:
-    recipe, processes = order.recipe, order.processes
-    if processes.is_first and order.output is not None:
-        named = None if order.live else from_home(str(recipe.model))
-        check_output(order.output, overwrite=order.overwrite, source=named)
-    order.progress.stage("load", 1)
-    check_texts(recipe, given=order.given is not None)
-    loaded = _loaded(order) if order.live is None else _in_memory(order, order.live)
+def _prepared(request: CompressionRequest) -> Prepared:
+    recipe, processes = request.recipe, request.processes
+    if processes.is_first and request.output is not None:
+        named = None if request.live else from_home(str(recipe.model))
+        check_output(request.output, overwrite=request.overwrite, source=named)
+    request.progress.stage("load", 1)
+    check_texts(recipe, given=request.given is not None)
+    loaded = _loaded(request) if request.live is None else _in_memory(request, request.live)
     unfuse_experts(loaded.model, loaded.weights)
     model_map = map_model(loaded.model)
     storage_dtype = storage_dtype_of(recipe, loaded.preflight)
@@ -104,21 +104,21 @@ def _prepared(order: Order) -> Prepared:
         tuple(notes),
         texts,
         storage_dtype,
-        _identity(loaded) if processes.is_first and (recipe.evaluate or order.output) else {},
+        _identity(loaded) if processes.is_first and (recipe.evaluate or request.output) else {},
     )
 
 
-def _loaded(order: Order) -> Loaded:
+def _loaded(request: CompressionRequest) -> Loaded:
     """The model that the recipe names, read from its files."""
-    recipe, output, processes = order.recipe, order.output, order.processes
+    recipe, output, processes = request.recipe, request.output, request.processes
     source = find_source(str(recipe.model), revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
-    checked = preflight(source, trust_remote_code=recipe.trust_remote_code, progress=order.progress)
+    checked = preflight(source, trust_remote_code=recipe.trust_remote_code, progress=request.progress)
     weight_bytes = checked.bytes_weights
     # a finished folder is no larger than the model; better refused now than when it is written
     if processes.is_first and output is not None:
-        check_output(output, overwrite=order.overwrite, needed_bytes=weight_bytes, source=source.folder)
+        check_output(output, overwrite=request.overwrite, needed_bytes=weight_bytes, source=source.folder)
     scratch = None
-    if must_offload(order.offload, recipe.passes, weight_bytes=weight_bytes, processes=processes.count):
+    if must_offload(request.offload, recipe.passes, weight_bytes=weight_bytes, processes=processes.count):
         if output is None:
             raise _needs_memory("weights on disk need a run folder, which stands beside the output", "name an `output`")
         begin_run_folder(run_folder(output))
@@ -126,14 +126,16 @@ def _loaded(order: Order) -> Loaded:
     return load_for_compression(source, trust_remote_code=recipe.trust_remote_code, scratch=scratch, checked=checked)
 
 
-def _in_memory(order: Order, live: LiveModel) -> Loaded:
+def _in_memory(request: CompressionRequest, live: LiveModel) -> Loaded:
     """The model that was handed over, checked."""
-    if order.offload == "always":
-        raise _needs_memory("the model is in memory already", "set `offload='never'`, or name the model's folder or id")
+    if request.offload == "always":
+        raise _needs_memory(
+            "the model is in memory already", "set offload to never, or name the folder or id of the model"
+        )
     for warning in live.facts.warnings:
-        order.progress.note(warning)
-    if order.processes.is_first and order.output is not None:
-        check_output(order.output, overwrite=order.overwrite, needed_bytes=live.facts.bytes_weights)
+        request.progress.note(warning)
+    if request.processes.is_first and request.output is not None:
+        check_output(request.output, overwrite=request.overwrite, needed_bytes=live.facts.bytes_weights)
     return Loaded(live.model, live.tokenizer, live.name, None, live.facts)
 
 

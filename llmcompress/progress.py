@@ -27,7 +27,7 @@ class Progress(Protocol):
     def step(self, text: str) -> None:
         """One more step of the stage is done; `text` names it (`block 3/12`)."""
 
-    def inside(self, text: str, *, done: int = 0, total: int = 0) -> None:
+    def substep(self, text: str, *, done: int = 0, total: int = 0) -> None:
         """What the running step is doing now (`gptq: mlp.down_proj`), and how many of its equal parts are `done`.
 
         Whoever shows it works out the time left; 0 of 0: nobody knows.
@@ -46,7 +46,7 @@ class Silent:
     def step(self, text: str) -> None:
         """Nothing."""
 
-    def inside(self, text: str, *, done: int = 0, total: int = 0) -> None:
+    def substep(self, text: str, *, done: int = 0, total: int = 0) -> None:
         """Nothing."""
 
     def note(self, text: str) -> None:
@@ -115,9 +115,9 @@ class Logged:
         LOG.debug("%s", without_tokens(text))
         self._to.step(text)
 
-    def inside(self, text: str, *, done: int = 0, total: int = 0) -> None:
+    def substep(self, text: str, *, done: int = 0, total: int = 0) -> None:
         """Not logged: there are thousands."""
-        self._to.inside(text, done=done, total=total)
+        self._to.substep(text, done=done, total=total)
 
     def note(self, text: str) -> None:
         """At level WARNING."""
@@ -143,7 +143,7 @@ class Told:
         self._text = text
         self._tell()
 
-    def inside(self, text: str, *, done: int = 0, total: int = 0) -> None:
+    def substep(self, text: str, *, done: int = 0, total: int = 0) -> None:
         """An event with what is being done."""
         self._text = f"{text} {done}/{total}" if total else text
         self._tell()

@@ -11,9 +11,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from llmcompress.calibration.offloading import InMemory, WeightStore
 from llmcompress.errors import CompressError, ExitCode, without_tokens
 from llmcompress.evaluation.footprint import bytes_on_disk
+from llmcompress.exporters.auxiliary_files import copy_auxiliary_files
 from llmcompress.exporters.base import EXPORTERS, Exporter, Refused, Writing
 from llmcompress.exporters.choose import candidates, choose, holders
-from llmcompress.exporters.companions import companions
 from llmcompress.exporters.contents import found_in
 from llmcompress.exporters.save import save_model
 from llmcompress.exporters.shards import ShardSizes
@@ -109,7 +109,7 @@ def fill_folder(result: Result, folder: Path, exporter: Exporter | None = None) 
         exporter.write(
             result.model, folder, Writing(result.storage_dtype, recipe.save.max_shard_size, result.weights_at)
         )
-    companions(result.source_folder, folder, result.tokenizer, result.generation_config)
+    copy_auxiliary_files(result.source_folder, folder, result.tokenizer, result.generation_config)
     finished = result.measured(bytes_on_disk(folder))
     (folder / RECIPE).write_text(without_tokens(recipe.to_yaml()), encoding="utf-8")
     (folder / REPORT).write_text(without_tokens(finished.model_dump_json(indent=1)) + "\n", encoding="utf-8")

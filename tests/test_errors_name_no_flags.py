@@ -55,7 +55,6 @@ def test_no_message_of_the_library_names_a_flag_of_the_command_line() -> None:
 SPELLINGS = [
     ("another folder, or set `overwrite=True`: it stays", "another folder, or add --overwrite: it stays"),
     ("set `fresh=True` to start again", "add --fresh to start again"),
-    ("run it in one process, or set `offload='never'`", "run it in one process, or use --offload never"),
     ("set `device` to auto, cpu or cuda", "use --device auto, cpu or cuda"),
     ("or name an `output`", "or give a folder with -o"),
 ]  # fmt: skip

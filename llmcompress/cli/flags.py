@@ -6,7 +6,6 @@ import re
 
 _SPELLINGS = (
     (re.compile(r"set `(overwrite|fresh)=True`"), r"add --\1"),
-    (re.compile(r"set `(offload|device)='(\w+)'`"), r"use --\1 \2"),
     (re.compile(r"set `device` to "), "use --device "),
     (re.compile(r"name an `output`"), "give a folder with -o"),
 )

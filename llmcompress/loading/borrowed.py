@@ -41,12 +41,14 @@ class Place:
 
 
 def take(model: PreTrainedModel) -> Place:
-    """Bring it to where and how runs compute; a float32 model on the CPU is only put into eval mode.
+    """Bring it to where and how runs compute; a float32 model on the CPU, or a quantized one, is only put into eval mode.
 
     Gradients that are left in parameters are dropped where the dtype or the device changes.
     """
     place = Place.of(model)
     model.eval()
+    if is_loaded_quantized(model):
+        return place
     if place.attention not in _ANY_DTYPE:
         model.set_attn_implementation("sdpa")
     model.to(torch.device("cpu"))
@@ -60,6 +62,9 @@ def give_back(model: PreTrainedModel, place: Place, dtype: torch.dtype | None = 
     `dtype` is what a run rounded its values to; None: nothing was changed. Where some would lose by it, all stay in
     float32: the transforms of some passes are computed in more digits than weights are stored in.
     """
+    if is_loaded_quantized(model):
+        model.train(place.training)
+        return True
     survives = dtype is None or all(torch.equal(each.to(dtype).to(each.dtype), each) for _, each, _ in _numbers(model))
     if survives:
         _cast(model, lambda name: dtype or place.dtypes.get(name, torch.float32))
@@ -71,6 +76,11 @@ def give_back(model: PreTrainedModel, place: Place, dtype: torch.dtype | None = 
         parameter.requires_grad_(name in place.wants_gradient and parameter.is_floating_point())
     model.train(place.training)
     return survives
+
+
+def is_loaded_quantized(model: PreTrainedModel) -> bool:
+    """Whether transformers loaded it with codes of its own: such a model is run where and as it is."""
+    return getattr(model, "hf_quantizer", None) is not None
 
 
 @contextmanager

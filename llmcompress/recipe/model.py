@@ -38,7 +38,7 @@ class Save(BaseModel):
 
 
 class Recipe(BaseModel):
-    """Everything a run depends on. Read one with `from_dict`, `from_yaml` or `from_json`, `read_recipe` or `load_preset`.
+    """Everything a run depends on. Read one with `from_dict`, `from_yaml`, `from_json` or `read_recipe`.
 
     Fields stand in the order in which a run uses them. A stage is one field with the registry of what may stand in it.
     """
@@ -67,8 +67,8 @@ class Recipe(BaseModel):
         if not passes:
             raise CompressError(
                 "recipe.no-passes",
-                "`passes` is empty: nothing would be compressed",
-                fix="write at least one, such as `passes: [rtn]`; `llmcompress passes` lists them",
+                "`passes` is empty: there is nothing to do",
+                fix="add at least one pass, such as `passes: [rtn]`; `llmcompress passes` lists them",
                 exit_code=ExitCode.USAGE,
             )
         return passes
@@ -123,15 +123,15 @@ class Recipe(BaseModel):
         if given is None and self.model is None:
             raise CompressError(
                 "recipe.no-model",
-                "no model: none was given and the recipe names none",
-                fix="name the model, or write `model:` in the recipe",
+                "no model: none was given, and the recipe names none",
+                fix="give the model as an argument, or set `model:` in the recipe",
                 exit_code=ExitCode.USAGE,
             )
         if given is not None and self.revision is not None and self.model not in (None, given):
             raise CompressError(
                 "recipe.other-model",
                 f"the recipe pins revision {self.revision} of {self.model}, and {given} was given",
-                fix="give no model, or remove `model` and `revision` from the recipe",
+                fix="do not give a model, or remove `model` and `revision` from the recipe",
                 exit_code=ExitCode.USAGE,
             )
         return self if given is None else self.model_copy(update={"model": given})
