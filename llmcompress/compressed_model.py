@@ -234,7 +234,9 @@ def footprint(model: ModelLike) -> Footprint:
 
 def runner_of(model: PreTrainedModel, device: torch.device) -> TorchRunner:
     """A borrowed model on that device; one that transformers loaded with codes stays where it is."""
-    return TorchRunner(model) if is_loaded_quantized(model) else TorchRunner(model, weights_at=InMemory(), device=device)
+    return (
+        TorchRunner(model) if is_loaded_quantized(model) else TorchRunner(model, weights_at=InMemory(), device=device)
+    )
 
 
 def tokenizer_beside(model: object) -> PreTrainedTokenizerBase | None:

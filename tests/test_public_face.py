@@ -17,7 +17,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import llmcompress
-from llmcompress import CompressedModel, CompressError, ProgressEvent, compress, evaluate, footprint, inspect, load, plan
+from llmcompress import (
+    CompressedModel,
+    CompressError,
+    ProgressEvent,
+    compress,
+    evaluate,
+    footprint,
+    inspect,
+    load,
+    plan,
+)
 from llmcompress.errors import ExitCode
 from llmcompress.evaluation.footprint import bytes_on_disk
 from llmcompress.model.site import LinearSite
@@ -109,7 +119,9 @@ def test_a_refusal_leaves_the_model_as_it_was(tiny: Path) -> None:
         compress(recipe={**UNMEASURED, "passes": [GPTQ(scheme="int4_g128")]}, **given)
     assert "divi" in str(refused.value) and "in part" not in str(refused.value)
     after = given["model"].state_dict()
-    assert all(after[name].dtype == tensor.dtype and torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert all(
+        after[name].dtype == tensor.dtype and torch.equal(after[name], tensor) for name, tensor in before.items()
+    )
 
 
 def test_an_error_in_the_middle_says_that_the_model_is_changed(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +163,7 @@ def test_questions_take_names_live_models_and_results(tiny: Path, tmp_path: Path
     assert (live.sites, live.output_bytes) == (named.sites, named.output_bytes)
     sizes = [footprint(each) for each in (made, made.model, tmp_path / "out")]
     assert len({each.parameters for each in sizes}) == 1 and len({each.bytes_on_disk for each in sizes}) == 1
-    assert footprint(given).format == "plain" and footprint(load(tmp_path / "out").model) or True
+    assert (footprint(given).format == "plain" and footprint(load(tmp_path / "out").model)) or True
     found = llmcompress.speed([made, given], prompt_tokens=4, new_tokens=2, repeats=1)
     assert len(found) == 2 and all(each.decode_tokens_per_second > 0 for each in found.values())
     tasks = made.recipe.evaluate or [llmcompress.PerplexityTask(source="builtin:evaluation", window=48, max_windows=2)]
@@ -253,7 +265,9 @@ def test_a_callback_is_told_everything_and_messages_are_logged(
 ) -> None:
     events: list[ProgressEvent] = []
     with caplog.at_level(logging.INFO, logger="llmcompress"):
-        compress(str(tiny), {**RECIPE, "calibration": {"samples": 4, "tokens": 4000}}, tmp_path / "o", progress=events.append)
+        compress(
+            str(tiny), {**RECIPE, "calibration": {"samples": 4, "tokens": 4000}}, tmp_path / "o", progress=events.append
+        )
     stages = list(dict.fromkeys(event.stage for event in events))
     assert [each for each in ("load", "compress", "save") if each not in stages] == []
     blocks = [event for event in events if event.text.startswith("block")]
@@ -328,7 +342,10 @@ def test_a_recipe_of_a_model_in_memory_says_that_the_model_is_needed(tiny: Path,
         compress(None, tmp_path / "out" / "llmcompress_recipe.yaml", tmp_path / "again")
     assert refused.value.code == "model.in-memory"
     again = compress(recipe=tmp_path / "out" / "llmcompress_recipe.yaml", output=tmp_path / "again", **in_memory(tiny))
-    assert again.report.recipe_hash == json.loads((tmp_path / "out" / "llmcompress_report.json").read_text())["recipe_hash"]
+    assert (
+        again.report.recipe_hash
+        == json.loads((tmp_path / "out" / "llmcompress_report.json").read_text())["recipe_hash"]
+    )
 
 
 PUBLIC_FUNCTIONS = {name for name in llmcompress.__all__ if name.islower() and not name.startswith("_")}
