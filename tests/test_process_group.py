@@ -47,7 +47,8 @@ class Dying(Silent):
             os._exit(9)
 
 try:
-    report = compress(sys.argv[1], parse_recipe(Path(sys.argv[3]).read_text(), "test"), sys.argv[2], progress=Dying()).report
+    recipe = parse_recipe(Path(sys.argv[3]).read_text(), "test")
+    report = compress(sys.argv[1], recipe, sys.argv[2], progress=Dying()).report
     Path("ppl" + os.environ["RANK"]).write_text(repr(report.quality[0].compressed.perplexity))
 except CompressError as problem:
     print(problem.code, problem)

@@ -148,7 +148,7 @@ def _rows(value: Any) -> list[Tensor]:
     Raises: CompressError for anything but one or several rows of them.
     """
     try:
-        many = not isinstance(value, Tensor) and len(value) > 0 and not isinstance(value[0], int)
+        many = isinstance(value, list | tuple) and len(value) > 0 and not isinstance(value[0], int)
         rows = [torch.as_tensor(row) for row in value] if many else [*torch.atleast_2d(torch.as_tensor(value))]
     except (TypeError, ValueError, RuntimeError) as problem:
         raise _refused("data.tokens", f"token ids cannot be read: {problem}", _ROWS) from None

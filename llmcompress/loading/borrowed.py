@@ -41,7 +41,7 @@ class Place:
 
 
 def take(model: PreTrainedModel) -> Place:
-    """Bring it to where and how runs compute; a float32 model on the CPU, or a quantized one, is only put into eval mode.
+    """Bring it to where and how runs compute; a float32 model on the CPU, or one with codes, only changes its mode.
 
     Gradients that are left in parameters are dropped where the dtype or the device changes.
     """
