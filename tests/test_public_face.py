@@ -163,7 +163,7 @@ def test_questions_take_names_live_models_and_results(tiny: Path, tmp_path: Path
     assert (live.sites, live.output_bytes) == (named.sites, named.output_bytes)
     sizes = [footprint(each) for each in (made, made.model, tmp_path / "out")]
     assert len({each.parameters for each in sizes}) == 1 and len({each.bytes_on_disk for each in sizes}) == 1
-    assert (footprint(given).format == "plain" and footprint(load(tmp_path / "out").model)) or True
+    assert footprint(given).format == "plain"
     found = llmcompress.speed([made, given], prompt_tokens=4, new_tokens=2, repeats=1)
     assert len(found) == 2 and all(each.decode_tokens_per_second > 0 for each in found.values())
     tasks = made.recipe.evaluate or [llmcompress.PerplexityTask(source="builtin:evaluation", window=48, max_windows=2)]
@@ -186,7 +186,10 @@ def test_saved_in_another_format_it_says_so_and_an_existing_folder_is_kept(tiny:
 
 
 def test_an_export_is_refused_by_what_cannot_hold_it_and_names_what_can(tiny: Path, tmp_path: Path) -> None:
-    made = compress(str(tiny), {**UNMEASURED, "passes": ["rtn", {"embeddings": {"scheme": "int8_channel"}}]})
+    made = compress(
+        str(tiny),
+        {**UNMEASURED, "passes": [{"rtn": {"scheme": "int4_g16"}}, {"embeddings": {"scheme": "int8_channel"}}]},
+    )
     with pytest.raises(CompressError) as refused:
         made.export("bitsandbytes", tmp_path / "bnb")
     assert refused.value.code == "save.format" and "llmcompress" in refused.value.fix
@@ -270,7 +273,7 @@ def test_a_callback_is_told_everything_and_messages_are_logged(
         )
     stages = list(dict.fromkeys(event.stage for event in events))
     assert [each for each in ("load", "compress", "save") if each not in stages] == []
-    blocks = [event for event in events if event.text.startswith("block")]
+    blocks = [event for event in events if event.text.startswith("block") and not event.note]
     assert [(each.step, each.total) for each in blocks] == [(1, 2), (2, 2)]
     assert blocks[0].seconds_left is not None and blocks[1].seconds_left is None
     notes = [event.note for event in events if event.note]
@@ -286,12 +289,20 @@ def test_a_bar_and_a_bad_progress(tiny: Path, capsys: pytest.CaptureFixture[str]
         compress(str(tiny), UNMEASURED, progress=3)
 
 
+class Compiled(nn.Module):
+    """As torch.compile wraps a model; importing the compiler takes longer than all tests here."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = model
+
+
 REFUSED = {
     "ddp": (lambda model: nn.DataParallel(model), "model.wrapped", "model.module"),
     "other": (lambda model: nn.Linear(2, 2), "model.other-class", "AutoModelForCausalLM"),
     "headless": (lambda model: model.model, "model.not-causal", "AutoModelForCausalLM"),
     "meta": (lambda model: model.to("meta"), "model.spread", "device_map"),
-    "compiled": (lambda model: torch.compile(model), "model.compiled", "_orig_mod"),
+    "compiled": (lambda model: Compiled(model), "model.compiled", "_orig_mod"),
 }
 
 

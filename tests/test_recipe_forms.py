@@ -67,7 +67,7 @@ def test_it_comes_back_from_dictionary_json_and_yaml(preset: str) -> None:
         ({"passes": ["gptq"], "seed": "1"}, "recipe.type"),
         ({"passes": ["gptq"], "seed": float("nan")}, "recipe.type"),
         ({"passes": ["gptq"], "model": object()}, "recipe.type"),
-        ({"passes": [GPTQ(), {"wanda": {}}]}, "recipe.order"),
+        ({"passes": [GPTQ(), {"wanda": {"sparsity": 0.5}}]}, "recipe.order"),
         ([GPTQ(), "gptq"], "recipe.order"),
         ('{"passes": ["gptq"], "passes": ["rtn"]}', "recipe.duplicate-key"),
         ("w5", "preset.unknown"),
