@@ -14,7 +14,7 @@ from llmcompress.evaluation.footprint import bytes_on_disk
 from llmcompress.exporters.auxiliary_files import copy_auxiliary_files
 from llmcompress.exporters.base import EXPORTERS, Exporter, Refused, Writing
 from llmcompress.exporters.choose import candidates, choose, holders
-from llmcompress.exporters.contents import found_in
+from llmcompress.exporters.contents import contents_in
 from llmcompress.exporters.save import save_model
 from llmcompress.exporters.shards import ShardSizes
 from llmcompress.recipe import Recipe
@@ -45,7 +45,7 @@ class Result:
 
         Raises: CompressError naming those that do.
         """
-        asked, contents = EXPORTERS[name](), found_in(self.model, self.storage_dtype)
+        asked, contents = EXPORTERS[name](), contents_in(self.model, self.storage_dtype)
         able = holders(contents)
         if name not in able:
             refused = (answer.why for answer in asked.answers(contents).values() if isinstance(answer, Refused))
@@ -83,7 +83,7 @@ def bytes_to_write(result: Result) -> int:
     Raises: CompressError when the format of the recipe cannot hold the model.
     """
     sizes = ShardSizes(result.recipe.save.max_shard_size)
-    wanted, contents = result.recipe.save, found_in(result.model, result.storage_dtype)
+    wanted, contents = result.recipe.save, contents_in(result.model, result.storage_dtype)
     exporter = choose(wanted.format, contents, zero_points=wanted.zero_points).exporter
     exporter.write(result.model, Path("unwritten"), Writing(result.storage_dtype, sizes=sizes))
     return sizes.file_bytes
