@@ -1,4 +1,4 @@
-"""Make a causal language model from the Hugging Face Hub small and fast for a given device.
+"""Compress causal language models from the Hugging Face Hub, and measure what it costs in quality.
 
 `compress("Qwen/Qwen3-0.6B", "w4", "out")` is the whole thing; docs/python.md has the rest. Names are imported when
 first used, so that `import llmcompress` alone is instant.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SECTION_CHARACTERS_PER_TOKEN = 8
-"""About two windows of English a section: long enough that most windows have no seam in them."""
+"""Section size, about two windows of English: most windows then contain no boundary."""
 
 
 def calibration_windows(
@@ -95,7 +95,7 @@ def _from_text(
     windows_NT = windows(packed, settings, length, bos, name=texts.name)
     skipped = texts.skipped + refused
     if skipped:
-        warnings.append(f"{skipped} rows of {texts.name} could not be read and were left out")
+        warnings.append(f"{skipped} rows of {texts.name} could not be read and were skipped")
     if packed.unknown:
         warnings.append(packed.unknown)
     if len(windows_NT) < settings.samples:

@@ -1,4 +1,4 @@
-"""Progress on stderr: a live two-level display on a terminal, elsewhere a plain line every half minute."""
+"""Progress on stderr: a live two-level display on a terminal, otherwise a plain line every half minute."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class TerminalProgress:
             self._bars.start()
 
     def stage(self, title: str, steps: int) -> None:
-        """Begin a stage of `steps` equal steps; 0 when nobody knows how many."""
+        """Begin a stage of `steps` equal steps; 0 if their number is unknown."""
         self._end_stage(finished=True)
         self._stage = self._bars.add_task(title, total=steps or None)
         self._steps, self._text, self._inside = Pace(self._clock, steps), "", ""

@@ -1,4 +1,4 @@
-"""Every check that can be made before any work: files, configuration, tensors, tokenizer, generation settings."""
+"""All checks that can be made before any work: files, config, tensors, tokenizer, generation config."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class ModelFacts:
     contents: Match
     """The model's tensors, under the names transformers gives them."""
     storage_dtype: torch.dtype
-    """What most weights are stored in; the result is stored in it."""
+    """The dtype of most weights, in which the result is stored."""
     bytes_weights: int
     """Size of the weight files, or of the one that would be written."""
     warnings: tuple[str, ...]
-    """Decisions and oddities the user should see."""
+    """Notes and warnings for the user."""
 
 
 @dataclass(frozen=True, kw_only=True)
