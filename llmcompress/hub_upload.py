@@ -42,7 +42,7 @@ def upload(folder: Path, repo_id: str, *, private: bool, message: str, api: HubA
         used.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message=message)
     except errors.LocalTokenNotFoundError as problem:
         raise _failed(
-            "login", "nobody is logged in to the Hub", "log in: `hf auth login`, or set HF_TOKEN"
+            "login", "there is no login for the Hub", "log in: `hf auth login`, or set HF_TOKEN"
         ) from problem
     except errors.HfHubHTTPError as problem:
         raise _refused(problem, repo_id) from problem

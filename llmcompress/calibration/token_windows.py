@@ -34,7 +34,7 @@ class CalibrationData:
     skipped_rows: int = 0
     """Rows left out because they cannot be read."""
     bos: bool = False
-    """Whether every window starts with a BOS, as the tokenizer does of its own accord."""
+    """Whether every window starts with a BOS, as the tokenizer's default."""
     paragraphs: frozenset[int] = frozenset()
     """Hashes of the paragraphs used, for the overlap check with evaluation texts."""
     warnings: tuple[str, ...] = ()

@@ -66,7 +66,7 @@ def whole_model(model: nn.Module) -> PreTrainedModel:
 
 
 def dense_model(model: nn.Module) -> PreTrainedModel:
-    """The same model, if it is a whole causal language model that nobody has compressed yet.
+    """The same model, if it is a whole causal language model in ordinary weights.
 
     Raises: CompressError saying how to get such a model from what was given.
     """
