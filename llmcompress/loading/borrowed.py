@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,11 @@ class Place:
     wants_gradient: frozenset[str]
     training: bool
     attention: str
+
+    @property
+    def usual_dtype(self) -> torch.dtype:
+        """Of most of them; for what stands under another name now, as experts that were taken apart."""
+        return Counter(self.dtypes.values()).most_common(1)[0][0]
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Place:
@@ -67,7 +73,7 @@ def give_back(model: PreTrainedModel, place: Place, dtype: torch.dtype | None = 
         return True
     survives = dtype is None or all(torch.equal(each.to(dtype).to(each.dtype), each) for _, each, _ in _numbers(model))
     if survives:
-        _cast(model, lambda name: dtype or place.dtypes.get(name, torch.float32))
+        _cast(model, lambda name: dtype or place.dtypes.get(name, place.usual_dtype))
     if place.device.type != "cpu":
         model.to(place.device)
     if place.attention not in _ANY_DTYPE:
@@ -133,7 +139,9 @@ def _numbers(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
     """Full name, tensor and owner of every floating-point number that is saved; not of tables that are computed."""
     for prefix, module in model.named_modules():
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None or not tensor.is_floating_point() or leaf in module._non_persistent_buffers_set:
+            if tensor is None or not tensor.is_floating_point() or tensor.itemsize == 1:  # one byte: codes
+                continue
+            if leaf in module._non_persistent_buffers_set:
                 continue
             yield f"{prefix}.{leaf}" if prefix else leaf, tensor, module
 
