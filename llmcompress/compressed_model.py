@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 from torch import nn
@@ -274,10 +274,12 @@ def is_dense(model: nn.Module) -> bool:
     return not any(isinstance(module, CompressedModule) for module in model.modules())
 
 
-def named_models(models: Sequence[ModelLike]) -> dict[str, str | nn.Module]:
-    """Names for a table; models in memory are called by their class and place in the list."""
+def named_models(models: ModelLike | Sequence[ModelLike]) -> dict[str, str | nn.Module]:
+    """One or several, with names for a table; models in memory are called by their class and place in the list."""
+    one = isinstance(models, str | Path | nn.Module | CompressedModel | ModelAndTokenizer)
+    several = cast(Sequence[ModelLike], [models] if one else models)
     found: dict[str, str | nn.Module] = {}
-    for number, each in enumerate(models, start=1):
+    for number, each in enumerate(several, start=1):
         live = in_memory(each)
         found[str(each) if live is None else f"{number}: {type(live).__name__}"] = str(each) if live is None else live
     return found

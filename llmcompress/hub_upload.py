@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from llmcompress.errors import CompressError, ExitCode
 
@@ -27,23 +27,22 @@ def upload(folder: Path, repo_id: str, *, private: bool, message: str, api: HubA
     """
     import huggingface_hub
     from huggingface_hub import constants, errors
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported lazily
 
     network_errors: tuple[type[Exception], ...] = (OSError, *errors.HfHubHTTPError.__bases__)
     try:
-        huggingface_hub.utils.validate_repo_id(repo_id)
+        validate_repo_id(repo_id)
     except errors.HFValidationError as problem:
         what = f"{repo_id!r} cannot be a repository on the Hub"
         raise CompressError("hub.bad-id", what, fix="write ORG/NAME", exit_code=ExitCode.USAGE) from problem
     if api is None and constants.HF_HUB_OFFLINE:
         raise _failed("offline", "HF_HUB_OFFLINE is set: nothing can be uploaded", "unset it, or save to a folder")
-    used: HubApi = api or huggingface_hub.HfApi(library_name="llmcompress")
+    used = api or cast(HubApi, huggingface_hub.HfApi(library_name="llmcompress"))
     try:
         used.create_repo(repo_id, private=private, exist_ok=True)
         used.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message=message)
     except errors.LocalTokenNotFoundError as problem:
-        raise _failed(
-            "login", "there is no login for the Hub", "log in: `hf auth login`, or set HF_TOKEN"
-        ) from problem
+        raise _failed("login", "there is no login for the Hub", "log in: `hf auth login`, or set HF_TOKEN") from problem
     except errors.HfHubHTTPError as problem:
         raise _refused(problem, repo_id) from problem
     except network_errors as problem:

@@ -309,9 +309,8 @@ def speed(
 
     Raises: CompressError when a model cannot be read.
     """
-    several = [models] if isinstance(models, str | Path) or in_memory(models) is not None else models
     return speed_of(
-        named_models(several),
+        named_models(models),
         device=usable_device(device),
         dtype=dtype,
         prompt_tokens=prompt_tokens,

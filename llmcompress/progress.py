@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from llmcompress.errors import CompressError, ExitCode, without_tokens
 
@@ -18,6 +18,7 @@ STEPS_FOR_ESTIMATE = 8
 """The time left comes from the latest steps: blocks restored from an interrupted run take no time."""
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Two levels: a stage (compress, evaluate, save) and its steps, with the current substep."""
 
@@ -87,7 +88,7 @@ def as_progress(given: ProgressLike) -> Progress:
         return Logged(Told(_Bar()))
     if isinstance(given, Logged):
         return given
-    if hasattr(given, "stage") and hasattr(given, "step"):
+    if isinstance(given, Progress):
         return Logged(given)
     if callable(given):
         return Logged(Told(given))
