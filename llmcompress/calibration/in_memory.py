@@ -149,12 +149,16 @@ def _rows(value: Any) -> list[Tensor]:
     """
     try:
         many = isinstance(value, list | tuple) and len(value) > 0 and not isinstance(value[0], int)
-        rows = [torch.as_tensor(row) for row in value] if many else [*torch.atleast_2d(torch.as_tensor(value))]
+        rows = [torch.as_tensor(row) for row in value] if many else _as_rows(torch.as_tensor(value))
     except (TypeError, ValueError, RuntimeError) as problem:
         raise _refused("data.tokens", f"token ids cannot be read: {problem}", _ROWS) from None
     if any(row.dim() != 1 or row.is_floating_point() or row.is_complex() or bool((row < 0).any()) for row in rows):
         raise _refused("data.tokens", "input_ids must be rows of whole numbers from 0", _ROWS)
     return rows
+
+
+def _as_rows(tensor: Tensor) -> list[Tensor]:
+    return list(tensor[None] if tensor.dim() < 2 else tensor)
 
 
 _ROWS = "give tensors of batch × tokens, or dictionaries with input_ids and attention_mask"
