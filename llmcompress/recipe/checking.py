@@ -1,4 +1,6 @@
-"""A document, or plain data made in Python → a checked recipe; what can be known without the model is refused here."""
+"""A document, or plain Python data → a checked recipe; everything that can be checked without the model is checked
+here.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +44,14 @@ def check_document(document: Document, kind: type[R], *, settings: Sequence[str]
 
 
 def plain_data(value: Any, *, where: str = "recipe", depth: int = 0) -> Any:
-    """Data made in Python as a document holds it: passes become their name and options, tuples lists, paths text.
+    """Python data in the form of a document: passes become name and options, tuples become lists, paths become strings.
 
-    Raises: CompressError for what a recipe cannot hold.
+    Raises: CompressError for values that a recipe cannot contain.
     """
     if depth > MAX_DEPTH:
-        raise _refused("recipe.too-large", f"nested deeper than {MAX_DEPTH} levels", where, "write a flat recipe")
+        raise _refused(
+            "recipe.too-large", f"the recipe is nested deeper than {MAX_DEPTH} levels", where, "reduce the nesting"
+        )
     if isinstance(value, Pass):
         return {PASSES.name_of(type(value)): value.model_dump(mode="json")}
     if isinstance(value, BaseModel):
