@@ -78,18 +78,19 @@ def compress(
     """Compress a model; in memory, or with `output` into a Hugging Face folder.
 
     `model`: a Hub id, a folder, `builtin:books-llama`, None (the recipe names it), or a dense transformers model in
-    memory with its `tokenizer`. A model in memory is changed in place, without a second copy: the result has its device,
-    dtype and mode, and an error during compression leaves it partly changed. The dense model is evaluated first.
+    memory with its `tokenizer`. A model in memory is changed in place, without a second copy: the result has its
+    device, dtype and mode, and an error during compression leaves it partly changed. The dense model is evaluated
+    first.
 
     `recipe`: a preset's name, a file, a dictionary, YAML or JSON text, a `Recipe`, one pass, or a list of passes.
     `calibration`: None (the recipe's), texts, conversations, a `datasets.Dataset`, batches of `input_ids` (with
     `attention_mask` where they are padded), or settings; data in memory appear in the recipe only by kind and hash.
 
-    Without `output` nothing is written except the cache of dense scores. With it, a folder `<output>.run` saves finished
-    blocks until all is done: an interrupted run resumes when started again, unless `fresh`. An existing `output` is only
-    replaced with `overwrite`, once the new one is complete. With `offload` the weights stay on disk and one block at a
-    time is in memory (auto: if the whole model would not fit). Under `torchrun` the processes share the calibration
-    windows; the first one evaluates and writes.
+    Without `output` nothing is written except the cache of dense scores. With it, a folder `<output>.run` saves
+    finished blocks until all is done: an interrupted run resumes when started again, unless `fresh`. An existing
+    `output` is only replaced with `overwrite`, once the new one is complete. With `offload` the weights stay on disk
+    and one block at a time is in memory (auto: if the whole model would not fit). Under `torchrun` the processes share
+    the calibration windows; the first one evaluates and writes.
 
     `progress`: a function of one `ProgressEvent`, "bar", or a `Progress`; messages go to the logger "llmcompress" too.
 
