@@ -134,7 +134,7 @@ def _ids(batch: Any) -> tuple[list[Tensor], list[Tensor] | None]:
     rows = _rows(batch)
     if mask is None:
         return rows, None
-    masks = _rows(mask)
+    masks = [row.ne(0).long() for row in _rows(mask, whole_numbers=False)]
     if [len(row) for row in rows] != [len(row) for row in masks]:
         raise _refused(
             "data.mask", "attention_mask has another shape than input_ids", "give one 0 or 1 for every token"
@@ -142,8 +142,8 @@ def _ids(batch: Any) -> tuple[list[Tensor], list[Tensor] | None]:
     return rows, masks
 
 
-def _rows(value: Any) -> list[Tensor]:
-    """One tensor of whole numbers for every row.
+def _rows(value: Any, *, whole_numbers: bool = True) -> list[Tensor]:
+    """One tensor of numbers for every row.
 
     Raises: CompressError for anything but one or several rows of them.
     """
@@ -152,7 +152,9 @@ def _rows(value: Any) -> list[Tensor]:
         rows = [torch.as_tensor(row) for row in value] if many else _as_rows(torch.as_tensor(value))
     except (TypeError, ValueError, RuntimeError) as problem:
         raise _refused("data.tokens", f"token ids cannot be read: {problem}", _ROWS) from None
-    if any(row.dim() != 1 or row.is_floating_point() or row.is_complex() or bool((row < 0).any()) for row in rows):
+    if any(row.dim() != 1 or row.is_complex() for row in rows) or (
+        whole_numbers and any(row.is_floating_point() or bool((row < 0).any()) for row in rows)
+    ):
         raise _refused("data.tokens", "input_ids must be rows of whole numbers from 0", _ROWS)
     return rows
 
