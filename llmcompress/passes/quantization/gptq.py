@@ -139,7 +139,8 @@ class GPTQ(QuantizingPass):
         lazy = self.block if order_I is not None else block_length(grid.group, self.block)
         visited_IO = weight_OI.T[visit_I]
         # zeros are an earlier pass's mask: they stay zero, whatever the errors of other columns would make of them
-        keeping = DropWeights(visited_IO == 0, rounding)
+        zero_IO = visited_IO == 0
+        keeping = DropWeights(zero_IO, rounding) if bool(zero_IO.any()) else rounding
         sweep_columns_(visited_IO, factor.upper_II, keeping, block=lazy)
         raised = factor.damping > self.damping
         return (
