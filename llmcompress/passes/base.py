@@ -38,6 +38,9 @@ class Backward(NamedTuple):
     """In one batch, if their logits are not too large; None: as many as for calibration."""
     trained_on: int = 0
     """Windows that a training sees, repeated ones counted again; 0: no training, every window is seen once."""
+    recomputes: bool = False
+    """Whether blocks run again when their gradients are due, as in `sensitivity.gradients`: one more forward, and only
+    the states between blocks are kept meanwhile."""
 
 
 class Pass(BaseModel, ABC):

@@ -121,7 +121,7 @@ class SparsePass(BlockPass):
 
     def backward(self) -> Backward | None:
         """For shares by loss."""
-        return Backward() if self.allocation == "loss" else None
+        return Backward(recomputes=True) if self.allocation == "loss" else None
 
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
         """The share of weights that each site loses, where that depends on the others."""
