@@ -80,13 +80,13 @@ class Depth(ModelPass):
         if len(given) > 1:
             raise ValueError(f"give `{given[0]}` or `{given[1]}`, not both (set one to null)")
         if self.blocks is not None and (not self.blocks or len(set(self.blocks)) < len(self.blocks)):
-            raise ValueError("`blocks` names every block that goes once, and at least one")
+            raise ValueError("`blocks` must name at least one block, each only once")
         if self.score == "random" and self.mode == "greedy":
             raise ValueError("random blocks need no greedy mode: use one_shot or contiguous")
         if self.screen is not None and (self.score, self.mode) != ("perplexity", "greedy"):
             raise ValueError("`screen` belongs to `score: perplexity, mode: greedy`: every other mode scores once")
         if self.score != "block_influence" and self.skip_first_token:
-            raise ValueError(f"skip_first_token concerns block_influence only; the score is {self.score}")
+            raise ValueError(f"skip_first_token applies to block_influence only; the score is {self.score}")
         return self
 
     @override
@@ -130,7 +130,7 @@ class Depth(ModelPass):
         if wanted >= blocks:
             raise CompressError(
                 "depth.nothing-left",
-                f"{wanted} of {blocks} blocks cannot be removed: one must stay",
+                f"cannot remove {wanted} of {blocks} blocks: at least one must stay",
                 where=f"depth: {key}",
                 fix=f"remove at most {blocks - 1}",
                 exit_code=ExitCode.USAGE,
@@ -225,7 +225,7 @@ def _shown(whole: WholeModel, text: str, *, part: int = 0, parts: int = 1) -> Sh
     """Shows the fraction done of one of several equal parts."""
 
     def show(fraction: float) -> None:
-        whole.context.progress.inside(text, done=round(1000 * (part + fraction)), total=1000 * parts)
+        whole.context.progress.substep(text, done=round(1000 * (part + fraction)), total=1000 * parts)
 
     return show
 
@@ -269,11 +269,11 @@ def distances(
     for work in whole.stream():
         show(work.info.index / len(whole.map.blocks))
         if work.info.index in skipped:
-            work.become(work.module, work.inputs())
+            work.replace_module(work.module, work.inputs())
             continue
         earlier.append(_states(work.inputs(), first))
         outputs = work.outputs()
-        work.become(work.module, outputs)  # fed onward as they are, not computed again
+        work.replace_module(work.module, outputs)  # fed onward as they are, not computed again
         if len(earlier) == span:
             found.append(distance(earlier[0], _states(outputs, first)))
     return found
