@@ -54,7 +54,7 @@ def observed_input(
 
 
 class EarlyEnd:
-    """Ends a forward once some linears have been given all tokens: what follows the last of them would be for nothing."""
+    """Ends a forward once some linears have been given all tokens: nobody needs what follows the last of them."""
 
     def __init__(self, linears: int) -> None:
         self._linears, self._tokens = linears, 0
@@ -77,7 +77,7 @@ class EarlyEnd:
 
 @contextmanager
 def ending_early(sites: Sequence[LinearSite]) -> Iterator[EarlyEnd]:
-    """Hooks of `EarlyEnd`, behind those that observe; with experts among the sites, which not all tokens reach, none."""
+    """Hooks of `EarlyEnd`, behind those that observe; none with experts among the sites, which not all tokens reach."""
     end = EarlyEnd(len(sites))
     with ExitStack() as hooks:
         for site in () if any(in_expert(site.name) for site in sites) else sites:

@@ -24,7 +24,7 @@ from llmcompress.model.site import LinearSite
 from llmcompress.model.units import UnitGroup, masked
 from llmcompress.training import head
 from llmcompress.training.data.batch import Batch, Sample, padded
-from llmcompress.training.objectives.base import Seen
+from llmcompress.training.objectives.base import ObjectiveInputs
 from llmcompress.training.objectives.cross_entropy import CrossEntropy
 from llmcompress.training.step import checkpointed_blocks
 
@@ -91,7 +91,8 @@ def _sweep(whole: WholeModel, observers: Sequence[GradientObserver], *, one_by_o
             if parameter.requires_grad:  # behind the observers' own hooks
                 attached.callback(parameter.register_post_accumulate_grad_hook(_freed).remove)
         batches = torch.split(windows_NT, 1) if one_by_one else whole.batches()
-        for number, ids_BT in enumerate(batches):
+        done = 0
+        for ids_BT in batches:
             with torch.enable_grad(), ExitStack() as around:
                 for each in observers:
                     around.enter_context(each.during_batch(model))
@@ -100,7 +101,7 @@ def _sweep(whole: WholeModel, observers: Sequence[GradientObserver], *, one_by_o
                 (_loss(model, batch, found) * len(ids_BT)).backward()  # type: ignore[no-untyped-call]
             for each in observers:
                 each.collect()
-            done = min((number + 1) * len(ids_BT), len(windows_NT))
+            done += len(ids_BT)
             whole.context.progress.substep("gradients", done=done, total=len(windows_NT))
 
 
@@ -108,8 +109,10 @@ def _loss(model: PreTrainedModel, batch: Batch, found: head.Head | None) -> Tens
     rows = rows_at_once(model.config.get_text_config().vocab_size)
     if batch.ids_BT.numel() <= rows:
         found = None
-    seen = Seen(0, batch, head.predictions(model, batch, found), None, rows if found else batch.ids_BT.numel())
-    return CrossEntropy().loss(seen)
+    inputs = ObjectiveInputs(
+        0, batch, head.predictions(model, batch, found), None, rows if found else batch.ids_BT.numel()
+    )
+    return CrossEntropy().loss(inputs)
 
 
 def _freed(parameter: Tensor) -> None:

@@ -29,7 +29,7 @@ from llmcompress.records.rows import SiteReport
 
 
 @dataclass(frozen=True)
-class _Visit:
+class Visit:
     """In which order the columns of an input are visited (None: as they stand), and the factor for that order."""
 
     order_I: Tensor | None
@@ -85,7 +85,7 @@ class GPTQ(QuantizingPass):
         """Quantize every site."""
         rows = []
         # sites that share an input stand together and share its matrix: it is ordered and factored once for all of them
-        known: tuple[tuple[Gram, float, bool], _Visit] | None = None
+        known: tuple[tuple[Gram, float, bool], Visit] | None = None
         for site in sites:
             scheme = self.scheme_for(site.name, site.info.inputs)
             if scheme is None:
@@ -95,12 +95,12 @@ class GPTQ(QuantizingPass):
             gram = site.statistic(Gram)
             key = (gram, here.damping, here.act_order)
             if known is None or known[0] != key:
-                known = (key, here._visit(gram))
+                known = (key, here.visit(gram))
             # not before the factorisation, which is what takes the most memory
             weight_OI = site.weight_OI
             plain = fit(weight_OI, scheme.weights, scale_dtype=site.storage_dtype)
             plain_OI = round_to_codes(weight_OI, plain)
-            codes_OI, fitted, degraded = here._quantize(weight_OI, scheme.weights, gram, known[1], site)
+            codes_OI, fitted, degraded = here.quantize(weight_OI, scheme.weights, gram, known[1], site)
             error_before, error = relative_errors(weight_OI, [(plain_OI, plain), (codes_OI, fitted)], gram)
             if error > error_before:
                 codes_OI, fitted, error = plain_OI, plain, error_before
@@ -119,14 +119,15 @@ class GPTQ(QuantizingPass):
             )
         return rows
 
-    def _visit(self, gram: Gram) -> _Visit:
+    def visit(self, gram: Gram) -> Visit:
+        """What all sites with that input share."""
         diagonal_I = gram.sum_II.diagonal()
         order_I = diagonal_I.argsort(descending=True, stable=True) if self.act_order else None
         visit_I = torch.arange(len(diagonal_I), device=diagonal_I.device) if order_I is None else order_I
-        return _Visit(order_I, visit_I, inverse_factor(gram.sum_II, self.damping, order_I))
+        return Visit(order_I, visit_I, inverse_factor(gram.sum_II, self.damping, order_I))
 
-    def _quantize(
-        self, weight_OI: Tensor, grid: Grid, gram: Gram, visit: _Visit, site: LinearSite
+    def quantize(
+        self, weight_OI: Tensor, grid: Grid, gram: Gram, visit: Visit, site: LinearSite
     ) -> tuple[Tensor, Fitted, str | None]:
         """Codes, grid and, when a fallback was needed, why."""
         order_I, visit_I, factor = visit.order_I, visit.visit_I, visit.factor

@@ -159,8 +159,12 @@ def slow_screened(model, count, screen):
     gone = []
     for _ in range(count):
         left = [index for index in range(BLOCKS) if index not in gone]
-        moved = dict(zip(left, (slow_influence(with_blocks_skipped(model, gone))[index] for index in left), strict=True))
-        values = {index: slow_perplexity(model, [*gone, index]) for index in sorted(left, key=moved.__getitem__)[:screen]}
+        moved = dict(
+            zip(left, (slow_influence(with_blocks_skipped(model, gone))[index] for index in left), strict=True)
+        )
+        values = {
+            index: slow_perplexity(model, [*gone, index]) for index in sorted(left, key=moved.__getitem__)[:screen]
+        }
         gone.append(min(values, key=values.__getitem__))
     return gone
 
