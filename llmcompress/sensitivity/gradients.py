@@ -84,7 +84,9 @@ def _sweep(whole: WholeModel, observers: Sequence[GradientObserver], *, one_by_o
     windows_NT = whole.context.windows_NT
     with whole.resident() as model, ExitStack() as attached:
         model.requires_grad_(False)
-        found = head.find_head(model, windows_NT[:1].to(whole.context.device)) if len(windows_NT) else None
+        rows = rows_at_once(model.config.get_text_config().vocab_size)
+        together = windows_NT[: 1 if one_by_one else whole.context.batch].to(whole.context.device)
+        found = head.find_head(model, together) if together.numel() > rows else None
         for each in observers:
             attached.enter_context(each.attached(whole, model))
         for parameter in model.parameters():
@@ -98,21 +100,17 @@ def _sweep(whole: WholeModel, observers: Sequence[GradientObserver], *, one_by_o
                     around.enter_context(each.during_batch(model))
                 around.enter_context(checkpointed_blocks(model, True))
                 batch = padded([Sample(ids_T) for ids_T in ids_BT]).to(whole.context.device)
-                (_loss(model, batch, found) * len(ids_BT)).backward()  # type: ignore[no-untyped-call]
+                (_loss(model, batch, found, rows) * len(ids_BT)).backward()  # type: ignore[no-untyped-call]
             for each in observers:
                 each.collect()
             done += len(ids_BT)
             whole.context.progress.substep("gradients", done=done, total=len(windows_NT))
 
 
-def _loss(model: PreTrainedModel, batch: Batch, found: head.Head | None) -> Tensor:
-    rows = rows_at_once(model.config.get_text_config().vocab_size)
-    if batch.ids_BT.numel() <= rows:
-        found = None
-    inputs = ObjectiveInputs(
-        0, batch, head.predictions(model, batch, found), None, rows if found else batch.ids_BT.numel()
-    )
-    return CrossEntropy().loss(inputs)
+def _loss(model: PreTrainedModel, batch: Batch, found: head.Head | None, rows: int) -> Tensor:
+    """Logits for so many rows at a time where the head is known by itself, else for all."""
+    predicted = head.predictions(model, batch, found)
+    return CrossEntropy().loss(ObjectiveInputs(0, batch, predicted, None, rows if found else batch.ids_BT.numel()))
 
 
 def _freed(parameter: Tensor) -> None:
