@@ -120,7 +120,7 @@ def cost(recipe: Recipe, model_map: ModelMap, *, parameters: int, vocabulary: in
         (_BACKWARD_FORWARDS + gradients.recomputes) * (gradients.trained_on or samples) / samples
         for each in recipe.passes
         if (gradients := each.backward())
-    )
+    ) + sum(each.forwards_through_model(len(model_map.blocks)) for each in recipe.passes)
     return Cost(
         operations=_operations(recipe, model_map, passes, [times + through_model for times in forwards]),
         forwards=sum(forwards) / max(len(forwards), 1) + through_model,

@@ -131,6 +131,10 @@ class Pass(BaseModel, ABC):
         """What it holds while it takes gradients of the loss through the whole model; None when it takes none."""
         return None
 
+    def forwards_through_model(self, blocks: int) -> float:
+        """About how often all windows go through the whole model before any block is touched; gradients not counted."""
+        return 0.0
+
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
         """What must be known of all blocks before one is touched. Kept, so that a killed run does not repeat it.
 

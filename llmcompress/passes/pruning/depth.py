@@ -138,6 +138,19 @@ class Depth(ModelPass):
         return wanted
 
     @override
+    def forwards_through_model(self, blocks: int) -> float:
+        """By influence one for every scoring; by perplexity half of one for every candidate."""
+        if not self.uses_data():
+            return 0.0
+        count = self.blocks_to_remove(blocks)
+        if self.score == "block_influence":
+            return float(count if self.mode == "greedy" else 1)
+        if self.mode == "greedy":
+            left = range(blocks, blocks - count, -1)
+            return sum(each / 2 if self.screen is None else 1 + min(self.screen, each) / 2 for each in left)
+        return (blocks if self.mode == "one_shot" else blocks - count + 1) / 2
+
+    @override
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
         """Which blocks go, in which order, and the score that each went by."""
         if self.blocks is not None:
