@@ -36,10 +36,10 @@ def speed(
     device: str,
     as_json: bool,
 ) -> None:
-    """Measure each MODEL: one text at a time, greedy, with a key-value cache, after a warm-up.
+    """Measure the speed of each MODEL: batch size 1, greedy decoding with a KV cache, after a warm-up.
 
-    Several models are measured in turns, so that their ratios hold on a machine that does other things as well; ratios
-    are to the first.
+    Several models are measured in turns, so that their ratios are reliable on a busy machine; ratios are relative to
+    the first.
 
     \b
     Examples:

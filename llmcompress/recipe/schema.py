@@ -1,4 +1,4 @@
-"""The JSON Schema of a recipe, and the questions asked of it: what may stand at this path?"""
+"""The JSON Schema of a recipe, and queries on it: what may be at this path?"""
 
 from __future__ import annotations
 
