@@ -25,14 +25,12 @@ from llmcompress.records.rows import SiteReport
 
 @PASSES.register("caldera")
 class Caldera(QuantizingPass):
-    """Approximate W by Q + L R, quantized weights plus a low-rank branch, with alternating updates; the best iterate is
-        kept.
+    """Approximate W by Q + L R, quantized weights plus a low-rank branch, with alternating updates; the best is kept.
 
-        The first two candidates are plain gptq and gptq with a branch fitted to its error, so a site is never worse than
-        gptq.
+    The first two candidates are plain gptq and gptq with a branch fitted to its error: no site is worse than gptq.
 
     Source: Saha et al., arXiv 2405.18886, Algorithm 1. Differs: Q comes from `gptq` on integer grids instead of a
-    lattice; no Hadamard rotation; factors are rounded once, at the end, and the turns stop when they gain little.
+    lattice; no Hadamard rotation; factors are rounded once, at the end, and updates stop when they gain little.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"codes", "factors"})
