@@ -181,7 +181,8 @@ class WeightGradients(GradientObserver):
                     self.sums[name] = torch.zeros_like(weight, requires_grad=False)
                 if self._wants_squares:
                     self.squares[name] = torch.zeros_like(weight, requires_grad=False)
-                hooks.callback(weight.register_post_accumulate_grad_hook(partial(self._take, name)).remove)
+                handle = weight.register_post_accumulate_grad_hook(partial(self._take, name))  # type: ignore[no-untyped-call]
+                hooks.callback(handle.remove)
             yield
 
     def _take(self, name: str, weight: Tensor) -> None:

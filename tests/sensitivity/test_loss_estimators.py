@@ -194,7 +194,7 @@ def test_only_the_states_between_blocks_are_kept_for_the_backward_pass() -> None
     whole = whole_model(FAMILY)
     runs: list[bool] = []
     for block in whole.map.blocks:
-        whole.model.get_submodule(block.name).mlp.register_forward_hook(lambda *_: runs.append(True))
+        whole.model.get_submodule(block.name).self_attn.register_forward_hook(lambda *_: runs.append(True))
     sweep(whole, [OutputSquares([site.name for site in whole.sites()])])
     assert len(runs) == 2 * len(whole.map.blocks) * len(list(whole.batches()))
 

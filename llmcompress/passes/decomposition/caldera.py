@@ -13,12 +13,13 @@ from llmcompress.calibration.stream import BlockWork
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.quant_linear import codes_of
 from llmcompress.modules.scheme import DESCRIPTION
+from llmcompress.numerics.gptq import Visit, swept_codes
 from llmcompress.numerics.grid import Fitted, Grid, output_error, restore
 from llmcompress.numerics.low_rank import Factors, leading_factors, relative_output_error
 from llmcompress.numerics.statistics import Gram, Statistic
 from llmcompress.passes.base import PASSES, Trait
 from llmcompress.passes.decomposition.branch import branch, corrected_row, weight_only_scheme
-from llmcompress.passes.quantization.gptq import GPTQ
+from llmcompress.passes.nested_quantizer import quantizer_with
 from llmcompress.passes.quantizing import QuantizingPass, dense_of, put_codes
 from llmcompress.records.rows import SiteReport
 
@@ -73,7 +74,7 @@ class Caldera(QuantizingPass):
     def _compress(self, block: BlockWork, site: LinearSite, tell: Callable[[int], None]) -> SiteReport:
         tell(0)
         weight_OI, gram, dense = site.weight_OI, site.statistic(Gram), site.module
-        gptq = GPTQ(scheme=self.scheme, on_indivisible=self.on_indivisible)
+        gptq = quantizer_with({"gptq": {"on_indivisible": self.on_indivisible}}, self.scheme)
         scheme = gptq.scheme_for(site.name, site.info.inputs)
         assert scheme is not None
         (row,) = gptq.apply(block, [site])
@@ -82,7 +83,7 @@ class Caldera(QuantizingPass):
         row = row.model_copy(update={"algorithm": "caldera", "error": alone})
         if not self.rank or not gram.tokens:
             return row
-        found = self._turns(weight_OI, dense_of(base), scheme.weights, gptq, site, tell)
+        found = self._turns(weight_OI, dense_of(base), scheme.weights, site, tell)
         if found is not None:
             site.replace(dense)
             put_codes(site, scheme, *found)
@@ -103,14 +104,16 @@ class Caldera(QuantizingPass):
         return corrected_row(site, "caldera", row, self.rank, self.factor_scheme, error=error, tokens=gram.tokens)
 
     def _turns(
-        self, weight_OI: Tensor, base_OI: Tensor, grid: Grid, gptq: GPTQ, site: LinearSite, tell: Callable[[int], None]
+        self, weight_OI: Tensor, base_OI: Tensor, grid: Grid, site: LinearSite, tell: Callable[[int], None]
     ) -> tuple[Tensor, Fitted] | None:
         """The codes to which a branch adds most; None: those that are there already, which stand for `base_OI`.
 
         The branch is not rounded meanwhile, and no more exact than it must be: only the last one is.
         """
         gram, rank = site.statistic(Gram), min(self.rank, *weight_OI.shape)
-        visit = gptq.visit(gram)
+        visit = Visit.of(gram.sum_II, damping=_DAMPING, act_order=True)
+        if visit.factor is None:
+            return None
 
         def error_with(dense_OI: Tensor, start_OR: Tensor | None) -> tuple[float, Factors]:
             factors = leading_factors(weight_OI - dense_OI, gram.sum_II, rank, start_OR)
@@ -122,7 +125,8 @@ class Caldera(QuantizingPass):
         factors = leading_factors(weight_OI, gram.sum_II, rank)
         for turn in range(1, self.iterations + 1):
             tell(turn)
-            codes_OI, fitted, _ = gptq.quantize(weight_OI - factors.product(), grid, gram, visit, site)
+            target_OI = weight_OI - factors.product()
+            codes_OI, fitted = swept_codes(target_OI, grid, gram.sum_II, visit, scale_dtype=site.storage_dtype)
             error, factors = error_with(restore(codes_OI, fitted).float(), factors.left_OR)
             if error < least:
                 best, least = (codes_OI, fitted), error
@@ -132,5 +136,7 @@ class Caldera(QuantizingPass):
         return best
 
 
+_DAMPING = 0.01
+"""As gptq has it."""
 _WORTH = 0.01
 """By which a turn must lower the error for another one to be worth its time (docs/decisions/0030)."""

@@ -42,7 +42,10 @@ def perplexities_without(whole: WholeModel, candidates: Sequence[Collection[int]
     order = sorted(range(len(candidates)), key=firsts.__getitem__)
     left = [index for index in range(blocks) if index not in common]
     totals, tokens = [0.0] * len(candidates), 0
-    steps = _Steps(show, len(whole.context.windows_NT) * (len(left) + sum(blocks - each + _HEAD for each in firsts)))
+    runs = sum(block < max(firsts) for block in left)
+    for at, gone in zip(firsts, candidates, strict=True):
+        runs += _HEAD + sum(block >= at and block not in gone for block in left)
+    steps = _Steps(show, len(whole.context.windows_NT) * runs)
     with whole.resident() as model, _without_blocks(model, whole.context.windows_NT) as bench:
         for ids_BT in whole.batches():
             count = ids_BT[:, 1:].numel()

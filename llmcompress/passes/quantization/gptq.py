@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar, Self
 
 import torch
@@ -13,29 +13,13 @@ from torch import Tensor
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.scheme import Scheme
-from llmcompress.numerics.columns import (
-    DropWeights,
-    InverseFactor,
-    RoundToGrid,
-    block_length,
-    inverse_factor,
-    sweep_columns_,
-)
+from llmcompress.numerics.gptq import Visit, swept_codes
 from llmcompress.numerics.grid import Fitted, Grid, round_to_codes
 from llmcompress.numerics.ranges import RangeSearch, fit
 from llmcompress.numerics.statistics import Gram, Statistic
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.quantizing import QuantizingPass, put_codes, relative_errors, report_row
 from llmcompress.records.rows import SiteReport
-
-
-@dataclass(frozen=True)
-class Visit:
-    """The order in which the columns of an input are quantized (None: as they are), and the factor for that order."""
-
-    order_I: Tensor | None
-    visit_I: Tensor
-    factor: InverseFactor | None
 
 
 @PASSES.register("gptq")
@@ -92,11 +76,12 @@ class GPTQ(QuantizingPass):
             gram = members[0].statistic(Gram)
             key = (gram, here.damping, here.act_order)
             if known is None or known[0] != key:
-                known = (key, here.visit(gram))
+                known = (key, Visit.of(gram.sum_II, damping=here.damping, act_order=here.act_order))
             # not before the factorisation, which is what takes the most memory
             weights = [site.weight_OI for site in members]
             weight_OI = weights[0] if len(weights) == 1 else torch.cat(weights)
-            codes_OI, fitted, degraded = here.quantize(weight_OI, scheme.weights, gram, known[1], members[0])
+            dtype = members[0].storage_dtype
+            codes_OI, fitted, degraded = here._codes(weight_OI, scheme.weights, gram, known[1], dtype)
             start = 0
             for site, own_OI in zip(members, weights, strict=True):
                 piece = slice(start, start + len(own_OI))
@@ -122,42 +107,20 @@ class GPTQ(QuantizingPass):
         if previous:
             yield previous
 
-    def visit(self, gram: Gram) -> Visit:
-        """What all sites with that input share."""
-        diagonal_I = gram.sum_II.diagonal()
-        order_I = diagonal_I.argsort(descending=True, stable=True) if self.act_order else None
-        visit_I = torch.arange(len(diagonal_I), device=diagonal_I.device) if order_I is None else order_I
-        return Visit(order_I, visit_I, inverse_factor(gram.sum_II, self.damping, order_I))
-
-    def quantize(
-        self, weight_OI: Tensor, grid: Grid, gram: Gram, visit: Visit, site: LinearSite
+    def _codes(
+        self, weight_OI: Tensor, grid: Grid, gram: Gram, visit: Visit, scale_dtype: torch.dtype
     ) -> tuple[Tensor, Fitted, str | None]:
         """Codes, grid and, when a fallback was needed, why."""
-        order_I, visit_I, factor = visit.order_I, visit.visit_I, visit.factor
-        if factor is None:
-            fitted = fit(weight_OI, grid, scale_dtype=site.storage_dtype)
+        if visit.factor is None:
+            fitted = fit(weight_OI, grid, scale_dtype=scale_dtype)
             why = "no tokens reached it" if gram.tokens == 0 else "its Gram matrix is singular"
             return round_to_codes(weight_OI, fitted), fitted, f"{why}: rounded to nearest"
-        rounding = RoundToGrid(
-            weight_OI,
-            grid,
-            scale_dtype=site.storage_dtype,
-            search=self.range,
-            gram_II=gram.sum_II,
-            order_I=order_I,
+        codes_OI, fitted = swept_codes(
+            weight_OI, grid, gram.sum_II, visit, scale_dtype=scale_dtype, search=self.range, block=self.block
         )
-        lazy = self.block if order_I is not None else block_length(grid.group, self.block)
-        visited_IO = weight_OI.T[visit_I]
-        # zeros are an earlier pass's mask: they stay zero, whatever the errors of other columns would make of them
-        zero_IO = visited_IO == 0
-        keeping = DropWeights(zero_IO, rounding) if bool(zero_IO.any()) else rounding
-        sweep_columns_(visited_IO, factor.upper_II, keeping, block=lazy)
-        raised = factor.damping > self.damping
-        return (
-            rounding.codes_IO.T.contiguous(),
-            rounding.fitted,
-            f"damping raised from {self.damping:g} to {factor.damping:g}" if raised else None,
-        )
+        raised = visit.factor.damping > self.damping
+        why = f"damping raised from {self.damping:g} to {visit.factor.damping:g}" if raised else None
+        return codes_OI, fitted, why
 
 
 def _own(fitted: Fitted) -> Fitted:
