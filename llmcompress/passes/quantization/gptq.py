@@ -113,8 +113,8 @@ class GPTQ(QuantizingPass):
         """Codes, grid and, when a fallback was needed, why."""
         if visit.factor is None:
             fitted = fit(weight_OI, grid, scale_dtype=scale_dtype)
-            why = "no tokens reached it" if gram.tokens == 0 else "its Gram matrix is singular"
-            return round_to_codes(weight_OI, fitted), fitted, f"{why}: rounded to nearest"
+            cause = "no tokens reached it" if gram.tokens == 0 else "its Gram matrix is singular"
+            return round_to_codes(weight_OI, fitted), fitted, f"{cause}: rounded to nearest"
         codes_OI, fitted = swept_codes(
             weight_OI, grid, gram.sum_II, visit, scale_dtype=scale_dtype, search=self.range, block=self.block
         )
