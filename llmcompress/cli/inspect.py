@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import click
 
-from llmcompress.cli.output import json_option, print_json, print_tables, quiet_libraries
+from llmcompress.cli.early import refuse_missing_models
+from llmcompress.cli.libraries import loading_libraries, quiet_libraries
+from llmcompress.cli.output import json_option, print_json, print_tables
 
 
 @click.command(short_help="Show blocks, sites, folds, and what cannot be compressed.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -101,3 +101,8 @@ class Recipe(BaseModel):
                 exit_code=ExitCode.USAGE,
             )
         return self if given is None else self.model_copy(update={"model": given})
+
+
+def json_schema(kind: type[BaseModel] = Recipe) -> dict[str, Any]:
+    """A whole recipe for editors, with the options of everything that is registered."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **kind.model_json_schema()}

@@ -1,0 +1,91 @@
+"""What a recipe may say, as data: listed, explained and checked without importing PyTorch.
+
+`catalogue.json` is written by `scripts/write_catalogue.py`, and a test compares it with the classes. It speaks while
+nobody has imported the passes; once they are imported, they speak themselves, those of a user's own among them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llmcompress.recipe.document import Document
+from llmcompress.recipe.overrides import with_set
+from llmcompress.recipe.problems import validated
+from llmcompress.recipe.schema import Schema
+from llmcompress.recipe.stages import stages_of
+from llmcompress.recipe.stand_ins import stand_in
+
+FILE = Path(__file__).with_name("catalogue.json")
+
+
+@dataclass(frozen=True)
+class PassText:
+    """What is said of a pass beside its options."""
+
+    kind: str
+    """The family: quantization, pruning, decomposition, dynamic."""
+    description: str
+    """Its docstring: what it does, the source, where it differs."""
+
+    @property
+    def summary(self) -> str:
+        """The first paragraph, in one line."""
+        return self.description.split("\n\n")[0].replace("\n", " ")
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Every pass, and the JSON Schema of a recipe."""
+
+    passes: Mapping[str, PassText]
+    schema: Schema
+
+    def options(self, name: str) -> dict[str, Schema]:
+        """The schema of every option of a pass."""
+        found: dict[str, Schema] = self.schema["properties"]["passes"]["items"]["anyOf"][0]["properties"][name]
+        return dict(found["properties"])
+
+    def checked(self, document: Document, settings: Sequence[str] = ()) -> Any:
+        """The recipe with the fields of `Recipe`, None where it says nothing; checked as far as the schema tells.
+
+        Raises: CompressError like `read_recipe`.
+        """
+        kind = stand_in(self.schema)
+        if settings:
+            document = with_set(document, settings, stages_of(kind), self.schema)
+        return validated(document, kind, lambda: self.schema)
+
+
+def catalogue() -> Catalogue:
+    """The one that was written, or what the imported classes say."""
+    if "llmcompress.passes.base" in sys.modules:
+        return catalogue_of_classes()
+    data = json.loads(FILE.read_text(encoding="utf-8"))
+    return Catalogue({name: PassText(**text) for name, text in data["passes"].items()}, data["schema"])
+
+
+def catalogue_of_classes() -> Catalogue:
+    """What the classes say; imports PyTorch."""
+    from llmcompress.passes.base import PASSES
+    from llmcompress.recipe.model import json_schema
+
+    texts = {name: PassText(_kind(PASSES[name]), inspect.cleandoc(PASSES[name].__doc__ or "")) for name in PASSES}
+    return Catalogue(texts, json_schema())
+
+
+def as_json(found: Catalogue) -> str:
+    """The text of `catalogue.json`."""
+    passes = {name: asdict(text) for name, text in found.passes.items()}
+    return json.dumps({"passes": passes, "schema": found.schema}, indent=1, ensure_ascii=False) + "\n"
+
+
+def _kind(cls: type) -> str:
+    """The folder below `passes`; a pass from elsewhere is named by its module."""
+    parts = cls.__module__.split(".")
+    return parts[2] if cls.__module__.startswith("llmcompress.passes.") else parts[0]
