@@ -43,22 +43,12 @@ def report_tables(report: Report) -> list[RenderableType]:
     if any(each.dense.from_cache for each in report.quality):
         tables.append(Text("dense scores: from the cache of an earlier run"))
     tables.append(_bytes_line(report))
-    worst = sorted((row for row in report.sites if row.error is not None), key=lambda row: -(row.error or 0))
-    if worst:
-        rows = [
-            (row.site, row.algorithm, row.scheme or "", _percent(row.error), _percent(row.error_before))
-            for row in worst[:WORST_SITES]
-        ]
-        headings = ("site", "by", "scheme", "#output error", "#plain rounding")
-        tables.append(plain_table(headings, rows, title=f"worst sites of {len(worst)}"))
+    if any(row.error is not None for row in report.sites):
+        tables.append(_worst_sites(report))
     caches = [(row.cache_bytes_before, row.cache_bytes) for row in report.sites if row.cache_bytes is not None]
     if caches:
         before, after = sum(each[0] or 0 for each in caches), sum(each[1] or 0 for each in caches)
         tables.append(Text(f"key-value cache {before:,} → {after:,} bytes per token ({after / before:.2f} of it)"))
-    if report.degraded:
-        sites = {row.site for row in report.sites}
-        title = f"degraded: {len({row.site for row in report.degraded})} of {len(sites)} layers"
-        tables.append(_reasons(title, {row.site: row.degraded or "" for row in report.degraded}))
     if report.refused:
         tables.append(_reasons(f"not compressed: {len(report.refused)}", report.refused))
     tables += [Text(f"warning: {warning}", style="yellow") for warning in report.warnings]
@@ -203,6 +193,23 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "" if value is None else str(value)
+
+
+def _worst_sites(report: Report) -> Table:
+    """Where most of the output is lost, each site with what the last pass left of it."""
+    last = {row.site: row for row in report.sites if row.error is not None}
+    worst = sorted(last.values(), key=lambda row: -(row.error or 0))[:WORST_SITES]
+    rows = [
+        (row.site, row.algorithm, row.scheme or "", _percent(row.error), _percent(row.error_before)) for row in worst
+    ]
+    headings = ("site", "by", "scheme", "#output error", "#plain rounding")
+    return plain_table(*_with_values(headings, rows), title=f"worst sites of {len(last)}")
+
+
+def _with_values(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """The columns in which some row says something."""
+    kept = [number for number in range(len(headings)) if any(row[number] for row in rows)]
+    return [headings[number] for number in kept], [[row[number] for number in kept] for row in rows]
 
 
 def _quality_table(report: Report) -> Table:
