@@ -23,17 +23,15 @@ from llmcompress.evaluation.coverage import coverage_warnings
 from llmcompress.evaluation.dense import DenseScores, against_dense, dense_scores
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.evaluation.footprint import bytes_on_disk
+from llmcompress.evaluation.inspection import inspect_folder
 from llmcompress.evaluation.perplexity import measure
 from llmcompress.evaluation.settings import BUNDLED_TEXT, PerplexityTask
 from llmcompress.evaluation.speed import SpeedResult, speed_of
 from llmcompress.evaluation.texts import EvaluationText, evaluation_text
 from llmcompress.exporters.auxiliary_files import copy_auxiliary_files
 from llmcompress.exporters.save import save_model
-from llmcompress.loading.config import read_config
 from llmcompress.loading.load import load_tokenizer
 from llmcompress.loading.source import find_source
-from llmcompress.model.describe import describe
-from llmcompress.model.probe import probe
 from llmcompress.passes.apply import apply_passes, steps
 from llmcompress.passes.shared_resume_store import SharedResumeStore
 from llmcompress.planning import Plan, make_plan, refused, within_target_limits
@@ -185,7 +183,9 @@ def _report(
         sites=tuple(rows),
         refused=refused(prepared.map),
         measurements=(WeightBytes(of="dense", bytes=bytes_on_disk(loaded.source.folder)),),
-        warnings=tuple(dict.fromkeys([*loaded.preflight.warnings, *prepared.notes, *about_data, *about_texts, *about_sites])),
+        warnings=tuple(
+            dict.fromkeys([*loaded.preflight.warnings, *prepared.notes, *about_data, *about_texts, *about_sites])
+        ),
     )
 
 
@@ -223,13 +223,11 @@ def plan(
 
 
 def inspect(model: str) -> dict[str, Any]:
-    """The model map: blocks, sites, shared inputs, folds, width groups, and what cannot be compressed and why.
+    """The map of a dense model, or what each site of a compressed one is; no weight is read.
 
-    Raises: CompressError when there is no such model or its structure is not understood.
+    Raises: CompressError when there is no such model, or its structure or format is not understood.
     """
-    source = find_source(model)
-    config, _ = read_config(source.folder)
-    return describe(probe(config, unfuse=True))
+    return inspect_folder(find_source(model).folder)
 
 
 def evaluate(

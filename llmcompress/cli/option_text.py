@@ -15,20 +15,23 @@ _LIMITS = (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("
 _KINDS = {"integer": "whole number", "number": "number", "string": "text", "null": "null", "object": "mapping"}
 
 
-def options(schema: Schema, parts: Mapping[str, Schema], *, prefix: str = "") -> Iterator[dict[str, Any]]:
-    """Every option, those of an inner group behind it by their dotted names."""
+def options(
+    schema: Schema, parts: Mapping[str, Schema], names: Mapping[str, list[str]], *, prefix: str = ""
+) -> Iterator[dict[str, Any]]:
+    """Every option, those of an inner group behind it by their dotted names; `names`: of what is registered."""
     for name, part in parts.items():
         found = [_with_notes(each, part) for each in alternatives(schema, part)]
+        registered = names.get(name, [])
         yield {
             "name": f"{prefix}{name}",
             "values": " or ".join(dict.fromkeys(_values(schema, each) for each in found)),
-            "choices": [word for each in found for word in _choices(each)],
+            "choices": [*(word for each in found for word in _choices(each)), *registered],
             "default": _default(part, found),
-            "description": str(part.get("description", "")),
+            "description": "; one of ".join(filter(None, (str(part.get("description", "")), ", ".join(registered)))),
         }
         for group in found:
             if "properties" in group:
-                yield from options(schema, group["properties"], prefix=f"{prefix}{name}.")
+                yield from options(schema, group["properties"], {}, prefix=f"{prefix}{name}.")
 
 
 def _values(schema: Schema, part: Schema) -> str:

@@ -41,7 +41,7 @@ def passes(name: str | None, as_json: bool) -> None:
             exit_code=ExitCode.USAGE,
         )
     text = known.passes[name]
-    of_pass = list(options(known.schema, known.options(name)))
+    of_pass = list(options(known.schema, known.options(name), text.names))
     if as_json:
         about = {"name": name, "kind": text.kind, "summary": text.summary, "description": text.description}
         print_json({**about, "options": of_pass})

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_origin
 
 from llmcompress.recipe.document import Document
 from llmcompress.recipe.overrides import with_set
@@ -20,6 +20,9 @@ from llmcompress.recipe.problems import validated
 from llmcompress.recipe.schema import Schema
 from llmcompress.recipe.stages import stages_of
 from llmcompress.recipe.stand_ins import stand_in
+
+if TYPE_CHECKING:
+    from llmcompress.passes.base import Pass
 
 FILE = Path(__file__).with_name("catalogue.json")
 
@@ -32,6 +35,8 @@ class PassText:
     """The family: quantization, pruning, decomposition, dynamic."""
     description: str
     """Its docstring: what it does, the source, where it differs."""
+    names: Mapping[str, list[str]]
+    """Options that take a registered name, which no schema lists → the names."""
 
     @property
     def summary(self) -> str:
@@ -75,7 +80,10 @@ def catalogue_of_classes() -> Catalogue:
     from llmcompress.passes.base import PASSES
     from llmcompress.recipe.model import json_schema
 
-    texts = {name: PassText(_kind(PASSES[name]), inspect.cleandoc(PASSES[name].__doc__ or "")) for name in PASSES}
+    texts = {
+        name: PassText(_kind(PASSES[name]), inspect.cleandoc(PASSES[name].__doc__ or ""), _names(PASSES[name]))
+        for name in PASSES
+    }
     return Catalogue(texts, json_schema())
 
 
@@ -83,6 +91,29 @@ def as_json(found: Catalogue) -> str:
     """The text of `catalogue.json`."""
     passes = {name: asdict(text) for name, text in found.passes.items()}
     return json.dumps({"passes": passes, "schema": found.schema}, indent=1, ensure_ascii=False) + "\n"
+
+
+def _names(cls: type[Pass]) -> dict[str, list[str]]:
+    """By asking the class itself which it accepts."""
+    from llmcompress.passes.base import PASSES
+    from llmcompress.passes.pruning.scores.base import SCORES
+
+    passes, scores = {name: {name: {}} for name in PASSES}, {name: name for name in SCORES}
+    candidates = {"quantizer": passes, "score": scores, "prior": scores}
+    found = {
+        option: [name for name, value in named.items() if _accepts(cls, option, value)]
+        for option, named in candidates.items()
+        if option in cls.model_fields and get_origin(cls.model_fields[option].annotation) is not Literal
+    }
+    return {option: names for option, names in found.items() if names}
+
+
+def _accepts(cls: type[Pass], option: str, value: Any) -> bool:
+    try:
+        cls.model_validate({option: value})
+    except ValueError:
+        return False
+    return True
 
 
 def _kind(cls: type) -> str:

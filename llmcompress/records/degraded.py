@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from llmcompress.records.rows import SiteReport
+if TYPE_CHECKING:
+    from llmcompress.records.rows import SiteReport
 
 KINDS_NAMED = 6
 
