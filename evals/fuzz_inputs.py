@@ -35,7 +35,7 @@ _RECIPE = {
     "evaluate": {"perplexity": [{"source": "builtin:evaluation", "max_windows": 1}]},
     "save": {"format": "auto", "max_shard_size": "5GB"},
 }
-_CHEAPEST = "passes: [rtn: {scheme: int4_g16}]\nevaluate: {}\n"
+CHEAPEST = "passes: [rtn: {scheme: int4_g16}]\nevaluate: {}\n"
 _TEXT = "text.jsonl"
 
 _DRY_RUN = ("compress", "dense", "--recipe", "cheapest.yaml", "--dry-run")
@@ -141,7 +141,7 @@ def write_inputs(folder: Path) -> None:
 
     write_tiny_llama(folder / "dense", shard="30KB")
     (folder / "recipe.yaml").write_text(json.dumps(_RECIPE))  # JSON is YAML
-    (folder / "cheapest.yaml").write_text(_CHEAPEST)
+    (folder / "cheapest.yaml").write_text(CHEAPEST)
     rows = [{"text": f"the quick brown fox {number} jumps over the lazy dog " * 8} for number in range(12)]
     (folder / _TEXT).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 

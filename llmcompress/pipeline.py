@@ -173,7 +173,7 @@ def _report(
     loaded, texts = prepared.loaded, prepared.texts
     about_data = [*data.warnings, *_overlaps(data, texts), *coverage_warnings(rows, prepared.map)] if data else []
     about_texts = [f"{text.name}: {warning}" for text in texts for warning in text.warnings]
-    about_sites = degraded_warnings(rows)
+    about_model = [*loaded.preflight.warnings, *prepared.notes]
     return Report(
         model=loaded.source.name,
         recipe_hash=request.recipe.hash(),
@@ -183,9 +183,7 @@ def _report(
         sites=tuple(rows),
         refused=refused(prepared.map),
         measurements=(WeightBytes(of="dense", bytes=bytes_on_disk(loaded.source.folder)),),
-        warnings=tuple(
-            dict.fromkeys([*loaded.preflight.warnings, *prepared.notes, *about_data, *about_texts, *about_sites])
-        ),
+        warnings=tuple(dict.fromkeys([*about_model, *about_data, *about_texts, *degraded_warnings(rows)])),
     )
 
 

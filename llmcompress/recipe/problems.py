@@ -31,7 +31,7 @@ _BOOLEANS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "fa
 
 
 def validated(document: Document, kind: type[M], schema: Callable[[], Schema]) -> M:
-    """The document as data of that kind; every value is checked against its type. `schema` is asked for after a mistake.
+    """The document as data of that kind, every value checked against its type; `schema` is called after a mistake.
 
     Raises: CompressError for the first problem; it also lists the others.
     """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzz_inputs import PLAIN_MODEL, damaged, mutations, write_inputs
+from fuzz_inputs import CHEAPEST, PLAIN_MODEL, damaged, mutations, write_inputs
 
 from llmcompress.calibration.devices import usable_device
 from llmcompress.cli.failures import report_failure
@@ -87,7 +87,7 @@ def test_compress_refuses_a_bad_index_and_a_missing_shard_before_it_counts_bytes
         next(folder.glob("model-00002*")).unlink()
     else:
         (folder / "model.safetensors.index.json").write_bytes(content)
-    error = refused(lambda: compress(str(folder), recipe(), tmp_path / "out", device="cpu"))
+    error = refused(lambda: compress(str(folder), parse_recipe(CHEAPEST, "r.yaml"), tmp_path / "out", device="cpu"))
     assert error.code in ("model.bad-index", "model.bad-json", "model.missing-file")
     assert not (tmp_path / "out.run").exists()
 
