@@ -1,6 +1,6 @@
-"""Make a causal language model from the Hugging Face Hub small and fast for a given device.
+"""Compress causal language models from the Hugging Face Hub, and measure what it costs in quality.
 
-`compress("Qwen/Qwen3-0.6B", "w4", "out")` is the whole thing. Names are imported when first used, so that
+`compress("Qwen/Qwen3-0.6B", "w4", "out")` compresses, evaluates and saves a model. Names are imported on first use, so
 `import llmcompress` alone is instant.
 """
 

@@ -1,4 +1,4 @@
-"""Take all decisions of a recipe, and write them out as a recipe of ordinary options."""
+"""Makes all allocation decisions of a recipe and writes them out as a recipe of ordinary options."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ from llmcompress.storage.cache import TensorCache, cache_folder
 from llmcompress.storage.folder import publish, staging_folder
 
 RECIPE = "llmcompress_recipe.yaml"
-"""Saved beside the weights and the report: the resolved recipe that makes the same result again."""
+"""Saved with the weights and the report: the resolved recipe that reproduces the result."""
 
 
 def compress(
@@ -67,8 +67,8 @@ def compress(
     """Compress a model and save it as a Hugging Face folder.
 
     `model` is a Hub id, a folder or `builtin:books-llama` (None: the recipe names it); `recipe` a `Recipe`, a file or
-    the name of a preset. Beside `output` a folder `<output>.run` keeps finished blocks until all is done: a killed run
-    started again goes on where it was, unless `fresh`. An existing `output` is only replaced with `overwrite`, after
+    the name of a preset. A folder `<output>.run` next to `output` saves finished blocks until all is done: a killed run
+    started again resumes, unless `fresh`. An existing `output` is only replaced with `overwrite`, after
     its successor is complete. With `offload` the weights stay on disk and one block at a time is in memory (auto: when
     the whole model would not fit). Processes that `torchrun` started share the calibration windows; the first one
     evaluates and writes, all return the report.
@@ -188,7 +188,7 @@ def _report(
 
 
 def _save(request: CompressionRequest, prepared: Prepared, model: PreTrainedModel, report: Report) -> Report:
-    """Write everything into a folder beside the output, then move it there in one step."""
+    """Write everything into a folder next to the output, then move it there in one step."""
     recipe, loaded = request.recipe, prepared.loaded
     with staging_folder(request.output) as staging:
         save_model(

@@ -1,4 +1,4 @@
-"""What a run would do and need, from the recipe, config.json and safetensors headers: no weight is read."""
+"""The plan of a run, from the recipe, config.json and safetensors headers: no weight is read."""
 
 from __future__ import annotations
 
@@ -38,37 +38,37 @@ class _Row(BaseModel):
 
 
 class PlannedSite(_Row):
-    """What would become of one linear."""
+    """The plan for one linear."""
 
     site: str
     passes: tuple[str, ...]
-    """Recipe names of the passes that work on it, in order."""
+    """Names of the passes that work on it, in order."""
     scheme: str | None
-    """None: it stays dense."""
+    """None: it is kept dense."""
     bits_per_weight: float
     """Bits on disk ÷ weights of the dense site: codes, scales and zero points, or the dense type."""
     bytes: int
     """On disk, its bias included."""
     kept_fraction: float = 1.0
-    """Share of its parameters left after pruning or decomposition; an estimate where data decide."""
+    """Fraction of its parameters kept after pruning or decomposition; an estimate where data decide."""
 
 
 class Plan(_Row):
-    """What a run would do."""
+    """The plan of a run."""
 
     model: str
     family: str
     sites: tuple[PlannedSite, ...]
     refused: dict[str, str]
-    """What is left as it is, and why."""
+    """Modules that are not compressed, and why."""
     bytes_dense: int
     """Weight files that are read."""
     output_bytes: int
     """Weight files that would be written; an estimate when any site's `kept_fraction` is below 1."""
     offloaded: bool = False
-    """Whether weights would stay on disk while nobody computes with them."""
+    """Whether weights would be offloaded to disk."""
     peak_memory_bytes: int
-    """Beside the interpreter where no machine was given."""
+    """Without the interpreter if no machine was given."""
     operations: float
     """Multiplications and additions of compression."""
     estimated_seconds: float | None = None
@@ -78,7 +78,7 @@ class Plan(_Row):
 
 @dataclass(frozen=True)
 class KnownModel:
-    """What all plans for one model share: none of it depends on the recipe."""
+    """What all plans for one model share, independent of the recipe."""
 
     name: str
     checked: Preflight
@@ -98,11 +98,11 @@ def known_model(source: Source, *, trust_remote_code: bool = False, progress: Pr
 def make_plan(
     model: Source | KnownModel, recipe: Recipe, *, offload: Offload = "auto", machine: Machine | None = None
 ) -> Plan:
-    """Check everything that can be checked before any work, and foretell the rest; seconds for `machine` only.
+    """Check everything that can be checked before any work, and estimate the rest; seconds for `machine` only.
 
     For a `KnownModel` this is arithmetic alone, some milliseconds: no file of the model is opened.
 
-    Raises: CompressError for whatever `compress` would refuse in this model or recipe, all sites at once.
+    Raises: CompressError for anything that `compress` would refuse in this model or recipe, all sites at once.
     """
     check_texts(recipe)
     known = known_model(model, trust_remote_code=recipe.trust_remote_code) if isinstance(model, Source) else model
@@ -149,7 +149,7 @@ def check_texts(recipe: Recipe) -> None:
 def check_recipe(
     recipe: Recipe, model_map: ModelMap, loader: Loader, storage_dtype: torch.dtype | None = None
 ) -> Choice:
-    """Whether every word of the recipe makes sense for this model; how the result will be stored.
+    """Check the recipe against this model; returns how the result will be stored.
 
     `storage_dtype` None: not known yet.
 
@@ -168,7 +168,7 @@ def check_recipe(
 
 
 def within_target_limits(recipe: Recipe) -> Recipe:
-    """The same recipe, whose quantizers respect from the start what the target that it names cannot hold."""
+    """The same recipe, with quantizers that respect the limits of the named target from the start."""
     limits = limits_of(recipe.save.format)
     return recipe.model_copy(update={"passes": tuple(within_limits(each, limits) for each in recipe.passes)})
 
@@ -189,7 +189,7 @@ def planned_schemes(recipe: Recipe, model_map: ModelMap) -> dict[str, Scheme]:
 
 
 def storage_dtype_of(recipe: Recipe, checked: Preflight) -> torch.dtype:
-    """The type of scales and of all that stays dense in the files written."""
+    """The dtype of scales and dense tensors in the saved files."""
     named = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     return named.get(recipe.save.dtype, checked.storage_dtype)
 

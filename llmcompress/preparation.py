@@ -1,4 +1,4 @@
-"""From an order to a model that is read, mapped, checked against the recipe and known by its hashes: no work yet."""
+"""From a request to a loaded and mapped model that is checked against the recipe and hashed, before any work."""
 
 from __future__ import annotations
 

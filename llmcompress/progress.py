@@ -1,4 +1,4 @@
-"""What a long run tells its user while it works: stages, blocks, an estimate of the time left, memory."""
+"""The interface of progress reporting: stages, steps, notes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Two levels: a stage (compress, evaluate, save) and the steps inside it."""
+    """Two levels: a stage (compress, evaluate, save) and its steps, with the current substep."""
 
     def stage(self, title: str, steps: int) -> None:
         """Begin a stage of `steps` equal steps; it ends when the next begins or the run does."""
@@ -15,9 +15,9 @@ class Progress(Protocol):
         """One more step of the stage is done; `text` names it (`block 3/12`)."""
 
     def substep(self, text: str, *, done: int = 0, total: int = 0) -> None:
-        """What the running step is doing now (`gptq: mlp.down_proj`), and how many of its equal parts are `done`.
+        """What the current step is doing (`gptq: mlp.down_proj`), and how many of its equal parts are `done`.
 
-        Whoever shows it works out the time left; 0 of 0: nobody knows.
+        The display estimates the time left; 0 of 0: unknown.
         """
 
     def note(self, text: str) -> None:

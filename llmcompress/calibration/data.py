@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SECTION_CHARACTERS_PER_TOKEN = 8
-"""About two windows of English a section: long enough that most windows have no seam in them."""
+"""Section size, about two windows of English: most windows then contain no boundary."""
 
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """The windows that every pass measures on, and what had to be done to get them."""
+    """The calibration windows, and how they were made."""
 
     windows_NT: Tensor
     source: str
@@ -36,11 +36,11 @@ class CalibrationData:
     documents: int
     """Sections of text that the windows were cut from."""
     dropped_short: int = 0
-    """Sections left out because they have fewer than `min_tokens` tokens."""
+    """Sections skipped because they have fewer than `min_tokens` tokens."""
     skipped_rows: int = 0
-    """Rows left out because they cannot be read."""
+    """Rows skipped because they cannot be read."""
     bos: bool = False
-    """Whether every window starts with a BOS, as the tokenizer does of its own accord."""
+    """Whether every window starts with a BOS, as the tokenizer's default."""
     paragraphs: frozenset[int] = frozenset()
     """Hashes of the paragraphs used, for the overlap check with evaluation texts."""
     warnings: tuple[str, ...] = ()
@@ -113,7 +113,7 @@ def _from_text(
     windows_NT = windows(packed, settings, length, bos, name=texts.name)
     skipped = texts.skipped + refused
     if skipped:
-        warnings.append(f"{skipped} rows of {texts.name} could not be read and were left out")
+        warnings.append(f"{skipped} rows of {texts.name} could not be read and were skipped")
     if packed.unknown:
         warnings.append(packed.unknown)
     if len(windows_NT) < settings.samples:

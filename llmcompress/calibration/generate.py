@@ -1,4 +1,4 @@
-"""Calibration without data: the model writes its own text. N = texts, T = tokens, V = vocabulary."""
+"""Calibration without data: text sampled from the model itself. N = texts, T = tokens, V = vocabulary."""
 
 from __future__ import annotations
 

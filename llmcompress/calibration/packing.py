@@ -42,7 +42,7 @@ class Packed:
     tokens: list[int] = field(default_factory=list)
     used: list[str] = field(default_factory=list)
     short: list[int] = field(default_factory=list)
-    """Lengths of the sections left out."""
+    """Lengths of the skipped sections."""
     unknown: str | None = None
 
 

@@ -1,4 +1,4 @@
-"""Where text comes from: bundled texts, local files, Hub datasets; read once, with a fingerprint of the content."""
+"""Text sources: bundled texts, local files, Hub datasets; read once, with a fingerprint of the content."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHORTEST_PARAGRAPH = 40
 
 @dataclass(frozen=True)
 class Texts:
-    """What one source holds: documents, or conversations still to be written out by a chat template."""
+    """The contents of one source: documents, or conversations that a chat template will render."""
 
     name: str
     """For reports; the file name only, never a path."""
@@ -33,7 +33,7 @@ class Texts:
     fingerprint: str
     """sha256 of the content read."""
     skipped: int = 0
-    """Rows that could not be read and were left out (`skip_bad_rows`)."""
+    """Rows that could not be read and were skipped (`skip_bad_rows`)."""
 
     @property
     def kind(self) -> Literal["text", "chat"]:
@@ -49,7 +49,7 @@ class TextSource:
     split: str = "train"
     config: str | None = None
     column: str | None = None
-    """The column that holds the text; None: found by its usual names."""
+    """The column with the text; None: found by its usual names."""
 
 
 def read_texts(

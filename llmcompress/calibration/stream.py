@@ -28,7 +28,7 @@ from llmcompress.numerics.statistics import Statistic
 
 
 class BlockWork:
-    """One block while passes work on it: its sites, folds and statistics."""
+    """One block during compression: its sites, folds and statistics."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class BlockWork:
         return [[self._by_name[name] for name in group.sites] for group in self.info.structure.groups]
 
     def producer_channels(self, fold: Fold) -> int:
-        """How many channels a fold's producer gives out."""
+        """The number of output channels of a fold's producer."""
         if fold.producer_is_norm:
             return self.module.get_parameter(f"{fold.producer}.weight").numel()
         return self.info.structure.site(fold.producer).outputs

@@ -1,4 +1,4 @@
-"""Conversations → text, through a chat template: a program that came with the model, so it is run within bounds."""
+"""Conversations → text through a chat template, which is a program from the model's author and runs with limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`llmcompress allocate`: take all decisions of a recipe, and write them as an ordinary recipe."""
+"""`llmcompress allocate`: makes all allocation decisions of a recipe and writes them as an ordinary recipe."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def allocate(
     device: str,
     as_json: bool,
 ) -> None:
-    """Decide for MODEL what a recipe leaves to data, and write the recipe that says it by ordinary options.
+    """Make all allocation decisions of a recipe for MODEL, and write them as an ordinary recipe.
 
     Schemes (mixed_precision), ranks (svd), sparsities, units (width, bonsai) and blocks (depth) become options and
-    overrides; running the recipe that is written makes the same weights.
+    overrides; running the written recipe gives the same weights.
 
     \b
     Examples:

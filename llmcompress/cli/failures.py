@@ -1,4 +1,4 @@
-"""Every failure of a command → an exit code and a short text, or one JSON object; a traceback goes to a file."""
+"""Maps every failure of a command to an exit code and a short text or a JSON object; tracebacks go to a file."""
 
 from __future__ import annotations
 

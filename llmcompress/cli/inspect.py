@@ -13,14 +13,18 @@ from llmcompress.cli.output import json_option, print_json, print_tables
 @click.argument("model")
 @json_option
 def inspect(model: str, as_json: bool) -> None:
-    """Show how MODEL is built: blocks, sites, shared inputs, folds, and what cannot be compressed and why.
+    """Show the structure of MODEL: blocks, sites, shared inputs, folds, and what cannot be compressed and why.
 
-    The first help for a new family. Of a compressed model: what each site is. No weights are read.
+    <<<<<<< HEAD
+        The first help for a new family. Of a compressed model: what each site is. No weights are read.
+    =======
+        Start here with a new model family. No weights are read.
+    >>>>>>> main
 
-    \b
-    Examples:
-      llmcompress inspect builtin:books-llama
-      llmcompress inspect out --json
+        \b
+        Examples:
+          llmcompress inspect builtin:books-llama
+          llmcompress inspect out --json
     """
     refuse_missing_models(model)
     quiet_libraries()

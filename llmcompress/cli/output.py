@@ -1,4 +1,4 @@
-"""Where output goes: results on stdout, everything else on stderr; and the options several commands share."""
+"""Output: results on stdout, everything else on stderr; and the options that several commands share."""
 
 from __future__ import annotations
 

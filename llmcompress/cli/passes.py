@@ -1,4 +1,4 @@
-"""`llmcompress passes`: every algorithm that a recipe can name, and its options."""
+"""`llmcompress passes`: all passes and their options."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.argument("name", required=False)
 @json_option
 def passes(name: str | None, as_json: bool) -> None:
-    """List every pass; with NAME explain it: what it does, its source, its options, their values and defaults.
+    """List all passes, or explain pass NAME: what it does, its source, its options, their values and defaults.
 
     \b
     Examples:

@@ -40,15 +40,20 @@ def speed(
     device: str,
     as_json: bool,
 ) -> None:
-    """Measure each MODEL: one text at a time, greedy, with a key-value cache, after a warm-up.
+    """Measure the speed of each MODEL: batch size 1, greedy decoding with a KV cache, after a warm-up.
 
-    Several models are measured in turns, so that their ratios hold on a machine that does other things as well. Ratios
-    are taken turn by turn: their median, and the lowest and highest.
+    <<<<<<< HEAD
+        Several models are measured in turns, so that their ratios hold on a machine that does other things as well. Ratios
+        are taken turn by turn: their median, and the lowest and highest.
+    =======
+        Several models are measured in turns, so that their ratios are reliable on a busy machine; ratios are relative to
+        the first.
+    >>>>>>> main
 
-    \b
-    Examples:
-      llmcompress speed builtin:books-llama
-      llmcompress speed out --against Qwen/Qwen3-0.6B --device cpu --json
+        \b
+        Examples:
+          llmcompress speed builtin:books-llama
+          llmcompress speed out --against Qwen/Qwen3-0.6B --device cpu --json
     """
     quiet_libraries()
     from llmcompress.cli.tables import speed_tables

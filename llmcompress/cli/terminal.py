@@ -1,4 +1,4 @@
-"""Progress on stderr: a live two-level display on a terminal, elsewhere a plain line every half minute."""
+"""Progress on stderr: a live two-level display on a terminal, otherwise a plain line every half minute."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class TerminalProgress:
             self._bars.start()
 
     def stage(self, title: str, steps: int) -> None:
-        """Begin a stage of `steps` equal steps; 0 when nobody knows how many."""
+        """Begin a stage of `steps` equal steps; 0 if their number is unknown."""
         self._end_stage(finished=True)
         self._stage = self._bars.add_task(title, total=steps or None)
         self._steps, self._text, self._inside = _Pace(self._clock, steps), "", ""
@@ -188,7 +188,7 @@ def _shortened(first: str, rest: str, width: int) -> str:
 
 
 class _Pace:
-    """How far something has come, and how long the rest takes if it goes on like the latest steps.
+    """Progress, and the time left at the pace of the latest steps.
 
     rich estimates from all steps within a period, so blocks restored from an interrupted run would promise too much.
     """

@@ -1,4 +1,4 @@
-"""Tokens per second, prompt and decode apart, measured so that models can be compared: interleaved, warm, medians."""
+"""Tokens per second of prefill and decode, measured so that models can be compared: interleaved, warm, medians."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SpeedResult(BaseModel):
     device: str
     """`cpu`, or the name of the accelerator."""
     threads: int
-    """Of torch on the CPU."""
+    """CPU threads of torch."""
     dtype: str
     """Of the model's parameters."""
     prompt_tokens: int
@@ -92,7 +92,7 @@ def speed_of(
 
 
 def measure_speed(model: nn.Module, *, prompt_tokens: int = 128, new_tokens: int = 32, repeats: int = 5) -> SpeedResult:
-    """Speed of one model on the device where it is."""
+    """The speed of one model on its device."""
     return compare_speed({"model": model}, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats)["model"]
 
 
@@ -157,7 +157,7 @@ def _prompt(model: nn.Module, tokens: int) -> Tensor:
 
 
 def _now(device: torch.device, clock: Clock) -> float:
-    """The time when everything asked of the device so far is done."""
+    """The time when all pending work of the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

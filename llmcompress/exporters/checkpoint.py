@@ -1,4 +1,4 @@
-"""A live model as an ordinary Hugging Face checkpoint: its tensors under their names on disk, one block at a time."""
+"""Writes a live model as an ordinary Hugging Face checkpoint, one block at a time, under the names on disk."""
 
 from __future__ import annotations
 

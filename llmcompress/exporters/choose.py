@@ -1,4 +1,4 @@
-"""Which exporter holds a model: decided before any work from what a recipe will make, and again from what it made."""
+"""Chooses the exporter of a model: before any work from the recipe, and again from the finished model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Format = Literal["auto", "compressed-tensors", "plain", "llmcompress"]
 
 @dataclass(frozen=True)
 class Choice:
-    """The exporter that writes a model, and what becomes of each quantized linear."""
+    """The chosen exporter, and its answer for each quantized linear."""
 
     exporter: Exporter
     contents: Contents
@@ -73,7 +73,7 @@ def candidates(wanted: Format, contents: Contents, zero_points: ZeroPoints) -> t
 
 
 def limits_of(wanted: Format) -> TargetLimits:
-    """What the target that a recipe names asks of quantizers; `auto` finds a target that holds whatever they make."""
+    """What the target named in a recipe requires of quantizers; `auto` finds a target for any result."""
     return TargetLimits() if wanted == "auto" else EXPORTERS[wanted].limits
 
 

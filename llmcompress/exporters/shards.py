@@ -1,4 +1,4 @@
-"""Writes tensors one after another into ordinary sharded safetensors, holding one tensor in memory."""
+"""Writes tensors one by one into ordinary sharded safetensors, holding one tensor in memory."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 class ShardWriter:
-    """Fills `folder` with `model.safetensors`, or with numbered shards and their index when one file is too small.
+    """Fills `folder` with `model.safetensors`, or with numbered shards and their index if one file is too small.
 
-    A tensor larger than a shard gets a shard of its own. Shards get their names in `close`, when their number is
-    known: nothing has to be laid out before the first tensor is written. A file begins with the places of all its
-    tensors, so data wait in a second file, not in memory, until a shard is full.
+    A tensor larger than a shard gets its own shard. Shards get their names in `close`, when their number is known, so
+    nothing has to be laid out before the first tensor is written. A safetensors file starts with the offsets of all its
+    tensors, so data is collected in a second file, not in memory, until a shard is full.
     """
 
     def __init__(self, folder: Path, max_shard_size: str) -> None:

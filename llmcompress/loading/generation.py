@@ -1,4 +1,4 @@
-"""The generation settings a model brings along, checked at the start: saving refuses invalid ones, at the very end."""
+"""Checks the model's generation config early, because saving would refuse an invalid one at the very end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model in memory: for compression (checked, in one dtype) or as a finished result, ready to generate."""
+"""Loads a model: for compression (checked, in one dtype), or a finished result, ready to generate."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from llmcompress.progress import Progress
 
 
 class ModelAndTokenizer(NamedTuple):
-    """A finished model, ready to generate: `model, tokenizer = load(...)`."""
+    """A model ready to generate: `model, tokenizer = load(...)`."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -35,14 +35,14 @@ class ModelAndTokenizer(NamedTuple):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model to be compressed, checked and in memory."""
+    """A checked model, to be compressed."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: Source
     preflight: Preflight
     weights: MappedWeights | None = None
-    """Where the model's weights are mapped from, if they are not in memory."""
+    """The memory-mapped weights, if the model is offloaded."""
 
 
 def load_for_compression(

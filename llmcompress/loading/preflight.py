@@ -1,4 +1,4 @@
-"""Every check that can be made before any work: files, configuration, tensors, tokenizer, generation settings."""
+"""All checks that can be made before any work: files, config, tensors, tokenizer, generation config."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ _STORABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Preflight:
-    """A model that passed, and what is known of it without having read a weight."""
+    """A model that passed all checks, and what is known about it without reading weights."""
 
     config: PretrainedConfig
-    """Clean: no key of it chooses code to run."""
+    """Cleaned of keys that select code to run."""
     generation_config: GenerationConfig
-    """Valid: it can be saved."""
+    """Valid, so that it can be saved."""
     tokenizer: PreTrainedTokenizerBase
     headers: dict[str, TensorHeader]
     """The checkpoint's tensors, under their names in the files."""
     contents: Match
     """The model's tensors, under the names transformers gives them."""
     storage_dtype: torch.dtype
-    """What most weights are stored in; the result is stored in it."""
+    """The dtype of most weights, in which the result is stored."""
     bytes_weights: int
     """Size of the weight files."""
     warnings: tuple[str, ...]
-    """Decisions and oddities the user should see."""
+    """Notes and warnings for the user."""
 
 
 def preflight(source: Source, *, trust_remote_code: bool = False, progress: Progress | None = None) -> Preflight:

@@ -1,4 +1,4 @@
-"""What the user called the model → a folder with its files: bundled, local, or downloaded from the Hub."""
+"""The user's name for a model → a folder with its files: bundled, local, or downloaded from the Hub."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Source:
 
     folder: Path
     name: str
-    """As the user wrote it."""
+    """The name that the user gave."""
     revision: str | None = None
     """Commit on the Hub; None for a folder of the user's own."""
     is_builtin: bool = False
@@ -39,7 +39,7 @@ def find_source(model: str, *, revision: str | None = None, trust_remote_code: b
     Pickled weights are never downloaded. Python files are only with `trust_remote_code`, which for a Hub model needs
     a full commit: what was reviewed is then what runs.
 
-    Raises: CompressError when there is no such model or it cannot be had.
+    Raises: CompressError when there is no such model or it cannot be downloaded.
     """
     local = local_source(model, revision=revision)
     if local is not None:
@@ -92,7 +92,7 @@ def _builtin(model: str, revision: str | None) -> Source:
 
 
 def _check_id(model: str, repo: str) -> None:
-    """Refuse at once what cannot be an id, in the words of what the user most likely meant."""
+    """Refuse at once what cannot be an id, with a message for what the user most likely meant."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported lazily
 

@@ -1,4 +1,4 @@
-"""Giving the residual stream another basis, and fewer dimensions. D = width of the stream, W = another width.
+"""Changes the basis of the residual stream, and reduces its width. D = width of the stream, W = another width.
 
 Works on the live model's parameters, wherever they are, in float32.
 """

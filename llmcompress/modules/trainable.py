@@ -1,4 +1,4 @@
-"""Trainable twins of modules that are made of ordinary tensors, or of parts that have twins themselves."""
+"""Trainable twins of modules that consist of ordinary tensors, or of parts with twins."""
 
 from __future__ import annotations
 

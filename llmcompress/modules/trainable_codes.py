@@ -1,4 +1,4 @@
-"""The trainable twin of a module made of codes and scales. O = outputs, I = inputs, G = groups of inputs."""
+"""The trainable twin of a quantized module. O = outputs, I = inputs, G = groups of inputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class CodedModule(CompressedModule):
     @property
     @abstractmethod
     def quantized(self) -> QuantizedTensor:
-        """Codes, scales and zero points together."""
+        """Codes, scales and zero points."""
 
     @abstractmethod
     def with_codes(self, tensor: QuantizedTensor, bias_O: Tensor | None) -> Self:
@@ -145,5 +145,5 @@ class TwinOfCodes(TrainableTwin):
 
     @override
     def forward(self, x: Any) -> Any:
-        """What the settled module would compute."""
+        """What the quantized module would compute."""
         return self._of[0].computed(x, self.dense_weight(), self.bias)

@@ -1,7 +1,7 @@
-"""Treat the columns of a weight one by one, each error repaired by the columns still to come.
+"""The column sweep: treats the columns of a weight one by one and compensates each error in the remaining columns.
 
-GPTQ and SparseGPT share this sweep; they differ only in what happens to a column. O = outputs, I = inputs,
-B = columns of one lazy block. Float32 or float64, as the inputs are.
+GPTQ and SparseGPT share this sweep; they differ only in what they do to a column. O = outputs, I = inputs, B = columns
+of one lazy block. Float32 or float64, as the inputs are.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def inverse_factor(gram_II: Tensor, damping: float, order_I: Tensor | None = Non
         order_I = torch.arange(len(gram_II), device=gram_II.device)
     reverse_I = order_I.flip(0)
     while damping <= MOST_DAMPING:
-        # these matrices are the largest there are: no more than two are alive beside the given one
+        # these are the largest matrices: no more than two are alive besides the given one
         damped_II = gram_II[reverse_I[:, None], reverse_I]
         damped_II.diagonal().add_(damping * mean)
         lower_II, failed = torch.linalg.cholesky_ex(damped_II)

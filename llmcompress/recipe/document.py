@@ -1,4 +1,4 @@
-"""Recipe text → plain data that remembers the line of every key; the traps of YAML are refused here."""
+"""Recipe text → plain data that keeps the line of every key; the pitfalls of YAML are refused here."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SCALARS = {
     "int": r"[-+]?(?:0|[1-9][0-9]{0,17})",
     "float": r"[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)",
 }
-"""The words that are not strings, as in YAML 1.2: `no`, `4_0` and `2024-01-01` are strings, `1e-4` is a number."""
+"""Scalars that are not strings, as in YAML 1.2: `no`, `4_0` and `2024-01-01` are strings, `1e-4` is a number."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def dotted(path: Path) -> str:
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """PyYAML's safe loader with the words of YAML 1.2, without tags, with limits."""
+    """PyYAML's safe loader with the scalars of YAML 1.2, without tags, with limits."""
 
     yaml_implicit_resolvers: dict[str | None, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own name)
     depth = 0
@@ -86,7 +86,7 @@ class RecipeLoader(yaml.SafeLoader):
 
 
 class RecipeDumper(yaml.SafeDumper):
-    """Quotes exactly the strings that `RecipeLoader` would take for something else."""
+    """Quotes exactly those strings that `RecipeLoader` would not read as strings."""
 
     yaml_implicit_resolvers: dict[str | None, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own name)
 

@@ -17,15 +17,15 @@ from llmcompress.recipe.stages import Grouped, LeavesWeights, Listed, beside_wei
 
 
 class Save(BaseModel):
-    """How the result is written."""
+    """How the result is saved."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     format: Literal["auto", "compressed-tensors", "plain", "llmcompress"] = "auto"
-    """`auto`: compressed-tensors where that format holds every site; `plain`: multiplied out to ordinary weights;
-    `llmcompress`: every code at its own width, 3 bits in 3 bits, for loading after `import llmcompress`."""
+    """`auto`: compressed-tensors where that format can represent every site; `plain`: dequantized to ordinary weights;
+    `llmcompress`: codes without padding, 3 bits in 3 bits, for loading after `import llmcompress`."""
     dtype: Literal["checkpoint", "bfloat16", "float16", "float32"] = "checkpoint"
-    """Of scales and of all that stays dense; `checkpoint`: as it was read."""
+    """Dtype of scales and of everything that stays dense; `checkpoint`: as in the source."""
     zero_points: Annotated[Literal["folded", "packed"], LeavesWeights()] = "folded"
     """Of 2- and 4-bit asymmetric grids. `folded` into the codes, whose fields are then twice as wide: loads everywhere;
     `packed`: as small as the grid says, for runtimes that read packed zero points (docs/decisions/0004)."""
@@ -36,7 +36,7 @@ class Save(BaseModel):
 
 
 class Recipe(BaseModel):
-    """Everything a run depends on. Read it with `read_recipe`, `parse_recipe` or `load_preset`.
+    """A complete run. Read it with `read_recipe`, `parse_recipe` or `load_preset`.
 
     Fields stand in the order in which a run uses them. A stage is one field with the registry of what may stand in it.
     """
@@ -51,12 +51,12 @@ class Recipe(BaseModel):
     """Run Python code that comes with the model. Dangerous; a Hub model needs its 40-digit commit as `revision`, and of
     a local folder the files that run are named with their hashes."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Of everything random: which calibration windows, what `self` samples."""
+    """Random seed: calibration windows, text sampled by `self`."""
     calibration: Calibration = Calibration()
     passes: Annotated[tuple[Pass, ...], Listed(PASSES)]
     """Top to bottom inside each block."""
     evaluate: Annotated[tuple[PerplexityTask, ...], Grouped(TASKS), LeavesWeights()] = BUNDLED_TEXT
-    """What is measured before and after; an empty mapping measures nothing."""
+    """What is evaluated before and after; an empty mapping: nothing."""
     save: Save = Save()
 
     @field_validator("passes")
@@ -72,11 +72,11 @@ class Recipe(BaseModel):
         return passes
 
     def to_yaml(self) -> str:
-        """The resolved recipe, every default written out; `parse_recipe` reads it back to an equal recipe."""
+        """The resolved recipe, with all defaults written out; `parse_recipe` reads it back to an equal recipe."""
         return write_yaml(self.model_dump(mode="json"))
 
     def hash(self) -> str:
-        """16 hexadecimal digits that change with what can change a weight, and with nothing else."""
+        """16 hexadecimal digits that change with everything that can change a weight, and nothing else."""
         facts = self.model_dump(mode="json", exclude=beside_weights(type(self)))
         canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""`--set a.b=c`: one value of a document replaced from the command line, found and typed by the schema."""
+"""`--set a.b=c`: replaces one value of a document, located and typed by the schema."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _typed(text: str, path: Path, schema: Schema) -> Any:
 
 
 def _forget(document: Document, path: Path) -> None:
-    """Drop what was known of the old value and of all below it."""
+    """Forget the places and raw texts of the old value and everything below it."""
     for known in (document.places, document.raw):
         for old in [old for old in known if old[: len(path)] == path]:
             del known[old]

@@ -1,4 +1,4 @@
-"""YAML → checked `Recipe`; everything that can be known without the model is refused here, with its line."""
+"""YAML → checked `Recipe`; everything that can be checked without the model is checked here, with line numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions asked of the JSON Schema of a recipe: what may stand at this path?"""
+"""Queries on the JSON Schema of a recipe: what may be at this path?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One sweep of gradients through the whole model, to which any number of observers listen. O = outputs, U = units."""
+"""One gradient sweep through the whole model for any number of observers. O = outputs, U = units."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ class GradientObserver(ABC):
 
     @property
     def one_by_one(self) -> bool:
-        """Whether it must see every window by itself, not sums over batches."""
+        """Whether it needs the gradients of every single window, not sums over batches."""
         return False
 
     def recall(self, cached: CachedMeasurements) -> bool:
-        """Take what is known already; whether that is all it listens for."""
+        """Take cached results; returns whether nothing is missing."""
         return False
 
     def keep(self, cached: CachedMeasurements) -> None:  # noqa: B027 (most are too large to be kept)
-        """Put what was found where it may be found again."""
+        """Cache the results."""
 
     @abstractmethod
     def attached(self, whole: WholeModel, model: nn.Module) -> AbstractContextManager[None]:
-        """While the sweep lasts: hooks, and parameters that want gradients."""
+        """Attaches hooks and enables gradients of parameters for the whole sweep."""
 
     def during_batch(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Around every forward and its gradients."""
+        """Entered for every batch, forward and backward."""
         return nullcontext()
 
     def collect(self) -> None:  # noqa: B027 (hooks have heard already)
-        """The gradients of a batch are there: add them up."""
+        """Called after the backward pass of a batch: accumulate its gradients."""
 
 
 def sweep(whole: WholeModel, observers: Sequence[GradientObserver]) -> None:

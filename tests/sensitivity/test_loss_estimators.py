@@ -86,7 +86,7 @@ def test_what_is_known_of_a_state_is_not_measured_again() -> None:
     assert all(map(same, again, first))
 
 
-@pytest.mark.parametrize("change", ["state", "windows", "nobody vouches"])
+@pytest.mark.parametrize("change", ["state", "windows", "unknown state"])
 def test_another_state_or_other_windows_are_measured_anew(change: str) -> None:
     whole = whole_model(FAMILY)
     whole = whole.within(whole.context.at("dense"))
@@ -95,7 +95,7 @@ def test_another_state_or_other_windows_are_measured_anew(change: str) -> None:
     contexts = {
         "state": whole.context.at("pruned"),
         "windows": whole.context.first_windows(2),
-        "nobody vouches": whole.context.changing(),
+        "unknown state": whole.context.changing(),
     }
     weight = whole.sites()[-1]
     weight.write(weight.weight_OI * 2)

@@ -1,4 +1,4 @@
-"""CALDERA: codes plus a low-rank branch, in turns: each repairs what the other leaves. O = outputs, I = inputs."""
+"""CALDERA: codes plus a low-rank branch, optimized alternately. O = outputs, I = inputs."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from llmcompress.records.rows import SiteReport
 
 @PASSES.register("caldera")
 class Caldera(QuantizingPass):
-    """W ≈ Q + L R: the branch takes what codes cannot hold, the codes take the rest, over and over; the best is kept.
+    """Approximate W by Q + L R, quantized weights plus a low-rank branch, with alternating updates; the best iterate is
+    kept.
 
-    The codes alone, and the codes alone with a branch for their error, are the first two candidates, so a site is
-    never worse than gptq.
+    The first two candidates are plain gptq and gptq with a branch fitted to its error, so a site is never worse than
+    gptq.
 
-    Source: Saha et al., arXiv 2405.18886, Algorithm 1. Differs: Q comes from `gptq` on integer grids, not from a
+    Source: Saha et al., arXiv 2405.18886, Algorithm 1. Differs: Q comes from `gptq` on integer grids instead of a
     lattice; no Hadamard rotation.
     """
 
@@ -57,7 +58,7 @@ class Caldera(QuantizingPass):
         return (Gram, *self.activation_statistics())
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
-        """Find codes and branch of every site by itself."""
+        """Find codes and branch of every site separately."""
         rows = []
         for site in sites:
             if self.scheme_for(site.name, site.info.inputs):

@@ -1,4 +1,4 @@
-"""The rank of every site under one budget, decided on the whole dense model. O = outputs, K = directions."""
+"""Rank allocation: the rank of every site under one budget, from the whole dense model. O = outputs, K = directions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RankRule = Literal["uniform", "energy", "loss"]
 
 
 class FactorOptions(Protocol):
-    """What must be known of the pass that factors."""
+    """The options that rank allocation needs from a pass."""
 
     @property
     def rule(self) -> RankRule:
@@ -38,7 +38,7 @@ class FactorOptions(Protocol):
 
     @property
     def keep(self) -> float:
-        """Share of a site's parameters that goes into the budget."""
+        """Fraction of a site's parameters for the budget."""
 
     def selects(self, site: str) -> bool:
         """Whether it works on that site."""
@@ -50,7 +50,7 @@ class FactorOptions(Protocol):
         """Statistics that `metric` reads."""
 
     def metric(self, site: LinearSite) -> Tensor | None:
-        """What the site's inputs are like."""
+        """The metric of the site's inputs."""
 
 
 def decide_ranks(options: FactorOptions, whole: WholeModel) -> dict[str, Tensor]:
@@ -68,7 +68,7 @@ def decide_ranks(options: FactorOptions, whole: WholeModel) -> dict[str, Tensor]
 
 
 def rank_row(site: str, matrix: Matrix, bits_per_weight: int) -> Row:
-    """What every rank of a site loses and takes; the last option is the matrix itself."""
+    """Loss and size of every rank of a site; the last option is the dense matrix."""
     options = matrix.options()
     return Row.of(
         site,
@@ -81,7 +81,7 @@ def rank_row(site: str, matrix: Matrix, bits_per_weight: int) -> Row:
 
 @dataclass
 class _EnergyEstimator(LossEstimator):
-    """Losses as shares of each site's squared output."""
+    """Losses as a fraction of each site's squared output."""
 
     options: FactorOptions
     names: frozenset[str]
@@ -116,7 +116,7 @@ def _by_energy(options: FactorOptions, whole: WholeModel) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class _Site:
-    """A dense weight and its spectrum, on the CPU; the basis in single precision takes as much memory as the weight."""
+    """A dense weight and its spectrum, on the CPU; the float32 basis takes as much memory as the weight."""
 
     weight_OI: Tensor
     spectrum: Spectrum

@@ -1,4 +1,4 @@
-"""Whole blocks go: the cheapest real speed-up, and an ordinary smaller model is left. N = tokens, D = hidden size."""
+"""Depth pruning: removes whole blocks and leaves an ordinary smaller, faster model. N = tokens, D = hidden size."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ Scored = list[tuple[int, float]]
 
 @PASSES.register("depth")
 class Depth(ModelPass):
-    """Remove the blocks that matter least.
+    """Remove the least important blocks.
 
-    Source: Men et al., arXiv 2403.03853 (block influence, one shot); Kim et al., arXiv 2402.02834 (perplexity without
-    a block); Gromov et al., arXiv 2403.17887 (consecutive blocks, angular distance).
-    Differs: angles are averaged over all tokens, in Gromov et al. over the last token of every window.
+    Source: Men et al., arXiv 2403.03853 (block influence, one shot); Kim et al., arXiv 2402.02834 (perplexity without a
+    block); Gromov et al., arXiv 2403.17887 (consecutive blocks, angular distance).
+    Differs: angles are averaged over all tokens; Gromov et al. use the last token of every window.
     """
 
     keeps_codes = True
@@ -219,7 +219,7 @@ def distances(
 ) -> list[float]:
     """How far each run of `span` blocks moves the hidden states; blocks in `skipped` do nothing and have no score.
 
-    Positions before `first` are left out. One stream over the blocks; the states of the last `span` depths are kept.
+    Positions before `first` are ignored. One stream over the blocks; the states of the last `span` depths are kept.
     """
     found = []
     earlier: deque[Tensor] = deque(maxlen=span)

@@ -1,4 +1,4 @@
-"""GPTQ: round columns one by one and push each error onto the columns still to come. O = outputs, I = inputs."""
+"""GPTQ: rounds column by column and compensates each error in the remaining columns. O = outputs, I = inputs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from llmcompress.records.rows import SiteReport
 
 @dataclass(frozen=True)
 class _Visit:
-    """In which order the columns of an input are visited (None: as they stand), and the factor for that order."""
+    """The order in which the columns of an input are quantized (None: as they are), and the factor for that order."""
 
     order_I: Tensor | None
     visit_I: Tensor
@@ -41,9 +41,9 @@ class _Visit:
 class GPTQ(QuantizingPass):
     """Second-order rounding on the inputs that the compressed model itself produces.
 
-    Source: Frantar et al., arXiv 2210.17323, Algorithm 1. Differs: scales of a group are fitted from weights
-    corrected up to that very column, and their ranges shrink where that lowers the output error (docs/log.md);
-    a site where the sweep ends worse than plain rounding keeps plain rounding.
+    Source: Frantar et al., arXiv 2210.17323, Algorithm 1. Differs: scales of a group are fitted to weights corrected up
+    to that column, and their ranges are clipped where that lowers the output error (docs/log.md); a site where the
+    result is worse than rounding to nearest is rounded to nearest.
     """
 
     whole_block: ClassVar[frozenset[str]] = frozenset({"true_sequential"})

@@ -1,4 +1,4 @@
-"""Bits where they matter: a scheme for every site under one budget of stored bits, then any quantizer."""
+"""Mixed precision: a scheme for every site under one budget of bits, then any quantizer."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 @PASSES.register("mixed_precision")
 class MixedPrecision(BlockPass):
-    """Decide which of the candidate schemes each site gets, so that the model loses least; then quantize with them.
+    """Choose a candidate scheme for each site so that the model loses least within the budget, then quantize with them.
 
-    What is decided is ordinary `overrides` of the quantizer: `settled` gives that pass, `llmcompress allocate` writes
-    it as a recipe.
+    The decision becomes ordinary `overrides` of the quantizer: `with_decisions` returns that pass, and `llmcompress
+    allocate` writes it as a recipe.
 
-    Source: see `sensitivity.py`. The shares are exact (`numerics/allocation.py`), not rounded from a continuous
+    Source: see `sensitivity.py`. The allocation is exact (`numerics/allocation.py`), not rounded from a continuous
     solution.
     """
 
