@@ -15,16 +15,12 @@ from llmcompress.cli.output import json_option, print_json, print_tables
 def inspect(model: str, as_json: bool) -> None:
     """Show the structure of MODEL: blocks, sites, shared inputs, folds, and what cannot be compressed and why.
 
-    <<<<<<< HEAD
-        The first help for a new family. Of a compressed model: what each site is. No weights are read.
-    =======
-        Start here with a new model family. No weights are read.
-    >>>>>>> main
+    Start here with a new model family. Of a compressed model: what each site is. No weights are read.
 
-        \b
-        Examples:
-          llmcompress inspect builtin:books-llama
-          llmcompress inspect out --json
+    \b
+    Examples:
+      llmcompress inspect builtin:books-llama
+      llmcompress inspect out --json
     """
     refuse_missing_models(model)
     quiet_libraries()

@@ -42,18 +42,13 @@ def speed(
 ) -> None:
     """Measure the speed of each MODEL: batch size 1, greedy decoding with a KV cache, after a warm-up.
 
-    <<<<<<< HEAD
-        Several models are measured in turns, so that their ratios hold on a machine that does other things as well. Ratios
-        are taken turn by turn: their median, and the lowest and highest.
-    =======
-        Several models are measured in turns, so that their ratios are reliable on a busy machine; ratios are relative to
-        the first.
-    >>>>>>> main
+    Several models are measured in turns, so that their ratios are reliable on a busy machine. A ratio is the median over
+    all turns, with the lowest and the highest.
 
-        \b
-        Examples:
-          llmcompress speed builtin:books-llama
-          llmcompress speed out --against Qwen/Qwen3-0.6B --device cpu --json
+    \b
+    Examples:
+      llmcompress speed builtin:books-llama
+      llmcompress speed out --against Qwen/Qwen3-0.6B --device cpu --json
     """
     quiet_libraries()
     from llmcompress.cli.tables import speed_tables

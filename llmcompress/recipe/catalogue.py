@@ -1,7 +1,7 @@
 """What a recipe may say, as data: listed, explained and checked without importing PyTorch.
 
-`catalogue.json` is written by `scripts/write_catalogue.py`, and a test compares it with the classes. It is used until the
-passes are imported; after that the classes themselves are asked, a user's own passes included.
+`catalogue.json` is written by `scripts/write_catalogue.py`, and a test compares it with the classes. It is used until
+the passes are imported; after that the classes themselves are asked, a user's own passes included.
 """
 
 from __future__ import annotations
