@@ -140,10 +140,15 @@ def write_inputs(folder: Path) -> None:
     from tests.tiny_folder import write_tiny_llama
 
     write_tiny_llama(folder / "dense", shard="30KB")
-    (folder / "recipe.yaml").write_text(json.dumps(_RECIPE))  # JSON is YAML
-    (folder / "cheapest.yaml").write_text(CHEAPEST)
+    write_recipes(folder)
     rows = [{"text": f"the quick brown fox {number} jumps over the lazy dog " * 8} for number in range(12)]
     (folder / _TEXT).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def write_recipes(folder: Path) -> None:
+    """One with many options, to be damaged, and the cheapest."""
+    (folder / "recipe.yaml").write_text(json.dumps(_RECIPE))  # JSON is YAML
+    (folder / "cheapest.yaml").write_text(CHEAPEST)
 
 
 def write_compressed(folder: Path) -> None:

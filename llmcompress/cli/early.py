@@ -35,12 +35,14 @@ def refuse_mistakes(
 
     Raises: CompressError for the first mistake; those of the recipe are listed together.
     """
-    from llmcompress.recipe.catalogue import catalogue
+    from llmcompress.recipe.catalogue import passes_are_imported, written_catalogue
     from llmcompress.recipe.document import read_file
     from llmcompress.storage.folder import check_output
     from llmcompress.storage.paths import from_home
 
-    written = catalogue().checked(read_file(recipe), settings)
+    if passes_are_imported():  # the full check that follows takes no longer
+        return
+    written = written_catalogue().checked(read_file(recipe), settings)
     name = model or written.model
     if output is not None:
         check_output(output, overwrite=overwrite, source=from_home(name) if name else None)

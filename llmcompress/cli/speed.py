@@ -42,7 +42,7 @@ def speed(
 ) -> None:
     """Measure the speed of each MODEL: batch size 1, greedy decoding with a KV cache, after a warm-up.
 
-    Several models are measured in turns, so that their ratios are reliable on a busy machine. A ratio is the median over
+    Several models are measured in turns, so that their ratios are reliable on a busy machine. A ratio is the median of
     all turns, with the lowest and the highest.
 
     \b

@@ -24,9 +24,6 @@ STEPS_FOR_ESTIMATE = 8
 """The time left comes from the latest steps: blocks restored from an interrupted run take no time."""
 
 UNLIMITED = 10_000
-TITLE_WIDTH = 18
-"""Of a stage on a terminal; a longer one is cut."""
-_ONE_LINE = Column(no_wrap=True, max_width=TITLE_WIDTH, overflow="ellipsis")
 
 
 class TerminalProgress:
@@ -36,8 +33,9 @@ class TerminalProgress:
         stream = sys.stderr if stream is None else stream
         self._live, self._clock = stream.isatty(), clock
         self._console = Console(file=stream, highlight=False, soft_wrap=not self._live)
+        title = Column(no_wrap=True, max_width=_title_width(self._console.width), overflow="ellipsis")
         self._bars = Progress(
-            TextColumn("{task.description}", style="bold", markup=False, table_column=_ONE_LINE),
+            TextColumn("{task.description}", style="bold", markup=False, table_column=title),
             _Bar(self._console),
             _Status(self, self._console),
             console=self._console,
@@ -160,6 +158,11 @@ class _Bar(BarColumn):
         return super().render(task)
 
 
+def _title_width(width: int) -> int:
+    """Of a stage; a longer title is cut."""
+    return width * 2 // 5 if width >= 60 else width // 4
+
+
 def _bar_width(width: int) -> int:
     return 24 if width >= 100 else 12 if width >= 70 else 4
 
@@ -173,7 +176,8 @@ class _Status(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """Both lines."""
-        room = self._console.width - min(len(task.description), TITLE_WIDTH) - _bar_width(self._console.width) - 2
+        width = self._console.width
+        room = width - min(len(task.description), _title_width(width)) - _bar_width(width) - 2
         inside = self._progress.substep_text(room - 2)
         return Text.assemble(self._progress.summary(room), (f"\n› {inside}" if inside else "", "dim"))
 

@@ -11,8 +11,11 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_origin
+
+from pydantic import BaseModel
 
 from llmcompress.recipe.document import Document
 from llmcompress.recipe.overrides import with_set
@@ -61,16 +64,27 @@ class Catalogue:
 
         Raises: CompressError like `read_recipe`.
         """
-        kind = stand_in(self.schema)
         if settings:
-            document = with_set(document, settings, stages_of(kind), self.schema)
-        return validated(document, kind, lambda: self.schema)
+            document = with_set(document, settings, stages_of(self._stand_in), self.schema)
+        return validated(document, self._stand_in, lambda: self.schema)
+
+    @cached_property
+    def _stand_in(self) -> type[BaseModel]:
+        return stand_in(self.schema)
 
 
 def catalogue() -> Catalogue:
     """The one that was written, or what the imported classes say."""
-    if "llmcompress.passes.base" in sys.modules:
-        return catalogue_of_classes()
+    return catalogue_of_classes() if passes_are_imported() else written_catalogue()
+
+
+def passes_are_imported() -> bool:
+    """Whether asking the classes costs no import."""
+    return "llmcompress.passes.base" in sys.modules
+
+
+def written_catalogue() -> Catalogue:
+    """The content of `catalogue.json`."""
     data = json.loads(FILE.read_text(encoding="utf-8"))
     return Catalogue({name: PassText(**text) for name, text in data["passes"].items()}, data["schema"])
 

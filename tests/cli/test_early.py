@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from fuzz_inputs import mutations, write_recipes
 
 from llmcompress.errors import CompressError
 from llmcompress.presets import preset_names, preset_path
 from llmcompress.recipe import parse_recipe
-from llmcompress.recipe.catalogue import FILE, Catalogue, PassText, as_json, catalogue, catalogue_of_classes
+from llmcompress.recipe.catalogue import FILE, Catalogue, as_json, catalogue, catalogue_of_classes, written_catalogue
 from llmcompress.recipe.document import read_document, read_file
 
 ROOT = Path(__file__).parent.parent.parent
@@ -21,9 +21,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture(scope="module")
 def written() -> Catalogue:
-    """As it is read where nobody has imported the passes."""
-    data = json.loads(FILE.read_text())
-    return Catalogue({name: PassText(**text) for name, text in data["passes"].items()}, data["schema"])
+    return written_catalogue()
 
 
 def test_the_catalogue_is_what_the_classes_say():
@@ -80,6 +78,18 @@ for command, code in {commands!r}:
 def test_what_the_full_check_accepts_the_early_one_does(written: Catalogue):
     for name in preset_names():
         written.checked(read_file(preset_path(name)))
+
+
+def test_damaged_recipes_end_well_or_in_a_refusal(written: Catalogue, tmp_path: Path):
+    write_recipes(tmp_path)
+    ended = set()
+    for mutation in mutations(tmp_path, count=300, seed=5, files=("recipe.yaml",)):
+        try:
+            written.checked(read_document(mutation.content, "r.yaml"))
+            ended.add("fine")
+        except CompressError as refusal:
+            ended.add(refusal.code)
+    assert {"fine", "recipe.type", "recipe.unknown-pass", "recipe.yaml"} <= ended
 
 
 MISTAKES = [
