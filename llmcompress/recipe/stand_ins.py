@@ -56,9 +56,7 @@ def _type(schema: Schema, root: Schema) -> Any:
     """The type that says in Python what a schema says; `Any` where that is not plain."""
     found = alternatives(root, schema)
     kinds = [each for each in found if each.get("type") != "null"]
-    if (
-        len(kinds) != 1
-    ):  # pydantic names the member of a union in its errors, and these are not the members of the class
+    if len(kinds) != 1:  # an error inside a union names its member, and the class may have others
         return Any
     one = _single(kinds[0], root)
     return one if len(found) == 1 else one | None
