@@ -93,7 +93,7 @@ def _mutated(file: str, content: bytes, choose: random.Random) -> Mutation:
     while isinstance(holder, dict | list) and holder:
         key = choose.choice(sorted(holder) if isinstance(holder, dict) else range(len(holder)))
         path.append(key)
-        if not isinstance(holder[key], dict | list) or choose.random() < 0.4:
+        if not isinstance(holder[key], dict | list) or not holder[key] or choose.random() < 0.4:
             break
         holder = holder[key]
     if not path:

@@ -322,7 +322,8 @@ def test_an_interrupt_ends_with_130_and_says_how_to_go_on(run, pipeline, tmp_pat
 # ---- the other commands
 
 
-def test_evaluate_passes_texts_and_window_on(run, pipeline):
+def test_evaluate_passes_texts_and_window_on(run, pipeline, tmp_path):
+    (tmp_path / "a.txt").touch()
     code, out, _ = run("evaluate", "m", "--perplexity", "wikitext2:test", "--perplexity", "a.txt", "--window", "64")
     (model, tasks), _ = pipeline.calls[0]
     assert code == 0 and model == "m"
