@@ -37,7 +37,7 @@ recipe = parse_recipe(recipe, "evals")
 if what == "plan":
     print(json.dumps({"bytes": plan(model, recipe, offload=offload, machine=this_machine()).peak_memory_bytes}))
 else:
-    seconds = compress(model, recipe, output, offload=offload).seconds
+    seconds = compress(model, recipe, output, offload=offload).report.seconds
     # not getrusage: its peak is inherited from the process that started this one
     peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
     print(json.dumps({"bytes": 1024 * int(peak[1]), "seconds": seconds}))

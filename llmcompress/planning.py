@@ -9,6 +9,7 @@ from math import prod
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from transformers import PreTrainedModel
 
 from llmcompress.calibration.sources import check_source
 from llmcompress.cost import Machine, Offload, cost, must_offload
@@ -18,8 +19,9 @@ from llmcompress.exporters.contents import planned_contents
 from llmcompress.exporters.loader import Loader, loader_of
 from llmcompress.formats import plain
 from llmcompress.formats.named import Kind
-from llmcompress.loading.preflight import Preflight, preflight
-from llmcompress.loading.source import Source
+from llmcompress.loading.in_memory import dense_model, facts_in_memory
+from llmcompress.loading.preflight import ModelFacts, preflight
+from llmcompress.loading.source import IN_MEMORY, Source
 from llmcompress.loading.tensors import write_header
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import probe
@@ -81,7 +83,7 @@ class KnownModel:
     """What all plans for one model share, independent of the recipe."""
 
     name: str
-    checked: Preflight
+    checked: ModelFacts
     map: ModelMap
     loader: Loader
 
@@ -95,6 +97,16 @@ def known_model(source: Source, *, trust_remote_code: bool = False, progress: Pr
     return KnownModel(source.name, checked, probe(checked.config, unfuse=True), loader_of(checked.config))
 
 
+def known_in_memory(model: PreTrainedModel) -> KnownModel:
+    """The same of a dense model in memory, which stays as it is.
+
+    Raises: CompressError when it cannot be compressed.
+    """
+    found = dense_model(model)
+    name = f"{IN_MEMORY}{type(found).__name__}"
+    return KnownModel(name, facts_in_memory(found), probe(found.config, unfuse=True), loader_of(found.config))
+
+
 def make_plan(
     model: Source | KnownModel, recipe: Recipe, *, offload: Offload = "auto", machine: Machine | None = None
 ) -> Plan:
@@ -104,7 +116,7 @@ def make_plan(
 
     Raises: CompressError for anything that `compress` would refuse in this model or recipe, all sites at once.
     """
-    check_texts(recipe)
+    check_texts(recipe, given=recipe.calibration.source.startswith(IN_MEMORY))
     known = known_model(model, trust_remote_code=recipe.trust_remote_code) if isinstance(model, Source) else model
     checked, model_map = known.checked, known.map
     offloaded = must_offload(offload, recipe.passes, weight_bytes=checked.bytes_weights)
@@ -135,12 +147,14 @@ def make_plan(
     )
 
 
-def check_texts(recipe: Recipe) -> None:
+def check_texts(recipe: Recipe, *, given: bool = False) -> None:
     """That every text which the recipe names on this computer is there; nothing of it is read.
+
+    `given`: the calibration data are in memory.
 
     Raises: CompressError for a file or a bundled text that does not exist.
     """
-    if any(each.uses_data() for each in recipe.passes) and recipe.calibration.source != "self":
+    if not given and any(each.uses_data() for each in recipe.passes) and recipe.calibration.source != "self":
         check_source(recipe.calibration.source, where="calibration.source")
     for task in recipe.evaluate:
         check_source(task.source, where=f"evaluate.perplexity: {task.source}")
@@ -188,7 +202,7 @@ def planned_schemes(recipe: Recipe, model_map: ModelMap) -> dict[str, Scheme]:
     return schemes
 
 
-def storage_dtype_of(recipe: Recipe, checked: Preflight) -> torch.dtype:
+def storage_dtype_of(recipe: Recipe, checked: ModelFacts) -> torch.dtype:
     """The dtype of scales and dense tensors in the saved files."""
     named = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     return named.get(recipe.save.dtype, checked.storage_dtype)
@@ -255,7 +269,7 @@ def _sites(recipe: Recipe, model_map: ModelMap, stored: Choice, dtype: torch.dty
     return found
 
 
-def _other_tensors(checked: Preflight, model_map: ModelMap, dtype: torch.dtype) -> dict[str, Kind]:
+def _other_tensors(checked: ModelFacts, model_map: ModelMap, dtype: torch.dtype) -> dict[str, Kind]:
     """Everything but the sites: embedding, norms, head, what was refused."""
     names = model_map.site_names()
     sites = {f"{name}.{part}" for name in names for part in ("weight", "bias")}

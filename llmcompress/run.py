@@ -253,7 +253,7 @@ class Run:
                 "run.damaged",
                 "the settings of an unfinished run are damaged",
                 where=str(self.folder / "fingerprint.json"),
-                fix="add --fresh to start over",
+                fix="set `fresh=True` to start over",
                 saved="the unfinished run, as it was",
                 exit_code=ExitCode.USAGE,
             )
@@ -263,7 +263,7 @@ class Run:
             "run.other",
             "an unfinished run with other settings exists for this output",
             where=f"{self.folder} ({changes})",
-            fix="add --fresh to discard it and start over, or repeat the earlier command to finish it",
+            fix="set `fresh=True` to discard it and start over, or repeat the earlier run to finish it",
             saved="the unfinished run, as it was",
             exit_code=ExitCode.USAGE,
         )

@@ -15,7 +15,8 @@ class Calibration(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     source: str = Field(default="builtin:calibration", min_length=1)
-    """`builtin:calibration`, `self` (sampled from the model), a .txt/.jsonl/.parquet/.csv, or a Hub dataset id."""
+    """`builtin:calibration`, `self` (sampled from the model), a .txt/.jsonl/.parquet/.csv, or a Hub dataset id.
+    `memory:…` names data that were handed over in Python."""
     split: str = Field(default="train", min_length=1)
     """Split of a Hub dataset."""
     config: str | None = None

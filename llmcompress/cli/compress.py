@@ -100,7 +100,7 @@ def compress(
         else:
             assert output is not None
             try:
-                report = pipeline.compress(
+                done = pipeline.compress(
                     recipe.model,
                     recipe,
                     output,
@@ -115,9 +115,9 @@ def compress(
     if dry_run:
         print_json(plan) if as_json else print_tables(*plan_tables(plan))
     elif as_json:
-        print_json({"output": str(output), **report.model_dump(mode="json")})
+        print_json({"output": str(output), **done.report.model_dump(mode="json")})
     else:
-        print_tables(*report_tables(report))
+        print_tables(*report_tables(done.report))
         click.echo(f"saved to {output}", err=True)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -18,10 +17,9 @@ from rich.table import Column
 from rich.text import Text
 
 from llmcompress.errors import without_tokens
+from llmcompress.progress import Pace
 
 SECONDS_BETWEEN_LINES = 30.0
-STEPS_FOR_ESTIMATE = 8
-"""The time left comes from the latest steps: blocks restored from an interrupted run take no time."""
 
 UNLIMITED = 10_000
 
@@ -47,7 +45,7 @@ class TerminalProgress:
         self._memory = _Memory()
         self._stage: TaskID | None = None
         self._text = ""
-        self._steps, self._parts = _Pace(clock, 0), _Pace(clock, 0)
+        self._steps, self._parts = Pace(clock, 0), Pace(clock, 0)
         self._inside = ""
         self._last_line = clock()
 
@@ -76,7 +74,7 @@ class TerminalProgress:
         """Begin a stage of `steps` equal steps; 0 if their number is unknown."""
         self._end_stage(finished=True)
         self._stage = self._bars.add_task(title, total=steps or None)
-        self._steps, self._text, self._inside = _Pace(self._clock, steps), "", ""
+        self._steps, self._text, self._inside = Pace(self._clock, steps), "", ""
         self._last_line = self._clock()
         if not self._live:
             self._line(f"{title} ({steps} steps)" if steps else title)
@@ -92,7 +90,7 @@ class TerminalProgress:
     def substep(self, text: str, *, done: int = 0, total: int = 0) -> None:
         """What the running step does now, and how many of its parts are done."""
         if not self._inside or total != self._parts.total or done < self._parts.done:
-            self._parts = _Pace(self._clock, total, done)
+            self._parts = Pace(self._clock, total, done)
         else:
             self._parts.reach(done)
         self._inside = text
@@ -189,38 +187,6 @@ def _shortened(first: str, rest: str, width: int) -> str:
         return whole
     room = width - len(rest) - len("…, " if rest else "…")
     return f"{first[:room]}…{', ' if rest else ''}{rest}" if room > 0 else rest
-
-
-class _Pace:
-    """Progress, and the time left at the pace of the latest steps.
-
-    rich estimates from all steps within a period, so blocks restored from an interrupted run would promise too much.
-    """
-
-    def __init__(self, clock: Callable[[], float], total: int, done: int = 0) -> None:
-        self._clock, self.total, self.done = clock, total, done
-        self._began = self._latest = clock()
-        self._seconds: deque[float] = deque(maxlen=STEPS_FOR_ESTIMATE)
-
-    def reach(self, done: int) -> None:
-        """So many are done now."""
-        if done > self.done:
-            now = self._clock()
-            self._seconds.append((now - self._latest) / (done - self.done))
-            self._latest, self.done = now, done
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds since the beginning."""
-        return self._clock() - self._began
-
-    @property
-    def seconds_left(self) -> float | None:
-        """None before the first step, and at the end."""
-        if not self._seconds or self.done >= self.total:
-            return None
-        mean = sum(self._seconds) / len(self._seconds)
-        return max(0.0, mean * (self.total - self.done) - (self._clock() - self._latest))
 
 
 class _Memory:

@@ -71,7 +71,7 @@ def _ratio(of_turns: Sequence[float]) -> SpeedRatio:
 
 
 def speed_of(
-    models: Sequence[str],
+    models: Mapping[str, str | nn.Module],
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str = "auto",
@@ -79,7 +79,7 @@ def speed_of(
     new_tokens: int = 32,
     repeats: int = 5,
 ) -> dict[str, SpeedResult]:
-    """Load the models (Hub ids, folders, `builtin:...`) and measure them in turns.
+    """Load the models (Hub ids, folders, `builtin:...`) and measure them in turns, live ones where and as they are.
 
     `dtype` "auto": float32 on a CPU, where bfloat16 is mostly slower, and the checkpoint's own elsewhere.
 
@@ -87,7 +87,10 @@ def speed_of(
     """
     where = torch.device(device)
     chosen: torch.dtype | str = torch.float32 if dtype == "auto" and where.type == "cpu" else dtype
-    loaded: dict[str, nn.Module] = {name: load(name, dtype=chosen, device=where).model for name in models}
+    loaded: dict[str, nn.Module] = {
+        name: load(model, dtype=chosen, device=where).model if isinstance(model, str) else model
+        for name, model in models.items()
+    }
     return compare_speed(loaded, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats)
 
 

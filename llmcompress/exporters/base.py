@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from llmcompress.calibration.offloading import InMemory, WeightStore
 from llmcompress.exporters.contents import CodedLinear, Contents
+from llmcompress.exporters.shards import ShardSizes
 from llmcompress.formats import plain
 from llmcompress.formats.named import Kind
 from llmcompress.modules.limits import TargetLimits
@@ -59,6 +60,8 @@ class Writing:
     max_shard_size: str = "5GB"
     weights_at: WeightStore = field(default_factory=InMemory)
     """Where weights go again, block after block, when they are written."""
+    sizes: ShardSizes | None = None
+    """What counts the bytes in the place of writing files; None: files are written."""
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,8 @@ def choose(
     raise _refusal(exporter, problem, refused, len(contents.sites), saved)
 
 
-def candidates(wanted: Format, contents: Contents, zero_points: ZeroPoints) -> tuple[Exporter, ...]:
-    """Who may write it, best first: what stock loaders read, then our own folder."""
+def candidates(wanted: str, contents: Contents, zero_points: ZeroPoints) -> tuple[Exporter, ...]:
+    """Who may write it, best first: what stock loaders read, then our own folder. `wanted`: `auto`, or an exporter."""
     if contents.is_stock:
         return (PlainExporter(),)
     if wanted == "auto":
@@ -70,6 +70,17 @@ def candidates(wanted: Format, contents: Contents, zero_points: ZeroPoints) -> t
     if wanted == "compressed-tensors":
         return (CompressedTensorsExporter(zero_points=zero_points),)
     return (EXPORTERS[wanted](),)
+
+
+def holders(contents: Contents) -> tuple[str, ...]:
+    """Names of the exporters that can hold a model."""
+    found = ((name, EXPORTERS[name]()) for name in EXPORTERS)
+    return tuple(
+        name
+        for name, exporter in found
+        if exporter.problem(contents) is None
+        and not any(isinstance(answer, Refused) for answer in exporter.answers(contents).values())
+    )
 
 
 def limits_of(wanted: Format) -> TargetLimits:

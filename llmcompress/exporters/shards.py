@@ -86,6 +86,33 @@ class ShardWriter:
         return self._folder / f"shard-{index + 1:05d}.safetensors.part"
 
 
+class ShardSizes:
+    """Takes the place of a `ShardWriter` and writes nothing: only counts the bytes that it would write."""
+
+    def __init__(self, max_shard_size: str) -> None:
+        self._limit = size_in_bytes(max_shard_size)
+        self._pending: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self._waiting = 0
+        self.tensor_bytes = 0
+        self.file_bytes = 0
+        """Of the weight files, headers included."""
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """One more tensor of the checkpoint."""
+        if self._pending and self._waiting + tensor.nbytes > self._limit:
+            self.close()
+        self._pending[name] = (tensor.dtype, tuple(tensor.shape))
+        self._waiting += tensor.nbytes
+        self.tensor_bytes += tensor.nbytes
+
+    def close(self) -> tuple[str, ...]:
+        """Count what waits; there are no files."""
+        if self._pending:
+            self.file_bytes += len(write_header(self._pending)[0]) + self._waiting
+        self._pending, self._waiting = {}, 0
+        return ()
+
+
 def size_in_bytes(text: str) -> int:
     """`5GB` → 5 000 000 000, as the Hub counts.
 

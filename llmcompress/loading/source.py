@@ -10,6 +10,9 @@ from llmcompress.errors import CompressError, ExitCode
 from llmcompress.loading.download import download
 from llmcompress.storage.paths import from_home
 
+IN_MEMORY = "memory:"
+"""Begins the name of what was handed over in Python: a recipe and a report tell of it, and no file holds it."""
+
 BUILTIN = Path(__file__).parent.parent / "builtin"
 
 
@@ -69,6 +72,9 @@ def local_source(model: str, *, revision: str | None = None) -> Source | None:
     """
     if model.startswith("builtin:"):
         return _builtin(model, revision)
+    if model.startswith(IN_MEMORY):
+        what = f"{model} was handed over in Python: it is in no folder"
+        raise _usage("in-memory", what, "hand the model over again, or name its folder or its id on the Hub")
     folder = from_home(model)
     if folder.is_dir():
         if revision:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llmcompress.calibration.settings import Calibration
     from llmcompress.evaluation.settings import PerplexityTask
-    from llmcompress.recipe.model import Recipe, Save, json_schema
+    from llmcompress.recipe.model import Recipe, Save
     from llmcompress.recipe.order import check_order, check_sites
-    from llmcompress.recipe.reading import parse_recipe, read_recipe
+    from llmcompress.recipe.reading import json_schema, parse_recipe, read_recipe
 
 __all__ = [
     "Calibration",
@@ -31,7 +31,7 @@ _HOMES = {
     "Save": "llmcompress.recipe.model",
     "check_order": "llmcompress.recipe.order",
     "check_sites": "llmcompress.recipe.order",
-    "json_schema": "llmcompress.recipe.model",
+    "json_schema": "llmcompress.recipe.reading",
     "parse_recipe": "llmcompress.recipe.reading",
     "read_recipe": "llmcompress.recipe.reading",
 }

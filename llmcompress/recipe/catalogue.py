@@ -92,7 +92,7 @@ def written_catalogue() -> Catalogue:
 def catalogue_of_classes() -> Catalogue:
     """What the classes say; imports PyTorch."""
     from llmcompress.passes.base import PASSES
-    from llmcompress.recipe.model import json_schema
+    from llmcompress.recipe.reading import json_schema
 
     texts = {
         name: PassText(_kind(PASSES[name]), inspect.cleandoc(PASSES[name].__doc__ or ""), _names(PASSES[name]))
@@ -112,8 +112,12 @@ def _names(cls: type[Pass]) -> dict[str, list[str]]:
     from llmcompress.passes.base import PASSES
     from llmcompress.passes.pruning.scores.base import SCORES
 
-    passes, scores = {name: {name: {}} for name in PASSES}, {name: name for name in SCORES}
-    candidates = {"quantizer": passes, "score": scores, "prior": scores}
+    scores = {name: name for name in SCORES}
+    candidates: dict[str, dict[str, Any]] = {
+        "quantizer": {name: {name: {}} for name in PASSES},
+        "score": scores,
+        "prior": scores,
+    }
     found = {
         option: [name for name, value in named.items() if _accepts(cls, option, value)]
         for option, named in candidates.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ MAX_DEPTH = 32
 MAX_VALUES = 20_000
 """Values after aliases are expanded: a few lines of aliases can stand for billions."""
 
+SETTING = "setting "
+"""Begins the place of a value that `path=value` wrote, and not a line of the file."""
+
 _CORE = "tag:yaml.org,2002:"
 _SCALARS = {
     "bool": r"true|True|TRUE|false|False|FALSE",
@@ -39,21 +43,21 @@ class Document:
     name: str
     data: dict[str, Any]
     places: dict[Path, str] = field(default_factory=dict)
-    """Path of a key → `line 3`, or the `--set` that wrote it."""
+    """Path of a key → `line 3`, or the setting that wrote it."""
     raw: dict[Path, str] = field(default_factory=dict)
     """Path of a scalar → exactly what was written."""
 
     def where(self, path: Path) -> str:
         """The nearest known place of a path, and the path itself."""
         known = next((self.places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.places), "")
-        if known.startswith("--set"):
+        if known.startswith(SETTING):
             return known
         named = f"{self.name} {known}".strip()
         return f"{named} ({dotted(path)})" if path else named
 
 
 def dotted(path: Path) -> str:
-    """`passes.0.gptq.damping`: the spelling that `--set` reads."""
+    """`passes.0.gptq.damping`: the spelling that settings use."""
     return ".".join(str(part) for part in path)
 
 
@@ -113,7 +117,7 @@ def read_file(path: FilePath) -> Document:
             "recipe.unreadable",
             f"cannot read the recipe: {getattr(problem, 'strerror', problem)}",
             where=str(path),
-            fix="give a YAML file, or the name of a preset with --preset (see `llmcompress recipes ls`)",
+            fix="give a YAML file, or the name of a preset (`llmcompress recipes ls` lists them)",
             exit_code=ExitCode.USAGE,
         ) from None
     return read_document(text, str(path))
@@ -136,13 +140,36 @@ def read_document(text: str | bytes, name: str) -> Document:
 
 
 def read_value(text: str) -> Any:
-    """The value after the `=` of a `--set`: any YAML on one line.
+    """The value after the `=` of a setting: any YAML on one line.
 
     Raises: CompressError when it is not YAML.
     """
-    with _naming("--set"):
+    with _naming(SETTING.strip()):
         node = _compose(text)
-        return None if node is None else _Reader(Document("--set", {})).value(node, ())
+        return None if node is None else _Reader(Document(SETTING.strip(), {})).value(node, ())
+
+
+def read_json_object(text: str) -> dict[str, Any]:
+    """Read one JSON object.
+
+    Raises: CompressError for anything else, and for a key that is written twice.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            key = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
+            raise _Refused("recipe.duplicate-key", f"the key {key!r} is written twice", None, "keep one of the two")
+        return found
+
+    with _naming("recipe"):
+        try:
+            data = json.loads(text, object_pairs_hook=once)
+        except (ValueError, RecursionError) as problem:
+            raise _Refused("recipe.json", f"not JSON: {problem}", None, "correct the text there") from None
+        if not isinstance(data, dict):
+            raise _Refused("recipe.json", "a recipe is an object of keys and values", None, 'begin with {"passes": ')
+        return data
 
 
 def write_yaml(data: Any) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -12,7 +13,8 @@ from llmcompress.calibration.settings import Calibration
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.settings import BUNDLED_TEXT, TASKS, PerplexityTask
 from llmcompress.passes.base import PASSES, Pass
-from llmcompress.recipe.document import write_yaml
+from llmcompress.recipe.checking import check_document, plain_data
+from llmcompress.recipe.document import Document, read_document, read_json_object, write_yaml
 from llmcompress.recipe.stages import Grouped, LeavesWeights, Listed, beside_weights
 
 
@@ -36,7 +38,7 @@ class Save(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A complete run. Read it with `read_recipe`, `parse_recipe` or `load_preset`.
+    """Everything a run depends on. Read one with `from_dict`, `from_yaml`, `from_json` or `read_recipe`.
 
     Fields stand in the order in which a run uses them. A stage is one field with the registry of what may stand in it.
     """
@@ -44,7 +46,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     model: str | None = Field(default=None, min_length=1)
-    """Hub id, folder or `builtin:books-llama`; None: given on the command line."""
+    """Hub id, folder or `builtin:books-llama`; None: given beside the recipe."""
     revision: str | None = Field(default=None, min_length=1)
     """Commit, tag or branch of the Hub repository."""
     trust_remote_code: bool = False
@@ -71,9 +73,41 @@ class Recipe(BaseModel):
             )
         return passes
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The recipe that a dictionary holds, checked like a file; `passes` may also be pass objects.
+
+        Raises: CompressError naming the key and what to write instead.
+        """
+        return check_document(Document("recipe", plain_data(data)), cls)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Self:
+        """The recipe in a YAML text.
+
+        Raises: CompressError with line and fix.
+        """
+        return check_document(read_document(text, "recipe"), cls)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The recipe in a JSON text.
+
+        Raises: CompressError for what is no JSON object or has a key twice, and as `from_dict` does.
+        """
+        return cls.from_dict(read_json_object(text))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved recipe as plain data, every default written out; `from_dict` reads it back to an equal one."""
+        return self.model_dump(mode="json")
+
+    def to_json(self) -> str:
+        """The same as JSON text, for `from_json`."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
     def to_yaml(self) -> str:
-        """The resolved recipe, with all defaults written out; `parse_recipe` reads it back to an equal recipe."""
-        return write_yaml(self.model_dump(mode="json"))
+        """The same as YAML text, for `from_yaml` and for files."""
+        return write_yaml(self.to_dict())
 
     def hash(self) -> str:
         """16 hexadecimal digits that change with everything that can change a weight, and nothing else."""
@@ -82,14 +116,14 @@ class Recipe(BaseModel):
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def for_model(self, given: str | None) -> Recipe:
-        """The same recipe for the model given on the command line; None keeps the recipe's own.
+        """The same recipe for the model given beside it; None keeps the recipe's own.
 
         Raises: CompressError when there is no model, or when the recipe pins a revision of another one.
         """
         if given is None and self.model is None:
             raise CompressError(
                 "recipe.no-model",
-                "no model: neither the command nor the recipe names one",
+                "no model: none was given, and the recipe names none",
                 fix="give the model as an argument, or set `model:` in the recipe",
                 exit_code=ExitCode.USAGE,
             )
@@ -101,8 +135,3 @@ class Recipe(BaseModel):
                 exit_code=ExitCode.USAGE,
             )
         return self if given is None else self.model_copy(update={"model": given})
-
-
-def json_schema(kind: type[BaseModel] = Recipe) -> dict[str, Any]:
-    """A whole recipe for editors, with the options of everything that is registered."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **kind.model_json_schema()}

@@ -1,23 +1,20 @@
-"""YAML → checked `Recipe`; everything that can be checked without the model is checked here, with line numbers."""
+"""Recipes from files and from text, and their JSON Schema."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path as FilePath
-from typing import TypeVar
 
-from llmcompress.recipe.document import Document, read_document, read_file
-from llmcompress.recipe.model import Recipe, json_schema
-from llmcompress.recipe.order import check_order_of_globs
-from llmcompress.recipe.overrides import with_set
-from llmcompress.recipe.problems import validated
-from llmcompress.recipe.stages import stages_of
+from pydantic import BaseModel
 
-R = TypeVar("R", bound=Recipe)
+from llmcompress.recipe.checking import check_document
+from llmcompress.recipe.document import read_document, read_file
+from llmcompress.recipe.model import Recipe
+from llmcompress.recipe.schema import Schema, schema_of
 
 
 def read_recipe(path: FilePath | str, *, settings: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file; `settings` are `--set` texts such as `calibration.samples=16`.
+    """Read a recipe file, YAML or JSON; `settings` are texts such as `calibration.samples=16`.
 
     Raises: CompressError with line and fix.
     """
@@ -25,20 +22,13 @@ def read_recipe(path: FilePath | str, *, settings: Sequence[str] = ()) -> Recipe
 
 
 def parse_recipe(text: str | bytes, where: str, *, settings: Sequence[str] = ()) -> Recipe:
-    """Read a recipe from YAML text; `where` names the text in errors.
+    """Read a recipe from YAML or JSON text; `where` names the text in errors.
 
     Raises: CompressError with line and fix.
     """
     return check_document(read_document(text, where), Recipe, settings=settings)
 
 
-def check_document(document: Document, kind: type[R], *, settings: Sequence[str] = ()) -> R:
-    """A document, changed by `--set` texts, as a recipe of that kind.
-
-    Raises: CompressError for the first problem; it also lists the others.
-    """
-    if settings:
-        document = with_set(document, settings, stages_of(kind), json_schema(kind))
-    recipe = validated(document, kind, lambda: json_schema(kind))
-    check_order_of_globs(recipe.passes, document)
-    return recipe
+def json_schema(kind: type[BaseModel] = Recipe) -> Schema:
+    """A whole recipe for editors, with the options of everything that is registered."""
+    return schema_of(kind)

@@ -1,12 +1,19 @@
-"""Queries on the JSON Schema of a recipe: what may be at this path?"""
+"""The JSON Schema of a recipe, and queries on it: what may be at this path? Needs no PyTorch."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from pydantic import BaseModel
+
 from llmcompress.recipe.document import Path
 
 Schema = dict[str, Any]
+
+
+def schema_of(kind: type[BaseModel]) -> Schema:
+    """A whole recipe of that kind, with the options of everything that is registered."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **kind.model_json_schema()}
 
 
 def at_path(schema: Schema, path: Path) -> Schema | None:

@@ -1,7 +1,7 @@
 """Stages of a recipe: named lists of registered things, each written as its name and its options.
 
 A stage is one field of `Recipe`: a tuple, annotated with the registry of its possible items. Everything else follows
-from the annotation: how it is read and written, where `--set` leads, the JSON Schema, the hints.
+from the annotation: how it is read and written, where settings lead, the JSON Schema, the hints.
 """
 
 from __future__ import annotations

@@ -69,10 +69,10 @@ def _single(schema: Schema, root: Schema) -> Any:
     if "properties" in schema:
         return _model(str(schema.get("title", "Options")), schema, root)
     if schema.get("type") == "array":
-        inner = _type(schema.get("items", {}), root)
-        return Annotated[tuple[inner, ...], Field(**limits)]
+        inner = tuple.__class_getitem__((_type(schema.get("items", {}), root), ...))
+        return Annotated[inner, Field(**limits)]
     if schema.get("type") == "object":
-        values = dict[str, Any] if isinstance(schema.get("additionalProperties"), dict) else Any
-        return dict[str, values]
+        inside = isinstance(schema.get("additionalProperties"), dict)
+        return dict[str, dict[str, Any]] if inside else dict[str, Any]
     plain = _TYPES.get(str(schema.get("type")), Any)
     return Annotated[plain, Field(**limits)] if limits else plain

@@ -72,7 +72,7 @@ def _check_apart(output: Path, source: Path) -> None:
 def _check_filled(output: Path, *, overwrite: bool) -> None:
     """That a folder with something in it is one that we wrote, with nothing of the user's."""
     if not overwrite:
-        fix = "choose another folder, or add --overwrite: the old one is kept until the new one is complete"
+        fix = "choose another folder, or set `overwrite=True`: the old one is kept until the new one is complete"
         raise _usage("output.exists", "the output folder is not empty", output, fix)
     if not is_our_output(output):
         raise _usage("output.unsafe", "the output folder was not written by llmcompress", output, _NEW)
@@ -128,7 +128,9 @@ def publish(staging: Path, output: Path, *, overwrite: bool) -> dict[str, str]:
         output.rmdir()
     if output.exists():
         if not overwrite:
-            raise _usage("output.exists", "the output folder was written to during the run", output, "add --overwrite")
+            raise _usage(
+                "output.exists", "the output folder was written to during the run", output, "set `overwrite=True`"
+            )
         _check_filled(output, overwrite=True)
         aside = _beside(output, "old")
         os.rename(output, aside)
