@@ -62,6 +62,8 @@ def evaluate(
     from llmcompress.cli.terminal import TerminalProgress
     from llmcompress.evaluation.settings import PerplexityTask
 
+    if not all(sources):
+        raise click.BadParameter("it is empty", param_hint="--perplexity")
     common = {"window": window, "bos": bos, "max_windows": max_windows}
     tasks = [PerplexityTask.model_validate({**PerplexityTask.from_text(source), **common}) for source in sources]
     refuse_missing_models(model)

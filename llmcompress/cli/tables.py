@@ -176,11 +176,14 @@ def _list_tables(title: str, items: list[Any]) -> list[RenderableType]:
     """Mappings become rows; lists inside them become tables of their own, below."""
     if not all(isinstance(item, dict) for item in items):
         return [plain_table((title,), [(_cell(item),) for item in items[:ROWS_SHOWN]])]
-    inner = [key for key in items[0] if any(_is_table(item.get(key)) for item in items)]
-    flat = [key for key in items[0] if key not in inner]
+    keys = list(dict.fromkeys(key for item in items for key in item))
+    inner = [key for key in keys if any(_is_table(item.get(key)) for item in items)]
+    flat = [key for key in keys if key not in inner]
     shown = [[_cell(item.get(key)) for key in flat] for item in items[:ROWS_SHOWN]]
     more = f" (first {ROWS_SHOWN} of {len(items)})" if len(items) > ROWS_SHOWN else ""
-    tables: list[RenderableType] = [plain_table([key.replace("_", " ") for key in flat], shown, title=title + more)]
+    tables: list[RenderableType] = [
+        plain_table(*_with_values([key.replace("_", " ") for key in flat], shown), title=title + more)
+    ]
     for item in items:
         for key in inner:
             if item.get(key):

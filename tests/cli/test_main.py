@@ -351,7 +351,7 @@ def test_rows_of_one_site_count_once_and_empty_columns_are_left_out(run, pipelin
         for algorithm, error in (("wanda", 0.5), ("sparsegpt", 0.1 * n))
     ]
     pruned = report().model_copy(update={"sites": tuple(rows)})
-    monkeypatch.setattr(pipeline, "compress", lambda *arguments, **options: pruned)
+    monkeypatch.setattr(pipeline, "compress", lambda *arguments, **options: types.SimpleNamespace(report=pruned))
     out = run("compress", "m", "--preset", "tiny/wanda", "-o", "out")[1]
     assert "worst sites of 3" in out and "plain rounding" not in out and "scheme" not in out
     assert re.findall(r"layers\.(\d)\.up_proj +(\w+) +([\d.]+)%", out) == [
