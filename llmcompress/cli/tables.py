@@ -181,9 +181,8 @@ def _list_tables(title: str, items: list[Any]) -> list[RenderableType]:
     flat = [key for key in keys if key not in inner]
     shown = [[_cell(item.get(key)) for key in flat] for item in items[:ROWS_SHOWN]]
     more = f" (first {ROWS_SHOWN} of {len(items)})" if len(items) > ROWS_SHOWN else ""
-    tables: list[RenderableType] = [
-        plain_table(*_with_values([key.replace("_", " ") for key in flat], shown), title=title + more)
-    ]
+    headings, cells = _with_values([key.replace("_", " ") for key in flat], shown)
+    tables: list[RenderableType] = [plain_table(headings, cells, title=title + more)]
     for item in items:
         for key in inner:
             if item.get(key):
