@@ -34,13 +34,13 @@ from llmcompress.evaluation.coverage import coverage_warnings
 from llmcompress.evaluation.dense import DenseScores, against_dense, dense_scores
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.evaluation.footprint import bytes_on_disk
+from llmcompress.evaluation.inspection import inspect_folder
 from llmcompress.evaluation.measuring import TaskLike, as_tasks, perplexities
 from llmcompress.evaluation.settings import BUNDLED_TEXT
 from llmcompress.evaluation.speed import SpeedResult, speed_of
 from llmcompress.evaluation.stopwatch import Stopwatch
 from llmcompress.evaluation.texts import EvaluationText
 from llmcompress.loading.borrowed import borrowed, lent, told_if_changed
-from llmcompress.loading.config import read_config
 from llmcompress.loading.in_memory import required_tokenizer
 from llmcompress.loading.load import load_tokenizer
 from llmcompress.loading.source import IN_MEMORY, find_source
@@ -52,6 +52,7 @@ from llmcompress.planning import Plan, known_in_memory, make_plan, refused, with
 from llmcompress.preparation import CompressionRequest, Prepared, prepare
 from llmcompress.presets import RecipeLike, as_recipe
 from llmcompress.progress import ProgressLike, Silent, as_progress
+from llmcompress.records.degraded import degraded_warnings
 from llmcompress.records.measurements import Measurement, PerplexityResult, WeightBytes
 from llmcompress.records.report import Report
 from llmcompress.records.rows import SiteReport
@@ -202,6 +203,7 @@ def _report(
 ) -> Report:
     loaded, texts = prepared.loaded, prepared.texts
     about_data = [*data.warnings, *_overlaps(data, texts), *coverage_warnings(rows, prepared.map)] if data else []
+    about_model = [*loaded.preflight.warnings, *prepared.notes]
     about_texts = [f"{text.name}: {warning}" for text in texts for warning in text.warnings]
     dense_bytes = bytes_on_disk(loaded.folder) if loaded.folder else loaded.preflight.bytes_weights
     return Report(
@@ -213,7 +215,7 @@ def _report(
         sites=tuple(rows),
         refused=refused(prepared.map),
         measurements=(WeightBytes(of="dense", bytes=dense_bytes),),
-        warnings=tuple(dict.fromkeys([*loaded.preflight.warnings, *prepared.notes, *about_data, *about_texts])),
+        warnings=tuple(dict.fromkeys([*about_model, *about_data, *about_texts, *degraded_warnings(rows)])),
     )
 
 
@@ -260,13 +262,14 @@ def plan(
 def inspect(model: ModelLike) -> dict[str, Any]:
     """The model map: blocks, sites, shared inputs, folds, width groups, and what cannot be compressed and why.
 
-    Raises: CompressError when there is no such model or its structure is not understood.
+    Of a saved compressed model: what each site is; no weight is read.
+
+    Raises: CompressError when there is no such model, or its structure or format is not understood.
     """
     live = in_memory(model)
     if live is not None:
         return describe(probe(live.config, unfuse=True) if is_dense(live) else map_model(live))
-    config, _ = read_config(find_source(str(model)).folder)
-    return describe(probe(config, unfuse=True))
+    return inspect_folder(find_source(str(model)).folder)
 
 
 def evaluate(
