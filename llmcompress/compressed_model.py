@@ -1,4 +1,4 @@
-"""What `compress` gives back: the compressed model, the evidence, and what can be done with it next."""
+"""The result of `compress`: the compressed model, its report, and methods to evaluate, save and upload it."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ from llmcompress.storage.folder import check_output
 class CompressedModel:
     """A compressed model with its tokenizer, recipe and report.
 
-    `.model` is an ordinary transformers model: call it, generate with it, move it. A model that was handed over in
-    memory was changed in place and is on the device and in the dtype it had (or is another object, where blocks or the
-    residual stream became smaller); one that was read from files is on the CPU in float32.
+    `.model` is an ordinary transformers model: call it, generate with it, move it. A model passed in memory was changed
+    in place and has its original device and dtype (or it is a new object, if blocks or the residual stream got
+    smaller); one loaded from files is on the CPU in float32.
     """
 
     _result: Result
@@ -60,17 +60,19 @@ class CompressedModel:
 
     @property
     def storage_dtype(self) -> torch.dtype:
-        """What its weights and scales were rounded to."""
+        """The dtype to which its weights and scales are rounded."""
         return self._result.storage_dtype
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's own."""
+        """The model's tokenizer."""
         return self._result.tokenizer
 
     @property
     def recipe(self) -> Recipe:
-        """The resolved recipe. Where it names `memory:…`, model or calibration data must be handed over again."""
+        """The resolved recipe. If it names `memory:…`, model or calibration data must be passed again to repeat the
+        run.
+        """
         return self._result.recipe
 
     @property
@@ -83,14 +85,16 @@ class CompressedModel:
     ) -> list[PerplexityResult]:
         """Perplexity on texts such as `"wikitext2:test"` or `"my.txt"`; None: those of the recipe.
 
-        Computed in float32, as the report's numbers are. Raises: CompressError when a text cannot be read.
+        Computed in float32, like the report's numbers.
+
+        Raises: CompressError if a text cannot be read.
         """
         chosen, model = as_tasks(self.recipe.evaluate if tasks is None else tasks), self.model
         with borrowed(model), runner_of(model, self.device) as runner:
             return perplexities(runner, self.tokenizer, chosen, as_progress(progress))
 
     def generate(self, prompt: str | Sequence[dict[str, str]], *, max_new_tokens: int = 64) -> str:
-        """The likeliest continuation of a text, or answer to chat messages, until the end-of-text token.
+        """The greedy continuation of a text, or the answer to chat messages, up to the end-of-text token.
 
         Computed where and as `.model` is. For sampling and batches use `.model.generate`.
         """
@@ -106,7 +110,7 @@ class CompressedModel:
         return str(self.tokenizer.decode(new, skip_special_tokens=True))
 
     def footprint(self) -> Footprint:
-        """Parameters and bytes, stored and theoretical, of the folder that `save` writes (or wrote)."""
+        """Parameters and bytes, on disk and in theory, of the folder that `save` writes (or wrote)."""
         if self.folder is not None:
             return footprint_of_folder(self.folder)
         with tempfile.TemporaryDirectory(prefix="llmcompress-") as scratch, self._lent() as result:
@@ -116,8 +120,10 @@ class CompressedModel:
     def save(self, folder: str | Path, *, format: str | None = None, overwrite: bool = False) -> Path:
         """Save it as a Hugging Face folder with tokenizer, recipe and report; `format` as `save.format` in recipes.
 
-        Nothing half-written is ever there: the folder is filled beside its place and moved. Raises: CompressError when
-        it cannot be written, exists without `overwrite`, or the format cannot hold the model.
+        The folder appears complete or not at all.
+
+        Raises: CompressError if it cannot be written, exists without `overwrite`, or the format cannot represent the
+        model.
         """
         recipe = self.recipe
         if format is not None:
@@ -129,9 +135,9 @@ class CompressedModel:
         return Path(folder)
 
     def export(self, to: str, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Save it for a target by the exporter of that name; refused where the target cannot hold it exactly.
+        """Save it with the exporter of that name; refused if the target cannot represent it exactly.
 
-        Raises: CompressError naming the exporters that can hold it.
+        Raises: CompressError naming the exporters that can.
         """
         check_output(Path(folder), overwrite=overwrite)
         with self._lent() as result:
@@ -147,10 +153,11 @@ class CompressedModel:
         message: str = "Compressed with llmcompress",
         api: HubApi | None = None,
     ) -> str:
-        """Upload it to a repository of the Hub, which is created where it is missing; the address.
+        """Upload it to a repository on the Hub, which is created if necessary; returns its URL.
 
-        The login is that of `hf auth login` or HF_TOKEN. `api` takes the place of `huggingface_hub.HfApi()`.
-        Raises: CompressError (exit code 5) for whatever the Hub or the network says.
+        Uses the login of `hf auth login` or HF_TOKEN. `api` replaces `huggingface_hub.HfApi()`.
+
+        Raises: CompressError (exit code 5) for any error of the Hub or the network.
         """
         if self.folder is not None:
             return upload(self.folder, repo_id, private=private, message=message, api=api)
@@ -190,7 +197,7 @@ class CompressedModel:
         if self.offloaded:
             raise CompressError(
                 "memory.needed",
-                "the model was compressed without ever being in memory as a whole, and is saved already",
+                "the model was compressed with weight offloading: it is in the saved folder, not in memory",
                 where=str(self.folder),
                 fix="copy that folder, or compress again with another `save.format`",
                 saved="the folder",
@@ -216,9 +223,9 @@ def in_memory(model: object) -> PreTrainedModel | None:
 
 
 def footprint(model: ModelLike) -> Footprint:
-    """Parameters and bytes of a model; of one in memory, what the folder that holds it would have.
+    """Parameters and bytes of a model; for one in memory, those of the folder that it would be saved to.
 
-    Raises: CompressError when there is no such model, or its format is not understood.
+    Raises: CompressError if there is no such model, or its format cannot be read.
     """
     if isinstance(model, CompressedModel):
         return model.footprint()
@@ -245,9 +252,9 @@ def tokenizer_beside(model: object) -> PreTrainedTokenizerBase | None:
 
 
 def live_model(model: ModelLike | None, tokenizer: PreTrainedTokenizerBase | None) -> LiveModel | None:
-    """A model in memory, ready to be compressed; None: it is to be read from files.
+    """A model in memory, ready to be compressed; None if the model is loaded from files.
 
-    Raises: CompressError when it cannot be compressed, or there is no tokenizer to read text with.
+    Raises: CompressError if it cannot be compressed, or there is no tokenizer.
     """
     found = in_memory(model)
     if found is not None:
@@ -255,14 +262,14 @@ def live_model(model: ModelLike | None, tokenizer: PreTrainedTokenizerBase | Non
     if tokenizer is not None:
         raise CompressError(
             "model.own-tokenizer",
-            "a tokenizer was given, and the model is read from files that bring their own",
-            fix="leave `tokenizer` out, or give the model in memory too",
+            "a tokenizer was given, but the model is loaded from files that include one",
+            fix="remove `tokenizer`, or give the model in memory too",
             exit_code=ExitCode.USAGE,
         )
     if model is not None and not isinstance(model, str | Path):
         raise CompressError(
             "model.kind",
-            f"a {type(model).__name__} is no model",
+            f"{type(model).__name__} is not a model",
             fix="give a Hub id, a folder, or what AutoModelForCausalLM.from_pretrained returns",
             exit_code=ExitCode.USAGE,
         )
@@ -296,7 +303,7 @@ def _known_format(name: str) -> str:
     if name not in known:
         raise CompressError(
             "save.unknown-format",
-            f"there is no format {name!r}",
+            f"unknown format {name!r}",
             fix=did_you_mean(name, known),
             exit_code=ExitCode.USAGE,
         )

@@ -23,6 +23,7 @@ from llmcompress.numerics.loss import LOGITS_BYTES, LOGITS_COPIES, windows_at_on
 from llmcompress.numerics.statistics import Gram
 from llmcompress.passes.base import PASSES, BlockPass, Pass
 from llmcompress.recipe.model import Recipe
+from llmcompress.sensitivity.gradients import rows_at_once
 
 Offload = Literal["auto", "always", "never"]
 """Whether weights are offloaded to disk; auto: if they would not fit into memory."""
@@ -40,7 +41,7 @@ keys, sums."""
 _SAVED_OUTPUTS = 2
 """The outputs of linears themselves, and what is computed from them."""
 _BACKWARD_FORWARDS = 3
-"""Forward passes that one forward and its gradients cost."""
+"""Forward passes that one forward and its gradients cost; one more where blocks are computed again."""
 _SOLVING_PRODUCTS = 40
 """Products ΔW·G of O×I by I×I that solving one site takes in time: AWQ tries about twenty scales and twenty ranges."""
 
@@ -116,10 +117,10 @@ def cost(recipe: Recipe, model_map: ModelMap, *, parameters: int, vocabulary: in
     forwards = [1 + sum(each.forwards for each in passes if any(_groups(each, block))) for block in model_map.blocks]
     samples = recipe.calibration.samples
     through_model = sum(
-        _BACKWARD_FORWARDS * (gradients.trained_on or samples) / samples
+        (_BACKWARD_FORWARDS + gradients.recomputes) * (gradients.trained_on or samples) / samples
         for each in recipe.passes
         if (gradients := each.backward())
-    )
+    ) + sum(each.forwards_through_model(len(model_map.blocks)) for each in recipe.passes)
     return Cost(
         operations=_operations(recipe, model_map, passes, [times + through_model for times in forwards]),
         forwards=sum(forwards) / max(len(forwards), 1) + through_model,
@@ -205,13 +206,18 @@ def _gradient_bytes(each: Pass, recipe: Recipe, model_map: ModelMap, parameters:
     # a training computes logits in parts, but a batch goes through the blocks as a whole
     tokens = windows * recipe.calibration.tokens if found.trained_on else with_logits
     selects = each.selects if isinstance(each, BlockPass) else lambda _: True
-    weights = saved = 0
+    weights, saved = 0, list[int]()
     for block in model_map.blocks:
         sites = block.structure.sites
         weights += sum(site.outputs * site.inputs for site in sites if selects(block.full(site.name)))
-        saved += _SAVED_OUTPUTS * sum(site.outputs for site in sites) + _SAVED_HIDDEN * model_map.hidden_size
+        saved.append(_SAVED_OUTPUTS * sum(site.outputs for site in sites) + _SAVED_HIDDEN * model_map.hidden_size)
     kept = found.copies * weights + found.of_all * parameters
-    return int(_FLOAT * (kept + with_logits * LOGITS_COPIES * vocabulary + tokens * saved))
+    if found.recomputes:
+        with_logits = min(with_logits, rows_at_once(vocabulary))
+        of_token = max(saved, default=0) + len(saved) * model_map.hidden_size
+    else:
+        of_token = sum(saved)
+    return int(_FLOAT * (kept + with_logits * LOGITS_COPIES * vocabulary + tokens * of_token))
 
 
 def _statistics_operations(each: _Measuring, block: BlockInfo, tokens: int) -> float:

@@ -1,5 +1,4 @@
-"""The whole flow, in the order of the README: load → map → calibrate ⇄ compress → evaluate → save; and questions about
-a model, wherever it is."""
+"""The main entry points, in order of the flow: load → map → calibrate ⇄ compress → evaluate → save."""
 
 from __future__ import annotations
 
@@ -35,13 +34,13 @@ from llmcompress.evaluation.coverage import coverage_warnings
 from llmcompress.evaluation.dense import DenseScores, against_dense, dense_scores
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.evaluation.footprint import bytes_on_disk
+from llmcompress.evaluation.inspection import inspect_folder
 from llmcompress.evaluation.measuring import TaskLike, as_tasks, perplexities
 from llmcompress.evaluation.settings import BUNDLED_TEXT
 from llmcompress.evaluation.speed import SpeedResult, speed_of
 from llmcompress.evaluation.stopwatch import Stopwatch
 from llmcompress.evaluation.texts import EvaluationText
 from llmcompress.loading.borrowed import borrowed, lent, told_if_changed
-from llmcompress.loading.config import read_config
 from llmcompress.loading.in_memory import required_tokenizer
 from llmcompress.loading.load import load_tokenizer
 from llmcompress.loading.source import IN_MEMORY, find_source
@@ -53,6 +52,7 @@ from llmcompress.planning import Plan, known_in_memory, make_plan, refused, with
 from llmcompress.preparation import CompressionRequest, Prepared, prepare
 from llmcompress.presets import RecipeLike, as_recipe
 from llmcompress.progress import ProgressLike, Silent, as_progress
+from llmcompress.records.degraded import degraded_warnings
 from llmcompress.records.measurements import Measurement, PerplexityResult, WeightBytes
 from llmcompress.records.report import Report
 from llmcompress.records.rows import SiteReport
@@ -79,18 +79,19 @@ def compress(
     """Compress a model; in memory, or with `output` into a Hugging Face folder.
 
     `model`: a Hub id, a folder, `builtin:books-llama`, None (the recipe names it), or a dense transformers model in
-    memory with its `tokenizer`. A model in memory is changed in place, there is no second copy: what comes back has its
-    device, dtype and mode, and an error in the middle leaves it changed in part. The dense model is measured first.
+    memory with its `tokenizer`. A model in memory is changed in place, without a second copy: the result has its
+    device, dtype and mode, and an error during compression leaves it partly changed. The dense model is evaluated
+    first.
 
     `recipe`: a preset's name, a file, a dictionary, YAML or JSON text, a `Recipe`, one pass, or a list of passes.
     `calibration`: None (the recipe's), texts, conversations, a `datasets.Dataset`, batches of `input_ids` (with
-    `attention_mask` where they are padded), or settings; data in memory are named in the recipe by kind and hash only.
+    `attention_mask` where they are padded), or settings; data in memory appear in the recipe only by kind and hash.
 
-    Without `output` nothing is written but the cache of dense scores. With it, a folder `<output>.run` keeps finished
-    blocks until all is done: a killed run started again goes on where it was, unless `fresh`. An existing `output` is
-    only replaced with `overwrite`, after its successor is complete. With `offload` the weights stay on disk and one
-    block at a time is in memory (auto: when the whole model would not fit). Processes that `torchrun` started share the
-    calibration windows; the first one evaluates and writes.
+    Without `output` nothing is written except the cache of dense scores. With it, a folder `<output>.run` saves
+    finished blocks until all is done: an interrupted run resumes when started again, unless `fresh`. An existing
+    `output` is only replaced with `overwrite`, once the new one is complete. With `offload` the weights stay on disk
+    and one block at a time is in memory (auto: if the whole model would not fit). Under `torchrun` the processes share
+    the calibration windows; the first one evaluates and writes.
 
     `progress`: a function of one `ProgressEvent`, "bar", or a `Progress`; messages go to the logger "llmcompress" too.
 
@@ -202,6 +203,7 @@ def _report(
 ) -> Report:
     loaded, texts = prepared.loaded, prepared.texts
     about_data = [*data.warnings, *_overlaps(data, texts), *coverage_warnings(rows, prepared.map)] if data else []
+    about_model = [*loaded.preflight.warnings, *prepared.notes]
     about_texts = [f"{text.name}: {warning}" for text in texts for warning in text.warnings]
     dense_bytes = bytes_on_disk(loaded.folder) if loaded.folder else loaded.preflight.bytes_weights
     return Report(
@@ -213,7 +215,7 @@ def _report(
         sites=tuple(rows),
         refused=refused(prepared.map),
         measurements=(WeightBytes(of="dense", bytes=dense_bytes),),
-        warnings=tuple(dict.fromkeys([*loaded.preflight.warnings, *prepared.notes, *about_data, *about_texts])),
+        warnings=tuple(dict.fromkeys([*about_model, *about_data, *about_texts, *degraded_warnings(rows)])),
     )
 
 
@@ -260,13 +262,14 @@ def plan(
 def inspect(model: ModelLike) -> dict[str, Any]:
     """The model map: blocks, sites, shared inputs, folds, width groups, and what cannot be compressed and why.
 
-    Raises: CompressError when there is no such model or its structure is not understood.
+    Of a saved compressed model: what each site is; no weight is read.
+
+    Raises: CompressError when there is no such model, or its structure or format is not understood.
     """
     live = in_memory(model)
     if live is not None:
         return describe(probe(live.config, unfuse=True) if is_dense(live) else map_model(live))
-    config, _ = read_config(find_source(str(model)).folder)
-    return describe(probe(config, unfuse=True))
+    return inspect_folder(find_source(str(model)).folder)
 
 
 def evaluate(

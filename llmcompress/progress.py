@@ -56,7 +56,7 @@ class Silent:
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """What a callback is told, each time that something happened."""
+    """The argument of a progress callback."""
 
     stage: str
     """`load`, `compress`, `save`, …"""
@@ -78,7 +78,7 @@ ProgressLike = Progress | Callback | Literal["bar"] | None
 
 
 def as_progress(given: ProgressLike) -> Progress:
-    """An object that tells whatever was given, and the log.
+    """A `Progress` for a callback, `"bar"` or None, which also logs.
 
     Raises: CompressError for anything else.
     """
@@ -94,14 +94,14 @@ def as_progress(given: ProgressLike) -> Progress:
         return Logged(Told(given))
     raise CompressError(
         "progress.kind",
-        f"progress cannot be shown by a {type(given).__name__}",
+        f"{type(given).__name__} cannot show progress",
         fix='give a function of one event, "bar", or None',
         exit_code=ExitCode.USAGE,
     )
 
 
 class Logged:
-    """Passes everything on, and tells the log."""
+    """Forwards everything, and logs it."""
 
     def __init__(self, to: Progress) -> None:
         self._to = to
@@ -127,7 +127,7 @@ class Logged:
 
 
 class Told:
-    """Tells a callback."""
+    """Calls a callback."""
 
     def __init__(self, callback: Callback, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._callback, self._clock = callback, clock
@@ -182,9 +182,10 @@ class _Bar:
 
 
 class Pace:
-    """How far something has come, and how long the rest takes if it goes on like the latest steps.
+    """Progress, and the time left at the pace of the latest steps.
 
-    rich estimates from all steps within a period, so blocks restored from an interrupted run would promise too much.
+    rich estimates from all steps within a period, so blocks restored from an interrupted run would make it too
+    optimistic.
     """
 
     def __init__(self, clock: Callable[[], float], total: int, done: int = 0) -> None:

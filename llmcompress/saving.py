@@ -1,4 +1,6 @@
-"""A result becomes a folder: weights, tokenizer, recipe and report, beside its place first, then there in one step."""
+"""Saves a result as a folder: weights, tokenizer, recipe and report, first in a staging folder, then published in one
+step.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ RECIPE = "llmcompress_recipe.yaml"
 
 @dataclass(frozen=True)
 class Result:
-    """A compressed model, in float32 on the CPU, and all that is saved with it."""
+    """A compressed model, in float32 on the CPU, and everything that is saved with it."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -52,7 +54,7 @@ class Result:
             why = asked.problem(contents) or "; ".join(dict.fromkeys(refused))
             raise CompressError(
                 "save.format",
-                f"{name} cannot hold this model: {why}",
+                f"{name} cannot represent this model: {why}",
                 fix=f"export it to {' or '.join(able)}" if able else "compress it with another scheme",
                 saved="the model in memory",
                 exit_code=ExitCode.USAGE,
@@ -67,9 +69,9 @@ class Result:
 
 
 def publish_result(result: Result, output: Path, *, overwrite: bool, exporter: Exporter | None = None) -> Report:
-    """Fill a folder beside `output`, then move it there in one step; the report that lies in it.
+    """Fill a staging folder, then move it to `output` in one step; returns the saved report.
 
-    Raises: CompressError when the format cannot hold the model, or `output` cannot be written or replaced.
+    Raises: CompressError if the format cannot represent the model, or `output` cannot be written or replaced.
     """
     with staging_folder(output) as staging:
         finished = fill_folder(result, staging, exporter)
@@ -78,9 +80,9 @@ def publish_result(result: Result, output: Path, *, overwrite: bool, exporter: E
 
 
 def bytes_to_write(result: Result) -> int:
-    """What the weight files would take: everything is packed as for a folder, and only counted.
+    """The size of the weight files, packed as for a folder but only counted.
 
-    Raises: CompressError when the format of the recipe cannot hold the model.
+    Raises: CompressError if the format of the recipe cannot represent the model.
     """
     sizes = ShardSizes(result.recipe.save.max_shard_size)
     wanted, contents = result.recipe.save, contents_in(result.model, result.storage_dtype)
@@ -90,9 +92,9 @@ def bytes_to_write(result: Result) -> int:
 
 
 def fill_folder(result: Result, folder: Path, exporter: Exporter | None = None) -> Report:
-    """Write everything into an empty folder, in the recipe's format or by another exporter.
+    """Write everything into an empty folder, in the recipe's format or with another exporter.
 
-    Raises: CompressError when the format cannot hold the model.
+    Raises: CompressError if the format cannot represent the model.
     """
     recipe = result.recipe
     if exporter is None:

@@ -246,7 +246,7 @@ def test_whatever_the_hub_says_is_one_error(failure: Exception, code: str, tiny:
     assert refused.value.code == code and refused.value.exit_code is ExitCode.HUB
     with pytest.raises(CompressError, match="HF_HUB_OFFLINE"):
         made.push("org/name")
-    with pytest.raises(CompressError, match="cannot be a repository"):
+    with pytest.raises(CompressError, match="not a valid repository id"):
         made.push("a/b/c", api=Hub())
 
 
@@ -279,7 +279,7 @@ def test_a_callback_is_told_everything_and_messages_are_logged(
 def test_a_bar_and_a_bad_progress(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compress(str(tiny), UNMEASURED, progress="bar")
     assert "compress" in capsys.readouterr().err
-    with pytest.raises(CompressError, match="progress cannot be shown"):
+    with pytest.raises(CompressError, match="cannot show progress"):
         compress(str(tiny), UNMEASURED, progress=3)
 
 
@@ -337,7 +337,7 @@ def test_weights_that_never_were_in_memory_are_read_from_the_folder(tiny: Path, 
     ids = torch.arange(8)[None]
     with torch.no_grad():
         torch.testing.assert_close(made.model(ids).logits.float(), resident.model(ids).logits, rtol=0.05, atol=0.05)
-    with pytest.raises(CompressError, match="without ever being in memory"):
+    with pytest.raises(CompressError, match="with weight offloading"):
         made.save(tmp_path / "other", format="plain")
 
 

@@ -32,7 +32,7 @@ INSTEAD = {
     r"\blistening\b|listeners?\b(?! in observers)": "input hooks, observers",
     r"share of (the |all )?(weights|parameters|channels|heads|units|zeros|blocks)": "fraction of the …, sparsity",
     r"multiplied out": "dequantized, converted to ordinary weights",
-    r"\bspeechless\b|has_words|trial_network|keeps_inputs|\bspoils\b|\bundoes\b|before_linear": "a name of the field",
+    r"\bspeechless\b|has_words|trial_network|keeps_inputs|\bspoils\b|before_linear": "a name of the field",
 }
 """What may not be written → what to write."""
 

@@ -36,12 +36,12 @@ def calibration_windows(
 ) -> CalibrationData:
     """Windows of `tokens` tokens, at most `samples`, of the source of `settings` or of what was `given` in its place.
 
-    Documents longer than about two windows are cut at paragraphs; these sections are shuffled by `seed` (so a seed
-    picks from the whole text), tokenised once, separated by the BOS or EOS, and packed. Windows begin with the BOS
-    when the tokenizer adds one itself. `model` is needed for `source: self` only. Rows of token ids are windows as they
-    are, in their order, where all are equally long; else they are joined and cut like text.
+    Documents longer than about two windows are cut at paragraphs; these sections are shuffled by `seed` (so the seed
+    samples from the whole text), tokenised once, separated by BOS or EOS, and packed. Windows start with BOS if the
+    tokenizer adds one itself. `model` is needed only for `source: self`. Rows of token ids of equal length are used as
+    windows, in their order; otherwise they are joined and cut like text.
 
-    Raises: CompressError `data.*` when there is not one full window, and everything `read_texts` raises.
+    Raises: CompressError `data.*` if there is not one full window, and everything that `read_texts` raises.
     """
     progress = progress or Silent()
     length, warnings = _length(settings.tokens, max_positions)

@@ -132,11 +132,9 @@ def _ids(batch: Any) -> tuple[list[Tensor], list[Tensor] | None]:
     if isinstance(batch, list | tuple) and len(batch) == 1 and isinstance(batch[0], Tensor) and batch[0].dim() == 2:
         batch = batch[0]  # as a DataLoader over a TensorDataset gives it
     rows = _rows(batch)
-    if any(row.is_floating_point() or row.is_complex() or bool((row < 0).any()) for row in rows):
-        raise _refused("data.tokens", "input_ids must be whole numbers from 0", _ROWS)
     if mask is None:
         return rows, None
-    masks = _rows(mask)
+    masks = [row.ne(0).long() for row in _rows(mask, whole_numbers=False)]
     if [len(row) for row in rows] != [len(row) for row in masks]:
         raise _refused(
             "data.mask", "attention_mask has another shape than input_ids", "give one 0 or 1 for every token"
@@ -144,23 +142,25 @@ def _ids(batch: Any) -> tuple[list[Tensor], list[Tensor] | None]:
     return rows, masks
 
 
-def _rows(value: Any) -> list[Tensor]:
-    """One tensor for every row.
+def _rows(value: Any, *, whole_numbers: bool = True) -> list[Tensor]:
+    """One tensor of numbers for every row.
 
-    Raises: CompressError for anything but one or several rows of numbers.
+    Raises: CompressError for anything but one or several rows of them.
     """
     try:
         many = isinstance(value, list | tuple) and len(value) > 0 and not isinstance(value[0], int)
-        rows = [torch.as_tensor(row) for row in value] if many else _split(torch.as_tensor(value))
+        rows = [torch.as_tensor(row) for row in value] if many else _as_rows(torch.as_tensor(value))
     except (TypeError, ValueError, RuntimeError) as problem:
         raise _refused("data.tokens", f"token ids cannot be read: {problem}", _ROWS) from None
-    if any(row.dim() != 1 for row in rows):
-        raise _refused("data.tokens", "token ids must be rows, or batches of rows", _ROWS)
+    if any(row.dim() != 1 or row.is_complex() for row in rows) or (
+        whole_numbers and any(row.is_floating_point() or bool((row < 0).any()) for row in rows)
+    ):
+        raise _refused("data.tokens", "input_ids must be rows of whole numbers from 0", _ROWS)
     return rows
 
 
-def _split(tensor: Tensor) -> list[Tensor]:
-    return [tensor] if tensor.dim() == 1 else list(tensor)
+def _as_rows(tensor: Tensor) -> list[Tensor]:
+    return list(tensor[None] if tensor.dim() < 2 else tensor)
 
 
 _ROWS = "give tensors of batch × tokens, or dictionaries with input_ids and attention_mask"

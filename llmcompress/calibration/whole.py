@@ -20,7 +20,7 @@ from llmcompress.numerics.loss import in_batches, next_token_loss
 
 
 class WholeModel:
-    """The live model, its map and the calibration windows; all windows have the same length and no padding."""
+    """The live model, its map and its context; all calibration windows have the same length and no padding."""
 
     def __init__(self, model: PreTrainedModel, model_map: ModelMap, context: RunContext) -> None:
         self.model, self.map, self.context = model, model_map, context

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import click
 
-from llmcompress.cli.output import device_option, json_option, print_json, quiet_libraries
+from llmcompress.cli.early import refuse_mistakes
+from llmcompress.cli.libraries import loading_libraries, quiet_libraries
+from llmcompress.cli.output import device_option, json_option, print_json
 from llmcompress.errors import CompressError, ExitCode, without_tokens
 
 
@@ -50,13 +52,14 @@ def allocate(
     """
     if output is not None:
         _check_file(output, overwrite=overwrite)
+    refuse_mistakes(recipe_file, settings, model=model)
     quiet_libraries()
     from llmcompress.cli.terminal import TerminalProgress
-    from llmcompress.recipe import read_recipe
 
     with TerminalProgress() as progress:
-        progress.stage("starting", 0)
-        from llmcompress.fixed_recipe import allocate as decide
+        with loading_libraries(progress):
+            from llmcompress.fixed_recipe import allocate as decide
+            from llmcompress.recipe import read_recipe
 
         decided = decide(model, read_recipe(recipe_file, settings=settings), device=device, progress=progress)
     if output is not None:

@@ -87,7 +87,7 @@ def codes_in(folder: Path) -> StoredCodes:
     """
     found = headers(folder)
     config = read_json(folder / "config.json").get("quantization_config") or {}
-    method = str(config.get("quant_method", "plain"))
+    method = str(config.get("quant_method", "plain") if isinstance(config, dict) else config)
     if method == "plain":
         return StoredCodes(folder, method, (), tuple(found.values()))
     if method not in _READERS:
@@ -97,7 +97,17 @@ def codes_in(folder: Path) -> StoredCodes:
             where=f"{folder}/config.json",
             fix=f"use a checkpoint in plain, {' or '.join(_READERS)} format",
         )
-    coded: tuple[CodedSite | BnbSite, ...] = tuple(_READERS[method](config, found, _schemes(folder)))
+    try:
+        coded: tuple[CodedSite | BnbSite, ...] = tuple(_READERS[method](config, found, _schemes(folder)))
+    except CompressError:
+        raise
+    except Exception as problem:  # the file is not ours and may hold anything
+        raise CompressError(
+            "footprint.damaged",
+            f"its quantization config does not fit its weight files: {type(problem).__name__}: {problem}",
+            where=f"{folder}/config.json",
+            fix="get the whole folder again",
+        ) from problem
     taken = {tensor.name for site in coded for tensor in site.tensors.values()}
     return StoredCodes(folder, method, coded, tuple(tensor for name, tensor in found.items() if name not in taken))
 

@@ -42,6 +42,32 @@ class SpeedResult(BaseModel):
     decode_spread: float
     seconds_to_first_token: float
     """Median, from the prompt to the first new token."""
+    prefill_rates: tuple[float, ...]
+    """Tokens per second of every repeat, in order: what was measured in one turn compares best."""
+    decode_rates: tuple[float, ...]
+
+
+class SpeedRatio(BaseModel):
+    """How many times as fast as another model, turn by turn."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    median: float
+    lowest: float
+    highest: float
+
+
+def speed_ratios(model: SpeedResult, against: SpeedResult) -> dict[str, SpeedRatio]:
+    """Of `prefill` and `decode`; both models were measured in turns."""
+    pairs = {
+        "prefill": zip(model.prefill_rates, against.prefill_rates, strict=True),
+        "decode": zip(model.decode_rates, against.decode_rates, strict=True),
+    }
+    return {name: _ratio([ours / other for ours, other in rates]) for name, rates in pairs.items()}
+
+
+def _ratio(of_turns: Sequence[float]) -> SpeedRatio:
+    return SpeedRatio(median=statistics.median(of_turns), lowest=min(of_turns), highest=max(of_turns))
 
 
 def speed_of(
@@ -145,8 +171,10 @@ def _now(device: torch.device, clock: Clock) -> float:
 def _result(
     model: nn.Module, seconds: Sequence[tuple[float, float]], prompt_tokens: int, new_tokens: int
 ) -> SpeedResult:
-    prefill, prefill_spread = _median([prompt_tokens / first for first, _ in seconds])
-    decode, decode_spread = _median([(new_tokens - 1) / rest for _, rest in seconds])
+    prefill_rates = tuple(prompt_tokens / first for first, _ in seconds)
+    decode_rates = tuple((new_tokens - 1) / rest for _, rest in seconds)
+    prefill, prefill_spread = _median(prefill_rates)
+    decode, decode_spread = _median(decode_rates)
     device = _device(model)
     return SpeedResult(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -160,6 +188,8 @@ def _result(
         decode_tokens_per_second=decode,
         decode_spread=decode_spread,
         seconds_to_first_token=statistics.median(first for first, _ in seconds),
+        prefill_rates=prefill_rates,
+        decode_rates=decode_rates,
     )
 
 

@@ -1,4 +1,6 @@
-"""A user's model while we compute with it: in float32 on the CPU, in eval mode; then back where and as it was."""
+"""Borrows a user's model: in float32 on the CPU and in eval mode while we compute, then restored to its device, dtype
+and mode.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ _ANY_DTYPE = ("eager", "sdpa")
 
 @dataclass(frozen=True)
 class Place:
-    """Where and as what a model was found."""
+    """The original device, dtype and mode of a model."""
 
     device: torch.device
     dtypes: dict[str, torch.dtype]
@@ -85,13 +87,13 @@ def give_back(model: PreTrainedModel, place: Place, dtype: torch.dtype | None = 
 
 
 def is_loaded_quantized(model: PreTrainedModel) -> bool:
-    """Whether transformers loaded it with codes of its own: such a model is run where and as it is."""
+    """Whether transformers loaded it quantized: such a model is run where and as it is."""
     return getattr(model, "hf_quantizer", None) is not None
 
 
 @contextmanager
 def borrowed(model: PreTrainedModel) -> Iterator[None]:
-    """For as long as a measurement lasts."""
+    """Borrow the model for a measurement."""
     place = take(model)
     try:
         yield
@@ -123,7 +125,7 @@ def lent(model: PreTrainedModel | None) -> Iterator[Callable[[PreTrainedModel, t
 
 @contextmanager
 def told_if_changed(in_memory: bool) -> Iterator[None]:
-    """An error while passes work leaves a model in memory neither dense nor compressed, and says so."""
+    """Adds to an error during compression that the model in memory is partly changed."""
     try:
         yield
     except BaseException as error:

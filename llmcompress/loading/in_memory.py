@@ -1,4 +1,4 @@
-"""A model that the user has in memory: whether it can be compressed, and what is known of it."""
+"""A model in memory: checks that it can be compressed, and collects the facts that folders get from preflight."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from llmcompress.modules.base import CompressedModule
 
 @dataclass(frozen=True)
 class LiveModel:
-    """A dense model in memory, its tokenizer, and what is known of it as it was given."""
+    """A dense model in memory, its tokenizer, and the facts about it before compression."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -44,18 +44,18 @@ class LiveModel:
 
 
 def required_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    """Raises: CompressError when there is none, or it is something else."""
+    """Raises: CompressError if there is no tokenizer, or it is something else."""
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
-    found = "there is none" if tokenizer is None else f"this is a {type(tokenizer).__name__}"
-    what = f"a model in memory needs its tokenizer, and {found}"
+    found = "none was given" if tokenizer is None else f"a {type(tokenizer).__name__} was given"
+    what = f"a model in memory needs its tokenizer, but {found}"
     raise _refused("no-tokenizer", what, "give `tokenizer=AutoTokenizer.from_pretrained(...)`")
 
 
 def whole_model(model: nn.Module) -> PreTrainedModel:
-    """The same model, if all of it is here, in ordinary weights, and transformers' own.
+    """The same model, if it is a complete transformers model with ordinary weights.
 
-    Raises: CompressError saying how to get such a model from what was given.
+    Raises: CompressError saying how to get such a model.
     """
     _refuse_wrapped(model)
     if not isinstance(model, PreTrainedModel):
@@ -66,15 +66,15 @@ def whole_model(model: nn.Module) -> PreTrainedModel:
 
 
 def dense_model(model: nn.Module) -> PreTrainedModel:
-    """The same model, if it is a whole causal language model in ordinary weights.
+    """The same model, if it is a complete causal language model with ordinary weights.
 
-    Raises: CompressError saying how to get such a model from what was given.
+    Raises: CompressError saying how to get such a model.
     """
     found = whole_model(model)
     _refuse_quantized(found)
     if any(isinstance(module, CompressedModule) for module in found.modules()):
-        what = "this model was compressed by llmcompress already"
-        raise _refused("already-compressed", what, "load the dense model again, and put all passes into one recipe")
+        what = "this model was already compressed by llmcompress"
+        raise _refused("already-compressed", what, "load the dense model again, and use one recipe with all passes")
     config = found.config
     if getattr(config, "is_encoder_decoder", False) or found.get_output_embeddings() is None:
         what = f"{type(found).__name__} does not predict the next token of a text"
@@ -83,9 +83,9 @@ def dense_model(model: nn.Module) -> PreTrainedModel:
 
 
 def facts_in_memory(model: PreTrainedModel) -> ModelFacts:
-    """What the checks of a folder find out, of a model that `dense_model` let pass.
+    """The same facts as preflight finds in a folder, for a model that `dense_model` accepted.
 
-    Raises: CompressError for weights or settings that are no finite numbers.
+    Raises: CompressError for NaN or Inf in weights or settings.
     """
     refuse_not_finite_numbers(model.config.to_dict(), Path(model.name_or_path or "."))
     refuse_not_finite(model.state_dict(), {})
@@ -137,7 +137,7 @@ def _storage_dtype(kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> tup
         if dtype in STORABLE:
             counts[dtype] += torch.Size(shape).numel()
     if not counts:
-        raise _refused("already-quantized", "no weight of this model is a floating-point number", _DENSE)
+        raise _refused("already-quantized", "the weights of this model are not floating-point numbers", _DENSE)
     usual = counts.most_common(1)[0][0]
     if len(counts) == 1:
         return usual, []
@@ -152,9 +152,9 @@ def _refuse_wrapped(model: nn.Module) -> None:
     """Wrappers of other libraries: what they hold is the model."""
     name = type(model).__name__
     if hasattr(model, "_orig_mod"):
-        raise _refused("compiled", "this is a model compiled by torch.compile", "give `model._orig_mod`")
+        raise _refused("compiled", "this model is compiled with torch.compile", "give `model._orig_mod`")
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        raise _refused("wrapped", f"this is a model wrapped in {name}", "give `model.module`")
+        raise _refused("wrapped", f"this model is wrapped in {name}", "give `model.module`")
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         what = "this model has adapters of peft beside its weights"
         raise _refused("adapter", what, "merge them first: `model = model.merge_and_unload()`")
@@ -175,7 +175,7 @@ def _refuse_elsewhere(model: PreTrainedModel) -> None:
         raise _refused(
             "spread",
             f"the weights are not in one place ({where}{', moved by hooks' if hooked else ''})",
-            "load the model without `device_map`, or give its id or folder: then weights can stay on disk",
+            "load the model without `device_map`, or give its id or folder: weights can then be offloaded to disk",
         )
 
 
@@ -189,4 +189,4 @@ def _refuse_quantized(model: PreTrainedModel) -> None:
 
 
 def _refused(code: str, what: str, fix: str) -> CompressError:
-    return CompressError(f"model.{code}", what, fix=fix, saved="the model is as it was", exit_code=ExitCode.USAGE)
+    return CompressError(f"model.{code}", what, fix=fix, saved="the model was not changed", exit_code=ExitCode.USAGE)

@@ -44,18 +44,10 @@ def find_source(model: str, *, revision: str | None = None, trust_remote_code: b
 
     Raises: CompressError when there is no such model or it cannot be downloaded.
     """
-    if model.startswith("builtin:"):
-        return _builtin(model, revision)
-    if model.startswith(IN_MEMORY):
-        what = f"{model} was handed over in Python: it is in no folder"
-        raise _usage("in-memory", what, "hand the model over again, or name its folder or its id on the Hub")
-    folder = from_home(model)
-    if folder.is_dir():
-        if revision:
-            raise _usage("revision", f"{model} is a local folder and has no revision {revision!r}", "remove `revision`")
-        return Source(folder, model)
+    local = local_source(model, revision=revision)
+    if local is not None:
+        return local
     repo, _, named_revision = model.partition("@")
-    _check_id(model, repo)
     if revision and named_revision and revision != named_revision:
         raise _usage(
             "revision",
@@ -71,6 +63,25 @@ def find_source(model: str, *, revision: str | None = None, trust_remote_code: b
         )
     path = download(repo, wanted, called=model, with_code=trust_remote_code)
     return Source(path, model, revision=path.name)
+
+
+def local_source(model: str, *, revision: str | None = None) -> Source | None:
+    """What needs no network: `builtin:NAME` or a folder; None for what can only be an id of the Hub.
+
+    Raises: CompressError for what cannot be either.
+    """
+    if model.startswith("builtin:"):
+        return _builtin(model, revision)
+    if model.startswith(IN_MEMORY):
+        what = f"{model} was handed over in Python: it is in no folder"
+        raise _usage("in-memory", what, "hand the model over again, or name its folder or its id on the Hub")
+    folder = from_home(model)
+    if folder.is_dir():
+        if revision:
+            raise _usage("revision", f"{model} is a local folder and has no revision {revision!r}", "remove `revision`")
+        return Source(folder, model)
+    _check_id(model, model.partition("@")[0])
+    return None
 
 
 def _builtin(model: str, revision: str | None) -> Source:

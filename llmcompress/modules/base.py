@@ -19,13 +19,13 @@ Spec = dict[str, Any]
 
 
 class CompressedModule(nn.Module, ABC):
-    """Replaces a linear (or an embedding, a block); computes exactly what will be shipped.
+    """Replaces a linear (or an embedding, a block); computes exactly what the saved model computes.
 
-    Subclasses register under the name that manifests use: `@MODULES.register("low_rank")`. All that is learned is in
+    Subclasses register under the name used in manifests: `@MODULES.register("low_rank")`. All learned values are in
     parameters and persistent buffers; everything else is in `spec`.
 
     The empty buffer `weight` is a guard: a loader without our plug-in builds the stock module, whose `weight` has
-    another shape, and refuses the file. It would only warn of *missing* tensors, and fill them with random numbers.
+    another shape, and refuses the file. For *missing* tensors it would only warn, and fill them with random numbers.
     """
 
     has_stock_format: ClassVar[bool] = False
@@ -115,10 +115,10 @@ class CompressedModule(nn.Module, ABC):
 
 
 class TrainableTwin(nn.Module, ABC):
-    """Stands where a compressed module stood while its numbers are trained, and computes what that will compute.
+    """Replaces a compressed module while its values are trained, and computes what the compressed module will compute.
 
-    Before the first step that is the module's own output to the bit. It is in no manifest and is never saved:
-    `compressed` ends it. Subclasses note in `roles` which parameters of their own are trained.
+    Before the first step that is the module's own output, bit for bit. It is in no manifest and is never saved:
+    `compressed` converts it back. Subclasses list in `roles` which of their parameters are trained.
     """
 
     out_features: int

@@ -24,10 +24,10 @@ from llmcompress.numerics.packing import pack_bits, packed_bytes, unpack_bits
 
 @MODULES.register("codebook_linear")
 class CodebookLinear(CompressedModule):
-    """`width_I` says how many bits each column's codes have; codes are packed, column by column, per width.
+    """`width_I` gives the bit width of each column's codes; codes are packed, column by column, per width.
 
-    Weights at the flat places `place_N` are `value_N`, whatever their codes say. What is in memory is what is stored;
-    the dense weight is made for every call.
+    Weights at the flat positions `place_N` are `value_N`, regardless of their codes. The module stores in memory what
+    is stored on disk; the dense weight is computed in every call.
     """
 
     width_I: Tensor

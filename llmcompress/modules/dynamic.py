@@ -43,11 +43,12 @@ class Tally:
 
 
 class DynamicBlock(Wrapper):
-    """Skips the block inside for some tokens; time is saved when all tokens of a call skip it, as in decoding one text.
+    """Skips the wrapped block for some tokens; saves time when all tokens of a call skip it, as in decoding one
+    sequence.
 
-    Where some tokens of a call skip and others do not, the block runs for all, and its output is used for the others:
-    so a batch gives every text what it gets alone. What is collected from inside blocks (`output_attentions`) is
-    missing for those that did not run.
+    If only some tokens of a call skip, the block runs for all, and its output is used for the others, so every sequence
+    of a batch gets the same result as alone. Outputs collected inside blocks (`output_attentions`) are missing for
+    blocks that did not run.
     """
 
     tally: Tally | None = None

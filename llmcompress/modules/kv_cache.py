@@ -121,11 +121,11 @@ class _CodingCache:
 
 @MODULES.register("coded_cache")
 class CodedAttention(Wrapper):
-    """An attention module that stores its keys and values as codes in whatever cache it is handed.
+    """An attention module that stores its keys and values quantized in any cache it is given.
 
-    Without a cache it stores them in one of its own that ends with the call, so that a forward over a whole text and
-    a cached decode compute the same. `argument` is the name under which the module inside takes the cache; `heads`
-    and `widths` are those of keys and of values.
+    Without a cache it uses one of its own for the call, so that a forward pass over a whole text and cached decoding
+    compute the same. `argument` is the name of the inner module's cache argument; `heads` and `widths` are those of
+    keys and of values.
     """
 
     key_scale: Tensor | None

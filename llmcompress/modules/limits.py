@@ -13,10 +13,9 @@ from llmcompress.modules.scheme import Scheme
 class TargetLimits:
     """What a format or a runtime requires of codes and scales; the defaults require nothing.
 
-    A quantizer respects `positive_scales` by itself when the recipe names the target
-    (`passes/quantization/target_limits.py`).
-    The other limits are for the recipe's author to decide: a scheme that breaks one is refused, and the nearest scheme
-    that does not is named.
+    A quantizer respects `positive_scales` by itself if the recipe names the target
+    (`passes/quantization/target_limits.py`). The other limits are decisions of the recipe's author: a scheme that
+    violates one is refused, and the nearest valid scheme is suggested.
     """
 
     positive_scales: bool = False

@@ -19,7 +19,7 @@ _STOCK = "linear"
 
 @MODULES.register("low_rank")
 class LowRankLinear(CompressedModule):
-    """`left(right(x))`: `right` maps I to R without bias, `left` maps R to O and holds the bias.
+    """`left(right(x))`: `right` maps I to R without bias, `left` maps R to O and has the bias.
 
     Both are ordinary linears at first, which later passes find, measure and may quantize.
     """

@@ -22,7 +22,7 @@ _CONFIG = "config."
 
 @dataclass(frozen=True)
 class Manifest:
-    """All names are full module or parameter names; inner modules of a wrapper stand below `<name>.inner`."""
+    """All names are full module or parameter names; modules inside a wrapper are under `<name>.inner`."""
 
     modules: dict[str, Spec] = field(default_factory=dict)
     """Replaced modules, in the order in which they must be put in place."""

@@ -6,9 +6,9 @@ from typing import Any, Self
 
 
 class PrivateConfig:
-    """Answers with its own attributes, and for all others with those of the shared config as it is at that moment.
+    """Returns its own attributes, and for all others those of the shared config.
 
-    Not a copy: `set_attn_implementation` and whatever else changes the shared config later must reach the module too.
+    Not a copy: later changes of the shared config, such as `set_attn_implementation`, must reach the module too.
     """
 
     def __init__(self, shared: Any) -> None:

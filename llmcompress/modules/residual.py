@@ -111,11 +111,11 @@ def place_segment(module: nn.Module, before: int, after: int) -> None:
 
 @MODULES.register("shortcuts")
 class ShortcutBlock(Wrapper):
-    """A block with its residual stream in another basis after every addition.
+    """A block with a new basis of its residual stream after every addition.
 
-    Segments: the stream as it enters; then, for every addition, the stream in the basis it has from there on. The
-    first shortcut brings the input into segment 1 before the block runs, the second brings segment 1 into the basis of
-    segment 2 afterwards; a block that adds only once (attention and FFN side by side) has no second.
+    Segments: the stream as it enters; then, after every addition, the stream in its new basis. The first shortcut maps
+    the input to segment 1 before the block runs, the second maps segment 1 to the basis of segment 2 afterwards; a
+    block with a single addition (parallel attention and FFN) has no second one.
     """
 
     def __init__(self, widths: tuple[int, ...], dtype: torch.dtype) -> None:

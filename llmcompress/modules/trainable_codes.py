@@ -50,12 +50,12 @@ class CodedModule(CompressedModule):
 
 
 class TwinOfCodes(TrainableTwin):
-    """Rounds its weights to codes in every forward, with gradients for weights, scales and zero points.
+    """Quantizes its weights in every forward pass, with gradients for weights, scales and zero points.
 
-    Weights begin at what the codes stand for. Without `weights` among what is wanted the codes stay what they are.
-    Fixed scales of inputs are not trained; what lies beyond them passes its gradient on.
+    Weights start at the dequantized values. If `weights` are not trained, the codes do not change. Static activation
+    scales are not trained; inputs beyond them pass their gradient on.
 
-    Source: Esser et al., arXiv 1902.08153 (weights and scales); Chen et al., arXiv 2407.11062 (scales alone).
+    Source: Esser et al., arXiv 1902.08153 (weights and scales); Chen et al., arXiv 2407.11062 (scales only).
     """
 
     bias: nn.Parameter | None

@@ -1,4 +1,4 @@
-"""Every algorithm, one file each: `from llmcompress.passes import GPTQ, Wanda` imports them when they are asked for.
+"""All algorithms, one file each: `from llmcompress.passes import GPTQ, Wanda` imports them on demand.
 
 The names are those of the classes; `llmcompress passes NAME` explains one with its source and options.
 """

@@ -38,6 +38,9 @@ class Backward(NamedTuple):
     """Windows in one batch, if their logits are not too large; None: as many as for calibration."""
     trained_on: int = 0
     """Windows seen in training, repetitions included; 0: no training, every window is seen once."""
+    recomputes: bool = False
+    """Whether blocks run again when their gradients are due, as in `sensitivity.gradients`: one more forward, and only
+    the states between blocks are kept meanwhile."""
 
 
 class Pass(BaseModel, ABC):
@@ -127,6 +130,10 @@ class Pass(BaseModel, ABC):
     def backward(self) -> Backward | None:
         """What it needs for gradients of the loss through the whole model; None if it computes none."""
         return None
+
+    def forwards_through_model(self, blocks: int) -> float:
+        """About how often all windows go through the whole model before any block is touched; gradients not counted."""
+        return 0.0
 
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
         """Decisions that need the whole model. Saved, so that a resumed run does not repeat them.

@@ -1,21 +1,22 @@
-"""A document, or plain data made in Python → a checked recipe; what can be known without the model is refused here."""
+"""A document, or plain Python data → a checked recipe; everything that can be checked without the model is checked
+here.
+"""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.passes.base import PASSES, Pass
 from llmcompress.recipe.document import MAX_DEPTH, Document
 from llmcompress.recipe.order import check_order_of_globs
 from llmcompress.recipe.overrides import with_set
-from llmcompress.recipe.problems import Problems, explain
+from llmcompress.recipe.problems import validated
 from llmcompress.recipe.schema import schema_of
 from llmcompress.recipe.stages import stages_of
 
@@ -29,25 +30,20 @@ def check_document(document: Document, kind: type[R], *, settings: Sequence[str]
     """
     if settings:
         document = with_set(document, settings, stages_of(kind), schema_of(kind))
-    try:
-        # as JSON and strict: lists may be tuples, but "4" is not 4 and 1 is not true
-        recipe = kind.model_validate_json(json.dumps(document.data), strict=True)
-    except ValidationError as found:
-        problems, schema = Problems(), schema_of(kind)
-        for error in found.errors():
-            explain(problems, document, schema, error)
-        raise problems.first() from None
+    recipe = validated(document, kind, lambda: schema_of(kind))
     check_order_of_globs(getattr(recipe, "passes", ()), document)
     return recipe
 
 
 def plain_data(value: Any, *, where: str = "recipe", depth: int = 0) -> Any:
-    """Data made in Python as a document holds it: passes become their name and options, tuples lists, paths text.
+    """Python data in the form of a document: passes become name and options, tuples become lists, paths become strings.
 
-    Raises: CompressError for what a recipe cannot hold.
+    Raises: CompressError for values that a recipe cannot contain.
     """
     if depth > MAX_DEPTH:
-        raise _refused("recipe.too-large", f"nested deeper than {MAX_DEPTH} levels", where, "write a flat recipe")
+        raise _refused(
+            "recipe.too-large", f"the recipe is nested deeper than {MAX_DEPTH} levels", where, "reduce the nesting"
+        )
     if isinstance(value, Pass):
         return {PASSES.name_of(type(value)): value.model_dump(mode="json")}
     if isinstance(value, BaseModel):

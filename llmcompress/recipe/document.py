@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path as FilePath
 from typing import Any
 
 import yaml
@@ -101,6 +102,25 @@ class RecipeDumper(yaml.SafeDumper):
 for _kind, _pattern in _SCALARS.items():
     for _class in (RecipeLoader, RecipeDumper):
         _class.add_implicit_resolver(f"{_CORE}{_kind}", re.compile(rf"(?:{_pattern})\Z"), None)
+
+
+def read_file(path: FilePath) -> Document:
+    """Read a recipe file.
+
+    Raises: CompressError when it cannot be read, and like `read_document`.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as problem:
+        raise CompressError(
+            "recipe.unreadable",
+            f"cannot read the recipe: {getattr(problem, 'strerror', problem)}",
+            where=str(path),
+            fix="give a YAML file, or the name of a preset (`llmcompress recipes ls` lists them)",
+            exit_code=ExitCode.USAGE,
+        ) from None
+    return read_document(text, str(path))
 
 
 def read_document(text: str | bytes, name: str) -> Document:

@@ -29,18 +29,18 @@ class Save(BaseModel):
     dtype: Literal["checkpoint", "bfloat16", "float16", "float32"] = "checkpoint"
     """Dtype of scales and of everything that stays dense; `checkpoint`: as in the source."""
     zero_points: Annotated[Literal["folded", "packed"], LeavesWeights()] = "folded"
-    """Of 2- and 4-bit asymmetric grids. `folded` into the codes, whose fields are then twice as wide: loads everywhere;
-    `packed`: as small as the grid says, for runtimes that read packed zero points (docs/decisions/0004)."""
+    """Zero points of 2- and 4-bit asymmetric schemes. `folded` into codes of twice the width, which load everywhere;
+    `packed` without padding, for runtimes that read packed zero points (docs/decisions/0004)."""
     max_shard_size: Annotated[str, LeavesWeights()] = Field(
         default="5GB", pattern=r"^[1-9][0-9]*(\.[0-9]+)? ?[KMGT]B$", examples=["5GB"]
     )
-    """Largest weight file."""
+    """Maximum size of a weight file."""
 
 
 class Recipe(BaseModel):
     """Everything a run depends on. Read one with `from_dict`, `from_yaml`, `from_json` or `read_recipe`.
 
-    Fields stand in the order in which a run uses them. A stage is one field with the registry of what may stand in it.
+    Fields are in the order in which a run uses them. A stage is one field, annotated with the registry of its items.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -50,13 +50,13 @@ class Recipe(BaseModel):
     revision: str | None = Field(default=None, min_length=1)
     """Commit, tag or branch of the Hub repository."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Dangerous; a Hub model needs its 40-digit commit as `revision`, and of
-    a local folder the files that run are named with their hashes."""
+    """Run Python code that comes with the model. Dangerous: a Hub model needs its 40-digit commit as `revision`; for a
+    local folder, the files that run are listed with their hashes."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Random seed: calibration windows, text sampled by `self`."""
     calibration: Calibration = Calibration()
     passes: Annotated[tuple[Pass, ...], Listed(PASSES)]
-    """Top to bottom inside each block."""
+    """Passes, applied top to bottom inside each block."""
     evaluate: Annotated[tuple[PerplexityTask, ...], Grouped(TASKS), LeavesWeights()] = BUNDLED_TEXT
     """What is evaluated before and after; an empty mapping: nothing."""
     save: Save = Save()

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ValidationError
 
 from llmcompress.errors import CompressError, ExitCode, did_you_mean
 from llmcompress.recipe.document import Document, Path
 from llmcompress.recipe.schema import Schema, at_path, holds_named, keys_at, kinds
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+M = TypeVar("M", bound=BaseModel)
 
 _TYPES = {
     "boolean": "true or false",
@@ -21,6 +28,21 @@ _TYPES = {
     "null": "null",
 }
 _BOOLEANS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
+
+
+def validated(document: Document, kind: type[M], schema: Callable[[], Schema]) -> M:
+    """The document as data of that kind, every value checked against its type; `schema` is called after a mistake.
+
+    Raises: CompressError for the first problem; it also lists the others.
+    """
+    try:
+        # as JSON and strict: lists may be tuples, but "4" is not 4 and 1 is not true
+        return kind.model_validate_json(json.dumps(document.data), strict=True)
+    except ValidationError as found:
+        problems, rules = Problems(), schema()
+        for error in found.errors():
+            explain(problems, document, rules, error)
+        raise problems.first() from None
 
 
 class Problems:

@@ -7,9 +7,8 @@ from pathlib import Path as FilePath
 
 from pydantic import BaseModel
 
-from llmcompress.errors import CompressError, ExitCode
 from llmcompress.recipe.checking import check_document
-from llmcompress.recipe.document import MAX_BYTES, read_document
+from llmcompress.recipe.document import read_document, read_file
 from llmcompress.recipe.model import Recipe
 from llmcompress.recipe.schema import Schema, schema_of
 
@@ -19,19 +18,7 @@ def read_recipe(path: FilePath | str, *, settings: Sequence[str] = ()) -> Recipe
 
     Raises: CompressError with line and fix.
     """
-    path = FilePath(path)
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_BYTES + 1)
-    except OSError as problem:
-        raise CompressError(
-            "recipe.unreadable",
-            f"cannot read the recipe: {problem.strerror}",
-            where=str(path),
-            fix="give a YAML file, or the name of a preset (`llmcompress recipes ls` lists them)",
-            exit_code=ExitCode.USAGE,
-        ) from None
-    return parse_recipe(text, str(path), settings=settings)
+    return check_document(read_file(FilePath(path)), Recipe, settings=settings)
 
 
 def parse_recipe(text: str | bytes, where: str, *, settings: Sequence[str] = ()) -> Recipe:

@@ -37,7 +37,8 @@ class TensorCache:
     """Named tensors by key, one safetensors file each.
 
     A file appears complete or not at all, so processes may share a folder without a lock: the last one to write a key
-    writes what the others wrote. What is missing, damaged or cannot be written is computed again, never an error.
+    writes the same values. Missing or damaged entries, and those that cannot be written, are computed again, never an
+    error.
     """
 
     def __init__(self, folder: Path, *, limit_bytes: int = LIMIT_BYTES) -> None:

@@ -47,11 +47,11 @@ class _Scaled(nn.Module):
 
 @contextmanager
 def adapted(sites: Sequence[LinearSite], *, rank: int, scale: float, seed: int) -> Iterator[list[nn.Parameter]]:
-    """Adapters on every site; their parameters, to be trained.
+    """Adds adapters to every site and yields their parameters for training.
 
-    When the context ends, those on ordinary linears are merged into the weight. A site of codes (or anything else
-    compressed) becomes a `CorrectedLinear`: the module that stood there, untouched, and the adapter as its branch.
-    After an exception everything is as it was.
+    At the end of the context, adapters on ordinary linears are merged into the weight. A quantized (or otherwise
+    compressed) site becomes a `CorrectedLinear`: the unchanged original module with the adapter as its branch. After an
+    exception everything is restored.
     """
     before = {site: site.module for site in sites}
     trained: list[nn.Parameter] = []

@@ -119,15 +119,16 @@ class _Site:
     """A dense weight and its spectrum, on the CPU; the float32 basis takes as much memory as the weight."""
 
     weight_OI: Tensor
+    """In the dtype of the checkpoint where that loses nothing."""
     spectrum: Spectrum
     bits_per_weight: int
 
     def of_rank(self, rank: int, device: torch.device) -> Tensor:
         """The best weight of that rank; the weight itself where factors would not be smaller."""
         if rank >= break_even(*self.weight_OI.shape):
-            return self.weight_OI
+            return self.weight_OI.float()
         spectrum = Spectrum(self.spectrum.basis_OK.to(device).double(), self.spectrum.energy_K)
-        return truncate(self.weight_OI.to(device), spectrum, rank).product()
+        return truncate(self.weight_OI.to(device).float(), spectrum, rank).product()
 
 
 def _by_loss(options: FactorOptions, whole: WholeModel) -> dict[str, int]:
@@ -166,8 +167,14 @@ def _spectra(options: FactorOptions, whole: WholeModel) -> dict[str, _Site]:
                 block.context.progress.substep(f"spectrum of {site.name}")
                 spectrum = output_spectrum(site.weight_OI, options.metric(site))
                 on_cpu = Spectrum(spectrum.basis_OK.float().cpu(), spectrum.energy_K.cpu())
-                found[site.name] = _Site(site.weight_OI.cpu(), on_cpu, _bits(site))
+                found[site.name] = _Site(_as_stored(site).cpu(), on_cpu, _bits(site))
     return found
+
+
+def _as_stored(site: LinearSite) -> Tensor:
+    weight_OI = site.weight_OI
+    stored_OI = weight_OI.to(site.storage_dtype)
+    return stored_OI if torch.equal(stored_OI.float(), weight_OI) else weight_OI
 
 
 def _within_budget(options: FactorOptions, table: LossTable) -> dict[str, int]:

@@ -114,7 +114,7 @@ class SingularValues(BlockPass):
 
     def backward(self) -> Backward | None:
         """For ranks by loss; weights and the bases of their spectra are kept meanwhile."""
-        return Backward(copies=2) if self.rule == "loss" else None
+        return Backward(copies=2, recomputes=True) if self.rule == "loss" else None
 
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
         """The rank of every site, where that depends on all the others."""

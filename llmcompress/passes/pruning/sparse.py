@@ -129,7 +129,7 @@ class SparsePass(BlockPass):
 
     def backward(self) -> Backward | None:
         """For allocation by loss."""
-        return Backward() if self.allocation == "loss" else None
+        return Backward(recomputes=True) if self.allocation == "loss" else None
 
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
         """The sparsity of each site, if it is allocated."""

@@ -39,9 +39,9 @@ WITHIN = 0.01
 """Bits per weight by which the average may stay below `bits`, where the sites' sizes allow it."""
 
 _BACKWARD: Mapping[Sensitivity, Backward | None] = {
-    "gradients": Backward(),
-    "rate": Backward(),
-    "fisher": Backward(copies=2, windows=1),
+    "gradients": Backward(recomputes=True),
+    "rate": Backward(recomputes=True),
+    "fisher": Backward(copies=1, windows=1, recomputes=True),
     "hessian": Backward(copies=4, windows=1),
     "kl": None,
     "output": None,

@@ -34,17 +34,17 @@ class Examples(BaseModel):
     config: str | None = None
     """Configuration of a Hub dataset."""
     kind: Literal["text", "prompt", "chat"] = "text"
-    """text: documents, packed into full windows; prompt: prompts and responses, only responses are learned; chat:
-    conversations in the model's chat template, only the assistant's turns are learned."""
+    """text: documents, packed into full windows; prompt: prompts and responses, with the loss on responses; chat:
+    conversations in the model's chat template, with the loss on the assistant's turns."""
     columns: dict[Literal["text", "prompt", "response", "messages"], str] = Field(default_factory=dict)
     """The columns, if they do not have one of the usual names."""
     tokens: int = Field(default=512, ge=2)
     """Tokens per window of packed text; the maximum of any other sample, longer ones are truncated."""
     streaming: bool = False
-    """Read row by row while training, in the memory of a few; for data that does not fit into memory. The documents of
-    a .txt then are its paragraphs."""
+    """Read row by row during training, for data that does not fit into memory. The paragraphs of a .txt are then its
+    documents."""
     shuffle: int = Field(default=1000, ge=1)
-    """Streaming: rows held in memory, from which the next is drawn."""
+    """Size of the shuffle buffer when streaming, in rows."""
     chat_template: str | None = None
     """A Jinja chat template file, for tokenizers that have none."""
 
