@@ -119,8 +119,8 @@ class GPTQ(QuantizingPass):
             weight_OI, grid, gram.sum_II, visit, scale_dtype=scale_dtype, search=self.range, block=self.block
         )
         raised = visit.factor.damping > self.damping
-        why = f"damping raised from {self.damping:g} to {visit.factor.damping:g}" if raised else None
-        return codes_OI, fitted, why
+        degraded = f"damping raised from {self.damping:g} to {visit.factor.damping:g}" if raised else None
+        return codes_OI, fitted, degraded
 
 
 def _own(fitted: Fitted) -> Fitted:
