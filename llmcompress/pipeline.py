@@ -23,7 +23,9 @@ from llmcompress.evaluation.coverage import coverage_warnings
 from llmcompress.evaluation.dense import DenseScores, against_dense, dense_scores
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.evaluation.footprint import bytes_on_disk
+from llmcompress.evaluation.held_out import held_out_scores, loss_increase, loss_warnings
 from llmcompress.evaluation.perplexity import measure
+from llmcompress.evaluation.scores import WindowScores
 from llmcompress.evaluation.settings import BUNDLED_TEXT, PerplexityTask
 from llmcompress.evaluation.speed import SpeedResult, speed_of
 from llmcompress.evaluation.texts import EvaluationText, evaluation_text
@@ -100,6 +102,7 @@ def _compress(order: Order) -> Report:
         torch.manual_seed(recipe.seed)
         data = _calibration(order, prepared)
         clock.lap("calibration text")
+        before = _on_held_out(order, prepared, prepared.loaded.model, data)
         dense = _dense(order, prepared) if processes.is_first else []
         clock.lap("evaluate dense")
         order.progress.stage("compress", steps(recipe.passes, prepared.map))
@@ -111,8 +114,9 @@ def _compress(order: Order) -> Report:
         measured: list[Measurement] = [each.perplexity() for each in dense]
         with TorchRunner(model, weights_at=prepared.weights_at, device=order.device) as runner:
             measured += against_dense(runner, dense, order.progress)
+        measured += loss_increase(before, _on_held_out(order, prepared, model, data))
         clock.lap("evaluate compressed")
-        report = _report(order, prepared, data, rows).with_measurements([*measured, *clock.stages()])
+        report = _report(order, prepared, data, rows, measured).with_measurements([*measured, *clock.stages()])
         order.progress.stage("save", 1)
         report = _save(order, prepared, model, report)
         order.progress.step(order.output.name)
@@ -136,6 +140,7 @@ def _opened_run(order: Order, prepared: Prepared) -> AbstractContextManager[Run 
 def _context(order: Order, prepared: Prepared, data: CalibrationData | None, run: Run | None) -> RunContext:
     return RunContext(
         data.windows_NT if data else torch.zeros(0, 1, dtype=torch.long),
+        held_out_NT=data.held_out_NT if data and order.recipe.guard.fall_back else None,
         batch=order.recipe.calibration.batch,
         device=order.device,
         storage_dtype=prepared.storage_dtype,
@@ -166,10 +171,19 @@ def _dense(order: Order, prepared: Prepared) -> list[DenseScores]:
     )
 
 
-def _report(order: Order, prepared: Prepared, data: CalibrationData | None, rows: Sequence[SiteReport]) -> Report:
+def _report(
+    order: Order,
+    prepared: Prepared,
+    data: CalibrationData | None,
+    rows: Sequence[SiteReport],
+    measured: Sequence[Measurement],
+) -> Report:
     loaded, texts = prepared.loaded, prepared.texts
     about_data = [*data.warnings, *_overlaps(data, texts), *coverage_warnings(rows, prepared.map)] if data else []
     about_texts = [f"{text.name}: {warning}" for text in texts for warning in text.warnings]
+    broken = loss_warnings(measured)
+    for warning in broken:
+        order.progress.note(f"warning: {warning}")
     return Report(
         model=loaded.source.name,
         recipe_hash=order.recipe.hash(),
@@ -179,7 +193,9 @@ def _report(order: Order, prepared: Prepared, data: CalibrationData | None, rows
         sites=tuple(rows),
         refused=refused(prepared.map),
         measurements=(WeightBytes(of="dense", bytes=bytes_on_disk(loaded.source.folder)),),
-        warnings=tuple(dict.fromkeys([*loaded.preflight.warnings, *prepared.notes, *about_data, *about_texts])),
+        warnings=tuple(
+            dict.fromkeys([*loaded.preflight.warnings, *prepared.notes, *about_data, *about_texts, *broken])
+        ),
     )
 
 
@@ -299,10 +315,21 @@ def _calibration(order: Order, prepared: Prepared) -> CalibrationData | None:
             seed=recipe.seed,
             model=loaded.model,
             progress=order.progress,
+            held_out=recipe.guard.windows,
         )
     rows = loaded.preflight.contents.embedding_rows
     refuse_beyond_embedding(data.windows_NT, loaded.tokenizer, rows, where=f"calibration: {data.source}")
     return data
+
+
+def _on_held_out(
+    order: Order, prepared: Prepared, model: PreTrainedModel, data: CalibrationData | None
+) -> list[WindowScores]:
+    """The scores of the held-out windows, in the first process; none where there are no such windows."""
+    if data is None or data.held_out_NT is None or not order.processes.is_first:
+        return []
+    with TorchRunner(model, weights_at=prepared.weights_at, device=order.device) as runner:
+        return held_out_scores(runner, data.held_out_NT)
 
 
 def _overlaps(data: CalibrationData, texts: Sequence[EvaluationText]) -> list[str]:

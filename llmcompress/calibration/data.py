@@ -39,6 +39,8 @@ class CalibrationData:
     """Sections left out because they have fewer than `min_tokens` tokens."""
     skipped_rows: int = 0
     """Rows left out because they cannot be read."""
+    held_out_NT: Tensor | None = None
+    """Further windows, which no pass measures; None where none were asked for, or no text was left."""
     bos: bool = False
     """Whether every window starts with a BOS, as the tokenizer does of its own accord."""
     paragraphs: frozenset[int] = frozenset()
@@ -59,8 +61,9 @@ def calibration_windows(
     seed: int,
     model: PreTrainedModel | None = None,
     progress: Progress | None = None,
+    held_out: int = 0,
 ) -> CalibrationData:
-    """Read the source of `settings` and cut it into at most `samples` windows of `tokens` tokens.
+    """Read the source of `settings` and cut it into at most `samples` windows of `tokens` tokens, and `held_out` more.
 
     Documents longer than about two windows are cut at paragraphs; these sections are shuffled by `seed` (so a seed
     picks from the whole text), tokenised once, separated by the BOS or EOS, and packed. Windows begin with the BOS
@@ -71,9 +74,9 @@ def calibration_windows(
     progress = progress or Silent()
     length, warnings = _length(settings.tokens, max_positions)
     if settings.source == "self":
-        data = _from_model(settings, length, tokenizer, model, seed, progress, warnings)
+        data = _from_model(settings, length, tokenizer, model, seed, progress, warnings, held_out)
     else:
-        data = _from_text(settings, length, tokenizer, seed, warnings)
+        data = _from_text(settings, length, tokenizer, seed, warnings, held_out)
     for warning in data.warnings:
         progress.note(f"calibration: {warning}")
     return data
@@ -86,7 +89,12 @@ def _length(tokens: int, max_positions: int | None) -> tuple[int, list[str]]:
 
 
 def _from_text(
-    settings: Calibration, length: int, tokenizer: PreTrainedTokenizerBase, seed: int, warnings: list[str]
+    settings: Calibration,
+    length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    warnings: list[str],
+    held_out: int,
 ) -> CalibrationData:
     enough = settings.samples * length * SECTION_CHARACTERS_PER_TOKEN
     texts = read_texts(
@@ -108,9 +116,10 @@ def _from_text(
     parts = [part for document in documents for part in sections(document, size)]
     random.Random(seed).shuffle(parts)
     bos = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
-    wanted = settings.samples * (length - len(bos))
-    packed = pack(parts, tokenizer, bos, min_tokens=settings.min_tokens, wanted=wanted)
-    windows_NT = windows(packed, settings, length, bos, name=texts.name)
+    wanted, further = (count * (length - len(bos)) for count in (settings.samples, held_out))
+    packed = pack(parts, tokenizer, bos, min_tokens=settings.min_tokens, wanted=wanted + further)
+    all_NT = windows(packed, settings, length, bos, name=texts.name, held_out=held_out)
+    windows_NT, held_out_NT = all_NT[: settings.samples], all_NT[settings.samples :]
     skipped = texts.skipped + refused
     if skipped:
         warnings.append(f"{skipped} rows of {texts.name} could not be read and were left out")
@@ -128,6 +137,7 @@ def _from_text(
         documents=len(packed.used),
         dropped_short=len(packed.short),
         skipped_rows=skipped,
+        held_out_NT=held_out_NT if len(held_out_NT) else None,
         bos=bool(bos),
         paragraphs=paragraph_hashes(packed.used),
         warnings=tuple(warnings),
@@ -142,6 +152,7 @@ def _from_model(
     seed: int,
     progress: Progress,
     warnings: list[str],
+    held_out: int,
 ) -> CalibrationData:
     if model is None:
         raise CompressError(
@@ -150,14 +161,19 @@ def _from_model(
             where="calibration.source",
             fix="use another source, such as builtin:calibration",
         )
-    windows_NT = self_generated_text(
-        model, tokenizer, samples=settings.samples, tokens=length, seed=seed, batch=settings.batch, progress=progress
-    )
+
+    def sampled(samples: int, seed: int) -> Tensor:
+        return self_generated_text(
+            model, tokenizer, samples=samples, tokens=length, seed=seed, batch=settings.batch, progress=progress
+        )
+
+    windows_NT = sampled(settings.samples, seed)
     return CalibrationData(
         windows_NT,
         "self",
         hashlib.sha256(windows_NT.numpy().tobytes()).hexdigest(),
         documents=len(windows_NT),
+        held_out_NT=sampled(held_out, seed + 1) if held_out else None,
         bos=starts_with_bos(tokenizer),
         warnings=tuple(warnings),
     )

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from llmcompress.calibration.settings import Calibration
+from llmcompress.calibration.settings import Calibration, Guard
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.settings import BUNDLED_TEXT, TASKS, PerplexityTask
 from llmcompress.passes.base import PASSES, Pass
@@ -55,6 +55,8 @@ class Recipe(BaseModel):
     calibration: Calibration = Calibration()
     passes: Annotated[tuple[Pass, ...], Listed(PASSES)]
     """Top to bottom inside each block."""
+    guard: Guard = Guard()
+    """Blocks are compared with their plain baseline, and the model with the dense one, on held-out windows."""
     evaluate: Annotated[tuple[PerplexityTask, ...], Grouped(TASKS), LeavesWeights()] = BUNDLED_TEXT
     """What is measured before and after; an empty mapping measures nothing."""
     save: Save = Save()
