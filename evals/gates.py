@@ -100,7 +100,7 @@ def measure(
 @click.option("--only", multiple=True, help="name of a gate; several may be given")
 @click.option("--samples", default=8, show_default=True)
 @click.option("--tokens", default=256, show_default=True)
-@click.option("--windows", default=8, show_default=True, help="of 512 tokens that are measured")
+@click.option("--windows", default=4, show_default=True, help="of 512 tokens that are measured")
 def main(
     model: str, name: str, calibration: str, text: str, only: tuple[str, ...], samples: int, tokens: int, windows: int
 ) -> None:
