@@ -136,14 +136,14 @@ def _stream(whole: WholeModel, stage: Stage, *, label: str) -> list[SiteReport]:
             if guard:
                 guard.restored(work)
         else:
-            before = outline(work.module)
+            before = meta_copy(work.module)
             work.decisions = decisions
             plain = guard.baseline(work) if guard else None
             block_rows = [row for each in stage.block_passes for row in each.run(work)]
-            work.settle()
+            work.round_to_storage_dtype()
             if guard and plain:
                 block_rows = guard.judge(work, block_rows, plain)
-            whole.context.processes.same_tensors(work.module)
+            whole.context.processes.broadcast_tensors(work.module)
             if keep:
                 keep.save_block(stage.index, index, work.module, before, block_rows)
         if keep:
@@ -167,7 +167,7 @@ def _decisions(whole: WholeModel, stage: Stage) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def outline(module: nn.Module) -> nn.Module:
+def meta_copy(module: nn.Module) -> nn.Module:
     """A copy of a module's structure whose tensors are all on the meta device."""
     tensors: Iterator[Tensor] = (t for owner in (module.parameters(), module.buffers()) for t in owner)
     memo: dict[int, object] = {}

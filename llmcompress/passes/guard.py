@@ -60,14 +60,14 @@ class Guard:
         """A copy of the block after the plain passes; the block itself stays as it is."""
         twin = BlockWork(block.info, copy.deepcopy(block.module), (), (), self._context)
         rows = [row for each in self._plain for row in each.run(twin)]
-        twin.settle()
+        twin.round_to_storage_dtype()
         return _Plain(twin.module, rows, self._stream.through(block.info, twin.module, self._stream.now_NTH))
 
     def judge(self, block: BlockWork, rows: list[SiteReport], plain: _Plain) -> list[SiteReport]:
         """The rows of what stays: those of the passes, or of the baseline where the block fell back to it."""
         output_NTH = self._stream.through(block.info, block.module, self._stream.now_NTH)
         error, plain_error = (stream_error(each, self._stream.dense_NTH) for each in (output_NTH, plain.output_NTH))
-        if self._context.processes.same(not error <= MARGIN * plain_error):
+        if self._context.processes.broadcast(not error <= MARGIN * plain_error):
             _take_parts(block.module, plain.module)
             why = (
                 f"{self._names} left the block's output {error:.3g} off on held-out text, {self._plain_names} "
