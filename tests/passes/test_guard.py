@@ -26,11 +26,12 @@ from llmcompress.progress import Silent
 from llmcompress.recipe import parse_recipe
 from llmcompress.records.rows import SiteReport
 from tests.families import tiny_model
-from tests.passes.test_laws import compressed, make, map_of, windows
+from tests.passes.test_laws import make, map_of, windows
 
-SCHEME = {"scheme": "int4_g32"}
-GPTQ4, RTN4 = make("gptq", SCHEME), make("rtn", SCHEME)
-HELD_OUT = windows(seed=7, count=2)
+SCHEME = {"scheme": "int2_g32"}
+"""So coarse that gptq, whose ranges are searched, is better than plain rounding even on random weights."""
+GPTQ2, RTN2 = make("gptq", SCHEME), make("rtn", SCHEME)
+WINDOWS, HELD_OUT = windows(count=32), windows(seed=7, count=8)
 
 
 @pytest.fixture
@@ -62,8 +63,12 @@ class Noting(Silent):
 
 def guarded(*passes: BlockPass, family: str = "llama_gqa", **context: Any) -> tuple[Any, list[SiteReport]]:
     model = tiny_model(family, seed=1)
-    given = RunContext(windows(), batch=4, held_out_NT=HELD_OUT)
+    given = RunContext(WINDOWS, batch=8, held_out_NT=HELD_OUT)
     return apply_passes(model, map_of(family, model), passes, replace(given, **context))
+
+
+def unguarded(*passes: BlockPass) -> Any:
+    return guarded(*passes, held_out_NT=None)[0]
 
 
 def state(model: Any) -> Mapping[str, torch.Tensor]:
@@ -76,13 +81,13 @@ def same(first: Any, second: Any, part: str = "") -> bool:
 
 
 def test_a_ruined_block_is_replaced_by_plain_rounding_and_it_is_told(ruin: Callable[..., None]) -> None:
-    sound, _ = compressed("llama_gqa", GPTQ4)
-    rounded, _ = compressed("llama_gqa", RTN4)
+    sound = unguarded(GPTQ2)
+    rounded = unguarded(RTN2)
     ruin()
     progress = Noting()
-    model, rows = guarded(GPTQ4, progress=progress)
-    unguarded, _ = compressed("llama_gqa", GPTQ4)
-    assert same(model, rounded, ".layers.1.") and not same(unguarded, rounded, ".layers.1.")
+    model, rows = guarded(GPTQ2, progress=progress)
+    ruined = unguarded(GPTQ2)
+    assert same(model, rounded, ".layers.1.") and not same(ruined, rounded, ".layers.1.")
     assert same(model, sound, ".layers.0.")
     here = [row for row in rows if ".layers.1." in row.site]
     assert here and all(row.algorithm == "rtn" and "replaced by rtn" in (row.degraded or "") for row in here)
@@ -96,24 +101,24 @@ def test_blocks_behind_one_that_fell_back_see_what_it_became(ruin: Callable[...,
         make("gptq", {**SCHEME, "exclude": ("*.layers.1.*",)}),
         make("rtn", {**SCHEME, "sites": ("*.layers.1.*",)}),
     )
-    wanted, _ = compressed("llama_gqa", *by_hand)
+    wanted = unguarded(*by_hand)
     ruin()
-    assert same(guarded(GPTQ4)[0], wanted)
+    assert same(guarded(GPTQ2)[0], wanted)
 
 
 def test_norms_that_a_pass_scaled_fall_back_with_their_block(ruin: Callable[..., None]) -> None:
     ruin(2.0)
-    model, _ = guarded(GPTQ4)
-    rounded, _ = compressed("llama_gqa", RTN4)
+    model, _ = guarded(GPTQ2)
+    rounded = unguarded(RTN2)
     assert same(model, rounded, ".layers.1.") and not same(model, rounded, ".layers.0.")
 
 
 def test_without_held_out_windows_and_for_plain_passes_nothing_is_compared(ruin: Callable[..., None]) -> None:
     ruin()
-    ruined, _ = compressed("llama_gqa", GPTQ4)
-    model, rows = guarded(GPTQ4, held_out_NT=None)
+    ruined = unguarded(GPTQ2)
+    model, rows = guarded(GPTQ2, held_out_NT=None)
     assert same(model, ruined) and not any(row.degraded for row in rows)
-    assert same(guarded(RTN4)[0], compressed("llama_gqa", RTN4)[0])
+    assert same(guarded(RTN2)[0], unguarded(RTN2))
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ class ErrorPropagation(QuantizingPass):
             if not members or in_expert(members[0].name):
                 later += members
                 continue
-            block.context.progress.inside(f"error_propagation {members[0].info.name}")
+            block.context.progress.substep(f"error_propagation {members[0].info.name}")
             moved |= self._compensate(block, dense, members)
             if inner.sitewise:
                 rows += _quantized(block, inner, members)
