@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from llmcompress.calibration.offloading import WeightStore
 from llmcompress.evaluation.scores import WindowScores, score
 from llmcompress.records.measurements import HeldOutLoss, Measurement
-from llmcompress.runners.base import Runner
+from llmcompress.runners.torch_runner import TorchRunner
 
 MUCH_WORSE = 3.0
 """Perplexity after ÷ before from which a warning says so."""
@@ -17,12 +20,23 @@ BROKEN = 20.0
 """The same, from which the model is taken to be of no use."""
 
 
-def held_out_scores(runner: Runner, windows_NT: Tensor) -> list[WindowScores]:
-    """What the model says of every token.
+@dataclass(frozen=True)
+class HeldOut:
+    """The windows, if there are any, and where a model runs on them."""
 
-    Raises: CompressError `numerics.not-finite`.
-    """
-    return list(score(runner, list(windows_NT), name="the held-out calibration text"))
+    windows_NT: Tensor | None
+    weights_at: WeightStore
+    device: torch.device
+
+    def scores(self, model: PreTrainedModel) -> list[WindowScores]:
+        """Log-probabilities of all tokens; none without windows.
+
+        Raises: CompressError `numerics.not-finite`.
+        """
+        if self.windows_NT is None:
+            return []
+        with TorchRunner(model, weights_at=self.weights_at, device=self.device) as runner:
+            return list(score(runner, list(self.windows_NT), name="the held-out calibration text"))
 
 
 def loss_increase(before: Sequence[WindowScores], after: Sequence[WindowScores]) -> list[HeldOutLoss]:

@@ -69,12 +69,13 @@ class Guard:
         error, plain_error = (stream_error(each, self._stream.dense_NTH) for each in (output_NTH, plain.output_NTH))
         if self._context.processes.broadcast(not error <= MARGIN * plain_error):
             _take_parts(block.module, plain.module)
-            why = (
-                f"{self._names} left the block's output {error:.3g} off on held-out text, {self._plain_names} "
-                f"{plain_error:.3g}: replaced by {self._plain_names}"
+            self._context.progress.note(
+                f"{block.info.name}: {self._names} left its output {error:.3g} off on held-out text, "
+                f"{self._plain_names} {plain_error:.3g}: replaced by {self._plain_names}"
             )
-            self._context.progress.note(f"{block.info.name}: {why}")
-            rows = [row.model_copy(update={"degraded": why}) for row in plain.rows]
+            why = f"{self._names} was worse on held-out text: replaced by {self._plain_names}"
+            times = error / plain_error if plain_error else None
+            rows = [row.model_copy(update={"degraded": why, "score": times}) for row in plain.rows]
             output_NTH = plain.output_NTH
         self._stream.now_NTH = output_NTH
         return rows

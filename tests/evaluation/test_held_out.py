@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from llmcompress.evaluation.held_out import held_out_scores, loss_increase, loss_warnings
+from llmcompress.calibration.offloading import InMemory
+from llmcompress.evaluation.held_out import HeldOut, loss_increase, loss_warnings
 from llmcompress.records.measurements import HeldOutLoss
-from llmcompress.runners.torch_runner import TorchRunner
 from tests.families import tiny_model
 from tests.passes.test_laws import windows
 
@@ -27,10 +27,10 @@ def test_from_three_times_the_perplexity_on_numbers_and_from_twenty_on_a_verdict
 def test_the_losses_are_those_of_both_models_on_the_same_tokens():
     dense, other = tiny_model("llama_gqa", seed=1), tiny_model("llama_gqa", seed=2)
     ids_NT = windows(seed=3, count=2)
-    with TorchRunner(dense) as first, TorchRunner(other) as second:
-        (found,) = loss_increase(held_out_scores(first, ids_NT), held_out_scores(second, ids_NT))
+    held_out = HeldOut(ids_NT, InMemory(), torch.device("cpu"))
+    (found,) = loss_increase(held_out.scores(dense), held_out.scores(other))
     for model, loss in ((dense, found.dense), (other, found.compressed)):
         with torch.no_grad():
             assert loss == pytest.approx(float(model(ids_NT, labels=ids_NT).loss), rel=1e-5)
     assert (found.windows, found.tokens) == (2, ids_NT[:, 1:].numel())
-    assert loss_increase([], []) == []
+    assert loss_increase([], []) == [] == HeldOut(None, InMemory(), torch.device("cpu")).scores(dense)
