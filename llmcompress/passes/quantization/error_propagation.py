@@ -47,7 +47,7 @@ class ErrorPropagation(QuantizingPass):
         1.0,
         gt=0,
         le=1,
-        description="strength of the correction: fraction of the accumulated error that the weights compensate",
+        description="strength of the correction: largest fraction of the least-squares change that is applied",
     )
     damping: float = Field(
         0.1, gt=0, description="ridge towards the original weights, as a fraction of the mean input energy"
