@@ -156,6 +156,7 @@ def _peak_bytes(
     hidden = 2 * streams * _FLOAT * tokens * model_map.hidden_size if needs_data else 0
     batch = recipe.calibration.batch * recipe.calibration.tokens if needs_data else 0
     working = max((_working_bytes(each, block, batch) for each in passes for block in model_map.blocks), default=0)
+    working += _baseline_bytes(recipe, model_map) if needs_data else 0
     evaluating = LOGITS_BYTES if recipe.evaluate else 0
     if not offloaded:
         gradients = max(
@@ -193,6 +194,12 @@ def _working_bytes(each: _Measuring, block: BlockInfo, tokens: int) -> int:
     weights = max((site.outputs * site.inputs for site in sites), default=0)
     solving = _SOLVING_COPIES * max(squares, default=0) + _WEIGHT_COPIES * weights
     return _FLOAT * sum(squares) + max(inside, _FLOAT * solving)
+
+
+def _baseline_bytes(recipe: Recipe, model_map: ModelMap) -> int:
+    """A second block, which the guard compares the first one with."""
+    blocks = (sum(site.outputs * site.inputs for site in block.structure.sites) for block in model_map.blocks)
+    return _FLOAT * max(blocks, default=0) if recipe.guard.windows and recipe.guard.fall_back else 0
 
 
 def _gradient_bytes(each: Pass, recipe: Recipe, model_map: ModelMap, parameters: int, vocabulary: int) -> int:

@@ -7,7 +7,7 @@ is several times slower on processors without its instructions, and every statis
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -174,31 +174,27 @@ class BlockWork:
 
         def show(_: nn.Module, args: tuple[Any, ...]) -> None:
             see(args[0])
-            raise _SeenEnough
 
         with ExitStack() as stack:
             stack.callback(module.register_forward_pre_hook(show).remove)
+            stack.enter_context(_ends_at(module))
             for inputs, call in zip(self._inputs, self._calls, strict=True):
                 with suppress(_SeenEnough):
                     self._run(inputs, call)
 
     @torch.no_grad()
-    def side_by_side(self, sites: Sequence[LinearSite], see: Sequence[Callable[[Tensor, Tensor], None]]) -> None:
-        """Show each site's input, T×I in float32, batch by batch: in the dense model, and as it is now."""
-        for dense, inputs, call in zip(self.dense_inputs, self._inputs, self._calls, strict=True):
-            there, here = self._inputs_of(sites, dense, call), self._inputs_of(sites, inputs, call)
-            for show, dense_TI, x_TI in zip(see, there, here, strict=True):
-                show(dense_TI, x_TI)
+    def side_by_side(self, site: LinearSite, dense: nn.Module, see: Callable[[Tensor, Tensor], None]) -> None:
+        """Show a site's input, T×I in float32, batch by batch: in the dense model, and as it is now.
 
-    def _inputs_of(self, sites: Sequence[LinearSite], inputs: Tensor, call: BlockCall) -> list[Tensor]:
-        seen = [LastInput() for _ in sites]
-        with ExitStack() as hooks:
-            for site, into in zip(sites, seen, strict=True):
-                hooks.enter_context(observed_input(site.module, [into]))
-            forward = hooks.enter_context(ending_early(sites))
-            with forward.of(inputs):
-                self._run(inputs, call)
-        return [into.x_TI for into in seen]
+        `dense` is the block as it was before anybody worked on it; both run only that far.
+        """
+        for inputs, dense_inputs, call in zip(self._inputs, self.dense_inputs, self._calls, strict=True):
+            found = [LastInput(), LastInput()]
+            for module, hidden, into in ((dense, dense_inputs, found[0]), (self.module, inputs, found[1])):
+                linear = module.get_submodule(site.info.name)
+                with observed_input(linear, [into]), _ends_at(linear), suppress(_SeenEnough):
+                    self._run_in(module, hidden, call)
+            see(found[0].x_TI, found[1].x_TI)
 
     def replace_module(self, module: nn.Module, outputs: list[Tensor] | None = None) -> None:
         """Another module takes the block's place; `outputs`, where they are known, are fed onward as they are."""
@@ -239,12 +235,29 @@ class BlockWork:
         return next(self.module.parameters()).device
 
     def _run(self, inputs: Tensor, call: BlockCall) -> Tensor:
+        return self._run_in(self.module, inputs, call)
+
+    def _run_in(self, module: nn.Module, inputs: Tensor, call: BlockCall) -> Tensor:
         there = call.with_tensors(lambda tensor: tensor.to(self._device))
-        return there.run(self.module, inputs.to(self._device))
+        return there.run(module, inputs.to(self._device))
 
 
 class _SeenEnough(Exception):
     """Ends a forward early; private, so it can hide no error of the model's."""
+
+
+@contextmanager
+def _ends_at(module: nn.Module) -> Iterator[None]:
+    """Forwards end when they reach the module; hooks that stand there already see its input."""
+
+    def end(_: nn.Module, args: tuple[Any, ...]) -> None:
+        raise _SeenEnough
+
+    handle = module.register_forward_pre_hook(end)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class BlockStream:
