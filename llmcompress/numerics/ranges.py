@@ -40,12 +40,19 @@ def fit(
     all, errors of inputs are taken as independent there: ten products with the whole matrix would cost more than all
     else that is done to a site. `shared` is for a part of a matrix whose two-level scales have been begun.
 
-    Source: Jacob et al., arXiv 1712.05877, section 2 (range includes 0, zero is exact);
+    A ternary grid has no range to cover: its scale is the mean magnitude of what is not zero, and a search widens it.
+
+    Source: Jacob et al., arXiv 1712.05877, section 2 (range includes 0, zero is exact); Ma et al., arXiv 2402.17764
+    (ternary: mean magnitude);
     Lin et al., arXiv 2306.00978 (clipping per row and group).
     """
     grouped_OGN = grouped(weight_OI, grid)
     top_OG = grouped_OGN.amax(-1).clamp_min(0)
     bottom_OG = grouped_OGN.amin(-1).clamp_max(0)
+    if grid.ternary:
+        # zeros are a mask, or fill up a short group
+        top_OG = grouped_OGN.abs().sum(-1) / grouped_OGN.count_nonzero(-1).clamp_min(1)
+        bottom_OG = -top_OG
     if grid.scales.single:
         top_OG, bottom_OG = top_OG.amax(0, keepdim=True), bottom_OG.amin(0, keepdim=True)
     if grid.scales == TWO_LEVEL and shared is None:
@@ -100,12 +107,16 @@ def _steps(grid: Grid) -> tuple[tuple[float, ...], ...]:
     """What a search adds to the factor of a range: first to 1, then to the best found."""
     if grid.scales == POWER_OF_TWO:
         return ((1.0, -0.5),)
+    if grid.ternary:
+        return _WIDER
     # values of a float lie wide apart at its end: the largest weight may be better off on a smaller one, 4 instead of 6
     return (_COARSE if grid.number is None else (0.5, *_COARSE), _FINE)
 
 
 _COARSE = (-0.15, -0.3, -0.45)
 _FINE = (-0.05, 0.05)
+_WIDER = ((0.25, 0.5, 0.75), (-0.125, 0.125))
+"""Of normal weights the best ternary scale is 1.53 times their mean magnitude."""
 _WIDE = 256
 _NARROWEST, _WIDEST = 0.5, 2.0
 
