@@ -26,8 +26,9 @@ Activations = Literal["token", "tensor", "group"]
 tensor, fixed by calibration; or one per group of inputs, found while running."""
 
 DESCRIPTION = (
-    "int{2…8}_{gN|channel}[_asym|_positive], ternary_{gN|channel}, fp8_{gN|channel|tensor}, fp8e5m2_…, fp4_{gN|channel}, nf4_{gN|channel}, "
-    "mxfp4, mxfp8 or nvfp4; with rounded activations int, ternary and fp8 …_a8token or …_a8tensor, mx and nv …_a"
+    "int{2…8}_{gN|channel}[_asym|_positive], ternary_{gN|channel}, fp8_{gN|channel|tensor}, fp8e5m2_…, "
+    "fp4_{gN|channel}, nf4_{gN|channel}, mxfp4, mxfp8 or nvfp4; with rounded activations int, ternary and fp8 "
+    "…_a8token or …_a8tensor, mx and nv …_a"
 )
 """What a recipe may write as `scheme`, for the descriptions of options and for errors."""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 TRITS_IN_BYTE = 5
 """3⁵ = 243: 1.6 bits a code, where log₂ 3 = 1.585 would be the least."""
 

@@ -237,6 +237,10 @@ class BlockPass(Pass):
         """About how often all windows go through a block, beside the once that feeds the next one: for foresight."""
         return 1 if self.needs() else 0
 
+    def trained_windows(self) -> int:
+        """How many windows of a block gradients go through, repeated ones counted again: for foresight."""
+        return 0
+
     def wants_dense(self) -> bool:
         """Whether `apply` reads `block.dense_outputs`: one more forward, and as much memory as the hidden states."""
         return False
