@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -44,13 +44,12 @@ _WARM_UP = 1 / 16
 class GSQ(QuantizingPass):
     """Start from another quantizer's codes; learn which of their neighbours, scales and norms serve the block best.
 
-    The block reads what the compressed blocks before it give, and is to give what it gave in the dense model. What is
-    learned is drawn with Gumbel noise from three neighbouring codes, ever more sharply. Of the steps the one stays
-    that errs least on windows kept apart; the start is one of them, so no block gets worse there. The result is an
-    ordinary grid. Errors in the report are those of the first quantizer and, beside it, the block's.
+    The block reads what the compressed blocks before it give, and is to give what it gave in the dense model. Of the
+    steps the one stays that errs least on windows kept apart; the start is one of them, so no block gets worse there.
+    The result is an ordinary grid. Errors in the report are the block's, before being those of the first codes.
 
-    Source: arXiv 2604.18556 (GSQ). Differs: errors of a token are relative to its length; norms that feed nothing else
-    are tuned too.
+    Source: arXiv 2604.18556 (GSQ). Differs: gradients pass straight through the rounding, and Gumbel noise is an option,
+    which takes more steps; errors of a token are relative to its length; norms that feed nothing else are tuned too.
     """
 
     sitewise: ClassVar[bool] = False
@@ -64,7 +63,10 @@ class GSQ(QuantizingPass):
     steps: int = Field(64, ge=1, description="batches looked at in every block")
     windows: int = Field(1, ge=1, description="windows in one of these batches")
     rate: float = Field(0.006, gt=0, le=1, description="how far a step moves a code, in codes, at most")
-    relaxation: Literal["straight_through", "gumbel"] = "straight_through"
+    relaxation: Literal["straight_through", "gumbel"] = Field(
+        "straight_through",
+        description="gradients of codes: as if there were no rounding, or of a draw from neighbours, ever more sharply",
+    )
     tune_norms: bool = Field(True, description="also move the weights of norms that feed nothing but these sites")
 
     @field_validator("scheme")
@@ -116,13 +118,23 @@ class GSQ(QuantizingPass):
         """Every step looks at some."""
         return self.steps * self.windows
 
+    def run(self, block: BlockWork) -> list[SiteReport]:
+        """Quantize as the quantizer does, then learn."""
+        sites = [site for site in block.sites if self.selects(site.name)]
+        return self._learned(block, sites, lambda: self.inner.run(block))
+
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
-        """Quantize, then learn all sites of the block together."""
+        """The same on sites that are measured already."""
+        return self._learned(block, sites, lambda: self.inner.apply(block, sites))
+
+    def _learned(
+        self, block: BlockWork, sites: Sequence[LinearSite], quantize: Callable[[], list[SiteReport]]
+    ) -> list[SiteReport]:
         folds = block.folds_into(sites) if self.tune_norms else []
         producers = dict.fromkeys(fold.producer for fold in folds if fold.producer_is_norm)
         norms = [block.module.get_parameter(f"{name}.weight") for name in producers]
         weights = {site: site.weight_OI for site in sites}
-        rows = self.inner.apply(block, sites)
+        rows = quantize()
         learning = {
             site: CodesInTraining(codes_of(site.module), weight_OI, site.storage_dtype)
             for site, weight_OI in weights.items()
