@@ -142,12 +142,24 @@ def _search(grouped_OGN: Tensor, ranges: _Ranges, best: Fitted, gram_GNN: Tensor
         around_OG = factor_OG
         for step in steps:
             tried_OG = (around_OG + step).clamp(_NARROWEST, _WIDEST)
-            trial = _from_range(bottom_OG * tried_OG, top_OG * tried_OG, grid, scale_dtype, shared)
-            error_OG = _error(grouped_OGN, trial, gram_GNN)
-            best = lesser(trial, best, error_OG, best_error_OG)
-            factor_OG = torch.where(error_OG < best_error_OG, tried_OG, factor_OG)
-            best_error_OG = torch.where(error_OG < best_error_OG, error_OG, best_error_OG)
+            ranged = _from_range(bottom_OG * tried_OG, top_OG * tried_OG, grid, scale_dtype, shared)
+            for trial in (ranged, *_moved(ranged)):
+                error_OG = _error(grouped_OGN, trial, gram_GNN)
+                best = lesser(trial, best, error_OG, best_error_OG)
+                factor_OG = torch.where(error_OG < best_error_OG, tried_OG, factor_OG)
+                best_error_OG = torch.where(error_OG < best_error_OG, error_OG, best_error_OG)
     return best
+
+
+def _moved(ranged: Fitted) -> list[Fitted]:
+    """The same steps elsewhere: one more code on the other side of zero, or the zero point next to it."""
+    grid = ranged.grid
+    if grid.mirrors:
+        return [replace(ranged, scale_OG=-ranged.scale_OG)]
+    if grid.number is None and not grid.symmetric:
+        zeros = [(ranged.zero_OG + by).clamp(grid.low, grid.high) for by in (-1, 1)]
+        return [replace(ranged, zero_OG=zero_OG) for zero_OG in zeros]
+    return []
 
 
 def _from_range(

@@ -48,7 +48,7 @@ class GSQ(QuantizingPass):
     steps the one stays that errs least on windows kept apart; the start is one of them, so no block gets worse there.
     The result is an ordinary grid. Errors in the report are the block's, before being those of the first codes.
 
-    Source: arXiv 2604.18556 (GSQ). Differs: gradients pass straight through the rounding, and Gumbel noise is an option,
+    Source: arXiv 2604.18556 (GSQ). Differs: gradients pass straight through the rounding; Gumbel noise is an option,
     which takes more steps; errors of a token are relative to its length; norms that feed nothing else are tuned too.
     """
 
