@@ -1,10 +1,10 @@
-"""Rough foresight: what compressing takes in memory and operations. N = calibration tokens, O, I = a site's sizes.
+"""The resource estimate: memory and operations of a recipe. N = calibration tokens; O, I = a site's sizes.
 
 Memory: the model in float32 (offloaded: its largest part), the hidden states of all calibration tokens before and after
 a block, one batch inside a block, and the largest pass's statistics with the copies made while solving; where gradients
-go through the whole model, all that one batch computes and what the pass keeps. Time: operations ÷ the
-speed of a matrix product on some machine. Time is meant to be right within a factor of two, memory within a fifth, and
-both to order alternatives correctly.
+go through the whole model, all activations of one batch and what the pass keeps. Time: operations ÷ the speed of a
+matrix product on this machine. Time should be right within a factor of two, memory within a fifth, and both should
+order alternatives correctly.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from llmcompress.passes.base import PASSES, BlockPass, Pass
 from llmcompress.recipe.model import Recipe
 
 Offload = Literal["auto", "always", "never"]
-"""Whether weights stay on disk while nobody computes with them; auto: when they would not fit into memory."""
+"""Whether weights are offloaded to disk; auto: if they would not fit into memory."""
 
 _FLOAT = 4
 _SHARE_OF_MEMORY = 0.7
-"""Of the free memory that weights may take; passes need the rest."""
+"""Fraction of the free memory for weights; passes need the rest."""
 _SOLVING_COPIES = 2
 """Of a Gram matrix, in float32: permuted and factored; it is inverted in its place."""
 _WEIGHT_COPIES = 4
 """Of a site's weights while it is solved: as they are, permuted, transposed for the sweep, codes and masks."""
 _SAVED_HIDDEN = 10
-"""Hidden states that a block keeps per token for the gradient, beside its linears' outputs: norms, turned queries and
+"""Hidden states that a block keeps per token for the gradient, besides its linears' outputs: norms, turned queries and
 keys, sums."""
 _SAVED_OUTPUTS = 2
 """The outputs of linears themselves, and what is computed from them."""
@@ -50,14 +50,14 @@ _SOLVING_PRODUCTS = 40
 
 @dataclass(frozen=True)
 class Cost:
-    """What a recipe takes on any machine."""
+    """The resources of a recipe, on any machine."""
 
     operations: float
-    """Multiplications and additions of passes over all blocks and of gradients; those of the head are left out."""
+    """Multiplications and additions of passes over all blocks and of gradients, without the output head."""
     forwards: float
-    """How often all calibration windows go through all blocks; a forward with gradients counts for three."""
+    """How often all calibration windows pass through all blocks; a forward and backward pass counts as three."""
     peak_bytes: int
-    """Most bytes held at any time, beside the interpreter and its libraries."""
+    """Peak bytes, without the interpreter and its libraries."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class _Measuring:
 
 
 class Machine(NamedTuple):
-    """What turns a cost into seconds and into the memory of a process."""
+    """The speed and base memory of a machine, to turn a cost into seconds and process memory."""
 
     operations_per_second: float
     process_bytes: int = 0
@@ -98,16 +98,16 @@ def must_offload(offload: Offload, passes: Sequence[Pass], *, weight_bytes: int,
     if offload == "always" and processes > 1:
         raise CompressError(
             "memory.processes",
-            f"{processes} processes share one run, and weights on disk serve one process only",
-            fix="run it in one process, or use --offload never",
+            f"disk offload supports a single process, and {processes} were started",
+            fix="start without torchrun, or set offload to never",
             exit_code=ExitCode.USAGE,
         )
     if offload == "always" and blocked:
         raise CompressError(
             "memory.needed",
-            "some passes need the whole model in memory",
+            "some passes need the whole model in memory, which disk offload does not give them",
             where=", ".join(blocked),
-            fix="use --offload never, or leave these passes out",
+            fix="set offload to never, or remove these passes",
             exit_code=ExitCode.USAGE,
         )
     too_large = 2 * weight_bytes > _SHARE_OF_MEMORY * psutil.virtual_memory().available
@@ -115,7 +115,7 @@ def must_offload(offload: Offload, passes: Sequence[Pass], *, weight_bytes: int,
 
 
 def cost(recipe: Recipe, model_map: ModelMap, *, parameters: int, vocabulary: int, offloaded: bool = False) -> Cost:
-    """What the recipe takes, from the map and the recipe alone: nothing is computed, measured or read.
+    """The cost of a recipe, from the map and the recipe only: nothing is computed, measured or read.
 
     `vocabulary` = embedding rows.
     """
@@ -174,7 +174,7 @@ def _peak_bytes(
 
 
 def _operations(recipe: Recipe, model_map: ModelMap, passes: Sequence[_Measuring], forwards: Sequence[float]) -> float:
-    """Of passes over all blocks and of gradients; the head is left out."""
+    """Operations of passes over all blocks and of gradients, without the output head."""
     window = recipe.calibration.tokens
     tokens = recipe.calibration.samples * window
     total = 0.0
@@ -187,7 +187,7 @@ def _operations(recipe: Recipe, model_map: ModelMap, passes: Sequence[_Measuring
 
 
 def _working_bytes(each: _Measuring, block: BlockInfo, tokens: int) -> int:
-    """Beside weights and hidden states: one batch inside the block; then its statistics and what solving a site takes.
+    """Besides weights and hidden states: one batch inside the block; then its statistics and what solving a site takes.
 
     Gram matrices of all input groups are there at once; vectors do not count.
     """
@@ -204,7 +204,7 @@ def _working_bytes(each: _Measuring, block: BlockInfo, tokens: int) -> int:
 
 
 def _gradient_bytes(each: Pass, recipe: Recipe, model_map: ModelMap, parameters: int, vocabulary: int) -> int:
-    """Beside the weights, while gradients of the loss go through the whole model; 0 for a pass that takes none."""
+    """Besides the weights, while gradients of the loss are computed; 0 for a pass without gradients."""
     found = each.backward()
     if not found:
         return 0

@@ -12,8 +12,8 @@ from llmcompress.errors import CompressError
 from llmcompress.passes.base import PASSES
 from llmcompress.presets import preset_names, preset_path
 from llmcompress.recipe import Recipe, json_schema, parse_recipe
+from llmcompress.recipe.checking import check_document
 from llmcompress.recipe.document import read_document
-from llmcompress.recipe.reading import check_document
 from llmcompress.recipe.stages import Grouped, LeavesWeights, Listed, stages_of
 from llmcompress.registry import Registry
 

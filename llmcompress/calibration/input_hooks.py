@@ -1,4 +1,4 @@
-"""Show the inputs of a module to whoever listens, while the model runs. T = tokens, I = inputs."""
+"""Hooks that pass a module's inputs to observers while the model runs. T = tokens, I = inputs."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def observed_input(
         if only is not None and not only.running:
             return
         x_TI = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-        for listener in observers:
-            listener.add(x_TI)
+        for observer in observers:
+            observer.add(x_TI)
 
     handle: RemovableHandle = module.register_forward_pre_hook(show)
     try:

@@ -1,4 +1,4 @@
-"""`llmcompress footprint`: parameters and bytes of a saved model, stored and theoretical."""
+"""`llmcompress footprint`: parameters and bytes of a saved model, on disk and in theory."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import click
 from llmcompress.cli.output import json_option, print_json, print_tables, quiet_libraries
 
 
-@click.command(short_help="Count parameters and bytes, stored and theoretical.")
+@click.command(short_help="Count parameters and bytes, on disk and in theory.")
 @click.argument("model")
-@click.option("--against", metavar="OTHER", help="A second model; ratios of MODEL to it.")
+@click.option("--against", metavar="OTHER", help="A second model to compare with.")
 @json_option
 def footprint(model: str, against: str | None, as_json: bool) -> None:
     """Count the parameters and bytes of MODEL, dense or compressed.
 
-    A zero counts like any number: only what the files really store smaller is smaller. What sparse storage and lossless
-    codes could reach in theory is shown apart.
+    A zero counts like any other number: only what takes fewer bytes in the files is smaller. What sparse storage and
+    lossless codes could reach in theory is listed separately.
 
     \b
     Examples:

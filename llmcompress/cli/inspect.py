@@ -11,9 +11,9 @@ from llmcompress.cli.output import json_option, print_json, print_tables, quiet_
 @click.argument("model")
 @json_option
 def inspect(model: str, as_json: bool) -> None:
-    """Show how MODEL is built: blocks, sites, shared inputs, folds, and what cannot be compressed and why.
+    """Show the structure of MODEL: blocks, sites, shared inputs, folds, and what cannot be compressed and why.
 
-    The first help for a new family. No weights are read.
+    Start here with a new model family. No weights are read.
 
     \b
     Examples:

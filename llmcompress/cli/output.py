@@ -1,4 +1,4 @@
-"""Where output goes: results on stdout, everything else on stderr; and the options several commands share."""
+"""Output: results on stdout, everything else on stderr; and the options that several commands share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WIDTH_OF_PIPES = 120
 
 def json_option(command: F) -> F:
     """`--json`: one JSON value on stdout, also for errors."""
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON value on stdout, also for errors.")(
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON value on stdout, errors included.")(
         command
     )
 

@@ -1,4 +1,4 @@
-"""`llmcompress passes`: every algorithm that a recipe can name, and its options."""
+"""`llmcompress passes`: all passes and their options."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import click
 from llmcompress.cli.output import json_option, print_json, print_tables, quiet_libraries
 
 
-@click.command(short_help="List the passes a recipe can name, or explain one.")
+@click.command(short_help="List the passes, or explain one and its options.")
 @click.argument("name", required=False)
 @json_option
 def passes(name: str | None, as_json: bool) -> None:
-    """List every pass; with NAME explain it: what it does, its source, its options and their defaults.
+    """List all passes, or explain pass NAME: what it does, its source, its options and defaults.
 
     \b
     Examples:

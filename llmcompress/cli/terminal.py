@@ -1,10 +1,9 @@
-"""Progress on stderr: a live two-level display on a terminal, elsewhere a plain line every half minute."""
+"""Progress on stderr: a live two-level display on a terminal, otherwise a plain line every half minute."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -16,10 +15,9 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.text import Text
 
 from llmcompress.errors import without_tokens
+from llmcompress.progress import Pace
 
 SECONDS_BETWEEN_LINES = 30.0
-STEPS_FOR_ESTIMATE = 8
-"""The time left comes from the latest steps: blocks restored from an interrupted run take no time."""
 
 
 class TerminalProgress:
@@ -42,7 +40,7 @@ class TerminalProgress:
         self._memory = _Memory()
         self._stage: TaskID | None = None
         self._text = ""
-        self._steps, self._parts = _Pace(clock, 0), _Pace(clock, 0)
+        self._steps, self._parts = Pace(clock, 0), Pace(clock, 0)
         self._inside = ""
         self._last_line = clock()
 
@@ -68,10 +66,10 @@ class TerminalProgress:
             self._bars.start()
 
     def stage(self, title: str, steps: int) -> None:
-        """Begin a stage of `steps` equal steps; 0 when nobody knows how many."""
+        """Begin a stage of `steps` equal steps; 0 if their number is unknown."""
         self._end_stage(finished=True)
         self._stage = self._bars.add_task(title, total=steps or None)
-        self._steps, self._text, self._inside = _Pace(self._clock, steps), "", ""
+        self._steps, self._text, self._inside = Pace(self._clock, steps), "", ""
         self._last_line = self._clock()
         if not self._live:
             self._line(f"{title} ({steps} steps)" if steps else title)
@@ -84,10 +82,10 @@ class TerminalProgress:
         self._text, self._inside = text, ""
         self._line_if_due()
 
-    def inside(self, text: str, *, done: int = 0, total: int = 0) -> None:
+    def substep(self, text: str, *, done: int = 0, total: int = 0) -> None:
         """What the running step does now, and how many of its parts are done."""
         if not self._inside or total != self._parts.total or done < self._parts.done:
-            self._parts = _Pace(self._clock, total, done)
+            self._parts = Pace(self._clock, total, done)
         else:
             self._parts.reach(done)
         self._inside = text
@@ -108,7 +106,7 @@ class TerminalProgress:
         time_text = f"{duration(self._steps.elapsed)} elapsed" if left is None else f"{duration(left)} left"
         return ", ".join(part for part in (self._text, time_text, self._memory.text()) if part)
 
-    def inside_text(self) -> str:
+    def substep_text(self) -> str:
         """`recover: loss 2.31, 40/200, 0:12 left`; empty between steps."""
         parts, left = self._parts, self._parts.seconds_left
         count = f"{parts.done}/{parts.total}" if self._inside and parts.total else ""
@@ -126,7 +124,7 @@ class TerminalProgress:
 
     def _line_if_due(self) -> None:
         if self._stage is not None and not self._live and self._clock() - self._last_line >= SECONDS_BETWEEN_LINES:
-            inside = f" › {self.inside_text()}" if self._inside else ""
+            inside = f" › {self.substep_text()}" if self._inside else ""
             self._line(f"{self._bars.tasks[0].description}{inside}: {self.summary()}")
 
     def _line(self, text: str) -> None:
@@ -143,40 +141,8 @@ class _Status(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """Both lines."""
-        inside = self._progress.inside_text()
+        inside = self._progress.substep_text()
         return Text.assemble(self._progress.summary(), (f"\n› {inside}" if inside else "", "dim"))
-
-
-class _Pace:
-    """How far something has come, and how long the rest takes if it goes on like the latest steps.
-
-    rich estimates from all steps within a period, so blocks restored from an interrupted run would promise too much.
-    """
-
-    def __init__(self, clock: Callable[[], float], total: int, done: int = 0) -> None:
-        self._clock, self.total, self.done = clock, total, done
-        self._began = self._latest = clock()
-        self._seconds: deque[float] = deque(maxlen=STEPS_FOR_ESTIMATE)
-
-    def reach(self, done: int) -> None:
-        """So many are done now."""
-        if done > self.done:
-            now = self._clock()
-            self._seconds.append((now - self._latest) / (done - self.done))
-            self._latest, self.done = now, done
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds since the beginning."""
-        return self._clock() - self._began
-
-    @property
-    def seconds_left(self) -> float | None:
-        """None before the first step, and at the end."""
-        if not self._seconds or self.done >= self.total:
-            return None
-        mean = sum(self._seconds) / len(self._seconds)
-        return max(0.0, mean * (self.total - self.done) - (self._clock() - self._latest))
 
 
 class _Memory:

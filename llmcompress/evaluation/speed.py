@@ -1,4 +1,4 @@
-"""Tokens per second, prompt and decode apart, measured so that models can be compared: interleaved, warm, medians."""
+"""Tokens per second of prefill and decode, measured so that models can be compared: interleaved, warm, medians."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SpeedResult(BaseModel):
     device: str
     """`cpu`, or the name of the accelerator."""
     threads: int
-    """Of torch on the CPU."""
+    """CPU threads of torch."""
     dtype: str
     """Of the model's parameters."""
     prompt_tokens: int
@@ -45,7 +45,7 @@ class SpeedResult(BaseModel):
 
 
 def speed_of(
-    models: Sequence[str],
+    models: Mapping[str, str | nn.Module],
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str = "auto",
@@ -53,7 +53,7 @@ def speed_of(
     new_tokens: int = 32,
     repeats: int = 5,
 ) -> dict[str, SpeedResult]:
-    """Load the models (Hub ids, folders, `builtin:...`) and measure them in turns.
+    """Load the models (Hub ids, folders, `builtin:...`) and measure them in turns, live ones where and as they are.
 
     `dtype` "auto": float32 on a CPU, where bfloat16 is mostly slower, and the checkpoint's own elsewhere.
 
@@ -61,12 +61,15 @@ def speed_of(
     """
     where = torch.device(device)
     chosen: torch.dtype | str = torch.float32 if dtype == "auto" and where.type == "cpu" else dtype
-    loaded: dict[str, nn.Module] = {name: load(name, dtype=chosen, device=where).model for name in models}
+    loaded: dict[str, nn.Module] = {
+        name: load(model, dtype=chosen, device=where).model if isinstance(model, str) else model
+        for name, model in models.items()
+    }
     return compare_speed(loaded, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats)
 
 
 def measure_speed(model: nn.Module, *, prompt_tokens: int = 128, new_tokens: int = 32, repeats: int = 5) -> SpeedResult:
-    """Speed of one model on the device where it is."""
+    """The speed of one model on its device."""
     return compare_speed({"model": model}, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats)["model"]
 
 
@@ -131,7 +134,7 @@ def _prompt(model: nn.Module, tokens: int) -> Tensor:
 
 
 def _now(device: torch.device, clock: Clock) -> float:
-    """The time when everything asked of the device so far is done."""
+    """The time when all pending work of the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

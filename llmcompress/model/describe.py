@@ -1,4 +1,4 @@
-"""A map in a few JSON-able rows, for `llmcompress inspect`: blocks of one kind together, repeated experts together."""
+"""A map as a few JSON rows for `llmcompress inspect`, with blocks of one kind and repeated experts merged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one module reads in place of its model's config: the same, but for some numbers of its own."""
+"""A view of the model's config for one module, with some numbers of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A linear whose weight is codes and scales: runs exactly what will be shipped. O = outputs, I = inputs."""
+"""A quantized linear: computes exactly what the saved model computes. O = outputs, I = inputs."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class QuantLinear(CodedModule):
 
     @property
     def quantized(self) -> QuantizedTensor:
-        """Codes, scales and zero points together."""
+        """Codes, scales and zero points."""
         shared = None if self.shared_scale is None else from_bits(self.shared_scale)
         return QuantizedTensor(self.codes_OI, self.scale_OG, self.zero_OG, shared, self.scheme.weights)
 

@@ -1,8 +1,8 @@
-"""A block whose residual stream changes its basis on every skip: segments inside, shortcut matrices at the ends.
+"""A block whose residual stream changes basis on every skip connection: segments inside, shortcut matrices at the ends.
 
-The block's own forward only ever adds to its input. So the wrapper gives it the stream several times side by side: in
-every segment, the stream in the basis that belongs there. Norms read one segment, what they feed adds to the next, and
-no line of the block's code knows.
+The block's own forward only adds to its input. The wrapper therefore passes the stream several times side by side: each
+segment has the stream in its own basis. Norms read one segment, what they feed is added to the next, and the block's
+code does not change.
 """
 
 from __future__ import annotations

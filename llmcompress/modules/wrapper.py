@@ -1,4 +1,4 @@
-"""A module that adds something to a stock module and keeps that module, whole, inside."""
+"""A module that wraps a stock module and keeps it intact inside."""
 
 from __future__ import annotations
 

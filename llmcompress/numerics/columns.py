@@ -1,7 +1,7 @@
-"""Treat the columns of a weight one by one, each error repaired by the columns still to come.
+"""The column sweep: treats the columns of a weight one by one and compensates each error in the remaining columns.
 
-GPTQ and SparseGPT share this sweep; they differ only in what happens to a column. O = outputs, I = inputs,
-B = columns of one lazy block. Float32 or float64, as the inputs are.
+GPTQ and SparseGPT share this sweep; they differ only in what they do to a column. O = outputs, I = inputs, B = columns
+of one lazy block. Float32 or float64, as the inputs are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.numerics.grid import Grid
-from llmcompress.numerics.masks import Pattern, due, lowest, lowest_of
+from llmcompress.numerics.masks import Pattern, count_of_zeros, lowest, lowest_of
 from llmcompress.numerics.ranges import RangeSearch, fit
 
 MOST_DAMPING = 10.0
@@ -50,7 +50,7 @@ def inverse_factor(gram_II: Tensor, damping: float, order_I: Tensor | None = Non
         order_I = torch.arange(len(gram_II), device=gram_II.device)
     reverse_I = order_I.flip(0)
     while damping <= MOST_DAMPING:
-        # these matrices are the largest there are: no more than two are alive beside the given one
+        # these are the largest matrices: no more than two are alive besides the given one
         damped_II = gram_II[reverse_I[:, None], reverse_I]
         damped_II.diagonal().add_(damping * mean)
         lower_II, failed = torch.linalg.cholesky_ex(damped_II)
@@ -243,7 +243,10 @@ class DropLowest(DropWeights):
         if self._pattern:
             return torch.stack(lowest_of(score_SO.unbind(0), self._pattern.zeros))
         outputs = score_SO.shape[1]
-        return lowest(score_SO, due(self._share, outputs * here.stop) - due(self._share, outputs * here.start))
+        return lowest(
+            score_SO,
+            count_of_zeros(self._share, outputs * here.stop) - count_of_zeros(self._share, outputs * here.start),
+        )
 
 
 def block_length(group: int | None, wanted: int) -> int:

@@ -1,7 +1,7 @@
-"""The best matrix of low rank in place of a linear, for the inputs it sees. O = outputs, I = inputs, R = rank.
+"""The best low-rank approximation of a linear for its inputs. O = outputs, I = inputs, R = rank.
 
-K = min(O, I). A metric says what the inputs are like: None (all directions alike), a vector of I weights (squared
-magnitudes of channels), or their Gram matrix I×I. Everything is computed in float64: spectra fall over many decades.
+K = min(O, I). A metric describes the inputs: None (all directions alike), a vector of I weights (squared magnitudes of
+channels), or their Gram matrix I×I. Everything is computed in float64, because spectra span many orders of magnitude.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Spectrum:
         return float(self.energy_K[rank:].sum())
 
     def lost(self, rank: int) -> float:
-        """The same as a share of the whole squared output; 0 when there is none."""
+        """The same as a fraction of the squared output; 0 if that is 0."""
         total = float(self.energy_K.sum())
         return self.discarded(rank) / total if total > 0 else 0.0
 

@@ -1,6 +1,7 @@
-"""Small integers as a stream of bits: a row of 3-bit codes takes three bits a code. O = rows, I = codes, B = bytes.
+"""Packs small integers into a bit stream: a row of 3-bit codes takes three bits per code. O = rows, I = codes, B =
+bytes.
 
-Ternary codes lie five to a byte, as digits to the base 3.
+Ternary codes are packed five to a byte, as base-3 digits.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+
 TRITS_IN_BYTE = 5
-"""3⁵ = 243: 1.6 bits a code, where log₂ 3 = 1.585 would be the least."""
+"""3⁵ = 243: 1.6 bits per code; log₂ 3 = 1.585 would be the minimum."""
 
 
 def packed_bytes(count: int, bits: int) -> int:

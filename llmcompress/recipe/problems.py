@@ -1,4 +1,4 @@
-"""What pydantic found → one CompressError: the line, the nearest key, what to write instead."""
+"""Converts pydantic's errors into one CompressError: the line, the nearest key, what to write instead."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Problems:
         self.found.append(CompressError(code, what, where=where, fix=fix, exit_code=ExitCode.USAGE))
 
     def first(self) -> CompressError:
-        """The first, which tells of all others and where they are."""
+        """The first problem as an error, which lists the others."""
         first, *others = sorted(self.found, key=_by_line)
         more = "; ".join(f"{other.where}: {other.what}" for other in others)
         fix = f"{first.fix}\n  also: {more}" if more else first.fix
@@ -42,13 +42,13 @@ class Problems:
 
 
 def explain(problems: Problems, document: Document, schema: Schema, error: ErrorDetails) -> None:
-    """Add one of pydantic's errors in words that name what to write."""
+    """Add one of pydantic's errors, with what to write instead."""
     path: Path = error["loc"]
     where, key = document.where(path), str(path[-1]) if path else document.name
     cause = error.get("ctx", {}).get("error")
     if error["type"] == "extra_forbidden":
         fix = _below_a_stage(schema, path) or did_you_mean(key, keys_at(schema, path[:-1]))
-        problems.add("recipe.unknown-key", f"there is no option {key!r} here", where, fix)
+        problems.add("recipe.unknown-key", f"unknown option {key!r}", where, fix)
     elif error["type"] == "missing":
         problems.add("recipe.missing", f"{key!r} is missing", where, f"write `{key}:`")
     elif isinstance(cause, CompressError):
@@ -78,10 +78,10 @@ def _by_line(error: CompressError) -> tuple[int, bool]:
 
 
 def _below_a_stage(schema: Schema, path: Path) -> str | None:
-    """What to write where a pass stands at the top of a recipe."""
+    """What to write if a pass is at the top level of a recipe."""
     stages = [key for key in keys_at(schema, ()) if len(path) == 1 and holds_named(schema, (key,))]
     found = (key for key in stages if path[0] in keys_at(schema, (key, 0)))
-    return next((f"write it below `{key}:`, as `  - {path[0]}`" for key in found), None)
+    return next((f"write it under `{key}:`, as `  - {path[0]}`" for key in found), None)
 
 
 def _allowed_words(schema: Schema, path: Path) -> list[str]:
@@ -97,14 +97,14 @@ def _shown(document: Document, path: Path, error: ErrorDetails) -> str:
 
 
 def _rewrite(key: str, wanted: set[str], value: Any, raw: str, keys: list[str]) -> str:
-    """The line to write instead, where the meaning is plain."""
+    """The line to write instead, if the intention is clear."""
     number = raw.replace("_", "")
     if value is None:
-        return "give it a value or leave the key out"
+        return "give it a value or remove the key"
     if "object" in wanted:
         return f"write a mapping with some of {', '.join(keys)}" if keys else "write a mapping"
     if wanted == {"array"}:
-        return "begin every item with `- `" if isinstance(value, dict) else f"write `{key}: [{raw}]`"
+        return "start every item with `- `" if isinstance(value, dict) else f"write `{key}: [{raw}]`"
     if isinstance(value, dict | list):
         return f"write `{key}: value` on one line"
     if "boolean" in wanted and raw.lower() in _BOOLEANS:

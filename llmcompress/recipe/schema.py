@@ -1,4 +1,4 @@
-"""The JSON Schema of a recipe, and the questions asked of it: what may stand at this path?"""
+"""The JSON Schema of a recipe, and queries on it: what may be at this path?"""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import Any
 from pydantic import BaseModel
 
 from llmcompress.recipe.document import Path
-from llmcompress.recipe.model import Recipe
 
 Schema = dict[str, Any]
 
 
-def json_schema(kind: type[BaseModel] = Recipe) -> Schema:
-    """A whole recipe for editors, with the options of everything that is registered."""
+def schema_of(kind: type[BaseModel]) -> Schema:
+    """A whole recipe of that kind, with the options of everything that is registered."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **kind.model_json_schema()}
 
 

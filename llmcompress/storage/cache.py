@@ -1,4 +1,4 @@
-"""Tensors that took long to compute, kept for later runs: bounded in size, shared by processes, checked when read."""
+"""A cache of tensors for later runs: bounded in size, shared by processes, verified when read."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def cache_folder() -> Path:
 class TensorCache:
     """Named tensors by key, one safetensors file each.
 
-    A file appears complete or not at all, so processes may share a folder without a lock: whoever writes a key last
+    A file appears complete or not at all, so processes may share a folder without a lock: the last one to write a key
     writes what the others wrote. What is missing, damaged or cannot be written is computed again, never an error.
     """
 

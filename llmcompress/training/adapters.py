@@ -1,4 +1,4 @@
-"""Low-rank adapters: merged into weights without a trace, or left as branches beside codes, which do not change."""
+"""Low-rank adapters (LoRA): merged into dense weights, or kept as branches on quantized ones."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def adapted(sites: Sequence[LinearSite], *, rank: int, scale: float, seed: int) 
 
 
 def _branch(site: LinearSite, base: nn.Module, rank: int) -> CorrectedLinear:
-    """The module with a branch beside it that adds nothing yet."""
+    """The module with a branch that adds zero."""
     like = next(tensor for tensor in (*base.parameters(), *base.buffers()))
     left_OR, right_RI = _factors(site.info.outputs, site.info.inputs, rank, like=like.new_empty(0, dtype=torch.float32))
     return CorrectedLinear(base, linear_of(right_RI, None), linear_of(left_OR, None)).train(base.training)

@@ -95,7 +95,7 @@ class FakePipeline(types.ModuleType):
         progress.stage("compress", 2)
         progress.note("a decision")
         progress.step("block 1/2")
-        return report()
+        return types.SimpleNamespace(report=report())
 
     def plan(self, model, recipe, *, offload, machine):
         self._called(model, recipe)

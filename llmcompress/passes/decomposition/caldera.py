@@ -1,4 +1,4 @@
-"""CALDERA: codes plus a low-rank branch, in turns: each repairs what the other leaves. O = outputs, I = inputs."""
+"""CALDERA: codes plus a low-rank branch, optimized alternately. O = outputs, I = inputs."""
 
 from __future__ import annotations
 
@@ -23,28 +23,29 @@ from llmcompress.records.rows import SiteReport
 
 @PASSES.register("caldera")
 class Caldera(QuantizingPass):
-    """W ≈ Q + L R: the branch takes what codes cannot hold, the codes take the rest, over and over; the best is kept.
+    """Approximate W by Q + L R, quantized weights plus a low-rank branch, with alternating updates; the best iterate is
+    kept.
 
-    The codes alone, and the codes alone with a branch for their error, are the first two candidates, so a site is
-    never worse than gptq.
+    The first two candidates are plain gptq and gptq with a branch fitted to its error, so a site is never worse than
+    gptq.
 
-    Source: Saha et al., arXiv 2405.18886, Algorithm 1. Differs: Q comes from `gptq` on integer grids, not from a
+    Source: Saha et al., arXiv 2405.18886, Algorithm 1. Differs: Q comes from `gptq` on integer grids instead of a
     lattice; no Hadamard rotation.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"codes", "factors"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
-        "zeros": "would fill zeros with its dense branch",
-        "pattern": "would fill zeros with its dense branch",
+        "zeros": "would fill zeros through its dense branch",
+        "pattern": "would fill zeros through its dense branch",
     }
 
     sitewise: ClassVar[bool] = False
 
-    scheme: str = Field("int2_g64", description=f"of the codes: {DESCRIPTION}")
-    rank: int = Field(64, ge=0, description="of the branch; 0: gptq alone")
-    iterations: int = Field(10, ge=1, le=100, description="turns of branch and codes after the first candidate")
+    scheme: str = Field("int2_g64", description=f"scheme of the codes: {DESCRIPTION}")
+    rank: int = Field(64, ge=0, description="rank of the low-rank branch; 0: gptq alone")
+    iterations: int = Field(10, ge=1, le=100, description="alternating updates of branch and codes")
     factor_scheme: str | None = Field(
-        None, description="of the factors, e.g. int8_channel; null: the dtype of the model"
+        None, description="scheme of the factors, e.g. int8_channel; null: the model's dtype"
     )
 
     @field_validator("factor_scheme")
@@ -57,11 +58,11 @@ class Caldera(QuantizingPass):
         return (Gram, *self.activation_statistics())
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
-        """Find codes and branch of every site by itself."""
+        """Find codes and branch of every site separately."""
         rows = []
         for site in sites:
             if self.scheme_for(site.name, site.info.inputs):
-                block.context.progress.inside(f"caldera {site.info.name}")
+                block.context.progress.substep(f"caldera {site.info.name}")
                 rows.append(self.for_site(site.name)._compress(block, site))
         return rows
 

@@ -56,7 +56,7 @@ class BlockTraining:
         """So many parts to learn from, each pass over them in a new order; tells how far it is."""
         due: list[int] = []
         for step in range(count):
-            self._block.context.progress.inside(title, done=step, total=count)
+            self._block.context.progress.substep(title, done=step, total=count)
             due = due or self._order(len(self._teaching))
             yield step, self._teaching[due.pop()]
 

@@ -1,4 +1,6 @@
-"""Which way every weight is rounded, learned block by block. O = outputs, I = inputs, G = groups."""
+"""Learned rounding: whether each weight is rounded up or down, learned block by block. O = outputs, I = inputs, G =
+groups.
+"""
 
 from __future__ import annotations
 
@@ -30,25 +32,26 @@ _NARROWEST, _WIDEST = 0.7, 1.2
 
 @PASSES.register("learned_rounding")
 class LearnedRounding(QuantizingPass):
-    """Round each weight up or down, and stretch each scale, so that the block's output errs least on calibration data.
+    """Learn whether to round each weight up or down, and each scale, to minimize the block's output error on
+    calibration data.
 
-    The block reads what the compressed blocks before it give, and is to give what it gave in the dense model.
-    A step looks at a few windows (of every process), and all offsets and scales move by the same small length against
-    the sign of their gradients; the length falls to zero. Of the steps the one stays that errs least on windows kept
-    apart; a block where that is none keeps plain rounding. Better at 2 and 3 bits than what looks at one linear at a
-    time, at dozens of times the work; `gsq` begins at gptq's codes and needs a third of the steps.
+    The block's inputs come from the compressed blocks before it; its targets are the dense model's outputs. Each step
+    uses a few windows (per process) and moves all offsets and scales against the sign of their gradients, with a
+    learning rate that falls to zero. The step with the least error on held-out windows is kept; a block where none
+    improves on rounding to nearest is rounded to nearest. Better at 2 and 3 bits than methods that treat one linear at
+    a time, at dozens of times the cost.
 
-    Source: Cheng et al., arXiv 2309.05516 (SignRound). Differs: ranges are searched on Gram matrices first and scales
-    move around what was found; errors of a token are relative to its length; a step looks at one window and not at
-    eight, so that 200 cost what 25 do there.
+    Source: Cheng et al., arXiv 2309.05516 (SignRound). Differs: ranges are first searched on Gram matrices, and scales
+    are learned around them; each token's error is relative to its norm; a step uses one window, not eight, so 200 steps
+    cost as much as 25 do there.
     """
 
     sitewise: ClassVar[bool] = False
     whole_block: ClassVar[frozenset[str]] = frozenset({"steps", "windows", "rate"})
 
-    steps: int = Field(200, ge=1, description="steps in every block")
-    windows: int = Field(1, ge=1, description="windows that one step looks at")
-    rate: float | None = Field(None, gt=0, le=1, description="length of the first step (1 ÷ steps)")
+    steps: int = Field(200, ge=1, description="optimization steps per block")
+    windows: int = Field(1, ge=1, description="windows per step")
+    rate: float | None = Field(None, gt=0, le=1, description="initial learning rate (1 ÷ steps)")
 
     @field_validator("scheme")
     @classmethod
@@ -82,7 +85,11 @@ class LearnedRounding(QuantizingPass):
         for site, module in learning.items():
             site.replace(module)
         least = self._learn(BlockTraining(block, windows=self.windows), list(learning.values()))
-        why = None if least.error < least.first else "what was learned ended worse than plain rounding: kept that"
+        why = (
+            None
+            if least.error < least.first
+            else "learned rounding did worse than rounding to nearest: rounded to nearest"
+        )
         rows = []
         for site, module in learning.items():
             site.replace(dense[site])
@@ -118,7 +125,7 @@ class LearnedRounding(QuantizingPass):
 
 
 class _Learning(nn.Module):
-    """Stands in for a linear while its rounding is learned."""
+    """Replaces a linear while its rounding is learned."""
 
     def __init__(self, site: LinearSite, scheme: Scheme) -> None:
         super().__init__()

@@ -1,0 +1,68 @@
+"""A document, or plain data made in Python → a checked recipe; what can be known without the model is refused here."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from llmcompress.errors import CompressError, ExitCode
+from llmcompress.passes.base import PASSES, Pass
+from llmcompress.recipe.document import MAX_DEPTH, Document
+from llmcompress.recipe.order import check_order_of_globs
+from llmcompress.recipe.overrides import with_set
+from llmcompress.recipe.problems import Problems, explain
+from llmcompress.recipe.schema import schema_of
+from llmcompress.recipe.stages import stages_of
+
+R = TypeVar("R", bound=BaseModel)
+
+
+def check_document(document: Document, kind: type[R], *, settings: Sequence[str] = ()) -> R:
+    """A document, changed by settings, as a recipe of that kind; every value is checked against its type.
+
+    Raises: CompressError for the first problem; it also lists the others.
+    """
+    if settings:
+        document = with_set(document, settings, stages_of(kind), schema_of(kind))
+    try:
+        # as JSON and strict: lists may be tuples, but "4" is not 4 and 1 is not true
+        recipe = kind.model_validate_json(json.dumps(document.data), strict=True)
+    except ValidationError as found:
+        problems, schema = Problems(), schema_of(kind)
+        for error in found.errors():
+            explain(problems, document, schema, error)
+        raise problems.first() from None
+    check_order_of_globs(getattr(recipe, "passes", ()), document)
+    return recipe
+
+
+def plain_data(value: Any, *, where: str = "recipe", depth: int = 0) -> Any:
+    """Data made in Python as a document holds it: passes become their name and options, tuples lists, paths text.
+
+    Raises: CompressError for what a recipe cannot hold.
+    """
+    if depth > MAX_DEPTH:
+        raise _refused("recipe.too-large", f"nested deeper than {MAX_DEPTH} levels", where, "write a flat recipe")
+    if isinstance(value, Pass):
+        return {PASSES.name_of(type(value)): value.model_dump(mode="json")}
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {str(key): plain_data(item, where=f"{where}.{key}", depth=depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_data(item, where=f"{where}.{index}", depth=depth + 1) for index, item in enumerate(value)]
+    if isinstance(value, PurePath):
+        return str(value)
+    if value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    what = f"a recipe cannot hold {value!r:.80} ({type(value).__name__})"
+    raise _refused("recipe.type", what, where, "use text, numbers, true or false, lists, mappings, or passes")
+
+
+def _refused(code: str, what: str, where: str, fix: str) -> CompressError:
+    return CompressError(code, what, where=where, fix=fix, exit_code=ExitCode.USAGE)
