@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 TRITS_IN_BYTE = 5
 """3⁵ = 243: 1.6 bits per code; log₂ 3 = 1.585 would be the minimum."""
 

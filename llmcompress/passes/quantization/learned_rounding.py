@@ -102,7 +102,7 @@ class LearnedRounding(QuantizingPass):
                     error=least.error,
                     error_before=least.first,
                     tokens=site.statistic(Gram).tokens,
-                    degraded=why,
+                    degraded=None if least.error < least.first else failed,
                 )
             )
         return rows
