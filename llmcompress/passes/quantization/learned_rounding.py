@@ -85,11 +85,7 @@ class LearnedRounding(QuantizingPass):
         for site, module in learning.items():
             site.replace(module)
         least = self._learn(BlockTraining(block, windows=self.windows), list(learning.values()))
-        why = (
-            None
-            if least.error < least.first
-            else "learned rounding did worse than rounding to nearest: rounded to nearest"
-        )
+        failed = "learned rounding did worse than rounding to nearest: rounded to nearest"
         rows = []
         for site, module in learning.items():
             site.replace(dense[site])
