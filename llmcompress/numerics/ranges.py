@@ -15,8 +15,9 @@ from torch.nn import functional
 from llmcompress.numerics.formats import E4M3, POWER_OF_TWO, TWO_LEVEL, NumberFormat, power_of_two, shared_scale
 from llmcompress.numerics.grid import Fitted, Grid, grouped, row_pieces
 
-RangeSearch = Literal["minmax", "mse"]
-"""Cover a group's whole range, or the shrunken range whose rounding error is least."""
+RangeSearch = Literal["minmax", "mse", "joint"]
+"""Cover a group's whole range, or the shrunken range with the least rounding error; joint: besides, scales with every
+zero point near the middle, or with either sign."""
 
 
 def fit(
@@ -39,6 +40,9 @@ def fit(
     when `gram_II` is given (AWQ's clipping), plain squared error otherwise. In groups wider than 256, whole rows above
     all, errors of inputs are taken as independent there: ten products with the whole matrix would cost more than all
     else that is done to a site. `shared` is for a part of a matrix whose two-level scales have been begun.
+
+    With `search="joint"` thirteen scales are tried after that, each with both signs or with three zero points: two to
+    four times the trials. Grids of floats have neither.
 
     A ternary grid has no range to cover: its scale is the mean magnitude of what is not zero, and a search widens it.
 
@@ -63,12 +67,16 @@ def fit(
         return best
     gram_GNN = None if gram_II is None else _seen_by_groups(gram_II, grid)
     ranges = _Ranges(bottom_OG, top_OG, scale_dtype, shared)
+
+    def searched(weight_OGN: Tensor, ranges: _Ranges, first: Fitted) -> Fitted:
+        found = _search(weight_OGN, ranges, first, gram_GNN)
+        jointly = search == "joint" and grid.number is None
+        return _search_jointly(weight_OGN, ranges, found, gram_GNN) if jointly else found
+
     if grid.scales.single:
-        return _search(grouped_OGN, ranges, best, gram_GNN)
+        return searched(grouped_OGN, ranges, best)
     # rows are independent: in pieces, a trial needs little memory besides the weights
-    found = [
-        _search(grouped_OGN[piece], ranges.rows(piece), best.rows(piece), gram_GNN) for piece in row_pieces(weight_OI)
-    ]
+    found = [searched(grouped_OGN[piece], ranges.rows(piece), best.rows(piece)) for piece in row_pieces(weight_OI)]
     return replace(
         best,
         scale_OG=torch.cat([each.scale_OG for each in found]),
@@ -117,6 +125,7 @@ _COARSE = (-0.15, -0.3, -0.45)
 _FINE = (-0.05, 0.05)
 _WIDER = ((0.25, 0.5, 0.75), (-0.125, 0.125))
 """Of normal weights the best ternary scale is 1.53 times their mean magnitude."""
+_JOINT_FACTORS = tuple(0.4 + 0.06 * step for step in range(13))
 _WIDE = 256
 _NARROWEST, _WIDEST = 0.5, 2.0
 
@@ -142,24 +151,41 @@ def _search(grouped_OGN: Tensor, ranges: _Ranges, best: Fitted, gram_GNN: Tensor
         around_OG = factor_OG
         for step in steps:
             tried_OG = (around_OG + step).clamp(_NARROWEST, _WIDEST)
-            ranged = _from_range(bottom_OG * tried_OG, top_OG * tried_OG, grid, scale_dtype, shared)
-            for trial in (ranged, *_moved(ranged)):
-                error_OG = _error(grouped_OGN, trial, gram_GNN)
-                best = lesser(trial, best, error_OG, best_error_OG)
-                factor_OG = torch.where(error_OG < best_error_OG, tried_OG, factor_OG)
-                best_error_OG = torch.where(error_OG < best_error_OG, error_OG, best_error_OG)
+            trial = _from_range(bottom_OG * tried_OG, top_OG * tried_OG, grid, scale_dtype, shared)
+            error_OG = _error(grouped_OGN, trial, gram_GNN)
+            best = lesser(trial, best, error_OG, best_error_OG)
+            factor_OG = torch.where(error_OG < best_error_OG, tried_OG, factor_OG)
+            best_error_OG = torch.where(error_OG < best_error_OG, error_OG, best_error_OG)
     return best
 
 
-def _moved(ranged: Fitted) -> list[Fitted]:
-    """The same steps elsewhere: one more code on the other side of zero, or the zero point next to it."""
-    grid = ranged.grid
+def _search_jointly(grouped_OGN: Tensor, ranges: _Ranges, best: Fitted, gram_GNN: Tensor | None) -> Fitted:
+    """The best of many scales, each with both signs or with several zero points; or `best`.
+
+    Source: the search of Lin et al., arXiv 2505.17595 (NeUQI). Differs: a fixed list of scales and integer zero points.
+    """
+    full = _from_range(ranges.bottom_OG, ranges.top_OG, best.grid, ranges.scale_dtype, ranges.shared)
+    middle_OG = (grouped_OGN.amax(-1) + grouped_OGN.amin(-1)) / 2
+    best_error_OG = _error(grouped_OGN, best, gram_GNN)
+    for factor in _JOINT_FACTORS:
+        scale_OG = (full.scale_OG * factor).to(ranges.scale_dtype).to(full.scale_OG.dtype)
+        scale_OG = torch.where(scale_OG != 0, scale_OG, full.scale_OG)
+        for trial in _same_scale(replace(full, scale_OG=scale_OG), middle_OG):
+            error_OG = _error(grouped_OGN, trial, gram_GNN)
+            best = lesser(trial, best, error_OG, best_error_OG)
+            best_error_OG = torch.minimum(error_OG, best_error_OG)
+    return best
+
+
+def _same_scale(trial: Fitted, middle_OG: Tensor) -> list[Fitted]:
+    """Grids with that step: the extra code on either side of zero, or zero points around the middle of the weights."""
+    grid = trial.grid
     if grid.mirrors:
-        return [replace(ranged, scale_OG=-ranged.scale_OG)]
-    if grid.number is None and not grid.symmetric:
-        zeros = [(ranged.zero_OG + by).clamp(grid.low, grid.high) for by in (-1, 1)]
-        return [replace(ranged, zero_OG=zero_OG) for zero_OG in zeros]
-    return []
+        return [trial, replace(trial, scale_OG=-trial.scale_OG)]
+    if grid.symmetric:
+        return [trial]
+    centre_OG = ((grid.low + grid.high) / 2 - middle_OG / trial.scale_OG).round()
+    return [replace(trial, zero_OG=(centre_OG + by).clamp(grid.low, grid.high)) for by in (-1, 0, 1)]
 
 
 def _from_range(

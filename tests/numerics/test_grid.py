@@ -127,5 +127,21 @@ def test_a_searched_ternary_scale_is_the_best_one_of_normal_weights() -> None:
 def test_a_search_of_ranges_may_give_the_extra_code_to_the_shorter_side() -> None:
     weight_OI = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
     grid = Grid(2, group=32)
-    full, found = fit(weight_OI, grid), fit(weight_OI, grid, search="mse")
+    full, found = fit(weight_OI, grid), fit(weight_OI, grid, search="joint")
     assert 0 < float((full.scale_OG * found.scale_OG < 0).double().mean()) < 0.5
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("with_gram", [True, False])
+def test_a_joint_search_is_never_worse_than_one_of_ranges_group_by_group(symmetric: bool, with_gram: bool) -> None:
+    weight_OI, x_TI = weights(6, 64, 0), weights(100, 64, 1)
+    gram_II = x_TI.T @ x_TI
+    grid, lost = Grid(3, symmetric, 16), {}
+    for search in ("mse", "joint"):
+        fitted = fit(weight_OI, grid, search=search, gram_II=gram_II if with_gram else None)
+        difference_OI = restore(round_to_codes(weight_OI, fitted), fitted) - weight_OI
+        parts = difference_OI.split(16, 1)
+        seen = [gram_II[at : at + 16, at : at + 16] if with_gram else torch.eye(16).double() for at in range(0, 64, 16)]
+        lost[search] = torch.stack([((part @ of) * part).sum(1) for part, of in zip(parts, seen, strict=True)])
+    assert bool((lost["joint"] <= lost["mse"] * (1 + 1e-9)).all())
+    assert float(lost["joint"].sum()) < 0.99 * float(lost["mse"].sum())

@@ -109,17 +109,16 @@ def test_a_search_over_wide_rows_finds_what_a_loop_over_its_candidates_finds() -
     plain = fit(weight, grid, scale_dtype=torch.float64)
     for row in range(4):
 
-        def lost(tried: tuple[float, int], row: int = row) -> float:
-            weight_I, (factor, shift) = weight[row], tried
+        def lost(factor: float, row: int = row) -> float:
+            weight_I = weight[row]
             top, bottom = weight_I.max().clamp_min(0) * factor, weight_I.min().clamp_max(0) * factor
             scale = (top - bottom) / (grid.high - grid.low)
-            zero = ((grid.low - bottom / scale).round().clamp(grid.low, grid.high) + shift).clamp(grid.low, grid.high)
+            zero = (grid.low - bottom / scale).round().clamp(grid.low, grid.high)
             codes = (weight_I / scale + zero).round().clamp(grid.low, grid.high)
             return float((((codes - zero) * scale - weight_I).square() * energy_I).sum())
 
-        coarse = min([(1.0, 0), *((factor, shift) for factor in (0.85, 0.7, 0.55) for shift in (0, -1, 1))], key=lost)
-        fine = ((coarse[0] + step, shift) for step in (-0.05, 0.05) for shift in (0, -1, 1))
-        best, _ = min([coarse, *fine], key=lost)
+        coarse = min((1.0, 0.85, 0.7, 0.55), key=lost)
+        best = min((coarse, coarse - 0.05, coarse + 0.05), key=lost)
         assert float(found.scale_OG[row, 0]) == pytest.approx(float(plain.scale_OG[row, 0]) * best, rel=1e-9)
 
 
