@@ -42,7 +42,9 @@ class GPTQ(QuantizingPass):
         False, description="recalibrate after every group of sites that share an input (true sequential)"
     )
     range: RangeSearch = Field(
-        "mse", description="mse: clip ranges to minimize the output error; minmax: cover all values"
+        "mse",
+        description="mse: clip ranges to minimize the output error; joint: also search signs or zero points; "
+        "minmax: cover all values",
     )
 
     def needs(self) -> tuple[type[Statistic], ...]:
