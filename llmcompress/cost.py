@@ -91,16 +91,16 @@ def must_offload(offload: Offload, passes: Sequence[Pass], *, weight_bytes: int,
     if offload == "always" and processes > 1:
         raise CompressError(
             "memory.processes",
-            f"{processes} processes share one run, and weights on disk serve one process only",
-            fix="run it in one process, or use --offload never",
+            f"disk offload supports a single process, and {processes} were started",
+            fix="start without torchrun, or set offload to never",
             exit_code=ExitCode.USAGE,
         )
     if offload == "always" and blocked:
         raise CompressError(
             "memory.needed",
-            "some passes need the whole model in memory",
+            "some passes need the whole model in memory, which disk offload does not give them",
             where=", ".join(blocked),
-            fix="use --offload never, or leave these passes out",
+            fix="set offload to never, or remove these passes",
             exit_code=ExitCode.USAGE,
         )
     too_large = 2 * weight_bytes > _SHARE_OF_MEMORY * psutil.virtual_memory().available

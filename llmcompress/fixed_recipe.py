@@ -20,7 +20,7 @@ from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.probe import map_model
 from llmcompress.passes.apply import apply_passes, stages
 from llmcompress.passes.base import Pass
-from llmcompress.planning import aimed_at_target, check_recipe, check_texts, storage_dtype_of
+from llmcompress.planning import check_recipe, check_texts, storage_dtype_of, within_target_limits
 from llmcompress.presets import as_recipe
 from llmcompress.progress import Progress, Silent
 from llmcompress.recipe import Recipe
@@ -35,7 +35,7 @@ def allocate(
     Raises: CompressError when no pass decides anything that a recipe can say, and for all that `compress` refuses.
     """
     progress = progress or Silent()
-    chosen = aimed_at_target(as_recipe(recipe).for_model(model))
+    chosen = within_target_limits(as_recipe(recipe).for_model(model))
     check_texts(chosen)
     progress.stage("load", 1)
     source = find_source(str(chosen.model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
@@ -66,11 +66,11 @@ def allocate(
         experts=chosen.calibration.experts,
         progress=progress,
     )
-    passes = settled_passes(WholeModel(loaded.model, model_map, context), chosen.passes)
+    passes = decided_passes(WholeModel(loaded.model, model_map, context), chosen.passes)
     return chosen.model_copy(update={"passes": passes})
 
 
-def settled_passes(whole: WholeModel, passes: Sequence[Pass]) -> tuple[Pass, ...]:
+def decided_passes(whole: WholeModel, passes: Sequence[Pass]) -> tuple[Pass, ...]:
     """The passes with all decisions taken, each on the model as those before it leave it. The model is changed.
 
     Raises: CompressError when nothing was decided that options can say.
@@ -92,8 +92,8 @@ def settled_passes(whole: WholeModel, passes: Sequence[Pass]) -> tuple[Pass, ...
     if tuple(settled) == tuple(passes):
         raise CompressError(
             "recipe.nothing-to-allocate",
-            "no pass of the recipe decides anything that a recipe can say",
-            fix="write one that does, e.g. `- mixed_precision: {bits: 3.5, quantizer: {gptq: {}}}`",
+            "no pass of the recipe makes a decision that can be written into a recipe",
+            fix="add a pass that allocates, e.g. `- mixed_precision: {bits: 3.5, quantizer: {gptq: {}}}`",
             exit_code=ExitCode.USAGE,
         )
     return tuple(settled)

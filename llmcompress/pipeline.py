@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.data import CalibrationData, calibration_windows
 from llmcompress.calibration.devices import usable_device
-from llmcompress.calibration.process_group import joined_processes, own_device
+from llmcompress.calibration.process_group import own_device, process_group
 from llmcompress.calibration.sources import overlap_warning
 from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
 from llmcompress.cost import Machine, Offload
@@ -27,7 +27,7 @@ from llmcompress.evaluation.perplexity import measure
 from llmcompress.evaluation.settings import BUNDLED_TEXT, PerplexityTask
 from llmcompress.evaluation.speed import SpeedResult, speed_of
 from llmcompress.evaluation.texts import EvaluationText, evaluation_text
-from llmcompress.exporters.companions import companions
+from llmcompress.exporters.auxiliary_files import copy_auxiliary_files
 from llmcompress.exporters.save import save_model
 from llmcompress.loading.config import read_config
 from llmcompress.loading.load import load_tokenizer
@@ -35,9 +35,9 @@ from llmcompress.loading.source import find_source
 from llmcompress.model.describe import describe
 from llmcompress.model.probe import probe
 from llmcompress.passes.apply import apply_passes, steps
-from llmcompress.passes.together import Together
-from llmcompress.planning import Plan, aimed_at_target, make_plan, refused
-from llmcompress.preparation import Order, Prepared, prepare
+from llmcompress.passes.shared_resume_store import SharedResumeStore
+from llmcompress.planning import Plan, make_plan, refused, within_target_limits
+from llmcompress.preparation import CompressionRequest, Prepared, prepare
 from llmcompress.presets import as_recipe
 from llmcompress.progress import Progress, Silent
 from llmcompress.recipe import Recipe
@@ -76,10 +76,10 @@ def compress(
 
     Raises: CompressError for everything a user can cause.
     """
-    chosen = aimed_at_target(as_recipe(recipe).for_model(model))
+    chosen = within_target_limits(as_recipe(recipe).for_model(model))
     where = own_device(usable_device(device))
-    with joined_processes(where) as processes:
-        order = Order(
+    with process_group(where) as processes:
+        request = CompressionRequest(
             recipe=chosen,
             output=Path(output),
             device=where,
@@ -89,90 +89,94 @@ def compress(
             offload=offload,
             progress=progress if progress and processes.is_first else Silent(),
         )
-        return _compress(order)
+        return _compress(request)
 
 
-def _compress(order: Order) -> Report:
-    recipe, processes, clock = order.recipe, order.processes, Stopwatch()
-    prepared = prepare(order)
+def _compress(request: CompressionRequest) -> Report:
+    recipe, processes, clock = request.recipe, request.processes, Stopwatch()
+    prepared = prepare(request)
     clock.lap("load")
-    with _opened_run(order, prepared) as run:
+    with _opened_run(request, prepared) as run:
         torch.manual_seed(recipe.seed)
-        data = _calibration(order, prepared)
+        data = _calibration(request, prepared)
         clock.lap("calibration text")
-        dense = _dense(order, prepared) if processes.is_first else []
+        dense = _dense(request, prepared) if processes.is_first else []
         clock.lap("evaluate dense")
-        order.progress.stage("compress", steps(recipe.passes, prepared.map))
-        context = _context(order, prepared, data, run)
+        request.progress.stage("compress", steps(recipe.passes, prepared.map))
+        context = _context(request, prepared, data, run)
         model, rows = apply_passes(prepared.loaded.model, prepared.map, recipe.passes, context)
         clock.lap("compress")
         if run is None:  # the first process evaluates and writes
-            return processes.same(Report.model_construct())
+            return processes.broadcast(Report.model_construct())
         measured: list[Measurement] = [each.perplexity() for each in dense]
-        with TorchRunner(model, weights_at=prepared.weights_at, device=order.device) as runner:
-            measured += against_dense(runner, dense, order.progress)
+        with TorchRunner(model, weights_at=prepared.weights_at, device=request.device) as runner:
+            measured += against_dense(runner, dense, request.progress)
         clock.lap("evaluate compressed")
-        report = _report(order, prepared, data, rows).with_measurements([*measured, *clock.stages()])
-        order.progress.stage("save", 1)
-        report = _save(order, prepared, model, report)
-        order.progress.step(order.output.name)
+        report = _report(request, prepared, data, rows).with_measurements([*measured, *clock.stages()])
+        request.progress.stage("save", 1)
+        report = _save(request, prepared, model, report)
+        request.progress.step(request.output.name)
         run.discard()
-    return processes.same(report)
+    return processes.broadcast(report)
 
 
-def _opened_run(order: Order, prepared: Prepared) -> AbstractContextManager[Run | None]:
+def _opened_run(request: CompressionRequest, prepared: Prepared) -> AbstractContextManager[Run | None]:
     """The run folder, in the first process alone."""
-    if not order.processes.is_first:
+    if not request.processes.is_first:
         return nullcontext()
-    recipe, model = order.recipe, prepared.loaded.source.name
+    recipe, model = request.recipe, prepared.loaded.source.name
     # what must not change between a killed run and its resumption, or the halves would not fit together
     short = {name: digest[:16] for name, digest in prepared.identity.items()}
     fingerprint = {"recipe": recipe.hash(), **short, "model": model, **versions()}
-    run = Run.open(order.output, fingerprint=fingerprint, lock_text=recipe.to_yaml(), fresh=order.fresh)
+    run = Run.open(request.output, fingerprint=fingerprint, lock_text=recipe.to_yaml(), fresh=request.fresh)
     run.log("begun", model=model, recipe=recipe.hash(), saved=run.saved)
     return run
 
 
-def _context(order: Order, prepared: Prepared, data: CalibrationData | None, run: Run | None) -> RunContext:
+def _context(
+    request: CompressionRequest, prepared: Prepared, data: CalibrationData | None, run: Run | None
+) -> RunContext:
     return RunContext(
         data.windows_NT if data else torch.zeros(0, 1, dtype=torch.long),
-        batch=order.recipe.calibration.batch,
-        device=order.device,
+        batch=request.recipe.calibration.batch,
+        device=request.device,
         storage_dtype=prepared.storage_dtype,
-        seed=order.recipe.seed,
+        seed=request.recipe.seed,
         weights_at=prepared.weights_at,
-        experts=order.recipe.calibration.experts,
-        processes=order.processes,
-        keep=run if order.processes.count == 1 else Together(run, order.processes),
-        progress=order.progress,
+        experts=request.recipe.calibration.experts,
+        processes=request.processes,
+        keep=run if request.processes.count == 1 else SharedResumeStore(run, request.processes),
+        progress=request.progress,
     )
 
 
-def _dense(order: Order, prepared: Prepared) -> list[DenseScores]:
+def _dense(request: CompressionRequest, prepared: Prepared) -> list[DenseScores]:
     """What the model says of every text before anything is done to it."""
     known = versions()
     return dense_scores(
         prepared.texts,
-        lambda: TorchRunner(prepared.loaded.model, weights_at=prepared.weights_at, device=order.device),
+        lambda: TorchRunner(prepared.loaded.model, weights_at=prepared.weights_at, device=request.device),
         # offloaded weights compute in float32, whatever the files hold
         model={
             **prepared.identity,
             "dtype": "float32",
-            "device": order.device.type,
+            "device": request.device.type,
             **{name: known[name] for name in ("torch", "transformers")},
         },
         cache=TensorCache(cache_folder() / "scores"),
-        progress=order.progress,
+        progress=request.progress,
     )
 
 
-def _report(order: Order, prepared: Prepared, data: CalibrationData | None, rows: Sequence[SiteReport]) -> Report:
+def _report(
+    request: CompressionRequest, prepared: Prepared, data: CalibrationData | None, rows: Sequence[SiteReport]
+) -> Report:
     loaded, texts = prepared.loaded, prepared.texts
     about_data = [*data.warnings, *_overlaps(data, texts), *coverage_warnings(rows, prepared.map)] if data else []
     about_texts = [f"{text.name}: {warning}" for text in texts for warning in text.warnings]
     return Report(
         model=loaded.source.name,
-        recipe_hash=order.recipe.hash(),
+        recipe_hash=request.recipe.hash(),
         versions=versions(),
         machine=machine(),
         calibration_tokens=data.tokens if data else 0,
@@ -183,10 +187,10 @@ def _report(order: Order, prepared: Prepared, data: CalibrationData | None, rows
     )
 
 
-def _save(order: Order, prepared: Prepared, model: PreTrainedModel, report: Report) -> Report:
+def _save(request: CompressionRequest, prepared: Prepared, model: PreTrainedModel, report: Report) -> Report:
     """Write everything into a folder beside the output, then move it there in one step."""
-    recipe, loaded = order.recipe, prepared.loaded
-    with staging_folder(order.output) as staging:
+    recipe, loaded = request.recipe, prepared.loaded
+    with staging_folder(request.output) as staging:
         save_model(
             model,
             staging,
@@ -196,11 +200,11 @@ def _save(order: Order, prepared: Prepared, model: PreTrainedModel, report: Repo
             zero_points=recipe.save.zero_points,
             weights_at=prepared.weights_at,
         )
-        companions(loaded.source.folder, staging, loaded.tokenizer, loaded.preflight.generation_config)
+        copy_auxiliary_files(loaded.source.folder, staging, loaded.tokenizer, loaded.preflight.generation_config)
         finished = report.with_measurements([WeightBytes(of="compressed", bytes=bytes_on_disk(staging))])
         (staging / RECIPE).write_text(without_tokens(recipe.to_yaml()), encoding="utf-8")
         (staging / REPORT).write_text(without_tokens(finished.model_dump_json(indent=1)) + "\n", encoding="utf-8")
-        publish(staging, order.output, overwrite=order.overwrite)
+        publish(staging, request.output, overwrite=request.overwrite)
     return finished
 
 
@@ -211,7 +215,7 @@ def plan(
 
     Raises: CompressError for what `compress` would refuse.
     """
-    chosen = aimed_at_target(as_recipe(recipe).for_model(model))
+    chosen = within_target_limits(as_recipe(recipe).for_model(model))
     source = find_source(str(chosen.model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
     return make_plan(source, chosen, offload=offload, machine=machine)
 
@@ -287,8 +291,8 @@ class Stopwatch:
         return [StageSeconds(stage=name, seconds=seconds) for name, seconds in self._seconds.items()]
 
 
-def _calibration(order: Order, prepared: Prepared) -> CalibrationData | None:
-    recipe, loaded = order.recipe, prepared.loaded
+def _calibration(request: CompressionRequest, prepared: Prepared) -> CalibrationData | None:
+    recipe, loaded = request.recipe, prepared.loaded
     if not any(each.uses_data() for each in recipe.passes):
         return None
     with prepared.weights_at.running(loaded.model, torch.device("cpu")):
@@ -298,7 +302,7 @@ def _calibration(order: Order, prepared: Prepared) -> CalibrationData | None:
             max_positions=max_positions(loaded.model.config),
             seed=recipe.seed,
             model=loaded.model,
-            progress=order.progress,
+            progress=request.progress,
         )
     rows = loaded.preflight.contents.embedding_rows
     refuse_beyond_embedding(data.windows_NT, loaded.tokenizer, rows, where=f"calibration: {data.source}")

@@ -14,7 +14,7 @@ from llmcompress.calibration.sources import check_source
 from llmcompress.cost import Machine, Offload, cost, must_offload
 from llmcompress.errors import CompressError
 from llmcompress.exporters.choose import Choice, choose, limits_of
-from llmcompress.exporters.contents import foretold
+from llmcompress.exporters.contents import planned_contents
 from llmcompress.exporters.loader import Loader, loader_of
 from llmcompress.formats import plain
 from llmcompress.formats.named import Kind
@@ -26,7 +26,7 @@ from llmcompress.model.probe import probe
 from llmcompress.modules.scheme import Scheme
 from llmcompress.passes.apply import stages
 from llmcompress.passes.base import PASSES
-from llmcompress.passes.quantization.aim import aimed
+from llmcompress.passes.quantization.target_limits import within_limits
 from llmcompress.passes.schemes import site_schemes
 from llmcompress.progress import Progress
 from llmcompress.recipe.model import Recipe
@@ -163,14 +163,14 @@ def check_recipe(
         each.check_packages()
     for each in stages(recipe.passes)[0].passes:
         each.check(model_map)
-    contents = foretold(model_map, planned_schemes(recipe, model_map), loader, storage_dtype)
+    contents = planned_contents(model_map, planned_schemes(recipe, model_map), loader, storage_dtype)
     return choose(recipe.save.format, contents, zero_points=recipe.save.zero_points)
 
 
-def aimed_at_target(recipe: Recipe) -> Recipe:
+def within_target_limits(recipe: Recipe) -> Recipe:
     """The same recipe, whose quantizers respect from the start what the target that it names cannot hold."""
     limits = limits_of(recipe.save.format)
-    return recipe.model_copy(update={"passes": tuple(aimed(each, limits) for each in recipe.passes)})
+    return recipe.model_copy(update={"passes": tuple(within_limits(each, limits) for each in recipe.passes)})
 
 
 def planned_schemes(recipe: Recipe, model_map: ModelMap) -> dict[str, Scheme]:

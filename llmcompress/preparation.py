@@ -26,12 +26,12 @@ from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
 from llmcompress.storage.disk import sha256
 from llmcompress.storage.folder import check_output, run_folder
-from llmcompress.storage.ours import begin_run_folder, remove_unused_run_folder
+from llmcompress.storage.ownership import begin_run_folder, remove_unused_run_folder
 from llmcompress.storage.paths import from_home
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class CompressionRequest:
     """What was asked for, and how it is to be run."""
 
     recipe: Recipe
@@ -58,32 +58,32 @@ class Prepared:
     """Hashes of the files that decide what the model computes; empty where only the first process needs them."""
 
 
-def prepare(order: Order) -> Prepared:
+def prepare(request: CompressionRequest) -> Prepared:
     """Everything that can be refused is refused here, and then no run folder is left that this order made.
 
     Raises: CompressError for an output that cannot be written, and any fault of the model, the recipe or a text.
     """
     try:
-        return _prepared(order)
+        return _prepared(request)
     except BaseException:
-        if order.processes.is_first:
-            remove_unused_run_folder(run_folder(order.output))
+        if request.processes.is_first:
+            remove_unused_run_folder(run_folder(request.output))
         raise
 
 
-def _prepared(order: Order) -> Prepared:
-    recipe, output, processes = order.recipe, order.output, order.processes
+def _prepared(request: CompressionRequest) -> Prepared:
+    recipe, output, processes = request.recipe, request.output, request.processes
     if processes.is_first:
-        check_output(output, overwrite=order.overwrite, source=from_home(str(recipe.model)))
-    order.progress.stage("load", 1)
+        check_output(output, overwrite=request.overwrite, source=from_home(str(recipe.model)))
+    request.progress.stage("load", 1)
     check_texts(recipe)
     source = find_source(str(recipe.model), revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
-    checked = preflight(source, trust_remote_code=recipe.trust_remote_code, progress=order.progress)
+    checked = preflight(source, trust_remote_code=recipe.trust_remote_code, progress=request.progress)
     weight_bytes = checked.bytes_weights
     # a finished folder is no larger than the model; better refused now than when it is written
     if processes.is_first:
-        check_output(output, overwrite=order.overwrite, needed_bytes=weight_bytes, source=source.folder)
-    on_disk = must_offload(order.offload, recipe.passes, weight_bytes=weight_bytes, processes=processes.count)
+        check_output(output, overwrite=request.overwrite, needed_bytes=weight_bytes, source=source.folder)
+    on_disk = must_offload(request.offload, recipe.passes, weight_bytes=weight_bytes, processes=processes.count)
     if on_disk:
         begin_run_folder(run_folder(output))
     loaded = load_for_compression(

@@ -30,7 +30,7 @@ def preset_path(name: str) -> Path:
     if name not in names:
         raise CompressError(
             "preset.unknown",
-            f"there is no preset called {name!r}",
+            f"unknown preset {name!r}",
             fix=did_you_mean(name, names),
             exit_code=ExitCode.USAGE,
         )

@@ -14,7 +14,7 @@ class Progress(Protocol):
     def step(self, text: str) -> None:
         """One more step of the stage is done; `text` names it (`block 3/12`)."""
 
-    def inside(self, text: str, *, done: int = 0, total: int = 0) -> None:
+    def substep(self, text: str, *, done: int = 0, total: int = 0) -> None:
         """What the running step is doing now (`gptq: mlp.down_proj`), and how many of its equal parts are `done`.
 
         Whoever shows it works out the time left; 0 of 0: nobody knows.
@@ -33,7 +33,7 @@ class Silent:
     def step(self, text: str) -> None:
         """Nothing."""
 
-    def inside(self, text: str, *, done: int = 0, total: int = 0) -> None:
+    def substep(self, text: str, *, done: int = 0, total: int = 0) -> None:
         """Nothing."""
 
     def note(self, text: str) -> None:

@@ -42,7 +42,7 @@ class Registry(Generic[T]):
         if name not in self._classes:
             raise CompressError(
                 f"{self.kind}.unknown",
-                f"there is no {self.kind} called {name!r}",
+                f"unknown {self.kind} {name!r}",
                 fix=did_you_mean(name, self),
                 exit_code=ExitCode.USAGE,
             )

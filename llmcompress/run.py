@@ -28,14 +28,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmcompress.errors import NOTHING_SAVED, CompressError, ExitCode, note_saved, without_tokens
-from llmcompress.model.stock import stock_outline
+from llmcompress.model.stock import stock_model
 from llmcompress.modules.manifest import Manifest, apply_manifest, changes
 from llmcompress.records.rows import SiteReport
 from llmcompress.storage.atomic import replacing
 from llmcompress.storage.disk import disk_errors, sha256, sync
 from llmcompress.storage.folder import run_folder
 from llmcompress.storage.lock import ProcessLock
-from llmcompress.storage.ours import begin_run_folder, clear_run_folder, remove_run_folder
+from llmcompress.storage.ownership import begin_run_folder, clear_run_folder, remove_run_folder
 
 _ABOUT = "llmcompress"
 """Metadata key of a kept file: what its tensors do not say."""
@@ -111,15 +111,15 @@ class Run:
         kept = [key for key in self._journal if self._is_valid(key)]
         counts = {
             "finished blocks": sum(not key.endswith(_NOT_BLOCKS) for key in kept),
-            "finished passes on the whole model": sum(key.endswith(_MODEL) for key in kept),
+            "all finished whole-model passes": sum(key.endswith(_MODEL) for key in kept),
             "decisions": sum(key.endswith(_DECISIONS) for key in kept),
             "measurements": sum(key.endswith(_MEASURED) for key in kept),
-            "trainings as far as they were": len(list((self.folder / "work").glob(f"*{_TRAINING}*.safetensors"))),
+            "the training progress": len(list((self.folder / "work").glob(f"*{_TRAINING}*.safetensors"))),
         }
         if not any(counts.values()):
             return NOTHING_SAVED
         what = " and ".join(f"{count} {name}" for name, count in counts.items() if count)
-        return f"{what} in {self.folder}: run the same command again to go on"
+        return f"{what} in {self.folder}: run the same command again to resume"
 
     def save_block(self, stage: int, index: int, block: nn.Module, before: nn.Module, rows: list[SiteReport]) -> None:
         """Keep every tensor of a block, how it differs from its outline `before`, and its report rows.
@@ -169,7 +169,7 @@ class Run:
 
         Raises: CompressError when the disk is full; all before is kept.
         """
-        about = {"config": model.config.to_dict(), **changes(model, stock_outline(model)).to_json()}
+        about = {"config": model.config.to_dict(), **changes(model, stock_model(model)).to_json()}
         self._save(f"{stage:02d}{_MODEL}", model.state_dict(), about, rows)
         for path in (self.folder / "work").glob(f"{stage:02d}{_TRAINING}*"):
             path.unlink()
@@ -178,7 +178,7 @@ class Run:
         """The model that was kept after that stage, and all rows until then; `model` is what the run began with."""
         key = f"{stage:02d}{_MODEL}"
         tensors, about = self._read(key)
-        kept = stock_outline(model, config=type(model.config).from_dict(about["config"]))
+        kept = stock_model(model, config=type(model.config).from_dict(about["config"]))
         apply_manifest(kept, Manifest.from_json(about), model.dtype)
         kept.load_state_dict(tensors, strict=True, assign=True)
         kept.tie_weights()
@@ -251,9 +251,9 @@ class Run:
         if not begun:
             raise CompressError(
                 "run.damaged",
-                "what an unfinished run was begun with cannot be read",
+                "the settings of an unfinished run are damaged",
                 where=str(self.folder / "fingerprint.json"),
-                fix="add --fresh to start again",
+                fix="add --fresh to start over",
                 saved="the unfinished run, as it was",
                 exit_code=ExitCode.USAGE,
             )
@@ -261,9 +261,9 @@ class Run:
         changes = "; ".join(f"{key}: {begun.get(key, '-')} → {given.get(key, '-')}" for key in differing)
         raise CompressError(
             "run.other",
-            "an unfinished run with other settings is kept beside the output",
+            "an unfinished run with other settings exists for this output",
             where=f"{self.folder} ({changes})",
-            fix="add --fresh to throw it away and start again, or repeat the earlier command to finish it",
+            fix="add --fresh to discard it and start over, or repeat the earlier command to finish it",
             saved="the unfinished run, as it was",
             exit_code=ExitCode.USAGE,
         )

@@ -44,7 +44,7 @@ class Watching(Silent):
         self.computed: list[str] = []
         self.dies_after = dies_after
 
-    def inside(self, text: str, *, done: int = 0, total: int = 0) -> None:
+    def substep(self, text: str, *, done: int = 0, total: int = 0) -> None:
         self.computed.append(text)
 
     def note(self, text: str) -> None:
@@ -144,7 +144,7 @@ def test_passes_before_the_decision_are_applied_first(tiny: Path) -> None:
 
 
 def test_a_recipe_without_anything_to_decide_is_refused(tiny: Path) -> None:
-    with pytest.raises(CompressError, match="no pass of the recipe decides"):
+    with pytest.raises(CompressError, match="no pass of the recipe makes a decision"):
         allocate(str(tiny), recipe("passes: [rtn: {scheme: int4_g16}]"))
 
 

@@ -99,7 +99,7 @@ def test_allocate_refuses_a_file_it_cannot_write_before_the_work(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-@pytest.mark.parametrize("moment", ["inside", "step"])
+@pytest.mark.parametrize("moment", ["substep", "step"])
 def test_an_interrupt_says_what_is_really_saved(
     number: signal.Signals, moment: str, tiny: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],

@@ -142,7 +142,7 @@ class Watching(Silent):
         self.computed: list[str] = []
         self.steps: list[str] = []
 
-    def inside(self, text: str, *, done: int = 0, total: int = 0) -> None:
+    def substep(self, text: str, *, done: int = 0, total: int = 0) -> None:
         self.computed.append(text)
 
     def step(self, text: str) -> None:

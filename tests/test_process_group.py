@@ -153,10 +153,10 @@ def test_rounding_is_learned_by_two_processes_together(tiny: Path, tmp_path: Pat
 
 def test_every_window_belongs_to_one_process() -> None:
     windows = torch.arange(7)[:, None]
-    shares = [ProcessGroup(index, 3).share(windows) for index in range(3)]
+    shares = [ProcessGroup(index, 3).shard(windows) for index in range(3)]
     assert sorted(torch.cat(shares).flatten().tolist()) == list(range(7))
     with pytest.raises(CompressError, match="cannot share 2"):
-        ProcessGroup(0, 3).share(windows[:2])
+        ProcessGroup(0, 3).shard(windows[:2])
 
 
 class Other(Pool):
@@ -167,10 +167,10 @@ class Other(Pool):
     def __init__(self, other: Statistic) -> None:
         self._brought = iter([torch.tensor([other.tokens]), *parts(other)])
 
-    def add_(self, tensor: torch.Tensor) -> None:
+    def all_reduce_sum_(self, tensor: torch.Tensor) -> None:
         tensor += next(self._brought)
 
-    def largest_(self, tensor: torch.Tensor) -> None:
+    def all_reduce_max_(self, tensor: torch.Tensor) -> None:
         torch.maximum(tensor, next(self._brought), out=tensor)
 
 

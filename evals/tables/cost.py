@@ -53,7 +53,7 @@ def _per_sample(facts: Facts, peer: str) -> list[str]:
 
 
 def memory(facts: Facts) -> str:
-    """Peak resident memory, and what the dry run foretold."""
+    """Peak resident memory, and the dry run's estimate."""
     rows = [
         [
             str(row["blocks"]),
@@ -68,7 +68,7 @@ def memory(facts: Facts) -> str:
         f"**{facts['shape']}**, random weights in float16, gptq `{facts['scheme']}`, {facts['samples']} × "
         f"{facts['tokens']} calibration tokens, one process."
     )
-    header = ["blocks", "--offload", "weights on disk", "peak resident", "foretold"]
+    header = ["blocks", "--offload", "weights on disk", "peak resident", "estimated"]
     return "\n\n".join([head, markdown(header, rows), environment(facts)])
 
 

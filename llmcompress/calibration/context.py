@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from llmcompress.calibration.finished import FinishedWork
-from llmcompress.calibration.measured import Measured, Shelf
+from llmcompress.calibration.measurement_cache import CachedMeasurements, MeasurementCache
 from llmcompress.calibration.offloading import InMemory, WeightStore
 from llmcompress.calibration.process_group import ALONE, ProcessGroup
+from llmcompress.calibration.resume_store import ResumeStore
 from llmcompress.calibration.settings import Experts
 from llmcompress.progress import Progress, Silent
 
@@ -35,7 +35,7 @@ class RunContext:
     """Which tokens the experts of a mixture are measured on."""
     processes: ProcessGroup = ALONE
     """The processes that share the windows."""
-    keep: FinishedWork | None = None
+    keep: ResumeStore | None = None
     """Where finished work is kept and found again; None: nowhere."""
     stage: int = 0
     """Which stage of the passes is running: what it keeps is filed under this number."""
@@ -43,7 +43,7 @@ class RunContext:
     state: str | None = None
     """Names what the model is now, for as long as it stays that: under this name measurements are kept and found again.
     None: it may change at any time."""
-    measured: Measured = field(default_factory=Measured)
+    measured: MeasurementCache = field(default_factory=MeasurementCache)
     """What is known of the model in its states."""
 
     def first_windows(self, count: int) -> RunContext:
@@ -52,13 +52,13 @@ class RunContext:
 
     def at(self, state: str) -> RunContext:
         """The same run for as long as the model stays what it is now; what was measured before is not known in it."""
-        return replace(self, state=state, measured=Measured())
+        return replace(self, state=state, measured=MeasurementCache())
 
     def changing(self) -> RunContext:
         """The same run while the model is not what its state says: nothing is kept or found again."""
         return replace(self, state=None)
 
-    def shelf(self) -> Shelf | None:
+    def cached_measurements(self) -> CachedMeasurements | None:
         """What is known of the model as it is now, from these windows; None where it may change."""
         return self.measured.of(self.state, self.windows_NT, self.experts)
 

@@ -82,7 +82,7 @@ def calibration_windows(
 def _length(tokens: int, max_positions: int | None) -> tuple[int, list[str]]:
     if max_positions is None or tokens <= max_positions:
         return tokens, []
-    return max_positions, [f"windows cut from {tokens} to {max_positions} tokens, the model has no more positions"]
+    return max_positions, [f"windows shortened from {tokens} to {max_positions} tokens, the model's maximum"]
 
 
 def _from_text(
@@ -146,7 +146,7 @@ def _from_model(
     if model is None:
         raise CompressError(
             "data.self",
-            "`source: self` samples text from the model, and there is no model here that can run as a whole",
+            "`source: self` samples text from the model, which needs the whole model in memory",
             where="calibration.source",
             fix="use another source, such as builtin:calibration",
         )

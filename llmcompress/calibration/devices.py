@@ -24,6 +24,6 @@ def usable_device(name: str) -> torch.device:
             fix="use --device auto, cpu or cuda",
         ) from None
     if device.type == "meta":
-        what = "the device 'meta' cannot be used: its tensors have shapes and no values"
+        what = "the device 'meta' cannot be used: its tensors have no values"
         raise CompressError("device.unusable", what, fix="use --device auto, cpu or cuda")
     return device

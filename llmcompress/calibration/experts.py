@@ -39,9 +39,9 @@ class AllTokens:
         if not self.running and len(x_MH) and not bool((self._input_NH == x_MH[0]).all(1).any()):
             raise CompressError(
                 "calibration.experts",
-                "the experts do not read what comes into the module that holds them",
+                "the experts do not read their layer's input, so they cannot all see all tokens",
                 where=name,
-                fix="set `calibration.experts` to routed",
+                fix="set `calibration.experts: routed`",
             )
 
 

@@ -91,7 +91,7 @@ class _Writer:
             age_N += 1
             if position % 32 == 0:
                 written = done * tokens + rows * position
-                progress.inside("writing calibration text", done=written, total=of * tokens)
+                progress.substep("writing calibration text", done=written, total=of * tokens)
         return text_NT
 
     def _logits(self, text_NT: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class _Writer:
         if not bool(logits_NV.isfinite().all()):
             raise CompressError(
                 "numerics.not-finite",
-                f"the model's logits are not finite while it writes calibration text (token {text_NT.shape[1]})",
+                f"the model's logits became NaN or Inf while generating calibration text (token {text_NT.shape[1]})",
                 where="calibration.source",
                 fix="check the model with `llmcompress evaluate`; use another source",
             )

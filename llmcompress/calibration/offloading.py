@@ -102,8 +102,8 @@ class OnDisk:
         """Never true."""
         raise CompressError(
             "memory.needed",
-            f"{what} needs the whole model in memory, and this run reads it from disk block by block",
-            fix="use --offload never on a machine with enough memory, or leave the pass out",
+            f"{what} needs the whole model in memory, but this run offloads its weights to disk",
+            fix="set offload to never on a machine with enough memory, or remove the pass",
         )
 
     def _after_block(self, name: str, block: nn.Module, *_: Any) -> None:

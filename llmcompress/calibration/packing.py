@@ -92,7 +92,7 @@ def windows(packed: Packed, settings: Calibration, length: int, bos: list[int], 
     if not packed.used:
         raise CompressError(
             "data.too-short",
-            f"{name}: 0 usable samples, all {len(packed.short)} have fewer than {settings.min_tokens} tokens "
+            f"{name}: no usable samples: all {len(packed.short)} have fewer than {settings.min_tokens} tokens "
             f"({_histogram(packed.short)})",
             where="calibration.min_tokens",
             fix=f"lower `min_tokens` to {max(packed.short)} or less, or use another source"

@@ -25,7 +25,7 @@ class ProcessGroup:
     """This process among all; by default it is alone. All have the same model, and do the same work on it.
 
     What is added up is the same on all to the last bit, so all come to the same weights; to be safe on machines of
-    different kinds, the first one's finished blocks are given to all (`same_tensors`).
+    different kinds, the first one's finished blocks are given to all (`broadcast_tensors`).
     """
 
     index: int = 0
@@ -36,7 +36,7 @@ class ProcessGroup:
         """Whether it is the one that writes."""
         return self.index == 0
 
-    def share(self, windows_NT: Tensor) -> Tensor:
+    def shard(self, windows_NT: Tensor) -> Tensor:
         """This process's windows: every `count`-th.
 
         Raises: CompressError when there are fewer windows than processes.
@@ -50,15 +50,15 @@ class ProcessGroup:
             )
         return windows_NT[self.index :: self.count]
 
-    def add_(self, tensor: Tensor) -> None:
+    def all_reduce_sum_(self, tensor: Tensor) -> None:
         """The sum over all processes, in place."""
         self._reduce(tensor, distributed.ReduceOp.SUM)
 
-    def largest_(self, tensor: Tensor) -> None:
+    def all_reduce_max_(self, tensor: Tensor) -> None:
         """The elementwise maximum over all processes, in place."""
         self._reduce(tensor, distributed.ReduceOp.MAX)
 
-    def same(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """What the first process has, on all."""
         if self.count == 1:
             return value
@@ -67,7 +67,7 @@ class ProcessGroup:
         found = box[0]
         return found  # type: ignore[return-value]
 
-    def same_tensors(self, module: nn.Module) -> None:
+    def broadcast_tensors(self, module: nn.Module) -> None:
         """The first process's tensors in the modules of all, which must have the same shapes."""
         if self.count == 1:
             return
@@ -82,8 +82,8 @@ class ProcessGroup:
         if self.count > 1:
             raise CompressError(
                 "processes.one-only",
-                f"{what} looks at more than sums over tokens, which is all that several processes share",
-                fix="run it in one process, without torchrun",
+                f"{what} cannot run in several processes: it needs more than statistics that sum over tokens",
+                fix="start it without torchrun",
                 exit_code=ExitCode.USAGE,
             )
 
@@ -104,7 +104,7 @@ ALONE = ProcessGroup()
 
 
 @contextmanager
-def joined_processes(device: torch.device) -> Iterator[ProcessGroup]:
+def process_group(device: torch.device) -> Iterator[ProcessGroup]:
     """The processes that `torchrun` started, joined while this lasts; one that was started alone is alone.
 
     On CUDA they talk through NCCL, on a CPU through gloo. A group that the caller has made already is used as it is.

@@ -63,7 +63,7 @@ def contents_of(
                     "data.bad-row",
                     f"{label}: {bad}",
                     where=where,
-                    fix="correct that row, or set `skip_bad_rows: true` to leave such rows out and count them",
+                    fix="correct that row, or set `skip_bad_rows: true` to skip and count such rows",
                 ) from None
             found.skipped += 1
         if max_characters is not None and found.characters >= max_characters:
@@ -100,7 +100,7 @@ def _no_column(what: str, columns: list[str], where: str) -> CompressError:
         "data.columns",
         f"{what}; columns found: {', '.join(columns) or 'none'}",
         where=where,
-        fix="set `column` to the one to read (`column: a+b` puts two together), or rename it to `text` or `messages`",
+        fix="set `column` to the one to read (`column: a+b` joins two), or rename it to `text` or `messages`",
     )
 
 

@@ -72,8 +72,8 @@ def read_texts(
         rows, column=source.column, format=format, skip_bad_rows=skip_bad_rows, where=row_where, max_characters=limit
     )
     if not any(text.strip() for text in found.documents) and not found.conversations:
-        left_out = f"; {found.skipped} rows were left out as unreadable" if found.skipped else ""
-        what = f"{name}: 0 usable samples, the source is empty{left_out}"
+        left_out = f"; {found.skipped} unreadable rows were skipped" if found.skipped else ""
+        what = f"{name}: no usable samples, the source is empty{left_out}"
         raise CompressError("data.empty", what, where=where, fix="use another source")
     conversations = tuple(tuple(messages) for messages in found.conversations)
     fingerprint = _fingerprint(found.documents or conversations)
@@ -88,7 +88,7 @@ def check_source(name: str, *, where: str) -> None:
     if name.startswith("builtin:"):
         _check_builtin(name.removeprefix("builtin:"), where)
     elif not from_home(name).exists() and _looks_like_a_path(name):
-        raise CompressError("data.not-found", f"{name}: there is no such file", where=where, fix="check the path")
+        raise CompressError("data.not-found", f"{name}: no such file", where=where, fix="check the path")
 
 
 def builtin_names() -> list[str]:
@@ -112,7 +112,7 @@ def overlap_warning(
         return None
     return (
         f"{shared} of {len(evaluation)} paragraphs of {evaluation_name} are also in the calibration text "
-        f"{calibration_name}: its perplexity is flattered"
+        f"{calibration_name}: the perplexity is too optimistic"
     )
 
 

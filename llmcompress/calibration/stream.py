@@ -145,7 +145,7 @@ class BlockWork:
                         "the model computes NaN or Inf on the calibration data",
                         where=f"input of {members[0].name}",
                         fix="check the checkpoint with a plain forward pass; try another calibration text",
-                        saved=f"blocks before {self.info.index} are kept: run again to resume",
+                        saved=f"blocks before {self.info.index} are saved: run again to resume",
                     )
             for site in members:
                 site.set_statistics(statistics)
@@ -155,7 +155,7 @@ class BlockWork:
         for site in self.sites:
             site.set_statistics({})
 
-    def settle(self) -> None:
+    def round_to_storage_dtype(self) -> None:
         """Round the block's parameters to what will be stored, so that later blocks see what users will load.
 
         Buffers stay: loaders keep rotary tables in float32, and the scales of quantized linears are rounded already.
@@ -194,7 +194,7 @@ class BlockWork:
             self._run(inputs, call)
         return [into.x_TI for into in seen]
 
-    def become(self, module: nn.Module, outputs: list[Tensor] | None = None) -> None:
+    def replace_module(self, module: nn.Module, outputs: list[Tensor] | None = None) -> None:
         """Another module takes the block's place; `outputs`, where they are known, are fed onward as they are."""
         self.module, self._known_outputs = module, outputs
 
@@ -210,7 +210,7 @@ class BlockWork:
 
     def pool_(self, tensor: Tensor) -> None:
         """Make it the sum of what all processes have."""
-        self.context.processes.add_(tensor)
+        self.context.processes.all_reduce_sum_(tensor)
 
     def output(self, batch: int) -> Tensor:
         """The block's output for one of this process's batches, on its device, with gradients where enabled."""
@@ -258,7 +258,7 @@ class BlockStream:
         self._hidden: list[Tensor] = []
         self._calls: list[list[BlockCall]] = []
         with context.weights_at.running(model, torch.device("cpu")):
-            windows_NT = context.processes.share(context.windows_NT)
+            windows_NT = context.processes.shard(context.windows_NT)
             for ids_BT in torch.split(windows_NT, context.batch) if len(windows_NT) else ():
                 recording = record(model, named, ids_BT)
                 first = self._calls[0] if self._calls else recording.calls

@@ -60,9 +60,9 @@ def written_out(
             if not skip_bad_rows:
                 raise CompressError(
                     "data.bad-row",
-                    f"{texts.name}: conversation {number} does not fit the chat template: {_said(failure)}",
+                    f"{texts.name}: conversation {number} does not fit the chat template: {_template_message(failure)}",
                     where=where,
-                    fix="correct it, or set `skip_bad_rows: true` to leave such rows out and count them",
+                    fix="correct it, or set `skip_bad_rows: true` to skip and count such rows",
                 ) from failure
             skipped += 1
     return written, skipped
@@ -100,7 +100,7 @@ def _bounded() -> Iterator[None]:
         sys.settrace(before)
 
 
-def _said(failure: Exception) -> str:
+def _template_message(failure: Exception) -> str:
     return str(failure).strip().partition("\n")[0] or type(failure).__name__
 
 

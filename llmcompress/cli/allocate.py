@@ -16,8 +16,16 @@ from llmcompress.errors import CompressError, ExitCode, without_tokens
 @click.option(
     "--recipe", "recipe_file", metavar="FILE", required=True, type=click.Path(path_type=Path), help="Your recipe."
 )
-@click.option("-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="Write there, not to stdout.")
-@click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, help="Change the recipe first. Repeatable.")
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Write the recipe to this file instead of stdout.",
+)
+@click.option(
+    "--set", "settings", metavar="KEY=VALUE", multiple=True, help="Change one value of the recipe first. Repeatable."
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 @device_option
 @json_option
@@ -77,7 +85,7 @@ def _check_file(output: Path, *, overwrite: bool) -> None:
         )
     folder = output.resolve().parent
     if not folder.is_dir():
-        raise _unwritable(output, f"there is no folder {folder}")
+        raise _unwritable(output, f"the folder {folder} does not exist")
     if not os.access(output if output.exists() else folder, os.W_OK):
         raise _unwritable(output, "it is read-only")
 

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model", required=False)
 @click.option("--preset", metavar="NAME", help="A recipe that comes with the package (see `llmcompress recipes ls`).")
-@click.option("--recipe", "recipe_file", metavar="FILE", type=click.Path(path_type=Path), help="A recipe of your own.")
+@click.option(
+    "--recipe", "recipe_file", metavar="FILE", type=click.Path(path_type=Path), help="Your recipe, a YAML file."
+)
 @click.option("-o", "--output", metavar="DIR", type=click.Path(path_type=Path), help="The folder to write.")
 @click.option(
     "--set",
@@ -28,20 +30,16 @@ if TYPE_CHECKING:
     multiple=True,
     help="Change the recipe, e.g. --set calibration.samples=64 --set passes.gptq.scheme=int3_g32. Repeatable.",
 )
-@click.option("--dry-run", is_flag=True, help="Show sites, bytes, memory and time, and stop: no weights are read.")
-@click.option(
-    "--overwrite", is_flag=True, help="Replace an existing output; the old one stays until the new is complete."
-)
-@click.option("--fresh", is_flag=True, help="Start over instead of going on after the blocks of an interrupted run.")
-@click.option(
-    "--yes", is_flag=True, help="Answer yes where the command would ask (running code of a model's repository)."
-)
+@click.option("--dry-run", is_flag=True, help="Only show the plan: sites, bytes, memory and time. Reads no weights.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output, once the new one is complete.")
+@click.option("--fresh", is_flag=True, help="Start over instead of resuming an interrupted run.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation before running code from a model's repository.")
 @click.option(
     "--offload",
     type=click.Choice(["auto", "always", "never"]),
     default="auto",
     show_default=True,
-    help="Keep weights on disk and one block in memory (auto: when the model would not fit). Same result.",
+    help="Offload weights to disk, one block in memory (auto: if the model does not fit). Same result.",
 )
 @device_option
 @json_option
@@ -73,7 +71,7 @@ def compress(
     if (preset is None) == (recipe_file is None):
         raise click.UsageError("Give either --preset NAME or --recipe FILE, e.g. --preset w4.")
     if output is None and not dry_run:
-        raise click.UsageError("Give the folder to write with -o DIR, or look first with --dry-run.")
+        raise click.UsageError("Name the output folder with -o DIR, or preview with --dry-run.")
     quiet_libraries()
     from llmcompress.cli.tables import plan_tables, report_tables
     from llmcompress.cli.terminal import TerminalProgress
@@ -132,7 +130,7 @@ def _confirm_remote_code(recipe: Recipe, *, yes: bool) -> None:
         return
     raise CompressError(
         "recipe.trust",
-        f"the recipe asks to run Python code from {where}",
+        f"the recipe wants to run Python code from {where}",
         fix="review the code, then add --yes",
         exit_code=ExitCode.USAGE,
     )
@@ -142,7 +140,10 @@ def _interrupted(output: Path, saved: str | None) -> CompressError:
     """`saved`: what the run said; None where it had not begun."""
     run = output.absolute().with_name(output.absolute().name + ".run")
     if saved is None and (run / "journal.jsonl").exists():
-        saved = f"what an earlier run kept in {run}: run the same command again to go on"
+        saved = f"what an earlier run saved in {run}: run the same command again to resume"
     return CompressError(
-        "interrupted", "stopped before the end", saved=saved or NOTHING_SAVED, exit_code=ExitCode.INTERRUPTED
+        "interrupted",
+        "interrupted before the run was complete",
+        saved=saved or NOTHING_SAVED,
+        exit_code=ExitCode.INTERRUPTED,
     )

@@ -19,7 +19,7 @@ from llmcompress.cli.output import device_option, json_option, print_json, print
     help="builtin:evaluation, a text file, or a dataset with its split (wikitext2:test). Repeatable.",
 )
 @click.option(
-    "--window", type=click.IntRange(min=2), help="Tokens in a window [default: the model's limit, at most 2048]."
+    "--window", type=click.IntRange(min=2), help="Tokens per window [default: the model's limit, at most 2048]."
 )
 @click.option(
     "--bos",
@@ -33,9 +33,9 @@ from llmcompress.cli.output import device_option, json_option, print_json, print
     default="torch",
     show_default=True,
     metavar="NAME",
-    help="What runs the model: transformers, by default.",
+    help="Which runner runs the model [default: transformers].",
 )
-@click.option("--max-windows", type=click.IntRange(min=1), help="Measure only the first windows.")
+@click.option("--max-windows", type=click.IntRange(min=1), help="Evaluate only this many windows.")
 @device_option
 @json_option
 def evaluate(

@@ -55,13 +55,13 @@ def _as_known(failure: Exception) -> CompressError:
         fix = "use a smaller `calibration.batch` or `calibration.tokens`, or `--device cpu`, and run the command again"
         return _out_of("memory", failure, fix)
     if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
-        return _out_of("disk space", failure, "make room and run the command again")
+        return _out_of("disk space", failure, "free disk space and run the command again")
     return CompressError(
         "bug",
         f"{type(failure).__name__}: {_first_line(failure)}",
         where=_write_log(failure),
         fix="this is a bug in llmcompress: please report it with that file",
-        saved=saved_of(failure) or "finished blocks, if any: the same command goes on after them",
+        saved=saved_of(failure) or "finished blocks, if any: run the same command again to resume",
         exit_code=ExitCode.BUG,
     )
 
@@ -72,7 +72,7 @@ def _out_of(what: str, failure: Exception, fix: str) -> CompressError:
         f"out of {what}: {_first_line(failure)}",
         where=_write_log(failure),
         fix=fix,
-        saved=saved_of(failure) or "finished blocks, if any: the same command goes on after them",
+        saved=saved_of(failure) or "finished blocks, if any: run the same command again to resume",
         exit_code=ExitCode.RESOURCES,
     )
 

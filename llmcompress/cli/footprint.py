@@ -7,9 +7,9 @@ import click
 from llmcompress.cli.output import json_option, print_json, print_tables, quiet_libraries
 
 
-@click.command(short_help="Count parameters and bytes, stored and theoretical.")
+@click.command(short_help="Count parameters and bytes, on disk and in theory.")
 @click.argument("model")
-@click.option("--against", metavar="OTHER", help="A second model; ratios of MODEL to it.")
+@click.option("--against", metavar="OTHER", help="A second model to compare with.")
 @json_option
 def footprint(model: str, against: str | None, as_json: bool) -> None:
     """Count the parameters and bytes of MODEL, dense or compressed.

@@ -22,7 +22,7 @@ WIDTH_OF_PIPES = 120
 
 def json_option(command: F) -> F:
     """`--json`: one JSON value on stdout, also for errors."""
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON value on stdout, also for errors.")(
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON value on stdout, errors included.")(
         command
     )
 

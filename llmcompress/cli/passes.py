@@ -11,7 +11,7 @@ import click
 from llmcompress.cli.output import json_option, print_json, print_tables, quiet_libraries
 
 
-@click.command(short_help="List the passes a recipe can name, or explain one.")
+@click.command(short_help="List the passes, or explain one and its options.")
 @click.argument("name", required=False)
 @json_option
 def passes(name: str | None, as_json: bool) -> None:

@@ -7,19 +7,23 @@ import click
 from llmcompress.cli.output import device_option, json_option, print_json, print_tables, quiet_libraries
 
 
-@click.command(short_help="Measure tokens per second, prompt and decode apart.")
+@click.command(short_help="Measure tokens per second, prefill and decode separately.")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(min=2), default=32, show_default=True)
 @click.option(
-    "--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="The median of so many counts."
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="How many timed repeats to take the median of.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     default="auto",
     show_default=True,
-    help="auto: float32 on a CPU, the checkpoint's own elsewhere.",
+    help="auto: float32 on a CPU, the checkpoint's dtype elsewhere.",
 )
 @device_option
 @json_option

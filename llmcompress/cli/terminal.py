@@ -84,7 +84,7 @@ class TerminalProgress:
         self._text, self._inside = text, ""
         self._line_if_due()
 
-    def inside(self, text: str, *, done: int = 0, total: int = 0) -> None:
+    def substep(self, text: str, *, done: int = 0, total: int = 0) -> None:
         """What the running step does now, and how many of its parts are done."""
         if not self._inside or total != self._parts.total or done < self._parts.done:
             self._parts = _Pace(self._clock, total, done)
@@ -108,7 +108,7 @@ class TerminalProgress:
         time_text = f"{duration(self._steps.elapsed)} elapsed" if left is None else f"{duration(left)} left"
         return ", ".join(part for part in (self._text, time_text, self._memory.text()) if part)
 
-    def inside_text(self) -> str:
+    def substep_text(self) -> str:
         """`recover: loss 2.31, 40/200, 0:12 left`; empty between steps."""
         parts, left = self._parts, self._parts.seconds_left
         count = f"{parts.done}/{parts.total}" if self._inside and parts.total else ""
@@ -126,7 +126,7 @@ class TerminalProgress:
 
     def _line_if_due(self) -> None:
         if self._stage is not None and not self._live and self._clock() - self._last_line >= SECONDS_BETWEEN_LINES:
-            inside = f" › {self.inside_text()}" if self._inside else ""
+            inside = f" › {self.substep_text()}" if self._inside else ""
             self._line(f"{self._bars.tasks[0].description}{inside}: {self.summary()}")
 
     def _line(self, text: str) -> None:
@@ -143,7 +143,7 @@ class _Status(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """Both lines."""
-        inside = self._progress.inside_text()
+        inside = self._progress.substep_text()
         return Text.assemble(self._progress.summary(), (f"\n› {inside}" if inside else "", "dim"))
 
 

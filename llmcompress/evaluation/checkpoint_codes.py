@@ -93,9 +93,9 @@ def codes_in(folder: Path) -> StoredCodes:
     if method not in _READERS:
         raise CompressError(
             "footprint.format",
-            f"codes of the format {method!r} are not understood",
+            f"cannot read quantized weights of the format {method!r}",
             where=f"{folder}/config.json",
-            fix=f"use a folder in plain, {' or '.join(_READERS)} format",
+            fix=f"use a checkpoint in plain, {' or '.join(_READERS)} format",
         )
     coded: tuple[CodedSite | BnbSite, ...] = tuple(_READERS[method](config, found, _schemes(folder)))
     taken = {tensor.name for site in coded for tensor in site.tensors.values()}

@@ -23,6 +23,6 @@ def coverage_warnings(rows: Iterable[SiteReport], model_map: ModelMap) -> list[s
     line = (
         f"{len(few)} of {len(seen)} linears of experts saw fewer calibration tokens than they have inputs (fewest: "
         f"{least}, {few[least]} tokens for {inputs[least]} inputs): use more `calibration.samples`, or "
-        "`calibration.experts: all` where the router is to blame"
+        "`calibration.experts: all` if the router neglects these experts"
     )
     return [line]

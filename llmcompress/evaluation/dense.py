@@ -72,7 +72,7 @@ def dense_scores(
                 mapped = cache.get(key) if cache.put(key, fresh) else None
                 found.append(DenseScores(text, _split(mapped or fresh, text), False))
             else:
-                progress.note(f"{text.name}: the dense model's scores come from the cache")
+                progress.note(f"{text.name}: using cached scores of the dense model")
                 found.append(DenseScores(text, _split(kept, text), True))
     return found
 

@@ -51,7 +51,7 @@ class Perplexity:
                 "numerics.not-finite",
                 f"{text.name}: the mean loss is {mean:.0f} nats",
                 where="evaluate.perplexity",
-                fix="a broken weight: measure the dense model alone with `llmcompress evaluate`",
+                fix="a weight is probably damaged: evaluate the dense model alone with `llmcompress evaluate`",
             )
         return PerplexityResult(
             of=self._of,

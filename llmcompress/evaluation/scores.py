@@ -128,6 +128,6 @@ def _not_finite(runner: Runner, window_W: Tensor, logprob_P: Tensor, where: str)
         "numerics.not-finite",
         f"the log-probability of a token is {float(logprob_P[token - 1])}{found}",
         where=f"{where}, token {token}",
-        fix="measure in float32 or bfloat16 (float16 ends at 65504); if it stays, a weight is broken: measure the "
+        fix="use float32 or bfloat16 (float16 overflows at 65504); if it persists, a weight is damaged: measure the "
         "dense model alone with `llmcompress evaluate`",
     )

@@ -94,7 +94,7 @@ def _window(task: PerplexityTask, limit: int | None) -> tuple[int, list[str]]:
     if task.window is None:
         return min(limit or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW), []
     if limit is not None and task.window > limit:
-        return limit, [f"windows cut from {task.window} to {limit} tokens, the model has no more positions"]
+        return limit, [f"windows shortened from {task.window} to {limit} tokens, the model's maximum"]
     return task.window, []
 
 

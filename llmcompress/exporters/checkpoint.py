@@ -129,9 +129,9 @@ def _checked(tensor: Tensor, storage_dtype: torch.dtype, name: str) -> Tensor:
     if tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.isfinite().all():
         raise CompressError(
             "save.overflow",
-            f"a weight does not fit into {storage_dtype}".replace("torch.", ""),
+            f"a weight overflows {storage_dtype}".replace("torch.", ""),
             where=name,
-            fix="set `save.dtype` to bfloat16 or float32 and start afresh: scales are rounded to that type",
+            fix="set `save.dtype` to bfloat16 or float32 and start over: scales are rounded to that dtype",
         )
     return tensor
 

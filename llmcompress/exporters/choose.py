@@ -83,7 +83,7 @@ def _notes(
     """Its own, or why it was taken and not the one that stock loaders read."""
     if not isinstance(exporter, ManifestExporter) or not passed_over:
         return tuple(exporter.notes(contents, answers))
-    ending = "the whole model is saved with our manifest and loads after `import llmcompress`"
+    ending = "the model is saved with our manifest and loads only after `import llmcompress`"
     return tuple(f"{reason}; {ending}" for reason in passed_over)
 
 
@@ -95,9 +95,9 @@ def _refusal(
     nearest = dict.fromkeys(answer.nearest.name for answer in refused.values() if answer.nearest)
     return CompressError(
         "save.format",
-        f"{name} cannot hold this model: {problem}"
+        f"{name} cannot represent this model: {problem}"
         if problem
-        else f"{name} cannot hold {len(refused)} of {sites} sites",
+        else f"{name} cannot represent {len(refused)} of {sites} sites",
         where="; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if len(lines) > 5 else ""),
         fix=(f"use {' or '.join(nearest)} there, or " if nearest else "") + exporter.fix,
         saved=saved,

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from llmcompress.exporters.cache_scheme import cache_scheme
 from llmcompress.exporters.loader import Loader, linears_of_loader, merges_on_load
 from llmcompress.model.map import ModelMap
-from llmcompress.model.stock import stock_outline
+from llmcompress.model.stock import stock_model
 from llmcompress.modules.base import MODULES, CompressedModule
 from llmcompress.modules.manifest import Manifest, changes
 from llmcompress.modules.quant_linear import QuantLinear, quantized_linears
@@ -78,7 +78,7 @@ class Contents:
         return (*named, *found.reshaped, *found.shapes, *found.attributes)
 
 
-def foretold(
+def planned_contents(
     model_map: ModelMap, schemes: Mapping[str, Scheme], loader: Loader, storage_dtype: torch.dtype | None
 ) -> Contents:
     """What a model will hold whose sites (full names) are quantized by these schemes."""
@@ -100,9 +100,9 @@ def foretold(
     return Contents(sites, model_map.site_names(), loader.merges_experts, experts, storage_dtype)
 
 
-def found_in(model: PreTrainedModel, storage_dtype: torch.dtype) -> Contents:
+def contents_in(model: PreTrainedModel, storage_dtype: torch.dtype) -> Contents:
     """What a finished model holds."""
-    found = changes(model, stock_outline(model))
+    found = changes(model, stock_model(model))
     # experts that stayed ordinary linears are stored under the names of the stock bank
     dense = {name for name, part in compressed_modules(model).items() if part.is_transparent and part.is_dense()}
     found = replace(found, modules={name: spec for name, spec in found.modules.items() if name not in dense})

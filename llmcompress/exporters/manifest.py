@@ -15,7 +15,7 @@ from typing_extensions import override
 from llmcompress.exporters.base import EXPORTERS, Answer, Exact, Exporter, Saved, Writing
 from llmcompress.exporters.checkpoint import write_model
 from llmcompress.exporters.config import portable_config
-from llmcompress.exporters.contents import CodedLinear, Contents, found_in
+from llmcompress.exporters.contents import CodedLinear, Contents, contents_in
 from llmcompress.formats import packed
 from llmcompress.formats.named import Kind
 from llmcompress.modules.expression_leaves import Quantized
@@ -29,7 +29,7 @@ VERSION = 1
 class ManifestExporter(Exporter):
     """Codes at their own width; `from_pretrained` loads it after `import llmcompress`, and refuses it without."""
 
-    fix: ClassVar[str] = 'leave experts out with `exclude: "*.experts.*"`, or use integer or fp8 schemes on them'
+    fix: ClassVar[str] = 'exclude the experts with `exclude: "*.experts.*"`, or use integer or fp8 schemes for them'
 
     @override
     def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:
@@ -46,7 +46,7 @@ class ManifestExporter(Exporter):
     @override
     def notes(self, contents: Contents, answers: Mapping[str, Answer]) -> list[str]:
         """Who can load it."""
-        return ["codes lie at their own width, and the folder loads after `import llmcompress` only"]
+        return ["codes are stored without padding, and the model loads only after `import llmcompress`"]
 
     @override
     def tensors(self, site: CodedLinear, storage_dtype: torch.dtype) -> dict[str, Kind]:
@@ -56,7 +56,7 @@ class ManifestExporter(Exporter):
     @override
     def write(self, model: PreTrainedModel, folder: Path, writing: Writing) -> Saved:
         """A folder whose config says how the model differs from the stock model."""
-        dtype, found = writing.storage_dtype, found_in(model, writing.storage_dtype).differences
+        dtype, found = writing.storage_dtype, contents_in(model, writing.storage_dtype).differences
         config = portable_config(model, dtype)
         config["quantization_config"] = {"quant_method": METHOD, "version": VERSION, **found.to_json()}
         replaced = {name: partial(_tensors, site, dtype) for name, site in quantized_linears(model).items()}

@@ -14,7 +14,7 @@ from typing_extensions import override
 from llmcompress.exporters.base import EXPORTERS, Answer, Converted, Exporter, Refused, Saved, Writing
 from llmcompress.exporters.checkpoint import write_model
 from llmcompress.exporters.config import portable_config
-from llmcompress.exporters.contents import CodedLinear, Contents, found_in
+from llmcompress.exporters.contents import CodedLinear, Contents, contents_in
 from llmcompress.exporters.loader import linears_of_loader
 from llmcompress.formats import plain
 from llmcompress.modules.limits import TargetLimits
@@ -28,7 +28,7 @@ class PlainExporter(Exporter):
     """
 
     limits: ClassVar[TargetLimits] = TargetLimits(rounded_inputs=False)
-    fix: ClassVar[str] = "set `save.format` to auto"
+    fix: ClassVar[str] = "set `save.format: auto`"
 
     @override
     def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:
@@ -40,16 +40,16 @@ class PlainExporter(Exporter):
     def problem(self, contents: Contents) -> str | None:
         """Ordinary weights cannot say other sizes, modules around modules, or what depends on the input."""
         if contents.rearranged:
-            return f"no config of its family describes {', '.join(contents.rearranged[:3])}"
+            return f"no config of this model family can represent {', '.join(contents.rearranged[:3])}"
         sites = {site.name for site in contents.sites}
         others = {name: module for name, module in contents.modules.items() if name not in sites}
         rounding = [name for name, module in others.items() if not module.expression().is_linear]
-        return f"{rounding[0]} rounds activations or decides by them what it computes" if rounding else None
+        return f"{rounding[0]} quantizes activations or depends on them (dynamic inference)" if rounding else None
 
     @override
     def write(self, model: PreTrainedModel, folder: Path, writing: Writing) -> Saved:
         """An ordinary folder."""
-        dtype, modules = writing.storage_dtype, found_in(model, writing.storage_dtype).modules
+        dtype, modules = writing.storage_dtype, contents_in(model, writing.storage_dtype).modules
         turned = {name for name, kind in linears_of_loader(model).items() if issubclass(kind, Conv1D)}
         replaced = {
             name: partial(plain.pack, module, dtype, transposed=name in turned) for name, module in modules.items()

@@ -38,14 +38,12 @@ def read_generation_config(folder: Path, config: PretrainedConfig) -> tuple[Gene
                     "model.bad-generation-config",
                     f"generation_config.json cannot be used: {str(problem).strip().splitlines()[0]}",
                     where=str(file),
-                    fix="repair or delete the file; without it transformers' defaults are used",
+                    fix="correct or delete the file (without it transformers uses its defaults)",
                 ) from problem
             dropped.append(f"{key}={data.pop(key)!r}")
     if not dropped:
         return settings, []
-    return settings, [
-        f"generation_config.json is invalid; dropped from the copy that will be saved: {', '.join(dropped)}"
-    ]
+    return settings, [f"generation_config.json is invalid; the saved copy leaves out {', '.join(dropped)}"]
 
 
 def _culprit(problem: str, data: dict[str, Any]) -> str | None:

@@ -18,7 +18,7 @@ from llmcompress.loading.generation import read_generation_config
 from llmcompress.loading.mapped import MappedWeights, map_weights
 from llmcompress.loading.match import empty_model, missing_error
 from llmcompress.loading.preflight import Preflight, preflight
-from llmcompress.loading.quiet import quiet_transformers, said
+from llmcompress.loading.quiet import loader_message, quiet_transformers
 from llmcompress.loading.source import Source, find_source
 from llmcompress.loading.tensors import TensorHeader, headers
 from llmcompress.loading.tokenizer import read_tokenizer
@@ -161,9 +161,9 @@ def _from_pretrained(
             raise
         raise CompressError(
             "model.unloadable",
-            f"transformers cannot load it: {said(problem)}",
+            f"transformers cannot load it: {loader_message(problem)}",
             where=str(folder),
-            fix="get the whole model again from where it came from",
+            fix="download the whole model again",
         ) from problem
     if info["missing_keys"]:
         raise missing_error(info["missing_keys"], str(folder))

@@ -46,18 +46,22 @@ def find_source(model: str, *, revision: str | None = None, trust_remote_code: b
     folder = from_home(model)
     if folder.is_dir():
         if revision:
-            raise _usage("revision", f"{model} is a local folder: it has no revision {revision!r}", "leave it out")
+            raise _usage("revision", f"{model} is a local folder and has no revision {revision!r}", "remove `revision`")
         return Source(folder, model)
     repo, _, named_revision = model.partition("@")
     _check_id(model, repo)
     if revision and named_revision and revision != named_revision:
-        raise _usage("revision", f"two revisions of {repo}: {named_revision!r} and {revision!r}", "keep one of them")
+        raise _usage(
+            "revision",
+            f"two revisions of {repo} are given: {named_revision!r} and {revision!r}",
+            "give only one of them",
+        )
     wanted = revision or named_revision or None
     if trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", wanted or ""):
         raise _usage(
             "unpinned-code",
-            f"`trust_remote_code` runs Python files of {repo}, and no full commit is named",
-            f"review the files, then name the 40-digit commit: {repo}@COMMIT",
+            f"`trust_remote_code` would run Python files of {repo}, but no full commit is given",
+            f"review the files, then give the 40-digit commit: {repo}@COMMIT",
         )
     path = download(repo, wanted, called=model, with_code=trust_remote_code)
     return Source(path, model, revision=path.name)
@@ -68,9 +72,11 @@ def _builtin(model: str, revision: str | None) -> Source:
     there = sorted(path.parent.name for path in BUILTIN.glob("*/config.json"))
     if name not in there:
         names = " or ".join(f"builtin:{known}" for known in there)
-        raise _usage("unknown-builtin", f"no bundled model is called {name!r}", f"use {names}")
+        raise _usage("unknown-builtin", f"there is no bundled model {name!r}", f"use {names}")
     if revision:
-        raise _usage("revision", f"{model} is part of this package: it has no revision {revision!r}", "leave it out")
+        raise _usage(
+            "revision", f"{model} is part of this package and has no revision {revision!r}", "remove `revision`"
+        )
     return Source(BUILTIN / name, model, is_builtin=True)
 
 
@@ -80,16 +86,16 @@ def _check_id(model: str, repo: str) -> None:
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported lazily
 
     if from_home(model).is_file():
-        raise _usage("not-a-folder", f"{model} is a file", "give the folder that holds config.json and the weights")
+        raise _usage("not-a-folder", f"{model} is a file", "give the folder that contains config.json and the weights")
     if model.startswith((".", "/", "~")) or "\\" in model:
-        raise _usage("no-folder", f"there is no folder {model}", "check the path")
+        raise _usage("no-folder", f"the folder {model} does not exist", "check the path")
     try:
         validate_repo_id(repo)
     except HFValidationError:
         raise _usage(
             "bad-id",
-            f"{model!r} is no folder here and cannot be a Hub id",
-            "write an existing folder, ORG/NAME, ORG/NAME@REVISION or builtin:NAME",
+            f"{model!r} is neither a local folder nor a valid Hub id",
+            "give an existing folder, ORG/NAME, ORG/NAME@REVISION or builtin:NAME",
         ) from None
 
 

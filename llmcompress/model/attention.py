@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmcompress.model.follow import Channels
+from llmcompress.model.channel_tracing import Channels
 from llmcompress.model.map import BlockStructure, Fold
 from llmcompress.model.skeleton import BlockCall, find_blocks, record
 
@@ -92,9 +92,9 @@ def find_attentions(model: PreTrainedModel, index: int, structure: BlockStructur
         if fold.producer_is_norm or len(fold.consumers) != 1 or not group:
             continue
         taps = tuple((name, structure.site(name).outputs) for name in group)
-        bench = _Bench(model, index, block, Channels(taps), fold)
-        if bench.mixes_tokens():
-            found.append(Attention(taps, fold.consumers[0], bench.groups(), bench.averages()))
+        experiment = _AttentionExperiment(model, index, block, Channels(taps), fold)
+        if experiment.mixes_tokens():
+            found.append(Attention(taps, fold.consumers[0], experiment.groups(), experiment.averages()))
     return found
 
 
@@ -106,7 +106,7 @@ class _NotReached(Exception):
     """The reader was not run: an expert that no token goes to."""
 
 
-class _Bench:
+class _AttentionExperiment:
     """A block whose projections put out what an experiment wants."""
 
     def __init__(self, model: PreTrainedModel, index: int, block: nn.Module, channels: Channels, fold: Fold) -> None:

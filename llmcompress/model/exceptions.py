@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from llmcompress.model.bench import LINEARS, sizes
+from llmcompress.model.block_experiment import LINEARS, sizes
 from llmcompress.model.map import Refusal
 
 NEVER_EXECUTED = "never executed as a module, so nothing can be measured at its input"

@@ -43,7 +43,7 @@ def rotate_heads(model: PreTrainedModel, model_map: ModelMap, sites: Sequence[Li
                 rotated.add(info.name)
     moved = (logits_of(model, few_tokens(model)) - before).abs().max()
     if not moved <= 1e-3 * before.abs().max():
-        raise refused("something happens to values between the heads and the output projection", "rotation.heads")
+        raise refused("the attention changes the values between the heads and the output projection", "rotation.heads")
     return rotated
 
 

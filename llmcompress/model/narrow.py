@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from llmcompress.model.residual import Residual
 from llmcompress.model.rotation import contract, few_tokens, places, resize_norm
 from llmcompress.model.skeleton import find_blocks, record
-from llmcompress.model.stock import outline
+from llmcompress.model.stock import meta_model
 from llmcompress.modules.plain_attributes import plain_attributes
 from llmcompress.numerics.basis import zero_mean_frame
 
@@ -72,7 +72,7 @@ def _rescale_by_width(model: PreTrainedModel, before: int, width: int) -> None:
         if buffer.numel() == 1 and math.isclose(float(buffer), math.sqrt(before), rel_tol=1e-2):
             buffer.fill_(math.sqrt(width))
     model.config.get_text_config().hidden_size = width
-    for name, stock in outline(type(model), model.config).named_modules():
+    for name, stock in meta_model(type(model), model.config).named_modules():
         live = model.get_submodule(name)
         for key, value in plain_attributes(stock).items():
             if value == width and vars(live).get(key) == before:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llmcompress.errors import CompressError
 from llmcompress.modules.expression import Expression
-from llmcompress.modules.wanted import Role, Wanted
+from llmcompress.modules.trainable_roles import Role, TrainableRoles
 from llmcompress.registry import Registry
 
 Spec = dict[str, Any]
@@ -102,7 +102,7 @@ class CompressedModule(nn.Module, ABC):
         """Of keys and values that one with that spec caches as codes."""
         return 0
 
-    def trainable(self, wanted: Wanted) -> TrainableTwin:
+    def trainable(self, wanted: TrainableRoles) -> TrainableTwin:
         """What stands here during a training, with parameters that begin at what this module computes with.
 
         Raises: CompressError when this kind has no such form.
@@ -110,7 +110,7 @@ class CompressedModule(nn.Module, ABC):
         raise CompressError(
             "training.no-trainable-form",
             f"a {MODULES.name_of(type(self))} has no trainable form",
-            fix="train adapters beside it, or leave its sites out",
+            fix="train adapters instead, or exclude these sites",
         )
 
 

@@ -16,7 +16,7 @@ from llmcompress.modules.base import MODULES, CompressedModule, Spec, TrainableT
 from llmcompress.modules.expression import Expression
 from llmcompress.modules.expression_leaves import Codebook, ColumnCodes
 from llmcompress.modules.trainable import sharing_tensors
-from llmcompress.modules.wanted import Role, Wanted
+from llmcompress.modules.trainable_roles import Role, TrainableRoles
 from llmcompress.numerics.fake_quant import straight_through
 from llmcompress.numerics.packing import pack_bits, packed_bytes, unpack_bits
 
@@ -122,7 +122,7 @@ class CodebookLinear(CompressedModule):
         return functional.linear(x, self.dense_weight(), self.bias)
 
     @override
-    def trainable(self, wanted: Wanted) -> TrainableTwin:
+    def trainable(self, wanted: TrainableRoles) -> TrainableTwin:
         return TwinOfCodebooks(self, wanted)
 
     @override
@@ -134,7 +134,7 @@ class CodebookLinear(CompressedModule):
 class TwinOfCodebooks(TrainableTwin):
     """Levels count as scales and weights in full as weights; which level a weight has stays what it is."""
 
-    def __init__(self, module: CodebookLinear, wanted: Wanted) -> None:
+    def __init__(self, module: CodebookLinear, wanted: TrainableRoles) -> None:
         super().__init__(module)
         self._of, self._storage = (module,), wanted.storage_dtype
         levels = {f"levels_{bits}": module.get_buffer(f"levels_{bits}") for bits in module.widths}

@@ -89,7 +89,7 @@ def coded(layer: Any, keys: Coding, values: Coding) -> Any:
     if kind is None:
         raise CompressError(
             "kv_cache.layer",
-            f"this model stores its keys and values as codes, which a {type(layer).__name__} cannot hold",
+            f"this model quantizes its KV cache, which a {type(layer).__name__} does not support",
             where="the cache that was passed, or `cache_implementation`",
             fix='use the default cache (`cache_implementation="dynamic"`)',
         )
@@ -152,7 +152,7 @@ class CodedAttention(Wrapper):
         if self.argument not in names and not any(each.kind is each.VAR_KEYWORD for each in parameters):
             raise CompressError(
                 "kv_cache.argument",
-                f"{type(replaced).__name__} takes no {self.argument!r} in this version of transformers",
+                f"{type(replaced).__name__} has no argument {self.argument!r} in this version of transformers",
                 fix="load it with the version of transformers in its llmcompress_report.json",
             )
         self._position = names.index(self.argument) if self.argument in names else len(names)

@@ -13,7 +13,8 @@ from llmcompress.modules.scheme import Scheme
 class TargetLimits:
     """What a format or a runtime asks of codes and scales; with the defaults it takes whatever there is.
 
-    A quantizer respects `positive_scales` by itself when the recipe names the target (`passes/quantization/aim.py`).
+    A quantizer respects `positive_scales` by itself when the recipe names the target
+    (`passes/quantization/target_limits.py`).
     The other limits are for the recipe's author to decide: a scheme that breaks one is refused, and the nearest scheme
     that does not is named.
     """
@@ -44,23 +45,23 @@ class TargetLimits:
         """
         grid, group = scheme.weights, group_of(scheme, inputs)
         if self.integers_only and grid.number is not None:
-            return f"it holds integers only, and {scheme.name} is made of floats"
+            return f"it supports only integers, and {scheme.name} uses floats"
         if self.bits is not None and grid.bits not in self.bits:
-            return f"it holds no codes of {grid.bits} bits"
+            return f"it does not support {grid.bits}-bit codes"
         if self.symmetric_only and not grid.symmetric:
-            return "it holds no zero points"
+            return "it does not support zero points"
         if self.positive_scales and grid.mirrors:
-            return "it holds no negative scales"
+            return "it does not support negative scales"
         if group is None and not self.whole_rows:
-            return "it holds no scale of a whole row"
+            return "it does not support one scale per row"
         if group is not None and self.groups is not None and group not in self.groups:
-            return f"it holds no groups of {group}"
+            return f"it does not support groups of {group}"
         if group is not None and not self.ragged_groups and inputs % group:
-            return f"{inputs} inputs do not divide into groups of {group}, and it has no shorter last group"
+            return f"{inputs} inputs do not divide into groups of {group}, and it does not support a shorter last group"
         if not self.rounded_inputs and scheme.activations:
-            return "it rounds no activations"
+            return "it does not support quantized activations"
         if self.scale_dtypes is not None and grid.scales.bits is None and scale_dtype not in (None, *self.scale_dtypes):
-            return f"it holds no scales in {str(scale_dtype).removeprefix('torch.')}"
+            return f"it does not support scales in {str(scale_dtype).removeprefix('torch.')}"
         return None
 
     def nearest(self, scheme: Scheme, inputs: int) -> Scheme | None:

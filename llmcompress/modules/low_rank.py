@@ -12,7 +12,7 @@ from llmcompress.modules.base import MODULES, CompressedModule, Spec, TrainableT
 from llmcompress.modules.expression import Chain, Expression
 from llmcompress.modules.expression_leaves import Dense
 from llmcompress.modules.trainable import TwinOfParts
-from llmcompress.modules.wanted import Wanted
+from llmcompress.modules.trainable_roles import TrainableRoles
 
 _STOCK = "linear"
 
@@ -77,8 +77,8 @@ class LowRankLinear(CompressedModule):
         return f"{self.in_features} → {self.rank} → {self.out_features}"
 
     @override
-    def trainable(self, wanted: Wanted) -> TrainableTwin:
-        return TwinOfParts(self, wanted.counting("factors"))
+    def trainable(self, wanted: TrainableRoles) -> TrainableTwin:
+        return TwinOfParts(self, wanted.with_matrices_as("factors"))
 
 
 def linear_of(weight_OI: Tensor, bias_O: Tensor | None) -> nn.Linear:

@@ -75,9 +75,9 @@ def _compare(live: nn.Module, stock: nn.Module, name: str, found: Manifest) -> N
     if type(live) is not type(stock):
         raise CompressError(
             "manifest.unknown-module",
-            f"a {type(stock).__name__} was replaced by a {type(live).__name__}, which cannot be described",
+            f"a {type(stock).__name__} was replaced by a {type(live).__name__}, which cannot be saved",
             where=name,
-            fix="replace modules by registered CompressedModules only",
+            fix="replace modules only with registered CompressedModules",
         )
     for leaf, parameter in live.named_parameters(recurse=False):
         before = stock._parameters.get(leaf)
@@ -90,18 +90,18 @@ def _compare(live: nn.Module, stock: nn.Module, name: str, found: Manifest) -> N
     if lost:
         raise CompressError(
             "manifest.unknown-module",
-            "a module of the stock model is not there",
+            "a module of the stock model is missing",
             where=_join(name, lost[0]),
-            fix="replace modules by registered CompressedModules only",
+            fix="replace modules only with registered CompressedModules",
         )
     for leaf, child in live.named_children():
         there = stock._modules.get(leaf)
         if there is None:
             raise CompressError(
                 "manifest.unknown-module",
-                f"there is a {type(child).__name__} that the stock model does not have",
+                f"the stock model has no such {type(child).__name__}",
                 where=_join(name, leaf),
-                fix="replace modules by registered CompressedModules only",
+                fix="replace modules only with registered CompressedModules",
             )
         _compare(child, there, _join(name, leaf), found)
 
@@ -173,7 +173,7 @@ def _module(root: nn.Module, name: str) -> nn.Module:
     except AttributeError:
         raise CompressError(
             "manifest.no-such-module",
-            "the manifest names a module that this version of transformers does not build",
+            "the manifest names a module that this version of transformers does not have",
             where=name,
             fix="load it with the version of transformers in its llmcompress_report.json",
         ) from None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from llmcompress.modules.base import CompressedModule, TrainableTwin
-from llmcompress.modules.wanted import Role, Wanted
+from llmcompress.modules.trainable_roles import Role, TrainableRoles
 from llmcompress.numerics.fake_quant import (
     fake_quantized,
     gradient_times,
@@ -45,7 +45,7 @@ class CodedModule(CompressedModule):
         """Its forward with that matrix."""
 
     @override
-    def trainable(self, wanted: Wanted) -> TrainableTwin:
+    def trainable(self, wanted: TrainableRoles) -> TrainableTwin:
         return TwinOfCodes(self, wanted)
 
 
@@ -60,7 +60,7 @@ class TwinOfCodes(TrainableTwin):
 
     bias: nn.Parameter | None
 
-    def __init__(self, module: CodedModule, wanted: Wanted) -> None:
+    def __init__(self, module: CodedModule, wanted: TrainableRoles) -> None:
         super().__init__(module)
         self._of = (module,)  # in a tuple: its numbers are no part of what is trained
         codes_OI, fitted = module.codes_OI, module.quantized.fitted
@@ -83,7 +83,7 @@ class TwinOfCodes(TrainableTwin):
         self.register_buffer("first_scale_OG", first.scale_OG, persistent=False)
         self.register_buffer("shared", first.shared, persistent=False)
 
-    def _own(self, name: str, first: Tensor, role: Role, wanted: Wanted) -> None:
+    def _own(self, name: str, first: Tensor, role: Role, wanted: TrainableRoles) -> None:
         self.register_parameter(name, nn.Parameter(first.detach().clone(), requires_grad=role in wanted))
         if role in wanted:
             self.roles[name] = role

@@ -12,7 +12,7 @@ from llmcompress.modules.base import MODULES, CompressedModule, Spec, TrainableT
 from llmcompress.modules.expression import Expression
 from llmcompress.modules.expression_leaves import Contraction
 from llmcompress.modules.trainable import TwinOfParts
-from llmcompress.modules.wanted import Wanted
+from llmcompress.modules.trainable_roles import TrainableRoles
 
 Split = Literal["rows", "columns"]
 
@@ -91,5 +91,5 @@ class TuckerLinear(CompressedModule):
         return f"{self.in_features} → {self.out_features}, ranks {tuple(self.core_hri.shape)} of {self.spec()['shape']}"
 
     @override
-    def trainable(self, wanted: Wanted) -> TrainableTwin:
-        return TwinOfParts(self, wanted.counting("factors"))
+    def trainable(self, wanted: TrainableRoles) -> TrainableTwin:
+        return TwinOfParts(self, wanted.with_matrices_as("factors"))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.numerics.grid import Grid
-from llmcompress.numerics.masks import Pattern, due, lowest, lowest_of
+from llmcompress.numerics.masks import Pattern, count_of_zeros, lowest, lowest_of
 from llmcompress.numerics.ranges import RangeSearch, fit
 
 MOST_DAMPING = 10.0
@@ -243,7 +243,10 @@ class DropLowest(DropWeights):
         if self._pattern:
             return torch.stack(lowest_of(score_SO.unbind(0), self._pattern.zeros))
         outputs = score_SO.shape[1]
-        return lowest(score_SO, due(self._share, outputs * here.stop) - due(self._share, outputs * here.start))
+        return lowest(
+            score_SO,
+            count_of_zeros(self._share, outputs * here.stop) - count_of_zeros(self._share, outputs * here.start),
+        )
 
 
 def block_length(group: int | None, wanted: int) -> int:

@@ -52,14 +52,14 @@ def named_pattern(name: str) -> Pattern | None:
     if not found or int(found["zeros"]) >= int(found["of"]):
         raise CompressError(
             "sparsity.pattern",
-            f"{name!r} is not a pattern of zeros",
-            fix="write `unstructured`, or N:M for N zeros in every M neighbouring inputs, N < M, e.g. 2:4 or 4:8",
+            f"{name!r} is not a sparsity pattern",
+            fix="write `unstructured`, or N:M for N zeros in every M consecutive inputs, N < M, e.g. 2:4 or 4:8",
             exit_code=ExitCode.USAGE,
         )
     return Pattern(int(found["zeros"]), int(found["of"]))
 
 
-def due(share: float, weights: int) -> int:
+def count_of_zeros(share: float, weights: int) -> int:
     """How many of so many weights make up the share, rounded half up."""
     return math.floor(share * weights + 0.5)
 
@@ -102,7 +102,7 @@ def lowest_per_row(score_OI: Tensor, share: float) -> Tensor:
     """
     outputs, inputs = score_OI.shape
     mask_OI = torch.zeros_like(score_OI, dtype=torch.bool)
-    ends = [due(share, inputs * row) for row in range(outputs + 1)]
+    ends = [count_of_zeros(share, inputs * row) for row in range(outputs + 1)]
     counts = [end - start for start, end in pairwise(ends)]
     for count in set(counts) - {0}:
         rows = [row for row, each in enumerate(counts) if each == count]

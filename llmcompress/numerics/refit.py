@@ -58,7 +58,7 @@ def refit_columns(
     kept, removed = kept_I.nonzero().flatten(), (~kept_I).nonzero().flatten()
     factor = inverse_factor(centred_II[kept][:, kept], damping)
     if factor is None:
-        why = "its inputs were always zero" if not bool(gram_II.any()) else "its Gram matrix has no inverse"
+        why = "its inputs were always zero" if not bool(gram_II.any()) else "its Gram matrix is singular"
         return replace(plain, degraded=f"{why}: not refitted")
     missing_OK = weight64_OI[:, removed] @ centred_II[removed][:, kept]
     kept_OK = weight64_OI[:, kept]

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llmcompress.numerics.masks import due, lowest, lowest_counts
+from llmcompress.numerics.masks import count_of_zeros, lowest, lowest_counts
 
 Comparison = Literal["layer", "global"]
 
@@ -41,9 +41,9 @@ def drop_lowest(
     """
     scores = [score.float().masked_fill(zero, -torch.inf) for score, zero in zip(scores, zeros, strict=True)]
     if comparison == "layer":
-        counts = [due(share, score.numel()) for score in scores]
+        counts = [count_of_zeros(share, score.numel()) for score in scores]
     else:
-        total = due(share, sum(score.numel() for score in scores))
+        total = count_of_zeros(share, sum(score.numel() for score in scores))
         counts = lowest_counts(lambda: map(_ordered, scores), total)
     return [lowest(score, count) for score, count in zip(scores, counts, strict=True)]
 

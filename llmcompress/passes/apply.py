@@ -130,11 +130,11 @@ def _stream(whole: WholeModel, stage: Stage, *, label: str) -> list[SiteReport]:
         if keep and index in finished:
             block_rows = keep.restore_block(stage.index, index, work.module)
         else:
-            before = outline(work.module)
+            before = meta_copy(work.module)
             work.decisions = decisions
             block_rows = [row for each in stage.block_passes for row in each.run(work)]
-            work.settle()
-            whole.context.processes.same_tensors(work.module)
+            work.round_to_storage_dtype()
+            whole.context.processes.broadcast_tensors(work.module)
             if keep:
                 keep.save_block(stage.index, index, work.module, before, block_rows)
         if keep:
@@ -158,7 +158,7 @@ def _decisions(whole: WholeModel, stage: Stage) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def outline(module: nn.Module) -> nn.Module:
+def meta_copy(module: nn.Module) -> nn.Module:
     """A copy of a module's structure whose tensors are all on the meta device."""
     tensors: Iterator[Tensor] = (t for owner in (module.parameters(), module.buffers()) for t in owner)
     memo: dict[int, object] = {}

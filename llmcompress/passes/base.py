@@ -87,13 +87,13 @@ class Pass(BaseModel, ABC):
     def conflict_with(self, trait: Trait) -> str | None:
         """Why this pass may not follow one that left that trait on the same site; None when it may."""
         if trait == "codes" and not self.keeps_codes:
-            return "would change weights that are codes already"
+            return "would change weights that are already quantized"
         if trait == "dynamic":
-            return "needs blocks that run in full for every input; what decides per input comes last"
+            return "needs blocks that run in full for every input; passes for dynamic inference must come last"
         if trait == "ranges" and not (self.quantizes() or self.keeps_codes):
-            return "would change inputs that are rounded on fixed ranges"
+            return "would change inputs that have static quantization ranges"
         if trait == "cache":
-            return "needs the attention of the dense model; what rounds its cache comes last"
+            return "needs the original attention; quantizing the KV cache must come last"
         return self.conflicts.get(trait)
 
     def conflict_with_all(self, traits: frozenset[Trait]) -> str | None:
@@ -159,14 +159,16 @@ class BlockPass(Pass):
     changes_sites: ClassVar[bool] = False
     """Whether a block's linears are others afterwards, so that later passes need a new map."""
 
-    sites: tuple[str, ...] = Field(("*",), description="globs of module names to work on")
-    exclude: tuple[str, ...] = Field((), description="globs of module names to leave alone")
+    sites: tuple[str, ...] = Field(("*",), description="globs of the module names to compress")
+    exclude: tuple[str, ...] = Field((), description="globs of the module names to skip")
     new_stage: bool = Field(
         False,
-        description="begin when the passes before are done with all blocks, not block by block behind them; passes "
-        "that decide always do",
+        description="start only when the earlier passes have finished all blocks, instead of following them block by "
+        "block; passes that allocate always do",
     )
-    overrides: dict[str, dict[str, Any]] = Field(default_factory=dict, description="other options for some sites")
+    overrides: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="different options for some sites, by glob"
+    )
 
     @field_validator("sites", "exclude", mode="before")
     @classmethod
@@ -181,7 +183,7 @@ class BlockPass(Pass):
         for glob, options in overrides.items():
             wrong = sorted((cls.whole_block | {"new_stage"}) & options.keys())
             if wrong:
-                raise ValueError(f"{wrong[0]!r} cannot differ from site to site (override of {glob!r})")
+                raise ValueError(f"{wrong[0]!r} cannot be overridden per site (override of {glob!r})")
         return overrides
 
     def selects(self, site: str) -> bool:

@@ -26,18 +26,20 @@ def quantizer_with(
     Raises: ValueError when there is no such pass, or it is given what the outer pass decides.
     """
     if len(named) != 1:
-        raise ValueError("name exactly one quantizing pass, e.g. {gptq: {}}")
+        raise ValueError("name exactly one quantization pass, e.g. {gptq: {}}")
     ((name, options),) = named.items()
     known = _serving(sitewise=sitewise)
     if name not in known:
-        raise ValueError(f"use one of {', '.join(known)}; {name!r} is no pass that leaves codes and nothing else")
+        raise ValueError(f"use one of {', '.join(known)}; {name!r} does not only quantize")
     for option, instead in _OUTSIDE.items():
         if option in options:
-            raise ValueError(f"{option!r} cannot be set inside `quantizer`: write `{instead}` beside it")
+            raise ValueError(f"{option!r} cannot be set inside `quantizer`: set `{instead}` next to it")
     cls = PASSES[name]
     assert issubclass(cls, QuantizingPass)
     if sitewise and cls.whole_block & options.keys():
-        raise ValueError(f"{min(cls.whole_block & options.keys())!r} cannot be set inside: sites come one by one")
+        raise ValueError(
+            f"{min(cls.whole_block & options.keys())!r} cannot be set in `quantizer`: it runs on one site at a time"
+        )
     return cls(**options, sites=sites, exclude=exclude, overrides=dict(overrides or {}), scheme=scheme)
 
 

@@ -32,7 +32,7 @@ class QuantizingPass(BlockPass):
     scheme: str = Field("int4_g128", description=DESCRIPTION)
     on_indivisible: Literal["error", "skip", "channel", "pad"] = Field(
         "error",
-        description="for sites whose inputs do not divide into groups: refuse, leave dense, one scale a row, ragged",
+        description="if inputs do not divide into groups: refuse, leave dense, one scale per row, shorter last group",
     )
 
     @field_validator("scheme")

@@ -105,13 +105,13 @@ def indivisible_error(found: Sequence[Indivisible]) -> CompressError:
         fixes.insert(0, f"`scheme: {scheme.with_group(smaller).name}`")
     leaves = sorted({f'"*.{row.site.rpartition(".")[2]}"' for row in found})
     fixes += [
-        f"leave these sites dense with `exclude: [{', '.join(leaves)}]`",
-        "or decide for all such sites with `on_indivisible: skip|channel|pad`",
+        f"exclude these sites with `exclude: [{', '.join(leaves)}]`",
+        "or set `on_indivisible: skip|channel|pad` for all such sites",
     ]
     sites = "1 site has inputs" if len(found) == 1 else f"{len(found)} sites have inputs"
     return CompressError(
         "scheme.indivisible",
-        f"{sites} that do not divide into the scheme's groups",
+        f"{sites} that do not divide into the groups of the scheme",
         where="; ".join(f"{row} ({count} sites)" if count > 1 else row for row, count in rows.items()),
         fix="use " + ", or ".join(fixes[:-1]) + "; " + fixes[-1],
         exit_code=ExitCode.USAGE,

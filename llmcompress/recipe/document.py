@@ -68,13 +68,17 @@ class RecipeLoader(yaml.SafeLoader):
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if getattr(event, "tag", None) is not None:
             tag = event.tag.replace(_CORE, "!!")
-            raise _Refused("recipe.tag", f"the tag {tag} is not allowed", event, "remove it: a recipe is plain data")
+            raise _Refused(
+                "recipe.tag", f"the YAML tag {tag} is not allowed", event, "remove it: a recipe is plain data"
+            )
         self.nodes += 1
         if self.nodes > MAX_VALUES:
             raise _Refused("recipe.too-large", f"more than {MAX_VALUES} values", event, "is this the right file?")
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise _Refused("recipe.too-large", f"nested deeper than {MAX_DEPTH} levels", event, "write a flat recipe")
+            raise _Refused(
+                "recipe.too-large", f"the recipe is nested deeper than {MAX_DEPTH} levels", event, "reduce the nesting"
+            )
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -179,7 +183,7 @@ class _Reader:
     def value(self, node: yaml.Node, path: Path) -> Any:
         self.values += 1
         if self.values > MAX_VALUES or id(node) in self.open:
-            raise _Refused("recipe.too-large", "aliases expand without end", node, "write the values out")
+            raise _Refused("recipe.too-large", "the aliases expand to too many values", node, "write the values out")
         if isinstance(node, yaml.ScalarNode):
             self.document.raw[path] = node.value
             return _scalar(node)
@@ -220,6 +224,6 @@ def _scalar(node: yaml.ScalarNode) -> str | int | float | bool | None:
     if kind == "float":
         number = float(node.value)
         if not math.isfinite(number):
-            raise _Refused("recipe.value", f"{node.value} is too large for a number", node, "write a finite number")
+            raise _Refused("recipe.value", f"{node.value} is too large", node, "write a finite number")
         return number
     return str(node.value)

@@ -65,8 +65,8 @@ class Recipe(BaseModel):
         if not passes:
             raise CompressError(
                 "recipe.no-passes",
-                "`passes` is empty: nothing would be compressed",
-                fix="write at least one, such as `passes: [rtn]`; `llmcompress passes` lists them",
+                "`passes` is empty: there is nothing to do",
+                fix="add at least one pass, such as `passes: [rtn]`; `llmcompress passes` lists them",
                 exit_code=ExitCode.USAGE,
             )
         return passes
@@ -89,15 +89,15 @@ class Recipe(BaseModel):
         if given is None and self.model is None:
             raise CompressError(
                 "recipe.no-model",
-                "no model: none was given and the recipe names none",
-                fix="write `llmcompress compress MODEL ...`, or `model:` in the recipe",
+                "no model: neither the command nor the recipe names one",
+                fix="give the model as an argument, or set `model:` in the recipe",
                 exit_code=ExitCode.USAGE,
             )
         if given is not None and self.revision is not None and self.model not in (None, given):
             raise CompressError(
                 "recipe.other-model",
                 f"the recipe pins revision {self.revision} of {self.model}, and {given} was given",
-                fix="leave MODEL out, or remove `model` and `revision` from the recipe",
+                fix="do not give a model, or remove `model` and `revision` from the recipe",
                 exit_code=ExitCode.USAGE,
             )
         return self if given is None else self.model_copy(update={"model": given})

@@ -63,7 +63,7 @@ def check_sites(passes: Sequence[Pass], site_names: Sequence[str]) -> None:
         for key, glob in _globs(each):
             among = selected if key == "overrides" else names
             if not any(fnmatchcase(site, glob) for site in among):
-                what = f"{key} {glob!r} matches no {'site that the pass works on' if among is selected else 'site'}"
+                what = f"{key} {glob!r} matches no {'site that the pass selects' if among is selected else 'site'}"
                 raise CompressError(
                     "recipe.no-such-site",
                     what,
@@ -74,9 +74,9 @@ def check_sites(passes: Sequence[Pass], site_names: Sequence[str]) -> None:
         if not selected:
             raise CompressError(
                 "recipe.no-such-site",
-                "`exclude` leaves the pass no site to work on",
+                "`exclude` removes every site that `sites` selects",
                 where=_label(index, each),
-                fix="exclude less, or remove the pass",
+                fix="exclude fewer sites, or remove the pass",
                 exit_code=ExitCode.USAGE,
             )
 
@@ -127,13 +127,13 @@ def _covers(wide: Pass, narrow: Pass) -> bool:
 def _undone(first: int, earlier: Pass, second: int, later: Pass, reason: str, *, where: str) -> CompressError:
     one, two = PASSES.name_of(type(earlier)), PASSES.name_of(type(later))
     if _rounds_by_choice(earlier):
-        fix = f"write `{one}: {{round: false}}`: it then only scales, and {two} rounds"
+        fix = f"write `{one}: {{round: false}}`, so that it only scales and {two} rounds"
     elif _rounds_by_choice(later):
         fix = f"put `{two}: {{round: false}}` before {one}"
     elif _reason(later.traits(), earlier) is None:
         fix = f"put {two} before {one}"
     else:
-        fix = "keep one of the two, or give them different `sites`"
+        fix = "remove one of the two, or give them different `sites`"
     return CompressError(
         "recipe.order",
         f"{_label(second, later)} cannot follow {_label(first, earlier)}: it {reason}",

@@ -59,7 +59,7 @@ def _path(data: dict[str, Any], parts: list[str], setting: str, schema: Schema) 
         if at_path(schema, (*path, *step)) is None:
             keys = keys_at(schema, path)
             fix = did_you_mean(word, keys) if keys else f"`{dotted(path)}` is a single value"
-            raise _refused(f"there is no {word!r} in {dotted(path) or 'a recipe'}", setting, fix)
+            raise _refused(f"{dotted(path) or 'a recipe'} has no key {word!r}", setting, fix)
         for part in step:
             here = _inside(here, part, path, setting, schema)
             path = (*path, part)
@@ -75,9 +75,9 @@ def _item_called(name: str, items: Any, path: Path, setting: str) -> Path:
         return found[0], name
     if not found:
         fix = did_you_mean(name, listed) if listed else f"`{stage}` is empty"
-        raise _refused(f"the recipe has no {name!r} in {stage}", setting, fix)
+        raise _refused(f"{stage} of the recipe has no {name!r}", setting, fix)
     choices = " or ".join(f"{stage}.{index}.{name}" for index in found)
-    raise _refused(f"the recipe has {len(found)} times {name!r} in {stage}", setting, f"say which: {choices}")
+    raise _refused(f"{stage} of the recipe has {name!r} {len(found)} times", setting, f"say which: {choices}")
 
 
 def _inside(here: Any, part: str | int, path: Path, setting: str, schema: Schema) -> Any:
@@ -88,7 +88,7 @@ def _inside(here: Any, part: str | int, path: Path, setting: str, schema: Schema
             raise _refused(f"{stage} has {count} items", setting, f"count from 0, or set {stage} itself")
         return here[part]
     if isinstance(here, dict) and is_named(schema, path) and part not in here:
-        raise _refused(f"{dotted(path)} is {next(iter(here), '')!r}", setting, "give the name that stands there")
+        raise _refused(f"{dotted(path)} is {next(iter(here), '')!r}", setting, "use that name")
     return here.get(part) if isinstance(here, dict) else None
 
 

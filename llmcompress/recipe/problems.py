@@ -48,7 +48,7 @@ def explain(problems: Problems, document: Document, schema: Schema, error: Error
     cause = error.get("ctx", {}).get("error")
     if error["type"] == "extra_forbidden":
         fix = _below_a_stage(schema, path) or did_you_mean(key, keys_at(schema, path[:-1]))
-        problems.add("recipe.unknown-key", f"there is no option {key!r} here", where, fix)
+        problems.add("recipe.unknown-key", f"unknown option {key!r}", where, fix)
     elif error["type"] == "missing":
         problems.add("recipe.missing", f"{key!r} is missing", where, f"write `{key}:`")
     elif isinstance(cause, CompressError):
@@ -81,7 +81,7 @@ def _below_a_stage(schema: Schema, path: Path) -> str | None:
     """What to write where a pass stands at the top of a recipe."""
     stages = [key for key in keys_at(schema, ()) if len(path) == 1 and holds_named(schema, (key,))]
     found = (key for key in stages if path[0] in keys_at(schema, (key, 0)))
-    return next((f"write it below `{key}:`, as `  - {path[0]}`" for key in found), None)
+    return next((f"write it under `{key}:`, as `  - {path[0]}`" for key in found), None)
 
 
 def _allowed_words(schema: Schema, path: Path) -> list[str]:
@@ -100,11 +100,11 @@ def _rewrite(key: str, wanted: set[str], value: Any, raw: str, keys: list[str]) 
     """The line to write instead, where the meaning is plain."""
     number = raw.replace("_", "")
     if value is None:
-        return "give it a value or leave the key out"
+        return "give it a value or remove the key"
     if "object" in wanted:
         return f"write a mapping with some of {', '.join(keys)}" if keys else "write a mapping"
     if wanted == {"array"}:
-        return "begin every item with `- `" if isinstance(value, dict) else f"write `{key}: [{raw}]`"
+        return "start every item with `- `" if isinstance(value, dict) else f"write `{key}: [{raw}]`"
     if isinstance(value, dict | list):
         return f"write `{key}: value` on one line"
     if "boolean" in wanted and raw.lower() in _BOOLEANS:

@@ -111,7 +111,7 @@ class Listed(Stage):
             return
         for index, item in enumerate(expanded):
             if not isinstance(item, dict) or len(item) != 1:
-                what = f"a {self.registry.kind} is a name, or one name with its options"
+                what = f"a {self.registry.kind} must be a name, or one name with its options"
                 fix = f"write each as its own item: `- {next(iter(self.registry))}: {{option: value}}`"
                 if isinstance(item, dict) and item and next(iter(item.values())) is None:
                     fix = f"indent the options further than `{next(iter(item))}:`"
@@ -121,7 +121,7 @@ class Listed(Stage):
             if name in self.registry:
                 yield Entry((index, name), name, options)
             else:
-                what = f"there is no {self.registry.kind} {name!r}"
+                what = f"unknown {self.registry.kind} {name!r}"
                 error = _refused(f"recipe.unknown-{self.registry.kind}", what, did_you_mean(name, self.registry))
                 problems.append(_problem((index,), item, error))
 
@@ -213,7 +213,7 @@ def _thing(cls: type[BaseModel], entry: Entry, problems: list[InitErrorDetails])
     for glob, changed in getattr(found, "overrides", {}).items():
         path = (*entry.path, "overrides", glob)
         for key in changed.keys() & set(SELECTORS):
-            what = f"an override cannot change {key!r}: its glob already says where it applies"
+            what = f"an override cannot set {key!r}: its glob already selects the sites"
             fix = f"remove `{key}`, or write a second {entry.name}"
             problems.append(_problem((*path, key), changed[key], _refused("recipe.override", what, fix)))
         given = {key: value for key, value in changed.items() if key not in SELECTORS}

@@ -114,13 +114,13 @@ def read_report(path: Path) -> Report:
     Raises: CompressError when there is none, it is damaged, or another version of llmcompress wrote it in another form.
     """
     file = path / REPORT if path.is_dir() else path
-    fix = "name a folder that `llmcompress compress` wrote, or its report"
+    fix = "give a folder that llmcompress wrote, or its report"
     data = read_json(file, code="report.unreadable", fix=fix)
     version = data.get("version", 0)
     if version != VERSION:
         newer = isinstance(version, int) and version > VERSION
         fix = "use a newer llmcompress" if newer else "compress the model again with this version"
-        what = f"the report has form {version}, this version of llmcompress reads form {VERSION}"
+        what = f"the report has version {version}, but this version of llmcompress reads version {VERSION}"
         raise CompressError("report.version", what, where=str(file), fix=fix)
     try:
         return Report.model_validate(data)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from llmcompress.calibration.measured import Shelf
+from llmcompress.calibration.measurement_cache import CachedMeasurements
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.site import LinearSite
 from llmcompress.model.units import UnitGroup, masked
@@ -26,22 +26,22 @@ class GradientObserver(ABC):
         """Whether it must see every window by itself, not sums over batches."""
         return False
 
-    def recall(self, shelf: Shelf) -> bool:
+    def recall(self, cached: CachedMeasurements) -> bool:
         """Take what is known already; whether that is all it listens for."""
         return False
 
-    def keep(self, shelf: Shelf) -> None:  # noqa: B027 (most are too large to be kept)
+    def keep(self, cached: CachedMeasurements) -> None:  # noqa: B027 (most are too large to be kept)
         """Put what was found where it may be found again."""
 
     @abstractmethod
     def attached(self, whole: WholeModel, model: nn.Module) -> AbstractContextManager[None]:
         """While the sweep lasts: hooks, and parameters that want gradients."""
 
-    def around(self, model: nn.Module) -> AbstractContextManager[None]:
+    def during_batch(self, model: nn.Module) -> AbstractContextManager[None]:
         """Around every forward and its gradients."""
         return nullcontext()
 
-    def heard(self) -> None:  # noqa: B027 (hooks have heard already)
+    def collect(self) -> None:  # noqa: B027 (hooks have heard already)
         """The gradients of a batch are there: add them up."""
 
 
@@ -50,15 +50,15 @@ def sweep(whole: WholeModel, observers: Sequence[GradientObserver]) -> None:
 
     The loss is summed over the windows of a batch, so that gradients do not depend on how windows are batched.
     """
-    shelf = whole.context.shelf()
-    missing = [each for each in observers if shelf is None or not each.recall(shelf)]
+    cached = whole.context.cached_measurements()
+    missing = [each for each in observers if cached is None or not each.recall(cached)]
     for one_by_one in (False, True):
         of_kind = [each for each in missing if each.one_by_one is one_by_one]
         if of_kind:
             _sweep(whole, of_kind, one_by_one=one_by_one)
-    if shelf:
+    if cached:
         for each in missing:
-            each.keep(shelf)
+            each.keep(cached)
 
 
 def _sweep(whole: WholeModel, observers: Sequence[GradientObserver], *, one_by_one: bool) -> None:
@@ -70,10 +70,10 @@ def _sweep(whole: WholeModel, observers: Sequence[GradientObserver], *, one_by_o
         for ids_BT in batches:
             with torch.enable_grad(), ExitStack() as around:
                 for each in observers:
-                    around.enter_context(each.around(model))
+                    around.enter_context(each.during_batch(model))
                 (whole.loss(ids_BT.to(whole.context.device)) * len(ids_BT)).backward()  # type: ignore[no-untyped-call]
             for each in observers:
-                each.heard()
+                each.collect()
             model.zero_grad(set_to_none=True)
 
 
@@ -90,15 +90,15 @@ class OutputSquares(GradientObserver):
         self.sums: dict[str, Tensor] = {}
 
     @override
-    def recall(self, shelf: Shelf) -> bool:
-        known = {name: shelf.find(Tensor, self._NAME, name) for name in self.names}
+    def recall(self, cached: CachedMeasurements) -> bool:
+        known = {name: cached.find(Tensor, self._NAME, name) for name in self.names}
         self.sums = {name: sum_O for name, sum_O in known.items() if sum_O is not None}
         return len(self.sums) == len(self.names)
 
     @override
-    def keep(self, shelf: Shelf) -> None:
+    def keep(self, cached: CachedMeasurements) -> None:
         for name, sum_O in self.sums.items():
-            shelf.put(sum_O, self._NAME, name)
+            cached.put(sum_O, self._NAME, name)
 
     @override
     @contextmanager
@@ -145,7 +145,7 @@ class WeightGradients(GradientObserver):
         self._weights = {}
 
     @override
-    def heard(self) -> None:
+    def collect(self) -> None:
         for name, weight in self._weights.items():
             if weight.grad is None:  # an expert that no token reached
                 continue
@@ -181,13 +181,13 @@ class UnitMasks(GradientObserver):
 
     @override
     @contextmanager
-    def around(self, model: nn.Module) -> Iterator[None]:
+    def during_batch(self, model: nn.Module) -> Iterator[None]:
         self._masks = [torch.ones(group.units, device=self._device, requires_grad=True) for group in self.groups]
         with masked(model, self.groups, self._masks):
             yield
 
     @override
-    def heard(self) -> None:
+    def collect(self) -> None:
         self.windows.append(
             [mask_U.grad if mask_U.grad is not None else torch.zeros_like(mask_U).detach() for mask_U in self._masks]
         )

@@ -46,7 +46,7 @@ class ProcessLock:
         except Timeout:
             raise CompressError(
                 "run.locked",
-                f"{_described(self._owner)} works on this run",
+                f"{_described(self._owner)} is working on this run",
                 where=str(self._folder),
                 fix="wait for it, or choose another output folder",
                 saved="everything; nothing was changed",

@@ -26,7 +26,7 @@ def test_off_a_terminal_a_line_comes_at_most_every_half_minute():
         progress.stage("compress", 12)
         for block in range(12):
             clock.now += 10
-            progress.inside("gptq mlp.down_proj")
+            progress.substep("gptq mlp.down_proj")
             progress.step(f"block {block + 1}/12")
     lines = stream.getvalue().splitlines()
     assert lines[0] == "compress (12 steps)"
@@ -73,7 +73,7 @@ def test_on_a_terminal_the_display_has_two_levels_and_leaves_nothing_behind(monk
         progress.stage("compress", 4)
         clock.now += 7
         progress.step("block 1/4")
-        progress.inside("gptq mlp.up_proj")
+        progress.substep("gptq mlp.up_proj")
         progress._bars.refresh()
         shown = stream.getvalue()
         with progress.paused():
@@ -88,14 +88,14 @@ def test_parts_of_a_step_are_counted_and_their_time_is_foretold():
         progress.stage("compress", 2)
         for done in range(1, 4):
             clock.now += 20
-            progress.inside(f"recover: loss {3 - done / 10}", done=done, total=10)
-        assert progress.inside_text() == "recover: loss 2.7, 3/10, 2:20 left"
-        progress.inside("gptq mlp.up_proj")
-        assert progress.inside_text() == "gptq mlp.up_proj"
-        progress.inside("learned_rounding", done=2, total=4)
-        assert progress.inside_text() == "learned_rounding, 2/4"
+            progress.substep(f"recover: loss {3 - done / 10}", done=done, total=10)
+        assert progress.substep_text() == "recover: loss 2.7, 3/10, 2:20 left"
+        progress.substep("gptq mlp.up_proj")
+        assert progress.substep_text() == "gptq mlp.up_proj"
+        progress.substep("learned_rounding", done=2, total=4)
+        assert progress.substep_text() == "learned_rounding, 2/4"
         progress.step("block 1/2")
-        assert progress.inside_text() == ""
+        assert progress.substep_text() == ""
     assert "compress › recover: loss 2.8, 2/10, 2:40 left: 0:40 elapsed" in stream.getvalue()
 
 

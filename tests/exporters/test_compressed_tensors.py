@@ -19,7 +19,7 @@ from llmcompress.errors import CompressError, ExitCode
 from llmcompress.exporters.base import Converted, Exact, Refused
 from llmcompress.exporters.choose import choose
 from llmcompress.exporters.compressed_tensors import CompressedTensorsExporter
-from llmcompress.exporters.contents import foretold
+from llmcompress.exporters.contents import planned_contents
 from llmcompress.exporters.loader import Loader
 from llmcompress.exporters.manifest import ManifestExporter
 from llmcompress.exporters.quantization_config import name_patterns
@@ -42,7 +42,7 @@ CONV = SiteInfo("conv", outputs=16, inputs=64, has_bias=True, transposed=True)
 
 
 def _contents(schemes, *sites: SiteInfo, dtype=None, loader=None):
-    return foretold(_map(*sites), schemes, loader or Loader(), dtype)
+    return planned_contents(_map(*sites), schemes, loader or Loader(), dtype)
 
 
 def _answers(schemes, *sites: SiteInfo, loader=None, **options):
@@ -136,7 +136,7 @@ def test_wider_fields_than_the_scheme_are_said():
     [
         ("nf4_g32", None, "no word"),
         ("fp4_g32", torch.bfloat16, "no word"),
-        ("mxfp4", torch.float16, "bfloat16 alone"),
+        ("mxfp4", torch.float16, "bfloat16 only"),
         ("nvfp4_a", torch.bfloat16, "differently"),
     ],
 )

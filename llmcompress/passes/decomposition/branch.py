@@ -90,7 +90,9 @@ def weight_only_scheme(name: str | None) -> str | None:
     Raises: ValueError when it would round activations too; CompressError when there is no such scheme.
     """
     if name is not None and named_scheme(name).activations:
-        raise ValueError(f"factors round weights only: write {replace(named_scheme(name), activations=None).name!r}")
+        raise ValueError(
+            f"factors are quantized weight-only: write {replace(named_scheme(name), activations=None).name!r}"
+        )
     return name
 
 

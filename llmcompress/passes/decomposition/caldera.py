@@ -34,17 +34,17 @@ class Caldera(QuantizingPass):
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"codes", "factors"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
-        "zeros": "would fill zeros with its dense branch",
-        "pattern": "would fill zeros with its dense branch",
+        "zeros": "would fill zeros through its dense branch",
+        "pattern": "would fill zeros through its dense branch",
     }
 
     sitewise: ClassVar[bool] = False
 
-    scheme: str = Field("int2_g64", description=f"of the codes: {DESCRIPTION}")
-    rank: int = Field(64, ge=0, description="of the branch; 0: gptq alone")
-    iterations: int = Field(10, ge=1, le=100, description="turns of branch and codes after the first candidate")
+    scheme: str = Field("int2_g64", description=f"scheme of the codes: {DESCRIPTION}")
+    rank: int = Field(64, ge=0, description="rank of the low-rank branch; 0: gptq alone")
+    iterations: int = Field(10, ge=1, le=100, description="alternating updates of branch and codes")
     factor_scheme: str | None = Field(
-        None, description="of the factors, e.g. int8_channel; null: the dtype of the model"
+        None, description="scheme of the factors, e.g. int8_channel; null: the model's dtype"
     )
 
     @field_validator("factor_scheme")
@@ -61,7 +61,7 @@ class Caldera(QuantizingPass):
         rows = []
         for site in sites:
             if self.scheme_for(site.name, site.info.inputs):
-                block.context.progress.inside(f"caldera {site.info.name}")
+                block.context.progress.substep(f"caldera {site.info.name}")
                 rows.append(self.for_site(site.name)._compress(block, site))
         return rows
 

@@ -44,22 +44,22 @@ class ModularDecomposition(BlockPass):
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"shapes"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
-        "zeros": "would fill pruned weights again: what is left is fitted anew",
-        "pattern": "would fill pruned weights again, and shift the columns that N:M groups are counted in",
+        "zeros": "would fill pruned weights: it refits the remaining ones",
+        "pattern": "would fill pruned weights and shift the columns of N:M groups",
     }
     decides: ClassVar[bool] = True
     changes_sites: ClassVar[bool] = True
     whole_block: ClassVar[frozenset[str]] = frozenset({"fraction", "attention", "allocation", "temperature", "ridge"})
 
-    fraction: float = Field(
-        0.25, ge=0, lt=1, description="share of the parameters of all linears in the blocks to remove"
-    )
-    attention: bool = Field(True, description="false: only FFNs get thinner, which a plain config can say")
+    fraction: float = Field(0.25, ge=0, lt=1, description="fraction of the parameters of the blocks' linears to remove")
+    attention: bool = Field(True, description="false: compress only FFNs, which a plain config can represent")
     allocation: Literal["influence", "uniform"] = Field(
-        "influence", description="influence: blocks that change their input least lose most; uniform: all as much"
+        "influence", description="influence: blocks that change their input least lose most; uniform: all blocks alike"
     )
-    temperature: float = Field(0.1, gt=0, description="allocation: influence; the lower, the more blocks differ")
-    ridge: float = Field(0.01, gt=0, le=1, description="of channel scores and refit, as a share of the mean diagonal")
+    temperature: float = Field(0.1, gt=0, description="allocation: influence; the lower, the more the blocks differ")
+    ridge: float = Field(
+        0.01, gt=0, le=1, description="ridge of channel scores and refit, as a fraction of the mean diagonal"
+    )
 
     @override
     def names_after(self, site: str) -> tuple[str, ...]:
@@ -96,9 +96,9 @@ class ModularDecomposition(BlockPass):
         if self.fraction * sum(sizes) > sum(most):
             raise CompressError(
                 "modegpt.too-much",
-                f"{self.fraction:.1%} of the linears' parameters cannot go: at most {sum(most) / sum(sizes):.1%} can",
+                f"cannot remove {self.fraction:.1%} of the parameters: the limit is {sum(most) / sum(sizes):.1%}",
                 where="fraction",
-                fix="lower `fraction`, or let it work on more `sites`",
+                fix="lower `fraction`, or select more `sites`",
                 exit_code=ExitCode.USAGE,
             )
         influence_L = torch.zeros(len(sizes), dtype=torch.float64)
@@ -138,14 +138,14 @@ class ModularDecomposition(BlockPass):
         for number, attention in enumerate(attentions):
             scores, values = fewer.get(("coupling", number)), fewer.get(("values", number))
             if scores is not None or values is not None:
-                block.context.progress.inside(f"modegpt {attention.reader}")
+                block.context.progress.substep(f"modegpt {attention.reader}")
                 names = [*(name for name, _ in attention.taps), attention.reader]
                 block.measure([block.site(name) for name in names], (Gram, Moments))
                 rows += shrink_attention(block, attention, score_rows=scores, value_rows=values)
                 block.forget()
         channels = {number: kept for (kind, number), kept in fewer.items() if kind == "channels"}
         if channels:
-            block.context.progress.inside("modegpt channels")
+            block.context.progress.substep("modegpt channels")
             rows += shrink_channels(block, channels, ridge=self.ridge)
         return [*rows, self._block_row(block, info, attentions)]
 

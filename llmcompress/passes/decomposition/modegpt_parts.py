@@ -12,8 +12,8 @@ from llmcompress.model.units import groups_of
 
 Kind = Literal["coupling", "values", "channels"]
 
-MIXED = "queries and keys kept: no row can go without all others of its head, as behind a norm over the head"
-SINKS = "values kept: their bias cannot move behind the attention, whose weights do not sum to one"
+MIXED = "queries and keys kept: rows of a head cannot be removed individually (for example because of a QK norm)"
+SINKS = "values kept: their bias cannot be folded into the output projection, since attention weights do not sum to one"
 
 
 @dataclass(frozen=True)

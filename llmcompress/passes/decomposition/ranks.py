@@ -18,8 +18,8 @@ from llmcompress.numerics.low_rank import Spectrum, break_even, output_spectrum,
 from llmcompress.numerics.rank_allocation import Matrix, equal_shares, uniform_rank
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.sensitivity.allocation import by_slopes
-from llmcompress.sensitivity.fill import Asker, Kinds, dense_stream, fill, kept_table
 from llmcompress.sensitivity.gradients import squared_gradients
+from llmcompress.sensitivity.loss_estimators import Kinds, LossEstimator, cached_table, dense_stream, measure_losses
 from llmcompress.sensitivity.table import LossTable, Row
 
 RankRule = Literal["uniform", "energy", "loss"]
@@ -80,7 +80,7 @@ def rank_row(site: str, matrix: Matrix, bits_per_weight: int) -> Row:
 
 
 @dataclass
-class _EnergyAsker(Asker):
+class _EnergyEstimator(LossEstimator):
     """Losses as shares of each site's squared output."""
 
     options: FactorOptions
@@ -99,7 +99,7 @@ class _EnergyAsker(Asker):
     @override
     def rows(self, block: BlockWork, sites: Sequence[LinearSite]) -> Iterator[Row]:
         for site in sites:
-            block.context.progress.inside(f"spectrum of {site.name}")
+            block.context.progress.substep(f"spectrum of {site.name}")
             gain_K = equal_shares(output_spectrum(site.weight_OI, self.options.metric(site)).energy_K)
             step = self.options.for_site(site.name).round_to
             matrix = Matrix(site.info.outputs, site.info.inputs, gain_K.cpu(), step)
@@ -108,10 +108,10 @@ class _EnergyAsker(Asker):
 
 def _by_energy(options: FactorOptions, whole: WholeModel) -> dict[str, int]:
     def measured() -> LossTable:
-        (table,) = fill(whole, [_EnergyAsker(options, _deciding(options, whole))])
+        (table,) = measure_losses(whole, [_EnergyEstimator(options, _deciding(options, whole))])
         return table
 
-    return _within_budget(options, kept_table(whole, "rank-energies", measured))
+    return _within_budget(options, cached_table(whole, "rank-energies", measured))
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _by_loss(options: FactorOptions, whole: WholeModel) -> dict[str, int]:
         return {}
     uniform = {name: _uniform(options, name, *each.weight_OI.shape) for name, each in found.items()}
     with _truncated(whole, found, uniform) as rough:
-        whole.context.progress.inside("gradients with uniform ranks")
+        whole.context.progress.substep("gradients with uniform ranks")
         gradients = squared_gradients(rough, list(found))
         before = _perplexity(rough)
     rows = []
@@ -163,7 +163,7 @@ def _spectra(options: FactorOptions, whole: WholeModel) -> dict[str, _Site]:
     for block in dense_stream(whole, [(names, options.needs())]):
         for site in block.sites:
             if site.name in names:
-                block.context.progress.inside(f"spectrum of {site.name}")
+                block.context.progress.substep(f"spectrum of {site.name}")
                 spectrum = output_spectrum(site.weight_OI, options.metric(site))
                 on_cpu = Spectrum(spectrum.basis_OK.float().cpu(), spectrum.energy_K.cpu())
                 found[site.name] = _Site(site.weight_OI.cpu(), on_cpu, _bits(site))

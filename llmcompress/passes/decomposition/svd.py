@@ -45,31 +45,33 @@ class SingularValues(BlockPass):
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"factors"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
-        "zeros": "would multiply zeros out into two dense factors",
-        "pattern": "would multiply zeros out into two dense factors",
-        "factors": "would factor factors again",
+        "zeros": "would replace zeros by the product of two dense factors",
+        "pattern": "would replace zeros by the product of two dense factors",
+        "factors": "would factor low-rank factors again",
     }
     decides: ClassVar[bool] = True
     changes_sites: ClassVar[bool] = True
     whole_block: ClassVar[frozenset[str]] = frozenset({"whitening", "alpha", "ranks", "refit"})
 
     fraction: float | None = Field(
-        None, gt=0, lt=1, description="share of parameters removed (0.2 if no rank is given)"
+        None, gt=0, lt=1, description="fraction of the parameters to remove (0.2 if no rank is given)"
     )
-    rank: int | None = Field(None, ge=1, description="instead of a fraction: this rank for every site")
-    whitening: Whitening = Field("gram", description="inputs count by: nothing, mean magnitude, Gram matrix")
-    alpha: float | None = Field(None, gt=0, le=2, description="whitening: activation; power of the magnitude (0.5)")
+    rank: int | None = Field(None, ge=1, description="instead of `fraction`: this rank for every site")
+    whitening: Whitening = Field(
+        "gram", description="weighting of the inputs: none, mean magnitude (ASVD), Gram matrix (SVD-LLM)"
+    )
+    alpha: float | None = Field(None, gt=0, le=2, description="whitening: activation; exponent of the magnitude (0.5)")
     ranks: RankRule | None = Field(
         None,
-        description="uniform: equal shares; energy: least output lost; loss: least loss gained (if fraction is used)",
+        description="uniform: the same fraction everywhere; energy: least output error; loss: least rise of the loss",
     )
-    round_to: int = Field(1, ge=1, description="ranks are multiples of this, one at least")
-    refit: bool = Field(False, description="fit left factors again to the inputs that compressed blocks give")
+    round_to: int = Field(1, ge=1, description="ranks are multiples of this, at least one multiple")
+    refit: bool = Field(False, description="refit the left factors to the inputs of the compressed model")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.rank is not None and self.fraction is not None:
-            raise ValueError("give `fraction` or `rank`, not both (null takes one back)")
+            raise ValueError("give `fraction` or `rank`, not both (set the other to null)")
         if self.rank is not None and self.ranks not in (None, "uniform"):
             raise ValueError(f"`rank` fixes every rank: `ranks: {self.ranks}` needs a `fraction`")
         if self.alpha is not None and self.whitening != "activation":
@@ -152,7 +154,7 @@ class SingularValues(BlockPass):
         """Factor every site by itself."""
         rows = []
         for site in sites:
-            block.context.progress.inside(f"svd {site.info.name}")
+            block.context.progress.substep(f"svd {site.info.name}")
             rows.append(self._compress(site, self.rank_of(site, block.decisions)))
         return rows
 
@@ -167,7 +169,7 @@ class SingularValues(BlockPass):
         outputs, inputs = site.info.outputs, site.info.inputs
         tokens = site.statistic(self.needs()[0]).tokens if self.needs() else None
         if rank >= break_even(outputs, inputs):
-            why = f"stays dense: two factors of rank {rank} would not be smaller"
+            why = f"kept dense: two factors of rank {rank} would not be smaller"
             parameters = outputs * inputs
             return SiteReport(site=site.name, algorithm="svd", parameters=parameters, tokens=tokens, degraded=why)
         weight_OI = site.weight_OI

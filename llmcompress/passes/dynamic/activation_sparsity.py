@@ -31,13 +31,14 @@ class ActivationSparsity(BlockPass):
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"dynamic"})
-    conflicts: ClassVar[Mapping[Trait, str]] = {"factors": "needs the one matrix that the factors replaced"}
+    conflicts: ClassVar[Mapping[Trait, str]] = {"factors": "needs a single matrix, not low-rank factors"}
     changes_sites: ClassVar[bool] = True
     whole_block: ClassVar[frozenset[str]] = frozenset({"inputs"})
 
-    sparsity: float = Field(0.5, ge=0, lt=1, description="share of the inputs left out, on calibration text")
+    sparsity: float = Field(0.5, ge=0, lt=1, description="fraction of the inputs set to zero, on the calibration text")
     inputs: Literal["ffn", "all"] = Field(
-        "ffn", description="ffn: what the feed-forward network computes inside; all: the input of every selected site"
+        "ffn",
+        description="ffn: the FFN's hidden activations (input of down_proj); all: the input of every selected site",
     )
 
     @override
@@ -51,7 +52,7 @@ class ActivationSparsity(BlockPass):
         if self.inputs == "ffn" and not any(self.selects(name) for name in inner):
             raise CompressError(
                 "dynamic.no-sites",
-                "none of the selected sites reads the inside of a feed-forward network",
+                "none of the selected sites reads the hidden activations of an FFN",
                 where=f"activation_sparsity.sites: {', '.join(self.sites)}",
                 fix=f"select {', '.join(sorted(inner)[:1]) or 'other sites'}, or set `inputs: all`",
                 exit_code=ExitCode.USAGE,
@@ -77,7 +78,7 @@ class ActivationSparsity(BlockPass):
                     tokens=sample.tokens,
                     score=threshold,
                     active=left,
-                    degraded=None if sample.tokens else "no tokens: nothing is left out",
+                    degraded=None if sample.tokens else "no calibration tokens: no activations are dropped",
                 )
             )
         return rows

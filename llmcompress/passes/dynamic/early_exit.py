@@ -54,22 +54,25 @@ class EarlyExit(ModelPass):
     exits: tuple[int, ...] | None = Field(
         None,
         min_length=1,
-        description="before which blocks a token may leave, from 0; null: at half and three quarters",
+        description="blocks before which a token may exit, from 0; null: at 1/2 and 3/4 of the depth",
     )
-    threshold: float | None = Field(None, gt=0, description="probability at which a token leaves; above 1: never")
+    threshold: float | None = Field(None, gt=0, description="probability at which a token exits; above 1: never")
     agreement: float | None = Field(
-        None, gt=0, le=1, description=f"share of predictions that must stay on calibration text; {AGREEMENT} by default"
+        None,
+        gt=0,
+        le=1,
+        description=f"fraction of predictions on the calibration text that must not change; {AGREEMENT} by default",
     )
-    depth: float | None = Field(None, gt=0, le=1, description="mean share of blocks to run on calibration text")
+    depth: float | None = Field(None, gt=0, le=1, description="mean fraction of blocks to run, on the calibration text")
     confidence: Literal["divergence", "probability"] = Field(
         "divergence",
-        description="divergence: a linear test foretells how far the prediction would be from the model's; "
-        "probability: the largest one that the head gives here, which costs a product with the whole head",
+        description="divergence: a linear predictor estimates how far the prediction is from the full model's; "
+        "probability: the largest one of the output head, which costs one head product per exit",
     )
-    jump: bool = Field(True, description="carry leaving states to the end by a linear map, stored beside the exit")
-    ridge: float = Field(
-        0.01, gt=0, description="pull of the fitted maps to their simplest form, as a share of the mean square"
+    jump: bool = Field(
+        True, description="map exiting states to the last block's output by a linear map, stored with the exit"
     )
+    ridge: float = Field(0.01, gt=0, description="ridge of the fitted maps, as a fraction of the mean square")
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
@@ -116,7 +119,7 @@ class EarlyExit(ModelPass):
         if wrong or not exits:
             raise CompressError(
                 "dynamic.exits",
-                f"there is no exit before block {wrong[0]}" if wrong else "a model of one block has no exit",
+                f"there is no exit before block {wrong[0]}" if wrong else "a model with one block cannot exit early",
                 where=f"early_exit.exits of {blocks} blocks",
                 fix=f"use numbers from 1 to {blocks - 1}",
                 exit_code=ExitCode.USAGE,

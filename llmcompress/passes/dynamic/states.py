@@ -92,7 +92,7 @@ def readout_of(model: PreTrainedModel, ids_BT: Tensor) -> tuple[str, ...]:
     if same < SAME_TOKENS:
         raise CompressError(
             "dynamic.readout",
-            f"what {type(model).__name__} does after its last block cannot be repeated halfway",
+            f"{type(model).__name__} cannot compute logits from an intermediate block's output",
             where=", ".join(ran),
             fix="use layer_skip or activation_sparsity",
         )

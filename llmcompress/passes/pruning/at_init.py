@@ -31,7 +31,9 @@ class MaskPass(BlockPass):
     decides: ClassVar[bool] = True
     whole_block: ClassVar[frozenset[str]] = frozenset({"sparsity"})
 
-    sparsity: float = Field(0.5, ge=0, lt=1, description="share of the weights of all selected sites that are zero")
+    sparsity: float = Field(
+        0.5, ge=0, lt=1, description="sparsity over all selected sites: the fraction of weights that become zero"
+    )
 
     @override
     def needs(self) -> tuple[type[Statistic], ...]:
@@ -70,7 +72,7 @@ class AtInitPass(MaskPass):
     whole_block: ClassVar[frozenset[str]] = MaskPass.whole_block | {"comparison"}
 
     comparison: Comparison = Field(
-        "global", description="weights are compared over all selected sites, or within a site (layer)"
+        "global", description="rank weights across all selected sites, or within each site (layer)"
     )
 
     def drop(self, scores: Sequence[Tensor], zeros: Sequence[Tensor], share: float | None = None) -> list[Tensor]:
@@ -99,7 +101,7 @@ def finite(scores: Sequence[Tensor], sites: Sequence[LinearSite]) -> Sequence[Te
         if not bool(score.isfinite().all()):
             raise CompressError(
                 "numerics.not-finite",
-                "the model's gradients on the calibration data are NaN or Inf",
+                "the gradients on the calibration data are NaN or Inf",
                 where=site.name,
                 fix="check the checkpoint with a plain forward pass; try another calibration text",
             )

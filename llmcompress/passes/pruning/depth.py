@@ -74,11 +74,11 @@ class Depth(ModelPass):
         if len(given) > 1:
             raise ValueError(f"give `{given[0]}` or `{given[1]}`, not both (set one to null)")
         if self.blocks is not None and (not self.blocks or len(set(self.blocks)) < len(self.blocks)):
-            raise ValueError("`blocks` names every block that goes once, and at least one")
+            raise ValueError("`blocks` must name at least one block, each only once")
         if self.score == "random" and self.mode == "greedy":
             raise ValueError("random blocks need no greedy mode: use one_shot or contiguous")
         if self.score != "block_influence" and self.skip_first_token:
-            raise ValueError(f"skip_first_token concerns block_influence only; the score is {self.score}")
+            raise ValueError(f"skip_first_token applies to block_influence only; the score is {self.score}")
         return self
 
     @override
@@ -122,7 +122,7 @@ class Depth(ModelPass):
         if wanted >= blocks:
             raise CompressError(
                 "depth.nothing-left",
-                f"{wanted} of {blocks} blocks cannot be removed: one must stay",
+                f"cannot remove {wanted} of {blocks} blocks: at least one must stay",
                 where=f"depth: {key}",
                 fix=f"remove at most {blocks - 1}",
                 exit_code=ExitCode.USAGE,
@@ -225,11 +225,11 @@ def distances(
     earlier: deque[Tensor] = deque(maxlen=span)
     for work in whole.stream():
         if work.info.index in skipped:
-            work.become(work.module, work.inputs())
+            work.replace_module(work.module, work.inputs())
             continue
         earlier.append(_states(work.inputs(), first))
         outputs = work.outputs()
-        work.become(work.module, outputs)  # fed onward as they are, not computed again
+        work.replace_module(work.module, outputs)  # fed onward as they are, not computed again
         if len(earlier) == span:
             found.append(distance(earlier[0], _states(outputs, first)))
     return found

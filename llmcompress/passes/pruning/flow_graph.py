@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.model.map import BlockStructure, Fold, WidthGroup, WidthPart
-from llmcompress.numerics.flow import Branch, Factor, Stage
+from llmcompress.numerics.synflow import Branch, Factor, Stage
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 """An expert in the middle of a name."""

@@ -29,7 +29,7 @@ class GraSP(AtInitPass):
     differentiating twice; attention runs in the one implementation that allows this.
     """
 
-    temperature: float = Field(200.0, gt=0, description="the logits are divided by this before the loss")
+    temperature: float = Field(200.0, gt=0, description="temperature: the logits are divided by it before the loss")
 
     @override
     def uses_data(self) -> bool:
@@ -56,14 +56,14 @@ class GraSP(AtInitPass):
         gradient = [torch.zeros_like(weight) for weight in weights]
         share = 1 / len(whole.context.windows_NT)
         for ids_BT in whole.batches():
-            whole.context.progress.inside("grasp gradient")
+            whole.context.progress.substep("grasp gradient")
             found = torch.autograd.grad(self._loss(model, ids_BT), weights, allow_unused=True)
             for total, each in zip(gradient, found, strict=True):
                 if each is not None:
                     total += share * len(ids_BT) * each
         products = [torch.zeros_like(weight) for weight in weights]
         for ids_BT in whole.batches():
-            whole.context.progress.inside("grasp second derivative")
+            whole.context.progress.substep("grasp second derivative")
             found = torch.autograd.grad(self._loss(model, ids_BT), weights, create_graph=True, allow_unused=True)
             aligned = torch.stack(
                 [(each * total).sum() for each, total in zip(found, gradient, strict=True) if each is not None]

@@ -12,7 +12,7 @@ from typing_extensions import override
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.site import LinearSite
-from llmcompress.numerics.masks import due, lowest_counts
+from llmcompress.numerics.masks import count_of_zeros, lowest_counts
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.pruning.sparse import SparsePass, magnitude_mask, sparsity
@@ -30,15 +30,15 @@ class Magnitude(SparsePass):
     whole_block: ClassVar[frozenset[str]] = SparsePass.whole_block | {"comparison"}
 
     comparison: Literal["row", "layer", "global"] = Field(
-        "layer", description="weights are compared within an output's row, within a site, or over all selected sites"
+        "layer", description="rank weights within each output row, within each site, or across all selected sites"
     )
 
     @model_validator(mode="after")
     def _comparable(self) -> Self:
         if self.zeros and self.comparison != "layer":
-            raise ValueError(f"pattern {self.pattern} compares inside its groups: leave `comparison` out")
+            raise ValueError(f"pattern {self.pattern} ranks weights within its groups: remove `comparison`")
         if self.comparison == "global" and self.allocation != "uniform":
-            raise ValueError("`comparison: global` is an allocation itself: `allocation` must be uniform")
+            raise ValueError("`comparison: global` already allocates sparsity: `allocation` must be uniform")
         return self
 
     def needs(self) -> tuple[type[Statistic], ...]:
@@ -55,7 +55,7 @@ class Magnitude(SparsePass):
             return (site.weight_OI.abs() for site in sites)
 
         weights = sum(site.info.outputs * site.info.inputs for site in sites)
-        counts = lowest_counts(magnitudes, due(self.target, weights))
+        counts = lowest_counts(magnitudes, count_of_zeros(self.target, weights))
         return shares_of(whole, {site.name: count for site, count in zip(sites, counts, strict=True)})
 
     @override

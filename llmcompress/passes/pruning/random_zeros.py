@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.site import LinearSite
-from llmcompress.numerics.masks import due, lowest, zeros_first
+from llmcompress.numerics.masks import count_of_zeros, lowest, zeros_first
 from llmcompress.numerics.schedule import erk_shares
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.pruning.at_init import MaskPass
@@ -28,7 +28,8 @@ class RandomZeros(MaskPass):
     whole_block: ClassVar[frozenset[str]] = MaskPass.whole_block | {"densities"}
 
     densities: Literal["uniform", "erk"] = Field(
-        "uniform", description="uniform: this share of every site; erk: the larger a site, the sparser (Erdős–Rényi)"
+        "uniform",
+        description="uniform: the same sparsity in every site; erk: the larger a site, the sparser (Erdős–Rényi)",
     )
 
     @override
@@ -45,5 +46,5 @@ class RandomZeros(MaskPass):
         for site, share in zip(sites, shares, strict=True):
             weight_OI = site.weight_OI.cpu()
             lot_OI = torch.rand(weight_OI.shape, generator=generator)
-            masks.append(lowest(zeros_first(lot_OI, weight_OI), due(share, weight_OI.numel())))
+            masks.append(lowest(zeros_first(lot_OI, weight_OI), count_of_zeros(share, weight_OI.numel())))
         return masks

@@ -32,15 +32,17 @@ class Recover(ModelPass):
     """
 
     rank: int | None = Field(
-        None, ge=1, description="of the adapters on every linear; null: train all weights (before there are codes)"
+        None,
+        ge=1,
+        description="rank of the LoRA adapters on every linear; null: train all weights (not after quantization)",
     )
-    scale: float | None = Field(None, gt=0, description="of the adapters, α ÷ rank (2)")
+    scale: float | None = Field(None, gt=0, description="scale of the adapters, α ÷ rank (2)")
     training: Training = Field(default_factory=Training, description="steps, learning rate and batches")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.scale is not None and self.rank is None:
-            raise ValueError("`scale` belongs to adapters: give their `rank` too")
+            raise ValueError("`scale` applies to adapters: set `rank` too")
         return self
 
     @override
@@ -51,7 +53,9 @@ class Recover(ModelPass):
     @override
     def conflict_with_all(self, traits: frozenset[Trait]) -> str | None:
         """A branch beside codes is dense."""
-        return "would fill zeros with its dense branch" if "codes" in traits and traits & {"zeros", "pattern"} else None
+        return (
+            "would fill zeros through dense adapters" if "codes" in traits and traits & {"zeros", "pattern"} else None
+        )
 
     @override
     def uses_data(self) -> bool:
@@ -73,8 +77,8 @@ class Recover(ModelPass):
         if self.rank is not None and not sites:
             raise CompressError(
                 "recover.no-sites",
-                "no linear of the blocks can take an adapter any more: all are factors made of codes",
-                fix="put `recover` right behind the pass that made the codes",
+                "no linear can take an adapter: all are quantized low-rank factors",
+                fix="put `recover` right after the pass that quantizes",
             )
         with whole.resident() as model:
             if self.rank is None:

@@ -13,7 +13,7 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.passes.base import PASSES, ModelPass, Trait
 from llmcompress.records.rows import SiteReport
 
-_FIRST = "would throw away what the passes before it did: put it first"
+_FIRST = "would discard the work of earlier passes: put it first"
 
 
 @PASSES.register("reinitialise")
@@ -31,8 +31,8 @@ class Reinitialise(ModelPass):
         "shapes": _FIRST,
     }
 
-    seed: int = Field(0, ge=0, description="of the random weights")
-    keep_zeros: bool = Field(False, description="leave exact zeros of the linears where they are")
+    seed: int = Field(0, ge=0, description="standard deviation of the random weights")
+    keep_zeros: bool = Field(False, description="keep exact zeros of the linears")
 
     @override
     def uses_data(self) -> bool:

@@ -37,12 +37,14 @@ class RigL(ModelPass):
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"zeros"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
-        "pattern": "would move zeros out of their N:M groups; `recover` trains and leaves them where they are"
+        "pattern": "would move zeros out of their N:M groups; `recover` trains with a fixed mask"
     }
 
-    alpha: float = Field(0.3, gt=0, le=1, description="share of a site's connections replaced at first; falls to none")
-    every: int = Field(10, ge=1, description="steps between two changes of connections")
-    until: float = Field(0.75, gt=0, le=1, description="share of the steps after which connections stay")
+    alpha: float = Field(
+        0.3, gt=0, le=1, description="fraction of a site's connections replaced per update at first; decays to zero"
+    )
+    every: int = Field(10, ge=1, description="steps between two updates of the connections")
+    until: float = Field(0.75, gt=0, le=1, description="fraction of the steps after which connections are fixed")
     training: Training = Field(default_factory=Training, description="steps, learning rate and batches")
 
     @override
@@ -59,9 +61,9 @@ class RigL(ModelPass):
         if not sites:
             raise CompressError(
                 "rigl.nothing-sparse",
-                "no site of the model has zeros, so there is nothing to move",
+                "the model is not sparse: no site contains zeros to reconnect",
                 where="rigl",
-                fix="put a pass that makes zeros before it: magnitude, wanda, sparsegpt, random, snip",
+                fix="put a pruning pass before it: magnitude, wanda, sparsegpt, random, snip",
                 exit_code=ExitCode.USAGE,
             )
         with whole.resident() as model:

@@ -92,10 +92,12 @@ def report_rows(
     whole: WholeModel, residual: Residual, lost: Mapping[str, float], *, removed: int, removed_at_head: int
 ) -> list[SiteReport]:
     """One row for every embedding and head, and one for every block; `lost` is by the full names of norms."""
-    around = [port.owner for port in (*residual.around.readers(), *(w.port for w in residual.around.writers))]
+    around = [
+        port.owner for port in (*residual.outside_blocks.readers(), *(w.port for w in residual.outside_blocks.writers))
+    ]
     norms = {name: [f"{name}.{norm.name}" for norm in ports.norms] for name, ports in residual.blocks}
-    last = residual.around.norms[0].name
-    heads = {port.owner for port in residual.around.readers()}
+    last = residual.outside_blocks.norms[0].name
+    heads = {port.owner for port in residual.outside_blocks.readers()}
     rows = []
     for name in (*dict.fromkeys(around), *norms):
         seen = [lost[norm] for norm in norms.get(name, [last] if name in heads else []) if norm in lost]

@@ -37,7 +37,7 @@ class SNIP(AtInitPass):
         weights = [trained_weight(site) for site in sites]
         with whole.resident() as model, gradients_of(weights, model):
             for index, ids_BT in enumerate(whole.batches()):
-                whole.context.progress.inside(f"snip batch {index + 1}")
+                whole.context.progress.substep(f"snip batch {index + 1}")
                 whole.loss(ids_BT).mul(len(ids_BT)).backward()  # type: ignore[no-untyped-call]
             scores = [
                 as_stored(site, connection_sensitivity(weight, gradient_of(weight)))

@@ -20,7 +20,7 @@ from llmcompress.model.map import ModelMap
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.masks import (
     Pattern,
-    due,
+    count_of_zeros,
     lowest,
     lowest_per_group,
     lowest_per_row,
@@ -47,16 +47,22 @@ class SparsePass(BlockPass):
     decides: ClassVar[bool] = True
     whole_block: ClassVar[frozenset[str]] = frozenset({"allocation", "outlier_times", "within"})
 
-    sparsity: float | None = Field(None, ge=0, lt=1, description="share of weights that become zero (0.5)")
-    pattern: str = Field("unstructured", description="unstructured, or N:M: N zeros in every M neighbouring inputs")
+    sparsity: float | None = Field(None, ge=0, lt=1, description="fraction of the weights that become zero (0.5)")
+    pattern: str = Field("unstructured", description="unstructured, or N:M: N zeros in every M consecutive inputs")
     allocation: Allocation = Field(
-        "uniform", description="outliers: blocks with more outliers lose less (OWL); loss: least expected growth"
+        "uniform",
+        description="uniform; outliers: blocks with more outliers are less sparse (OWL); loss: least rise of the loss",
     )
     outlier_times: float | None = Field(
-        None, gt=1, description="allocation: outliers; a score this many times the block's mean is an outlier (5)"
+        None,
+        gt=1,
+        description="allocation: outliers; a score above this multiple of the block's mean is an outlier (5)",
     )
     within: float | None = Field(
-        None, gt=0, lt=1, description="no block's (outliers) or site's (loss) sparsity is further from the mean (0.08)"
+        None,
+        gt=0,
+        lt=1,
+        description="allocation: outliers or loss; largest deviation of any sparsity from the mean (0.08)",
     )
 
     @field_validator("pattern")
@@ -69,13 +75,13 @@ class SparsePass(BlockPass):
     def _consistent(self) -> Self:
         shape = named_pattern(self.pattern)
         if shape and self.sparsity not in (None, shape.share):
-            raise ValueError(f"pattern {shape.name} fixes `sparsity` at {shape.share:g}: leave it out, or write null")
+            raise ValueError(f"pattern {shape.name} fixes `sparsity` at {shape.share:g}: remove it, or write null")
         if shape and self.allocation != "uniform":
             raise ValueError(f"pattern {shape.name} fixes the sparsity everywhere: `allocation` must be uniform")
         if self.outlier_times is not None and self.allocation != "outliers":
-            raise ValueError("`outlier_times` belongs to `allocation: outliers`")
+            raise ValueError("`outlier_times` applies to `allocation: outliers` only")
         if self.within is not None and self.allocation == "uniform":
-            raise ValueError("`within` belongs to `allocation: outliers` or `loss`")
+            raise ValueError("`within` applies to `allocation: outliers` and `loss` only")
         return self
 
     @property
@@ -163,7 +169,7 @@ def lowest_scores(score_OI: Tensor, share: float, pattern: Pattern | None, *, by
     """The lowest scores of every group of the pattern; without one of every output's row, or of the site."""
     if pattern:
         return lowest_per_group(score_OI, pattern)
-    return lowest_per_row(score_OI, share) if by_row else lowest(score_OI, due(share, score_OI.numel()))
+    return lowest_per_row(score_OI, share) if by_row else lowest(score_OI, count_of_zeros(share, score_OI.numel()))
 
 
 def magnitude_mask(weight_OI: Tensor, share: float, pattern: Pattern | None, *, by_row: bool = False) -> Tensor:
@@ -186,8 +192,8 @@ def _indivisible(wrong: Sequence[tuple[str, int, Pattern]]) -> CompressError:
     fitting = [of for of in range(step, shape.of, step) if common % of == 0]
     fixes = [f"`pattern: {round(max(fitting) * shape.share)}:{max(fitting)}`"] if fitting else []
     fixes += [
-        f"leave these sites dense with `exclude: [{', '.join(leaves)}]`",
-        f"drop the same share without a pattern: `overrides: {{{leaves[0]}: {{pattern: unstructured, "
+        f"exclude these sites with `exclude: [{', '.join(leaves)}]`",
+        f"use the same sparsity without a pattern: `overrides: {{{leaves[0]}: {{pattern: unstructured, "
         f"sparsity: {shape.share:g}}}}}`",
     ]
     return CompressError(

@@ -34,12 +34,14 @@ class AWQ(QuantizingPass):
     """
 
     sitewise: ClassVar[bool] = False
-    conflicts: ClassVar[Mapping[Trait, str]] = {"ranges": "would scale inputs that are rounded on fixed ranges"}
+    conflicts: ClassVar[Mapping[Trait, str]] = {"ranges": "would scale inputs that have static quantization ranges"}
 
     scheme: str = Field("int4_g128_asym", description=DESCRIPTION)
-    points: int = Field(20, ge=1, le=200, description="exponents tried per fold, 0 included")
-    clip: bool = Field(True, description="shrink each group's range to the least output error")
-    round: bool = Field(True, description="false: only scale, and leave rounding to a later pass")
+    points: int = Field(
+        20, ge=1, le=200, description="grid size of the scale search: exponents tried per fold, 0 included"
+    )
+    clip: bool = Field(True, description="clip each group's range to minimize the output error")
+    round: bool = Field(True, description="false: only scale, and let a later pass round")
 
     def traits(self) -> frozenset[Trait]:
         """Codes, but only when it rounds."""
@@ -55,7 +57,7 @@ class AWQ(QuantizingPass):
         scaled: set[str] = set()
         divided: set[str] = set()  # whose own outputs are others now, as a fold's producer
         for fold in block.folds_into(sites):
-            block.context.progress.inside(f"awq scales {fold.producer}")
+            block.context.progress.substep(f"awq scales {fold.producer}")
             if self._scale(block, fold, {} if divided & {*fold.consumers} else before):
                 scaled.update(block.site(name).name for name in fold.consumers)
                 divided.add(fold.producer)

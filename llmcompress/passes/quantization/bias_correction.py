@@ -26,7 +26,7 @@ class BiasCorrection(QuantizerWrapper):
     Source: Nagel et al., arXiv 1906.04721, section 4.2.1 (from data, not from batch statistics).
     """
 
-    new_biases: bool = Field(False, description="give a bias to linears that have none: loads with our plug-in only")
+    new_biases: bool = Field(False, description="add a bias to linears that have none; loads only with our plug-in")
 
     def needs(self) -> tuple[type[Statistic], ...]:
         """The mean input too."""
@@ -58,5 +58,7 @@ class BiasCorrection(QuantizerWrapper):
             "tokens": gram.tokens,
         }
         if codes.bias is None:
-            told["degraded"] = "; ".join(filter(None, (row.degraded, "it has no bias to correct: see `new_biases`")))
+            told["degraded"] = "; ".join(
+                filter(None, (row.degraded, "it has no bias to correct: set `new_biases` to add one"))
+            )
         return row.model_copy(update=told)

@@ -28,7 +28,7 @@ class BnbPass(BlockPass):
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"codes"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
-        "factors": "can only stand for the model's own linears: transformers knows no codes of factors",
+        "factors": "supports only the model's own linears: transformers cannot load quantized low-rank factors",
     }
     kind: ClassVar[Kind]
 
@@ -68,11 +68,11 @@ class BnbPass(BlockPass):
         ]
         experts = [name for name, _ in names if ".experts." in name]
         if experts:
-            raise _refusal("transformers 5 joins experts into banks, for which bitsandbytes has no codes", experts)
+            raise _refusal("transformers 5 fuses experts into one tensor, which bitsandbytes cannot quantize", experts)
         odd = [name for name, site in names if site.inputs % BLOCK or site.outputs % _OUTPUTS]
         if odd and self.kind == "nf4":
             raise _refusal(
-                f"the CPU kernel of bitsandbytes fails where inputs do not divide by {BLOCK} or outputs by {_OUTPUTS}",
+                f"the CPU kernel of bitsandbytes needs inputs divisible by {BLOCK} and outputs divisible by {_OUTPUTS}",
                 odd,
             )
 
@@ -84,7 +84,7 @@ class BnbPass(BlockPass):
         """
         other = [site.name for site in sites if type(site.module) not in (nn.Linear, Conv1D)]
         if other:
-            raise _refusal("transformers gives codes of bitsandbytes to nn.Linear and Conv1D only", other)
+            raise _refusal("transformers quantizes only nn.Linear and Conv1D with bitsandbytes", other)
         rows = []
         for site in sites:
             site.replace(BnbLinear.quantize(self.kind, site.weight_OI, site.bias_O, site.storage_dtype))
@@ -119,6 +119,6 @@ def _refusal(what: str, names: Sequence[str]) -> CompressError:
         "bnb.site",
         what,
         where=", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else ""),
-        fix="leave them out with `exclude: [" + ", ".join(f'"*.{leaf}"' for leaf in leaves) + "]`",
+        fix="exclude them with `exclude: [" + ", ".join(f'"*.{leaf}"' for leaf in leaves) + "]`",
         exit_code=ExitCode.USAGE,
     )

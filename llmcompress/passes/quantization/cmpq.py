@@ -44,13 +44,17 @@ class ChannelwiseMixedPrecision(BlockPass):
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"codes"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
-        "zeros": "would fill zeros with the levels of its codebooks",
-        "pattern": "would fill zeros with the levels of its codebooks",
+        "zeros": "would replace zeros by levels of its codebooks",
+        "pattern": "would replace zeros by levels of its codebooks",
     }
 
-    bits: float = Field(3.5, gt=1, le=16, description="average stored bits per weight, all included")
-    widths: tuple[int, ...] = Field((1, 2, 3, 4, 5, 6), description="bits that a channel's codes may have, each 1 to 8")
-    outliers: float = Field(0.0025, ge=0, le=0.1, description="share of weights kept in full, for each of the two sets")
+    bits: float = Field(
+        3.5, gt=1, le=16, description="average bits per weight on disk, codebooks and outliers included"
+    )
+    widths: tuple[int, ...] = Field((1, 2, 3, 4, 5, 6), description="candidate bit widths per channel, each 1 to 8")
+    outliers: float = Field(
+        0.0025, ge=0, le=0.1, description="fraction of weights kept in full precision, for each of the two outlier sets"
+    )
 
     @field_validator("widths", mode="before")
     @classmethod
@@ -60,7 +64,7 @@ class ChannelwiseMixedPrecision(BlockPass):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if not self.widths or not all(1 <= width <= 8 for width in self.widths):
-            raise ValueError("name at least one width; all lie between 1 and 8")
+            raise ValueError("name at least one bit width; each must be from 1 to 8")
         return self
 
     def kept_fraction(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
@@ -75,7 +79,7 @@ class ChannelwiseMixedPrecision(BlockPass):
         """Find widths, codebooks and codes of every site by itself."""
         rows = []
         for site in sites:
-            block.context.progress.inside(f"cmpq {site.info.name}")
+            block.context.progress.substep(f"cmpq {site.info.name}")
             rows.append(self.for_site(site.name)._compress(site))
         return rows
 
@@ -86,7 +90,7 @@ class ChannelwiseMixedPrecision(BlockPass):
         usual_IO = without(weight_OI, place_N).T.contiguous()
         width_I = self._widths_of(usual_IO, squares_I, len(place_N), site)
         if width_I is None:
-            why = f"stays dense: {self.bits:g} bits per weight do not hold its codebooks"
+            why = f"kept dense: its codebooks do not fit into {self.bits:g} bits per weight"
             return SiteReport(site=site.name, algorithm="cmpq", tokens=gram.tokens, degraded=why)
         codes_IO = torch.zeros(usual_IO.shape, dtype=torch.int16, device=usual_IO.device)
         levels: dict[int, Tensor] = {}
@@ -104,7 +108,7 @@ class ChannelwiseMixedPrecision(BlockPass):
             bits_per_weight=self._stored_bits(width_I, len(place_N), site) / weight_OI.numel(),
             error=relative_output_error(weight_OI, site.weight_OI, gram.sum_II) if gram.tokens else None,
             tokens=gram.tokens,
-            degraded=None if gram.tokens else "no tokens reached it: all inputs count the same",
+            degraded=None if gram.tokens else "no tokens reached it: all inputs are weighted equally",
         )
 
     def _stored_bits(self, width_I: Tensor, full: int, site: LinearSite) -> int:

@@ -34,17 +34,25 @@ class ErrorPropagation(QuantizingPass):
     whole_block: ClassVar[frozenset[str]] = frozenset({"quantizer", "strength", "damping"})
 
     quantizer: dict[str, dict[str, Any]] = Field(
-        {"gptq": {}}, description="one quantizing pass with its options but its scheme, e.g. {gptq: {damping: 0.02}}"
+        {"gptq": {}},
+        description="one quantization pass with its options, without its scheme, e.g. {gptq: {damping: 0.02}}",
     )
-    strength: float = Field(1.0, gt=0, le=1, description="share of what was lost that the weights make up for")
-    damping: float = Field(0.1, gt=0, description="pull towards the old weights: share of the mean input energy")
+    strength: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="strength of the correction: fraction of the accumulated error that the weights compensate",
+    )
+    damping: float = Field(
+        0.1, gt=0, description="ridge towards the original weights, as a fraction of the mean input energy"
+    )
 
     @field_validator("quantizer")
     @classmethod
     def _known_quantizer(cls, named: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for options in named.values():
             if "on_indivisible" in options:
-                raise ValueError("'on_indivisible' cannot be set inside `quantizer`: write it beside it")
+                raise ValueError("'on_indivisible' cannot be set inside `quantizer`: set it next to it")
         quantizer_with(named, "int4_channel")
         return named
 

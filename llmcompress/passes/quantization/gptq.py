@@ -48,11 +48,17 @@ class GPTQ(QuantizingPass):
 
     whole_block: ClassVar[frozenset[str]] = frozenset({"true_sequential"})
 
-    damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to the Gram matrix")
-    block: int = Field(128, ge=1, description="columns of one lazy update")
-    act_order: bool = Field(True, description="visit columns by falling input energy, with grids fitted beforehand")
-    true_sequential: bool = Field(False, description="measure again after every group of sites that share an input")
-    range: RangeSearch = Field("mse", description="mse: shrink ranges to the least output error; minmax: cover all")
+    damping: float = Field(0.01, gt=0, le=1, description="damping of the Hessian, as a fraction of its mean diagonal")
+    block: int = Field(128, ge=1, description="columns per lazy update")
+    act_order: bool = Field(
+        True, description="activation order: quantize columns by descending input energy, with scales fitted in advance"
+    )
+    true_sequential: bool = Field(
+        False, description="recalibrate after every group of sites that share an input (true sequential)"
+    )
+    range: RangeSearch = Field(
+        "mse", description="mse: clip ranges to minimize the output error; minmax: cover all values"
+    )
 
     def needs(self) -> tuple[type[Statistic], ...]:
         """The Gram matrix of every input."""
@@ -85,7 +91,7 @@ class GPTQ(QuantizingPass):
             if scheme is None:
                 continue
             here = self.for_site(site.name)
-            block.context.progress.inside(f"gptq {site.info.name}")
+            block.context.progress.substep(f"gptq {site.info.name}")
             gram = site.statistic(Gram)
             key = (gram, here.damping, here.act_order)
             if known is None or known[0] != key:
@@ -98,7 +104,7 @@ class GPTQ(QuantizingPass):
             error_before, error = relative_errors(weight_OI, [(plain_OI, plain), (codes_OI, fitted)], gram)
             if error > error_before:
                 codes_OI, fitted, error = plain_OI, plain, error_before
-                degraded = "the sweep ended worse than plain rounding: rounded to nearest"
+                degraded = "GPTQ did worse than rounding to nearest: rounded to nearest"
             put_codes(site, scheme, codes_OI, fitted)
             rows.append(
                 report_row(
@@ -126,7 +132,7 @@ class GPTQ(QuantizingPass):
         order_I, visit_I, factor = visit.order_I, visit.visit_I, visit.factor
         if factor is None:
             fitted = fit(weight_OI, grid, scale_dtype=site.storage_dtype)
-            why = "no tokens reached it" if gram.tokens == 0 else "its Gram matrix has no inverse"
+            why = "no tokens reached it" if gram.tokens == 0 else "its Gram matrix is singular"
             return round_to_codes(weight_OI, fitted), fitted, f"{why}: rounded to nearest"
         rounding = RoundToGrid(
             weight_OI,

@@ -25,14 +25,14 @@ class HalfQuadratic(QuantizingPass):
     """
 
     scheme: str = Field("int4_g64_asym", description="int{2…8}_{gN|channel}[_asym|_positive][_a8token|_a8tensor]")
-    power: float = Field(0.7, gt=0, le=1, description="of an error's size: below one, a few large errors are allowed")
-    steps: int = Field(20, ge=1, le=200, description="turns of codes, allowed errors, zero points and scales")
+    power: float = Field(0.7, gt=0, le=1, description="norm exponent p: below 1, a few large errors are tolerated")
+    steps: int = Field(20, ge=1, le=200, description="iterations of the half-quadratic solver")
 
     @field_validator("scheme")
     @classmethod
     def _integers(cls, name: str) -> str:
         if named_scheme(name).weights.number is not None:
-            raise ValueError(f"only integers have zero points to search: {name!r} has none")
+            raise ValueError(f"hqq searches zero points, which only integer schemes have: {name!r} has none")
         return name
 
     def needs(self) -> tuple[type[Statistic], ...]:

@@ -39,12 +39,12 @@ class KeyValueCache(ModelPass):
     leaves: ClassVar[frozenset[Trait]] = frozenset({"cache"})
     keeps_codes: ClassVar[bool] = True
 
-    dtype: Number = Field("int8", description="int8, or fp8: floats E4M3")
+    dtype: Number = Field("int8", description="int8, or fp8 (E4M3)")
     scales: Scales = Field(
         "token",
-        description="token: one per token and head, stored with it (2 bytes); fixed ones from calibration that take "
-        "no memory per token: channel (per head and channel) or tensor (one for keys and one for values of a layer; "
-        "compressed-tensors has words for these, and stock transformers then rounds but stores no codes)",
+        description="token: dynamic, one per token and head (2 bytes each); channel: static, per head and channel; "
+        "tensor: static, one for keys and one for values per layer, which compressed-tensors can represent "
+        "(stock transformers then quantizes and dequantizes, without saving memory)",
     )
 
     @override
@@ -53,7 +53,7 @@ class KeyValueCache(ModelPass):
 
     @override
     def conflict_with(self, trait: Trait) -> str | None:
-        return "would store as codes what is stored as codes already" if trait == "cache" else None
+        return "would quantize a KV cache that is already quantized" if trait == "cache" else None
 
     @override
     @torch.no_grad()

@@ -43,8 +43,8 @@ class LearnedRounding(QuantizingPass):
     sitewise: ClassVar[bool] = False
     whole_block: ClassVar[frozenset[str]] = frozenset({"steps", "rate"})
 
-    steps: int = Field(200, ge=1, description="batches looked at in every block")
-    rate: float | None = Field(None, gt=0, le=1, description="length of the first step (1 ÷ steps)")
+    steps: int = Field(200, ge=1, description="optimization steps per block, one batch each")
+    rate: float | None = Field(None, gt=0, le=1, description="initial learning rate (1 ÷ steps)")
 
     @field_validator("scheme")
     @classmethod
@@ -84,7 +84,7 @@ class LearnedRounding(QuantizingPass):
         if not after <= before:
             for module in learning.values():
                 module.start_again()
-            after, degraded = before, "what was learned ended worse than plain rounding: rounded to nearest"
+            after, degraded = before, "learned rounding did worse than rounding to nearest: rounded to nearest"
         signal = _sum(block, (output.square() for output in wanted)) or 1.0
         rows = []
         for site, module in learning.items():
@@ -109,7 +109,7 @@ class LearnedRounding(QuantizingPass):
         first = self.rate or 1 / self.steps
         order: list[int] = []
         for step in range(self.steps):
-            block.context.progress.inside("learned_rounding", done=step, total=self.steps)
+            block.context.progress.substep("learned_rounding", done=step, total=self.steps)
             order = order or torch.randperm(block.batches, generator=generator).tolist()
             index = order.pop()
             with torch.enable_grad():

@@ -56,21 +56,24 @@ class OutlierSuppression(BlockPass):
     """
 
     conflicts: ClassVar[Mapping[Trait, str]] = {
-        "ranges": "would shift and scale inputs that are rounded on fixed ranges"
+        "ranges": "would shift and scale inputs that have static quantization ranges"
     }
 
     scheme: str = Field(
-        "int8_channel_a8token", description=f"what the model will be rounded to, activations too: {DESCRIPTION}"
+        "int8_channel_a8token",
+        description=f"the scheme that a later pass quantizes to, activations included: {DESCRIPTION}",
     )
     points: int = Field(20, ge=1, le=200, description="thresholds tried per fold")
-    shift: bool = Field(True, description="also shift channels, where biases can absorb it")
-    batches: int = Field(2, ge=1, description="calibration batches on which candidates are compared")
+    shift: bool = Field(True, description="also shift channels where a bias can absorb the shift")
+    batches: int = Field(2, ge=1, description="calibration batches for comparing candidates")
 
     @field_validator("scheme")
     @classmethod
     def _rounds_activations(cls, name: str) -> str:
         if named_scheme(name).activations is None:
-            raise ValueError(f"{name!r} rounds no activations: use a scheme that does, e.g. int8_channel_a8token")
+            raise ValueError(
+                f"{name!r} does not quantize activations: use a scheme that does, e.g. int8_channel_a8token"
+            )
         return named_scheme(name).name
 
     @override
@@ -87,7 +90,7 @@ class OutlierSuppression(BlockPass):
         """Search and fold, one fold after the other; no fold changes the input of another one's readers."""
         rows = []
         for fold in block.folds_into(sites):
-            block.context.progress.inside(f"outlier_suppression {fold.producer}")
+            block.context.progress.substep(f"outlier_suppression {fold.producer}")
             readers = [block.site(name) for name in fold.consumers]
             if readers[0].statistic(Range).tokens:
                 rows += self.for_site(readers[0].name)._suppress(block, fold, readers)

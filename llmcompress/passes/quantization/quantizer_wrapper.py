@@ -24,7 +24,8 @@ class QuantizerWrapper(QuantizingPass):
     """
 
     quantizer: dict[str, dict[str, Any]] = Field(
-        {"gptq": {}}, description="one quantizing pass with its options but its scheme, e.g. {gptq: {damping: 0.02}}"
+        {"gptq": {}},
+        description="one quantization pass with its options, without its scheme, e.g. {gptq: {damping: 0.02}}",
     )
 
     @field_validator("quantizer")
@@ -32,7 +33,7 @@ class QuantizerWrapper(QuantizingPass):
     def _known_quantizer(cls, named: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for options in named.values():
             if "on_indivisible" in options:
-                raise ValueError("'on_indivisible' cannot be set inside `quantizer`: write it beside it")
+                raise ValueError("'on_indivisible' cannot be set inside `quantizer`: set it next to it")
         quantizer_with(named, "int4_channel", sitewise=True)
         return named
 

@@ -48,14 +48,18 @@ class Reorder(BlockPass):
     leaves: ClassVar[frozenset[Trait]] = frozenset({"ranges"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
         "pattern": "would move columns out of their N:M groups",
-        "ranges": "would round inputs a second time",
+        "ranges": "would quantize activations a second time",
     }
     changes_sites: ClassVar[bool] = True
 
     clusters: int = Field(
-        32, ge=1, description="of every input, each with a scale; sites that share an input use those of the first"
+        32,
+        ge=1,
+        description="channel clusters per input, one scale each; sites that share an input use the first site's",
     )
-    bits: int | None = Field(8, ge=2, le=8, description="of the rounded inputs; null: only reorder, which is exact")
+    bits: int | None = Field(
+        8, ge=2, le=8, description="bits of the quantized inputs; null: only reorder, which is exact"
+    )
 
     @override
     def needs(self) -> tuple[type[Statistic], ...]:
@@ -103,7 +107,7 @@ class Reorder(BlockPass):
             error_before=None if bits is None else _error(sample_KI, weight_OI, _one(plan), bits, site.storage_dtype),
             tokens=tokens,
             score=float(len(plan.clusters.sizes)),
-            degraded=None if tokens else "no tokens reached it: its inputs are not rounded",
+            degraded=None if tokens else "no tokens reached it: its activations are not quantized",
         )
 
 

@@ -23,7 +23,9 @@ class RoundToNearest(QuantizingPass):
     Source: Jacob et al., arXiv 1712.05877.
     """
 
-    range: RangeSearch = Field("minmax", description="mse: shrink each group's range to the least squared error")
+    range: RangeSearch = Field(
+        "minmax", description="mse: clip each group's range to minimize the squared error; minmax: cover all values"
+    )
 
     def needs(self) -> tuple[type[Statistic], ...]:
         """Nothing, unless activations are static."""

@@ -28,14 +28,16 @@ class ScaleRefinement(QuantizerWrapper):
     3; here in closed form on the Gram matrix, and rounded to the checkpoint's dtype inside the search.
     """
 
-    sweeps: int = Field(4, ge=0, le=100, description="rounds in which each scale moves to the best that can be stored")
+    sweeps: int = Field(4, ge=0, le=100, description="rounds of coordinate descent over the scales")
 
     @model_validator(mode="after")
     def _free_scales(self) -> Self:
         for name in self.schemes():
             scales = named_scheme(name).weights.scales
             if scales != STORED or scales.single:
-                raise ValueError(f"scales of {name} are not free: use int…, fp8…, fp4… or nf4 by group or channel")
+                raise ValueError(
+                    f"the scales of {name} cannot be refined: use int…, fp8…, fp4… or nf4 by group or channel"
+                )
         return self
 
     def improve(self, site: LinearSite, weight_OI: Tensor, row: SiteReport) -> SiteReport:

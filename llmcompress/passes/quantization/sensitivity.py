@@ -27,8 +27,8 @@ from llmcompress.numerics.grid import restore, round_to_codes, row_errors
 from llmcompress.numerics.ranges import fit
 from llmcompress.numerics.statistics import Gram
 from llmcompress.passes.quantizing import QuantizingPass
-from llmcompress.sensitivity.fill import Asker, Kinds, fill
 from llmcompress.sensitivity.gradients import GradientObserver, OutputSquares, WeightGradients, oriented
+from llmcompress.sensitivity.loss_estimators import Kinds, LossEstimator, measure_losses
 from llmcompress.sensitivity.table import LossTable, Row
 
 Sensitivity = Literal["gradients", "rate", "fisher", "hessian", "kl", "output"]
@@ -44,8 +44,8 @@ DENSE = "dense"
 
 def rounding_losses(kind: Sensitivity, whole: WholeModel, candidates: Candidates, quantizers: Quantizers) -> LossTable:
     """The loss of every candidate of every site, measured as `kind` says (see below), and its stored bits."""
-    if kind in _ASKERS:
-        (table,) = fill(whole, [_ASKERS[kind](candidates, quantizers)])
+    if kind in _ESTIMATORS:
+        (table,) = measure_losses(whole, [_ESTIMATORS[kind](candidates, quantizers)])
         return table
     losses = {"hessian": hessian, "kl": divergence}[kind](whole, candidates)
     return LossTable(
@@ -63,7 +63,7 @@ def scheme_row(site: LinearSite, schemes: Sequence[Scheme | None], losses: Seque
 
 
 @dataclass
-class _SchemeAsker(Asker):
+class _SchemeEstimator(LossEstimator):
     """Losses of all candidates of every site."""
 
     candidates: Candidates
@@ -77,7 +77,7 @@ class _SchemeAsker(Asker):
     @override
     def rows(self, block: BlockWork, sites: Sequence[LinearSite]) -> Iterator[Row]:
         for site in sites:
-            block.context.progress.inside(f"candidates of {site.name}")
+            block.context.progress.substep(f"candidates of {site.name}")
             yield scheme_row(site, self.candidates[site.name], self.losses(block, site))
 
     @abstractmethod
@@ -86,7 +86,7 @@ class _SchemeAsker(Asker):
 
 
 @dataclass
-class RelativeOutput(_SchemeAsker):
+class RelativeOutput(_SchemeEstimator):
     """Squared error of each site's output ÷ its squared output: all sites count the same."""
 
     @property
@@ -157,7 +157,7 @@ class ModelledRate(WeightedOutput):
 
 
 @dataclass
-class Fisher(_SchemeAsker):
+class Fisher(_SchemeEstimator):
     """Squared rounding errors weighed by the squared gradient of every weight, window by window."""
 
     def __post_init__(self) -> None:
@@ -175,7 +175,7 @@ class Fisher(_SchemeAsker):
         return [float((error_OI.square() * felt_OI).sum(dtype=torch.float64)) for error_OI in errors]
 
 
-_ASKERS: Mapping[Sensitivity, type[_SchemeAsker]] = MappingProxyType(
+_ESTIMATORS: Mapping[Sensitivity, type[_SchemeEstimator]] = MappingProxyType(
     {"gradients": WeightedOutput, "rate": ModelledRate, "fisher": Fisher, "output": RelativeOutput}
 )
 

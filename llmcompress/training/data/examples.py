@@ -67,7 +67,7 @@ def read_rows(examples: Examples, *, where: str = "data") -> Any:
     path = from_home(examples.source)
     if not path.is_file():
         if is_text_file(examples.source):
-            what = f"{examples.source}: there is no such file"
+            what = f"{examples.source}: no such file"
             raise CompressError("data.not-found", what, where=where, fix="check the path")
         return hub_dataset(
             examples.source, split=examples.split, config=examples.config, streaming=examples.streaming, where=where
@@ -75,7 +75,7 @@ def read_rows(examples: Examples, *, where: str = "data") -> Any:
     if examples.streaming:
         builder = _BUILDERS.get(path.suffix.lower())
         if builder is None:
-            what = f"{path.name}: rows cannot be streamed from this kind of file"
+            what = f"{path.name}: rows cannot be streamed from this file type"
             raise CompressError("data.file-type", what, where=where, fix=f"use one of {', '.join(_BUILDERS)}")
         options = {"sample_by": "paragraph"} if builder == "text" else {}
         return datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True, **options)
@@ -85,11 +85,11 @@ def read_rows(examples: Examples, *, where: str = "data") -> Any:
             raise CompressError("data.bad-row", f"{label}: {row}", where=where, fix="correct that row")
         rows.append({"text": row} if isinstance(row, str) else {"messages": row} if isinstance(row, list) else row)
     if not rows:
-        raise CompressError("data.empty", f"{path.name}: there are no rows", where=where, fix="use another source")
+        raise CompressError("data.empty", f"{path.name}: the file has no rows", where=where, fix="use another source")
     try:
         return datasets.Dataset.from_list(rows)
     except Exception as failure:  # pyarrow's errors share no type
-        what = f"{path.name}: rows differ in the types of their columns: {failure}"
+        what = f"{path.name}: the columns have different types in different rows: {failure}"
         raise CompressError("data.bad-row", what, where=where, fix="give all rows the same columns") from failure
 
 
@@ -118,7 +118,7 @@ def _encoder(rows: Any, examples: Examples, tokenizer: PreTrainedTokenizerBase, 
     if strange:
         raise CompressError(
             "data.columns",
-            f"`kind: {examples.kind}` has no column {strange[0]!r}",
+            f"`kind: {examples.kind}` does not use a column {strange[0]!r}",
             where=where,
             fix=f"name {' and '.join(wanted.columns)}",
         )
@@ -129,7 +129,7 @@ def _encoder(rows: Any, examples: Examples, tokenizer: PreTrainedTokenizerBase, 
         if name is None:
             raise CompressError(
                 "data.columns",
-                f"no column holds the {part} ({' or '.join(names)}); columns found: {', '.join(there) or 'none'}",
+                f"no column for the {part} ({' or '.join(names)}); columns found: {', '.join(there) or 'none'}",
                 where=where,
                 fix=f"set `columns: {{{part}: NAME}}`",
             )

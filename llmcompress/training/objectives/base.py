@@ -23,7 +23,7 @@ PerToken = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
-class Seen:
+class ObjectiveInputs:
     """One batch as an objective sees it."""
 
     step: int
@@ -70,11 +70,11 @@ class Objective(ABC):
     """What is minimised in the place of, or beside, the cross-entropy."""
 
     def needs_teacher(self) -> bool:
-        """Whether `Seen.teacher` is read."""
+        """Whether `ObjectiveInputs.teacher` is read."""
         return False
 
     @abstractmethod
-    def loss(self, seen: Seen) -> Tensor:
+    def loss(self, inputs: ObjectiveInputs) -> Tensor:
         """The mean over the tokens to be predicted in this batch."""
 
     def state(self) -> dict[str, Tensor]:
@@ -94,9 +94,9 @@ class TokenObjective(BaseModel, Objective):
     def per_token(self, student_RV: Tensor, targets_R: Tensor, teacher_RV: Tensor | None) -> Tensor:
         """A loss for every row. Rows whose target is `IGNORED` may be given; what is returned for them is dropped."""
 
-    def loss(self, seen: Seen) -> Tensor:
+    def loss(self, inputs: ObjectiveInputs) -> Tensor:
         """The mean of `per_token`."""
-        return seen.mean_over_tokens(self.per_token)
+        return inputs.mean_over_tokens(self.per_token)
 
 
 OBJECTIVES: Registry[Objective] = Registry("objective", "llmcompress.training.objectives")

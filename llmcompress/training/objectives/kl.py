@@ -42,7 +42,7 @@ class KL(TokenObjective):
         if teacher_RV.shape != student_RV.shape:
             raise CompressError(
                 "training.vocabulary",
-                f"the teacher has {teacher_RV.shape[-1]} tokens in its vocabulary, the student {student_RV.shape[-1]}",
+                f"teacher and student vocabularies differ: {teacher_RV.shape[-1]} and {student_RV.shape[-1]} tokens",
                 fix="use a teacher with the same tokenizer",
                 exit_code=ExitCode.USAGE,
             )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from llmcompress.training.objectives.base import Objective, Seen
+from llmcompress.training.objectives.base import Objective, ObjectiveInputs
 
 
 class Penalty(ABC):
@@ -41,12 +41,12 @@ class Penalised(Objective):
         return self._objective.needs_teacher()
 
     @override
-    def loss(self, seen: Seen) -> Tensor:
-        plain = self._objective.loss(seen)
-        if not seen.step:
+    def loss(self, inputs: ObjectiveInputs) -> Tensor:
+        plain = self._objective.loss(inputs)
+        if not inputs.step:
             return plain
         with torch.autocast(plain.device.type, enabled=False):
-            return plain + self._penalty.value(seen.step)
+            return plain + self._penalty.value(inputs.step)
 
     @override
     def state(self) -> dict[str, Tensor]:

@@ -136,7 +136,7 @@ def test_schemes_may_differ_from_site_to_site() -> None:
         ({"quantizer": {"smoothquant": {}}}, "leaves codes and nothing else"),
         ({"quantizer": {"gptq": {"scheme": "int4_g32"}}}, "cannot be set inside"),
         ({"quantizer": {"gptq": {"on_indivisible": "pad"}}}, "beside it"),
-        ({"overrides": {"*.q_proj": {"strength": 0.5}}}, "cannot differ"),
+        ({"overrides": {"*.q_proj": {"strength": 0.5}}}, "cannot be overridden"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options: dict[str, Any], told: str) -> None:

@@ -160,11 +160,11 @@ def test_candidates_of_different_widths_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [
-        ("hqq", {"scheme": "fp4_g32"}, "only integers"),
+        ("hqq", {"scheme": "fp4_g32"}, "only integer"),
         ("scale_refinement", {"scheme": "mxfp4"}, "not free"),
         ("scale_refinement", {"quantizer": {"gptq": {"scheme": "int4_g32"}}}, "beside it"),
         ("bias_correction", {"quantizer": {"awq": {}}}, "use one of"),
-        ("cmpq", {"widths": (0, 3)}, "between 1 and 8"),
+        ("cmpq", {"widths": (0, 3)}, "from 1 to 8"),
         ("cmpq", {"widths": ()}, "at least one"),
     ],
     ids=str,

@@ -18,8 +18,8 @@ from llmcompress.numerics.regression import lasso_order
 from llmcompress.numerics.statistics import Gram, Moments, SquaredNorm, Statistic
 from llmcompress.passes.pruning.scores.base import SCORES, Score
 from llmcompress.passes.pruning.scores.gradients import TaylorFirst
-from llmcompress.sensitivity.fill import Kinds
 from llmcompress.sensitivity.gradients import GradientObserver
+from llmcompress.sensitivity.loss_estimators import Kinds
 
 
 class _Activations(Score):

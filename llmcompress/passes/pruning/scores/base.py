@@ -17,14 +17,14 @@ from llmcompress.model.units import UnitGroup
 from llmcompress.numerics.importance import standardised
 from llmcompress.passes.base import Backward
 from llmcompress.registry import Registry
-from llmcompress.sensitivity.fill import Asker, fill, kept_table
+from llmcompress.sensitivity.loss_estimators import LossEstimator, cached_table, measure_losses
 from llmcompress.sensitivity.table import LossTable, Row
 
 Allocate = Callable[[Sequence[Tensor]], list[Tensor]]
 """Priorities per group (greater: keep) → True for the units that stay."""
 
 
-class Score(Asker):
+class Score(LossEstimator):
     """One way to say which units matter. It has no options: what needs some is a pass of its own.
 
     Its table has a row per group, named after the linear that reads it; the options are units that may go.
@@ -66,11 +66,11 @@ class Score(Asker):
 
     def choose(self, whole: WholeModel, allocate: Allocate) -> list[Tensor]:
         """True for the units that stay, on the CPU."""
-        return allocate(self.priorities(kept_table(whole, "unit-losses", lambda: self.measured(whole))))
+        return allocate(self.priorities(cached_table(whole, "unit-losses", lambda: self.measured(whole))))
 
     def measured(self, whole: WholeModel) -> LossTable:
         """The table, measured now."""
-        (table,) = fill(whole, [self])
+        (table,) = measure_losses(whole, [self])
         return table
 
     def priorities(self, table: LossTable) -> list[Tensor]:

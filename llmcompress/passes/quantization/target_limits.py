@@ -10,7 +10,7 @@ from llmcompress.modules.scheme import Scheme, named_scheme
 from llmcompress.passes.base import PASSES, Pass
 
 
-def aimed(each: Pass, limits: TargetLimits) -> Pass:
+def within_limits(each: Pass, limits: TargetLimits) -> Pass:
     """The same pass; every scheme that its options name, in overrides and inner passes too, as the target takes it.
 
     Only the sign of scales changes. Whatever else the target cannot hold, it refuses.

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from llmcompress.calibration.measured import Shelf
+from llmcompress.calibration.measurement_cache import CachedMeasurements
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.site import LinearSite
@@ -15,11 +15,11 @@ from llmcompress.sensitivity.gradients import GradientObserver, sweep
 from llmcompress.sensitivity.table import LossTable, Row
 
 Kinds = tuple[type[Statistic], ...]
-Wanted = tuple[frozenset[str], Kinds]
+Measurements = tuple[frozenset[str], Kinds]
 """Sites by full name, and the statistics of their inputs."""
 
 
-class Asker(ABC):
+class LossEstimator(ABC):
     """Who fills one table: what must be measured for it, and what a block's rows are then."""
 
     @property
@@ -42,17 +42,17 @@ class Asker(ABC):
         """The block's rows; `sites` are those of its linears that were asked for, measured. The block must stay."""
 
 
-def fill(whole: WholeModel, askers: Sequence[Asker]) -> list[LossTable]:
+def measure_losses(whole: WholeModel, estimators: Sequence[LossEstimator]) -> list[LossTable]:
     """One table for each that asks, in their order; the model stays as it is."""
-    sweep(whole, [observer for each in askers for observer in each.observers])
-    rows: list[list[Row]] = [[] for _ in askers]
-    for block in dense_stream(whole, [(each.sites, each.kinds) for each in askers]):
-        for found, each in zip(rows, askers, strict=True):
+    sweep(whole, [observer for each in estimators for observer in each.observers])
+    rows: list[list[Row]] = [[] for _ in estimators]
+    for block in dense_stream(whole, [(each.sites, each.kinds) for each in estimators]):
+        for found, each in zip(rows, estimators, strict=True):
             found += each.rows(block, [site for site in block.sites if site.name in each.sites])
     return [LossTable(tuple(found)) for found in rows]
 
 
-def kept_table(whole: WholeModel, name: str, make: Callable[[], LossTable]) -> LossTable:
+def cached_table(whole: WholeModel, name: str, make: Callable[[], LossTable]) -> LossTable:
     """The table that the run has under that name, or a new one, which it then has."""
     keep, state = whole.context.keep, whole.context.state
     if keep is None or state is None:
@@ -65,25 +65,25 @@ def kept_table(whole: WholeModel, name: str, make: Callable[[], LossTable]) -> L
     return table
 
 
-def dense_stream(whole: WholeModel, wanted: Sequence[Wanted]) -> Iterator[BlockWork]:
+def dense_stream(whole: WholeModel, wanted: Sequence[Measurements]) -> Iterator[BlockWork]:
     """Every block of the model as it is; sites have the statistics of all that want them, those known from before too.
 
     Where nothing is missing the blocks are visited and nothing runs.
     """
-    shelf = whole.context.shelf()
-    if all(_known(shelf, *each) for each in wanted):
+    cached = whole.context.cached_measurements()
+    if all(_known(cached, *each) for each in wanted):
         whole = whole.within(replace(whole.context, windows_NT=whole.context.windows_NT[:0]))
     for block in whole.stream():
-        _measure(block, wanted, shelf)
+        _measure(block, wanted, cached)
         yield block
         block.forget()
 
 
-def _known(shelf: Shelf | None, names: frozenset[str], kinds: Kinds) -> bool:
-    return all(shelf is not None and shelf.find(kind, name) is not None for name in names for kind in kinds)
+def _known(cached: CachedMeasurements | None, names: frozenset[str], kinds: Kinds) -> bool:
+    return all(cached is not None and cached.find(kind, name) is not None for name in names for kind in kinds)
 
 
-def _measure(block: BlockWork, wanted: Sequence[Wanted], shelf: Shelf | None) -> None:
+def _measure(block: BlockWork, wanted: Sequence[Measurements], cached: CachedMeasurements | None) -> None:
     """One forward for all sites that want the same; sites that share an input share what is known of it."""
     found: dict[str, dict[type[Statistic], Statistic]] = {}
     missing: dict[Kinds, list[LinearSite]] = {}
@@ -91,7 +91,7 @@ def _measure(block: BlockWork, wanted: Sequence[Wanted], shelf: Shelf | None) ->
         names = {site.name for site in group}
         kinds = tuple(dict.fromkeys(kind for each, kinds in wanted if names & each for kind in kinds))
         asked = [site for site in group if any(site.name in each for each, of in wanted if of)]
-        known = {kind: one for kind in kinds if shelf and asked and (one := shelf.find(kind, asked[0].name))}
+        known = {kind: one for kind in kinds if cached and asked and (one := cached.find(kind, asked[0].name))}
         found |= {site.name: dict(known) for site in asked}
         if left := tuple(kind for kind in kinds if kind not in known):
             missing.setdefault(left, []).extend(asked)
@@ -100,7 +100,7 @@ def _measure(block: BlockWork, wanted: Sequence[Wanted], shelf: Shelf | None) ->
         for site in sites:
             for kind in kinds:
                 found[site.name][kind] = site.statistic(kind)
-                if shelf:
-                    shelf.put(found[site.name][kind], site.name)
+                if cached:
+                    cached.put(found[site.name][kind], site.name)
     for site in block.sites:
         site.set_statistics(found.get(site.name, {}))

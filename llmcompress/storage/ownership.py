@@ -16,7 +16,7 @@ _OF_ONE_RUN = ("journal.jsonl", "fingerprint.json", "fingerprint.json.part", "lo
 
 _ALL_OF_RUNS = (*_OF_ONE_RUN, "converted", "process.json", "lock", RUN_MARKER)
 _ABOUT_RUN = (
-    "The unfinished work of a run of llmcompress. The same command goes on from here and removes this folder.\n"
+    "Unfinished work of an llmcompress run. Running the same command again resumes from here and removes this folder.\n"
 )
 
 
@@ -71,7 +71,7 @@ def check_run_folder(folder: Path) -> None:
         return
     raise CompressError(
         "run.not-ours",
-        "the unfinished work of this run would be kept in a folder that no run has made",
+        "the run folder for unfinished work already exists, and llmcompress did not create it",
         where=str(folder),
         fix="choose another output folder, or move that one",
         exit_code=ExitCode.USAGE,

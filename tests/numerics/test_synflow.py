@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmcompress.numerics.flow import Branch, Factor, flow_scores
+from llmcompress.numerics.synflow import Branch, Factor, synflow_scores
 
 D, U = 6, 5
 
@@ -31,7 +31,7 @@ def test_a_branch_of_two_linears_loses_what_the_textbook_product_loses() -> None
         "b": torch.randn(D, U, generator=generator).double(),
     }
     branch = Branch("a", torch.arange(U), torch.full((U,), -1), 0, (), "b")
-    [found] = flow_scores(D, [((branch,),)], [weights])
+    [found] = synflow_scores(D, [((branch,),)], [weights])
 
     def total(a: Tensor, b: Tensor) -> Tensor:
         return (b.abs() @ a.abs()).sum()
@@ -46,7 +46,7 @@ def test_a_branch_of_two_linears_loses_what_the_textbook_product_loses() -> None
 
 def test_every_linear_of_a_deep_network_has_the_same_sum_of_scores() -> None:
     blocks, weights = zip(*(gated(seed) for seed in range(60)), strict=True)
-    scores = flow_scores(D, blocks, weights)
+    scores = synflow_scores(D, blocks, weights)
     for block in scores:
         sums = torch.stack([each.sum() for each in block.values()])
         torch.testing.assert_close(sums, torch.ones_like(sums), rtol=1e-9, atol=0)
@@ -55,15 +55,15 @@ def test_every_linear_of_a_deep_network_has_the_same_sum_of_scores() -> None:
 def test_a_unit_whose_gate_is_gone_lets_nothing_through() -> None:
     blocks, weights = gated(1)
     weights["gate"][2] = 0
-    [scores] = flow_scores(D, [blocks], [weights])
+    [scores] = synflow_scores(D, [blocks], [weights])
     assert (scores["up"][2] == 0).all() and (scores["down"][:, 2] == 0).all()
     assert (scores["up"][[0, 1, 3, 4]] > 0).all()
 
 
 def test_signs_and_a_global_factor_change_no_order() -> None:
     blocks, weights = gated(2)
-    [scores] = flow_scores(D, [blocks], [weights])
-    [flipped] = flow_scores(D, [blocks], [{name: -each for name, each in weights.items()}])
+    [scores] = synflow_scores(D, [blocks], [weights])
+    [flipped] = synflow_scores(D, [blocks], [{name: -each for name, each in weights.items()}])
     for name in scores:
         assert torch.equal(scores[name], flipped[name])
 
@@ -71,7 +71,7 @@ def test_signs_and_a_global_factor_change_no_order() -> None:
 def test_what_has_no_place_is_scored_by_its_size() -> None:
     alone = Branch("x", torch.arange(3), torch.full((3,), -1), 0, (), None)
     weight = torch.tensor([[1.0, -2.0], [3.0, 0.0], [0.5, 4.0]]).double()
-    [scores] = flow_scores(2, [((alone,),)], [{"x": weight}])
+    [scores] = synflow_scores(2, [((alone,),)], [{"x": weight}])
     torch.testing.assert_close(scores["x"], weight.abs() / weight.abs().sum())
-    [other_width] = flow_scores(7, [((alone,),)], [{"x": weight}])
+    [other_width] = synflow_scores(7, [((alone,),)], [{"x": weight}])
     torch.testing.assert_close(other_width["x"], weight.abs() / weight.abs().sum())

@@ -1,4 +1,4 @@
-"""One block on the bench: run it with some outputs scaled and see what every linear reads. N = tokens, I = inputs."""
+"""Experiments on one block: run it with some outputs scaled and see what every linear reads. N = tokens, I = inputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Observed:
         return None if found is None else found.detach().reshape(-1, found.shape[-1])
 
 
-class Bench:
+class BlockExperiment:
     """A block with real weights and the arguments to call it with.
 
     Taps are the modules whose inputs are observed and whose outputs can be scaled: all linears and all norms.

@@ -18,7 +18,7 @@ Name = tuple[str, ...]
 Kept = TypeVar("Kept", Tensor, Statistic)
 
 
-class Measured:
+class MeasurementCache:
     """The store of one run. Whoever looks for something says which state of the model and which windows it means."""
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
@@ -27,12 +27,12 @@ class Measured:
         self._known: dict[Name, Tensor | Statistic] = {}
         self._counted: set[int] = set()
 
-    def of(self, state: str | None, windows_NT: Tensor, experts: Experts) -> Shelf | None:
+    def of(self, state: str | None, windows_NT: Tensor, experts: Experts) -> CachedMeasurements | None:
         """What belongs to that state and these windows; None where nobody vouches for the state."""
         if state is None:
             return None
         windows = hashlib.sha256(windows_NT.contiguous().cpu().numpy().tobytes()).hexdigest()
-        return Shelf(self, (state, windows, experts))
+        return CachedMeasurements(self, (state, windows, experts))
 
     def _find(self, name: Name) -> Tensor | Statistic | None:
         return self._known.get(name)
@@ -46,10 +46,10 @@ class Measured:
             self._counted.add(id(found))
 
 
-class Shelf:
+class CachedMeasurements:
     """The part of the store that belongs to one state of the model and one set of windows."""
 
-    def __init__(self, store: Measured, key: Name) -> None:
+    def __init__(self, store: MeasurementCache, key: Name) -> None:
         self._store, self._key = store, key
 
     def find(self, kind: type[Kept], *name: str) -> Kept | None:

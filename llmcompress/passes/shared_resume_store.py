@@ -10,22 +10,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from llmcompress.calibration.finished import FinishedWork
 from llmcompress.calibration.process_group import ProcessGroup
+from llmcompress.calibration.resume_store import ResumeStore
 from llmcompress.modules.manifest import Manifest, apply_manifest, changes
-from llmcompress.passes.apply import outline
+from llmcompress.passes.apply import meta_copy
 from llmcompress.records.rows import SiteReport
 
 
-class Together(FinishedWork):
+class SharedResumeStore(ResumeStore):
     """`keep` is where the first process keeps finished work; the others have none."""
 
-    def __init__(self, keep: FinishedWork | None, processes: ProcessGroup) -> None:
+    def __init__(self, keep: ResumeStore | None, processes: ProcessGroup) -> None:
         self._keep, self._processes = keep, processes
 
     @override
     def finished_blocks(self, stage: int) -> list[int]:
-        return self._processes.same(self._keep.finished_blocks(stage) if self._keep else [])
+        return self._processes.broadcast(self._keep.finished_blocks(stage) if self._keep else [])
 
     @override
     def save_block(self, stage: int, index: int, block: nn.Module, before: nn.Module, rows: list[SiteReport]) -> None:
@@ -34,13 +34,13 @@ class Together(FinishedWork):
 
     @override
     def restore_block(self, stage: int, index: int, block: nn.Module) -> list[SiteReport]:
-        before, dtype = outline(block), next(block.parameters()).dtype
+        before, dtype = meta_copy(block), next(block.parameters()).dtype
         rows = self._keep.restore_block(stage, index, block) if self._keep else []
-        manifest = self._processes.same(changes(block, before).to_json() if self._keep else {})
+        manifest = self._processes.broadcast(changes(block, before).to_json() if self._keep else {})
         if not self._keep:
             apply_manifest(block, Manifest.from_json(manifest), dtype)
-        self._processes.same_tensors(block)
-        return self._processes.same(rows)
+        self._processes.broadcast_tensors(block)
+        return self._processes.broadcast(rows)
 
     @override
     def block_state(self, stage: int, index: int) -> Mapping[str, Tensor]:
@@ -48,7 +48,7 @@ class Together(FinishedWork):
 
     @override
     def decisions(self, stage: int) -> dict[str, Tensor] | None:
-        return self._processes.same(self._keep.decisions(stage) if self._keep else None)
+        return self._processes.broadcast(self._keep.decisions(stage) if self._keep else None)
 
     @override
     def save_decisions(self, stage: int, decisions: Mapping[str, Tensor]) -> None:
@@ -57,7 +57,7 @@ class Together(FinishedWork):
 
     @override
     def measurement(self, name: str) -> tuple[Mapping[str, Tensor], Mapping[str, Any]] | None:
-        return self._processes.same(self._keep.measurement(name) if self._keep else None)
+        return self._processes.broadcast(self._keep.measurement(name) if self._keep else None)
 
     @override
     def save_measurement(self, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -80,4 +80,4 @@ class Together(FinishedWork):
     @override
     def training_file(self, stage: int, name: str) -> Path:
         """The first process's: it writes, and all must be able to read it."""
-        return Path(self._processes.same(str(self._keep.training_file(stage, name)) if self._keep else ""))
+        return Path(self._processes.broadcast(str(self._keep.training_file(stage, name)) if self._keep else ""))

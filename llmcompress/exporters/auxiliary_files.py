@@ -36,7 +36,7 @@ _OTHERS = (
 )
 
 
-def companions(
+def copy_auxiliary_files(
     source_folder: Path,
     destination: Path,
     tokenizer: PreTrainedTokenizerBase | None = None,

@@ -10,7 +10,7 @@ from llmcompress.errors import CompressError
 
 
 @torch.no_grad()
-def row_multiplier(model: PreTrainedModel, embedding: nn.Embedding) -> float:
+def embedding_multiplier(model: PreTrainedModel, embedding: nn.Embedding) -> float:
     """What the embedding's class multiplies its rows by; found by looking some up.
 
     Raises: CompressError when it does something else with them.
@@ -21,8 +21,8 @@ def row_multiplier(model: PreTrainedModel, embedding: nn.Embedding) -> float:
     if not torch.allclose(seen, scale * rows, rtol=2e-2, atol=1e-3 * float(seen.abs().max())):
         raise CompressError(
             "embedding.unknown",
-            f"{type(embedding).__name__} does more than look rows up",
+            f"{type(embedding).__name__} does more than look up rows and scale them",
             where=type(model).__name__,
-            fix="this family's embedding cannot be replaced",
+            fix="leave the embedding of this model dense",
         )
     return 1.0 if torch.equal(seen, rows) else scale

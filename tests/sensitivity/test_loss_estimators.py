@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.calibration.measured import Measured
+from llmcompress.calibration.measurement_cache import MeasurementCache
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.units import unit_groups
 from llmcompress.modules.scheme import named_scheme
 from llmcompress.numerics.statistics import Gram
 from llmcompress.passes.pruning.scores.base import SCORES
-from llmcompress.passes.pruning.sparse_counts import SparsityAsker
+from llmcompress.passes.pruning.sparse_counts import SparsityEstimator
 from llmcompress.passes.quantization.sensitivity import RelativeOutput, WeightedOutput
-from llmcompress.sensitivity.fill import Asker, dense_stream, fill, kept_table
 from llmcompress.sensitivity.gradients import OutputSquares, UnitMasks, WeightGradients, squared_gradients, sweep
+from llmcompress.sensitivity.loss_estimators import LossEstimator, cached_table, dense_stream, measure_losses
 from llmcompress.sensitivity.table import LossTable, Row
 from tests.passes.decomposition.factored import block_pass, map_of, whole_model
 from tests.sensitivity.kept import KeptMeasurements
@@ -47,7 +47,7 @@ def forwards(whole: WholeModel) -> Iterator[dict[str, int]]:
             hook.remove()
 
 
-def askers(whole: WholeModel) -> list[Asker]:
+def estimators(whole: WholeModel) -> list[LossEstimator]:
     names = [site.name for site in whole.sites()]
     schemes = {name: [named_scheme("int2_g32"), named_scheme("int4_g32")] for name in names}
     wanda = block_pass("wanda", allocation="loss")
@@ -55,7 +55,7 @@ def askers(whole: WholeModel) -> list[Asker]:
     return [
         WeightedOutput(schemes),
         RelativeOutput(schemes),
-        SparsityAsker(wanda, frozenset(names), (0.4, 0.6)),  # type: ignore[arg-type]
+        SparsityEstimator(wanda, frozenset(names), (0.4, 0.6)),  # type: ignore[arg-type]
         SCORES["taylor_first"](groups),
         SCORES["activation"](groups),
     ]
@@ -68,10 +68,10 @@ def same(first: LossTable, second: LossTable) -> bool:
 
 def test_tables_filled_together_are_those_filled_alone_and_cost_one_sweep() -> None:
     whole = whole_model(FAMILY)
-    alone = [fill(whole, [each])[0] for each in askers(whole)]
+    alone = [measure_losses(whole, [each])[0] for each in estimators(whole)]
     batches = len(list(whole.batches()))
     with forwards(whole) as counts:
-        together = fill(whole, askers(whole))
+        together = measure_losses(whole, estimators(whole))
     assert all(map(same, together, alone))
     assert counts["model"] == batches
 
@@ -79,9 +79,9 @@ def test_tables_filled_together_are_those_filled_alone_and_cost_one_sweep() -> N
 def test_what_is_known_of_a_state_is_not_measured_again() -> None:
     whole = whole_model(FAMILY)
     whole = whole.within(whole.context.at("dense"))
-    first = fill(whole, askers(whole)[:3])
+    first = measure_losses(whole, estimators(whole)[:3])
     with forwards(whole) as counts:
-        again = fill(whole, askers(whole)[:3])
+        again = measure_losses(whole, estimators(whole)[:3])
     assert counts == {"model": 0, "block": 0}
     assert all(map(same, again, first))
 
@@ -105,13 +105,13 @@ def test_another_state_or_other_windows_are_measured_anew(change: str) -> None:
 
 def test_the_store_holds_no_more_than_it_may() -> None:
     whole = whole_model(FAMILY)
-    store = Measured(most_bytes=10_000)
-    shelf = store.of("dense", whole.context.windows_NT, "routed")
-    assert shelf is not None
+    store = MeasurementCache(most_bytes=10_000)
+    cached = store.of("dense", whole.context.windows_NT, "routed")
+    assert cached is not None
     for index in range(10):
-        shelf.put(torch.zeros(1000), str(index))
+        cached.put(torch.zeros(1000), str(index))
     assert store.held_bytes <= 10_000
-    assert [shelf.find(Tensor, str(index)) is not None for index in range(3)] == [True, True, False]
+    assert [cached.find(Tensor, str(index)) is not None for index in range(3)] == [True, True, False]
 
 
 def test_statistics_of_different_sites_reach_those_that_asked() -> None:
@@ -147,9 +147,9 @@ def test_a_kept_table_is_not_made_again() -> None:
     whole = whole_model(FAMILY)
     whole = whole.within(replace(whole.context.at("00"), keep=KeptMeasurements()))  # type: ignore[arg-type]
     made: Sequence[Row] = (Row.of("a", ["x"], [1.0], [8], [(1, 1)]),)
-    first = kept_table(whole, "losses", lambda: LossTable(tuple(made)))
+    first = cached_table(whole, "losses", lambda: LossTable(tuple(made)))
 
     def never() -> LossTable:
         raise AssertionError("measured again")
 
-    assert same(kept_table(whole, "losses", never), first)
+    assert same(cached_table(whole, "losses", never), first)

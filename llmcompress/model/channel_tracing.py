@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmcompress.model.bench import Bench, Observed
+from llmcompress.model.block_experiment import BlockExperiment, Observed
 
 NONE = -1
 _SAME, _DOUBLE, _OTHER = 0, 1, 2
@@ -55,7 +55,7 @@ class Link:
     """The producer channel that moves it in some other way (the gate of a gated FFN), or NONE."""
 
 
-def follow(bench: Bench, channels: Channels, readers: Sequence[str]) -> list[Link]:
+def trace_channels(experiment: BlockExperiment, channels: Channels, readers: Sequence[str]) -> list[Link]:
     """The readers whose every input channel depends on at most one channel proportionally and one otherwise.
 
     Every channel number is written in binary. For each bit, two forwards: channels with the bit set are doubled,
@@ -67,13 +67,13 @@ def follow(bench: Bench, channels: Channels, readers: Sequence[str]) -> list[Lin
         return []
     bits = max(1, (channels.total - 1).bit_length())
     numbers = torch.arange(channels.total)
-    base = bench.base
+    base = experiment.base
     read = {name: torch.zeros(2, base.inputs[name].shape[-1], dtype=torch.long) for name in readers}
     kinds: dict[str, Tensor] = {}
     for bit in range(bits):
         set_ = (numbers >> bit) & 1
-        doubled = bench.run(channels.split(1.0 + set_), until=read.keys())
-        opposite = bench.run(channels.split(2.0 - set_), until=read.keys())
+        doubled = experiment.run(channels.split(1.0 + set_), until=read.keys())
+        opposite = experiment.run(channels.split(2.0 - set_), until=read.keys())
         for name in list(read):
             first, second = (_movement(base, run, name) for run in (doubled, opposite))
             kind = _kind(first, second)

@@ -94,7 +94,7 @@ def _read(weight_OI: Tensor, normed_D: Tensor) -> Tensor:
     return weight_OI @ normed_D if same else weight_OI.sum(1)
 
 
-def flow_scores(
+def synflow_scores(
     hidden_size: int, blocks: Sequence[Sequence[Stage]], weights: Sequence[Mapping[str, Tensor]]
 ) -> list[dict[str, Tensor]]:
     """|w| ∂R/∂|w| of every weight of every block, by name, divided by the flow through its branch.

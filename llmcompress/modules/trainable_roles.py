@@ -15,7 +15,7 @@ ROLES: frozenset[Role] = frozenset(get_args(Role))
 
 
 @dataclass(frozen=True)
-class Wanted:
+class TrainableRoles:
     """Which numbers get gradients, and what they must be afterwards.
 
     Scales alone (`weights` left out) are trained with codes that stay what they are; weights with scales as LSQ does,
@@ -31,7 +31,7 @@ class Wanted:
     matrices: Role = "weights"
     """What a matrix of weights counts as: inside a factored module, a factor."""
 
-    def counting(self, matrices: Role) -> Wanted:
+    def with_matrices_as(self, matrices: Role) -> TrainableRoles:
         """The same for a part whose matrices count as something else."""
         return replace(self, matrices=matrices)
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from llmcompress.records.rows import SiteReport
 
 
-class FinishedWork(Protocol):
+class ResumeStore(Protocol):
     """Blocks, decisions and whole models by stage; what was saved comes back bit for bit."""
 
     def finished_blocks(self, stage: int) -> list[int]:

@@ -10,7 +10,7 @@ from llmcompress.modules.scheme import named_scheme
 from llmcompress.numerics.grid import restore, round_to_codes
 from llmcompress.numerics.ranges import fit
 from llmcompress.passes.base import PASSES, Pass
-from llmcompress.passes.quantization.aim import aimed
+from llmcompress.passes.quantization.target_limits import within_limits
 from llmcompress.recipe import parse_recipe
 from tests.passes.decomposition.factored import compressed
 
@@ -57,7 +57,7 @@ def test_codes_under_positive_scales_stay_in_range_and_near(bits, group, search)
 @pytest.mark.parametrize("text", QUANTIZERS)
 def test_no_quantizer_makes_a_negative_scale_for_a_target_that_takes_none(text):
     scales = {}
-    for name, each in (("any", read(text)), ("positive", aimed(read(text), POSITIVE))):
+    for name, each in (("any", read(text)), ("positive", within_limits(read(text), POSITIVE))):
         model, _ = compressed("llama_gqa", each)
         found = [tensor.flatten() for key, tensor in model.state_dict().items() if key.endswith("scale_OG")]
         scales[name] = torch.cat(found)
@@ -67,12 +67,12 @@ def test_no_quantizer_makes_a_negative_scale_for_a_target_that_takes_none(text):
 
 @pytest.mark.parametrize("text", QUANTIZERS)
 def test_a_target_without_limits_leaves_a_pass_as_it_is(text):
-    assert aimed(read(text), TargetLimits()) == read(text)
+    assert within_limits(read(text), TargetLimits()) == read(text)
 
 
 def test_what_has_no_scheme_or_no_negative_scales_is_left_as_it_is():
     for text in ("{wanda: {sparsity: 0.5}}", "{rtn: {scheme: int8_channel}}", "{gptq: {scheme: int4_g16_asym}}"):
-        assert aimed(read(text), POSITIVE) == read(text)
+        assert within_limits(read(text), POSITIVE) == read(text)
 
 
 def _has_defaults(name: str) -> bool:
@@ -82,5 +82,5 @@ def _has_defaults(name: str) -> bool:
 @pytest.mark.parametrize("name", sorted(filter(_has_defaults, PASSES)))
 def test_every_pass_can_be_aimed_twice(name):
     each = PASSES[name]()
-    once = aimed(each, POSITIVE)
-    assert type(once) is type(each) and aimed(once, POSITIVE) == once
+    once = within_limits(each, POSITIVE)
+    assert type(once) is type(each) and within_limits(once, POSITIVE) == once
