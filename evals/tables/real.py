@@ -8,6 +8,9 @@ from statistics import mean
 from tables.cells import Facts, environment, markdown, protocol
 from tables.paired import Method, chosen, difference, methods, ratio
 
+MODEL = "SmolLM2-135M-Instruct"
+"""The one in the README."""
+
 FEWER_BITS = ("int4_g64", "int3_g64", "int2_g64")
 """Settings that the README shows beside the peers."""
 
