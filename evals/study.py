@@ -127,16 +127,16 @@ class Bench:
         return self.dense[name]
 
     def compress(self, passes: Sequence[Any], draw: int) -> tuple[PreTrainedModel, Trial]:
-        """Our passes on a fresh model; what they took."""
+        """Our passes on a fresh model (none: the dense one); what they took."""
         study = self.study
         windows_NT = study.calibration_windows(draw)
         loaded = study.loaded()
         self.map = self.map or map_model(loaded.model)
-        recipe = parse_recipe(yaml.safe_dump({"passes": list(passes)}), "evals")
+        chosen = parse_recipe(yaml.safe_dump({"passes": list(passes)}), "evals").passes if passes else ()
         context = RunContext(windows_NT, batch=8, storage_dtype=loaded.preflight.storage_dtype, seed=draw)
         forget_peak()
         before, began = resident_bytes("VmRSS"), time.process_time()
-        model, _ = apply_passes(loaded.model, self.map, recipe.passes, context)
+        model, _ = apply_passes(loaded.model, self.map, chosen, context)
         taken = time.process_time() - began
         peak = resident_bytes("VmHWM")
         return model, {
