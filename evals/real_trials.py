@@ -26,7 +26,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 from real_model import NAME, real_model
 from safetensors.torch import load_file, save_file
-from study import Bench, Study, Trial, calibration_draw, rounded_bytes, tokens_per_window, unused_text
+from study import Bench, Study, Trial, calibration_draw, rounded_bytes, stored_bytes, tokens_per_window, unused_text
 
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.modules.scheme import named_scheme
@@ -156,7 +156,8 @@ def ours(bench: Bench, job: Job) -> Trial:
     """Our passes, and what comes out measured."""
     filled = json.loads(json.dumps(job.row.passes).replace("{scheme}", job.scheme))
     model, trial = bench.compress(filled, job.draw)
-    return {**trial, "passes": filled, "texts": bench.measure(model, names_of(bench, job))}
+    texts = bench.measure(model, names_of(bench, job))
+    return {**trial, "bytes": stored_bytes(model), "passes": filled, "texts": texts}
 
 
 def theirs(bench: Bench, job: Job, environments: Path | None, handed: Path | None) -> Trial:

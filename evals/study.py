@@ -23,7 +23,7 @@ from llmcompress.calibration.sources import paragraph_hashes
 from llmcompress.calibration.tokens import max_positions
 from llmcompress.evaluation.dense import DenseScores, dense_scores
 from llmcompress.evaluation.environment import versions
-from llmcompress.evaluation.footprint import parameters
+from llmcompress.evaluation.footprint import ideal_bytes, parameters
 from llmcompress.evaluation.reductions import divergences
 from llmcompress.evaluation.scores import WindowScores, score
 from llmcompress.evaluation.settings import PerplexityTask
@@ -32,7 +32,6 @@ from llmcompress.loading.load import Loaded, load_for_compression
 from llmcompress.loading.source import find_source
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
-from llmcompress.modules.base import CompressedModule
 from llmcompress.passes.apply import apply_passes
 from llmcompress.progress import Silent
 from llmcompress.recipe import parse_recipe
@@ -143,7 +142,6 @@ class Bench:
             "cpu_seconds": round(taken, 1),
             "peak_bytes": peak,
             "bytes_before": before,
-            "bytes": stored_bytes(model),
             "parameters": parameters(model),
         }
 
@@ -173,9 +171,11 @@ def tokens_per_window(text: EvaluationText) -> list[int]:
 
 
 def stored_bytes(model: PreTrainedModel) -> int:
-    """What the weights take: codes at their own width, their scales, all else in 16 bits. Zeros count in full."""
-    coded = sum(module.coded_bits() for module in model.modules() if isinstance(module, CompressedModule))
-    return sum(2 * each.numel() for each in model.parameters()) + coded // 8
+    """What the weights take: codes at their own width, scales and all else in 16 bits. Zeros count in full.
+
+    The model is rounded to 16 bits for it, for good: measure first.
+    """
+    return ideal_bytes(model.to(torch.bfloat16))
 
 
 def rounded_bytes(dense: Mapping[str, Tensor], found: Mapping[str, Tensor], *, bits: int, group: int) -> int:
