@@ -28,6 +28,7 @@ from real_model import NAME, real_model
 from safetensors.torch import load_file, save_file
 from study import Bench, Study, Trial, calibration_draw, rounded_bytes, stored_bytes, tokens_per_window, unused_text
 
+import llmcompress
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.modules.scheme import named_scheme
 from llmcompress.storage.cache import cache_folder
@@ -230,12 +231,11 @@ class Results:
 
 
 def commit() -> str:
-    """Of the code that is measured; `+`: changed since."""
-    git = ["git", "-C", str(HERE)]
-    name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "--", "../llmcompress"], capture_output=True, text=True, check=False
-    )
+    """The last one that changed the package which is imported; `+`: it was changed since."""
+    package = Path(llmcompress.__file__).parent
+    git, only = ["git", "-C", str(package)], ["--", str(package)]
+    name = subprocess.run([*git, "log", "-1", "--format=%h", *only], capture_output=True, text=True, check=False)
+    changed = subprocess.run([*git, "status", "--porcelain", *only], capture_output=True, text=True, check=False)
     return name.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 

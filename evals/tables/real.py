@@ -12,7 +12,7 @@ MODEL = "SmolLM2-135M-Instruct"
 """The one in the README."""
 
 FEWER_BITS = ("int4_g64", "int3_g64", "int2_g64")
-"""Settings that the README shows beside the peers."""
+"""Settings that come first, and that the README shows."""
 
 COLUMNS = (
     "Perplexity: mean (lowest–highest) over calibration draws, × dense ± standard error over windows. KL: from the "
@@ -25,7 +25,8 @@ COLUMNS = (
 def everything(facts: Facts) -> str:
     """One table for each setting: ours and the peers' side by side."""
     rows = methods(facts)
-    settings = [each for each in dict.fromkeys(row.setting for row in rows) if each != "dense"]
+    measured = [each for each in dict.fromkeys(row.setting for row in rows) if each != "dense"]
+    settings = [each for each in FEWER_BITS if each in measured] + [each for each in measured if each not in FEWER_BITS]
     parts = [about(facts, rows)]
     for setting in settings:
         best = chosen(rows, setting, facts)
