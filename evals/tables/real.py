@@ -93,6 +93,7 @@ def short(facts: Facts) -> str:
     """Bits by method: ours as chosen on validation text, and the best that every peer reached."""
     rows = methods(facts)
     dense, texts = dense_of(rows), facts["protocol"]["texts"]
+    draws = 1
     body = [["dense", "", size(dense), *(f"{mean(dense.perplexities(t, facts['tokens'][t])):.2f}" for t in texts), ""]]
     for setting in FEWER_BITS:
         best = chosen(rows, setting, facts)
@@ -103,14 +104,16 @@ def short(facts: Facts) -> str:
         for row in (best, *sorted(lowest.values(), key=lambda r: r.who)):
             name = f"**{row.name}**" if row is best else f"{row.who}: {row.name}"
             kl = difference(row, dense, facts, texts, "kl")
+            draws = max(draws, len(row.trials))
             body.append(
                 [f"`{setting}`", name, size(row), *(one_text(row, dense, facts, t) for t in texts), f"{kl.mean:.3f}"]
             )
     told = facts["protocol"]
+    many = "One calibration draw" if draws == 1 else f"Means of up to {draws} calibration draws"
     head = (
         f"{facts['model']}: perplexity ({protocol(told['window'], told['bos'])}), × dense ± standard error. Everybody "
-        f"calibrates on the same {told['samples']} × {told['tokens']} tokens of WikiText-2 valid; ours was chosen on "
-        "validation text."
+        f"calibrates on the same {told['samples']} × {told['tokens']} tokens of WikiText-2 valid; ours (in bold) was "
+        f"chosen on validation text. {many}; docs/results.md has all rows."
     )
     return "\n\n".join([head, markdown(["weights", "by", "MB", *texts, "KL"], body), environment(facts)])
 
