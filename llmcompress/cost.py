@@ -1,10 +1,10 @@
-"""Rough foresight: what compressing takes in memory and operations. N = calibration tokens, O, I = a site's sizes.
+"""The resource estimate: memory and operations of a recipe. N = calibration tokens; O, I = a site's sizes.
 
 Memory: the model in float32 (offloaded: its largest part), the hidden states of all calibration tokens before and after
 a block, one batch inside a block, and the largest pass's statistics with the copies made while solving; where gradients
-go through the whole model, all that one batch computes and what the pass keeps. Time: operations ÷ the
-speed of a matrix product on some machine. Time is meant to be right within a factor of two, memory within a fifth, and
-both to order alternatives correctly.
+go through the whole model, all activations of one batch and what the pass keeps. Time: operations ÷ the speed of a
+matrix product on this machine. Time should be right within a factor of two, memory within a fifth, and both should
+order alternatives correctly.
 """
 
 from __future__ import annotations
@@ -23,38 +23,39 @@ from llmcompress.numerics.loss import LOGITS_BYTES, LOGITS_COPIES, windows_at_on
 from llmcompress.numerics.statistics import Gram
 from llmcompress.passes.base import PASSES, BlockPass, Pass
 from llmcompress.recipe.model import Recipe
+from llmcompress.sensitivity.gradients import rows_at_once
 
 Offload = Literal["auto", "always", "never"]
-"""Whether weights stay on disk while nobody computes with them; auto: when they would not fit into memory."""
+"""Whether weights are offloaded to disk; auto: if they would not fit into memory."""
 
 _FLOAT = 4
 _SHARE_OF_MEMORY = 0.7
-"""Of the free memory that weights may take; passes need the rest."""
+"""Fraction of the free memory for weights; passes need the rest."""
 _SOLVING_COPIES = 2
 """Of a Gram matrix, in float32: permuted and factored; it is inverted in its place."""
 _WEIGHT_COPIES = 4
 """Of a site's weights while it is solved: as they are, permuted, transposed for the sweep, codes and masks."""
 _SAVED_HIDDEN = 10
-"""Hidden states that a block keeps per token for the gradient, beside its linears' outputs: norms, turned queries and
+"""Hidden states that a block keeps per token for the gradient, besides its linears' outputs: norms, turned queries and
 keys, sums."""
 _SAVED_OUTPUTS = 2
 """The outputs of linears themselves, and what is computed from them."""
 _BACKWARD_FORWARDS = 3
-"""Forward passes that one forward and its gradients cost."""
+"""Forward passes that one forward and its gradients cost; one more where blocks are computed again."""
 _SOLVING_PRODUCTS = 40
 """Products ΔW·G of O×I by I×I that solving one site takes in time: AWQ tries about twenty scales and twenty ranges."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a recipe takes on any machine."""
+    """The resources of a recipe, on any machine."""
 
     operations: float
-    """Multiplications and additions of passes over all blocks and of gradients; those of the head are left out."""
+    """Multiplications and additions of passes over all blocks and of gradients, without the output head."""
     forwards: float
-    """How often all calibration windows go through all blocks; a forward with gradients counts for three."""
+    """How often all calibration windows pass through all blocks; a forward and backward pass counts as three."""
     peak_bytes: int
-    """Most bytes held at any time, beside the interpreter and its libraries."""
+    """Peak bytes, without the interpreter and its libraries."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class _Measuring:
 
 
 class Machine(NamedTuple):
-    """What turns a cost into seconds and into the memory of a process."""
+    """The speed and base memory of a machine, to turn a cost into seconds and process memory."""
 
     operations_per_second: float
     process_bytes: int = 0
@@ -108,7 +109,7 @@ def must_offload(offload: Offload, passes: Sequence[Pass], *, weight_bytes: int,
 
 
 def cost(recipe: Recipe, model_map: ModelMap, *, parameters: int, vocabulary: int, offloaded: bool = False) -> Cost:
-    """What the recipe takes, from the map and the recipe alone: nothing is computed, measured or read.
+    """The cost of a recipe, from the map and the recipe only: nothing is computed, measured or read.
 
     `vocabulary` = embedding rows.
     """
@@ -116,10 +117,10 @@ def cost(recipe: Recipe, model_map: ModelMap, *, parameters: int, vocabulary: in
     forwards = [1 + sum(each.forwards for each in passes if any(_groups(each, block))) for block in model_map.blocks]
     samples = recipe.calibration.samples
     through_model = sum(
-        _BACKWARD_FORWARDS * (gradients.trained_on or samples) / samples
+        (_BACKWARD_FORWARDS + gradients.recomputes) * (gradients.trained_on or samples) / samples
         for each in recipe.passes
         if (gradients := each.backward())
-    )
+    ) + sum(each.forwards_through_model(len(model_map.blocks)) for each in recipe.passes)
     return Cost(
         operations=_operations(recipe, model_map, passes, [times + through_model for times in forwards]),
         forwards=sum(forwards) / max(len(forwards), 1) + through_model,
@@ -167,7 +168,7 @@ def _peak_bytes(
 
 
 def _operations(recipe: Recipe, model_map: ModelMap, passes: Sequence[_Measuring], forwards: Sequence[float]) -> float:
-    """Of passes over all blocks and of gradients; the head is left out."""
+    """Operations of passes over all blocks and of gradients, without the output head."""
     window = recipe.calibration.tokens
     tokens = recipe.calibration.samples * window
     total = 0.0
@@ -180,7 +181,7 @@ def _operations(recipe: Recipe, model_map: ModelMap, passes: Sequence[_Measuring
 
 
 def _working_bytes(each: _Measuring, block: BlockInfo, tokens: int) -> int:
-    """Beside weights and hidden states: one batch inside the block; then its statistics and what solving a site takes.
+    """Besides weights and hidden states: one batch inside the block; then its statistics and what solving a site takes.
 
     Gram matrices of all input groups are there at once; vectors do not count.
     """
@@ -195,7 +196,7 @@ def _working_bytes(each: _Measuring, block: BlockInfo, tokens: int) -> int:
 
 
 def _gradient_bytes(each: Pass, recipe: Recipe, model_map: ModelMap, parameters: int, vocabulary: int) -> int:
-    """Beside the weights, while gradients of the loss go through the whole model; 0 for a pass that takes none."""
+    """Besides the weights, while gradients of the loss are computed; 0 for a pass without gradients."""
     found = each.backward()
     if not found:
         return 0
@@ -205,13 +206,18 @@ def _gradient_bytes(each: Pass, recipe: Recipe, model_map: ModelMap, parameters:
     # a training computes logits in parts, but a batch goes through the blocks as a whole
     tokens = windows * recipe.calibration.tokens if found.trained_on else with_logits
     selects = each.selects if isinstance(each, BlockPass) else lambda _: True
-    weights = saved = 0
+    weights, saved = 0, list[int]()
     for block in model_map.blocks:
         sites = block.structure.sites
         weights += sum(site.outputs * site.inputs for site in sites if selects(block.full(site.name)))
-        saved += _SAVED_OUTPUTS * sum(site.outputs for site in sites) + _SAVED_HIDDEN * model_map.hidden_size
+        saved.append(_SAVED_OUTPUTS * sum(site.outputs for site in sites) + _SAVED_HIDDEN * model_map.hidden_size)
     kept = found.copies * weights + found.of_all * parameters
-    return int(_FLOAT * (kept + with_logits * LOGITS_COPIES * vocabulary + tokens * saved))
+    if found.recomputes:
+        with_logits = min(with_logits, rows_at_once(vocabulary))
+        of_token = max(saved, default=0) + len(saved) * model_map.hidden_size
+    else:
+        of_token = sum(saved)
+    return int(_FLOAT * (kept + with_logits * LOGITS_COPIES * vocabulary + tokens * of_token))
 
 
 def _statistics_operations(each: _Measuring, block: BlockInfo, tokens: int) -> float:

@@ -1,98 +1,126 @@
-"""The whole flow, in the order of the README: load → map → calibrate ⇄ compress → evaluate → save."""
+"""The main entry points, in order of the flow: load → map → calibrate ⇄ compress → evaluate → save."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompress.calibration.context import RunContext
-from llmcompress.calibration.data import CalibrationData, calibration_windows
+from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.devices import usable_device
+from llmcompress.calibration.in_memory import as_calibration
 from llmcompress.calibration.process_group import own_device, process_group
 from llmcompress.calibration.sources import overlap_warning
+from llmcompress.calibration.token_windows import CalibrationData
 from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
+from llmcompress.compressed_model import (
+    CompressedModel,
+    ModelLike,
+    in_memory,
+    is_dense,
+    live_model,
+    named_models,
+    runner_of,
+    tokenizer_beside,
+)
 from llmcompress.cost import Machine, Offload
-from llmcompress.errors import without_tokens
 from llmcompress.evaluation.coverage import coverage_warnings
 from llmcompress.evaluation.dense import DenseScores, against_dense, dense_scores
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.evaluation.footprint import bytes_on_disk
-from llmcompress.evaluation.perplexity import measure
-from llmcompress.evaluation.settings import BUNDLED_TEXT, PerplexityTask
+from llmcompress.evaluation.inspection import inspect_folder
+from llmcompress.evaluation.measuring import TaskLike, as_tasks, perplexities
+from llmcompress.evaluation.settings import BUNDLED_TEXT
 from llmcompress.evaluation.speed import SpeedResult, speed_of
-from llmcompress.evaluation.texts import EvaluationText, evaluation_text
-from llmcompress.exporters.auxiliary_files import copy_auxiliary_files
-from llmcompress.exporters.save import save_model
-from llmcompress.loading.config import read_config
+from llmcompress.evaluation.stopwatch import Stopwatch
+from llmcompress.evaluation.texts import EvaluationText
+from llmcompress.loading.borrowed import borrowed, lent, told_if_changed
+from llmcompress.loading.in_memory import required_tokenizer
 from llmcompress.loading.load import load_tokenizer
-from llmcompress.loading.source import find_source
+from llmcompress.loading.source import IN_MEMORY, find_source
 from llmcompress.model.describe import describe
-from llmcompress.model.probe import probe
+from llmcompress.model.probe import map_model, probe
 from llmcompress.passes.apply import apply_passes, steps
 from llmcompress.passes.shared_resume_store import SharedResumeStore
-from llmcompress.planning import Plan, make_plan, refused, within_target_limits
+from llmcompress.planning import Plan, known_in_memory, make_plan, refused, within_target_limits
 from llmcompress.preparation import CompressionRequest, Prepared, prepare
-from llmcompress.presets import as_recipe
-from llmcompress.progress import Progress, Silent
-from llmcompress.recipe import Recipe
-from llmcompress.records.measurements import Measurement, PerplexityResult, StageSeconds, WeightBytes
-from llmcompress.records.report import REPORT, Report
+from llmcompress.presets import RecipeLike, as_recipe
+from llmcompress.progress import ProgressLike, Silent, as_progress
+from llmcompress.records.degraded import degraded_warnings
+from llmcompress.records.measurements import Measurement, PerplexityResult, WeightBytes
+from llmcompress.records.report import Report
 from llmcompress.records.rows import SiteReport
 from llmcompress.run import Run
 from llmcompress.runners.base import RUNNERS
 from llmcompress.runners.torch_runner import TorchRunner
+from llmcompress.saving import Result, bytes_to_write, publish_result
 from llmcompress.storage.cache import TensorCache, cache_folder
-from llmcompress.storage.folder import publish, staging_folder
-
-RECIPE = "llmcompress_recipe.yaml"
-"""Saved beside the weights and the report: the resolved recipe that makes the same result again."""
 
 
 def compress(
-    model: str | None,
-    recipe: Recipe | str | Path,
-    output: str | Path,
+    model: ModelLike | None,
+    recipe: RecipeLike,
+    output: str | Path | None = None,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration: Any = None,
     device: str = "auto",
     overwrite: bool = False,
     fresh: bool = False,
     offload: Offload = "auto",
-    progress: Progress | None = None,
-) -> Report:
-    """Compress a model and save it as a Hugging Face folder.
+    progress: ProgressLike = None,
+) -> CompressedModel:
+    """Compress a model; in memory, or with `output` into a Hugging Face folder.
 
-    `model` is a Hub id, a folder or `builtin:books-llama` (None: the recipe names it); `recipe` a `Recipe`, a file or
-    the name of a preset. Beside `output` a folder `<output>.run` keeps finished blocks until all is done: a killed run
-    started again goes on where it was, unless `fresh`. An existing `output` is only replaced with `overwrite`, after
-    its successor is complete. With `offload` the weights stay on disk and one block at a time is in memory (auto: when
-    the whole model would not fit). Processes that `torchrun` started share the calibration windows; the first one
-    evaluates and writes, all return the report.
+    `model`: a Hub id, a folder, `builtin:books-llama`, None (the recipe names it), or a dense transformers model in
+    memory with its `tokenizer`. A model in memory is changed in place, without a second copy: the result has its
+    device, dtype and mode, and an error during compression leaves it partly changed. The dense model is evaluated
+    first.
+
+    `recipe`: a preset's name, a file, a dictionary, YAML or JSON text, a `Recipe`, one pass, or a list of passes.
+    `calibration`: None (the recipe's), texts, conversations, a `datasets.Dataset`, batches of `input_ids` (with
+    `attention_mask` where they are padded), or settings; data in memory appear in the recipe only by kind and hash.
+
+    Without `output` nothing is written except the cache of dense scores. With it, a folder `<output>.run` saves
+    finished blocks until all is done: an interrupted run resumes when started again, unless `fresh`. An existing
+    `output` is only replaced with `overwrite`, once the new one is complete. With `offload` the weights stay on disk
+    and one block at a time is in memory (auto: if the whole model would not fit). Under `torchrun` the processes share
+    the calibration windows; the first one evaluates and writes.
+
+    `progress`: a function of one `ProgressEvent`, "bar", or a `Progress`; messages go to the logger "llmcompress" too.
 
     Raises: CompressError for everything a user can cause.
     """
-    chosen = within_target_limits(as_recipe(recipe).for_model(model))
+    live = live_model(model, tokenizer)
+    chosen = as_recipe(recipe).for_model(live.name if live else None if model is None else str(model))
+    settings, given = as_calibration(calibration, chosen.calibration)
+    chosen = within_target_limits(chosen.model_copy(update={"calibration": settings}))
     where = own_device(usable_device(device))
-    with process_group(where) as processes:
+    with process_group(where) as processes, lent(live.model if live else None) as give_back:
         request = CompressionRequest(
             recipe=chosen,
-            output=Path(output),
+            output=None if output is None else Path(output),
+            live=live,
+            given=given,
             device=where,
             processes=processes,
             overwrite=overwrite,
             fresh=fresh,
             offload=offload,
-            progress=progress if progress and processes.is_first else Silent(),
+            progress=as_progress(progress) if processes.is_first else Silent(),
         )
-        return _compress(request)
+        made = _compress(request)
+        give_back(made.model, made.storage_dtype)
+    return made
 
 
-def _compress(request: CompressionRequest) -> Report:
+def _compress(request: CompressionRequest) -> CompressedModel:
     recipe, processes, clock = request.recipe, request.processes, Stopwatch()
     prepared = prepare(request)
     clock.lap("load")
@@ -104,27 +132,27 @@ def _compress(request: CompressionRequest) -> Report:
         clock.lap("evaluate dense")
         request.progress.stage("compress", steps(recipe.passes, prepared.map))
         context = _context(request, prepared, data, run)
-        model, rows = apply_passes(prepared.loaded.model, prepared.map, recipe.passes, context)
+        with told_if_changed(request.live is not None):
+            model, rows = apply_passes(prepared.loaded.model, prepared.map, recipe.passes, context)
         clock.lap("compress")
-        if run is None:  # the first process evaluates and writes
-            return processes.broadcast(Report.model_construct())
         measured: list[Measurement] = [each.perplexity() for each in dense]
-        with TorchRunner(model, weights_at=prepared.weights_at, device=request.device) as runner:
-            measured += against_dense(runner, dense, request.progress)
-        clock.lap("evaluate compressed")
+        if processes.is_first:  # it evaluates and writes
+            with TorchRunner(model, weights_at=prepared.weights_at, device=request.device) as runner:
+                measured += against_dense(runner, dense, request.progress)
+            clock.lap("evaluate compressed")
         report = _report(request, prepared, data, rows).with_measurements([*measured, *clock.stages()])
-        request.progress.stage("save", 1)
-        report = _save(request, prepared, model, report)
-        request.progress.step(request.output.name)
-        run.discard()
-    return processes.broadcast(report)
+        result = _result(request, prepared, model, report)
+        result = replace(result, report=processes.broadcast(_saved(request, result) if processes.is_first else report))
+        if run is not None:
+            run.discard()
+    return CompressedModel(result, request.device, request.output, offloaded=prepared.loaded.weights is not None)
 
 
 def _opened_run(request: CompressionRequest, prepared: Prepared) -> AbstractContextManager[Run | None]:
-    """The run folder, in the first process alone."""
-    if not request.processes.is_first:
+    """The run folder, in the first process alone, and only beside an output."""
+    if request.output is None or not request.processes.is_first:
         return nullcontext()
-    recipe, model = request.recipe, prepared.loaded.source.name
+    recipe, model = request.recipe, prepared.loaded.name
     # what must not change between a killed run and its resumption, or the halves would not fit together
     short = {name: digest[:16] for name, digest in prepared.identity.items()}
     fingerprint = {"recipe": recipe.hash(), **short, "model": model, **versions()}
@@ -145,7 +173,9 @@ def _context(
         weights_at=prepared.weights_at,
         experts=request.recipe.calibration.experts,
         processes=request.processes,
-        keep=run if request.processes.count == 1 else SharedResumeStore(run, request.processes),
+        keep=SharedResumeStore(run, request.processes)
+        if request.output is not None and request.processes.count > 1
+        else run,
         progress=request.progress,
     )
 
@@ -173,85 +203,102 @@ def _report(
 ) -> Report:
     loaded, texts = prepared.loaded, prepared.texts
     about_data = [*data.warnings, *_overlaps(data, texts), *coverage_warnings(rows, prepared.map)] if data else []
+    about_model = [*loaded.preflight.warnings, *prepared.notes]
     about_texts = [f"{text.name}: {warning}" for text in texts for warning in text.warnings]
+    dense_bytes = bytes_on_disk(loaded.folder) if loaded.folder else loaded.preflight.bytes_weights
     return Report(
-        model=loaded.source.name,
+        model=loaded.name,
         recipe_hash=request.recipe.hash(),
         versions=versions(),
         machine=machine(),
         calibration_tokens=data.tokens if data else 0,
         sites=tuple(rows),
         refused=refused(prepared.map),
-        measurements=(WeightBytes(of="dense", bytes=bytes_on_disk(loaded.source.folder)),),
-        warnings=tuple(dict.fromkeys([*loaded.preflight.warnings, *prepared.notes, *about_data, *about_texts])),
+        measurements=(WeightBytes(of="dense", bytes=dense_bytes),),
+        warnings=tuple(dict.fromkeys([*about_model, *about_data, *about_texts, *degraded_warnings(rows)])),
     )
 
 
-def _save(request: CompressionRequest, prepared: Prepared, model: PreTrainedModel, report: Report) -> Report:
-    """Write everything into a folder beside the output, then move it there in one step."""
-    recipe, loaded = request.recipe, prepared.loaded
-    with staging_folder(request.output) as staging:
-        save_model(
-            model,
-            staging,
-            recipe.save.format,
-            storage_dtype=prepared.storage_dtype,
-            max_shard_size=recipe.save.max_shard_size,
-            zero_points=recipe.save.zero_points,
-            weights_at=prepared.weights_at,
-        )
-        copy_auxiliary_files(loaded.source.folder, staging, loaded.tokenizer, loaded.preflight.generation_config)
-        finished = report.with_measurements([WeightBytes(of="compressed", bytes=bytes_on_disk(staging))])
-        (staging / RECIPE).write_text(without_tokens(recipe.to_yaml()), encoding="utf-8")
-        (staging / REPORT).write_text(without_tokens(finished.model_dump_json(indent=1)) + "\n", encoding="utf-8")
-        publish(staging, request.output, overwrite=request.overwrite)
-    return finished
+def _result(request: CompressionRequest, prepared: Prepared, model: PreTrainedModel, report: Report) -> Result:
+    loaded = prepared.loaded
+    return Result(
+        model=model,
+        tokenizer=loaded.tokenizer,
+        recipe=request.recipe,
+        report=report,
+        storage_dtype=prepared.storage_dtype,
+        generation_config=loaded.preflight.generation_config,
+        source_folder=loaded.folder,
+        weights_at=prepared.weights_at,
+    )
+
+
+def _saved(request: CompressionRequest, result: Result) -> Report:
+    """Written to the output, or counted how much that would be: the report with the bytes."""
+    if request.output is None:
+        return result.measured(bytes_to_write(result))
+    request.progress.stage("save", 1)
+    report = publish_result(result, request.output, overwrite=request.overwrite)
+    request.progress.step(request.output.name)
+    return report
 
 
 def plan(
-    model: str | None, recipe: Recipe | str | Path, *, offload: Offload = "auto", machine: Machine | None = None
+    model: ModelLike | None, recipe: RecipeLike, *, offload: Offload = "auto", machine: Machine | None = None
 ) -> Plan:
     """What `compress` would do: sites, bytes, memory, and on `machine` time. Reads config and headers, no weights.
 
     Raises: CompressError for what `compress` would refuse.
     """
-    chosen = within_target_limits(as_recipe(recipe).for_model(model))
+    live = in_memory(model)
+    name = None if model is None else f"{IN_MEMORY}{type(live).__name__}" if live is not None else str(model)
+    chosen = within_target_limits(as_recipe(recipe).for_model(name))
+    if live is not None:
+        return make_plan(known_in_memory(live), chosen, offload="never", machine=machine)
     source = find_source(str(chosen.model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
     return make_plan(source, chosen, offload=offload, machine=machine)
 
 
-def inspect(model: str) -> dict[str, Any]:
+def inspect(model: ModelLike) -> dict[str, Any]:
     """The model map: blocks, sites, shared inputs, folds, width groups, and what cannot be compressed and why.
 
-    Raises: CompressError when there is no such model or its structure is not understood.
+    Of a saved compressed model: what each site is; no weight is read.
+
+    Raises: CompressError when there is no such model, or its structure or format is not understood.
     """
-    source = find_source(model)
-    config, _ = read_config(source.folder)
-    return describe(probe(config, unfuse=True))
+    live = in_memory(model)
+    if live is not None:
+        return describe(probe(live.config, unfuse=True) if is_dense(live) else map_model(live))
+    return inspect_folder(find_source(str(model)).folder)
 
 
 def evaluate(
-    model: str,
-    tasks: Sequence[PerplexityTask] = BUNDLED_TEXT,
+    model: ModelLike,
+    tasks: TaskLike | Sequence[TaskLike] = BUNDLED_TEXT,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     runner: str = "torch",
     device: str = "auto",
-    progress: Progress | None = None,
+    progress: ProgressLike = None,
 ) -> list[PerplexityResult]:
     """Measure a dense or compressed model on every text of `tasks` (the bundled one), run by any runtime.
 
+    A model in memory needs its `tokenizer`, is run by torch in float32, and is then where and as it was.
+
     Raises: CompressError when the model or a text cannot be read, or there is no such runtime.
     """
-    tokenizer = load_tokenizer(find_source(model))
-    with RUNNERS[runner].open(model, device=usable_device(device), dtype=torch.float32) as opened:
-        texts = [evaluation_text(task, tokenizer, opened.max_positions) for task in tasks]
-        for text in texts:
-            refuse_beyond_embedding(text.windows, tokenizer, opened.vocabulary, where=text.name)
-        return [measure(opened, text, progress=progress) for text in texts]
+    live, where = in_memory(model), usable_device(device)
+    if live is not None:
+        known = required_tokenizer(tokenizer or tokenizer_beside(model))
+        with borrowed(live), runner_of(live, where) as opened:
+            return perplexities(opened, known, as_tasks(tasks), as_progress(progress))
+    known = load_tokenizer(find_source(str(model)))
+    with RUNNERS[runner].open(str(model), device=where, dtype=torch.float32) as running:
+        return perplexities(running, known, as_tasks(tasks), as_progress(progress))
 
 
 def speed(
-    models: Sequence[str],
+    models: ModelLike | Sequence[ModelLike],
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -261,34 +308,18 @@ def speed(
 ) -> dict[str, SpeedResult]:
     """Tokens per second of dense or compressed models, measured in turns; `dtype` auto: float32 on a CPU.
 
+    Models in memory are measured where and as they are.
+
     Raises: CompressError when a model cannot be read.
     """
     return speed_of(
-        models,
+        named_models(models),
         device=usable_device(device),
         dtype=dtype,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         repeats=repeats,
     )
-
-
-class Stopwatch:
-    """Wall seconds by stage."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """Everything since the last lap was `name`."""
-        now = time.perf_counter()
-        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
-        self._last = now
-
-    def stages(self) -> list[StageSeconds]:
-        """All laps."""
-        return [StageSeconds(stage=name, seconds=seconds) for name, seconds in self._seconds.items()]
 
 
 def _calibration(request: CompressionRequest, prepared: Prepared) -> CalibrationData | None:
@@ -303,6 +334,7 @@ def _calibration(request: CompressionRequest, prepared: Prepared) -> Calibration
             seed=recipe.seed,
             model=loaded.model,
             progress=request.progress,
+            given=request.given,
         )
     rows = loaded.preflight.contents.embedding_rows
     refuse_beyond_embedding(data.windows_NT, loaded.tokenizer, rows, where=f"calibration: {data.source}")

@@ -1,4 +1,4 @@
-"""Names in recipes and on the command line → classes; a folder is scanned, so a new file is a new entry."""
+"""Names in recipes and on the command line → classes; folders are scanned, so a new file is a new entry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run folder beside the output: what a killed run needs to go on at the block it reached, bit for bit.
+"""The run folder next to the output: everything that an interrupted run needs to resume, bit for bit.
 
 <output>.run/   lock.yaml         the resolved recipe; compressing with it repeats the run
                 fingerprint.json  what must be the same for a resume to make sense
@@ -8,7 +8,7 @@
                      SS-training-NAME.safetensors (not in the journal: gone when its stage is finished)
                 log.jsonl
                 lock, process.json
-                llmcompress_run.txt  says that a run made the folder: no other is ever removed
+                llmcompress_run.txt  marks the folder as created by a run: no other is ever removed
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class Run:
 
     @classmethod
     def open(cls, output: Path, *, fingerprint: dict[str, str], lock_text: str, fresh: bool) -> Self:
-        """Start a run, or go on with the one found beside `output`; `fresh` throws that one away.
+        """Start a run, or resume the one found next to `output`; `fresh` discards that one.
 
-        One that had kept nothing yet is no run: it is started anew, whatever its settings were.
+        A run that has saved nothing is not resumed: it starts over, with any settings.
 
         Raises: CompressError when another process works on it, it was started with something else, or the folder is
         the user's own.
@@ -107,7 +107,7 @@ class Run:
 
     @property
     def saved(self) -> str:
-        """What is kept, in words for an error."""
+        """Describes what is saved, for error messages."""
         kept = [key for key in self._journal if self._is_valid(key)]
         counts = {
             "finished blocks": sum(not key.endswith(_NOT_BLOCKS) for key in kept),
@@ -253,7 +253,7 @@ class Run:
                 "run.damaged",
                 "the settings of an unfinished run are damaged",
                 where=str(self.folder / "fingerprint.json"),
-                fix="add --fresh to start over",
+                fix="set `fresh=True` to start over",
                 saved="the unfinished run, as it was",
                 exit_code=ExitCode.USAGE,
             )
@@ -263,7 +263,7 @@ class Run:
             "run.other",
             "an unfinished run with other settings exists for this output",
             where=f"{self.folder} ({changes})",
-            fix="add --fresh to discard it and start over, or repeat the earlier command to finish it",
+            fix="set `fresh=True` to discard it and start over, or repeat the earlier run to finish it",
             saved="the unfinished run, as it was",
             exit_code=ExitCode.USAGE,
         )

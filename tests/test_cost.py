@@ -86,3 +86,12 @@ def test_a_decided_recipe_costs_less_than_deciding() -> None:
         recipe("{svd: {fraction: 0.2, ranks: uniform, overrides: {'*.q_proj': {fraction: null, rank: 4}}}}")
     )
     assert given.operations < chosen.operations and given.peak_bytes <= chosen.peak_bytes
+
+
+def test_a_greedy_search_by_perplexity_is_foretold_and_screening_makes_it_short() -> None:
+    """Every candidate runs half of the blocks; influence is read in one forward a round; one more feeds the blocks."""
+    text = "{{depth: {{count: {}, score: perplexity, mode: greedy{}}}}}"
+    blocks = len(map_of("llama_gqa").blocks)
+    assert cost_of(recipe(text.format(1, ""))).forwards == 1 + blocks / 2
+    assert cost_of(recipe(text.format(2, ""))).forwards == 1 + blocks / 2 + (blocks - 1) / 2
+    assert cost_of(recipe(text.format(2, ", screen: 1"))).forwards == 1 + 2 * 1.5

@@ -123,7 +123,7 @@ def test_conv1d_sites_are_planned_as_ordinary_weights(tmp_path):
         (folder / name).write_bytes((tokenizer / name).read_bytes())
     plan = make_plan(Source(folder, "gpt2"), Recipe(passes=(RoundToNearest(scheme="int4_g16"),)))
     assert plan.output_bytes == pytest.approx(size_of(folder), rel=0.01)
-    assert any("multiplied out" in warning for warning in plan.warnings)
+    assert any("dequantized" in warning for warning in plan.warnings)
 
 
 # A17: inputs that do not divide

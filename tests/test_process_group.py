@@ -47,7 +47,8 @@ class Dying(Silent):
             os._exit(9)
 
 try:
-    report = compress(sys.argv[1], parse_recipe(Path(sys.argv[3]).read_text(), "test"), sys.argv[2], progress=Dying())
+    recipe = parse_recipe(Path(sys.argv[3]).read_text(), "test")
+    report = compress(sys.argv[1], recipe, sys.argv[2], progress=Dying()).report
     Path("ppl" + os.environ["RANK"]).write_text(repr(report.quality[0].compressed.perplexity))
 except CompressError as problem:
     print(problem.code, problem)
@@ -102,7 +103,7 @@ def assert_alike(found: Path, wanted: Path) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_two_processes_equal_one(name: str, tiny: Path, tmp_path: Path, our_python: WarmPython) -> None:
-    report = compress(str(tiny), parse_recipe(SETTINGS + RECIPES[name], "test"), tmp_path / "one")
+    report = compress(str(tiny), parse_recipe(SETTINGS + RECIPES[name], "test"), tmp_path / "one").report
     done = in_two_processes(our_python, tiny, RECIPES[name], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     measured = [float((tmp_path / file).read_text()) for file in ("ppl0", "ppl1")]

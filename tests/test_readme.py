@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 from llmcompress.cli.main import llmcompress
 from llmcompress.errors import ExitCode
+from llmcompress.passes.base import PASSES
 from llmcompress.presets import load_preset
 from llmcompress.recipe import parse_recipe
 from tests.families import FAMILIES
@@ -178,6 +179,12 @@ def test_the_tree_lists_what_is_there_and_nothing_else():
 def test_families_named_are_the_families_tested():
     paragraph = METHODS.split("Tested families:")[1].split(".")[0]
     assert set(re.findall(r"`(\w+)`", paragraph)) == {make().model_type for make in FAMILIES.values()}
+
+
+def test_the_readme_counts_what_there_is():
+    families, methods = len({make().model_type for make in FAMILIES.values()}), len(list(PASSES))
+    text = " ".join(README.split())
+    assert f"{families} tested model families" in text and f"Over {methods // 10 * 10} methods" in text
 
 
 def test_exit_codes_named_are_the_exit_codes():

@@ -365,7 +365,7 @@ def test_set_writes_one_value_of_the_right_type(setting, path, value):
         ("evaluate.perplexity.0.windw=64", "recipe.set", "`window`"),
         ("passes.9.gptq.damping=1", "recipe.set", "count from 0"),
         ("seed.deep=1", "recipe.set", "single value"),
-        ("seed", "recipe.set", "--set calibration.samples=64"),
+        ("seed", "recipe.set", "`calibration.samples=64`"),
         ("calibration.samples=4_0", "recipe.type", "`samples: 40`"),
         ("passes.gptq.act_order=no", "recipe.type", "`act_order: false`"),
         ("passes.gptq={a: [}", "recipe.yaml", "quotes"),
@@ -374,7 +374,7 @@ def test_set_writes_one_value_of_the_right_type(setting, path, value):
 def test_set_refuses_what_leads_nowhere_and_names_the_setting(setting, code, fix):
     error = refusal(BASE, setting)
     assert error.code == code
-    assert error.where.startswith("--set")
+    assert error.where.startswith("setting")
     assert fix in error.fix
 
 

@@ -120,7 +120,7 @@ def test_other_settings_are_refused_with_the_difference_and_a_way_out(tmp_path):
     with pytest.raises(CompressError) as caught:
         _open(tmp_path / "out", recipe="other")
     error = caught.value
-    assert error.exit_code == ExitCode.USAGE and "recipe: abc → other" in error.where and "--fresh" in error.fix
+    assert error.exit_code == ExitCode.USAGE and "recipe: abc → other" in error.where and "`fresh=True`" in error.fix
     assert "model" not in error.where.split("(")[1]
     with _open(tmp_path / "out") as run:
         assert run.finished_blocks(0) == [0], "the refusal changed nothing"

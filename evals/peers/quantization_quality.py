@@ -55,9 +55,9 @@ OURS = {
     "learned": "[{{learned_rounding: {{scheme: {scheme}}}}}]",
     "mixed precision, learned": "[{{mixed_precision: {{bits: {bits}, quantizer: {{learned_rounding: {{}}}}}}}}]",
 }
-"""Defaults; `mixed precision`: another scheme for every site, at the same average bits, scales included, codes at their
-own width; `error propagation`: gptq on weights corrected for the errors of earlier blocks; `learned`: rounding learned
-block by block. None of them was chosen by the measured text."""
+"""Defaults. `mixed precision`: a different scheme for every site at the same average bits, scales included, stored
+without padding; `error propagation`: gptq on weights corrected for the errors of earlier blocks; `learned`: rounding
+learned block by block. None of them was chosen on the measured text."""
 
 
 class Peer(NamedTuple):

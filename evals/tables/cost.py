@@ -60,7 +60,7 @@ def memory(facts: Facts) -> str:
             row["offload"],
             f"{row['bytes_model'] / 1e6:,.0f} MB",
             f"{row['peak_bytes'] / 1e6:,.0f} MB",
-            f"{row['foretold_bytes'] / 1e6:,.0f} MB",
+            f"{row['estimated_bytes'] / 1e6:,.0f} MB",
         ]
         for row in facts["rows"]
     ]
@@ -99,7 +99,7 @@ def dynamic_speed(facts: Facts) -> str:
 
 
 def dynamic(facts: Facts) -> str:
-    """Mean share of blocks and of inputs that were used, and what it cost."""
+    """Mean fraction of blocks and of inputs used, and the cost."""
     if "text" not in facts:
         return ""
     dense = next(row["perplexity"] for row in facts["rows"] if row["method"] == "dense")

@@ -129,7 +129,7 @@ def equal_bytes(facts: Facts) -> str:
 
 
 def at_init(facts: Facts) -> str:
-    """Every section by itself, each row with its share of zeros."""
+    """Every section by itself, each row with its sparsity."""
     parts = [
         f"**{facts['model']}** on `{facts['text']}` ({protocol(facts['window'], True)}); {facts['steps']} steps of 8 × "
         f"{facts['tokens']} tokens of `{facts['calibration']}` in every training."

@@ -1,4 +1,4 @@
-"""All calibration tokens through all experts, whatever the router chose, while they are measured."""
+"""Runs all calibration tokens through all experts while they are measured, regardless of the router."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class AllTokens:
         self._input_NH = torch.empty(0)
 
     def run(self, experts: nn.ModuleList, x_NH: Tensor) -> None:
-        """Every expert once, on every token."""
+        """Run every expert once on every token."""
         self._input_NH = x_NH
         self.running = True
         try:

@@ -1,4 +1,4 @@
-"""Datasets of the Hub (and dataset folders): short names, streaming, and errors that say what to do offline."""
+"""Datasets from the Hub (and dataset folders): short names, streaming, and errors that say what to do offline."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _offline(source: str, alias: Alias, where: str) -> bool:
 
 
 def hub_reachable() -> bool:
-    """False in offline mode and where the Hub's name cannot be resolved: then nobody waits for retries."""
+    """False in offline mode and where the Hub's name cannot be resolved: this avoids waiting for retries."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE or os.environ.get("HF_DATASETS_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:

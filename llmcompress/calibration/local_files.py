@@ -1,4 +1,4 @@
-"""Local text files and tables → rows with labels that a user can find again (`line 7`)."""
+"""Local text files and tables → rows with labels that a user can find (`line 7`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was measured of a model stays known while the model is what it was: no statistic is taken twice. N = windows."""
+"""A cache of measurements, valid while the model does not change; no statistic is measured twice. N = windows."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from llmcompress.calibration.settings import Experts
 from llmcompress.numerics.statistics import Statistic
 
 MOST_BYTES = 256 << 20
-"""That are held in memory; Gram matrices of large models are measured again."""
+"""Held in memory; Gram matrices of large models are measured again."""
 
 Name = tuple[str, ...]
 Kept = TypeVar("Kept", Tensor, Statistic)
 
 
 class MeasurementCache:
-    """The store of one run. Whoever looks for something says which state of the model and which windows it means."""
+    """The measurements of one run, each for one state of the model and one set of windows."""
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         self.most_bytes = most_bytes
@@ -28,7 +28,7 @@ class MeasurementCache:
         self._counted: set[int] = set()
 
     def of(self, state: str | None, windows_NT: Tensor, experts: Experts) -> CachedMeasurements | None:
-        """What belongs to that state and these windows; None where nobody vouches for the state."""
+        """Measurements of that state of the model on these windows; None if the state is unknown."""
         if state is None:
             return None
         windows = hashlib.sha256(windows_NT.contiguous().cpu().numpy().tobytes()).hexdigest()
@@ -47,13 +47,13 @@ class MeasurementCache:
 
 
 class CachedMeasurements:
-    """The part of the store that belongs to one state of the model and one set of windows."""
+    """The measurements of one state of the model on one set of windows."""
 
     def __init__(self, store: MeasurementCache, key: Name) -> None:
         self._store, self._key = store, key
 
     def find(self, kind: type[Kept], *name: str) -> Kept | None:
-        """What is known under that name; it must not be changed."""
+        """The measurement of that name; it must not be changed."""
         found = self._store._find((*self._key, kind.__qualname__, *name))
         assert found is None or isinstance(found, kind)
         return found

@@ -1,4 +1,4 @@
-"""Several processes that calibrate one model together: each runs other windows, what they measured is added up."""
+"""Several processes that calibrate one model: each runs different windows, and their statistics are summed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _PATIENCE = timedelta(hours=12)
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process among all; by default it is alone. All have the same model, and do the same work on it.
+    """The rank of this process and their number; one by default. All have the same model and do the same work on it.
 
-    What is added up is the same on all to the last bit, so all come to the same weights; to be safe on machines of
-    different kinds, the first one's finished blocks are given to all (`broadcast_tensors`).
+    Reduced statistics are identical on all, so all compute the same weights; to be safe on machines of
+    different kinds, the first one's finished blocks are broadcast (`broadcast_tensors`).
     """
 
     index: int = 0
@@ -33,7 +33,7 @@ class ProcessGroup:
 
     @property
     def is_first(self) -> bool:
-        """Whether it is the one that writes."""
+        """Whether it is rank 0, which writes."""
         return self.index == 0
 
     def shard(self, windows_NT: Tensor) -> Tensor:
@@ -51,15 +51,15 @@ class ProcessGroup:
         return windows_NT[self.index :: self.count]
 
     def all_reduce_sum_(self, tensor: Tensor) -> None:
-        """The sum over all processes, in place."""
+        """All-reduce: the sum over all processes, in place."""
         self._reduce(tensor, distributed.ReduceOp.SUM)
 
     def all_reduce_max_(self, tensor: Tensor) -> None:
-        """The elementwise maximum over all processes, in place."""
+        """All-reduce: the elementwise maximum over all processes, in place."""
         self._reduce(tensor, distributed.ReduceOp.MAX)
 
     def broadcast(self, value: T) -> T:
-        """What the first process has, on all."""
+        """The first process's value, on all."""
         if self.count == 1:
             return value
         box = [value if self.is_first else None]
@@ -105,9 +105,9 @@ ALONE = ProcessGroup()
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[ProcessGroup]:
-    """The processes that `torchrun` started, joined while this lasts; one that was started alone is alone.
+    """The process group that `torchrun` started, for the duration of the context; a single process otherwise.
 
-    On CUDA they talk through NCCL, on a CPU through gloo. A group that the caller has made already is used as it is.
+    NCCL on CUDA, gloo on a CPU. An existing process group is used as it is.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not distributed.is_initialized():
         yield ALONE

@@ -1,4 +1,4 @@
-"""Rows of any table → plain texts or conversations: finds the column, checks every row, counts what is left out."""
+"""Rows of any table → plain texts or conversations: finds the column, checks every row, counts skipped rows."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def contents_of(
 
 
 def find_columns(columns: list[str], *, column: str | None, format: Format, where: str) -> tuple[str, ...]:
-    """The columns that hold the text or the messages; several are put together (`prompt+completion`).
+    """The columns with the text or the messages; several are joined (`prompt+completion`).
 
     Raises: CompressError showing the columns there are.
     """

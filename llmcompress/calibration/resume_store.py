@@ -1,4 +1,4 @@
-"""Where finished work is kept, so that a killed run need not compute it again."""
+"""The interface of what is saved during a run, so that an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from llmcompress.records.rows import SiteReport
 
 
 class ResumeStore(Protocol):
-    """Blocks, decisions and whole models by stage; what was saved comes back bit for bit."""
+    """Blocks, decisions and whole models by stage; everything is restored bit for bit."""
 
     def finished_blocks(self, stage: int) -> list[int]:
-        """Indices of the blocks that a stage has done, from 0 on, without a gap."""
+        """Indices of the blocks that a stage has finished: 0, 1, … without a gap."""
 
     def save_block(self, stage: int, index: int, block: nn.Module, before: nn.Module, rows: list[SiteReport]) -> None:
-        """Keep a block and its report; `before` is its outline from before the stage."""
+        """Save a block and its report rows; `before` is its meta copy from before the stage."""
 
     def restore_block(self, stage: int, index: int, block: nn.Module) -> list[SiteReport]:
-        """Make the block what was kept, bit for bit; its report."""
+        """Restore the block bit for bit; returns its report rows."""
 
     def block_state(self, stage: int, index: int) -> Mapping[str, Tensor]:
-        """Every tensor of a kept block, mapped from its file."""
+        """Every tensor of a saved block, memory-mapped."""
 
     def decisions(self, stage: int) -> dict[str, Tensor] | None:
-        """What the stage's passes decided, if they have."""
+        """The saved decisions of the stage's passes, if any."""
 
     def save_decisions(self, stage: int, decisions: Mapping[str, Tensor]) -> None:
         """Keep it."""
 
     def measurement(self, name: str) -> tuple[Mapping[str, Tensor], Mapping[str, Any]] | None:
-        """What was measured under that name, if it was: its tensors, and what they do not say."""
+        """The saved measurement of that name, if any: tensors and metadata."""
 
     def save_measurement(self, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """Keep it; a name is letters, digits, `-` and `.`."""
+        """Save it; names consist of letters, digits, `-` and `.`."""
 
     def finished_model(self) -> int | None:
-        """The last stage after which the whole model was kept."""
+        """The last stage after which the whole model was saved."""
 
     def save_model(self, stage: int, model: PreTrainedModel, rows: list[SiteReport]) -> None:
-        """Keep the whole model and all report rows up to here."""
+        """Save the whole model and all report rows so far."""
 
     def restore_model(self, stage: int, model: PreTrainedModel) -> tuple[PreTrainedModel, list[SiteReport]]:
-        """The model that was kept after that stage, and the rows; `model` is what the run began with."""
+        """The model saved after that stage, and the report rows; `model` is the original one."""
 
     def training_file(self, stage: int, name: str) -> Path:
-        """Where a training of a stage keeps its state while the stage is not finished; written by the training."""
+        """The file in which a training saves its state until its stage is finished."""

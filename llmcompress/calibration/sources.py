@@ -1,4 +1,4 @@
-"""Where text comes from: bundled texts, local files, Hub datasets; read once, with a fingerprint of the content."""
+"""Text sources: bundled texts, local files, Hub datasets; read once, with a fingerprint of the content."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from llmcompress.calibration.hub_datasets import hub_rows
 from llmcompress.calibration.local_files import is_text_file, rows_of_file
-from llmcompress.calibration.records import Format, Message, contents_of
+from llmcompress.calibration.records import Contents, Format, Message, contents_of
 from llmcompress.errors import CompressError, ExitCode
+from llmcompress.loading.source import IN_MEMORY
 from llmcompress.storage.paths import from_home
 
 JOINER = "\n\n"
@@ -24,7 +25,7 @@ SHORTEST_PARAGRAPH = 40
 
 @dataclass(frozen=True)
 class Texts:
-    """What one source holds: documents, or conversations still to be written out by a chat template."""
+    """The contents of one source: documents, or conversations that a chat template will render."""
 
     name: str
     """For reports; the file name only, never a path."""
@@ -33,7 +34,7 @@ class Texts:
     fingerprint: str
     """sha256 of the content read."""
     skipped: int = 0
-    """Rows that could not be read and were left out (`skip_bad_rows`)."""
+    """Rows that could not be read and were skipped (`skip_bad_rows`)."""
 
     @property
     def kind(self) -> Literal["text", "chat"]:
@@ -49,7 +50,7 @@ class TextSource:
     split: str = "train"
     config: str | None = None
     column: str | None = None
-    """The column that holds the text; None: found by its usual names."""
+    """The column with the text; None: found by its usual names."""
 
 
 def read_texts(
@@ -71,6 +72,14 @@ def read_texts(
     found = contents_of(
         rows, column=source.column, format=format, skip_bad_rows=skip_bad_rows, where=row_where, max_characters=limit
     )
+    return texts_of(found, name, where=where)
+
+
+def texts_of(found: Contents, name: str, *, where: str) -> Texts:
+    """What was read, with a fingerprint of it.
+
+    Raises: CompressError `data.empty` when it is nothing.
+    """
     if not any(text.strip() for text in found.documents) and not found.conversations:
         left_out = f"; {found.skipped} unreadable rows were skipped" if found.skipped else ""
         what = f"{name}: no usable samples, the source is empty{left_out}"
@@ -85,6 +94,10 @@ def check_source(name: str, *, where: str) -> None:
 
     Raises: CompressError when it is not.
     """
+    if name.startswith(IN_MEMORY):
+        what = f"the data called {name} were handed over in Python: they are in no file"
+        fix = "hand the same data over again as `calibration`, or name a file as `calibration.source`"
+        raise CompressError("data.in-memory", what, where=where, fix=fix, exit_code=ExitCode.USAGE)
     if name.startswith("builtin:"):
         _check_builtin(name.removeprefix("builtin:"), where)
     elif not from_home(name).exists() and _looks_like_a_path(name):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.experts import all_tokens, in_expert
-from llmcompress.calibration.input_hooks import LastInput, observed_input
+from llmcompress.calibration.input_hooks import LastInput, ending_early, observed_input
 from llmcompress.errors import CompressError
 from llmcompress.model.map import BlockInfo, Fold, ModelMap
 from llmcompress.model.shrink import shrink_block
@@ -28,7 +28,7 @@ from llmcompress.numerics.statistics import Statistic
 
 
 class BlockWork:
-    """One block while passes work on it: its sites, folds and statistics."""
+    """One block during compression: its sites, folds and statistics."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class BlockWork:
         return [[self._by_name[name] for name in group.sites] for group in self.info.structure.groups]
 
     def producer_channels(self, fold: Fold) -> int:
-        """How many channels a fold's producer gives out."""
+        """The number of output channels of a fold's producer."""
         if fold.producer_is_norm:
             return self.module.get_parameter(f"{fold.producer}.weight").numel()
         return self.info.structure.site(fold.producer).outputs
@@ -117,6 +117,8 @@ class BlockWork:
     def measure(self, sites: Sequence[LinearSite], kinds: Sequence[type[Statistic]]) -> None:
         """One forward over all calibration data; every input group of `sites` shares one statistic of each kind.
 
+        What follows the last of these inputs is not computed.
+
         Raises: CompressError when an input is not finite, naming the site.
         """
         wanted = {site.name for site in sites}
@@ -131,8 +133,10 @@ class BlockWork:
                     only = every if in_expert(members[0].name) else None
                     hooks.enter_context(observed_input(members[0].module, list(statistics.values()), only))
                     measured.append((members, statistics))
+            forward = hooks.enter_context(ending_early([members[0] for members, _ in measured]))
             for inputs, call in zip(self._inputs, self._calls, strict=True):
-                self._run(inputs, call)
+                with forward.of(inputs):
+                    self._run(inputs, call)
         for members, statistics in measured:
             for statistic in statistics.values():
                 if self.context.processes.count > 1:
@@ -191,7 +195,9 @@ class BlockWork:
         with ExitStack() as hooks:
             for site, into in zip(sites, seen, strict=True):
                 hooks.enter_context(observed_input(site.module, [into]))
-            self._run(inputs, call)
+            forward = hooks.enter_context(ending_early(sites))
+            with forward.of(inputs):
+                self._run(inputs, call)
         return [into.x_TI for into in seen]
 
     def replace_module(self, module: nn.Module, outputs: list[Tensor] | None = None) -> None:
@@ -242,11 +248,11 @@ class _SeenEnough(Exception):
 
 
 class BlockStream:
-    """Runs the model block by block over calibration windows; later blocks see what earlier ones became.
+    """Runs the model block by block over calibration windows; later blocks see the outputs of compressed earlier ones.
 
-    `windows_NT` are unpadded token ids, so no mask is needed to keep padding out of the statistics. With no windows
-    at all the blocks are only visited: enough for passes that need no data. With `dense` a second stream runs beside
-    the first, through the blocks as they are before anybody works on them.
+    `windows_NT` are unpadded token ids, so no mask is needed to keep padding out of the statistics. Without windows the
+    blocks are only visited, which is enough for passes without data. With `dense` a second stream runs through the
+    uncompressed blocks.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Second moments of the residual stream, wherever a norm reads it, from one forward over the calibration data."""
+"""Second moments of the residual stream at every norm that reads it, from one forward pass over the data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a tokenizer does of its own accord, found by trying: BOS, unknown tokens, tokens that the model lacks."""
+"""What a tokenizer does by default, found by trying: BOS, unknown tokens, token ids beyond the embedding."""
 
 from __future__ import annotations
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from llmcompress.cli.output import device_option, json_option, print_json, print_tables, quiet_libraries
+from llmcompress.cli.early import refuse_mistakes
+from llmcompress.cli.libraries import loading_libraries, quiet_libraries
+from llmcompress.cli.output import device_option, json_option, print_json, print_tables
 from llmcompress.errors import NOTHING_SAVED, CompressError, ExitCode, saved_of
 
 if TYPE_CHECKING:
@@ -75,23 +78,20 @@ def compress(
     quiet_libraries()
     from llmcompress.cli.tables import plan_tables, report_tables
     from llmcompress.cli.terminal import TerminalProgress
+    from llmcompress.presets import preset_path
 
+    file = recipe_file or preset_path(str(preset))
+    # of several processes (torchrun) only the first may touch what lies at the output, and it is not known yet
+    written = None if dry_run or "RANK" in os.environ else output
+    refuse_mistakes(file, settings, model=model, output=written, overwrite=overwrite)
     with TerminalProgress() as progress:
-        progress.stage("starting", 0)
-        from llmcompress.presets import load_preset
-        from llmcompress.recipe import read_recipe
-
-        if preset is not None:
-            recipe = load_preset(preset, settings=settings)
-        else:
-            assert recipe_file is not None
-            recipe = read_recipe(recipe_file, settings=settings)
-        recipe = recipe.for_model(model)
+        with loading_libraries(progress):
+            from llmcompress import pipeline
+            from llmcompress.recipe import read_recipe
+        recipe = read_recipe(file, settings=settings).for_model(model)
         assert recipe.model is not None
         with progress.paused():
             _confirm_remote_code(recipe, yes=yes)
-        from llmcompress import pipeline
-
         if dry_run:
             from llmcompress.cost import this_machine
 
@@ -100,7 +100,7 @@ def compress(
         else:
             assert output is not None
             try:
-                report = pipeline.compress(
+                done = pipeline.compress(
                     recipe.model,
                     recipe,
                     output,
@@ -115,9 +115,9 @@ def compress(
     if dry_run:
         print_json(plan) if as_json else print_tables(*plan_tables(plan))
     elif as_json:
-        print_json({"output": str(output), **report.model_dump(mode="json")})
+        print_json({"output": str(output), **done.report.model_dump(mode="json")})
     else:
-        print_tables(*report_tables(report))
+        print_tables(*report_tables(done.report))
         click.echo(f"saved to {output}", err=True)
 
 

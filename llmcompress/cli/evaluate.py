@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import click
 
-from llmcompress.cli.output import device_option, json_option, print_json, print_tables, quiet_libraries
+from llmcompress.cli.early import refuse_missing_models, refuse_missing_texts
+from llmcompress.cli.libraries import loading_libraries, quiet_libraries
+from llmcompress.cli.output import device_option, json_option, print_json, print_tables
 
 
 @click.command()
@@ -60,12 +62,15 @@ def evaluate(
     from llmcompress.cli.terminal import TerminalProgress
     from llmcompress.evaluation.settings import PerplexityTask
 
+    if not all(sources):
+        raise click.BadParameter("it is empty", param_hint="--perplexity")
     common = {"window": window, "bos": bos, "max_windows": max_windows}
     tasks = [PerplexityTask.model_validate({**PerplexityTask.from_text(source), **common}) for source in sources]
+    refuse_missing_models(model)
+    refuse_missing_texts(task.source for task in tasks)
     with TerminalProgress() as progress:
-        progress.stage("starting", 0)
-        from llmcompress import pipeline
-
+        with loading_libraries(progress):
+            from llmcompress import pipeline
         results = pipeline.evaluate(model, tasks, runner=runner, device=device, progress=progress)
     if as_json:
         print_json([result.model_dump(mode="json") for result in results])

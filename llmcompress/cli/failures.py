@@ -1,4 +1,4 @@
-"""Every failure of a command → an exit code and a short text, or one JSON object; a traceback goes to a file."""
+"""Maps every failure of a command to an exit code and a short text or a JSON object; tracebacks go to a file."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import traceback
 
 import click
 
+from llmcompress.cli.flags import with_flags
 from llmcompress.errors import CompressError, ExitCode, is_out_of_memory, saved_of, without_tokens
 
 
@@ -20,6 +21,7 @@ def report_failure(failure: Exception, *, as_json: bool, terminated: bool = Fals
     `terminated`: it was SIGTERM that interrupted the work.
     """
     known = _as_known(failure)
+    known.fix = with_flags(known.fix)
     if terminated and known.exit_code is ExitCode.INTERRUPTED:
         known.exit_code = ExitCode.TERMINATED
     if as_json:

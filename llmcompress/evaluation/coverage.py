@@ -1,4 +1,4 @@
-"""Whether calibration reached every expert: a router sends each its own share of the tokens."""
+"""Warns if calibration did not reach every expert with enough tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmcompress.records.rows import SiteReport
 def coverage_warnings(rows: Iterable[SiteReport], model_map: ModelMap) -> list[str]:
     """One line when linears of experts were measured on fewer tokens than they have inputs.
 
-    With fewer tokens than inputs nothing is known of some directions, and rounding is as free there as without data.
+    With fewer tokens than inputs, some directions are not measured, and rounding ignores them as without data.
     The tokens of each are in its report row.
     """
     inputs = {block.full(site.name): site.inputs for block in model_map.blocks for site in block.structure.sites}

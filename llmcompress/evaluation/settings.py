@@ -1,4 +1,4 @@
-"""What `evaluate:` in a recipe may say."""
+"""The settings under `evaluate:` in a recipe."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from llmcompress.registry import Registry
 _WITH_SPLIT = re.compile(r"(?!builtin:)(?P<source>.+):(?P<split>[A-Za-z][\w-]*(\[[^]]*\])?)")
 
 TASKS: Registry[PerplexityTask] = Registry("measurement", "llmcompress.evaluation.settings")
-"""Name of a measurement → what a recipe may say of one."""
+"""Name of a metric → its settings in a recipe."""
 
 
 @TASKS.register("perplexity")
 class PerplexityTask(BaseModel):
-    """One text on which the dense and the compressed model are measured the same way."""
+    """A text on which the dense and the compressed model are evaluated."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     source: str = Field(min_length=1)
     """`builtin:evaluation`, a local .txt/.jsonl/.parquet/.csv, or a Hub dataset id."""
     split: str = Field(default="test", min_length=1)
-    """Which split of a Hub dataset."""
+    """Split of a Hub dataset."""
     config: str | None = None
-    """Which configuration of a Hub dataset (`wikitext-2-raw-v1`)."""
+    """Configuration of a Hub dataset (`wikitext-2-raw-v1`)."""
     column: str | None = None
-    """The column that holds the text; None: found by its usual names."""
+    """The column with the text; None: found by its usual names."""
     window: int | None = Field(default=None, ge=2)
-    """Tokens in a window, the BOS included; None: the model's own limit, at most 2048."""
+    """Tokens per window, BOS included; None: the model's limit, at most 2048."""
     bos: Literal["auto", "always", "never"] = "auto"
-    """Whether every window starts with the BOS token; `auto`: as the tokenizer does it."""
+    """Whether every window starts with the BOS token; `auto`: as the tokenizer does."""
     max_windows: int | None = Field(default=None, ge=1)
-    """Measure only the first windows; None: all."""
+    """Evaluate only the first windows; None: all."""
 
     @classmethod
     def from_text(cls, text: str) -> dict[str, Any]:
@@ -44,4 +44,4 @@ class PerplexityTask(BaseModel):
 
 
 BUNDLED_TEXT = (PerplexityTask(source="builtin:evaluation"),)
-"""What is measured where nothing else is asked for."""
+"""The default evaluation."""

@@ -1,4 +1,4 @@
-"""What belongs to a model beside its weights: tokenizer, chat template, generation settings, licence."""
+"""Copies the files that accompany the weights: tokenizer, chat template, generation config, license."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ _OTHERS = (
 
 
 def copy_auxiliary_files(
-    source_folder: Path,
+    source_folder: Path | None,
     destination: Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     generation_config: GenerationConfig | None = None,
 ) -> tuple[str, ...]:
-    """Copy them byte for byte from where the model was read; the names of what is there now.
+    """Copy them byte for byte from the source model; returns the names of all files that are now in `destination`.
 
-    What the source lacks is written from the objects given. A tokenizer that transformers 5 saved is respelled so
-    that 4 reads it too; nothing else is changed.
+    What the source lacks, or all of it without one, is written from the objects given. A tokenizer that transformers 5
+    saved is respelled so that 4 reads it too; nothing else is changed.
     """
-    for path in sorted(source_folder.iterdir()):
+    for path in sorted(source_folder.iterdir()) if source_folder else ():
         if _matches(path.name, _TOKENIZER + _OTHERS):
             copy = shutil.copytree if path.is_dir() else shutil.copyfile
             copy(path, destination / path.name)
@@ -61,7 +61,7 @@ def copy_auxiliary_files(
 
 
 def _respell_tokenizer(path: Path) -> None:
-    """Class names and lists of transformers 5 in the words that 4 knows; an older file is left as it is."""
+    """Rename classes and lists of transformers 5 to those of 4; an older file is not changed."""
     if not path.is_file():
         return
     settings = read_json(path)

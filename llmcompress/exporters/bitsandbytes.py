@@ -1,4 +1,4 @@
-"""Codes of bitsandbytes as transformers itself would save them: stock transformers loads the folder without us."""
+"""bitsandbytes checkpoints as transformers itself saves them; stock transformers loads them without llmcompress."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ METHOD = "bitsandbytes"
 
 @EXPORTERS.register(METHOD)
 class BitsAndBytesExporter(Exporter):
-    """For models all of whose replaced linears hold such codes, of one kind; the others are named as skipped."""
+    """For models whose replaced linears all use bitsandbytes, of one kind; the others are listed as skipped."""
 
     fix: ClassVar[str] = "use one of bnb_nf4 and bnb_int8"
 

@@ -1,4 +1,4 @@
-"""The key-value cache in the words of compressed-tensors: a `kv_cache_scheme`, and two scales in every attention."""
+"""The quantized KV cache in compressed-tensors: a `kv_cache_scheme`, and two scales in every attention."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SHOWS_PROGRESS = "show_progress" in inspect.signature(apply_quantization_config
 
 @dataclass(frozen=True)
 class CacheScheme:
-    """How keys and values are rounded, in the format's words."""
+    """How keys and values are quantized, in the format's terms."""
 
     words: QuantizationArgs
     attentions: Mapping[str, CodedAttention]

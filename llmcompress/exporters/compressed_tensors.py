@@ -1,6 +1,6 @@
-"""Codes and scales as compressed-tensors: loads in stock transformers and vLLM, nothing of ours needed.
+"""compressed-tensors checkpoints: they load in stock transformers and vLLM, without llmcompress.
 
-What the loaders were seen to do: docs/decisions/0004-saved-formats.md.
+How the loaders were found to behave: docs/decisions/0004-saved-formats.md.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _MERGED = "transformers 5 loads no compressed-tensors model unless all experts a
 
 @EXPORTERS.register("compressed-tensors")
 class CompressedTensorsExporter(Exporter):
-    """A site that the format cannot hold is multiplied out; when no other is left, the folder is a plain one."""
+    """Sites that the format cannot represent are dequantized; if no other is left, the folder is a plain one."""
 
     limits: ClassVar[TargetLimits] = TargetLimits(ragged_groups=False)
     fix: ClassVar[str] = "exclude these sites with `exclude`, or set `save.format: auto`"
@@ -79,13 +79,13 @@ class CompressedTensorsExporter(Exporter):
 
     @override
     def problem(self, contents: Contents) -> str | None:
-        """It has words for quantized linears of stock sizes, and for caches."""
+        """It can represent quantized linears of stock sizes, and quantized caches."""
         others = contents.more_than_quantized
         return f"it can represent quantized linears only, not {others[0]}" if others else None
 
     @override
     def notes(self, contents: Contents, answers: Mapping[str, Answer]) -> list[str]:
-        """What is multiplied out, and which fields are wider than their codes."""
+        """Which sites are dequantized, and which codes are padded."""
         dense = [
             f"{name}: {answer.why}; saved as dequantized weights"
             for name, answer in answers.items()
@@ -146,7 +146,7 @@ class CompressedTensorsExporter(Exporter):
         return layout_of(site.scheme, packable=site.packable, zero_points=self.zero_points)
 
     def _instead(self, site: CodedLinear, why: str) -> Answer:
-        """Rounded activations cannot be multiplied out."""
+        """Quantized activations cannot be dequantized into weights."""
         if self.multiplies_out and site.scheme.activations is None:
             return Converted(why)
         return Refused(why, self.limits.nearest(site.scheme, site.inputs) if site.is_linear else None)

@@ -1,4 +1,4 @@
-"""What an exporter is asked about: foretold by a plan, or found in a live model; the questions are the same."""
+"""What exporters know of a model: predicted by a plan or found in a live model, in the same form."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXPERTS = "experts"
 
 @dataclass(frozen=True)
 class CodedLinear:
-    """A linear that will hold codes, or does."""
+    """A linear that is, or will be, quantized."""
 
     name: str
     """Full."""
@@ -54,9 +54,9 @@ class Contents:
     differences: Manifest = field(default_factory=Manifest)
     """From the stock model. A plan does not know them."""
     modules: Mapping[str, CompressedModule] = field(default_factory=dict)
-    """What replaced a module of the stock model, parts of such a thing left out. Not known to a plan either."""
+    """Modules that replace a stock module, without their parts. Not known to a plan either."""
     named_caches: frozenset[str] = frozenset()
-    """Attentions that cache codes in a way for which compressed-tensors has words."""
+    """Attentions with a quantized KV cache that compressed-tensors can represent."""
 
     @property
     def is_stock(self) -> bool:
@@ -71,7 +71,7 @@ class Contents:
 
     @property
     def more_than_quantized(self) -> tuple[str, ...]:
-        """Whatever is not a linear of stock size that holds codes."""
+        """Everything that is not a quantized linear of stock size."""
         found = self.differences
         other = (name for name, spec in found.modules.items() if not MODULES[spec["type"]].has_stock_format)
         named = (name for name in other if name not in self.named_caches)

@@ -1,4 +1,4 @@
-"""Our own folder, for what no other format has words for: a config with our manifest, read by our plug-in."""
+"""Our own format, for what no other format can represent: a config with our manifest, read by our plug-in."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VERSION = 1
 
 @EXPORTERS.register(METHOD)
 class ManifestExporter(Exporter):
-    """Codes at their own width; `from_pretrained` loads it after `import llmcompress`, and refuses it without."""
+    """Codes without padding; `from_pretrained` loads the folder after `import llmcompress` and refuses it otherwise."""
 
     fix: ClassVar[str] = 'exclude the experts with `exclude: "*.experts.*"`, or use integer or fp8 schemes for them'
 

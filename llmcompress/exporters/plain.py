@@ -1,4 +1,6 @@
-"""The plain folder: every replaced module multiplied out to ordinary weights, which any loader reads."""
+"""Plain checkpoints: every replaced module is converted to ordinary weights, which any loader
+reads.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,10 @@ from llmcompress.modules.limits import TargetLimits
 
 @EXPORTERS.register("plain")
 class PlainExporter(Exporter):
-    """Products are rounded to the stored dtype exactly as the model itself does when it is cast to that dtype.
+    """Weights are rounded to the stored dtype exactly as the model itself does when it is cast to that dtype.
 
-    So a loader that uses it gets the same logits bit for bit; float32 keeps every product of codes and scales exact.
+    A loader that uses this dtype therefore gets the same logits bit for bit; in float32, products of codes and scales
+    are exact.
     """
 
     limits: ClassVar[TargetLimits] = TargetLimits(rounded_inputs=False)
@@ -32,13 +35,13 @@ class PlainExporter(Exporter):
 
     @override
     def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:
-        """Whatever the grid, it is multiplied out."""
+        """Any grid is dequantized."""
         why = self.limits.problem(site.scheme, site.inputs)
         return Converted("plain format") if why is None else Refused(why, self.limits.nearest(site.scheme, site.inputs))
 
     @override
     def problem(self, contents: Contents) -> str | None:
-        """Ordinary weights cannot say other sizes, modules around modules, or what depends on the input."""
+        """Ordinary weights cannot represent other sizes, wrapped modules, or dynamic inference."""
         if contents.rearranged:
             return f"no config of this model family can represent {', '.join(contents.rearranged[:3])}"
         sites = {site.name for site in contents.sites}

@@ -1,4 +1,4 @@
-"""Writes a finished model with the exporter that holds it."""
+"""Writes a finished model with the exporter chosen for it."""
 
 from __future__ import annotations
 

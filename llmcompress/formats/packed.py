@@ -1,4 +1,6 @@
-"""A quantized linear in a folder of ours: codes at their own width. O = outputs, I = inputs, B = bytes of a row."""
+"""The tensors of a quantized linear in our own format: codes without padding. O = outputs, I = inputs, B = bytes of a
+row.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from llmcompress.numerics.packing import pack_bits, packed_bytes, unpack_bits
 from llmcompress.numerics.quantized import QuantizedTensor
 
 NAMES = frozenset({"weight", "scale", "zero_point", "shared_scale", "input_scale"})
-"""What `pack` may give beside the bias."""
+"""What `pack` may return besides the bias."""
 
 
 def pack(form: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:

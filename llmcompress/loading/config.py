@@ -1,4 +1,4 @@
-"""config.json → a configuration that is safe to build a model from, or the reason why it is refused."""
+"""config.json → a config that is safe to build a model from, or the reason why it is refused."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def _without_code_keys(
 
 
 def _for_installed_transformers(data: dict[str, Any]) -> dict[str, Any]:
-    """A configuration written by transformers 5 also says its rotary settings in the words of 4, if 4 is installed."""
+    """Add rotary settings in the form of transformers 4, if 4 is installed, to a config written by 5."""
     if TRANSFORMERS_MAJOR >= 5:
         return data
     return rotary_as_in_4(data.get("rope_parameters")) | data

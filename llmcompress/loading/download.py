@@ -1,4 +1,4 @@
-"""A model's files from the Hub: asks before it downloads, never fetches pickles, explains every refusal."""
+"""Downloads a model from the Hub: checks before it downloads, never fetches pickle files, explains every refusal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which files of a folder are the model, and whether they may be trusted to be; no weight is read."""
+"""Which files of a folder belong to the model, and whether they can be trusted; no weight is read."""
 
 from __future__ import annotations
 

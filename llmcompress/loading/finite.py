@@ -1,4 +1,4 @@
-"""Whether every number of a configuration is one: NaN there makes a model whose every output is NaN."""
+"""Refuses configs with NaN or Inf, which would make every output NaN."""
 
 from __future__ import annotations
 

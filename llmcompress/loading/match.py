@@ -1,4 +1,4 @@
-"""Whether a checkpoint's tensors are exactly what the model needs, found by loading their headers without weights."""
+"""Checks that a checkpoint has exactly the tensors that the model needs, from headers without weights."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Match:
-    """What the model holds once it is loaded."""
+    """The tensors of the model once it is loaded."""
 
     shapes: dict[str, Shape]
-    """Every tensor that is saved, under the name transformers gives it; a tied head is not there twice."""
+    """Every saved tensor, under transformers' name; a tied head is listed once."""
     embedding_rows: int
     tied: bool
-    """Whether config.json says that head and embedding are one tensor."""
+    """Whether config.json ties the output head to the embedding."""
     stored_twice: tuple[str, str] | None
     """Names in the checkpoint of a tied embedding and head that are both stored."""
     unused: tuple[str, ...]
-    """Tensors of the checkpoint that the model has no place for."""
+    """Tensors of the checkpoint that the model does not use."""
 
 
 def match(config: PretrainedConfig, headers: Mapping[str, TensorHeader], *, trust_remote_code: bool = False) -> Match:
     """Let transformers load the checkpoint's headers as tensors on the meta device, with all its own renaming.
 
-    So legacy prefixes, fused experts and ignorable keys are judged by the loader that will load the weights.
+    Legacy prefixes, fused experts and ignorable keys are therefore handled by the loader that will load the weights.
 
     Raises: CompressError listing every tensor that is missing or has another shape than config.json says.
     """
@@ -99,7 +99,7 @@ def _load_headers(
     shapes: Mapping[str, Shape],
     head: str,
 ) -> list[str]:
-    """Names that found no place."""
+    """Unused names."""
     folder = str(config.name_or_path)
     tensors = {
         # codes in place of a weight are the caller's to name; here they would only break the assignment

@@ -1,4 +1,4 @@
-"""Every check that can be made before any work: files, configuration, tensors, tokenizer, generation settings."""
+"""All checks that can be made before any work: files, config, tensors, tokenizer, generation config."""
 
 from __future__ import annotations
 
@@ -20,28 +20,35 @@ from llmcompress.loading.tensors import CODE_DTYPES, TensorHeader, headers
 from llmcompress.loading.tokenizer import read_tokenizer
 from llmcompress.progress import Progress, Silent
 
-_STORABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+STORABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What weights of a dense model may be."""
 
 
-@dataclass(frozen=True)
-class Preflight:
-    """A model that passed, and what is known of it without having read a weight."""
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What is known of a dense model before any work, wherever it is."""
 
     config: PretrainedConfig
-    """Clean: no key of it chooses code to run."""
+    """Of a folder: clean, no key of it chooses code to run."""
     generation_config: GenerationConfig
     """Valid: it can be saved."""
-    tokenizer: PreTrainedTokenizerBase
-    headers: dict[str, TensorHeader]
-    """The checkpoint's tensors, under their names in the files."""
     contents: Match
     """The model's tensors, under the names transformers gives them."""
     storage_dtype: torch.dtype
-    """What most weights are stored in; the result is stored in it."""
+    """The dtype of most weights, in which the result is stored."""
     bytes_weights: int
-    """Size of the weight files."""
+    """Size of the weight files, or of the one that would be written."""
     warnings: tuple[str, ...]
-    """Decisions and oddities the user should see."""
+    """Notes and warnings for the user."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preflight(ModelFacts):
+    """A folder that passed, without a weight having been read."""
+
+    tokenizer: PreTrainedTokenizerBase
+    headers: dict[str, TensorHeader]
+    """The checkpoint's tensors, under their names in the files."""
 
 
 def preflight(source: Source, *, trust_remote_code: bool = False, progress: Progress | None = None) -> Preflight:
@@ -86,15 +93,15 @@ def _storage_dtype(found: dict[str, TensorHeader]) -> tuple[torch.dtype, list[st
         by_dtype[header.dtype] += header.bytes
         tensors[header.dtype] += 1
     packed = [name for name, header in found.items() if header.dtype in CODE_DTYPES and len(header.shape) > 1]
-    if packed or not any(dtype in _STORABLE for dtype in by_dtype):
+    if packed or not any(dtype in STORABLE for dtype in by_dtype):
         raise CompressError(
             "model.already-quantized",
             "the weights are quantized codes, but config.json has no quantization_config",
             where=shortened_list([f"{name} ({str(found[name].dtype).removeprefix('torch.')})" for name in packed]),
             fix="compress the original 16-bit model instead",
         )
-    usual = max((dtype for dtype in by_dtype if dtype in _STORABLE), key=lambda dtype: by_dtype[dtype])
-    floats = [dtype for dtype in tensors if dtype in _STORABLE]
+    usual = max((dtype for dtype in by_dtype if dtype in STORABLE), key=lambda dtype: by_dtype[dtype])
+    floats = [dtype for dtype in tensors if dtype in STORABLE]
     if len(floats) == 1:
         return usual, []
     table = ", ".join(f"{str(dtype).removeprefix('torch.')}: {tensors[dtype]} tensors" for dtype in floats)

@@ -1,4 +1,4 @@
-"""transformers' progress bars and advice, silenced for a while: we check and report what they are about ourselves."""
+"""Silences transformers' progress bars and advice for a while; we check and report the same things ourselves."""
 
 from __future__ import annotations
 

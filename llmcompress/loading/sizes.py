@@ -1,4 +1,4 @@
-"""Whether the numbers of a configuration can be those of a model, asked before anything is built from them."""
+"""Checks that the numbers of a config are plausible before anything is built from them."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _out_of_proportion(text: PretrainedConfig) -> list[str]:
 
 
 def _values(text: PretrainedConfig) -> list[tuple[str, Any]]:
-    """The sizes that this configuration has; a missing one is not judged here."""
+    """The sizes in this config; a missing one is not an error here."""
     known = [(key, value) for key in _LARGEST if (value := getattr(text, key, None)) is not None]
     experts = [(key, value) for key, value in vars(text).items() if "expert" in key and type(value) is int]
     return known + experts

@@ -1,4 +1,4 @@
-"""What the user called the model → a folder with its files: bundled, local, or downloaded from the Hub."""
+"""The user's name for a model → a folder with its files: bundled, local, or downloaded from the Hub."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from llmcompress.errors import CompressError, ExitCode
 from llmcompress.loading.download import download
 from llmcompress.storage.paths import from_home
 
+IN_MEMORY = "memory:"
+"""Begins the name of what was handed over in Python: a recipe and a report tell of it, and no file holds it."""
+
 BUILTIN = Path(__file__).parent.parent / "builtin"
 
 
@@ -19,7 +22,7 @@ class Source:
 
     folder: Path
     name: str
-    """As the user wrote it."""
+    """The name that the user gave."""
     revision: str | None = None
     """Commit on the Hub; None for a folder of the user's own."""
     is_builtin: bool = False
@@ -39,17 +42,12 @@ def find_source(model: str, *, revision: str | None = None, trust_remote_code: b
     Pickled weights are never downloaded. Python files are only with `trust_remote_code`, which for a Hub model needs
     a full commit: what was reviewed is then what runs.
 
-    Raises: CompressError when there is no such model or it cannot be had.
+    Raises: CompressError when there is no such model or it cannot be downloaded.
     """
-    if model.startswith("builtin:"):
-        return _builtin(model, revision)
-    folder = from_home(model)
-    if folder.is_dir():
-        if revision:
-            raise _usage("revision", f"{model} is a local folder and has no revision {revision!r}", "remove `revision`")
-        return Source(folder, model)
+    local = local_source(model, revision=revision)
+    if local is not None:
+        return local
     repo, _, named_revision = model.partition("@")
-    _check_id(model, repo)
     if revision and named_revision and revision != named_revision:
         raise _usage(
             "revision",
@@ -67,6 +65,25 @@ def find_source(model: str, *, revision: str | None = None, trust_remote_code: b
     return Source(path, model, revision=path.name)
 
 
+def local_source(model: str, *, revision: str | None = None) -> Source | None:
+    """What needs no network: `builtin:NAME` or a folder; None for what can only be an id of the Hub.
+
+    Raises: CompressError for what cannot be either.
+    """
+    if model.startswith("builtin:"):
+        return _builtin(model, revision)
+    if model.startswith(IN_MEMORY):
+        what = f"{model} was handed over in Python: it is in no folder"
+        raise _usage("in-memory", what, "hand the model over again, or name its folder or its id on the Hub")
+    folder = from_home(model)
+    if folder.is_dir():
+        if revision:
+            raise _usage("revision", f"{model} is a local folder and has no revision {revision!r}", "remove `revision`")
+        return Source(folder, model)
+    _check_id(model, model.partition("@")[0])
+    return None
+
+
 def _builtin(model: str, revision: str | None) -> Source:
     name = model.removeprefix("builtin:")
     there = sorted(path.parent.name for path in BUILTIN.glob("*/config.json"))
@@ -81,7 +98,7 @@ def _builtin(model: str, revision: str | None) -> Source:
 
 
 def _check_id(model: str, repo: str) -> None:
-    """Refuse at once what cannot be an id, in the words of what the user most likely meant."""
+    """Refuse at once what cannot be an id, with a message for what the user most likely meant."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported lazily
 

@@ -1,4 +1,4 @@
-"""What safetensors files say about themselves: names, dtypes and shapes from their headers; weights one by one."""
+"""Headers of safetensors files: names, dtypes and shapes; and their weights one by one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model's tokenizer, from its folder, whichever transformers wrote it."""
+"""Loads the model's tokenizer from its folder, with any version of transformers."""
 
 from __future__ import annotations
 

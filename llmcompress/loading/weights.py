@@ -1,4 +1,4 @@
-"""The two faults that only the weights themselves show: values that are no numbers, and a head stored twice."""
+"""Two faults that only the weights show: NaN or Inf values, and an output head that contradicts its tying."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""What attention does with the rows of its linears, found by experiment on a live block. H = query heads, T = tokens.
+"""Finds by experiment on a live block what attention does with the rows of its linears. H = query heads, T = tokens.
 
-Three experiments, in all of which the outputs of the linears are replaced, so that weights play no role:
+Three experiments, in all of which the outputs of the linears are replaced, so that weights do not matter:
 
-1. All values get one common signal. Outputs of attention that are then the same belong to one query head.
-2. One query head's output at the last token, differentiated: rows that matter there only are its queries, rows that
-   matter at earlier tokens too are its keys.
-3. Keys are one-hot. The queries that have a gradient then are multiplied with that key row: with rotary positions a
-   pair of rows, without them one row, behind a norm over the head all of them.
+1. All values get one common signal. Attention outputs that are then equal belong to one query head.
+2. One query head's output at the last token is differentiated: rows that matter only there are its queries, rows that
+matter at earlier tokens too are its keys.
+3. Keys are one-hot. The queries that then have a gradient are multiplied with that key row: a pair of rows with rotary
+embeddings, one row without them, all of them behind a norm over the head.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Experiments on one block: run it with some outputs scaled and see what every linear reads. N = tokens, I = inputs."""
+"""Experiments on one block: runs it with scaled outputs and records what every linear reads. N = tokens, I = inputs."""
 
 from __future__ import annotations
 

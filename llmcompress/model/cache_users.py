@@ -1,4 +1,4 @@
-"""Which modules of a model store keys and values in a cache, and in what shape: seen in one short forward pass."""
+"""Finds the modules that store keys and values in a cache, and their shapes, in one short forward pass."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class CacheUser:
 
     name: str
     argument: str
-    """Under which it takes the cache."""
+    """Name of its cache argument."""
     layer: int
-    """Of the cache."""
+    """Its layer index in the cache."""
     heads: tuple[int, int]
     widths: tuple[int, int]
 
@@ -39,7 +39,7 @@ Watch = Callable[[Tensor, Tensor, int], None]
 
 
 class _Watched(DynamicCache):  # type: ignore[misc]
-    """A cache that shows what is stored, and keeps nothing."""
+    """A cache that reports what is stored, and keeps nothing."""
 
     def __init__(self, config: Any, watch: Watch) -> None:
         super().__init__(config=config)

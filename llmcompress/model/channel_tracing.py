@@ -1,4 +1,4 @@
-"""Which producer channels feed which consumer channels, found by scaling coded subsets. N = tokens, I = inputs."""
+"""Traces which producer channels feed which consumer channels by scaling coded subsets. N = tokens, I = inputs."""
 
 from __future__ import annotations
 

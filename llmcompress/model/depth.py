@@ -1,4 +1,4 @@
-"""Take blocks out of a model: the rest is numbered anew, and computes as if the others had been skipped."""
+"""Removes blocks from a model and renumbers the rest, which computes as if the removed ones had been skipped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an embedding does with the rows that it looks up."""
+"""The factor by which an embedding multiplies the rows that it looks up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folds of one block: candidates from what moves in proportion, kept when folding random factors changes nothing."""
+"""Folds of one block: candidates from proportional channels, kept if folding random factors changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Giving the values of every attention head another basis: one linear writes it, another reads it. H = head size."""
+"""Rotates the values of every attention head: one linear writes them, another reads them. H = head size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model with other shapes than its config says becomes the stock model of another plain config, if there is one."""
+"""Infers the plain config, if there is one, whose stock model has the shapes of a changed model."""
 
 from __future__ import annotations
 

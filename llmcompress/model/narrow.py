@@ -1,4 +1,4 @@
-"""One basis for the whole residual stream, of which some directions are kept: an ordinary smaller model.
+"""Narrows the residual stream to some directions of one basis: an ordinary smaller model.
 
 D = width of the stream, W = its new width, K = kept directions: W, or W - 1 where norms subtract the mean.
 """
@@ -57,7 +57,7 @@ def _placed(kept_DK: Tensor, residual: Residual, *, mean: float) -> Tensor:
 
 
 def _rescale_by_width(model: PreTrainedModel, before: int, width: int) -> None:
-    """Where embeddings are multiplied by √D, as in Gemma, they will be by √W: the table makes up for it."""
+    """Where embeddings are multiplied by √D, as in Gemma, they will be by √W: the table compensates for it."""
     ids_BT = few_tokens(model)
     blocks = find_blocks(model)
     embedding = model.get_input_embeddings()

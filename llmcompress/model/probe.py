@@ -1,4 +1,4 @@
-"""The map of a model, found by experiment on one random-weight block of each kind; no weights are read."""
+"""Maps a model by experiment on one random-weight block of each kind; no weights are read."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Where a model reads and writes its residual stream, found by experiment. D = width of the stream.
+"""Finds by experiment where a model reads and writes its residual stream. D = width of the stream.
 
-A parameter *reads* the stream when it multiplies what a norm makes of it, and *writes* it when it makes what is added
-to it. Both are statements about one axis of the parameter, whatever its module is: a linear, a Conv1D, a router, a bank
-of experts, an embedding. They are tested by gradients that must be exactly zero.
+A parameter *reads* the stream if it multiplies a norm's output, and *writes* it if it produces what is added to the
+stream. Both are statements about one axis of the parameter, for any module: a linear, a Conv1D, a router, an expert
+bank, an embedding. They are tested by gradients that must be exactly zero.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llmcompress.model.norms import NormForm, norm_form, normalises
 
 @dataclass(frozen=True)
 class Port:
-    """The axis of a parameter that meets the stream."""
+    """The axis of a parameter that reads or writes the stream."""
 
     parameter: str
     axis: int
@@ -35,7 +35,7 @@ class Port:
 
 @dataclass(frozen=True)
 class StreamNorm:
-    """A norm whose input is the stream itself, and all that reads what it gives."""
+    """A norm whose input is the stream itself, and the readers of its output."""
 
     name: str
     form: NormForm
@@ -54,7 +54,7 @@ class Writer:
 
 @dataclass(frozen=True)
 class Ports:
-    """All places where a block (or what stands around the blocks) meets the stream; names are relative to it."""
+    """All readers and writers of the stream in a block, or outside the blocks; names are relative to it."""
 
     norms: tuple[StreamNorm, ...]
     writers: tuple[Writer, ...]
@@ -71,7 +71,7 @@ class Ports:
 
 @dataclass(frozen=True)
 class Residual:
-    """The residual stream of a model: how wide it is, and who meets it."""
+    """The residual stream of a model: its width, its readers and writers."""
 
     width: int
     outside_blocks: Ports

@@ -1,4 +1,4 @@
-"""The experiments on the residual stream, set up for a live model: random weights, one block of each kind."""
+"""Runs the experiments on the residual stream of a live model, with random weights and one block of each kind."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""A live block put into segments (`modules/residual.py`): one basis of the residual stream after every addition.
+"""Puts a live block into segments (`modules/residual.py`): a separate basis of the residual stream after every
+addition.
 
-D = width of the stream, in, out = of one skip, K = directions that stay.
+D = width of the stream; in, out = of one skip connection; K = kept directions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Giving the residual stream another basis, and fewer dimensions. D = width of the stream, W = another width.
+"""Changes the basis of the residual stream, and reduces its width. D = width of the stream, W = another width.
 
 Works on the live model's parameters, wherever they are, in float32.
 """
@@ -36,13 +36,13 @@ _SIZES: dict[tuple[str, int], str] = {
 def make_rotatable(
     model: PreTrainedModel, residual: Residual, *, constants: Constants, generator: torch.Generator
 ) -> None:
-    """Bring the model into the form in which any basis of the residual stream is as good as any other, and mirror it.
+    """Prepare the model so that its residual stream can have any basis, and check it with a reflection.
 
-    Gains and biases of norms move into what reads them; where norms subtract the mean, what writes the stream loses it;
-    a tied head gets a weight of its own. The stream is mirrored in a random plane and the logits must not move, which
-    is the proof: only then is every reader and writer known.
+    Gains and biases of norms are folded into their readers; where norms subtract the mean, writers of the stream are
+    centred; a tied head is untied. The stream is reflected at a random plane, and the logits must not change: this
+    proves that every reader and writer is known.
 
-    Raises: CompressError when the logits moved; the model is spoiled then.
+    Raises: CompressError if the logits changed; the model is then unusable.
     """
     ids_BT = few_tokens(model)
     before = logits_of(model, ids_BT)

@@ -1,4 +1,4 @@
-"""Make a block narrower: units of width groups go, rows and columns together, and the block computes as if masked."""
+"""Removes units of width groups from a block, rows and columns together; the result equals the masked block."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 def _masked(block: nn.Module, gone: Mapping[str, Cut], run: Callable[[], Tensor]) -> Tensor:
-    """The output when nobody reads the removed units."""
+    """The output with the removed units masked."""
     with ExitStack() as stack:
         for name, cut in gone.items():
             if cut.columns:

@@ -1,4 +1,4 @@
-"""Run a model without its blocks: each block is replaced by a recorder that notes what the block would be given."""
+"""Runs a model without its blocks: each is replaced by a recorder that notes the arguments the block would get."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llmcompress.model.random_weights import materialise
 from llmcompress.modules.cache_names import CACHE_NAMES
 
 HIDDEN_KEYWORD = "hidden_states"
-"""Names under which transformers hands a key-value cache to a block."""
+"""Names of a block's KV cache argument in transformers."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class BlockCall:
 
 @dataclass(frozen=True)
 class Recording:
-    """What a model would feed its blocks for one batch."""
+    """The inputs and arguments of a model's blocks for one batch."""
 
     hidden: Tensor
     """B×T×D, the first block's input."""
@@ -84,7 +84,7 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 class Recorder(nn.Module):
-    """Stands where a block stood; gives back the hidden state it gets and answers for the block's attributes."""
+    """Replaces a block; returns its input hidden state and forwards the block's attributes."""
 
     def __init__(self, block: nn.Module, form: _Form) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The stock model of a config, without weights, to compare a live model with."""
+"""The stock model of a config, without weights, for comparison with a live model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folding factors through a block: divide here, multiply there, and the block computes what it did before."""
+"""Folds factors through a block: divides the producer and multiplies the consumers; the block computes the same."""
 
 from __future__ import annotations
 

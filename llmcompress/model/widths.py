@@ -1,4 +1,4 @@
-"""Width groups of one block: which rows and columns can only be removed together."""
+"""Width groups of one block: rows and columns that can only be removed together."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MOST_UNITS_BY_SEARCH = 256
 def width_group(
     experiment: BlockExperiment, channels: Channels, link: Link, readers: Sequence[str]
 ) -> WidthGroup | None:
-    """The units behind the columns of one reader, or None when there are fewer than two.
+    """The units that feed the columns of one reader, or None if there are fewer than two.
 
     `experiment` holds sequences of several tokens, so that attention shows which queries and keys belong to a value.
     `readers` are the linears that read the same tensor as the link's reader.
@@ -106,7 +106,7 @@ def _complete(experiment: BlockExperiment, channels: Channels, reader: str, unit
 
 
 def _units_by_search(experiment: BlockExperiment, channels: Channels, reader: str) -> list[Unit]:
-    """Grow a unit from one column: all channels behind it, all columns behind those, until nothing is added."""
+    """Grow a unit from one column: all channels that feed it, all columns they feed, until nothing is added."""
     width = experiment.base.inputs[reader].shape[-1]
     waiting, taken = set(range(width)), set[int]()
     units: list[Unit] = []

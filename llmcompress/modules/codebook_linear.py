@@ -1,6 +1,7 @@
-"""A linear whose columns have codebooks of different sizes, and a few weights in full. O = outputs, I = inputs.
+"""A linear with a codebook for each column and some weights in full precision. O = outputs, I = inputs.
 
-A research format: honest about bytes, slow to run. C = columns of one width, L = levels, N = weights in full.
+A research format: exact about bytes, slow to run. C = columns of one bit width, L = levels, N = weights in full
+precision.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from llmcompress.numerics.packing import pack_bits, packed_bytes, unpack_bits
 
 @MODULES.register("codebook_linear")
 class CodebookLinear(CompressedModule):
-    """`width_I` says how many bits each column's codes have; codes lie packed, column by column, per width.
+    """`width_I` gives the bit width of each column's codes; codes are packed, column by column, per width.
 
-    Weights at the flat places `place_N` are `value_N`, whatever their codes say. What is in memory is what is stored;
-    the dense weight is made for every call.
+    Weights at the flat positions `place_N` are `value_N`, regardless of their codes. The module stores in memory what
+    is stored on disk; the dense weight is computed in every call.
     """
 
     width_I: Tensor

@@ -1,4 +1,4 @@
-"""A quantized linear plus a branch of low rank that repairs it: W ≈ Q + L R. O = outputs, I = inputs, R = rank."""
+"""A quantized linear plus a low-rank branch that corrects it: W ≈ Q + L R. O = outputs, I = inputs, R = rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A linear that leaves small inputs out, and their columns of the weight unread. O = outputs, I = inputs."""
+"""A linear that ignores small inputs and does not read their weight columns. O = outputs, I = inputs."""
 
 from __future__ import annotations
 

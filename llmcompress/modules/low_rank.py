@@ -1,4 +1,4 @@
-"""A linear as two thinner ones, and the parts of which factored linears are made. O = outputs, I = inputs, R = rank."""
+"""A linear as two factors, and helpers for factored linears. O = outputs, I = inputs, R = rank."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STOCK = "linear"
 
 @MODULES.register("low_rank")
 class LowRankLinear(CompressedModule):
-    """`left(right(x))`: `right` maps I to R without bias, `left` maps R to O and holds the bias.
+    """`left(right(x))`: `right` maps I to R without bias, `left` maps R to O and has the bias.
 
     Both are ordinary linears at first, which later passes find, measure and may quantize.
     """
@@ -152,7 +152,7 @@ def _order_by_column(left: nn.Module) -> None:
 
 
 def _empty(outputs: int, inputs: int, *, bias: bool, dtype: torch.dtype, device: torch.device) -> nn.Linear:
-    """Without the random start of an ordinary one: that would move the generator of whoever loads a model."""
+    """Without the random initialization of an ordinary one, which would advance the caller's random generator."""
     linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
         nn.Linear, inputs, outputs, bias=bias, dtype=dtype, device=device
     )

@@ -1,6 +1,6 @@
-"""What makes a compressed model differ from the stock model of its config, as plain data; and how to make it so.
+"""The manifest: how a compressed model differs from the stock model of its config, as plain data; and how to apply it.
 
-Nothing is recorded while passes work: the differences are found by comparing modules.
+Passes do not record anything: the differences are found by comparing modules.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CONFIG = "config."
 
 @dataclass(frozen=True)
 class Manifest:
-    """All names are full module or parameter names; inner modules of a wrapper stand below `<name>.inner`."""
+    """All names are full module or parameter names; modules inside a wrapper are under `<name>.inner`."""
 
     modules: dict[str, Spec] = field(default_factory=dict)
     """Replaced modules, in the order in which they must be put in place."""
@@ -39,7 +39,7 @@ class Manifest:
 
     @property
     def needs_plugin(self) -> bool:
-        """Whether more differs than modules of stock size for which a stock format has words."""
+        """Whether it contains more than modules of stock size that a stock format can represent."""
         return bool(self.shapes or self.attributes or self.reshaped) or not all(
             MODULES[spec["type"]].has_stock_format for spec in self.modules.values()
         )

@@ -29,12 +29,12 @@ DESCRIPTION = (
     "int{2…8}_{gN|channel}[_asym|_positive], fp8_{gN|channel|tensor}, fp8e5m2_…, fp4_{gN|channel}, nf4_{gN|channel}, "
     "mxfp4, mxfp8 or nvfp4; with rounded activations int and fp8 …_a8token or …_a8tensor, mx and nv …_a"
 )
-"""What a recipe may write as `scheme`, for the descriptions of options and for errors."""
+"""The syntax of `scheme`, for option descriptions and errors."""
 
 _NUMBERS: dict[str, NumberFormat] = {each.name: each for each in (E4M3, E5M2, E2M1, NF4)}
 
 _PER_TENSOR = frozenset({"fp8", "fp8e5m2"})
-"""Eight bits are enough for one scale per matrix."""
+"""Number formats for which one scale per matrix is supported."""
 
 _FIXED: dict[str, Grid] = {
     "mxfp4": Grid.of(E2M1, 32, POWER_OF_TWO),
@@ -70,23 +70,23 @@ class Scheme:
 
     @property
     def measures_inputs(self) -> bool:
-        """Whether something about the inputs is fixed by calibration."""
+        """Whether activation scales are calibrated."""
         return self.activations == "tensor" or (self.activations == "group" and self.weights.scales == TWO_LEVEL)
 
     def with_group(self, group: int | None) -> Scheme:
-        """The same numbers in groups of another length; a format with groups of its own becomes its plain relative."""
+        """The same numbers with another group size; a format with its own group size becomes its plain variant."""
         other = replace(self.weights, group=group, scales=SINGLE if self.weights.scales.single else STORED)
         return Scheme(other, None if self.activations == "group" else self.activations)
 
     def with_integers(self, bits: int, *, symmetric: bool) -> Scheme:
-        """Integers of another width, with or without zero points; floats stay what they are."""
+        """Integers of another width, with or without zero points; floats do not change."""
         grid = self.weights
         if grid.number is not None or (grid.bits, grid.symmetric) == (bits, symmetric):
             return self
         return replace(self, weights=Grid(bits, symmetric, grid.group))
 
     def with_positive_scales(self) -> Scheme:
-        """The same numbers without negative scales; most schemes have none to begin with."""
+        """The same numbers without negative scales, which most schemes do not have anyway."""
         return replace(self, weights=replace(self.weights, positive_scales=True)) if self.weights.mirrors else self
 
     def bits_per_weight(self, outputs: int, inputs: int, scale_bits: int) -> float:
@@ -117,7 +117,7 @@ def named_scheme(name: str) -> Scheme:
 
 
 def _makes_sense(found: re.Match[str]) -> bool:
-    """Whether a name of the right form is one of those that exist."""
+    """Whether a name with the right syntax exists."""
     number = found["number"]
     if found["size"] == "tensor" and number not in _PER_TENSOR:
         return False

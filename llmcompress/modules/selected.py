@@ -1,6 +1,6 @@
 """Linears that compute only some of their rows, or read only some of their columns. O = outputs, I = inputs, K = kept.
 
-What surrounds them keeps its shapes: attention code, rotary tables and caches stay stock, and see zeros.
+The code around them keeps its shapes: attention, rotary tables and caches stay stock and see zeros.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Linears, embeddings and heads held as tensor trains. O = outputs, I = inputs, V = entries, D = width, R = bonds."""
+"""Linears, embeddings and output heads as tensor trains. O = outputs, I = inputs, V = entries, D = width, R = bonds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trainable twins of modules that are made of ordinary tensors, or of parts that have twins themselves."""
+"""Trainable twins of modules that consist of ordinary tensors, or of parts with twins."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from llmcompress.modules.trainable_roles import Role, TrainableRoles
 
 
 class TwinOfParts(TrainableTwin):
-    """Runs the module's own code on parameters of its own; what is compressed inside is replaced by its twin.
+    """Runs the module's own code with its own parameters; compressed parts are replaced by their twins.
 
-    `roles` says what the matrices of single children count as; all others count as the caller says. Children in
-    `frozen` stay what they are.
+    `roles` gives the role of the matrices of individual children; the others have the caller's role. Children in
+    `frozen` do not change.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The trainable twin of a module made of codes and scales. O = outputs, I = inputs, G = groups of inputs."""
+"""The trainable twin of a quantized module. O = outputs, I = inputs, G = groups of inputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class CodedModule(CompressedModule):
     @property
     @abstractmethod
     def quantized(self) -> QuantizedTensor:
-        """Codes, scales and zero points together."""
+        """Codes, scales and zero points."""
 
     @abstractmethod
     def with_codes(self, tensor: QuantizedTensor, bias_O: Tensor | None) -> Self:
@@ -50,12 +50,12 @@ class CodedModule(CompressedModule):
 
 
 class TwinOfCodes(TrainableTwin):
-    """Rounds its weights to codes in every forward, with gradients for weights, scales and zero points.
+    """Quantizes its weights in every forward pass, with gradients for weights, scales and zero points.
 
-    Weights begin at what the codes stand for. Without `weights` among what is wanted the codes stay what they are.
-    Fixed scales of inputs are not trained; what lies beyond them passes its gradient on.
+    Weights start at the dequantized values. If `weights` are not trained, the codes do not change. Static activation
+    scales are not trained; inputs beyond them pass their gradient on.
 
-    Source: Esser et al., arXiv 1902.08153 (weights and scales); Chen et al., arXiv 2407.11062 (scales alone).
+    Source: Esser et al., arXiv 1902.08153 (weights and scales); Chen et al., arXiv 2407.11062 (scales only).
     """
 
     bias: nn.Parameter | None
@@ -145,5 +145,5 @@ class TwinOfCodes(TrainableTwin):
 
     @override
     def forward(self, x: Any) -> Any:
-        """What the settled module would compute."""
+        """What the quantized module would compute."""
         return self._of[0].computed(x, self.dense_weight(), self.bias)

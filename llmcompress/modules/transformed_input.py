@@ -1,4 +1,4 @@
-"""What happens to an input before a linear reads it: a Hadamard transform, or rounding by clusters."""
+"""Linears with a transformed input: a Hadamard transform, or quantization by clusters."""
 
 from __future__ import annotations
 

@@ -19,10 +19,10 @@ Split = Literal["rows", "columns"]
 
 @MODULES.register("tucker")
 class TuckerLinear(CompressedModule):
-    """All heads share one factor for their rows and one for the inputs; the core says how they combine.
+    """All heads share one factor for their rows and one for the inputs, combined by the core.
 
-    `split` says on which side of the matrix the heads stand: `rows` (queries, keys, values: the outputs are H·R) or
-    `columns` (what reads the heads: the inputs are H·R and the third axis are the outputs).
+    `split` says on which side of the matrix the heads are: `rows` (queries, keys, values: the outputs are H·R) or
+    `columns` (the output projection: the inputs are H·R and the third axis are the outputs).
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""One budget shared out among many items, each of which has a few options of known size and loss."""
+"""Allocates one budget among many items, each with a few options of known size and loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that make up for inputs which are not what they were. O = outputs, I = inputs, T = tokens."""
+"""Adjusts weights to compensate for errors in their inputs. O = outputs, I = inputs, T = tokens."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Grids of values: fit scales, round, restore. O = outputs, I = inputs, G = groups of inputs, N = group length.
+"""Quantization grids: fit scales, round, dequantize. O = outputs, I = inputs, G = groups of inputs, N = group length.
 
-Integer codes are signed in both modes, `-2^(b-1) … 2^(b-1)-1`, as compressed-tensors stores them; codes of other
-numbers are what their format says (`numerics/formats.py`).
+Integer codes are signed in both modes, `-2^(b-1) … 2^(b-1)-1`, as compressed-tensors stores them; codes of other number
+formats are defined in `numerics/formats.py`.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def output_error(difference_OI: Tensor, gram_II: Tensor) -> Tensor:
 
 
 def row_errors(difference_OI: Tensor, gram_II: Tensor) -> Tensor:
-    """The same for every output by itself."""
+    """The same for every output separately."""
     error_O = difference_OI.new_zeros(len(difference_OI))
     # the matrix is symmetric: what lies right of the diagonal counts twice, what lies left of it is never multiplied
     for start, stop in stripes(len(gram_II)):
@@ -157,7 +157,7 @@ def stripes(inputs: int) -> list[tuple[int, int]]:
 
 
 def row_pieces(weight_OI: Tensor) -> list[slice]:
-    """Rows in pieces of about two million weights: what is computed beside them stays small, and in the cache."""
+    """Rows in pieces of about two million weights: temporary tensors then stay small, in the cache."""
     outputs, inputs = weight_OI.shape
     rows = max(1, (1 << 21) // max(inputs, 1))
     return [slice(start, start + rows) for start in range(0, outputs, rows)]

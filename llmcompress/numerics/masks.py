@@ -1,7 +1,7 @@
-"""Which weights to drop: exactly as many as asked for, ties included. O = outputs, I = inputs.
+"""Pruning masks with exactly the requested sparsity, ties included. O = outputs, I = inputs.
 
-A mask is True where a weight is dropped. Among equal scores the first ones are dropped, so that a mask is
-deterministic and never a weight too large: a threshold with `<=` drops every tie.
+A mask is True where a weight is pruned. Among equal scores the first ones are pruned, so that a mask is deterministic
+and exact: a threshold with `<=` would prune every tie.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llmcompress.errors import CompressError, ExitCode
 _NAME = re.compile(r"(?P<zeros>[1-9]\d*):(?P<of>[1-9]\d*)")
 
 _LARGE = 1 << 18
-"""Scores from which on sampling pays."""
+"""Number of scores from which sampling is faster."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _kth_lowest(score: Tensor, count: int) -> Tensor:
 
 
 def lowest_per_row(score_OI: Tensor, share: float) -> Tensor:
-    """The lowest share of every row; where it is no whole number, rows take turns, and the total is exact.
+    """Prunes the lowest scores of every row; where the count is fractional, rows alternate, and the total is exact.
 
     Source: Sun et al., arXiv 2306.11695, section 3 (per-output comparison groups).
     """

@@ -1,4 +1,6 @@
-"""Small integers as a stream of bits: a row of 3-bit codes takes three bits a code. O = rows, I = codes, B = bytes."""
+"""Packs small integers into a bit stream: a row of 3-bit codes takes three bits per code. O = rows, I = codes, B =
+bytes.
+"""
 
 from __future__ import annotations
 

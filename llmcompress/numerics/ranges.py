@@ -1,4 +1,4 @@
-"""Scales and zero points of every group: ranges, and the search for those that lose least.
+"""Scales and zero points of every group: min-max ranges, and the search for those with the least error.
 
 O = outputs, I = inputs, G = groups of inputs, N = group length.
 """
@@ -58,7 +58,7 @@ def fit(
     ranges = _Ranges(bottom_OG, top_OG, scale_dtype, shared)
     if grid.scales.single:
         return _search(grouped_OGN, ranges, best, gram_GNN)
-    # rows know nothing of each other: in pieces, what a trial needs beside the weights stays small
+    # rows are independent: in pieces, a trial needs little memory besides the weights
     found = [
         _search(grouped_OGN[piece], ranges.rows(piece), best.rows(piece), gram_GNN) for piece in row_pieces(weight_OI)
     ]
@@ -72,7 +72,7 @@ def fit(
 def lesser(first: Fitted, second: Fitted, error_first_OG: Tensor, error_second_OG: Tensor) -> Fitted:
     """Of two fits of the same weights, for every scale the one with the lesser error; the second where equal.
 
-    Errors may be O×1, then whole rows are taken; what shares a scale is judged by its sum.
+    Errors may be O×1, then whole rows are taken; groups that share a scale use the sum.
     """
     better_OG = _per_scale(error_first_OG, first.grid) < _per_scale(error_second_OG, first.grid)
     return replace(

@@ -1,6 +1,7 @@
-"""Make up for removed inputs of a linear in what is left of it. O = outputs, I = inputs, K = kept inputs, U = units.
+"""Compensates for removed inputs of a linear in the remaining ones. O = outputs, I = inputs, K = kept inputs, U =
+units.
 
-All work on statistics of the input over the calibration data: its Gram matrix and its mean. Float64 inside.
+All functions use statistics of the input over the calibration data: its Gram matrix and its mean. Float64 inside.
 """
 
 from __future__ import annotations

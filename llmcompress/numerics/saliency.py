@@ -1,6 +1,6 @@
-"""How much the training of a network depends on each weight, and exact global or layer-wise masks from any score.
+"""Saliency scores of weights for training, and exact global or layer-wise masks from any score.
 
-A mask is True where a weight is dropped; greater scores are kept. Scores may be of any sign.
+A mask is True where a weight is pruned; higher scores are kept. Scores may have any sign.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def kept_gradient_flow(weight: Tensor, hessian_gradient: Tensor) -> Tensor:
 def drop_lowest(
     scores: Sequence[Tensor], zeros: Sequence[Tensor], share: float, comparison: Comparison
 ) -> list[Tensor]:
-    """Masks that drop exactly this share of all weights: of each tensor alone, or wherever the scores are lowest.
+    """Masks with exactly this sparsity: in each tensor, or over all of them.
 
     `zeros` are True where a weight is zero already: those are dropped before all others, and count.
     """

@@ -1,4 +1,4 @@
-"""How many weights to drop where, under one budget for all. P = parts (sites or blocks), S = shares tried."""
+"""Sparsity allocation under one budget. P = parts (sites or blocks), S = candidate sparsities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What passes want to know about a site's input, accumulated batch by batch. T = tokens, I = inputs."""
+"""Statistics of a site's input, accumulated batch by batch. T = tokens, I = inputs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Statistic(ABC):
     """Something accumulated from a site's input; one per group of sites that share it."""
 
     adds_up: ClassVar[bool] = True
-    """Whether what several processes measured can be put together (`pool`)."""
+    """Whether the statistics of several processes can be combined (`pool`)."""
 
     def __init__(self, inputs: int, device: torch.device) -> None:
         self.tokens = 0
@@ -49,7 +49,7 @@ class Statistic(ABC):
 
     def pool(self, pool: Pool) -> None:
         """Become the statistic of the tokens that all processes have seen; not to be called unless it `adds_up`."""
-        raise TypeError(f"{type(self).__name__} cannot be put together from parts")
+        raise TypeError(f"{type(self).__name__} cannot be combined from several processes")
 
     def _pool_tokens(self, pool: Pool) -> None:
         tokens = torch.tensor([self.tokens], dtype=torch.int64)

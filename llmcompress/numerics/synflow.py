@@ -1,19 +1,19 @@
-"""SynFlow on a residual network: how much of a flow of ones through |W| passes each weight, without any data.
+"""SynFlow on a residual network: how much of a flow of ones through |W| passes each weight, without data.
 
 D = hidden size, C = columns of a consumer, O = outputs, I = inputs, U = units. All in the dtype of the weights, which
 should be float64: scores of one network differ by many orders of magnitude.
 
-The network is what is left of a decoder when everything that is no product with a weight is taken out:
+The network is what remains of a decoder if only products with weights are kept:
 
-* biases and activation functions are gone, norms divide by a constant;
-* a gate multiplies (SwiGLU), and the queries and keys of a head multiply what the head lets through: attention mixes
-  nothing (every token is alike), but its weights stand in the path;
-* gates and attention are scaled to a mean of 1 over their units, a constant as well.
+* biases and activation functions are removed, norms divide by a constant;
+* a gate multiplies (SwiGLU), and the queries and keys of a head multiply the head's values: attention mixes nothing
+  (every token is alike), but its weights are part of the path;
+* gates and attention are scaled to a mean of 1 over their units, which is a constant as well.
 
-So the total flow R is linear in the weights of any one linear, and by Euler's theorem the scores |w| ∂R/∂|w| of the
-linears that make up one branch have the same sum. In a chain that sum is the same everywhere, hence no layer is ever
-emptied. Here the residual stream leads around every branch, and weak ones would be: so each branch's scores are
-divided by what flows through it, and the law of the chain holds again.
+The total flow R is therefore linear in the weights of any one linear, and by Euler's theorem the scores |w| ∂R/∂|w| of
+the linears of one branch have the same sum. In a chain this sum is the same everywhere, so no layer ever becomes empty.
+Here the residual stream bypasses every branch, and weak branches could become empty: each branch's scores are therefore
+divided by the flow through it, which restores the law of the chain.
 
 Source: Tanaka et al., arXiv 2006.05467. Differs: their networks have neither attention, gates nor norms.
 """

@@ -1,6 +1,6 @@
-"""The inner loop of a run: stage after stage, block after block, pass after pass; what is finished is kept.
+"""The main loop of a run: stage by stage, block by block, pass by pass; finished work is saved for resuming.
 
-A stage is a chain of block passes that one stream over the blocks can serve, or one pass on the whole model.
+A stage is a chain of block passes that share one stream over the blocks, or one pass on the whole model.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def stages(passes: Sequence[Pass]) -> list[Stage]:
 
 
 class Compressed(NamedTuple):
-    """What came out: the model may be another object than the one that went in."""
+    """The result; its model may be another object than the input."""
 
     model: PreTrainedModel
     rows: list[SiteReport]
@@ -145,7 +145,7 @@ def _stream(whole: WholeModel, stage: Stage, *, label: str) -> list[SiteReport]:
 
 
 def _decisions(whole: WholeModel, stage: Stage) -> dict[str, Tensor]:
-    """Only the first pass of a stage can decide; what it decided is kept."""
+    """Only the first pass of a stage can decide; its decisions are saved."""
     first, keep = stage.passes[0], whole.context.keep
     if not first.decides:
         return {}
@@ -169,6 +169,6 @@ def meta_copy(module: nn.Module) -> nn.Module:
 
 
 def _settle(model: nn.Module, storage_dtype: torch.dtype) -> None:
-    """Round every parameter to what will be stored, as the stream does block by block."""
+    """Round every parameter to the stored dtype, as the stream does block by block."""
     for parameter in model.parameters():
         parameter.data.copy_(parameter.data.to(storage_dtype))

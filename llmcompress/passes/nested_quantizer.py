@@ -1,4 +1,4 @@
-"""The quantizing pass that another pass names by `{name: {option: value}}` and gives a scheme."""
+"""The quantization pass inside another pass, written as `{name: {option: value}}`; it gets its scheme from outside."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llmcompress.passes.base import PASSES
 from llmcompress.passes.quantizing import QuantizingPass
 
 _OUTSIDE = {name: name for name in ("sites", "exclude", "overrides", "new_stage")} | {"scheme": "schemes"}
-"""Option of the quantizer → what to write in the outer pass instead."""
+"""Option of the quantizer → the option of the outer pass to use instead."""
 
 
 def quantizer_with(
@@ -44,7 +44,7 @@ def quantizer_with(
 
 
 def _serving(*, sitewise: bool) -> Collection[str]:
-    """Names of the passes that leave codes and nothing else."""
+    """Names of the passes that only quantize."""
     found = [(name, PASSES[name]) for name in PASSES]
     return [
         name

@@ -1,4 +1,4 @@
-"""What all passes that end in codes share: the scheme, its exceptions, the finished module, its report row."""
+"""What all quantization passes share: the scheme, exceptions, the quantized module, the report row."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llmcompress.records.rows import SiteReport
 
 
 class QuantizingPass(BlockPass):
-    """A pass that replaces its sites by codes and scales."""
+    """A pass that replaces its sites by quantized ones."""
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"codes"})
 

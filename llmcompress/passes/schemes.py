@@ -1,4 +1,4 @@
-"""What a site becomes when its inputs do not divide into the groups that its scheme asks for."""
+"""What happens to sites whose inputs do not divide into the groups of their scheme."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OnIndivisible = Literal["error", "skip", "channel", "pad"]
 
 @runtime_checkable
 class HasScheme(Protocol):
-    """A quantizing pass with the overrides of one site applied."""
+    """A quantization pass with the overrides of one site applied."""
 
     @property
     def scheme(self) -> str | None:
@@ -35,7 +35,7 @@ class HasScheme(Protocol):
 
 @dataclass(frozen=True)
 class Indivisible:
-    """A site that cannot have the scheme asked for."""
+    """A site that cannot have the requested scheme."""
 
     site: str
     inputs: int

@@ -1,4 +1,4 @@
-"""Finished work that several processes share: the first one keeps it, the others are given what it has."""
+"""The resume store of several processes: the first one saves, the others receive what it has."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llmcompress.records.rows import SiteReport
 
 
 class SharedResumeStore(ResumeStore):
-    """`keep` is where the first process keeps finished work; the others have none."""
+    """`keep` is the store of the first process; the others have none."""
 
     def __init__(self, keep: ResumeStore | None, processes: ProcessGroup) -> None:
         self._keep, self._processes = keep, processes

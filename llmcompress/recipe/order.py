@@ -1,4 +1,4 @@
-"""Which passes may follow which, and whether their globs mean anything in this model."""
+"""Which passes may follow which, and whether their globs match anything in this model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmcompress.recipe.document import Document
 
 
 def check_order(passes: Sequence[Pass], site_names: Sequence[str]) -> None:
-    """No pass may undo what an earlier one did to the same site.
+    """Check that no pass undoes the work of an earlier one on the same site.
 
     Raises: CompressError `recipe.order` naming both passes, the reason and the first such site.
     """
@@ -50,7 +50,7 @@ def check_order_of_globs(passes: Sequence[Pass], document: Document) -> None:
 
 
 def check_sites(passes: Sequence[Pass], site_names: Sequence[str]) -> None:
-    """Every glob of every pass matches at least one site, and every pass has sites left.
+    """Check that every glob of every pass matches a site, and that every pass has sites.
 
     Raises: CompressError `recipe.no-such-site` with the nearest names.
     """
@@ -82,7 +82,7 @@ def check_sites(passes: Sequence[Pass], site_names: Sequence[str]) -> None:
 
 
 def _names_by_pass(passes: Sequence[Pass], site: str) -> list[tuple[str, ...]]:
-    """What stands at an original site when each pass begins: itself, or the factors an earlier pass made of it."""
+    """The linears at an original site when each pass begins: itself, or the factors from an earlier pass."""
     names: tuple[str, ...] = (site,)
     found = []
     for each in passes:
@@ -109,7 +109,7 @@ def _nearest_sites(glob: str, site_names: Sequence[str]) -> str:
 
 
 def _sure_traits(each: Pass) -> frozenset[Trait]:
-    """What every selected site has afterwards, whatever the overrides do."""
+    """Traits that every selected site has afterwards, with any overrides."""
     changed = each.overrides.values() if isinstance(each, BlockPass) else ()
     return each.traits().intersection(*(each.model_copy(update=options).traits() for options in changed))
 

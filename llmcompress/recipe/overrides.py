@@ -1,4 +1,4 @@
-"""`--set a.b=c`: one value of a document replaced from the command line, found and typed by the schema."""
+"""Settings `a.b=c`: each replaces one value of a document, located and typed by the schema."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from llmcompress.errors import CompressError, ExitCode, did_you_mean
-from llmcompress.recipe.document import Document, Path, dotted, read_value
+from llmcompress.recipe.document import SETTING, Document, Path, dotted, read_value
 from llmcompress.recipe.schema import Schema, at_path, holds_named, is_named, keys_at, kinds, takes_globs
 from llmcompress.recipe.stages import Stage
 
@@ -24,11 +24,11 @@ def with_set(document: Document, settings: Sequence[str], stages: Mapping[str, S
     for setting in settings:
         text, equals, value = setting.partition("=")
         if not equals or not text.strip():
-            raise _refused(f"{setting!r} is not `path=value`", setting, "write e.g. --set calibration.samples=64")
+            raise _refused(f"{setting!r} is not `path=value`", setting, "write e.g. `calibration.samples=64`")
         path = _path(changed.data, text.strip().split("."), setting, schema)
         _forget(changed, path)
         _put(changed.data, path, _typed(value, path, schema), setting)
-        changed.places[path], changed.raw[path] = f"--set {setting}", value
+        changed.places[path], changed.raw[path] = f"{SETTING}{setting}", value
         _write_out(changed.data, stages)
     return changed
 
@@ -115,11 +115,11 @@ def _typed(text: str, path: Path, schema: Schema) -> Any:
 
 
 def _forget(document: Document, path: Path) -> None:
-    """Drop what was known of the old value and of all below it."""
+    """Forget the places and raw texts of the old value and everything below it."""
     for known in (document.places, document.raw):
         for old in [old for old in known if old[: len(path)] == path]:
             del known[old]
 
 
 def _refused(what: str, setting: str, fix: str) -> CompressError:
-    return CompressError("recipe.set", what, where=f"--set {setting}", fix=fix, exit_code=ExitCode.USAGE)
+    return CompressError("recipe.set", what, where=f"{SETTING}{setting}", fix=fix, exit_code=ExitCode.USAGE)

@@ -1,4 +1,4 @@
-"""Tables of losses filled together: one sweep of gradients, then one dense stream, for however many that ask."""
+"""Fills loss tables together: one gradient sweep, then one dense stream, for all estimators."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Measurements = tuple[frozenset[str], Kinds]
 
 
 class LossEstimator(ABC):
-    """Who fills one table: what must be measured for it, and what a block's rows are then."""
+    """Fills one loss table: what to measure, and how a measured block becomes rows."""
 
     @property
     @abstractmethod
@@ -34,16 +34,16 @@ class LossEstimator(ABC):
 
     @property
     def observers(self) -> Sequence[GradientObserver]:
-        """What must have been heard of gradients."""
+        """Gradient observers that it needs."""
         return ()
 
     @abstractmethod
     def rows(self, block: BlockWork, sites: Sequence[LinearSite]) -> Iterable[Row]:
-        """The block's rows; `sites` are those of its linears that were asked for, measured. The block must stay."""
+        """The block's rows; `sites` are its requested linears, measured. The block must not change."""
 
 
 def measure_losses(whole: WholeModel, estimators: Sequence[LossEstimator]) -> list[LossTable]:
-    """One table for each that asks, in their order; the model stays as it is."""
+    """One table per estimator, in their order; the model is not changed."""
     sweep(whole, [observer for each in estimators for observer in each.observers])
     rows: list[list[Row]] = [[] for _ in estimators]
     for block in dense_stream(whole, [(each.sites, each.kinds) for each in estimators]):
@@ -53,7 +53,7 @@ def measure_losses(whole: WholeModel, estimators: Sequence[LossEstimator]) -> li
 
 
 def cached_table(whole: WholeModel, name: str, make: Callable[[], LossTable]) -> LossTable:
-    """The table that the run has under that name, or a new one, which it then has."""
+    """The saved table of that name, or a new one, which is then saved."""
     keep, state = whole.context.keep, whole.context.state
     if keep is None or state is None:
         return make()
@@ -66,9 +66,9 @@ def cached_table(whole: WholeModel, name: str, make: Callable[[], LossTable]) ->
 
 
 def dense_stream(whole: WholeModel, wanted: Sequence[Measurements]) -> Iterator[BlockWork]:
-    """Every block of the model as it is; sites have the statistics of all that want them, those known from before too.
+    """Every block of the unchanged model; sites have all requested statistics, including cached ones.
 
-    Where nothing is missing the blocks are visited and nothing runs.
+    If nothing is missing, the blocks are visited without running them.
     """
     cached = whole.context.cached_measurements()
     if all(_known(cached, *each) for each in wanted):
@@ -84,7 +84,7 @@ def _known(cached: CachedMeasurements | None, names: frozenset[str], kinds: Kind
 
 
 def _measure(block: BlockWork, wanted: Sequence[Measurements], cached: CachedMeasurements | None) -> None:
-    """One forward for all sites that want the same; sites that share an input share what is known of it."""
+    """One forward for all sites that need the same statistics; sites that share an input share them."""
     found: dict[str, dict[type[Statistic], Statistic]] = {}
     missing: dict[Kinds, list[LinearSite]] = {}
     for group in block.input_groups():

@@ -1,4 +1,4 @@
-"""Files that survive a crash: synced, hashed, and a full disk told in plain words."""
+"""Crash-safe files: synced, hashed, with clear errors for a full disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The output folder: refused early if it cannot be written, filled beside its place, moved there in one step."""
+"""The output folder: refused early if it cannot be written, filled in a staging folder, published in one step."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from llmcompress.storage.ownership import check_run_folder, is_our_output, mark_
 
 
 def check_output(output: Path, *, overwrite: bool, needed_bytes: int = 0, source: Path | None = None) -> None:
-    """Before any work: that `output` can be written, and what an earlier killed run left beside it is cleared.
+    """Before any work: check that `output` can be written, and clean up after an earlier killed run.
 
-    `source` is the folder that will be read, if there is one of that name: an output that holds it, is it or lies in it
+    `source` is the folder that will be read, if there is one of that name: an output that contains, is or is inside it
     is refused.
 
     Raises: CompressError for a file, a link, a folder in use or with files of the user's, a read-only or full disk.
@@ -72,7 +72,7 @@ def _check_apart(output: Path, source: Path) -> None:
 def _check_filled(output: Path, *, overwrite: bool) -> None:
     """That a folder with something in it is one that we wrote, with nothing of the user's."""
     if not overwrite:
-        fix = "choose another folder, or add --overwrite: the old one is kept until the new one is complete"
+        fix = "choose another folder, or set `overwrite=True`: the old one is kept until the new one is complete"
         raise _usage("output.exists", "the output folder is not empty", output, fix)
     if not is_our_output(output):
         raise _usage("output.unsafe", "the output folder was not written by llmcompress", output, _NEW)
@@ -90,7 +90,7 @@ def run_folder(output: Path) -> Path:
 
 @contextmanager
 def staging_folder(output: Path) -> Iterator[Path]:
-    """An empty folder beside `output`, on the same file system, to fill and then `publish`; removed on any error."""
+    """An empty folder next to `output`, on the same file system, to fill and then `publish`; removed on any error."""
     output = output.absolute()
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = _beside(output, "tmp")
@@ -104,7 +104,7 @@ def staging_folder(output: Path) -> Iterator[Path]:
 
 
 def _beside(output: Path, kind: str) -> Path:
-    """A hidden name beside `output` that nobody has yet."""
+    """A hidden name next to `output` that is not in use."""
     return output.parent / f".{output.name}.{kind}-{uuid.uuid4().hex[:8]}"
 
 
@@ -128,7 +128,9 @@ def publish(staging: Path, output: Path, *, overwrite: bool) -> dict[str, str]:
         output.rmdir()
     if output.exists():
         if not overwrite:
-            raise _usage("output.exists", "the output folder was written to during the run", output, "add --overwrite")
+            raise _usage(
+                "output.exists", "the output folder was written to during the run", output, "set `overwrite=True`"
+            )
         _check_filled(output, overwrite=True)
         aside = _beside(output, "old")
         os.rename(output, aside)
@@ -153,7 +155,7 @@ def _usage(code: str, what: str, output: Path, fix: str) -> CompressError:
 
 
 def _recover(output: Path) -> None:
-    """Undo what a killed run left beside `output`: half-filled folders go, a folder moved aside comes back.
+    """Clean up after a killed run: remove half-filled folders, and restore a folder that was moved aside.
 
     A living run is left alone: its half-filled folder is its own. So is every folder that is not marked as ours.
     """

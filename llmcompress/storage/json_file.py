@@ -1,4 +1,4 @@
-"""The one gate for JSON files that others wrote: an object, or an error that says where the file stops being one."""
+"""Reads JSON files written by others: returns an object, or raises an error that locates the problem."""
 
 from __future__ import annotations
 

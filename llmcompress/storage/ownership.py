@@ -1,4 +1,4 @@
-"""Which folders and files are ours to remove: what a marker says, written before anything else, and nothing besides."""
+"""Which folders and files llmcompress may remove: only those with a marker, which is written before anything else."""
 
 from __future__ import annotations
 

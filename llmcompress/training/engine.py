@@ -1,4 +1,4 @@
-"""Accelerate, set up for one training and taken down after it: processes, mixed precision, gradient accumulation."""
+"""Sets up accelerate for one training, and tears it down: processes, mixed precision, gradient accumulation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One training from its first step to its last: prepared by accelerate, resumed, stepped, saved."""
+"""One training from start to end: prepared by accelerate, resumed, stepped, saved."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _UNEXPLAINED = "the logits cannot be computed in chunks (unknown output head), s
 
 @dataclass(frozen=True)
 class Task:
-    """What `train` was asked for."""
+    """The arguments of `train`."""
 
     model: PreTrainedModel
     data: TrainingData
@@ -53,25 +53,25 @@ class Task:
         return optimizer_groups(self.model, self.job.parameters, self.settings)
 
     def parameters(self) -> list[nn.Parameter]:
-        """All that is trained."""
+        """All trained parameters."""
         return [each for group in self.groups() for each in group["params"]]
 
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What happened."""
+    """The result of a training."""
 
     losses: tuple[float, ...]
-    """The loss that was minimised, before each step."""
+    """The training loss, before each step."""
     tokens: int
-    """Tokens predicted, repeated ones counted again."""
+    """Predicted tokens, repetitions included."""
     validation_before: float | None = None
-    """Mean loss on the samples that were kept out."""
+    """Mean validation loss."""
     validation_after: float | None = None
 
     @property
     def steps(self) -> int:
-        """How many were made; fewer than asked for when the callback ended the training."""
+        """Completed steps; fewer than requested if the callback ended the training."""
         return len(self.losses)
 
 
@@ -101,7 +101,7 @@ class Session:
         self._skipped = 0
 
     def run(self) -> TrainingReport:
-        """All steps that are left."""
+        """Run all remaining steps."""
         before = self._reached.validation
         if before is None and self._kept_out is not None:
             before = self._validation_loss(self._kept_out)
@@ -163,7 +163,7 @@ class Session:
         return loss, tokens
 
     def _clipped(self) -> float:
-        """The norm of the gradient before it was clipped; DeepSpeed has clipped already, and may not tell."""
+        """The gradient norm before clipping; DeepSpeed clips by itself and may not report it."""
         norm = self._accelerator.clip_grad_norm_(self._trained, self._task.settings.max_grad_norm)
         return 0.0 if norm is None else float(norm)
 
@@ -194,7 +194,7 @@ class Session:
 
     @torch.no_grad()
     def _validation_loss(self, kept_out: IndexedSamples) -> float:
-        """On every process over all samples: nothing is exchanged, and the samples are few."""
+        """Every process evaluates all samples, which are few."""
         total, tokens = 0.0, 0
         at_once = max(1, self._task.settings.batch // self._accelerator.num_processes)
         for batch in DataLoader(
@@ -205,7 +205,7 @@ class Session:
         return total / max(tokens, 1)
 
     def _head_and_samples(self, data: TrainingData) -> tuple[Head | None, int]:
-        """The head by itself, where logits of a whole batch are too large, or else how many samples at once."""
+        """The head, if the logits of a whole batch are too large, or else how many samples at once."""
         model, context = self._task.model, self._task.context
         vocabulary, processes = model.config.get_text_config().vocab_size, self._accelerator.num_processes
         batch, most = self._task.settings.batch, rows_at_once(vocabulary)

@@ -1,4 +1,4 @@
-"""Model and objective as one module: what accelerate prepares computes the loss, so every engine sees all of it."""
+"""Model and objective as one module, which accelerate prepares, so that every engine sees the whole loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A compressed model whose numbers can be trained, for as long as a context lasts."""
+"""The trainable form of a compressed model, within a context."""
 
 from __future__ import annotations
 

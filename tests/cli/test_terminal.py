@@ -1,8 +1,10 @@
 """Progress: plain lines at most every half minute off a terminal, a live display on one, and an honest estimate."""
 
 import io
+import re
 
 import pytest
+from rich.console import Console
 
 from llmcompress.cli.terminal import TerminalProgress, duration, size
 
@@ -80,6 +82,26 @@ def test_on_a_terminal_the_display_has_two_levels_and_leaves_nothing_behind(monk
             stream.write("a question?")
     assert "block 1/4" in shown and "0:21 left" in shown and "› gptq mlp.up_proj" in shown
     assert "compress: 1 steps in 0:07" in stream.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 60, 40])
+def test_no_status_line_wraps_and_the_time_left_is_always_seen(monkeypatch, width):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(width))
+    stream, clock = Terminal(), Clock()
+    with TerminalProgress(stream, clock=clock) as progress:
+        progress.stage("evaluate the compressed model on wikitext", 40)
+        clock.now += 7
+        progress.step("builtin:evaluation, window 1/40 of a very long name")
+        for done in range(1, 4):
+            clock.now += 5
+            progress.substep("learned_rounding: model.layers.0.self_attn.q_proj, loss 2.3", done=done, total=10)
+        recorded = Console(width=width, record=True, file=io.StringIO())
+        recorded.print(progress._bars.get_renderable())
+    lines = recorded.export_text().splitlines()
+    assert len(lines) == 2 and all(len(line.rstrip()) <= width for line in lines)
+    assert "left" in lines[0] and re.search(r"\d:\d\d left", lines[0])
+    assert lines[1].strip().startswith("›") and "3/10, 0:35 left" in lines[1]
 
 
 def test_parts_of_a_step_are_counted_and_their_time_is_foretold():

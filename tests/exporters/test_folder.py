@@ -158,7 +158,7 @@ def _refused(output: Path, *, overwrite: bool = False, **options: int) -> Compre
 def test_a_filled_output_is_refused_unless_overwritten(tmp_path):
     _fill(tmp_path / "model", "old")
     error = _refused(tmp_path / "model")
-    assert error.exit_code == ExitCode.USAGE and "--overwrite" in error.fix
+    assert error.exit_code == ExitCode.USAGE and "`overwrite=True`" in error.fix
     check_output(tmp_path / "model", overwrite=True)
     assert _holds(tmp_path / "model") == "old"
 

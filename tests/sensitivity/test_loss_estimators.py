@@ -8,15 +8,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from llmcompress.calibration.measurement_cache import MeasurementCache
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.units import unit_groups
 from llmcompress.modules.scheme import named_scheme
+from llmcompress.numerics import loss
 from llmcompress.numerics.statistics import Gram
 from llmcompress.passes.pruning.scores.base import SCORES
 from llmcompress.passes.pruning.sparse_counts import SparsityEstimator
 from llmcompress.passes.quantization.sensitivity import RelativeOutput, WeightedOutput
+from llmcompress.sensitivity import gradients
 from llmcompress.sensitivity.gradients import OutputSquares, UnitMasks, WeightGradients, squared_gradients, sweep
 from llmcompress.sensitivity.loss_estimators import LossEstimator, cached_table, dense_stream, measure_losses
 from llmcompress.sensitivity.table import LossTable, Row
@@ -86,7 +89,7 @@ def test_what_is_known_of_a_state_is_not_measured_again() -> None:
     assert all(map(same, again, first))
 
 
-@pytest.mark.parametrize("change", ["state", "windows", "nobody vouches"])
+@pytest.mark.parametrize("change", ["state", "windows", "unknown state"])
 def test_another_state_or_other_windows_are_measured_anew(change: str) -> None:
     whole = whole_model(FAMILY)
     whole = whole.within(whole.context.at("dense"))
@@ -95,7 +98,7 @@ def test_another_state_or_other_windows_are_measured_anew(change: str) -> None:
     contexts = {
         "state": whole.context.at("pruned"),
         "windows": whole.context.first_windows(2),
-        "nobody vouches": whole.context.changing(),
+        "unknown state": whole.context.changing(),
     }
     weight = whole.sites()[-1]
     weight.write(weight.weight_OI * 2)
@@ -141,6 +144,59 @@ def test_listeners_of_all_kinds_hear_one_sweep_as_they_hear_their_own() -> None:
     for index in range(len(groups)):
         assert torch.equal(joint[2].stacked(index), single[2].stacked(index))
     assert not any(parameter.grad is not None for parameter in whole.model.parameters())
+
+
+def by_the_book(whole: WholeModel, names: Sequence[str]) -> dict[str, Tensor]:
+    """Gradients of the loss, summed over windows, of plain forward passes."""
+    model, ids_NT = whole.model, whole.context.windows_NT
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    for ids_T in ids_NT:
+        logits_TV = model(ids_T[None]).logits[0]
+        functional.cross_entropy(logits_TV[:-1], ids_T[1:]).backward()
+    found = {name: model.get_submodule(name).weight.grad.clone() for name in names}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize("logits_bytes", [loss.LOGITS_BYTES, 4])
+def test_gradients_are_those_of_plain_forwards_however_few_logits_there_are(
+    monkeypatch: pytest.MonkeyPatch, logits_bytes: int
+) -> None:
+    whole = whole_model(FAMILY)
+    whole = whole.within(replace(whole.context, batch=4))
+    names = [site.name for site in whole.sites()]
+    expected = by_the_book(whole, names)
+    monkeypatch.setattr(loss, "LOGITS_BYTES", logits_bytes)
+    monkeypatch.setattr(gradients, "_FEWEST_ROWS", 7)
+    observer = WeightGradients(names)
+    sweep(whole, [observer])
+    for name in names:
+        torch.testing.assert_close(observer.sums[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_no_gradient_of_a_weight_waits_for_the_others() -> None:
+    alive: list[int] = []
+
+    class Looking(WeightGradients):
+        def _take(self, name: str, weight: Tensor) -> None:
+            super()._take(name, weight)
+            alive.append(sum(parameter.grad is not None for parameter in whole.model.parameters()))
+
+    whole = whole_model(FAMILY)
+    names = [site.name for site in whole.sites()]
+    sweep(whole, [Looking(names)])
+    assert len(alive) == len(names) * len(list(whole.batches()))
+    assert set(alive) == {1}
+
+
+def test_only_the_states_between_blocks_are_kept_for_the_backward_pass() -> None:
+    whole = whole_model(FAMILY)
+    runs: list[bool] = []
+    for block in whole.map.blocks:
+        whole.model.get_submodule(block.name).self_attn.register_forward_hook(lambda *_: runs.append(True))
+    sweep(whole, [OutputSquares([site.name for site in whole.sites()])])
+    assert len(runs) == 2 * len(whole.map.blocks) * len(list(whole.batches()))
 
 
 def test_a_kept_table_is_not_made_again() -> None:

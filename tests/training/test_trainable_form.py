@@ -187,7 +187,7 @@ passes:
   - recover: {rank: 3, training: {steps: 4, batch: 4, learning_rate: 0.003}}
 evaluate: {perplexity: [{source: 'builtin:evaluation', window: 48, max_windows: 3}]}
 """
-    report = compress(str(tiny), parse_recipe(text, "test"), tmp_path / "out")
+    report = compress(str(tiny), parse_recipe(text, "test"), tmp_path / "out").report
     assert report.bytes_compressed == bytes_on_disk(tmp_path / "out")
     assert {row.rank for row in report.sites if row.algorithm == "recover"} == {3}
     model, _ = load(tmp_path / "out", dtype=torch.float32)

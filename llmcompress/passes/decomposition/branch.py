@@ -1,4 +1,4 @@
-"""What passes share that add a low-rank branch to a quantized site. O = outputs, I = inputs, R = rank."""
+"""Low-rank branches added to a quantized site, shared by several passes. O = outputs, I = inputs, R = rank."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llmcompress.records.rows import SiteReport
 
 @dataclass(frozen=True)
 class Branch:
-    """Two factors in the checkpoint's dtype, or as codes of `scheme`."""
+    """Two factors in the checkpoint's dtype, or quantized to `scheme`."""
 
     factors: Factors | RoundedFactors
     scheme: Scheme | None

@@ -1,4 +1,4 @@
-"""A low-rank branch that repairs what any quantizer did to a site. O = outputs, I = inputs."""
+"""A low-rank branch that compensates the quantization error of a site. O = outputs, I = inputs."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _SELECTORS = frozenset({"sites", "exclude", "overrides", "new_stage"})
 
 @PASSES.register("low_rank_correction")
 class LowRankCorrection(BlockPass):
-    """Quantize each site with another pass, then add the branch that best restores its outputs.
+    """Quantize each site with another pass, then add the low-rank branch that best restores its outputs.
 
-    The quantizer sees the very weights that the branch is measured against, so it is named here and not in the recipe
-    before this pass.
+    The branch is fitted to the same weights that the quantizer sees, so the quantizer is an option of this pass and not
+    a separate pass before it.
 
     Source: Liu et al., arXiv 2410.21271 (EoRA: `gram`); Zhang et al., arXiv 2402.02446 (LQER: `activation`).
     """
@@ -62,7 +62,7 @@ class LowRankCorrection(BlockPass):
 
     @property
     def inner(self) -> QuantizingPass:
-        """The quantizing pass."""
+        """The quantization pass."""
         return quantizer_of(self.quantizer)
 
     @property
@@ -76,7 +76,7 @@ class LowRankCorrection(BlockPass):
         return self.inner.on_indivisible
 
     def check(self, model_map: ModelMap) -> None:
-        """What the quantizer asks of the sites that are selected here.
+        """Runs the quantizer's checks on the sites selected here.
 
         Raises: CompressError listing every site whose inputs do not divide into groups.
         """
@@ -117,7 +117,7 @@ class LowRankCorrection(BlockPass):
 
 
 def quantizer_of(named: Mapping[str, dict[str, Any]]) -> QuantizingPass:
-    """The quantizing pass that `{name: {option: value}}` stands for.
+    """The quantization pass that `{name: {option: value}}` stands for.
 
     Raises: ValueError when it is none, or could not work inside another pass.
     """

@@ -1,4 +1,4 @@
-"""MoDeGPT: pairs of matrices made thinner together, in closed form. L = blocks."""
+"""MoDeGPT: pairs of matrices are reduced jointly, in closed form. L = blocks."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from llmcompress.passes.decomposition.modegpt_parts import Part, parts_of, reaso
 from llmcompress.records.rows import SiteReport
 
 MOST = 0.9
-"""No part of a block loses a larger share than this."""
+"""No part of a block loses a larger fraction than this."""
 
 
 @PASSES.register("modegpt")
 class ModularDecomposition(BlockPass):
-    """Thinner FFNs (Nyström), fewer query and key rows (those that count least), values turned and cut (SVD).
+    """Reduce FFN channels (Nyström), query and key rows (by importance), and value rows (SVD), all in closed form.
 
-    All in closed form from one measurement each. Attention keeps its own code and shapes: linears that compute only
-    some rows stand in it, so the result needs a manifest; with `attention: false` and `allocation: uniform` it is a
-    plain smaller model. `fraction` counts all linears of the blocks, whatever parts of them can be made smaller.
+    Attention keeps its code and shapes, with linears that compute only some of their rows, so the result needs our
+    manifest; with `attention: false` and `allocation: uniform` it is an ordinary smaller model. `fraction` counts the
+    parameters of all linears of the blocks, including those that cannot be reduced.
 
     Source: Lin et al., arXiv 2408.09632. Differs: rotary pairs, heads and shared keys are found by experiment
-    (`model/attention.py`); what reads the values is fitted to all heads together; parts that must stay (queries and
-    keys behind a norm) leave their share to the others.
+    (`model/attention.py`); the output projection is fitted to all heads jointly; the fraction of parts that cannot be
+    reduced (queries and keys behind a norm) is taken from the other parts.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"shapes"})
@@ -111,7 +111,7 @@ class ModularDecomposition(BlockPass):
         owed = 0.0
         for info, of_block, wanted in zip(whole.map.blocks, parts, (shares_L * sizes_L).tolist(), strict=True):
             kept, removed = plan(of_block, wanted + owed)
-            # rounding is made up for in the next block, except where all blocks are to be alike
+            # rounding is compensated in the next block, except if all blocks must be alike
             owed += wanted - removed if self.allocation == "influence" else 0.0
             for part, count in zip(of_block, kept, strict=True):
                 decisions[f"{info.index}.{part.kind}.{part.number}"] = torch.tensor(count)
@@ -172,7 +172,7 @@ class ModularDecomposition(BlockPass):
 
 
 def plan(parts: Sequence[Part], wanted: float) -> tuple[list[int], int]:
-    """Units that stay of every part, so that about `wanted` parameters go, the same share of each; and how many go."""
+    """Kept units of every part, so that about `wanted` parameters are removed evenly; and how many are."""
     kept, removed = [], 0
     left = sum(part.units * part.parameters for part in parts)
     for part in parts:

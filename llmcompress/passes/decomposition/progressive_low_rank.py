@@ -1,4 +1,4 @@
-"""Low rank by several small cuts, with a short training of the factors after each. R = rank, K = min(O, I)."""
+"""Low rank in several small cuts, each followed by a short training of the factors. R = rank, K = min(O, I)."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ from llmcompress.training.settings import Training
 
 @PASSES.register("progressive_low_rank")
 class ProgressiveLowRank(ModelPass):
-    """Factors as `svd` makes them, but ranks fall in equal steps from full rank, and the factors train in between.
+    """Low-rank factors as in `svd`, but ranks decrease in equal steps from full rank and the factors are trained in
+    between.
 
-    `fraction` of the selected sites' parameters is REMOVED; the training's steps are split evenly among the cuts.
+    `fraction` of the parameters of the selected sites is REMOVED; the training steps are divided equally among the
+    cuts.
 
-    Source: the idea of PLRD (progressive low-rank decomposition), whose details no card confirms; the cut itself is
-    SVD-LLM's, arXiv 2403.07378.
+    Source: the idea of PLRD (progressive low-rank decomposition), which publishes no details; the cut itself is that of
+    SVD-LLM, arXiv 2403.07378.
     """
 
     leaves: ClassVar[frozenset[Trait]] = SingularValues.leaves

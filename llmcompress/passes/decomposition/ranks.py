@@ -1,4 +1,4 @@
-"""The rank of every site under one budget, decided on the whole dense model. O = outputs, K = directions."""
+"""Rank allocation: the rank of every site under one budget, from the whole dense model. O = outputs, K = directions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RankRule = Literal["uniform", "energy", "loss"]
 
 
 class FactorOptions(Protocol):
-    """What must be known of the pass that factors."""
+    """The options that rank allocation needs from a pass."""
 
     @property
     def rule(self) -> RankRule:
@@ -38,7 +38,7 @@ class FactorOptions(Protocol):
 
     @property
     def keep(self) -> float:
-        """Share of a site's parameters that goes into the budget."""
+        """Fraction of a site's parameters for the budget."""
 
     def selects(self, site: str) -> bool:
         """Whether it works on that site."""
@@ -50,7 +50,7 @@ class FactorOptions(Protocol):
         """Statistics that `metric` reads."""
 
     def metric(self, site: LinearSite) -> Tensor | None:
-        """What the site's inputs are like."""
+        """The metric of the site's inputs."""
 
 
 def decide_ranks(options: FactorOptions, whole: WholeModel) -> dict[str, Tensor]:
@@ -68,7 +68,7 @@ def decide_ranks(options: FactorOptions, whole: WholeModel) -> dict[str, Tensor]
 
 
 def rank_row(site: str, matrix: Matrix, bits_per_weight: int) -> Row:
-    """What every rank of a site loses and takes; the last option is the matrix itself."""
+    """Loss and size of every rank of a site; the last option is the dense matrix."""
     options = matrix.options()
     return Row.of(
         site,
@@ -81,7 +81,7 @@ def rank_row(site: str, matrix: Matrix, bits_per_weight: int) -> Row:
 
 @dataclass
 class _EnergyEstimator(LossEstimator):
-    """Losses as shares of each site's squared output."""
+    """Losses as a fraction of each site's squared output."""
 
     options: FactorOptions
     names: frozenset[str]
@@ -116,18 +116,19 @@ def _by_energy(options: FactorOptions, whole: WholeModel) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class _Site:
-    """A dense weight and its spectrum, on the CPU; the basis in single precision takes as much memory as the weight."""
+    """A dense weight and its spectrum, on the CPU; the float32 basis takes as much memory as the weight."""
 
     weight_OI: Tensor
+    """In the dtype of the checkpoint where that loses nothing."""
     spectrum: Spectrum
     bits_per_weight: int
 
     def of_rank(self, rank: int, device: torch.device) -> Tensor:
         """The best weight of that rank; the weight itself where factors would not be smaller."""
         if rank >= break_even(*self.weight_OI.shape):
-            return self.weight_OI
+            return self.weight_OI.float()
         spectrum = Spectrum(self.spectrum.basis_OK.to(device).double(), self.spectrum.energy_K)
-        return truncate(self.weight_OI.to(device), spectrum, rank).product()
+        return truncate(self.weight_OI.to(device).float(), spectrum, rank).product()
 
 
 def _by_loss(options: FactorOptions, whole: WholeModel) -> dict[str, int]:
@@ -166,8 +167,14 @@ def _spectra(options: FactorOptions, whole: WholeModel) -> dict[str, _Site]:
                 block.context.progress.substep(f"spectrum of {site.name}")
                 spectrum = output_spectrum(site.weight_OI, options.metric(site))
                 on_cpu = Spectrum(spectrum.basis_OK.float().cpu(), spectrum.energy_K.cpu())
-                found[site.name] = _Site(site.weight_OI.cpu(), on_cpu, _bits(site))
+                found[site.name] = _Site(_as_stored(site).cpu(), on_cpu, _bits(site))
     return found
+
+
+def _as_stored(site: LinearSite) -> Tensor:
+    weight_OI = site.weight_OI
+    stored_OI = weight_OI.to(site.storage_dtype)
+    return stored_OI if torch.equal(stored_OI.float(), weight_OI) else weight_OI
 
 
 def _within_budget(options: FactorOptions, table: LossTable) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Two thin linears in place of one: what the site's outputs lose least by dropping. O = outputs, I = inputs."""
+"""Low-rank factorization: two linears replace one, with the least output error. O = outputs, I = inputs."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ Whitening = Literal["none", "activation", "gram"]
 
 @PASSES.register("svd")
 class SingularValues(BlockPass):
-    """Factor every site into two linears of the rank that is worth its parameters.
+    """Factor every site into two linears.
 
-    `fraction` is the share of parameters REMOVED from the selected sites. Sites that would not get smaller stay dense.
+    `fraction` of the parameters of the selected sites is REMOVED. Sites that would not get smaller are kept dense.
 
     Source: Wang et al., arXiv 2403.07378 (SVD-LLM: `gram`, `refit`); Yuan et al., arXiv 2312.05821 (ASVD:
-    `activation`). Differs: no metric is inverted (`numerics/low_rank.py`), so none needs damping; inputs are those that
-    the blocks compressed before really give.
+    `activation`). Differs: no matrix is inverted (`numerics/low_rank.py`), so no damping is needed; inputs are those
+    that the compressed blocks before it produce.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"factors"})
@@ -80,7 +80,7 @@ class SingularValues(BlockPass):
 
     @property
     def keep(self) -> float:
-        """Share of a site's parameters that its factors may have."""
+        """Fraction of a site's parameters that its factors may have."""
         return 1 - (0.2 if self.fraction is None else self.fraction)
 
     @property
@@ -104,7 +104,7 @@ class SingularValues(BlockPass):
         return bool(self.needs()) or self.rule == "loss" or self.refit
 
     def needs(self) -> tuple[type[Statistic], ...]:
-        """What the metric is made of."""
+        """The statistic of the metric."""
         kinds: dict[Whitening, tuple[type[Statistic], ...]] = {"none": (), "activation": (AbsMean,), "gram": (Gram,)}
         return kinds[self.whitening]
 
@@ -114,7 +114,7 @@ class SingularValues(BlockPass):
 
     def backward(self) -> Backward | None:
         """For ranks by loss; weights and the bases of their spectra are kept meanwhile."""
-        return Backward(copies=2) if self.rule == "loss" else None
+        return Backward(copies=2, recomputes=True) if self.rule == "loss" else None
 
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
         """The rank of every site, where that depends on all the others."""
@@ -126,7 +126,7 @@ class SingularValues(BlockPass):
         return self.with_site_options({"ranks": "uniform"}, of_site)
 
     def metric(self, site: LinearSite) -> Tensor | None:
-        """What the site's inputs are like, as measured; None where they do not count or none came."""
+        """The measured metric of the site's inputs; None without whitening or tokens."""
         if not self.needs() or site.statistic(self.needs()[0]).tokens == 0:
             return None
         if self.whitening == "gram":
@@ -151,7 +151,7 @@ class SingularValues(BlockPass):
         return _refitted(block, weights, rows) if self.refit else rows
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
-        """Factor every site by itself."""
+        """Factor every site separately."""
         rows = []
         for site in sites:
             block.context.progress.substep(f"svd {site.info.name}")

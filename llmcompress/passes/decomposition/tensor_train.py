@@ -1,4 +1,4 @@
-"""A tensor train in place of a linear. O = outputs, I = inputs."""
+"""A linear as a tensor train. O = outputs, I = inputs."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ _MULTIPLIED_OUT: Mapping[Trait, str] = {
 
 @PASSES.register("tensor_train")
 class TensorTrain(BlockPass):
-    """Cut both sides of a matrix into short axes and write it as a chain of small cores.
+    """Reshape both sides of a matrix into several axes and decompose it into a tensor train, a chain of small cores.
 
-    Weights alone decide, no data. At equal parameters `svd` loses far less on every model measured (evals). `score` in
-    the report is the squared error of the weight ÷ its square. Cores are no linears: later passes do not see them.
+    Uses the weights only, no data. At equal parameters `svd` loses far less on every model measured (docs/results.md).
+    `score` in the report is the squared error of the weight ÷ its squared norm. Cores are not linears: later passes do
+    not see them.
 
     Source: Novikov et al., arXiv 1509.06569; Oseledets, SIAM J. Sci. Comput. 33 (2011).
     """
@@ -73,7 +74,7 @@ class TensorTrain(BlockPass):
         return ()
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
-        """Every site by itself."""
+        """Decompose every site separately."""
         rows = []
         for site in sites:
             block.context.progress.substep(f"tensor_train {site.info.name}")

@@ -1,4 +1,4 @@
-"""TensorGPT: every row of the embedding as a tensor train of its own. V = entries, D = width."""
+"""TensorGPT: every row of the embedding as a tensor train. V = entries, D = width."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from llmcompress.records.rows import SiteReport
 
 @PASSES.register("tensorgpt")
 class TensorGPT(ModelPass):
-    """Each token's vector becomes a small tensor, and that a chain of cores; no data, no training.
+    """Reshape each token's embedding vector into a tensor and decompose it into a tensor train; no data, no training.
 
-    A tied head cannot stay tied: with a dense matrix of its own the model gets larger, and its row in the report says
-    by how much. `score` in the report is the squared error of the embedding ÷ its square.
+    A tied output head cannot stay tied: untied and dense it makes the model larger, and the report says by how much.
+    `score` in the report is the squared error of the embedding ÷ its squared norm.
 
-    Source: Xu et al., arXiv 2307.00526. Differs: two axes by default, which lose less than more of them at equal
-    parameters on the models measured (evals).
+    Source: Xu et al., arXiv 2307.00526. Differs: two axes by default, which lose less than more axes at equal
+    parameters on the models measured (docs/results.md).
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"tables"})

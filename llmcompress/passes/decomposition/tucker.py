@@ -1,4 +1,4 @@
-"""Heads of an attention share factors: its linears as Tucker decompositions of (heads, rows of a head, inputs)."""
+"""Tucker decomposition of attention linears, with factors shared by the heads: (heads, rows of a head, inputs)."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from llmcompress.records.rows import SiteReport
 
 @PASSES.register("tucker")
 class TuckerHeads(BlockPass):
-    """One factor for the rows of all heads, one for the inputs, one across heads; a core says how they combine.
+    """Tucker decomposition of attention linears: one factor for the rows of all heads, one for the inputs, one across
+    heads, and a core.
 
-    Works on linears whose rows or columns are heads one after the other (heads that share keys count as one); others
-    stay as they are. Weights alone decide, no data. `score` in the report is the squared error of the weight ÷ its
-    square.
+    Works on linears whose rows or columns are contiguous heads (heads that share keys count as one); others are not
+    changed. Uses the weights only, no data. `score` in the report is the squared error of the weight ÷ its squared
+    norm.
 
     Source: De Lathauwer et al., SIAM J. Matrix Anal. 21 (2000): higher-order SVD, improved by HOOI.
     """
@@ -63,7 +64,7 @@ class TuckerHeads(BlockPass):
             )
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
-        """Every site that has heads, by itself."""
+        """Decompose every site that has heads separately."""
         selected = {site.info.name: site for site in sites}
         rows = []
         for part in _parts(block.info):

@@ -1,4 +1,4 @@
-"""Activation sparsity: inputs that are small on calibration text are left out, column by column, token by token."""
+"""Activation sparsity: small activations are skipped, channel by channel, for each token."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from llmcompress.records.rows import SiteReport
 
 @PASSES.register("activation_sparsity")
 class ActivationSparsity(BlockPass):
-    """Every linear ignores inputs below a threshold of its own, the `sparsity` quantile of their magnitudes.
+    """Every linear ignores inputs below its own threshold: the `sparsity` quantile of their magnitudes on the
+    calibration text.
 
     Source: Liu et al. (TEAL), arXiv 2408.14690; Lee et al. (CATS), arXiv 2404.08763.
-    Differs: one share for all selected sites (TEAL searches one per block); by default only the activations inside the
-    feed-forward network, as in CATS. Weights stay as they are and the files as large; decoding one text reads fewer
-    columns of them. Several tokens at once (a prompt, a batch) compute the same and gain nothing.
+    Differs: the same sparsity for all selected sites (TEAL searches one per block); by default only the FFN's hidden
+    activations, as in CATS. Weights and file size do not change; decoding one sequence reads fewer columns of the
+    weights. Several tokens at once (a prompt, a batch) compute the same result without a speed-up.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"dynamic"})

@@ -1,4 +1,4 @@
-"""Layer skipping: tokens pass by the blocks that would hardly change them. N = calibration tokens, D = hidden size."""
+"""Layer skipping: tokens skip the blocks that would hardly change them. N = calibration tokens, D = hidden size."""
 
 from __future__ import annotations
 
@@ -23,16 +23,18 @@ from llmcompress.records.rows import SiteReport
 
 @PASSES.register("layer_skip")
 class LayerSkip(ModelPass):
-    """A linear test before each block foretells its influence on the token, 1 - cos(before, behind); small: skipped.
+    """A linear predictor before each block estimates its influence on the token, 1 - cos(input, output); tokens below
+    the threshold skip the block.
 
-    The tests are ridge regressions of the influence's logarithm on calibration text. One threshold for all blocks, so
-    that the share `skip` of all (token, block) pairs is skipped there; blocks that no calibration token would skip stay
-    as they are. A skipped block still stores the token's keys and values, so later tokens attend to everything and a
-    cached decode computes what one forward over the text computes.
+    The predictors are ridge regressions of the logarithm of the influence on calibration text. One threshold for all
+    blocks is chosen so that the fraction `skip` of all (token, block) pairs is skipped; blocks that no calibration
+    token would skip are not changed. A skipped block still stores the token's keys and values, so that later tokens can
+    attend to it and cached decoding computes the same as one forward pass over the text.
 
     Source: influence from Men et al. (ShortGPT), arXiv 2403.03853; a router per block from Raposo et al.
     (Mixture-of-Depths), arXiv 2404.02258. Differs: nothing is trained, and the number of tokens is not fixed.
-    Time is saved where all tokens of a call skip: in decoding one text. A batch gains only where its texts agree.
+    Saves time where all tokens of a forward pass skip: when decoding one sequence. A batch gains only where all its
+    sequences skip.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"dynamic"})
@@ -66,7 +68,7 @@ class LayerSkip(ModelPass):
     @override
     @torch.no_grad()
     def apply(self, whole: WholeModel) -> list[SiteReport]:
-        """Fit the tests, choose the threshold, put blocks that someone skips into skip blocks."""
+        """Fit the predictors, choose the threshold, wrap the blocks that tokens skip."""
         with whole.resident() as model:
             blocks = find_blocks(model)
             predictors = [
@@ -85,7 +87,7 @@ class LayerSkip(ModelPass):
             return measured(whole, model, [blocks[index][0] for index in used], "layer_skip", threshold)
 
     def _predictors(self, whole: WholeModel, model: PreTrainedModel, blocks: int) -> list[LinearPredictor]:
-        """One test per block."""
+        """One predictor per block."""
         fits = [PredictorFit(whole.map.hidden_size, whole.context.device) for _ in range(blocks)]
         before = torch.empty(0)
 
@@ -101,7 +103,7 @@ class LayerSkip(ModelPass):
         return [fit.solve(self.ridge, whole.context.storage_dtype) for fit in fits]
 
     def _predictions(self, whole: WholeModel, model: PreTrainedModel, predictors: list[LinearPredictor]) -> Tensor:
-        """What the tests say of every token, blocks × N."""
+        """Predictions for every token, blocks × N."""
         predicted: list[list[Tensor]] = [[] for _ in predictors]
 
         def see(index: int, state_ND: Tensor) -> None:

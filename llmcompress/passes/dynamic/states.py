@@ -1,4 +1,5 @@
-"""What dynamic passes look at on calibration text: the state before every block, and how it becomes a prediction.
+"""States and predictions that dynamic inference measures on calibration text: the hidden state before every block, and
+its logits.
 
 B = sequences, T = tokens, D = hidden size, N = tokens of all sequences, V = vocabulary.
 """

@@ -1,4 +1,6 @@
-"""What snip, grasp, synflow and random share: all masks first, then zeros, exactly as many as asked for."""
+"""What snip, grasp, synflow and random share: all masks are chosen first, then applied, with exactly the requested
+sparsity.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ from llmcompress.records.rows import SiteReport
 
 
 class MaskPass(BlockPass):
-    """Chooses all zeros from the untouched model, then writes them block by block."""
+    """Chooses all masks on the unchanged model, then applies them block by block."""
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"zeros"})
     decides: ClassVar[bool] = True

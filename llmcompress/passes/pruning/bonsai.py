@@ -1,4 +1,4 @@
-"""Bonsai: the model itself is asked which units matter, by forward passes only. C = candidates, U = units."""
+"""Bonsai: structured pruning by evaluating random sub-models, with forward passes only. C = candidates, U = units."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from llmcompress.passes.pruning.width import WidthPass
 
 @PASSES.register("bonsai")
 class Bonsai(WidthPass):
-    """Remove units step by step; a step tries random sub-models and fits a linear model to how bad each one is.
+    """Remove units in rounds; each evaluates random sub-models and fits a linear regression of their loss on the
+    removed units.
 
-    Source: Dery et al., arXiv 2402.05406, and its repository. Differs: the regression's target is the mean log
-    loss (the logarithm of their perplexity), and the same number of candidates comes from every layer.
+    Source: Dery et al., arXiv 2402.05406, and its repository. Differs: the regression's target is the mean loss (the
+    logarithm of the perplexity), and the number of candidates is the same in every layer.
     """
 
     whole_block: ClassVar[frozenset[str]] = WidthPass.whole_block | {"prior", "step", "masks", "windows"}

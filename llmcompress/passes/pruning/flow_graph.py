@@ -1,4 +1,4 @@
-"""From a block's map to the graph that synaptic flow runs through: who feeds whom, unit by unit."""
+"""Builds, from the map of a block, the graph of units on which SynFlow computes its scores."""
 
 from __future__ import annotations
 

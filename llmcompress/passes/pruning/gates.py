@@ -1,4 +1,4 @@
-"""Gates on heads and FFN channels, trained briefly, then folded into the weights; what they closed is removed."""
+"""Learned gates on heads and FFN channels, trained briefly and folded into the weights; closed units are removed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Kind = Literal["hard_concrete", "slimming", "group_lasso", "dsa", "decorator"]
 
 @dataclass(frozen=True)
 class Defaults:
-    """Where the recipe does not say; tried on the bundled model. None: the kind has no such thing."""
+    """Defaults of each kind, tuned on the bundled model. None: the kind has no such option."""
 
     strength: float | None = None
     gate_learning_rate: float | None = None
@@ -54,13 +54,15 @@ DEFAULTS: Mapping[Kind, Defaults] = MappingProxyType(
 
 @PASSES.register("gates")
 class Gates(ModelPass):
-    """One multiplicative gate per head (key-value group) and FFN channel learns which units the model can do without.
+    """Learn one multiplicative gate per head (key-value group) and FFN channel, and remove the units with the least
+    important gates.
 
-    Put `recover` behind it: it trains what is left, which is smaller and has no gates.
+    Put `recover` after it: it trains the remaining, smaller model without gates.
 
     Source: Louizos et al., arXiv 1712.01312 and Shim et al., arXiv 2110.03252 (hard_concrete); Liu et al., arXiv
     1708.06519 (slimming); Wen et al., arXiv 1608.03665 (group_lasso); Ning et al., arXiv 2004.02164 (dsa); You et al.,
-    arXiv 1909.08174 (decorator). Differs: exactly as many units go as the budget says, the least wanted first.
+    arXiv 1909.08174 (decorator). Differs: exactly as many units are removed as the budget says, the least important
+    first.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"shapes"})
@@ -200,7 +202,7 @@ class Gates(ModelPass):
         return [group for group in unit_groups(model_map) if wanted[group.kind]]
 
     def _rehearse(self, whole: WholeModel, groups: Sequence[UnitGroup]) -> None:
-        """Shrink a copy of one block of each kind, so that nobody trains for hours to learn that heads cannot go.
+        """Shrink a copy of one block of each kind, to find out before a long training if heads cannot be removed.
 
         Raises: CompressError when a block cannot do without units.
         """

@@ -1,4 +1,6 @@
-"""Lottery tickets: train, drop the smallest weights, go back to early weights, again; the ticket is what is left."""
+"""Lottery tickets: train, prune the smallest weights, rewind to early weights, repeat; the ticket is the remaining
+network.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +34,10 @@ CHECKS = 5
 class LotteryTicket(ModelPass):
     """Iterative magnitude pruning with rewinding, on trained or freshly initialised weights.
 
-    After `rounds` rounds a share of 1 - (1 - share) ** rounds of all weights is zero.
+    After `rounds` rounds the sparsity is 1 - (1 - fraction per round) ** rounds.
 
     Source: Frankle and Carbin, arXiv 1803.03635; rewinding: Frankle et al., arXiv 1903.01611; early stop: You et al.,
-    arXiv 1909.11957. Differs: AdamW's moments start anew after rewinding.
+    arXiv 1909.11957. Differs: AdamW's moments are reset at each rewinding.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"zeros"})
@@ -107,7 +109,7 @@ class LotteryTicket(ModelPass):
 
 
 class _Watch(Callback):
-    """Takes the weights to rewind to, and ends a training whose last few masks no longer differ.
+    """Records the weights to rewind to, and ends a training whose last few masks no longer differ.
 
     Source: You et al., arXiv 1909.11957, section 3.2 (masks drawn at checkpoints, normalised Hamming distance).
     """

@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights become zero; the baseline of the others. O = outputs, I = inputs."""
+"""Magnitude pruning: the smallest weights become zero; the baseline of all pruning methods. O = outputs, I = inputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llmcompress.records.rows import SiteReport
 
 @PASSES.register("magnitude")
 class Magnitude(SparsePass):
-    """The smallest weights of every site, of every row, or of all sites together.
+    """Zero the smallest weights of every site, of every row, or of all sites together.
 
     Source: Han et al., arXiv 1510.00149. Differs: pruned once, without training.
     """
@@ -46,7 +46,7 @@ class Magnitude(SparsePass):
         return ()
 
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
-        """How many of the smallest weights of all lie in each site."""
+        """How many of the smallest weights each site contains."""
         if self.comparison != "global":
             return super().decide(whole)
         sites = [site for site in whole.sites() if self.selects(site.name) and not self.has_own_share(site.name)]

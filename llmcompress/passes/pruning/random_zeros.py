@@ -1,4 +1,4 @@
-"""Random zeros: the baseline of every score, and where sparse training from the start begins."""
+"""Random sparsity: the baseline of every score, and the start of sparse training from scratch."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from llmcompress.passes.pruning.at_init import MaskPass
 
 @PASSES.register("random")
 class RandomZeros(MaskPass):
-    """Weights become zero by lot: for comparison, or before `rigl` on a freshly initialised model.
+    """Zero random weights: for comparison, or before `rigl` on a freshly initialised model.
 
-    Source: of the Erdős–Rényi densities Mocanu et al., arXiv 1707.04780, and Evci et al., arXiv 1911.11134.
+    Source: Mocanu et al., arXiv 1707.04780, and Evci et al., arXiv 1911.11134, for the Erdős–Rényi densities.
     """
 
     whole_block: ClassVar[frozenset[str]] = MaskPass.whole_block | {"densities"}

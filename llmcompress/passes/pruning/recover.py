@@ -1,4 +1,4 @@
-"""Recovery: a short training after pruning or factoring; zeros stay zeros, shapes stay what they are."""
+"""Recovery: a short training after pruning or factorization; zeros stay zero and shapes stay the same."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from llmcompress.training.settings import Training
 
 @PASSES.register("recover")
 class Recover(ModelPass):
-    """Train on the calibration text what earlier passes left: all of it, or low-rank adapters.
+    """Train the compressed model on the calibration text: all weights, or LoRA adapters.
 
-    Adapters are merged into weights, never touching a zero. Beside codes they stay as a branch of low rank, and the
-    codes are what they were.
+    Adapters are merged into dense weights without changing a zero. On quantized weights they stay as a low-rank branch,
+    and the codes do not change.
 
-    Source: of adapters Hu et al., arXiv 2106.09685; after pruning Ma et al., arXiv 2305.11627, section 3.3; beside
-    codes Dettmers et al., arXiv 2305.14314. Differs: adapters are masked, so merging keeps the sparsity.
+    Source: Hu et al., arXiv 2106.09685 (adapters); Ma et al., arXiv 2305.11627, section 3.3 (after pruning); Dettmers
+    et al., arXiv 2305.14314 (with quantized weights). Differs: adapters are masked, so merging keeps the sparsity.
     """
 
     rank: int | None = Field(
@@ -52,7 +52,7 @@ class Recover(ModelPass):
 
     @override
     def conflict_with_all(self, traits: frozenset[Trait]) -> str | None:
-        """A branch beside codes is dense."""
+        """A branch of a quantized linear is dense."""
         return (
             "would fill zeros through dense adapters" if "codes" in traits and traits & {"zeros", "pattern"} else None
         )

@@ -1,4 +1,4 @@
-"""Start from fresh random weights, as the model's own code makes them: for what is meant to be trained from scratch."""
+"""Resets the model to fresh random weights from its own initialization code, for training from scratch."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _FIRST = "would discard the work of earlier passes: put it first"
 
 @PASSES.register("reinitialise")
 class Reinitialise(ModelPass):
-    """All weights are drawn anew from the family's own initialisation; nothing of the trained model is left.
+    """Replace all weights by the model's own random initialization; nothing of the trained model remains.
 
-    With `keep_zeros` what is exactly zero stays so: the control experiment for lottery tickets, whose point is that the
-    same zeros are worth less with other weights.
+    With `keep_zeros` exact zeros stay zero: the control experiment for lottery tickets, which claim that the same mask
+    is worth less with other weights.
     """
 
     conflicts: ClassVar[Mapping[Trait, str]] = {

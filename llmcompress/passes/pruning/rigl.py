@@ -1,4 +1,4 @@
-"""RigL: train a sparse model while its zeros move to where they hurt least; as many zeros at every step."""
+"""RigL: trains a sparse model while its zeros move to less important weights; the sparsity stays constant."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from llmcompress.training.settings import Training
 
 @PASSES.register("rigl")
 class RigL(ModelPass):
-    """Recovery of a sparse model, or its training from the start: weak connections go, as many new ones grow.
+    """Recover a sparse model, or train one from scratch: weak connections are dropped and as many new ones grow.
 
-    Every site keeps the number of zeros that earlier passes gave it.
+    Every site keeps the sparsity that earlier passes gave it.
 
-    Source: Evci et al., arXiv 1911.11134. Differs: a step that changes connections also trains; what was just dropped
-    does not grow back in the same step.
+    Source: Evci et al., arXiv 1911.11134. Differs: a step that changes connections also trains; a dropped connection
+    cannot grow back in the same step.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"zeros"})
@@ -79,7 +79,7 @@ class RigL(ModelPass):
 
 
 class Connections:
-    """Which weights are alive, for the training loop: told apart from weights that happen to be zero right now."""
+    """Which weights are connected, for the training loop; a connected weight may be zero at the moment."""
 
     def __init__(self, weights: Sequence[nn.Parameter], *, alpha: float, every: int, end: int) -> None:
         self._weights, self._alpha, self._every, self._end = list(weights), alpha, every, end

@@ -1,6 +1,7 @@
-"""The paper's form of SliceGPT: a basis of its own after every addition, and a matrix on every skip.
+"""SliceGPT with shortcuts, as in the paper: a separate basis after every addition, and a matrix on every skip
+connection.
 
-D = width of the stream, K = directions that stay, in, out = of one skip.
+D = width of the stream, K = kept directions; in, out = of one skip connection.
 """
 
 from __future__ import annotations

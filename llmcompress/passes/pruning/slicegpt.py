@@ -1,4 +1,4 @@
-"""SliceGPT: the residual stream in a basis of principal directions, of which the last ones are left out."""
+"""SliceGPT: rotates the residual stream into its principal directions and removes the last ones."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ FORMS = {"global": slice_globally, "shortcuts": slice_with_shortcuts}
 
 @PASSES.register("slicegpt")
 class SliceGPT(ModelPass):
-    """Fewer channels in the residual stream: everything that reads or writes it gets smaller, attention and FFN do not.
+    """Remove channels of the residual stream: all linears that read or write it get smaller; heads and FFN channels
+    stay.
 
-    `form: global` gives the whole stream one basis and cuts it once: an ordinary smaller model. `form: shortcuts` is
-    the paper's: a basis of its own after every addition, and a matrix on every skip that leads from one to the next.
+    `form: global` uses one basis for the whole stream and gives an ordinary smaller model. `form: shortcuts` is the
+    paper's: a separate basis after every addition, and a matrix on every skip connection between two of them.
 
-    Source: Ashkboos et al., arXiv 2401.15024. Differs: the paper knows no global form; tokens count at unit length, as
-    norms see them; the mean is taken out of what is written only where norms subtract it; nothing is damped before the
-    decomposition, which would change no direction.
+    Source: Ashkboos et al., arXiv 2401.15024. Differs: the paper has no global form; tokens are normalized to unit
+    length, as norms see them; the mean is removed only where norms subtract it; there is no damping before the
+    decomposition, which would not change any direction.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"shapes"})

@@ -1,4 +1,6 @@
-"""What all passes share that zero single weights: how many, in which pattern, and where. O = outputs, I = inputs."""
+"""What unstructured and N:M sparsity passes share: how many zeros, in which pattern, and where. O = outputs, I =
+inputs.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ _ALMOST_ALL = math.nextafter(1.0, 0.0)
 
 
 class SparsePass(BlockPass):
-    """A pass that sets weights to zero and leaves the shapes; a later pass keeps what is exactly zero."""
+    """A pass that sets weights to zero without changing shapes; later passes keep exact zeros."""
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"zeros"})
     decides: ClassVar[bool] = True
@@ -91,7 +93,7 @@ class SparsePass(BlockPass):
 
     @property
     def target(self) -> float:
-        """Share of weights to become zero."""
+        """The sparsity of the pattern, or `sparsity`."""
         shape = self.zeros
         if shape:
             return shape.share
@@ -106,7 +108,7 @@ class SparsePass(BlockPass):
         return bool(self.needs()) or self.allocation != "uniform"
 
     def check(self, model_map: ModelMap) -> None:
-        """Whether every selected site divides into groups of its pattern.
+        """Check that every selected site divides into groups of its pattern.
 
         Raises: CompressError listing all that do not.
         """
@@ -122,15 +124,15 @@ class SparsePass(BlockPass):
         return self.allocation != "loss"
 
     def forwards(self) -> int:
-        """Shares that depend on each other take a stream of their own."""
+        """One more stream if the sparsity is allocated."""
         return super().forwards() + 2 * (self.allocation != "uniform")
 
     def backward(self) -> Backward | None:
-        """For shares by loss."""
-        return Backward() if self.allocation == "loss" else None
+        """For allocation by loss."""
+        return Backward(recomputes=True) if self.allocation == "loss" else None
 
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
-        """The share of weights that each site loses, where that depends on the others."""
+        """The sparsity of each site, if it is allocated."""
         return {} if self.allocation == "uniform" else decide_shares(self, whole)
 
     @override
@@ -139,7 +141,7 @@ class SparsePass(BlockPass):
         return self.with_site_options({"allocation": "uniform", "outlier_times": None, "within": None}, of_site)
 
     def chosen(self, block: BlockWork, sites: Sequence[LinearSite]) -> Iterator[tuple[Self, LinearSite, float]]:
-        """Every site with the options it has, and the share of its weights to become zero."""
+        """Every site with its options and its sparsity."""
         self._check_widths((site.name, site.info.inputs) for site in sites)
         for site in sites:
             here = self.for_site(site.name)

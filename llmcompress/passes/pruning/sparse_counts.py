@@ -1,4 +1,4 @@
-"""How many weights each site loses when one budget serves all: by outliers, or by what the loss feels."""
+"""Sparsity allocation: how many weights each site loses under one budget, by outliers or by sensitivity of the loss."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ POINTS = 9
 
 
 class CountOptions(Protocol):
-    """What must be known of the pass that zeroes."""
+    """The options that sparsity allocation needs from a pass."""
 
     @property
     def allocation(self) -> str:
@@ -38,7 +38,7 @@ class CountOptions(Protocol):
 
     @property
     def target(self) -> float:
-        """Share of all weights to become zero."""
+        """The sparsity over all sites."""
 
     @property
     def outlier_times(self) -> float | None:
@@ -59,7 +59,7 @@ class CountOptions(Protocol):
 
 
 def decide_shares(options: CountOptions, whole: WholeModel) -> dict[str, Tensor]:
-    """Site → the share of its weights that becomes zero, a whole number of them; without sites that have their own."""
+    """Site → its sparsity, for a whole number of weights; without sites that set their own."""
     names = [site.name for site in whole.sites() if options.selects(site.name)]
     names = [name for name in names if not options.has_own_share(name)]
     if not names:
@@ -98,10 +98,10 @@ def _by_outliers(options: CountOptions, whole: WholeModel, names: frozenset[str]
 
 @dataclass
 class SparsityEstimator(LossEstimator):
-    """The expected growth of the loss: squared errors of a site's outputs times squared gradients of the loss by them.
+    """The expected increase of the loss: squared errors of a site's outputs times squared gradients of the loss.
 
-    Errors are those of the masks that the pass itself would choose, before any repair. Without the gradients the
-    same sum of errors is worse than equal shares (docs/log.md).
+    Errors are those of the masks that the pass itself would choose, before any weight update. Without the gradients the
+    same sum of errors is worse than uniform sparsity (docs/log.md).
     """
 
     options: CountOptions

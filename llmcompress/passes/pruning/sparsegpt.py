@@ -1,4 +1,4 @@
-"""SparseGPT: drop weights column by column, repair each error with the columns to come. O = outputs, I = inputs."""
+"""SparseGPT: prunes column by column and compensates each error in the remaining columns. O = outputs, I = inputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from llmcompress.records.rows import SiteReport
 
 
 class _Pruned(NamedTuple):
-    """New weights, their codes where they are rounded, and their squared output error where it is known."""
+    """New weights, their codes if quantized, and their squared output error if known."""
 
     weight_OI: Tensor
     codes: tuple[Tensor, Fitted] | None = None
@@ -42,7 +42,7 @@ class _Pruned(NamedTuple):
 
 
 class _Tried(NamedTuple):
-    """A way to prune, its relative output error, and why it is not what was asked for."""
+    """A candidate result, its relative output error, and the reason if it is a fallback."""
 
     pruned: _Pruned
     error: float
@@ -51,11 +51,12 @@ class _Tried(NamedTuple):
 
 @PASSES.register("sparsegpt")
 class SparseGPT(SparsePass):
-    """Second-order pruning, and with `scheme` rounding in the same sweep, on the inputs the compressed model produces.
+    """Second-order pruning, with `scheme` also quantization in the same sweep, on the inputs that the compressed model
+    produces.
 
-    Source: Frantar, Alistarh, arXiv 2301.00774. Differs: exactly the share is dropped, ties included; what is kept is
-    moved once more when the mask is known (`numerics/repair.py`); with `scheme` every group's scales are fitted when it
-    is reached; a site where all that ends worse than its own mask without repair keeps the mask alone.
+    Source: Frantar, Alistarh, arXiv 2301.00774. Differs: the sparsity is exact, ties included; kept weights are
+    refitted once the mask is known (`numerics/repair.py`); with `scheme` each group's scales are fitted when it is
+    reached; a site where the result is worse than the mask alone keeps the mask alone.
     """
 
     damping: float = Field(

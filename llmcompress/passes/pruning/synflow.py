@@ -1,4 +1,4 @@
-"""SynFlow: prune in many small rounds by the flow of ones through |W|, without data; no layer is ever emptied."""
+"""SynFlow: prunes in many small rounds by synaptic flow, without data; no layer ever becomes empty."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from llmcompress.passes.pruning.flow_graph import flow_stages
 
 @PASSES.register("synflow")
 class SynFlow(AtInitPass):
-    """Zeros where the least synaptic flow passes, scored again after each of many rounds.
+    """Zero the weights with the least synaptic flow, rescored after each of many rounds.
 
-    Source: Tanaka et al., arXiv 2006.05467. Differs: what flows through a decoder, see `numerics/synflow.py`; embedding
-    and head are never pruned, so the flow begins and ends with ones in the residual stream.
+    Source: Tanaka et al., arXiv 2006.05467. Differs: the flow through a decoder, see `numerics/synflow.py`; embedding
+    and output head are never pruned, so the flow starts and ends with ones in the residual stream.
     """
 
     whole_block: ClassVar[frozenset[str]] = AtInitPass.whole_block | {"rounds"}

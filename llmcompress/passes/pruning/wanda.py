@@ -1,4 +1,4 @@
-"""Wanda: drop the weights that move an output least, by magnitude times input norm. O = outputs, I = inputs."""
+"""Wanda: prunes by weight magnitude times input norm. O = outputs, I = inputs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from llmcompress.records.rows import SiteReport
 
 @PASSES.register("wanda")
 class Wanda(SparsePass):
-    """The lowest |w| · ‖x‖ of every output's row, or of the site, become zero; nothing else is changed.
+    """Zero the weights with the lowest |w| · ‖x‖ in every output row, or in the site; the others do not change.
 
-    Errors in the report are estimates (`Sketch`): the Gram matrix that gives them exactly costs more than all the rest.
+    Errors in the report are estimates (`Sketch`): the Gram matrix for exact ones would cost more than everything else.
 
     Source: Sun et al., arXiv 2306.11695.
     """

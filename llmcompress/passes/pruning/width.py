@@ -1,4 +1,6 @@
-"""Width pruning: FFN channels and whole heads go, rows and columns together, and the rest makes up for them."""
+"""Width pruning: removes FFN channels and whole heads, rows and columns together, and compensates in the remaining
+weights.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ _CHOICE = frozenset({"fraction", "removed", "floor", "round_to"})
 
 
 class WidthPass(BlockPass):
-    """What all passes that remove units share: which, how many, from where, and what makes up for them.
+    """What all passes that remove units share: which, how many, from where, and the compensation.
 
     A unit is an FFN channel or a head; where query heads share keys and values, the whole group of them.
     """
@@ -268,7 +270,8 @@ class Width(WidthPass):
     """Remove the units with the lowest score.
 
     Source: Ma et al., arXiv 2305.11627 (groups, Taylor scores); the other scores and refits name their own. Differs:
-    units are found by experiment, the same share goes in every layer by default, and what reads them is refitted.
+    units are found by experiment, the fraction is the same in every layer by default, and the linears that read the
+    units are refitted.
     """
 
     whole_block: ClassVar[frozenset[str]] = WidthPass.whole_block | {"score"}

@@ -1,4 +1,4 @@
-"""AWQ: scale salient channels up before rounding, searched against the output error; then clip. C = input channels."""
+"""AWQ: scales salient channels up before rounding, by a search on the output error; then clips. C = input channels."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from llmcompress.records.rows import SiteReport
 
 @PASSES.register("awq")
 class AWQ(QuantizingPass):
-    """Activation-aware scales on every legal fold, then clipped rounding.
+    """Activation-aware scaling on every legal fold, then clipped rounding.
 
-    With `round: false` only the scales are folded in and the weights stay dense for a later pass (`gptq`).
+    With `round: false` only the scales are folded in, and the weights stay dense for a later pass (`gptq`).
 
-    Source: Lin et al., arXiv 2306.00978. Differs: errors come from Gram matrices, exactly and without forward
-    passes (see `numerics/scaling.py`); no scaling at all is always among the candidates.
+    Source: Lin et al., arXiv 2306.00978. Differs: errors are exact, from Gram matrices without forward passes (see
+    `numerics/scaling.py`); no scaling is always among the candidates.
     """
 
     sitewise: ClassVar[bool] = False
@@ -135,7 +135,7 @@ class AWQ(QuantizingPass):
 
 @dataclass(frozen=True)
 class _Plain:
-    """Squared error and square of a site's outputs; scaling its inputs leaves the outputs what they are."""
+    """Squared error and squared norm of a site's outputs without scaling."""
 
     noise: float
     signal: float

@@ -1,4 +1,4 @@
-"""Codes of bitsandbytes: 4-bit NF4 and LLM.int8(), in folders that transformers loads by its own integration."""
+"""bitsandbytes: 4-bit NF4 and LLM.int8(), in checkpoints that transformers loads by its own integration."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OUTPUTS = 32
 
 
 class BnbPass(BlockPass):
-    """Both kinds: the package rounds, needs no data, and its folders hold nothing of ours."""
+    """Both kinds: the package quantizes, without data, and its checkpoints load without llmcompress."""
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"codes"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
@@ -95,7 +95,7 @@ class BnbPass(BlockPass):
 
 @PASSES.register("bnb_nf4")
 class BnbNF4(BnbPass):
-    """4-bit NormalFloat in blocks of 64, with double quantization: 4.13 bits a weight.
+    """4-bit NormalFloat in blocks of 64, with double quantization: 4.13 bits per weight.
 
     Source: Dettmers et al. (QLoRA), arXiv 2305.14314; the package does the rounding.
     """
@@ -105,7 +105,7 @@ class BnbNF4(BnbPass):
 
 @PASSES.register("bnb_int8")
 class BnbInt8(BnbPass):
-    """8-bit rows; inputs are rounded per token while running, those above 6 multiplied in float16.
+    """8-bit rows; activations are quantized dynamically per token, outliers above 6 are multiplied in float16.
 
     Source: Dettmers et al. (LLM.int8()), arXiv 2208.07339; the package does the rounding.
     """

@@ -1,4 +1,4 @@
-"""CMPQ: every input channel has its own bits and its own codebook; a research mode. O = outputs, I = inputs."""
+"""CMPQ: every input channel has its own bit width and codebook; a research method. O = outputs, I = inputs."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _PLACE_BITS, _WIDTH_BITS = 32, 8
 
 @PASSES.register("cmpq")
 class ChannelwiseMixedPrecision(BlockPass):
-    """Codes of different widths for the channels of one matrix, by what their inputs are like; k-means levels.
+    """Quantize each input channel with its own bit width, chosen by its activations, and k-means levels.
 
-    `bits` counts everything that a file holds of a site: codes, codebooks, widths, and the weights kept in full with
-    their places. No stock format holds such a matrix: the result loads after `import llmcompress` only.
+    `bits` counts everything that a file stores of a site: codes, codebooks, bit widths, and the full-precision outliers
+    with their positions. No stock format can represent such a matrix: the result loads only after `import llmcompress`.
 
-    Source: Chen et al., arXiv 2410.13056. Differs: widths are not thresholds on activations but the exact division of
-    a budget, with squared inputs times squared errors as the loss; all is counted.
+    Source: Chen et al., arXiv 2410.13056. Differs: bit widths come from an exact budget allocation, with squared inputs
+    times squared errors as the loss, not from thresholds on activations; everything is counted.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"codes"})
@@ -72,11 +72,11 @@ class ChannelwiseMixedPrecision(BlockPass):
         return min(1.0, self.for_site(site).bits / 16)
 
     def needs(self) -> tuple[type[Statistic], ...]:
-        """The Gram matrix: squared inputs stand on its diagonal, errors come from all of it."""
+        """The Gram matrix: squared inputs from its diagonal, errors from all of it."""
         return (Gram,)
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
-        """Find widths, codebooks and codes of every site by itself."""
+        """Find bit widths, codebooks and codes of every site separately."""
         rows = []
         for site in sites:
             block.context.progress.substep(f"cmpq {site.info.name}")

@@ -1,4 +1,4 @@
-"""Embedding and head as codes: of small models they are most of the bytes. V = entries, D = width."""
+"""Quantizes the embedding and the output head, most of the bytes of small models. V = entries, D = width."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from llmcompress.records.rows import SiteReport
 
 @PASSES.register("embeddings")
 class Embeddings(ModelPass):
-    """Rounds the embedding and the head, which all other passes leave dense; no data.
+    """Quantize the embedding and the output head, which all other passes leave dense; no data.
 
-    A look-up restores only its rows. `score` in the report is the squared error of a table ÷ its square.
+    A lookup dequantizes only its rows. `score` in the report is the squared error of a table ÷ its squared norm.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"tables"})

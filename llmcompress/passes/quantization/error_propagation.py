@@ -1,4 +1,4 @@
-"""Errors of earlier blocks, made up for before a block is quantized."""
+"""Error propagation (QEP): corrects weights for the errors of earlier blocks before they are quantized."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from llmcompress.records.rows import SiteReport
 
 @PASSES.register("error_propagation")
 class ErrorPropagation(QuantizingPass):
-    """Before a block is quantized by another pass, its weights move so that it gives what it gave in the dense model.
+    """Adjust each block's weights to reproduce the dense model's outputs from the compressed model's inputs, then
+    quantize them with another pass.
 
-    A quantizer keeps the output of a linear for the inputs it is shown, and these are damaged by the blocks before;
-    their damage is passed on in full. Here every linear first gets the least-squares weights for its damaged inputs
-    and undamaged outputs. Three more forward passes. The errors in the report are those of rounding the moved weights.
-    Experts stay as they are: their tokens differ between the two streams.
+    A quantizer only preserves the output of a linear for its own inputs; errors that earlier blocks made in these
+    inputs are passed on. Here every linear first gets the least-squares weights for compressed inputs and dense
+    outputs, which takes three more forward passes. The errors in the report are those of quantizing the adjusted
+    weights. Experts are not adjusted: their tokens differ between the two models.
 
     Source: Arai and Ichikawa, arXiv 2504.09629 (QEP). Differs: strength 1 and damping 0.1 (docs/log.md).
     """
@@ -58,7 +59,7 @@ class ErrorPropagation(QuantizingPass):
 
     @property
     def inner(self) -> QuantizingPass:
-        """The quantizing pass, with all that stands beside it here."""
+        """The quantization pass, with this pass's other options."""
         ((name, options),) = self.quantizer.items()
         return quantizer_with(
             {name: {**options, "on_indivisible": self.on_indivisible}},
@@ -73,11 +74,11 @@ class ErrorPropagation(QuantizingPass):
         return self.inner.needs()
 
     def uses_data(self) -> bool:
-        """Both streams do, whatever the quantizer reads."""
+        """Always, for both streams."""
         return True
 
     def wants_dense(self) -> bool:
-        """What the weights are to make up for."""
+        """The errors for which the weights compensate."""
         return True
 
     def pools(self) -> bool:

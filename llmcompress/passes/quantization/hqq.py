@@ -1,4 +1,4 @@
-"""HQQ: plain rounding on scales and zero points that a half-quadratic solver found, without data."""
+"""HQQ: rounding to nearest with scales and zero points from a half-quadratic solver, without data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llmcompress.records.rows import SiteReport
 
 @PASSES.register("hqq")
 class HalfQuadratic(QuantizingPass):
-    """Every weight becomes the nearest value of a grid that leaves most weights nearly exact.
+    """Round to nearest on a grid whose scales and zero points keep most weights nearly exact and tolerate outliers.
 
     Source: Badri and Shaji, 2023 (HQQ). Differs: see `numerics/half_quadratic.py`.
     """
@@ -40,7 +40,7 @@ class HalfQuadratic(QuantizingPass):
         return self.activation_statistics()
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
-        """Solve and round every site by itself."""
+        """Solve and round every site separately."""
         rows = []
         for site in sites:
             scheme = self.scheme_for(site.name, site.info.inputs)

@@ -1,4 +1,4 @@
-"""Keys and values cached as codes: the cache takes half of the memory that 16-bit ones take. H = heads, D = width."""
+"""KV cache quantization: keys and values in one byte per number, half the memory of 16 bits. H = heads, D = width."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _TOKENS = 8
 
 @PASSES.register("kv_cache")
 class KeyValueCache(ModelPass):
-    """Every attention stores its keys and values in one byte a number, and computes with what it stored.
+    """Store the keys and values of every attention in one byte per number.
 
-    What is rounded is what the model puts into its cache (keys after their rotation), at that one place, for the newest
-    token too; so perplexity over whole windows and token-by-token generation compute the same. Weights stay as they
-    are, and the files as large: it is the memory of generation that shrinks. Prompts are stored in codes at once.
+    What the model puts into its cache (keys after the rotary embedding) is quantized at that one place, for the newest
+    token too, so perplexity over whole windows and token-by-token generation compute the same. Weights and file size do
+    not change: generation needs less memory. Prompts are quantized at once.
 
-    Source: the rounding of Liu et al. (LLM-QAT), arXiv 2305.17888 (symmetric, per token, min-max).
-    Differs: one scale per token and head; fixed scales as runtimes with an fp8 cache have them on request.
+    Source: Liu et al. (LLM-QAT), arXiv 2305.17888 (symmetric, per token, min-max).
+    Differs: one scale per token and head; optionally static scales, as in runtimes with an fp8 cache.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"cache"})

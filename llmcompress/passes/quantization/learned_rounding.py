@@ -1,4 +1,6 @@
-"""Which way every weight is rounded, learned block by block. O = outputs, I = inputs, G = groups."""
+"""Learned rounding: whether each weight is rounded up or down, learned block by block. O = outputs, I = inputs, G =
+groups.
+"""
 
 from __future__ import annotations
 
@@ -29,15 +31,16 @@ _NARROWEST, _WIDEST = 0.7, 1.2
 
 @PASSES.register("learned_rounding")
 class LearnedRounding(QuantizingPass):
-    """Round each weight up or down, and stretch each scale, so that the block's output errs least on calibration data.
+    """Learn whether to round each weight up or down, and each scale, to minimize the block's output error on
+    calibration data.
 
-    The block reads what the compressed blocks before it give, and is to give what it gave in the dense model.
-    A step looks at one batch (of every process), and all offsets and scales move by the same small length against the
-    sign of their gradients; the length falls to zero. Better at 2 and 3 bits than what looks at one linear at a time,
-    at dozens of times the work. A block that ends worse than it began keeps plain rounding.
+    The block's inputs come from the compressed blocks before it; its targets are the dense model's outputs. Each step
+    uses one batch (per process) and moves all offsets and scales against the sign of their gradients, with a learning
+    rate that falls to zero. Better at 2 and 3 bits than methods that treat one linear at a time, at dozens of times the
+    cost. A block that ends worse than it began is rounded to nearest.
 
-    Source: Cheng et al., arXiv 2309.05516 (SignRound). Differs: ranges are searched on Gram matrices first and scales
-    move around what was found; the end is kept, not the best batch on the way.
+    Source: Cheng et al., arXiv 2309.05516 (SignRound). Differs: ranges are first searched on Gram matrices, and scales
+    are learned around them; the last step is kept, not the best batch.
     """
 
     sitewise: ClassVar[bool] = False
@@ -124,7 +127,7 @@ class LearnedRounding(QuantizingPass):
 
 
 class _Learning(nn.Module):
-    """Stands in for a linear while its rounding is learned."""
+    """Replaces a linear while its rounding is learned."""
 
     def __init__(self, site: LinearSite, scheme: Scheme) -> None:
         super().__init__()

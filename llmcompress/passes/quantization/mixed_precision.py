@@ -1,4 +1,4 @@
-"""Bits where they matter: a scheme for every site under one budget of stored bits, then any quantizer."""
+"""Mixed precision: a scheme for every site under one budget of bits, then any quantizer."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ WITHIN = 0.01
 """Bits per weight by which the average may stay below `bits`, where the sites' sizes allow it."""
 
 _BACKWARD: Mapping[Sensitivity, Backward | None] = {
-    "gradients": Backward(),
-    "rate": Backward(),
-    "fisher": Backward(copies=2, windows=1),
+    "gradients": Backward(recomputes=True),
+    "rate": Backward(recomputes=True),
+    "fisher": Backward(copies=1, windows=1, recomputes=True),
     "hessian": Backward(copies=4, windows=1),
     "kl": None,
     "output": None,
@@ -51,12 +51,12 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 @PASSES.register("mixed_precision")
 class MixedPrecision(BlockPass):
-    """Decide which of the candidate schemes each site gets, so that the model loses least; then quantize with them.
+    """Choose a candidate scheme for each site so that the model loses least within the budget, then quantize with them.
 
-    What is decided is ordinary `overrides` of the quantizer: `settled` gives that pass, `llmcompress allocate` writes
-    it as a recipe.
+    The decision becomes ordinary `overrides` of the quantizer: `with_decisions` returns that pass, and `llmcompress
+    allocate` writes it as a recipe.
 
-    Source: see `sensitivity.py`. The shares are exact (`numerics/allocation.py`), not rounded from a continuous
+    Source: see `sensitivity.py`. The allocation is exact (`numerics/allocation.py`), not rounded from a continuous
     solution.
     """
 

@@ -1,4 +1,4 @@
-"""Mixture of formats: each site gets the number format of one width that suits it best. T = tokens, I = inputs."""
+"""Mixture of formats: each site gets the best number format of a given bit width. T = tokens, I = inputs."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from llmcompress.records.rows import SiteReport
 
 @PASSES.register("mixture_of_formats")
 class MixtureOfFormats(BlockPass):
-    """Quantize each site with every candidate and keep the one with the least error; the first one where equal.
+    """Quantize each site with every candidate and keep the one with the least error; the first one if equal.
 
-    Source: Zhang et al., arXiv 2305.12356 (MoFQ): integers or floats of the same width, by the error of weights where
-    only they are rounded, of outputs where activations are too.
+    Source: Zhang et al., arXiv 2305.12356 (MoFQ): integers or floats of the same width, by the weight error for
+    weight-only schemes and by the output error if activations are quantized too.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"codes"})

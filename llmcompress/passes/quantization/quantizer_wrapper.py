@@ -1,4 +1,4 @@
-"""Passes around a quantizer: they need the weights from before it, so it is named inside them. O = outputs."""
+"""Passes that wrap a quantizer, because they need the weights from before quantization. O = outputs."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from llmcompress.records.rows import SiteReport
 
 
 class QuantizerWrapper(QuantizingPass):
-    """Quantizes each site with another pass, then improves what it left. `scheme` stands here, not inside.
+    """Quantize each site with another pass, then improve the result. `scheme` is set here, not in the quantizer.
 
-    Such passes can stand inside each other, and inside whatever takes a quantizer.
+    Such passes can be nested, and used wherever a quantizer can.
     """
 
     quantizer: dict[str, dict[str, Any]] = Field(
@@ -39,7 +39,7 @@ class QuantizerWrapper(QuantizingPass):
 
     @property
     def inner(self) -> QuantizingPass:
-        """The quantizing pass."""
+        """The quantization pass."""
         return self._inner(self.quantizer)
 
     def _inner(self, named: dict[str, dict[str, Any]]) -> QuantizingPass:

@@ -1,4 +1,4 @@
-"""Rotation: the residual stream, heads and FFN inputs in bases without outlier channels, where they round well."""
+"""Rotation: removes outlier channels from the residual stream, heads and FFN inputs, so that they quantize well."""
 
 from __future__ import annotations
 
@@ -36,13 +36,14 @@ STREAM = {"hadamard": spreading_basis, "random": uniform_basis}
 
 @PASSES.register("rotation")
 class Rotation(ModelPass):
-    """Rotate the residual stream by one orthogonal matrix and fold it into all weights: outliers are spread evenly.
+    """Rotate the residual stream by an orthogonal matrix that is folded into all weights, which spreads outliers
+    evenly.
 
-    The model computes what it did; its config stays plain (a tied head gets a weight of its own). A Hadamard matrix
-    spreads best; where the width has none, it is the product of one for the powers of two and a Hartley matrix.
+    The model computes the same, and its config stays plain (a tied head is untied). A Hadamard matrix spreads best; for
+    widths that have none, it is the product of one for the powers of two and a Hartley matrix.
 
     Source: Ashkboos et al. (QuaRot), arXiv 2404.00456; Liu et al. (SpinQuant), arXiv 2405.16406 (`learned`). Differs:
-    where norms subtract the mean the rotation keeps the direction of all ones; queries and keys are not rotated.
+    where norms subtract the mean, the rotation keeps the direction of all ones; queries and keys are not rotated.
     """
 
     conflicts: ClassVar[Mapping[Trait, str]] = {
@@ -87,7 +88,7 @@ class Rotation(ModelPass):
 
     @override
     def names_after(self, site: str) -> tuple[str, ...]:
-        """The linear behind an online transform has another name."""
+        """A linear after an online transform has another name."""
         return (f"{site}.kept",) if self._matches(site) else (site,)
 
     @override

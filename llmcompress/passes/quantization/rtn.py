@@ -1,4 +1,4 @@
-"""Round to nearest: the baseline every other quantizer must beat, and the only one that needs no data."""
+"""Round to nearest: the baseline of all quantizers, without data."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class RoundToNearest(QuantizingPass):
         return self.activation_statistics()
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
-        """Round every site by itself."""
+        """Round every site separately."""
         rows = []
         for site in sites:
             scheme = self.scheme_for(site.name, site.info.inputs)

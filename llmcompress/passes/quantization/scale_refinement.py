@@ -1,4 +1,4 @@
-"""Scale refinement: the codes stay as a quantizer left them, their scales are solved for again."""
+"""Scale refinement: solves for the scales again, with the quantizer's codes fixed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from llmcompress.records.rows import SiteReport
 
 @PASSES.register("scale_refinement")
 class ScaleRefinement(QuantizerWrapper):
-    """After a quantizer, group scales by least squares on the output; no row of a weight gets worse.
+    """Quantize with another pass, then refit group scales by least squares on the output; no row of a weight gets
+    worse.
 
     Source: the scale step of Egiazarian et al., arXiv 2401.06118 (AQLM) and of Nagel et al., arXiv 2106.08295, section
-    3; here in closed form on the Gram matrix, and rounded to the checkpoint's dtype inside the search.
+    3; here in closed form on the Gram matrix, and rounded to the checkpoint's dtype during the search.
     """
 
     sweeps: int = Field(4, ge=0, le=100, description="rounds of coordinate descent over the scales")

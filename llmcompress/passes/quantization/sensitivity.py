@@ -1,8 +1,9 @@
-"""How much the model loses with each candidate scheme at each site, by several measures. O = outputs, I = inputs.
+"""Sensitivity: how much the model loses with each candidate scheme at each site, by several measures. O = outputs, I =
+inputs.
 
-All are measured on the dense model. What is measured on outputs uses the very quantizer that will do the work; measures
-that need the whole model at once (fisher, hessian, kl) round to nearest in the best ranges instead. Losses of one
-measure have one unit over all sites.
+All are measured on the dense model. Measures on outputs use the actual quantizer; measures that need the whole model at
+once (fisher, hessian, kl) round to nearest with searched ranges instead. Losses of one measure have the same unit for
+all sites.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class _SchemeEstimator(LossEstimator):
 
 @dataclass
 class RelativeOutput(_SchemeEstimator):
-    """Squared error of each site's output ÷ its squared output: all sites count the same."""
+    """Squared error of each site's output ÷ its squared norm: all sites count equally."""
 
     @property
     @override
@@ -111,10 +112,11 @@ class RelativeOutput(_SchemeEstimator):
 
 @dataclass
 class WeightedOutput(RelativeOutput):
-    """Squared error of each output weighed by the squared gradient of the loss along it: its growth to second order.
+    """Squared output error weighted by the squared gradient of the loss: the expected increase of the loss to second
+    order.
 
-    Source: the objective of Young, arXiv 2409.02026 (CVXQ) and arXiv 2505.03031 (Radio). Differs: squared gradients
-    are those of the loss on calibration text, not of projected logits; errors are measured, not modelled (`rate`).
+    Source: the objective of Young, arXiv 2409.02026 (CVXQ) and arXiv 2505.03031 (Radio). Differs: squared gradients are
+    those of the loss on calibration text, not of projected logits; errors are measured, not modelled (`rate`).
     """
 
     def __post_init__(self) -> None:
@@ -133,9 +135,9 @@ class WeightedOutput(RelativeOutput):
 
 @dataclass
 class ModelledRate(WeightedOutput):
-    """The same with errors of theory instead of measured ones: variance · 4^-bits for every weight.
+    """The same with theoretical errors instead of measured ones: variance · 4^-bits for every weight.
 
-    The least sum of these is what B = ½ (log₂ variance + log₂ G² - log₂ λ) asks for, on whole candidates.
+    Minimizing their sum gives the rule B = ½ (log₂ variance + log₂ G² - log₂ λ), on discrete candidates.
     Source: as above, their rule for bit depths.
     """
 
@@ -158,7 +160,7 @@ class ModelledRate(WeightedOutput):
 
 @dataclass
 class Fisher(_SchemeEstimator):
-    """Squared rounding errors weighed by the squared gradient of every weight, window by window."""
+    """Squared rounding errors weighted by the squared gradient of every weight, window by window."""
 
     def __post_init__(self) -> None:
         self.gradients = WeightGradients(list(self.candidates), sums=False, squares=True)

@@ -1,4 +1,4 @@
-"""SmoothQuant: move activation outliers into the weights, where they round well. C = channels of a shared input."""
+"""SmoothQuant: moves activation outliers into the weights, where they quantize well. C = channels of a shared input."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from llmcompress.records.rows import SiteReport
 
 @PASSES.register("smoothquant")
 class SmoothQuant(BlockPass):
-    """Divide what gives a linear its input and multiply the linear; the block computes what it did before.
+    """Divide the producer of a linear's input and multiply the linear; the block computes the same.
 
-    Source: Xiao et al., arXiv 2211.10438. Differs: works on every fold that the model map proved legal, not only
-    behind norms: the inputs of o_proj and down_proj have outliers too (docs/log.md).
+    Source: Xiao et al., arXiv 2211.10438. Differs: uses every legal fold of the model map, not only norm → linear: the
+    inputs of o_proj and down_proj have outliers too (docs/log.md).
     """
 
     whole_block: ClassVar[frozenset[str]] = frozenset({"folds"})

@@ -1,4 +1,4 @@
-"""Passes that know their target from the start: what it cannot hold, no quantizer makes."""
+"""Adapts passes to the limits of the export target before any work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training learns from: samples whose order is a function of the seed and the position alone.
+"""Training data: samples whose order is a function of the seed and the position only.
 
 Every process asks for the same order; accelerate gives each its part of every batch. N = windows, T = tokens.
 """
@@ -29,19 +29,19 @@ class BatchRange:
 
 
 class TrainingData(ABC):
-    """Samples without end: one pass over the data follows the other, each in a new order."""
+    """An endless sequence of samples: epoch after epoch, each in a new order."""
 
     longest: int | None = None
-    """Tokens of the longest sample, where that is known."""
+    """Tokens of the longest sample, if known."""
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """The same for the same samples, so that a training is not resumed with others."""
+        """Identifies the samples, so that a training is not resumed with others."""
 
     @abstractmethod
     def loader(self, part: BatchRange) -> DataLoader[Any]:
-        """These batches; what lies before them is not tokenised again."""
+        """These batches; earlier ones are not tokenised again."""
 
     @abstractmethod
     def held_out(self, share: float, seed: int) -> tuple[TrainingData, IndexedSamples | None]:
@@ -52,19 +52,19 @@ class TrainingData(ABC):
 
 
 class IndexedSamples(TrainingData, Dataset[Sample]):
-    """Samples that can be asked for by their number, in any order."""
+    """Samples that can be accessed by index."""
 
     def __init__(self) -> None:
         self._chosen: Tensor | None = None
 
     @abstractmethod
     def sample(self, index: int) -> Sample:
-        """One of them, tokenised when it is asked for."""
+        """One sample, tokenised on access."""
 
     @property
     @abstractmethod
     def count(self) -> int:
-        """How many there are before some are held out."""
+        """Their number, including held-out ones."""
 
     def __len__(self) -> int:
         return self.count if self._chosen is None else len(self._chosen)

@@ -1,4 +1,4 @@
-"""One row → one sample: what is tokenised, and which of its tokens are learned. T = tokens."""
+"""One row → one sample: its tokens, and which of them are learned. T = tokens."""
 
 from __future__ import annotations
 

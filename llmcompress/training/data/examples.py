@@ -1,4 +1,4 @@
-"""From a file, a Hub dataset or rows at hand to samples: packed text, prompts with responses, conversations."""
+"""Samples from a file, a Hub dataset or given rows: packed text, prompts with responses, conversations."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "
 
 
 class Examples(BaseModel):
-    """What to train on."""
+    """Training examples and how to read them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     source: str = Field(min_length=1)
     """A .jsonl, .json, .parquet, .csv or .txt, or a Hub dataset."""
     split: str = Field(default="train", min_length=1)
-    """Which split of a Hub dataset."""
+    """Split of a Hub dataset."""
     config: str | None = None
-    """Which configuration of a Hub dataset."""
+    """Configuration of a Hub dataset."""
     kind: Literal["text", "prompt", "chat"] = "text"
-    """text: documents, packed into full windows; prompt: prompts and responses, only responses are learned; chat:
-    conversations in the model's chat template, only the assistant's turns are learned."""
+    """text: documents, packed into full windows; prompt: prompts and responses, with the loss on responses; chat:
+    conversations in the model's chat template, with the loss on the assistant's turns."""
     columns: dict[Literal["text", "prompt", "response", "messages"], str] = Field(default_factory=dict)
-    """Which columns hold them, where they do not have one of the usual names."""
+    """The columns, if they do not have one of the usual names."""
     tokens: int = Field(default=512, ge=2)
-    """In a window of packed text; the most in any other sample, what is longer is cut at its end."""
+    """Tokens per window of packed text; the maximum of any other sample, longer ones are truncated."""
     streaming: bool = False
-    """Read row by row while training, in the memory of a few; for data that does not fit into memory. The documents of
-    a .txt then are its paragraphs."""
+    """Read row by row during training, for data that does not fit into memory. The paragraphs of a .txt are then its
+    documents."""
     shuffle: int = Field(default=1000, ge=1)
-    """Streaming: rows held in memory, from which the next is drawn."""
+    """Size of the shuffle buffer when streaming, in rows."""
     chat_template: str | None = None
-    """A file with the Jinja chat template to use where the tokenizer has none."""
+    """A Jinja chat template file, for tokenizers that have none."""
 
 
 def training_data(examples: Examples, tokenizer: PreTrainedTokenizerBase, *, where: str = "data") -> TrainingData:

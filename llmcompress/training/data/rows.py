@@ -1,4 +1,4 @@
-"""Rows of `datasets` as samples, tokenised one by one when a batch is made: at any position, or in a stream."""
+"""Rows of `datasets` as samples, tokenised one by one when a batch is made: by index, or in a stream."""
 
 from __future__ import annotations
 

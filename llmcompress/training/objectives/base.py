@@ -1,4 +1,4 @@
-"""What a training minimises: small registered classes, computed over a few rows of logits at a time.
+"""Training objectives: small registered classes, computed on a few rows of logits at a time.
 
 R = rows (positions of all samples of a batch), V = vocabulary.
 """
@@ -24,7 +24,7 @@ PerToken = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class ObjectiveInputs:
-    """One batch as an objective sees it."""
+    """One batch as an objective receives it."""
 
     step: int
     """1, 2, …; 0 in validation."""
@@ -67,7 +67,7 @@ class ObjectiveInputs:
 
 
 class Objective(ABC):
-    """What is minimised in the place of, or beside, the cross-entropy."""
+    """A training loss, instead of or in addition to the cross-entropy."""
 
     def needs_teacher(self) -> bool:
         """Whether `ObjectiveInputs.teacher` is read."""
@@ -78,15 +78,15 @@ class Objective(ABC):
         """The mean over the tokens to be predicted in this batch."""
 
     def state(self) -> dict[str, Tensor]:
-        """What a killed training must find again, beside weights and random numbers."""
+        """State for resuming, besides weights and random states."""
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 (most have no state)
-        """Go on where `state` was taken."""
+        """Restore what `state` returned."""
 
 
 class TokenObjective(BaseModel, Objective):
-    """A loss that looks at each token alone. The fields are the options."""
+    """A loss computed for each token independently. The fields are the options."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 

@@ -1,4 +1,4 @@
-"""Distillation on logits: the divergence between the teacher's and the student's distribution of the next token.
+"""Distillation of logits: the divergence between the teacher's and the student's next-token distributions.
 
 R = rows, V = vocabulary.
 """
@@ -28,9 +28,9 @@ class KL(TokenObjective):
     """forward: KL(teacher ‖ student), covers all that the teacher says; reverse: KL(student ‖ teacher), seeks its
     modes."""
     temperature: float = Field(default=1.0, gt=0)
-    """Divides the logits of both."""
+    """Temperature of both distributions."""
     weight: float = Field(default=1.0, ge=0, le=1)
-    """Share of the divergence; the rest is cross-entropy with the targets."""
+    """Weight of the divergence; the rest is cross-entropy with the targets."""
 
     @override
     def needs_teacher(self) -> bool:

@@ -1,4 +1,4 @@
-"""A penalty beside another objective: on gates, on norms of weights, on anything that is not a token."""
+"""A penalty added to another objective: on gates, on weight norms, on anything that is not per token."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from llmcompress.training.objectives.base import Objective, ObjectiveInputs
 
 
 class Penalty(ABC):
-    """Something to add to the loss."""
+    """A term added to the loss."""
 
     @abstractmethod
     def value(self, step: int) -> Tensor:
         """Of step 1, 2, …, with its graph."""
 
     def state(self) -> dict[str, Tensor]:
-        """What a killed training must find again."""
+        """State for resuming."""
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 (most have no state)
-        """Go on where `state` was taken."""
+        """Restore what `state` returned."""
 
 
 class Penalised(Objective):
-    """The sum of an objective and a penalty. In validation (step 0) the penalty is left out."""
+    """The sum of an objective and a penalty. In validation (step 0) there is no penalty."""
 
     def __init__(self, objective: Objective, penalty: Penalty) -> None:
         self._objective, self._penalty = objective, penalty

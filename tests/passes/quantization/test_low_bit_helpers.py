@@ -151,7 +151,7 @@ def test_the_chosen_format_has_the_least_error_of_all(family: str, schemes: tupl
 
 
 def test_candidates_of_different_widths_are_refused() -> None:
-    with pytest.raises(ValidationError, match="one width"):
+    with pytest.raises(ValidationError, match="same bit width"):
         block_pass("mixture_of_formats", schemes=("int4_g32", "int8_g32"))
     with pytest.raises(CompressError, match="do not divide"):
         block_pass("mixture_of_formats", schemes=("int4_g40",)).check(map_of("llama"))

@@ -1,4 +1,4 @@
-"""What a score is: one number per unit, greater for units that matter more. U = units."""
+"""The base class of scores: one number per unit, larger for more important units. U = units."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Allocate = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 class Score(LossEstimator):
-    """One way to say which units matter. It has no options: what needs some is a pass of its own.
+    """One importance score. It has no options; a method with options is a pass.
 
-    Its table has a row per group, named after the linear that reads it; the options are units that may go.
+    Its table has a row per group, named after the linear that reads it; the options are the units that can be removed.
     """
 
     needs_data: ClassVar[bool] = True
