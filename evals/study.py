@@ -171,7 +171,7 @@ def tokens_per_window(text: EvaluationText) -> list[int]:
 
 
 def stored_bytes(model: PreTrainedModel) -> int:
-    """What the weights take: codes at their own width, scales and all else in 16 bits. Zeros count in full.
+    """What the weights take: codes without padding, scales and all else in 16 bits. Zeros count in full.
 
     The model is rounded to 16 bits for it, for good: measure first.
     """

@@ -17,8 +17,8 @@ FEWER_BITS = ("int4_g64", "int3_g64", "int2_g64")
 COLUMNS = (
     "Perplexity: mean (lowest–highest) over calibration draws, × dense ± standard error over windows. KL: from the "
     "dense model, nats per token over all texts. Loss − ours: nats per token over all texts, minus those of the row in "
-    "bold, ± standard error of the paired difference; in bold is the best of ours on validation texts. MB: codes at "
-    "their own width, their scales, all else in 16 bits; the token embedding is 57 MB of that unless a row rounds it."
+    "bold, ± standard error of the paired difference; in bold is the best of ours on validation texts. MB: codes "
+    "without padding, their scales, all else in 16 bits; the token embedding is 57 MB of that unless a row rounds it."
 )
 
 
@@ -45,7 +45,7 @@ def about(facts: Facts, rows: Sequence[Method]) -> str:
     )
     return (
         f"**{facts['model']}**: dense perplexity {texts}; {protocol(told['window'], told['bos'])}. Calibrated on "
-        f"{told['samples']} × {told['tokens']} tokens of WikiText-2 valid, everybody on the same ones. {COLUMNS}"
+        f"{told['samples']} × {told['tokens']} tokens of WikiText-2 valid, the same for every tool. {COLUMNS}"
     )
 
 
@@ -111,8 +111,8 @@ def short(facts: Facts) -> str:
     told = facts["protocol"]
     many = "One calibration draw" if draws == 1 else f"Means of up to {draws} calibration draws"
     head = (
-        f"{facts['model']}: perplexity ({protocol(told['window'], told['bos'])}), × dense ± standard error. Everybody "
-        f"calibrates on the same {told['samples']} × {told['tokens']} tokens of WikiText-2 valid; ours (in bold) was "
+        f"{facts['model']}: perplexity ({protocol(told['window'], told['bos'])}), × dense ± standard error. All tools "
+        f"calibrate on the same {told['samples']} × {told['tokens']} tokens of WikiText-2 valid; ours (in bold) was "
         f"chosen on validation text. {many}; docs/results.md has all rows."
     )
     return "\n\n".join([head, markdown(["weights", "by", "MB", *texts, "KL"], body), environment(facts)])
