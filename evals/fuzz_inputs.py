@@ -1,34 +1,64 @@
-"""Mutates the JSON files of a tiny model, and says which mutations end in anything but a result or a CompressError.
+"""Damages the files that users bring, runs commands on them, and counts how each ends: exit code 1 is a bug of ours.
 
-python evals/fuzz_inputs.py --count 2000 --seed 0
+python evals/fuzz_inputs.py --count 2000 --seed 0 --rows evals/results/fuzz-inputs.json
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import io
 import json
+import os
 import random
+import re
 import shutil
+import signal
 import sys
 import tempfile
-import traceback
-from collections import Counter
-from collections.abc import Callable, Iterator
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
-from llmcompress.errors import CompressError, ExitCode
-from llmcompress.exporters.loader import loader_of
-from llmcompress.loading.config import read_config
-from llmcompress.loading.load import load_for_compression
-from llmcompress.loading.source import Source
-from llmcompress.model.map import ModelMap
-from llmcompress.model.probe import probe
-from llmcompress.planning import KnownModel, make_plan
-from llmcompress.recipe import Recipe, parse_recipe
+from llmcompress.cli.main import main as llmcompress
+from llmcompress.errors import ExitCode
+from llmcompress.evaluation.environment import versions
 
-FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer_config.json")
+_RECIPE = {
+    "seed": 0,
+    "calibration": {"samples": 2, "tokens": 16, "source": "builtin:calibration"},
+    "passes": [{"gptq": {"scheme": "int4_g16", "damping": 0.01, "sites": ["*"], "overrides": {"*.q_proj": {}}}}],
+    "evaluate": {"perplexity": [{"source": "builtin:evaluation", "max_windows": 1}]},
+    "save": {"format": "auto", "max_shard_size": "5GB"},
+}
+CHEAPEST = "passes: [rtn: {scheme: int4_g16}]\nevaluate: {}\n"
+_TEXT = "text.jsonl"
+
+_DRY_RUN = ("compress", "dense", "--recipe", "cheapest.yaml", "--dry-run")
+_COMPRESS = ("compress", "dense", "--recipe", "cheapest.yaml", "-o", "out", "--overwrite", "--fresh")
+_EVALUATE = ("evaluate", "dense", "--perplexity", _TEXT, "--max-windows", "1")
+
+DAMAGED: Mapping[str, Sequence[Sequence[str]]] = {
+    "dense/config.json": (("inspect", "dense"), _DRY_RUN, _COMPRESS, _EVALUATE),
+    "dense/generation_config.json": (_DRY_RUN, _COMPRESS),
+    "dense/model.safetensors.index.json": (_DRY_RUN, _COMPRESS, ("footprint", "dense")),
+    "dense/tokenizer_config.json": (_DRY_RUN, _EVALUATE),
+    "dense/tokenizer.json": (_DRY_RUN, _EVALUATE),
+    "codes/config.json": (("inspect", "codes"), ("footprint", "codes"), ("evaluate", "codes", *_EVALUATE[2:])),
+    "codes/llmcompress_report.json": (("inspect", "codes"), ("footprint", "codes")),
+    "manifest/config.json": (("inspect", "manifest"), ("footprint", "manifest")),
+    "recipe.yaml": (("compress", "dense", "--recipe", "recipe.yaml", "--dry-run"),),
+    _TEXT: (_EVALUATE,),
+}
+"""File → the commands that read it."""
+PLAIN_MODEL = tuple(file for file in DAMAGED if file.startswith("dense/"))
+
+SECONDS_FOR_A_COMMAND = 60
+
 _VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 7, 3.5, -0.5, 1e300, float("nan"), float("inf"), 10_000_000, 2**31, 2**63, 10**30),
     *("", "text", "0", "../x", "a" * 300, "\x00", "Ünïcödé", "float16", [], [1], ["a", None], {}, {"a": 1}),
@@ -44,36 +74,40 @@ class Mutation(NamedTuple):
     content: bytes
 
 
-def mutations(folder: Path, *, count: int, seed: int) -> Iterator[Mutation]:
-    """So many mutations of the JSON files in the folder, the same for the same seed."""
+def mutations(folder: Path, *, count: int, seed: int, files: Sequence[str] = tuple(DAMAGED)) -> Iterator[Mutation]:
+    """So many mutations of the files, the same for the same seed."""
     choose = random.Random(seed)
     for _ in range(count):
-        file = choose.choice((*FILES, FILES[0]))  # config.json twice as often
+        file = choose.choice((*files, files[0]))  # config.json twice as often
         yield _mutated(file, (folder / file).read_bytes(), choose)
 
 
 def _mutated(file: str, content: bytes, choose: random.Random) -> Mutation:
     if choose.random() < 0.15:
         return _torn(file, content, choose)
-    data = json.loads(content)
+    lines = content.splitlines(keepends=True) if file.endswith(".jsonl") else [content]
+    at = choose.randrange(len(lines))
+    data = json.loads(lines[at])
     holder = data
-    path = []
-    while isinstance(holder, dict) and holder:
-        key = choose.choice(sorted(holder))
+    path: list[Any] = []
+    while isinstance(holder, dict | list) and holder:
+        key = choose.choice(sorted(holder) if isinstance(holder, dict) else range(len(holder)))
         path.append(key)
-        if not isinstance(holder[key], dict) or choose.random() < 0.4:
+        if not isinstance(holder[key], dict | list) or not holder[key] or choose.random() < 0.4:
             break
         holder = holder[key]
     if not path:
         return _torn(file, content, choose)
     changes: dict[str, Callable[[], None]] = {
         "removed": lambda: holder.pop(path[-1]),
-        "replaced": lambda: holder.update({path[-1]: copy.deepcopy(choose.choice(_VALUES))}),
-        "scaled": lambda: holder.update({path[-1]: _scaled(holder[path[-1]], choose)}),
+        "replaced": lambda: holder.__setitem__(path[-1], copy.deepcopy(choose.choice(_VALUES))),
+        "scaled": lambda: holder.__setitem__(path[-1], _scaled(holder[path[-1]], choose)),
     }
     name = choose.choices(tuple(changes), weights=(1, 6, 3))[0]
     changes[name]()
-    return Mutation(file, f"{'.'.join(path)} {name}: {holder.get(path[-1])!r:.60}", json.dumps(data).encode())
+    value = "" if name == "removed" else f": {holder[path[-1]]!r:.60}"
+    lines[at] = json.dumps(data).encode() + b"\n" * (len(lines) > 1)
+    return Mutation(file, f"{'.'.join(map(str, path))} {name}{value}", b"".join(lines))
 
 
 def _scaled(value: Any, choose: random.Random) -> Any:
@@ -101,85 +135,132 @@ def _torn(file: str, content: bytes, choose: random.Random) -> Mutation:
     return Mutation(file, what, torn[what])
 
 
-def recipe() -> Recipe:
-    """The cheapest one."""
-    return parse_recipe("passes: [rtn: {scheme: int4_g16}]\nevaluate: {}", "fuzz")
+def write_inputs(folder: Path) -> None:
+    """A dense model, two that we compressed, recipes and a text, all tiny."""
+    from tests.tiny_folder import write_tiny_llama
+
+    write_tiny_llama(folder / "dense", shard="30KB")
+    write_recipes(folder)
+    rows = [{"text": f"the quick brown fox {number} jumps over the lazy dog " * 8} for number in range(12)]
+    (folder / _TEXT).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
-class Attempt:
-    """What `compress`, its dry run and `inspect` do with a model before any work."""
-
-    def __init__(self, folder: Path, order: Recipe) -> None:
-        self.folder, self._order = folder, order
-        self._map = self._inspected()
-
-    def outcomes(self, *, config_changed: bool) -> list[str]:
-        """How each command ends: `fine`, the code of a refusal, or the exception with our line that let it pass."""
-        found = []
-        if config_changed:
-            found.append(_outcome(self._inspected))
-        return [*found, _outcome(lambda: self._planned(None if config_changed else self._map))]
-
-    def _inspected(self) -> ModelMap:
-        return probe(read_config(self.folder)[0], unfuse=True)
-
-    def _planned(self, model_map: ModelMap | None) -> None:
-        source = Source(self.folder, "fuzzed")
-        loaded = load_for_compression(source)
-        checked = loaded.preflight
-        known = KnownModel(source.name, checked, model_map or self._inspected(), loader_of(checked.config))
-        make_plan(known, self._order)
+def write_recipes(folder: Path) -> None:
+    """One with many options, to be damaged, and the cheapest."""
+    (folder / "recipe.yaml").write_text(json.dumps(_RECIPE))  # JSON is YAML
+    (folder / "cheapest.yaml").write_text(CHEAPEST)
 
 
-def _outcome(call: Callable[[], object]) -> str:
+def write_compressed(folder: Path) -> None:
+    """What two formats make of the dense model."""
+    for name, form in (("codes", "auto"), ("manifest", "llmcompress")):
+        ended = run(
+            folder, ("compress", "dense", "--recipe", "cheapest.yaml", "-o", name, "--set", f"save.format={form}")
+        )
+        assert ended.exit_code == 0, ended
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    exit_code: int
+    how: str
+    """The code of a refusal; for a bug the exception with our line that let it pass."""
+
+
+def run(folder: Path, command: Sequence[str]) -> Ended:
+    """One command in this process, as if its words had been typed in the folder."""
+    before, shown = Path.cwd(), io.StringIO()
+    handler = signal.signal(signal.SIGALRM, _too_long)
+    os.chdir(folder)
+    signal.alarm(SECONDS_FOR_A_COMMAND)
     try:
-        call()
-    except CompressError as refusal:
-        return "BUG" if refusal.exit_code is ExitCode.BUG else refusal.code
-    except Exception as problem:
-        ours = [frame for frame in traceback.extract_tb(problem.__traceback__) if "llmcompress/" in frame.filename]
-        at = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "?"
-        return f"BUG {type(problem).__name__} at {at}: {str(problem).partition(chr(10))[0]:.100}"
-    return "fine"
+        with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(io.StringIO()):
+            llmcompress([*command, "--json"])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException as problem:  # what the command line lets through shows a traceback and exits with 1
+        return Ended(int(ExitCode.BUG), f"{type(problem).__name__}: {problem!s:.100}")
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, handler)
+        os.chdir(before)
+    return Ended(code, "fine" if code == 0 else _told(json.loads(shown.getvalue())["error"]))
 
 
-def damaged(attempt: Attempt, mutation: Mutation) -> str:
-    """The worst outcome with this file damaged; the folder is afterwards as it was."""
-    file = attempt.folder / mutation.file
+def _told(error: Mapping[str, Any]) -> str:
+    if error["code"] != "bug":
+        return str(error["code"])
+    log = Path(error["where"])
+    ours = re.findall(r'File ".*llmcompress/(\S+\.py)", line (\d+)', log.read_text())
+    log.unlink()
+    return f"{error['what']:.110} at {':'.join(ours[-1]) if ours else '?'}"
+
+
+def _too_long(number: int, frame: FrameType | None) -> None:
+    raise AssertionError(f"longer than {SECONDS_FOR_A_COMMAND} s")
+
+
+def damaged(folder: Path, mutation: Mutation, commands: Sequence[Sequence[str]]) -> list[Ended]:
+    """How the commands end with this file damaged; it is afterwards as it was."""
+    file = folder / mutation.file
     before = file.read_bytes()
     file.write_bytes(mutation.content)
     try:
-        found = attempt.outcomes(config_changed=mutation.file == "config.json")
+        return [run(folder, command) for command in commands]
     finally:
         file.write_bytes(before)
-    return next((each for each in found if each.startswith("BUG")), found[-1])
 
 
 def main() -> int:
-    """Prints every signature with one mutation that shows it; 1 where any is not a CompressError."""
-    from tests.tiny_folder import write_tiny_llama
-
+    """Prints every way to end with one mutation that shows it; 1 where any exit code is."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", type=Path, help="write the counts there, as JSON")
     options = parser.parse_args()
-    found: Counter[str] = Counter()
-    examples: dict[str, Mutation] = {}
-    folder = Path(tempfile.mkdtemp()) / "model"
+    folder = Path(tempfile.mkdtemp())
+    tempfile.tempdir = str(folder)
+    codes: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    ways: Counter[tuple[int, str]] = Counter()
+    examples: dict[tuple[int, str], str] = {}
+    began = time.process_time()
     try:
-        write_tiny_llama(folder, shard="30KB")
-        attempt = Attempt(folder, recipe())
+        write_inputs(folder)
+        write_compressed(folder)
         for mutation in mutations(folder, count=options.count, seed=options.seed):
-            ended = damaged(attempt, mutation)
-            found[ended] += 1
-            examples.setdefault(ended, mutation)
+            commands = DAMAGED[mutation.file]
+            for command, ended in zip(commands, damaged(folder, mutation, commands), strict=True):
+                dry = " --dry-run" if "--dry-run" in command else ""
+                codes[f"{command[0]}{dry}"][str(ended.exit_code)] += 1
+                ways[ended] += 1
+                if ended not in examples:
+                    examples[ended] = f"{' '.join(command)} with {mutation.file}: {mutation.what}"
+                    if ended.exit_code == ExitCode.BUG:
+                        print(f"BUG {ended.how}: {examples[ended]}", flush=True)
     finally:
-        shutil.rmtree(folder.parent)
-    for ended, times in sorted(found.items(), key=lambda item: -item[1]):
-        print(f"{times:5d}  {ended:60s}  {examples[ended].file}: {examples[ended].what}")
-    bugs = {ended: times for ended, times in found.items() if ended.startswith("BUG")}
-    print(f"{options.count} mutations, {sum(bugs.values())} bugs, {len(bugs)} signatures")
+        shutil.rmtree(folder)
+    for (code, how), times in sorted(ways.items(), key=lambda item: (item[0][0], -item[1])):
+        print(f"{times:5d}  exit {code}  {how:40s}  {examples[code, how]}")
+    bugs = sum(each[str(int(ExitCode.BUG))] for each in codes.values())
+    print(f"{options.count} damaged files, {ways.total()} commands, {bugs} exits with 1")
+    if options.rows:
+        _write(options, codes, ways, seconds=time.process_time() - began)
     return 1 if bugs else 0
+
+
+def _write(
+    options: argparse.Namespace, codes: Mapping[str, Counter[str]], ways: Counter[tuple[int, str]], *, seconds: float
+) -> None:
+    rows = {
+        "command": f"python evals/fuzz_inputs.py --count {options.count} --seed {options.seed}",
+        "versions": versions(),
+        "damaged_files": options.count,
+        "cpu_seconds": round(seconds),
+        "exit_codes_by_command": {name: dict(sorted(codes[name].items())) for name in sorted(codes)},
+        "refusals": {how: times for (code, how), times in ways.most_common() if code},
+    }
+    options.rows.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

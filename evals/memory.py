@@ -1,4 +1,4 @@
-"""How much memory compressing a model from disk takes, what the dry run foretold, and whether depth matters.
+"""How much memory compressing a model from disk takes, what the dry run estimated, and whether depth matters.
 
     python evals/memory.py --name m1100
     python evals/memory.py --name m1100 --blocks 22 --blocks 44 --scheme int4_g128
@@ -37,7 +37,7 @@ recipe = parse_recipe(recipe, "evals")
 if what == "plan":
     print(json.dumps({"bytes": plan(model, recipe, offload=offload, machine=this_machine()).peak_memory_bytes}))
 else:
-    seconds = compress(model, recipe, output, offload=offload).seconds
+    seconds = compress(model, recipe, output, offload=offload).report.seconds
     # not getrusage: its peak is inherited from the process that started this one
     peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
     print(json.dumps({"bytes": 1024 * int(peak[1]), "seconds": seconds}))
@@ -65,13 +65,13 @@ def main(name: str, counts: tuple[int, ...], modes: tuple[str, ...], scheme: str
             size = write(folder, name, count)
             for mode in modes:
                 arguments = [str(folder), str(Path(scratch) / "out"), recipe, mode]
-                foretold, found = run(arguments, "plan"), run(arguments, "compress")
+                estimated, found = run(arguments, "plan"), run(arguments, "compress")
                 row = {
                     "blocks": count,
                     "offload": mode,
                     "bytes_model": size,
                     "peak_bytes": found["bytes"],
-                    "foretold_bytes": foretold["bytes"],
+                    "estimated_bytes": estimated["bytes"],
                     "seconds": found["seconds"],
                 }
                 rows = [each for each in rows if (each["blocks"], each["offload"]) != (count, mode)] + [row]

@@ -1,4 +1,4 @@
-"""Writes docs/results.md, and a summary of it in the README, from evals/results/*.json.
+"""Writes docs/results.md, and the headline tables in the README, from evals/results/*.json.
 
     python evals/table.py            rewrite docs/results.md and the part of README.md between the `results` markers
     python evals/table.py --check    exit with 1 when one of them is out of date
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tables import cost, presets, pruning, quantization
+from tables import cost, presets, pruning, quantization, real
 from tables.cells import Facts
 from tables.summary import LINES, MODEL, summary
 
@@ -22,8 +22,17 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 ABOUT = """# Results
 
-Every table is made by `python evals/table.py` from the files in `evals/results/`, and those by the programs in
-[evals/](../evals/README.md). Lower perplexity is better; × is the ratio to the dense model.
+`python evals/table.py` writes every table from the files in `evals/results/`, which the programs in
+[evals/](../evals/README.md) measure. Lower perplexity is better; × is the ratio to the dense model. The models of most
+tables are small: measure yours before you decide.
+
+How the seconds of `gptq` and `awq` grow with blocks, width and samples (`python evals/plots.py`, from the same files):
+
+![CPU seconds against blocks, width and samples, on logarithmic axes](growth.svg)
+
+A real model, SmolLM2-135M-Instruct, ours and the peers' (`python evals/quality_bytes.py`, from the first tables):
+
+![Perplexity ÷ dense against megabytes of weights](quality-bytes.svg)
 """
 
 
@@ -34,8 +43,6 @@ class Section(NamedTuple):
     table: Callable[[Facts], str]
     pattern: str
     """Of the result files."""
-    in_readme: str = ""
-    """The one file that the README shows."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -43,8 +50,8 @@ def main(arguments: Sequence[str]) -> int:
     readme, results = ROOT / "README.md", ROOT / "docs" / "results.md"
     folder = ROOT / "evals" / "results"
     wanted = {
-        readme: with_results(readme.read_text(encoding="utf-8"), shortened(folder)),
-        results: f"{ABOUT}\n{render(folder, heading='##')}\n",
+        readme: with_results(readme.read_text(encoding="utf-8"), headline(folder)),
+        results: f"{ABOUT}\n{render(folder)}\n",
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if "--check" in arguments:
@@ -69,9 +76,10 @@ def sections() -> list[Section]:
     """What there is, in the order of the documents."""
     return [
         Section("Presets on a real model", presets.presets, "presets-*.json"),
-        Section("Weights only", quantization.quantization, "quantization-*.json"),
+        Section("A real model, against llm-compressor, GPTQModel and AutoRound", real.everything, "real-*.json"),
+        Section("Weight-only quantization", quantization.quantization, "quantization-*.json"),
         Section(
-            "Codes, against llm-compressor, GPTQModel and AutoRound",
+            "Weight-only quantization, against llm-compressor, GPTQModel and AutoRound",
             quantization.codes_peer,
             "peers-quantization-*.json",
         ),
@@ -81,41 +89,43 @@ def sections() -> list[Section]:
             "outliers-*.json",
         ),
         Section("Rotations, shifts and reordering", quantization.rotation, "rotation-*.json"),
-        Section("Bits shared out, low-bit helpers", quantization.allocation, "allocation-*.json"),
-        Section("Zeros", pruning.sparse, "sparse-*.json"),
-        Section("Zeros, against llm-compressor", pruning.sparse_peer, "peers-sparse-quality-*.json"),
+        Section("Mixed precision and low-bit corrections", quantization.allocation, "allocation-*.json"),
+        Section("Unstructured and N:M sparsity", pruning.sparse, "sparse-*.json"),
+        Section(
+            "Unstructured and N:M sparsity, against llm-compressor", pruning.sparse_peer, "peers-sparse-quality-*.json"
+        ),
         Section("Prune or quantize, at equal bytes", pruning.equal_bytes, "equal-bytes-*.json"),
-        Section("Fewer blocks", pruning.depth, "depth-*.json"),
-        Section("Fewer heads and FFN channels", pruning.width, "width-*.json"),
-        Section("FFN channels, against Torch-Pruning", pruning.width_peer, "peers-width-*.json"),
-        Section("Narrower residual stream: SliceGPT", pruning.slicegpt, "slicegpt-*.json"),
-        Section("Thinner everywhere: MoDeGPT, SliceGPT, SVD", pruning.modular, "decomposition-*.json"),
+        Section("Depth pruning", pruning.depth, "depth-*.json"),
+        Section("Width pruning: heads and FFN channels", pruning.width, "width-*.json"),
+        Section("Width pruning of FFN channels, against Torch-Pruning", pruning.width_peer, "peers-width-*.json"),
+        Section("Slicing the residual stream: SliceGPT", pruning.slicegpt, "slicegpt-*.json"),
+        Section("MoDeGPT, SliceGPT and SVD at equal compression", pruning.modular, "decomposition-*.json"),
         Section("Low rank", pruning.low_rank, "low-rank-*.json"),
-        Section("At initialisation and in training", pruning.at_init, "at-init-*.json"),
-        Section("Per input", cost.dynamic, "dynamic-*.json"),
-        Section("Tokens per second", cost.speed, "speed-*.json", "speed-cpu-m110.json"),
-        Section("Tokens per second, per input", cost.dynamic_speed, "dynamic-speed-*.json"),
-        Section("What compressing costs, against llm-compressor", cost.seconds, "seconds.json", "seconds.json"),
-        Section("Memory of a run whose weights stay on disk", cost.memory, "memory-*.json"),
-        Section("Mapping a family from its config alone", cost.map_time, "map-time.json"),
+        Section("Pruning at initialization and during training", pruning.at_init, "at-init-*.json"),
+        Section("Dynamic inference", cost.dynamic, "dynamic-*.json"),
+        Section("Tokens per second", cost.speed, "speed-*.json"),
+        Section("Tokens per second, dynamic inference", cost.dynamic_speed, "dynamic-speed-*.json"),
+        Section("Compression time, against llm-compressor", cost.seconds, "seconds.json"),
+        Section("Memory of a run with weight offloading", cost.memory, "memory-*.json"),
+        Section("Mapping a family from its config", cost.map_time, "map-time.json"),
     ]
 
 
-def shortened(folder: Path) -> str:
-    """What the README shows."""
+def headline(folder: Path) -> str:
+    """The tables of the README: the real model beside the peers, and every kind of compression on the bundled one."""
+    (measured,) = read(folder, f"real-{real.MODEL}.json")
     files = {line.file: read(folder, f"{line.file}-{MODEL}.json") for line in LINES}
     known = {name: facts for name, (facts,) in files.items()}
-    return f"### Perplexity\n\n{summary(known)}\n\n{render(folder, short=True)}"
+    return f"{real.short(measured)}\n\n{summary(known)}"
 
 
-def render(folder: Path, *, short: bool = False, heading: str = "###") -> str:
-    """All tables, one section per kind of result; `short`: those of the README."""
+def render(folder: Path) -> str:
+    """All tables, one section per kind of result."""
     parts = []
     for section in sections():
-        files = read(folder, section.in_readme if short else section.pattern) if section.in_readme or not short else []
-        tables = [table for table in map(section.table, files) if table]
+        tables = [table for table in map(section.table, read(folder, section.pattern)) if table]
         if tables:
-            parts.append(f"{heading} {section.title}\n\n" + "\n\n".join(tables))
+            parts.append(f"## {section.title}\n\n" + "\n\n".join(tables))
     return "\n\n".join(parts) or "No result files yet: see `evals/README.md`."
 
 

@@ -137,7 +137,7 @@ def measured(setting: Setting, loaded: Any, variant: str, *, ratio: float, seeds
             for block in whole_model(loaded, pruned, data.windows_NT, seed).stream():
                 block.decisions = decisions
                 pass_.run(block)
-                block.settle()
+                block.round_to_storage_dtype()
             result = perplexity(pruned, loaded.tokenizer, setting.task, device=CPU, progress=Silent())
             rows[refit]["perplexity"].append(result.perplexity)
             rows[refit]["parameters"].append(parameters(pruned))

@@ -1,47 +1,70 @@
-"""Make a causal language model from the Hugging Face Hub small and fast for a given device.
+"""Compress causal language models from the Hugging Face Hub, and measure what it costs in quality.
 
-`compress("Qwen/Qwen3-0.6B", "w4", "out")` is the whole thing. Names are imported when first used, so that
-`import llmcompress` alone is instant.
+`compress("Qwen/Qwen3-0.6B", "w4", "out")` is the whole thing; docs/python.md has the rest. Names are imported when
+first used, so that `import llmcompress` alone is instant.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 import wrapt
 
 if TYPE_CHECKING:
+    from llmcompress.calibration.settings import Calibration
+    from llmcompress.compressed_model import CompressedModel, footprint
     from llmcompress.errors import CompressError
+    from llmcompress.evaluation.settings import PerplexityTask
+    from llmcompress.fixed_recipe import allocate
     from llmcompress.loading.load import load
-    from llmcompress.pipeline import compress, evaluate, inspect, plan
+    from llmcompress.pipeline import compress, evaluate, inspect, plan, speed
+    from llmcompress.progress import ProgressEvent
     from llmcompress.recipe import Recipe
     from llmcompress.records.report import Report
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "CompressError",
-    "Recipe",
-    "Report",
-    "__version__",
-    "compress",
-    "evaluate",
-    "inspect",
-    "load",
-    "plan",
-]
-
 _HOMES = {
+    "Calibration": "llmcompress.calibration.settings",
     "CompressError": "llmcompress.errors",
+    "CompressedModel": "llmcompress.compressed_model",
+    "PerplexityTask": "llmcompress.evaluation.settings",
+    "ProgressEvent": "llmcompress.progress",
     "Recipe": "llmcompress.recipe",
     "Report": "llmcompress.records.report",
+    "allocate": "llmcompress.fixed_recipe",
     "compress": "llmcompress.pipeline",
     "evaluate": "llmcompress.pipeline",
+    "footprint": "llmcompress.compressed_model",
     "inspect": "llmcompress.pipeline",
     "load": "llmcompress.loading.load",
     "plan": "llmcompress.pipeline",
+    "speed": "llmcompress.pipeline",
 }
+
+__all__ = [
+    "Calibration",
+    "CompressError",
+    "CompressedModel",
+    "PerplexityTask",
+    "ProgressEvent",
+    "Recipe",
+    "Report",
+    "__version__",
+    "allocate",
+    "compress",
+    "evaluate",
+    "footprint",
+    "inspect",
+    "load",
+    "plan",
+    "speed",
+]
+
+# a library is silent until the program that uses it sets logging up
+logging.getLogger("llmcompress").addHandler(logging.NullHandler())
 
 
 @wrapt.when_imported("transformers.quantizers.auto")

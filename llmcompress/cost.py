@@ -1,10 +1,10 @@
-"""Rough foresight: what compressing takes in memory and operations. N = calibration tokens, O, I = a site's sizes.
+"""The resource estimate: memory and operations of a recipe. N = calibration tokens; O, I = a site's sizes.
 
 Memory: the model in float32 (offloaded: its largest part), the hidden states of all calibration tokens before and after
 a block, one batch inside a block, and the largest pass's statistics with the copies made while solving; where gradients
-go through the whole model, all that one batch computes and what the pass keeps. Time: operations ÷ the
-speed of a matrix product on some machine. Time is meant to be right within a factor of two, memory within a fifth, and
-both to order alternatives correctly.
+go through the whole model, all activations of one batch and what the pass keeps. Time: operations ÷ the speed of a
+matrix product on this machine. Time should be right within a factor of two, memory within a fifth, and both should
+order alternatives correctly.
 """
 
 from __future__ import annotations
@@ -24,24 +24,28 @@ from llmcompress.numerics.loss import LOGITS_BYTES, LOGITS_COPIES, windows_at_on
 from llmcompress.numerics.statistics import Gram
 from llmcompress.passes.base import PASSES, BlockPass, Pass
 from llmcompress.recipe.model import Recipe
+from llmcompress.sensitivity.gradients import rows_at_once
 
 Offload = Literal["auto", "always", "never"]
-"""Whether weights stay on disk while nobody computes with them; auto: when they would not fit into memory."""
+"""Whether weights are offloaded to disk; auto: if they would not fit into memory."""
 
 _FLOAT = 4
 _SHARE_OF_MEMORY = 0.7
-"""Of the free memory that weights may take; passes need the rest."""
+"""Fraction of the free memory for weights; passes need the rest."""
 _SOLVING_COPIES = 2
 """Of a Gram matrix, in float32: permuted and factored; it is inverted in its place."""
 _WEIGHT_COPIES = 4
 """Of a site's weights while it is solved: as they are, permuted, transposed for the sweep, codes and masks."""
 _SAVED_HIDDEN = 10
-"""Hidden states that a block keeps per token for the gradient, beside its linears' outputs: norms, turned queries and
+"""Hidden states that a block keeps per token for the gradient, besides its linears' outputs: norms, turned queries and
 keys, sums."""
 _SAVED_OUTPUTS = 2
 """The outputs of linears themselves, and what is computed from them."""
 _BACKWARD_FORWARDS = 3
-"""Forward passes that one forward and its gradients cost."""
+"""Forward passes that one forward and its gradients cost; one more where blocks are computed again."""
+_LEARNING_COPIES = 12
+"""Of a block's weights while its codes are learned: latent ones with gradient, two moments and the best so far, first
+codes, what codes are relaxed to, the weights these give, and their graph."""
 _EVALUATED_MODELS = 2
 """The dense one, unless its scores are known already, and the compressed one."""
 BYTES_PER_TOKEN = 4
@@ -56,16 +60,16 @@ _ROUNDED_WEIGHT = 1000.0
 
 @dataclass(frozen=True)
 class Cost:
-    """What a recipe takes on any machine."""
+    """The resources of a recipe, on any machine."""
 
     operations: float
-    """Multiplications and additions of passes over all blocks and of gradients; those of the head are left out."""
+    """Multiplications and additions of passes over all blocks and of gradients, without the output head."""
     forwards: float
-    """How often all calibration windows go through all blocks; a forward with gradients counts for three."""
+    """How often all calibration windows pass through all blocks; a forward and backward pass counts as three."""
     peak_bytes: int
-    """Most bytes held at any time, beside the interpreter and its libraries."""
+    """Peak bytes, without the interpreter and its libraries."""
     evaluation_operations: float | None = None
-    """Of measuring the dense and the compressed model; None: how long a text is is not known before it is read."""
+    """Of evaluating the dense and the compressed model; None: the length of a text is not known before it is read."""
 
 
 @dataclass(frozen=True)
@@ -73,20 +77,24 @@ class _Measuring:
     """What a pass measures, asked once and not for every block."""
 
     selects: Callable[[str], bool]
-    forwards: int
+    forwards: float
     wants_dense: bool
     solves: bool
     """Whether Gram matrices are measured, and systems solved with them."""
     rounds: bool
     """Whether it ends in codes."""
+    learns: bool
+    """Whether gradients go through single blocks."""
 
     @classmethod
-    def of(cls, each: BlockPass) -> _Measuring:
-        return cls(each.selects, each.forwards(), each.wants_dense(), Gram in each.measures(), each.quantizes())
+    def of(cls, each: BlockPass, samples: int) -> _Measuring:
+        learning = _BACKWARD_FORWARDS * each.trained_windows() / samples
+        solves, forwards = Gram in each.measures(), each.forwards() + learning
+        return cls(each.selects, forwards, each.wants_dense(), solves, each.quantizes(), learns=learning > 0)
 
 
 class Machine(NamedTuple):
-    """What turns a cost into seconds and into the memory of a process."""
+    """The speed and base memory of a machine, to turn a cost into seconds and process memory."""
 
     operations_per_second: float
     process_bytes: int = 0
@@ -104,16 +112,16 @@ def must_offload(offload: Offload, passes: Sequence[Pass], *, weight_bytes: int,
     if offload == "always" and processes > 1:
         raise CompressError(
             "memory.processes",
-            f"{processes} processes share one run, and weights on disk serve one process only",
-            fix="run it in one process, or use --offload never",
+            f"disk offload supports a single process, and {processes} were started",
+            fix="start without torchrun, or set offload to never",
             exit_code=ExitCode.USAGE,
         )
     if offload == "always" and blocked:
         raise CompressError(
             "memory.needed",
-            "some passes need the whole model in memory",
+            "some passes need the whole model in memory, which disk offload does not give them",
             where=", ".join(blocked),
-            fix="use --offload never, or leave these passes out",
+            fix="set offload to never, or remove these passes",
             exit_code=ExitCode.USAGE,
         )
     too_large = 2 * weight_bytes > _SHARE_OF_MEMORY * psutil.virtual_memory().available
@@ -129,19 +137,19 @@ def cost(
     max_positions: int | None = None,
     offloaded: bool = False,
 ) -> Cost:
-    """What the recipe takes, from the map and the recipe alone: nothing is computed, measured or read.
+    """The cost of a recipe, from the map and the recipe only: nothing is computed, measured or read.
 
     `vocabulary` = embedding rows.
     """
-    passes = [_Measuring.of(each) for each in recipe.passes if isinstance(each, BlockPass)]
+    samples = recipe.calibration.samples
+    passes = [_Measuring.of(each, samples) for each in recipe.passes if isinstance(each, BlockPass)]
     once = int(any(each.uses_data() for each in recipe.passes))  # without windows nothing goes through the blocks
     forwards = [once + sum(each.forwards for each in passes if any(_groups(each, block))) for block in model_map.blocks]
-    samples = recipe.calibration.samples
     through_model = sum(
-        _BACKWARD_FORWARDS * (gradients.trained_on or samples) / samples
+        (_BACKWARD_FORWARDS + gradients.recomputes) * (gradients.trained_on or samples) / samples
         for each in recipe.passes
         if (gradients := each.backward())
-    )
+    ) + sum(each.forwards_through_model(len(model_map.blocks)) for each in recipe.passes)
     return Cost(
         operations=_operations(recipe, model_map, passes, [times + through_model for times in forwards]),
         forwards=sum(forwards) / max(len(forwards), 1) + through_model,
@@ -185,6 +193,7 @@ def _peak_bytes(
     hidden = 2 * streams * _FLOAT * tokens * model_map.hidden_size if needs_data else 0
     batch = recipe.calibration.batch * recipe.calibration.tokens if needs_data else 0
     working = max((_working_bytes(each, block, batch) for each in passes for block in model_map.blocks), default=0)
+    working += _baseline_bytes(recipe, model_map) if needs_data else 0
     evaluating = LOGITS_BYTES if recipe.evaluate else 0
     if not offloaded:
         gradients = max(
@@ -197,7 +206,7 @@ def _peak_bytes(
 
 
 def _operations(recipe: Recipe, model_map: ModelMap, passes: Sequence[_Measuring], forwards: Sequence[float]) -> float:
-    """Of passes over all blocks and of gradients; the head is left out."""
+    """Operations of passes over all blocks and of gradients, without the output head."""
     window = recipe.calibration.tokens
     tokens = recipe.calibration.samples * window
     total = 0.0
@@ -229,12 +238,14 @@ def _evaluation(recipe: Recipe, model_map: ModelMap, vocabulary: int, max_positi
 
 
 def _working_bytes(each: _Measuring, block: BlockInfo, tokens: int) -> int:
-    """Beside weights and hidden states: one batch inside the block; then its statistics and what solving a site takes.
+    """Besides weights and hidden states: one batch inside the block; then its statistics and what solving a site takes.
 
     Gram matrices of all input groups are there at once; vectors do not count.
     """
     sites = block.structure.sites
     inside = _FLOAT * tokens * sum(site.outputs for site in sites)
+    if each.learns:
+        inside += _LEARNING_COPIES * _FLOAT * sum(site.outputs * site.inputs for site in sites)
     if not each.solves:
         return inside
     squares = [_inputs(block, group) ** 2 for group in _groups(each, block)]
@@ -243,8 +254,14 @@ def _working_bytes(each: _Measuring, block: BlockInfo, tokens: int) -> int:
     return _FLOAT * sum(squares) + max(inside, _FLOAT * solving)
 
 
+def _baseline_bytes(recipe: Recipe, model_map: ModelMap) -> int:
+    """A second block, which the guard compares the first one with."""
+    blocks = (sum(site.outputs * site.inputs for site in block.structure.sites) for block in model_map.blocks)
+    return _FLOAT * max(blocks, default=0) if recipe.guard.windows and recipe.guard.fall_back else 0
+
+
 def _gradient_bytes(each: Pass, recipe: Recipe, model_map: ModelMap, parameters: int, vocabulary: int) -> int:
-    """Beside the weights, while gradients of the loss go through the whole model; 0 for a pass that takes none."""
+    """Besides the weights, while gradients of the loss are computed; 0 for a pass without gradients."""
     found = each.backward()
     if not found:
         return 0
@@ -254,13 +271,18 @@ def _gradient_bytes(each: Pass, recipe: Recipe, model_map: ModelMap, parameters:
     # a training computes logits in parts, but a batch goes through the blocks as a whole
     tokens = windows * recipe.calibration.tokens if found.trained_on else with_logits
     selects = each.selects if isinstance(each, BlockPass) else lambda _: True
-    weights = saved = 0
+    weights, saved = 0, list[int]()
     for block in model_map.blocks:
         sites = block.structure.sites
         weights += sum(site.outputs * site.inputs for site in sites if selects(block.full(site.name)))
-        saved += _SAVED_OUTPUTS * sum(site.outputs for site in sites) + _SAVED_HIDDEN * model_map.hidden_size
+        saved.append(_SAVED_OUTPUTS * sum(site.outputs for site in sites) + _SAVED_HIDDEN * model_map.hidden_size)
     kept = found.copies * weights + found.of_all * parameters
-    return int(_FLOAT * (kept + with_logits * LOGITS_COPIES * vocabulary + tokens * saved))
+    if found.recomputes:
+        with_logits = min(with_logits, rows_at_once(vocabulary))
+        of_token = max(saved, default=0) + len(saved) * model_map.hidden_size
+    else:
+        of_token = sum(saved)
+    return int(_FLOAT * (kept + with_logits * LOGITS_COPIES * vocabulary + tokens * of_token))
 
 
 def _selected_weights(each: _Measuring, block: BlockInfo) -> int:

@@ -1,4 +1,4 @@
-"""The one error users meet: what went wrong, where, how to fix it, and what is saved."""
+"""The error that users see: what happened, where, what to do, and what is saved."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ExitCode(IntEnum):
 
 
 NOTHING_SAVED = "nothing was written"
-"""What an error says of the work so far unless whoever raised or passed it on knows better."""
+"""What errors say about saved work unless a more specific text is given."""
 
 
 class CompressError(ValueError):

@@ -1,15 +1,17 @@
-"""Take all decisions of a recipe, and write them out as a recipe of ordinary options."""
+"""Makes all allocation decisions of a recipe and writes them out as a recipe of ordinary options."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.devices import usable_device
+from llmcompress.calibration.in_memory import as_calibration
 from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
@@ -20,23 +22,32 @@ from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.probe import map_model
 from llmcompress.passes.apply import apply_passes, stages
 from llmcompress.passes.base import Pass
-from llmcompress.planning import aimed_at_target, check_recipe, check_texts, storage_dtype_of
-from llmcompress.presets import as_recipe
-from llmcompress.progress import Progress, Silent
+from llmcompress.planning import check_recipe, check_texts, storage_dtype_of, within_target_limits
+from llmcompress.presets import RecipeLike, as_recipe
+from llmcompress.progress import ProgressLike, as_progress
 from llmcompress.recipe import Recipe
 
 
 def allocate(
-    model: str | None, recipe: Recipe | str | Path, *, device: str = "auto", progress: Progress | None = None
+    model: str | Path | None,
+    recipe: RecipeLike,
+    *,
+    calibration: Any = None,
+    device: str = "auto",
+    progress: ProgressLike = None,
 ) -> Recipe:
     """The recipe with everything decided that its passes decide by data: schemes, ranks, sparsities, units, blocks.
 
     It makes the same result without deciding again. Passes before a decision are applied in memory; nothing is saved.
+    The model is read from files; `recipe`, `calibration` and `progress` are as for `compress`.
+
     Raises: CompressError when no pass decides anything that a recipe can say, and for all that `compress` refuses.
     """
-    progress = progress or Silent()
-    chosen = aimed_at_target(as_recipe(recipe).for_model(model))
-    check_texts(chosen)
+    progress = as_progress(progress)
+    chosen = as_recipe(recipe).for_model(None if model is None else str(model))
+    settings, given = as_calibration(calibration, chosen.calibration)
+    chosen = within_target_limits(chosen.model_copy(update={"calibration": settings}))
+    check_texts(chosen, given=given is not None)
     progress.stage("load", 1)
     source = find_source(str(chosen.model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
     loaded = load_for_compression(source, trust_remote_code=chosen.trust_remote_code, progress=progress)
@@ -53,6 +64,7 @@ def allocate(
             seed=chosen.seed,
             model=loaded.model,
             progress=progress,
+            given=given,
         )
         windows_NT = data.windows_NT
         rows = loaded.preflight.contents.embedding_rows
@@ -66,11 +78,11 @@ def allocate(
         experts=chosen.calibration.experts,
         progress=progress,
     )
-    passes = settled_passes(WholeModel(loaded.model, model_map, context), chosen.passes)
+    passes = decided_passes(WholeModel(loaded.model, model_map, context), chosen.passes)
     return chosen.model_copy(update={"passes": passes})
 
 
-def settled_passes(whole: WholeModel, passes: Sequence[Pass]) -> tuple[Pass, ...]:
+def decided_passes(whole: WholeModel, passes: Sequence[Pass]) -> tuple[Pass, ...]:
     """The passes with all decisions taken, each on the model as those before it leave it. The model is changed.
 
     Raises: CompressError when nothing was decided that options can say.
@@ -92,8 +104,8 @@ def settled_passes(whole: WholeModel, passes: Sequence[Pass]) -> tuple[Pass, ...
     if tuple(settled) == tuple(passes):
         raise CompressError(
             "recipe.nothing-to-allocate",
-            "no pass of the recipe decides anything that a recipe can say",
-            fix="write one that does, e.g. `- mixed_precision: {bits: 3.5, quantizer: {gptq: {}}}`",
+            "no pass of the recipe makes a decision that can be written into a recipe",
+            fix="add a pass that allocates, e.g. `- mixed_precision: {bits: 3.5, quantizer: {gptq: {}}}`",
             exit_code=ExitCode.USAGE,
         )
     return tuple(settled)

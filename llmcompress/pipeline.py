@@ -1,8 +1,7 @@
-"""The whole flow, in the order of the README: load → map → calibrate ⇄ compress → evaluate → save."""
+"""The main entry points, in order of the flow: load → map → calibrate ⇄ compress → evaluate → save."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -10,259 +9,316 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompress.calibration.context import RunContext
-from llmcompress.calibration.data import CalibrationData, calibration_windows
+from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.devices import usable_device
+from llmcompress.calibration.in_memory import as_calibration
 from llmcompress.calibration.offloading import InMemory
-from llmcompress.calibration.process_group import joined_processes, own_device
-from llmcompress.calibration.sources import overlap_warning
+from llmcompress.calibration.process_group import own_device, process_group
+from llmcompress.calibration.token_windows import CalibrationData
 from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
+from llmcompress.compressed_model import (
+    CompressedModel,
+    ModelLike,
+    in_memory,
+    is_dense,
+    live_model,
+    named_models,
+    runner_of,
+    tokenizer_beside,
+)
 from llmcompress.cost import Machine, Offload, about, this_machine
-from llmcompress.errors import without_tokens
-from llmcompress.evaluation.coverage import coverage_warnings
+from llmcompress.evaluation.coverage import coverage_warnings, overlap_warnings
 from llmcompress.evaluation.dense import DenseScores, against_dense, dense_scores
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.evaluation.footprint import bytes_on_disk
-from llmcompress.evaluation.perplexity import measure
-from llmcompress.evaluation.settings import BUNDLED_TEXT, PerplexityTask
+from llmcompress.evaluation.held_out import HeldOut, loss_increase, loss_warnings
+from llmcompress.evaluation.inspection import inspect_folder
+from llmcompress.evaluation.measuring import TaskLike, as_tasks, perplexities
+from llmcompress.evaluation.settings import BUNDLED_TEXT
 from llmcompress.evaluation.speed import SpeedResult, speed_of
-from llmcompress.evaluation.texts import EvaluationText, evaluation_text
-from llmcompress.exporters.companions import companions
-from llmcompress.exporters.save import save_model
-from llmcompress.loading.config import read_config
+from llmcompress.evaluation.stopwatch import Stopwatch
+from llmcompress.loading.borrowed import borrowed, lent, told_if_changed
+from llmcompress.loading.in_memory import required_tokenizer
 from llmcompress.loading.load import load_tokenizer
-from llmcompress.loading.source import find_source
+from llmcompress.loading.source import IN_MEMORY, find_source
 from llmcompress.model.describe import describe
-from llmcompress.model.probe import probe
+from llmcompress.model.probe import map_model, probe
 from llmcompress.passes.apply import apply_passes, steps
-from llmcompress.passes.together import Together
-from llmcompress.planning import Plan, aimed_at_target, foretold_cost, make_plan, refused
-from llmcompress.preparation import Order, Prepared, prepare
-from llmcompress.presets import as_recipe
-from llmcompress.progress import Progress, Silent
-from llmcompress.recipe import Recipe
-from llmcompress.records.measurements import Measurement, PerplexityResult, StageSeconds, WeightBytes
-from llmcompress.records.report import REPORT, Report
+from llmcompress.passes.shared_resume_store import SharedResumeStore
+from llmcompress.planning import Plan, estimated_cost, known_in_memory, make_plan, refused, within_target_limits
+from llmcompress.preparation import CompressionRequest, Prepared, prepare
+from llmcompress.presets import RecipeLike, as_recipe
+from llmcompress.progress import ProgressLike, Silent, as_progress
+from llmcompress.records.degraded import degraded_warnings
+from llmcompress.records.measurements import Measurement, PerplexityResult, WeightBytes
+from llmcompress.records.report import Report
 from llmcompress.records.rows import SiteReport
 from llmcompress.run import Run
 from llmcompress.runners.base import RUNNERS
 from llmcompress.runners.torch_runner import TorchRunner
+from llmcompress.saving import Result, bytes_to_write, publish_result
 from llmcompress.storage.cache import TensorCache, cache_folder
-from llmcompress.storage.folder import publish, staging_folder
-
-RECIPE = "llmcompress_recipe.yaml"
-"""Saved beside the weights and the report: the resolved recipe that makes the same result again."""
 
 
 def compress(
-    model: str | None,
-    recipe: Recipe | str | Path,
-    output: str | Path,
+    model: ModelLike | None,
+    recipe: RecipeLike,
+    output: str | Path | None = None,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration: Any = None,
     device: str = "auto",
     overwrite: bool = False,
     fresh: bool = False,
     offload: Offload = "auto",
-    progress: Progress | None = None,
-) -> Report:
-    """Compress a model and save it as a Hugging Face folder.
+    progress: ProgressLike = None,
+) -> CompressedModel:
+    """Compress a model; in memory, or with `output` into a Hugging Face folder.
 
-    `model` is a Hub id, a folder or `builtin:books-llama` (None: the recipe names it); `recipe` a `Recipe`, a file or
-    the name of a preset. Beside `output` a folder `<output>.run` keeps finished blocks until all is done: a killed run
-    started again goes on where it was, unless `fresh`. An existing `output` is only replaced with `overwrite`, after
-    its successor is complete. With `offload` the weights stay on disk and one block at a time is in memory (auto: when
-    the whole model would not fit). Processes that `torchrun` started share the calibration windows; the first one
-    evaluates and writes, all return the report.
+    `model`: a Hub id, a folder, `builtin:books-llama`, None (the recipe names it), or a dense transformers model in
+    memory with its `tokenizer`. A model in memory is changed in place, without a second copy: the result has its
+    device, dtype and mode, and an error during compression leaves it partly changed. The dense model is evaluated
+    first.
+
+    `recipe`: a preset's name, a file, a dictionary, YAML or JSON text, a `Recipe`, one pass, or a list of passes.
+    `calibration`: None (the recipe's), texts, conversations, a `datasets.Dataset`, batches of `input_ids` (with
+    `attention_mask` where they are padded), or settings; data in memory appear in the recipe only by kind and hash.
+
+    Without `output` nothing is written except the cache of dense scores. With it, a folder `<output>.run` saves
+    finished blocks until all is done: an interrupted run resumes when started again, unless `fresh`. An existing
+    `output` is only replaced with `overwrite`, once the new one is complete. With `offload` the weights stay on disk
+    and one block at a time is in memory (auto: if the whole model would not fit). Under `torchrun` the processes share
+    the calibration windows; the first one evaluates and writes.
+
+    `progress`: a function of one `ProgressEvent`, "bar", or a `Progress`; messages go to the logger "llmcompress" too.
 
     Raises: CompressError for everything a user can cause.
     """
-    chosen = aimed_at_target(as_recipe(recipe).for_model(model))
+    live = live_model(model, tokenizer)
+    chosen = as_recipe(recipe).for_model(live.name if live else None if model is None else str(model))
+    settings, given = as_calibration(calibration, chosen.calibration)
+    chosen = within_target_limits(chosen.model_copy(update={"calibration": settings}))
     where = own_device(usable_device(device))
-    with joined_processes(where) as processes:
-        order = Order(
+    with process_group(where) as processes, lent(live.model if live else None) as give_back:
+        request = CompressionRequest(
             recipe=chosen,
-            output=Path(output),
+            output=None if output is None else Path(output),
+            live=live,
+            given=given,
             device=where,
             processes=processes,
             overwrite=overwrite,
             fresh=fresh,
             offload=offload,
-            progress=progress if progress and processes.is_first else Silent(),
+            progress=as_progress(progress) if processes.is_first else Silent(),
         )
-        return _compress(order)
+        made = _compress(request)
+        give_back(made.model, made.storage_dtype)
+    return made
 
 
-def _compress(order: Order) -> Report:
+def _compress(request: CompressionRequest) -> CompressedModel:
     clock = Stopwatch()
-    prepared = prepare(order)
-    order = replace(order, recipe=prepared.recipe)
-    recipe, processes = order.recipe, order.processes
+    prepared = prepare(request)
+    request = replace(request, recipe=prepared.recipe)
+    recipe, processes = request.recipe, request.processes
     clock.lap("load")
-    order.progress.note(_estimate(prepared))
-    with _opened_run(order, prepared) as run:
+    request.progress.note(_estimate(prepared))
+    with _opened_run(request, prepared) as run:
         torch.manual_seed(recipe.seed)
-        data = _calibration(order, prepared)
+        data = _calibration(request, prepared)
         clock.lap("calibration text")
-        dense = _dense(order, prepared) if processes.is_first else []
+        held_out = HeldOut(data.held_out_NT if data else None, prepared.weights_at, request.device)
+        before = held_out.scores(prepared.loaded.model) if processes.is_first else []
+        dense = _dense(request, prepared) if processes.is_first else []
         clock.lap("evaluate dense")
-        order.progress.stage("compress", steps(recipe.passes, prepared.map))
-        context = _context(order, prepared, data, run)
-        model, rows = apply_passes(prepared.loaded.model, prepared.map, recipe.passes, context)
+        request.progress.stage("compress", steps(recipe.passes, prepared.map))
+        context = _context(request, prepared, data, run)
+        with told_if_changed(request.live is not None):
+            model, rows = apply_passes(prepared.loaded.model, prepared.map, recipe.passes, context)
         clock.lap("compress")
-        if run is None:  # the first process evaluates and writes
-            return processes.same(Report.model_construct())
         measured: list[Measurement] = [each.perplexity() for each in dense]
-        with TorchRunner(model, weights_at=prepared.weights_at, device=order.device) as runner:
-            measured += against_dense(runner, dense, order.progress)
-        clock.lap("evaluate compressed")
-        report = _report(order, prepared, data, rows).with_measurements([*measured, *clock.stages()])
-        order.progress.stage("save", 1)
-        report = _save(order, prepared, model, report)
-        order.progress.step(order.output.name)
-        run.discard()
-    return processes.same(report)
+        if processes.is_first:  # it evaluates and writes
+            with TorchRunner(model, weights_at=prepared.weights_at, device=request.device) as runner:
+                measured += against_dense(runner, dense, request.progress)
+            measured += loss_increase(before, held_out.scores(model))
+            clock.lap("evaluate compressed")
+        report = _report(request, prepared, data, rows).with_measurements([*measured, *clock.stages()])
+        report = report.model_copy(update={"warnings": (*report.warnings, *loss_warnings(measured))})
+        result = _result(request, prepared, model, report)
+        result = replace(result, report=processes.broadcast(_saved(request, result) if processes.is_first else report))
+        if run is not None:
+            run.discard()
+    return CompressedModel(result, request.device, request.output, offloaded=prepared.loaded.weights is not None)
 
 
 def _estimate(prepared: Prepared) -> str:
-    """How long the run will take here: a measured speed, and operations that the recipe foretells."""
+    """How long the run will take here: a measured speed, and the recipe's operations."""
     offloaded = not isinstance(prepared.weights_at, InMemory)
-    taken = foretold_cost(prepared.recipe, prepared.map, prepared.loaded.preflight, offloaded=offloaded)
+    taken = estimated_cost(prepared.recipe, prepared.map, prepared.loaded.preflight, offloaded=offloaded)
     speed = this_machine().operations_per_second
     evaluating = taken.evaluation_operations
     ending = f", and {about(evaluating / speed)} to evaluate" if evaluating else ""
     return f"estimate for this machine: about {about(taken.operations / speed)} to compress{ending}"
 
 
-def _opened_run(order: Order, prepared: Prepared) -> AbstractContextManager[Run | None]:
-    """The run folder, in the first process alone."""
-    if not order.processes.is_first:
+def _opened_run(request: CompressionRequest, prepared: Prepared) -> AbstractContextManager[Run | None]:
+    """The run folder, in the first process alone, and only beside an output."""
+    if request.output is None or not request.processes.is_first:
         return nullcontext()
-    recipe, model = order.recipe, prepared.loaded.source.name
+    recipe, model = request.recipe, prepared.loaded.name
     # what must not change between a killed run and its resumption, or the halves would not fit together
     short = {name: digest[:16] for name, digest in prepared.identity.items()}
     fingerprint = {"recipe": recipe.hash(), **short, "model": model, **versions()}
-    run = Run.open(order.output, fingerprint=fingerprint, lock_text=recipe.to_yaml(), fresh=order.fresh)
+    run = Run.open(request.output, fingerprint=fingerprint, lock_text=recipe.to_yaml(), fresh=request.fresh)
     run.log("begun", model=model, recipe=recipe.hash(), saved=run.saved)
     return run
 
 
-def _context(order: Order, prepared: Prepared, data: CalibrationData | None, run: Run | None) -> RunContext:
+def _context(
+    request: CompressionRequest, prepared: Prepared, data: CalibrationData | None, run: Run | None
+) -> RunContext:
     return RunContext(
         data.windows_NT if data else torch.zeros(0, 1, dtype=torch.long),
-        batch=order.recipe.calibration.batch,
-        device=order.device,
+        held_out_NT=data.held_out_NT if data and request.recipe.guard.fall_back else None,
+        batch=request.recipe.calibration.batch,
+        device=request.device,
         storage_dtype=prepared.storage_dtype,
-        seed=order.recipe.seed,
+        seed=request.recipe.seed,
         weights_at=prepared.weights_at,
-        experts=order.recipe.calibration.experts,
-        processes=order.processes,
-        keep=run if order.processes.count == 1 else Together(run, order.processes),
-        progress=order.progress,
+        experts=request.recipe.calibration.experts,
+        processes=request.processes,
+        keep=SharedResumeStore(run, request.processes)
+        if request.output is not None and request.processes.count > 1
+        else run,
+        progress=request.progress,
     )
 
 
-def _dense(order: Order, prepared: Prepared) -> list[DenseScores]:
+def _dense(request: CompressionRequest, prepared: Prepared) -> list[DenseScores]:
     """What the model says of every text before anything is done to it."""
     known = versions()
     return dense_scores(
         prepared.texts,
-        lambda: TorchRunner(prepared.loaded.model, weights_at=prepared.weights_at, device=order.device),
+        lambda: TorchRunner(prepared.loaded.model, weights_at=prepared.weights_at, device=request.device),
         # offloaded weights compute in float32, whatever the files hold
         model={
             **prepared.identity,
             "dtype": "float32",
-            "device": order.device.type,
+            "device": request.device.type,
             **{name: known[name] for name in ("torch", "transformers")},
         },
         cache=TensorCache(cache_folder() / "scores"),
-        progress=order.progress,
+        progress=request.progress,
     )
 
 
-def _report(order: Order, prepared: Prepared, data: CalibrationData | None, rows: Sequence[SiteReport]) -> Report:
+def _report(
+    request: CompressionRequest, prepared: Prepared, data: CalibrationData | None, rows: Sequence[SiteReport]
+) -> Report:
     loaded, texts = prepared.loaded, prepared.texts
-    about_data = [*data.warnings, *_overlaps(data, texts), *coverage_warnings(rows, prepared.map)] if data else []
+    about_data = (
+        [*data.warnings, *overlap_warnings(data, texts), *coverage_warnings(rows, prepared.map)] if data else []
+    )
+    about_model = [*loaded.preflight.warnings, *prepared.notes]
     about_texts = [f"{text.name}: {warning}" for text in texts for warning in text.warnings]
+    dense_bytes = bytes_on_disk(loaded.folder) if loaded.folder else loaded.preflight.bytes_weights
     return Report(
-        model=loaded.source.name,
-        recipe_hash=order.recipe.hash(),
+        model=loaded.name,
+        recipe_hash=request.recipe.hash(),
         versions=versions(),
         machine=machine(),
         calibration_tokens=data.tokens if data else 0,
         sites=tuple(rows),
         refused=refused(prepared.map),
-        measurements=(WeightBytes(of="dense", bytes=bytes_on_disk(loaded.source.folder)),),
-        warnings=tuple(dict.fromkeys([*loaded.preflight.warnings, *prepared.notes, *about_data, *about_texts])),
+        measurements=(WeightBytes(of="dense", bytes=dense_bytes),),
+        warnings=tuple(dict.fromkeys([*about_model, *about_data, *about_texts, *degraded_warnings(rows)])),
     )
 
 
-def _save(order: Order, prepared: Prepared, model: PreTrainedModel, report: Report) -> Report:
-    """Write everything into a folder beside the output, then move it there in one step."""
-    recipe, loaded = order.recipe, prepared.loaded
-    with staging_folder(order.output) as staging:
-        save_model(
-            model,
-            staging,
-            recipe.save.format,
-            storage_dtype=prepared.storage_dtype,
-            max_shard_size=recipe.save.max_shard_size,
-            zero_points=recipe.save.zero_points,
-            weights_at=prepared.weights_at,
-        )
-        companions(loaded.source.folder, staging, loaded.tokenizer, loaded.preflight.generation_config)
-        finished = report.with_measurements([WeightBytes(of="compressed", bytes=bytes_on_disk(staging))])
-        (staging / RECIPE).write_text(without_tokens(recipe.to_yaml()), encoding="utf-8")
-        (staging / REPORT).write_text(without_tokens(finished.model_dump_json(indent=1)) + "\n", encoding="utf-8")
-        publish(staging, order.output, overwrite=order.overwrite)
-    return finished
+def _result(request: CompressionRequest, prepared: Prepared, model: PreTrainedModel, report: Report) -> Result:
+    loaded = prepared.loaded
+    return Result(
+        model=model,
+        tokenizer=loaded.tokenizer,
+        recipe=request.recipe,
+        report=report,
+        storage_dtype=prepared.storage_dtype,
+        generation_config=loaded.preflight.generation_config,
+        source_folder=loaded.folder,
+        weights_at=prepared.weights_at,
+    )
+
+
+def _saved(request: CompressionRequest, result: Result) -> Report:
+    """Written to the output, or counted how much that would be: the report with the bytes."""
+    if request.output is None:
+        return result.measured(bytes_to_write(result))
+    request.progress.stage("save", 1)
+    report = publish_result(result, request.output, overwrite=request.overwrite)
+    request.progress.step(request.output.name)
+    return report
 
 
 def plan(
-    model: str | None, recipe: Recipe | str | Path, *, offload: Offload = "auto", machine: Machine | None = None
+    model: ModelLike | None, recipe: RecipeLike, *, offload: Offload = "auto", machine: Machine | None = None
 ) -> Plan:
     """What `compress` would do: sites, bytes, memory, and on `machine` time. Reads config and headers, no weights.
 
     Raises: CompressError for what `compress` would refuse.
     """
-    chosen = aimed_at_target(as_recipe(recipe).for_model(model))
+    live = in_memory(model)
+    name = None if model is None else f"{IN_MEMORY}{type(live).__name__}" if live is not None else str(model)
+    chosen = within_target_limits(as_recipe(recipe).for_model(name))
+    if live is not None:
+        return make_plan(known_in_memory(live), chosen, offload="never", machine=machine)
     source = find_source(str(chosen.model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
     return make_plan(source, chosen, offload=offload, machine=machine)
 
 
-def inspect(model: str) -> dict[str, Any]:
+def inspect(model: ModelLike) -> dict[str, Any]:
     """The model map: blocks, sites, shared inputs, folds, width groups, and what cannot be compressed and why.
 
-    Raises: CompressError when there is no such model or its structure is not understood.
+    Of a saved compressed model: what each site is; no weight is read.
+
+    Raises: CompressError when there is no such model, or its structure or format is not understood.
     """
-    source = find_source(model)
-    config, _ = read_config(source.folder)
-    return describe(probe(config, unfuse=True))
+    live = in_memory(model)
+    if live is not None:
+        return describe(probe(live.config, unfuse=True) if is_dense(live) else map_model(live))
+    return inspect_folder(find_source(str(model)).folder)
 
 
 def evaluate(
-    model: str,
-    tasks: Sequence[PerplexityTask] = BUNDLED_TEXT,
+    model: ModelLike,
+    tasks: TaskLike | Sequence[TaskLike] = BUNDLED_TEXT,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     runner: str = "torch",
     device: str = "auto",
-    progress: Progress | None = None,
+    progress: ProgressLike = None,
 ) -> list[PerplexityResult]:
     """Measure a dense or compressed model on every text of `tasks` (the bundled one), run by any runtime.
 
+    A model in memory needs its `tokenizer`, is run by torch in float32, and is then where and as it was.
+
     Raises: CompressError when the model or a text cannot be read, or there is no such runtime.
     """
-    tokenizer = load_tokenizer(find_source(model))
-    with RUNNERS[runner].open(model, device=usable_device(device), dtype=torch.float32) as opened:
-        texts = [evaluation_text(task, tokenizer, opened.max_positions) for task in tasks]
-        for text in texts:
-            refuse_beyond_embedding(text.windows, tokenizer, opened.vocabulary, where=text.name)
-        return [measure(opened, text, progress=progress) for text in texts]
+    live, where = in_memory(model), usable_device(device)
+    if live is not None:
+        known = required_tokenizer(tokenizer or tokenizer_beside(model))
+        with borrowed(live), runner_of(live, where) as opened:
+            return perplexities(opened, known, as_tasks(tasks), as_progress(progress))
+    known = load_tokenizer(find_source(str(model)))
+    with RUNNERS[runner].open(str(model), device=where, dtype=torch.float32) as running:
+        return perplexities(running, known, as_tasks(tasks), as_progress(progress))
 
 
 def speed(
-    models: Sequence[str],
+    models: ModelLike | Sequence[ModelLike],
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -272,10 +328,12 @@ def speed(
 ) -> dict[str, SpeedResult]:
     """Tokens per second of dense or compressed models, measured in turns; `dtype` auto: float32 on a CPU.
 
+    Models in memory are measured where and as they are.
+
     Raises: CompressError when a model cannot be read.
     """
     return speed_of(
-        models,
+        named_models(models),
         device=usable_device(device),
         dtype=dtype,
         prompt_tokens=prompt_tokens,
@@ -284,26 +342,8 @@ def speed(
     )
 
 
-class Stopwatch:
-    """Wall seconds by stage."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """Everything since the last lap was `name`."""
-        now = time.perf_counter()
-        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
-        self._last = now
-
-    def stages(self) -> list[StageSeconds]:
-        """All laps."""
-        return [StageSeconds(stage=name, seconds=seconds) for name, seconds in self._seconds.items()]
-
-
-def _calibration(order: Order, prepared: Prepared) -> CalibrationData | None:
-    recipe, loaded = order.recipe, prepared.loaded
+def _calibration(request: CompressionRequest, prepared: Prepared) -> CalibrationData | None:
+    recipe, loaded = request.recipe, prepared.loaded
     if not any(each.uses_data() for each in recipe.passes):
         return None
     with prepared.weights_at.running(loaded.model, torch.device("cpu")):
@@ -313,16 +353,10 @@ def _calibration(order: Order, prepared: Prepared) -> CalibrationData | None:
             max_positions=max_positions(loaded.model.config),
             seed=recipe.seed,
             model=loaded.model,
-            progress=order.progress,
+            progress=request.progress,
+            given=request.given,
+            held_out=recipe.guard.windows,
         )
     rows = loaded.preflight.contents.embedding_rows
     refuse_beyond_embedding(data.windows_NT, loaded.tokenizer, rows, where=f"calibration: {data.source}")
     return data
-
-
-def _overlaps(data: CalibrationData, texts: Sequence[EvaluationText]) -> list[str]:
-    found = (
-        overlap_warning(data.paragraphs, text.paragraphs, calibration_name=data.source, evaluation_name=text.name)
-        for text in texts
-    )
-    return [warning for warning in found if warning]

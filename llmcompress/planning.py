@@ -1,4 +1,4 @@
-"""What a run would do and need, from the recipe, config.json and safetensors headers: no weight is read."""
+"""The plan of a run, from the recipe, config.json and safetensors headers: no weight is read."""
 
 from __future__ import annotations
 
@@ -9,26 +9,28 @@ from math import prod
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from transformers import PreTrainedModel
 
 from llmcompress.calibration.sources import check_source
 from llmcompress.calibration.tokens import max_positions
 from llmcompress.cost import Cost, Machine, Offload, cost, must_offload
 from llmcompress.errors import CompressError
 from llmcompress.exporters.choose import Choice, choose, limits_of
-from llmcompress.exporters.contents import foretold
+from llmcompress.exporters.contents import planned_contents
 from llmcompress.exporters.dense_tables import bytes_of, dense_tables
 from llmcompress.exporters.loader import Loader, loader_of
 from llmcompress.formats import plain
 from llmcompress.formats.named import Kind
-from llmcompress.loading.preflight import Preflight, preflight
-from llmcompress.loading.source import Source
+from llmcompress.loading.in_memory import dense_model, facts_in_memory
+from llmcompress.loading.preflight import ModelFacts, preflight
+from llmcompress.loading.source import IN_MEMORY, Source
 from llmcompress.loading.tensors import write_header
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import probe
 from llmcompress.modules.scheme import Scheme
 from llmcompress.passes.apply import stages
 from llmcompress.passes.base import PASSES, Pass
-from llmcompress.passes.quantization.aim import aimed
+from llmcompress.passes.quantization.target_limits import within_limits
 from llmcompress.passes.schemes import site_schemes, with_fitted_schemes
 from llmcompress.progress import Progress
 from llmcompress.recipe.model import Recipe
@@ -40,37 +42,37 @@ class _Row(BaseModel):
 
 
 class PlannedSite(_Row):
-    """What would become of one linear."""
+    """The plan for one linear."""
 
     site: str
     passes: tuple[str, ...]
-    """Recipe names of the passes that work on it, in order."""
+    """Names of the passes that work on it, in order."""
     scheme: str | None
-    """None: it stays dense."""
+    """None: it is kept dense."""
     bits_per_weight: float
     """Bits on disk ÷ weights of the dense site: codes, scales and zero points, or the dense type."""
     bytes: int
     """On disk, its bias included."""
     kept_fraction: float = 1.0
-    """Share of its parameters left after pruning or decomposition; an estimate where data decide."""
+    """Fraction of its parameters kept after pruning or decomposition; an estimate where data decide."""
 
 
 class Plan(_Row):
-    """What a run would do."""
+    """The plan of a run."""
 
     model: str
     family: str
     sites: tuple[PlannedSite, ...]
     refused: dict[str, str]
-    """What is left as it is, and why."""
+    """Modules that are not compressed, and why."""
     bytes_dense: int
     """Weight files that are read."""
     output_bytes: int
     """Weight files that would be written; an estimate when any site's `kept_fraction` is below 1."""
     offloaded: bool = False
-    """Whether weights would stay on disk while nobody computes with them."""
+    """Whether weights would be offloaded to disk."""
     peak_memory_bytes: int
-    """Beside the interpreter where no machine was given."""
+    """Without the interpreter if no machine was given."""
     operations: float
     """Multiplications and additions of compression."""
     estimated_seconds: float | None = None
@@ -82,10 +84,10 @@ class Plan(_Row):
 
 @dataclass(frozen=True)
 class KnownModel:
-    """What all plans for one model share: none of it depends on the recipe."""
+    """What all plans for one model share, independent of the recipe."""
 
     name: str
-    checked: Preflight
+    checked: ModelFacts
     map: ModelMap
     loader: Loader
 
@@ -99,16 +101,26 @@ def known_model(source: Source, *, trust_remote_code: bool = False, progress: Pr
     return KnownModel(source.name, checked, probe(checked.config, unfuse=True), loader_of(checked.config))
 
 
+def known_in_memory(model: PreTrainedModel) -> KnownModel:
+    """The same of a dense model in memory, which stays as it is.
+
+    Raises: CompressError when it cannot be compressed.
+    """
+    found = dense_model(model)
+    name = f"{IN_MEMORY}{type(found).__name__}"
+    return KnownModel(name, facts_in_memory(found), probe(found.config, unfuse=True), loader_of(found.config))
+
+
 def make_plan(
     model: Source | KnownModel, recipe: Recipe, *, offload: Offload = "auto", machine: Machine | None = None
 ) -> Plan:
-    """Check everything that can be checked before any work, and foretell the rest; seconds for `machine` only.
+    """Check everything that can be checked before any work, and estimate the rest; seconds for `machine` only.
 
     For a `KnownModel` this is arithmetic alone, some milliseconds: no file of the model is opened.
 
-    Raises: CompressError for whatever `compress` would refuse in this model or recipe, all sites at once.
+    Raises: CompressError for anything that `compress` would refuse in this model or recipe, all sites at once.
     """
-    check_texts(recipe)
+    check_texts(recipe, given=recipe.calibration.source.startswith(IN_MEMORY))
     known = known_model(model, trust_remote_code=recipe.trust_remote_code) if isinstance(model, Source) else model
     checked, model_map = known.checked, known.map
     recipe, offloaded = with_weights_placed(recipe, offload, weight_bytes=checked.bytes_weights)
@@ -118,7 +130,7 @@ def make_plan(
     tensors = _other_tensors(checked, model_map, dtype)
     for each in recipe.passes:
         tensors = each.tensors_outside(tensors, model_map, dtype)
-    taken = foretold_cost(recipe, model_map, checked, offloaded=offloaded)
+    taken = estimated_cost(recipe, model_map, checked, offloaded=offloaded)
     evaluating = taken.evaluation_operations
     tensors |= {f"{row.name}.{part}": kind for row in sites for part, kind in row.tensors.items()}
     return Plan(
@@ -137,7 +149,7 @@ def make_plan(
     )
 
 
-def foretold_cost(recipe: Recipe, model_map: ModelMap, checked: Preflight, *, offloaded: bool) -> Cost:
+def estimated_cost(recipe: Recipe, model_map: ModelMap, checked: ModelFacts, *, offloaded: bool) -> Cost:
     """Operations and memory of the recipe for a model that was checked."""
     return cost(
         recipe,
@@ -149,12 +161,14 @@ def foretold_cost(recipe: Recipe, model_map: ModelMap, checked: Preflight, *, of
     )
 
 
-def check_texts(recipe: Recipe) -> None:
+def check_texts(recipe: Recipe, *, given: bool = False) -> None:
     """That every text which the recipe names on this computer is there; nothing of it is read.
+
+    `given`: the calibration data are in memory.
 
     Raises: CompressError for a file or a bundled text that does not exist.
     """
-    if any(each.uses_data() for each in recipe.passes) and recipe.calibration.source != "self":
+    if not given and any(each.uses_data() for each in recipe.passes) and recipe.calibration.source != "self":
         check_source(recipe.calibration.source, where="calibration.source")
     for task in recipe.evaluate:
         check_source(task.source, where=f"evaluate.perplexity: {task.source}")
@@ -163,7 +177,7 @@ def check_texts(recipe: Recipe) -> None:
 def check_recipe(
     recipe: Recipe, model_map: ModelMap, loader: Loader, storage_dtype: torch.dtype | None = None
 ) -> Choice:
-    """Whether every word of the recipe makes sense for this model; how the result will be stored.
+    """Check the recipe against this model; returns how the result will be stored.
 
     `storage_dtype` None: not known yet.
 
@@ -178,7 +192,7 @@ def check_recipe(
     for each in stages(recipe.passes)[0].passes:
         each.check(model_map)
     notes = [note for each in _on_this_model(recipe.passes) for note in each.notes(model_map)]
-    contents = foretold(model_map, planned_schemes(recipe, model_map), loader, storage_dtype)
+    contents = planned_contents(model_map, planned_schemes(recipe, model_map), loader, storage_dtype)
     if any(each.rounds_embedding() for each in recipe.passes):
         contents = replace(contents, rounded_embedding=model_map.embedding)
     choice = choose(recipe.save.format, contents, zero_points=recipe.save.zero_points)
@@ -200,15 +214,15 @@ def _on_this_model(passes: Sequence[Pass]) -> list[Pass]:
     return [each for stage in cut if stage.index <= first for each in stage.passes]
 
 
-def aimed_at_target(recipe: Recipe) -> Recipe:
-    """The same recipe, whose quantizers respect from the start what the target that it names cannot hold.
+def within_target_limits(recipe: Recipe) -> Recipe:
+    """The same recipe, with quantizers that respect the limits of the named target from the start.
 
-    A pass that is not required and that the target cannot hold is left out.
+    Optional passes (`required: false`) that the target cannot hold are left out.
     """
     limits = limits_of(recipe.save.format)
-    aimed_passes = tuple(aimed(each, limits) for each in recipe.passes)
-    aimed_recipe = recipe.model_copy(update={"passes": aimed_passes})
-    return aimed_recipe if limits.rounded_embedding else _without_optional(aimed_recipe)
+    limited_passes = tuple(within_limits(each, limits) for each in recipe.passes)
+    limited = recipe.model_copy(update={"passes": limited_passes})
+    return limited if limits.rounded_embedding else _without_optional(limited)
 
 
 def with_weights_placed(
@@ -242,8 +256,8 @@ def planned_schemes(recipe: Recipe, model_map: ModelMap) -> dict[str, Scheme]:
     return schemes
 
 
-def storage_dtype_of(recipe: Recipe, checked: Preflight) -> torch.dtype:
-    """The type of scales and of all that stays dense in the files written."""
+def storage_dtype_of(recipe: Recipe, checked: ModelFacts) -> torch.dtype:
+    """The dtype of scales and dense tensors in the saved files."""
     named = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     return named.get(recipe.save.dtype, checked.storage_dtype)
 
@@ -309,7 +323,7 @@ def _sites(recipe: Recipe, model_map: ModelMap, stored: Choice, dtype: torch.dty
     return found
 
 
-def _other_tensors(checked: Preflight, model_map: ModelMap, dtype: torch.dtype) -> dict[str, Kind]:
+def _other_tensors(checked: ModelFacts, model_map: ModelMap, dtype: torch.dtype) -> dict[str, Kind]:
     """Everything but the sites: embedding, norms, head, what was refused."""
     names = model_map.site_names()
     sites = {f"{name}.{part}" for name in names for part in ("weight", "bias")}

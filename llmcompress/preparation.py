@@ -1,4 +1,4 @@
-"""From an order to a model that is read, mapped, checked against the recipe and known by its hashes: no work yet."""
+"""From a request to a loaded and mapped model that is checked against the recipe and hashed, before any work."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from pathlib import Path
 
 import torch
 
+from llmcompress.calibration.in_memory import GivenData
 from llmcompress.calibration.offloading import InMemory, OnDisk, WeightStore
 from llmcompress.calibration.process_group import ProcessGroup
 from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
 from llmcompress.cost import Offload
+from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.texts import EvaluationText, evaluation_text
 from llmcompress.exporters.loader import loader_of
+from llmcompress.loading.in_memory import LiveModel, identity_in_memory
 from llmcompress.loading.load import Loaded, load_for_compression
 from llmcompress.loading.preflight import preflight
-from llmcompress.loading.source import Source, find_source
+from llmcompress.loading.source import find_source
 from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
@@ -32,16 +35,21 @@ from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
 from llmcompress.storage.disk import sha256
 from llmcompress.storage.folder import check_output, run_folder
-from llmcompress.storage.ours import begin_run_folder, remove_unused_run_folder
+from llmcompress.storage.ownership import begin_run_folder, remove_unused_run_folder
 from llmcompress.storage.paths import from_home
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class CompressionRequest:
     """What was asked for, and how it is to be run."""
 
     recipe: Recipe
-    output: Path
+    output: Path | None
+    """None: the result stays in memory, and nothing is written."""
+    live: LiveModel | None
+    """A model that is in memory already, in float32 on the CPU; None: the recipe names it."""
+    given: GivenData | None
+    """Calibration data that are in memory already; None: the recipe says where they come from."""
     device: torch.device
     processes: ProcessGroup
     overwrite: bool
@@ -63,43 +71,30 @@ class Prepared:
     texts: tuple[EvaluationText, ...]
     storage_dtype: torch.dtype
     identity: Mapping[str, str]
-    """Hashes of the files that decide what the model computes; empty where only the first process needs them."""
+    """Hashes of what decides what the model computes; empty where nothing is kept under them."""
 
 
-def prepare(order: Order) -> Prepared:
-    """Everything that can be refused is refused here, and then no run folder is left that this order made.
+def prepare(request: CompressionRequest) -> Prepared:
+    """Everything that can be refused is refused here, and then no run folder is left that this request made.
 
     Raises: CompressError for an output that cannot be written, and any fault of the model, the recipe or a text.
     """
     try:
-        return _prepared(order)
+        return _prepared(request)
     except BaseException:
-        if order.processes.is_first:
-            remove_unused_run_folder(run_folder(order.output))
+        if request.processes.is_first and request.output is not None:
+            remove_unused_run_folder(run_folder(request.output))
         raise
 
 
-def _prepared(order: Order) -> Prepared:
-    recipe, output, processes = order.recipe, order.output, order.processes
-    if processes.is_first:
-        check_output(output, overwrite=order.overwrite, source=from_home(str(recipe.model)))
-    order.progress.stage("load", 1)
-    check_texts(recipe)
-    source = find_source(str(recipe.model), revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
-    checked = preflight(source, trust_remote_code=recipe.trust_remote_code, progress=order.progress)
-    weight_bytes = checked.bytes_weights
-    # a finished folder is no larger than the model; better refused now than when it is written
-    if processes.is_first:
-        check_output(output, overwrite=order.overwrite, needed_bytes=weight_bytes, source=source.folder)
-    recipe, on_disk = with_weights_placed(recipe, order.offload, weight_bytes=weight_bytes, processes=processes.count)
-    if on_disk:
-        begin_run_folder(run_folder(output))
-    loaded = load_for_compression(
-        source,
-        trust_remote_code=recipe.trust_remote_code,
-        scratch=run_folder(output) / "converted" if on_disk else None,
-        checked=checked,
-    )
+def _prepared(request: CompressionRequest) -> Prepared:
+    recipe, processes = request.recipe, request.processes
+    if processes.is_first and request.output is not None:
+        named = None if request.live else from_home(str(recipe.model))
+        check_output(request.output, overwrite=request.overwrite, source=named)
+    request.progress.stage("load", 1)
+    check_texts(recipe, given=request.given is not None)
+    recipe, loaded = _loaded(request) if request.live is None else (recipe, _in_memory(request, request.live))
     unfuse_experts(loaded.model, loaded.weights)
     model_map = map_model(loaded.model)
     storage_dtype = storage_dtype_of(recipe, loaded.preflight)
@@ -107,7 +102,9 @@ def _prepared(order: Order) -> Prepared:
     limit = max_positions(loaded.model.config)
     texts = tuple(evaluation_text(task, loaded.tokenizer, limit) for task in recipe.evaluate)
     for text in texts:
-        refuse_beyond_embedding(text.windows, loaded.tokenizer, checked.contents.embedding_rows, where=text.name)
+        refuse_beyond_embedding(
+            text.windows, loaded.tokenizer, loaded.preflight.contents.embedding_rows, where=text.name
+        )
     return Prepared(
         fitted_to_model(recipe, model_map),
         loaded,
@@ -116,15 +113,57 @@ def _prepared(order: Order) -> Prepared:
         tuple(notes),
         texts,
         storage_dtype,
-        _identity(source) if processes.is_first else {},
+        _identity(loaded) if processes.is_first and (recipe.evaluate or request.output) else {},
     )
 
 
-def _identity(source: Source) -> dict[str, str]:
+def _loaded(request: CompressionRequest) -> tuple[Recipe, Loaded]:
+    """The model that the recipe names, read from its files; and the recipe, without optional passes if offloaded."""
+    recipe, output, processes = request.recipe, request.output, request.processes
+    source = find_source(str(recipe.model), revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    checked = preflight(source, trust_remote_code=recipe.trust_remote_code, progress=request.progress)
+    weight_bytes = checked.bytes_weights
+    # a finished folder is no larger than the model; better refused now than when it is written
+    if processes.is_first and output is not None:
+        check_output(output, overwrite=request.overwrite, needed_bytes=weight_bytes, source=source.folder)
+    scratch = None
+    recipe, offloaded = with_weights_placed(
+        recipe, request.offload, weight_bytes=weight_bytes, processes=processes.count
+    )
+    if offloaded:
+        if output is None:
+            raise _needs_memory("weights on disk need a run folder, which stands beside the output", "name an `output`")
+        begin_run_folder(run_folder(output))
+        scratch = run_folder(output) / "converted"
+    return recipe, load_for_compression(
+        source, trust_remote_code=recipe.trust_remote_code, scratch=scratch, checked=checked
+    )
+
+
+def _in_memory(request: CompressionRequest, live: LiveModel) -> Loaded:
+    """The model that was handed over, checked."""
+    if request.offload == "always":
+        raise _needs_memory(
+            "the model is in memory already", "set offload to never, or name the folder or id of the model"
+        )
+    for warning in live.facts.warnings:
+        request.progress.note(warning)
+    if request.processes.is_first and request.output is not None:
+        check_output(request.output, overwrite=request.overwrite, needed_bytes=live.facts.bytes_weights)
+    return Loaded(live.model, live.tokenizer, live.name, None, live.facts)
+
+
+def _needs_memory(what: str, fix: str) -> CompressError:
+    return CompressError("memory.needed", what, fix=fix, exit_code=ExitCode.USAGE)
+
+
+def _identity(loaded: Loaded) -> dict[str, str]:
     """Hashes of the weights, and of the config with the code that comes with it."""
+    if loaded.folder is None:
+        return identity_in_memory(loaded.model)
     weights, config = hashlib.sha256(), hashlib.sha256()
-    for path in sorted(source.folder.glob("*.safetensors")):
+    for path in sorted(loaded.folder.glob("*.safetensors")):
         weights.update(bytes.fromhex(sha256(path)))
-    for path in [source.folder / "config.json", *sorted(source.folder.rglob("*.py"))]:
+    for path in [loaded.folder / "config.json", *sorted(loaded.folder.rglob("*.py"))]:
         config.update(path.read_bytes())
     return {"weights": weights.hexdigest(), "config": config.hexdigest()}

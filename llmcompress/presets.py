@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from llmcompress.errors import CompressError, ExitCode, did_you_mean
 
 if TYPE_CHECKING:
+    from llmcompress.passes.base import Pass
     from llmcompress.recipe import Recipe
+
+RecipeLike: TypeAlias = Union["Recipe", "Pass", Mapping[str, Any], Sequence[Any], str, Path]
+"""What `as_recipe` takes."""
 
 _PACKAGE = Path(__file__).parent
 
@@ -30,7 +35,7 @@ def preset_path(name: str) -> Path:
     if name not in names:
         raise CompressError(
             "preset.unknown",
-            f"there is no preset called {name!r}",
+            f"unknown preset {name!r}",
             fix=did_you_mean(name, names),
             exit_code=ExitCode.USAGE,
         )
@@ -44,7 +49,7 @@ def preset_summary(name: str) -> str:
 
 
 def load_preset(name: str, *, settings: Sequence[str] = ()) -> Recipe:
-    """The recipe of a preset, with `--set` texts applied.
+    """The recipe of a preset, with settings such as `calibration.samples=16` applied.
 
     Raises: CompressError for an unknown name or setting.
     """
@@ -53,17 +58,36 @@ def load_preset(name: str, *, settings: Sequence[str] = ()) -> Recipe:
     return read_recipe(preset_path(name), settings=settings)
 
 
-def as_recipe(recipe: Recipe | str | Path, *, settings: Sequence[str] = ()) -> Recipe:
-    """A recipe, the name of a preset, or a recipe file → a recipe.
+def as_recipe(recipe: RecipeLike, *, settings: Sequence[str] = ()) -> Recipe:
+    """Whatever says what is to be done → a recipe.
 
-    Raises: CompressError when it is none of them.
+    A `Recipe`; a preset's name; a file; YAML or JSON text; a dictionary as in YAML; one pass; or a list of passes, each
+    an object, a name, or `{name: options}`.
+
+    Raises: CompressError when it is none of them, or not a valid recipe.
     """
-    from llmcompress.recipe import Recipe, parse_recipe, read_recipe
+    from llmcompress.recipe import Recipe, parse_recipe
 
     if isinstance(recipe, Recipe):
-        return parse_recipe(recipe.to_yaml(), "recipe", settings=settings) if settings else recipe
-    is_file = isinstance(recipe, Path) or recipe.endswith((".yaml", ".yml"))
-    return read_recipe(recipe, settings=settings) if is_file else load_preset(str(recipe), settings=settings)
+        found = recipe
+    elif isinstance(recipe, str | Path):
+        return _written(recipe, settings)
+    elif isinstance(recipe, Mapping):
+        found = Recipe.from_dict(recipe)
+    else:
+        found = Recipe.from_dict({"passes": recipe if isinstance(recipe, list | tuple) else [recipe]})
+    return parse_recipe(found.to_yaml(), "recipe", settings=settings) if settings else found
+
+
+def _written(recipe: str | Path, settings: Sequence[str]) -> Recipe:
+    """A preset's name, a file or a text; a text has a colon and a space or a line's end behind a key."""
+    from llmcompress.recipe import parse_recipe, read_recipe
+
+    if isinstance(recipe, str) and (recipe.lstrip().startswith("{") or re.search(r":(\s|$)", recipe)):
+        return parse_recipe(recipe, "recipe", settings=settings)
+    if isinstance(recipe, Path) or recipe.endswith((".yaml", ".yml", ".json")):
+        return read_recipe(recipe, settings=settings)
+    return load_preset(recipe, settings=settings)
 
 
 def _configs() -> Path:

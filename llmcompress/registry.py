@@ -1,4 +1,4 @@
-"""Names in recipes and on the command line → classes; a folder is scanned, so a new file is a new entry."""
+"""Names in recipes and on the command line → classes; folders are scanned, so a new file is a new entry."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Registry(Generic[T]):
         if name not in self._classes:
             raise CompressError(
                 f"{self.kind}.unknown",
-                f"there is no {self.kind} called {name!r}",
+                f"unknown {self.kind} {name!r}",
                 fix=did_you_mean(name, self),
                 exit_code=ExitCode.USAGE,
             )

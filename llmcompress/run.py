@@ -1,4 +1,4 @@
-"""The run folder beside the output: what a killed run needs to go on at the block it reached, bit for bit.
+"""The run folder next to the output: everything that an interrupted run needs to resume, bit for bit.
 
 <output>.run/   lock.yaml         the resolved recipe; compressing with it repeats the run
                 fingerprint.json  what must be the same for a resume to make sense
@@ -8,7 +8,7 @@
                      SS-training-NAME.safetensors (not in the journal: gone when its stage is finished)
                 log.jsonl
                 lock, process.json
-                llmcompress_run.txt  says that a run made the folder: no other is ever removed
+                llmcompress_run.txt  marks the folder as created by a run: no other is ever removed
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmcompress.errors import NOTHING_SAVED, CompressError, ExitCode, note_saved, without_tokens
-from llmcompress.model.stock import stock_outline
+from llmcompress.model.stock import stock_model
 from llmcompress.modules.manifest import Manifest, apply_manifest, changes
 from llmcompress.records.rows import SiteReport
 from llmcompress.storage.atomic import replacing
 from llmcompress.storage.disk import disk_errors, sha256, sync
 from llmcompress.storage.folder import run_folder
 from llmcompress.storage.lock import ProcessLock
-from llmcompress.storage.ours import begin_run_folder, clear_run_folder, remove_run_folder
+from llmcompress.storage.ownership import begin_run_folder, clear_run_folder, remove_run_folder
 
 _ABOUT = "llmcompress"
 """Metadata key of a kept file: what its tensors do not say."""
@@ -55,9 +55,9 @@ class Run:
 
     @classmethod
     def open(cls, output: Path, *, fingerprint: dict[str, str], lock_text: str, fresh: bool) -> Self:
-        """Start a run, or go on with the one found beside `output`; `fresh` throws that one away.
+        """Start a run, or resume the one found next to `output`; `fresh` discards that one.
 
-        One that had kept nothing yet is no run: it is started anew, whatever its settings were.
+        A run that has saved nothing is not resumed: it starts over, with any settings.
 
         Raises: CompressError when another process works on it, it was started with something else, or the folder is
         the user's own.
@@ -107,19 +107,19 @@ class Run:
 
     @property
     def saved(self) -> str:
-        """What is kept, in words for an error."""
+        """Describes what is saved, for error messages."""
         kept = [key for key in self._journal if self._is_valid(key)]
         counts = {
             "finished blocks": sum(not key.endswith(_NOT_BLOCKS) for key in kept),
-            "finished passes on the whole model": sum(key.endswith(_MODEL) for key in kept),
+            "all finished whole-model passes": sum(key.endswith(_MODEL) for key in kept),
             "decisions": sum(key.endswith(_DECISIONS) for key in kept),
             "measurements": sum(key.endswith(_MEASURED) for key in kept),
-            "trainings as far as they were": len(list((self.folder / "work").glob(f"*{_TRAINING}*.safetensors"))),
+            "the training progress": len(list((self.folder / "work").glob(f"*{_TRAINING}*.safetensors"))),
         }
         if not any(counts.values()):
             return NOTHING_SAVED
         what = " and ".join(f"{count} {name}" for name, count in counts.items() if count)
-        return f"{what} in {self.folder}: run the same command again to go on"
+        return f"{what} in {self.folder}: run the same command again to resume"
 
     def save_block(self, stage: int, index: int, block: nn.Module, before: nn.Module, rows: list[SiteReport]) -> None:
         """Keep every tensor of a block, how it differs from its outline `before`, and its report rows.
@@ -169,7 +169,7 @@ class Run:
 
         Raises: CompressError when the disk is full; all before is kept.
         """
-        about = {"config": model.config.to_dict(), **changes(model, stock_outline(model)).to_json()}
+        about = {"config": model.config.to_dict(), **changes(model, stock_model(model)).to_json()}
         self._save(f"{stage:02d}{_MODEL}", model.state_dict(), about, rows)
         for path in (self.folder / "work").glob(f"{stage:02d}{_TRAINING}*"):
             path.unlink()
@@ -178,7 +178,7 @@ class Run:
         """The model that was kept after that stage, and all rows until then; `model` is what the run began with."""
         key = f"{stage:02d}{_MODEL}"
         tensors, about = self._read(key)
-        kept = stock_outline(model, config=type(model.config).from_dict(about["config"]))
+        kept = stock_model(model, config=type(model.config).from_dict(about["config"]))
         apply_manifest(kept, Manifest.from_json(about), model.dtype)
         kept.load_state_dict(tensors, strict=True, assign=True)
         kept.tie_weights()
@@ -251,9 +251,9 @@ class Run:
         if not begun:
             raise CompressError(
                 "run.damaged",
-                "what an unfinished run was begun with cannot be read",
+                "the settings of an unfinished run are damaged",
                 where=str(self.folder / "fingerprint.json"),
-                fix="add --fresh to start again",
+                fix="set `fresh=True` to start over",
                 saved="the unfinished run, as it was",
                 exit_code=ExitCode.USAGE,
             )
@@ -261,9 +261,9 @@ class Run:
         changes = "; ".join(f"{key}: {begun.get(key, '-')} → {given.get(key, '-')}" for key in differing)
         raise CompressError(
             "run.other",
-            "an unfinished run with other settings is kept beside the output",
+            "an unfinished run with other settings exists for this output",
             where=f"{self.folder} ({changes})",
-            fix="add --fresh to throw it away and start again, or repeat the earlier command to finish it",
+            fix="set `fresh=True` to discard it and start over, or repeat the earlier run to finish it",
             saved="the unfinished run, as it was",
             exit_code=ExitCode.USAGE,
         )

@@ -13,7 +13,7 @@ from llmcompress import compress
 @click.argument("output")
 def main(model: str, recipe: str, output: str) -> None:
     """Compress MODEL (Hub id, folder, builtin:books-llama) by RECIPE (preset or file) into the folder OUTPUT."""
-    report = compress(model, recipe, output)
+    report = compress(model, recipe, output).report
     for quality in report.quality:
         dense, compressed = quality.dense.perplexity, quality.compressed.perplexity
         print(f"{quality.dense.text}: perplexity {dense:.3f} -> {compressed:.3f}")

@@ -44,7 +44,7 @@ class Watching(Silent):
         self.computed: list[str] = []
         self.dies_after = dies_after
 
-    def inside(self, text: str, *, done: int = 0, total: int = 0) -> None:
+    def substep(self, text: str, *, done: int = 0, total: int = 0) -> None:
         self.computed.append(text)
 
     def note(self, text: str) -> None:
@@ -59,11 +59,11 @@ class Watching(Silent):
 
 
 def test_the_recipe_that_was_decided_makes_the_same_files(tiny: Path, tmp_path: Path) -> None:
-    report = compress(str(tiny), recipe(), tmp_path / "mixed")
+    report = compress(str(tiny), recipe(), tmp_path / "mixed").report
     decided = allocate(str(tiny), recipe())
     (settled,) = decided.passes
     assert "mixed_precision" not in decided.to_yaml()
-    again = compress(str(tiny), parse_recipe(decided.to_yaml(), "decided"), tmp_path / "again")
+    again = compress(str(tiny), parse_recipe(decided.to_yaml(), "decided"), tmp_path / "again").report
     assert weights_hash(tmp_path / "mixed") == weights_hash(tmp_path / "again")
     assert report.sites == again.sites
     schemes = {row.site: row.scheme for row in report.sites}
@@ -128,7 +128,7 @@ def test_experts_are_taken_apart_and_measured_as_the_recipe_says(experts: str, t
             "{gptq: {}}", "{gptq: {}}, sensitivity: output"
         )
     )
-    report = compress(str(folder), given, tmp_path / "out")
+    report = compress(str(folder), given, tmp_path / "out").report
     decided = allocate(str(folder), given, device="cpu")
     compress(str(folder), decided, tmp_path / "again")
     assert weights_hash(tmp_path / "out") == weights_hash(tmp_path / "again")
@@ -144,7 +144,7 @@ def test_passes_before_the_decision_are_applied_first(tiny: Path) -> None:
 
 
 def test_a_recipe_without_anything_to_decide_is_refused(tiny: Path) -> None:
-    with pytest.raises(CompressError, match="no pass of the recipe decides"):
+    with pytest.raises(CompressError, match="no pass of the recipe makes a decision"):
         allocate(str(tiny), recipe("passes: [rtn: {scheme: int4_g16}]"))
 
 
@@ -180,7 +180,7 @@ def test_new_biases_and_codebooks_load_with_our_plugin(tiny: Path, tmp_path: Pat
         "codebooks": "cmpq: {bits: 8.0}",
     }.items():
         text = TEXT[: TEXT.index("passes")] + f"passes: [{{{passes}}}]\nevaluate: {{perplexity: []}}\n"
-        report = compress(str(tiny), recipe(text), tmp_path / name)
+        report = compress(str(tiny), recipe(text), tmp_path / name).report
         model, _ = load(str(tmp_path / name), dtype=torch.float32)
         module = model.get_submodule(report.sites[0].site)
         assert (module.bias is not None) == (name == "biases")

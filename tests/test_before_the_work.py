@@ -84,7 +84,7 @@ def test_a_torn_fingerprint_of_a_run_that_kept_a_block_is_refused_with_the_way_o
         (run.folder / "fingerprint.json").write_text('{"rec')
     with pytest.raises(CompressError) as caught:
         Run.open(tmp_path / "out", fingerprint=SETTINGS, lock_text="", fresh=False)
-    assert caught.value.code == "run.damaged" and "--fresh" in caught.value.fix
+    assert caught.value.code == "run.damaged" and "`fresh=True`" in caught.value.fix
     with Run.open(tmp_path / "out", fingerprint=SETTINGS, lock_text="", fresh=True) as run:
         assert run.finished_blocks(0) == []
 
@@ -99,7 +99,7 @@ def test_allocate_refuses_a_file_it_cannot_write_before_the_work(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-@pytest.mark.parametrize("moment", ["inside", "step"])
+@pytest.mark.parametrize("moment", ["substep", "step"])
 def test_an_interrupt_says_what_is_really_saved(
     number: signal.Signals, moment: str, tiny: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],

@@ -85,7 +85,7 @@ def recipe(passes: str) -> Recipe:
 
 
 def run(passes: str, tiny: Path, output: Path) -> Report:
-    return compress(str(tiny), recipe(passes), output)
+    return compress(str(tiny), recipe(passes), output).report
 
 
 @torch.no_grad()

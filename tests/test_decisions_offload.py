@@ -23,7 +23,7 @@ class Counting(Silent):
         self.model = model
         self.seen: list[int] = []
 
-    def inside(self, text: str) -> None:
+    def substep(self, text: str) -> None:
         self.seen.append(float32_bytes(self.model))
 
 

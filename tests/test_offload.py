@@ -58,9 +58,9 @@ def test_offloaded_equals_resident_bit_for_bit(
     name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache of here"))
-    here = compress(str(tiny), recipe(RECIPES[name]), tmp_path / "here", offload="never")
+    here = compress(str(tiny), recipe(RECIPES[name]), tmp_path / "here", offload="never").report
     monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache of there"))
-    there = compress(str(tiny), recipe(RECIPES[name]), tmp_path / "there", offload="always")
+    there = compress(str(tiny), recipe(RECIPES[name]), tmp_path / "there", offload="always").report
     assert weights_hash(tmp_path / "here") == weights_hash(tmp_path / "there")
     assert (tmp_path / "here" / "config.json").read_text() == (tmp_path / "there" / "config.json").read_text()
     assert here.quality == there.quality and here.sites == there.sites

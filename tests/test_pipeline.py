@@ -64,7 +64,7 @@ def test_every_recipe_that_ships_runs_and_its_result_loads(preset: str, tiny: Pa
     # a 0.1 M parameter random model in place of the Hub's: what is proven is that the recipe means something
     settings = [each for each in SMALL if "source" not in each or "self" not in preset]
     chosen = load_preset(preset, settings=settings).model_copy(update={"model": None})
-    report = compress(str(tiny), chosen, tmp_path / "out")
+    report = compress(str(tiny), chosen, tmp_path / "out").report
     assert {row.site for row in report.sites} and report.quality
     assert report.bytes_compressed == bytes_on_disk(tmp_path / "out")
     assert torch.isfinite(logits(tmp_path / "out")).all()
@@ -72,7 +72,7 @@ def test_every_recipe_that_ships_runs_and_its_result_loads(preset: str, tiny: Pa
 
 
 def test_the_quickstart_runs_on_the_bundled_model_in_a_few_lines(tmp_path: Path) -> None:
-    report = compress("builtin:books-llama", "tiny/rtn", tmp_path / "out")
+    report = compress("builtin:books-llama", "tiny/rtn", tmp_path / "out").report
     quality = report.quality[0]
     assert 1.0 < quality.ratio < 1.2
     measured = evaluate(str(tmp_path / "out"), load_preset("tiny/rtn").evaluate)
@@ -98,7 +98,7 @@ def test_saving_loading_and_saving_again_keeps_the_logits(tiny: Path, tmp_path: 
 
 
 def test_the_folder_carries_its_recipe_report_and_companions(tiny: Path, tmp_path: Path) -> None:
-    report = compress(str(tiny), recipe(), tmp_path / "out")
+    report = compress(str(tiny), recipe(), tmp_path / "out").report
     again = parse_recipe((tmp_path / "out" / "llmcompress_recipe.yaml").read_text(), "saved")
     assert again.hash() == report.recipe_hash and again.model == str(tiny)
     saved = json.loads((tmp_path / "out" / "llmcompress_report.json").read_text())
@@ -142,7 +142,7 @@ class Watching(Silent):
         self.computed: list[str] = []
         self.steps: list[str] = []
 
-    def inside(self, text: str, *, done: int = 0, total: int = 0) -> None:
+    def substep(self, text: str, *, done: int = 0, total: int = 0) -> None:
         self.computed.append(text)
 
     def step(self, text: str) -> None:
@@ -154,13 +154,13 @@ def test_a_run_killed_at_a_block_and_resumed_equals_an_uninterrupted_one(
     passes: str, tiny: Path, tmp_path: Path, our_python: WarmPython
 ) -> None:
     text = GPTQ.replace("gptq: {scheme: int4_g16}", passes)
-    whole = compress(str(tiny), recipe(text), tmp_path / "whole")
+    whole = compress(str(tiny), recipe(text), tmp_path / "whole").report
     killed_at(our_python, "block 2/3", text, tiny, tmp_path)
     with pytest.raises(CompressError, match="other settings") as other:
         compress(str(tiny), recipe(text.replace("int4", "int8")), tmp_path / "out")
-    assert "--fresh" in other.value.fix
+    assert "`fresh=True`" in other.value.fix
     watching = Watching()
-    resumed = compress(str(tiny), recipe(text), tmp_path / "out", progress=watching)
+    resumed = compress(str(tiny), recipe(text), tmp_path / "out", progress=watching).report
     assert weights_hash(tmp_path / "out") == weights_hash(tmp_path / "whole")
     assert resumed.sites == whole.sites
     assert 0 < len(watching.computed) <= 11, "only the last block may be computed again"
@@ -180,10 +180,10 @@ def test_a_run_of_several_stages_killed_in_any_and_resumed_equals_an_uninterrupt
 ) -> None:
     text = NO_EVALUATION.replace("[{gptq: {scheme: int4_g16}}]", STAGES[name])
     watching = Watching()
-    whole = compress(str(tiny), recipe(text), tmp_path / "whole", progress=watching)
+    whole = compress(str(tiny), recipe(text), tmp_path / "whole", progress=watching).report
     steps = [step for step in watching.steps if step.startswith("stage")]
     killed_at(our_python, steps[0 if moment == "first" else -2], text, tiny, tmp_path)
-    resumed = compress(str(tiny), recipe(text), tmp_path / "out")
+    resumed = compress(str(tiny), recipe(text), tmp_path / "out").report
     assert weights_hash(tmp_path / "out") == weights_hash(tmp_path / "whole")
     assert (tmp_path / "out" / "config.json").read_text() == (tmp_path / "whole" / "config.json").read_text()
     assert resumed.sites == whole.sites
@@ -248,7 +248,7 @@ def test_too_few_tokens_for_a_gram_matrix_degrade_and_say_so(tiny: Path, tmp_pat
     text = NO_EVALUATION.replace("samples: 6, tokens: 48", "samples: 1, tokens: 8").replace(
         "int4_g16", "int4_g16, damping: 1.0e-12"
     )
-    report = compress(str(tiny), recipe(text), tmp_path / "out")
+    report = compress(str(tiny), recipe(text), tmp_path / "out").report
     assert report.degraded and "damping raised" in str(report.degraded[0].degraded)
     assert torch.isfinite(logits(tmp_path / "out")).all()
 
@@ -267,8 +267,8 @@ def test_inspect_shows_the_map(tiny: Path) -> None:
 
 
 def test_the_batch_size_changes_nothing_but_the_order_of_sums(tiny: Path, tmp_path: Path) -> None:
-    large = compress(str(tiny), recipe(NO_EVALUATION), tmp_path / "a")
-    small = compress(str(tiny), recipe(NO_EVALUATION.replace("batch: 4", "batch: 1")), tmp_path / "b")
+    large = compress(str(tiny), recipe(NO_EVALUATION), tmp_path / "a").report
+    small = compress(str(tiny), recipe(NO_EVALUATION.replace("batch: 4", "batch: 1")), tmp_path / "b").report
     first_block = [row for row in large.sites if ".layers.0." in row.site]
     for one, other in zip(first_block, small.sites, strict=False):
         assert one.site == other.site and one.tokens == other.tokens

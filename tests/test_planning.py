@@ -30,7 +30,7 @@ from llmcompress.passes.quantization.rtn import RoundToNearest
 from llmcompress.passes.quantization.smoothquant import SmoothQuant
 from llmcompress.passes.schemes import resolve_scheme, site_schemes
 from llmcompress.pipeline import compress
-from llmcompress.planning import Plan, aimed_at_target, known_model, make_plan, with_weights_placed
+from llmcompress.planning import Plan, known_model, make_plan, with_weights_placed, within_target_limits
 from llmcompress.recipe.model import Recipe, Save
 from tests.tiny_folder import write_tiny_llama
 
@@ -124,7 +124,7 @@ def test_conv1d_sites_are_planned_as_ordinary_weights(tmp_path):
         (folder / name).write_bytes((tokenizer / name).read_bytes())
     plan = make_plan(Source(folder, "gpt2"), Recipe(passes=(RoundToNearest(scheme="int4_g16"),)))
     assert plan.output_bytes == pytest.approx(size_of(folder), rel=0.01)
-    assert any("multiplied out" in warning for warning in plan.warnings)
+    assert any("dequantized" in warning for warning in plan.warnings)
 
 
 # A17: inputs that do not divide
@@ -232,7 +232,7 @@ def test_output_bytes_of_a_sliced_model_count_the_head_that_is_no_longer_tied(tm
 def test_an_optional_table_is_rounded_where_the_target_holds_it(tiny, save):
     optional = PASSES["embeddings"](required=False)
     recipe = Recipe(passes=(RoundToNearest(scheme="int4_g16"), optional), save=Save(format=save))
-    assert (optional in aimed_at_target(recipe).passes) == (save == "llmcompress")
+    assert (optional in within_target_limits(recipe).passes) == (save == "llmcompress")
     assert optional not in with_weights_placed(recipe, "always", weight_bytes=1)[0].passes
 
 

@@ -17,7 +17,7 @@ from llmcompress.model.units import groups_of
 from llmcompress.modules.scheme import named_scheme
 from llmcompress.passes.pruning.width import Width
 from llmcompress.passes.schemes import SHORTEST_GROUP, fitting_group
-from llmcompress.planning import aimed_at_target, check_recipe, fitted_to_model, planned_schemes
+from llmcompress.planning import check_recipe, fitted_to_model, planned_schemes, within_target_limits
 from llmcompress.presets import load_preset, preset_names
 from tests.hub_widths import CONFIGS, config_of, hub_map
 
@@ -34,7 +34,7 @@ def known(model: str) -> tuple[ModelMap, Loader]:
 
 def checked(model: str, preset: str) -> Choice:
     model_map, loader = known(model)
-    return check_recipe(aimed_at_target(load_preset(preset)), model_map, loader, torch.bfloat16)
+    return check_recipe(within_target_limits(load_preset(preset)), model_map, loader, torch.bfloat16)
 
 
 @pytest.mark.parametrize("model", ["HuggingFaceTB/SmolLM2-135M", "openai-community/gpt2", "EleutherAI/pythia-160m"])
@@ -87,7 +87,7 @@ def test_the_longest_group_is_taken_that_divides(inputs: int, group: int | None)
 
 def test_a_resolved_recipe_names_the_schemes_that_fit() -> None:
     model_map, _ = known("HuggingFaceTB/SmolLM2-135M")
-    recipe = aimed_at_target(load_preset("w4"))
+    recipe = within_target_limits(load_preset("w4"))
     resolved = fitted_to_model(recipe, model_map)
     strict = resolved.passes[0].model_copy(update={"on_indivisible": "error"})
     assert planned_schemes(recipe.model_copy(update={"passes": (strict,)}), model_map) == planned_schemes(

@@ -47,7 +47,8 @@ class Dying(Silent):
             os._exit(9)
 
 try:
-    report = compress(sys.argv[1], parse_recipe(Path(sys.argv[3]).read_text(), "test"), sys.argv[2], progress=Dying())
+    recipe = parse_recipe(Path(sys.argv[3]).read_text(), "test")
+    report = compress(sys.argv[1], recipe, sys.argv[2], progress=Dying()).report
     Path("ppl" + os.environ["RANK"]).write_text(repr(report.quality[0].compressed.perplexity))
 except CompressError as problem:
     print(problem.code, problem)
@@ -102,7 +103,7 @@ def assert_alike(found: Path, wanted: Path) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_two_processes_equal_one(name: str, tiny: Path, tmp_path: Path, our_python: WarmPython) -> None:
-    report = compress(str(tiny), parse_recipe(SETTINGS + RECIPES[name], "test"), tmp_path / "one")
+    report = compress(str(tiny), parse_recipe(SETTINGS + RECIPES[name], "test"), tmp_path / "one").report
     done = in_two_processes(our_python, tiny, RECIPES[name], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     measured = [float((tmp_path / file).read_text()) for file in ("ppl0", "ppl1")]
@@ -153,10 +154,10 @@ def test_rounding_is_learned_by_two_processes_together(tiny: Path, tmp_path: Pat
 
 def test_every_window_belongs_to_one_process() -> None:
     windows = torch.arange(7)[:, None]
-    shares = [ProcessGroup(index, 3).share(windows) for index in range(3)]
+    shares = [ProcessGroup(index, 3).shard(windows) for index in range(3)]
     assert sorted(torch.cat(shares).flatten().tolist()) == list(range(7))
     with pytest.raises(CompressError, match="cannot share 2"):
-        ProcessGroup(0, 3).share(windows[:2])
+        ProcessGroup(0, 3).shard(windows[:2])
 
 
 class Other(Pool):
@@ -167,10 +168,10 @@ class Other(Pool):
     def __init__(self, other: Statistic) -> None:
         self._brought = iter([torch.tensor([other.tokens]), *parts(other)])
 
-    def add_(self, tensor: torch.Tensor) -> None:
+    def all_reduce_sum_(self, tensor: torch.Tensor) -> None:
         tensor += next(self._brought)
 
-    def largest_(self, tensor: torch.Tensor) -> None:
+    def all_reduce_max_(self, tensor: torch.Tensor) -> None:
         torch.maximum(tensor, next(self._brought), out=tensor)
 
 

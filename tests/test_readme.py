@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 from llmcompress.cli.main import llmcompress
 from llmcompress.errors import ExitCode
+from llmcompress.passes.base import PASSES
 from llmcompress.presets import load_preset
 from llmcompress.recipe import parse_recipe
 from tests.families import FAMILIES
@@ -24,6 +25,11 @@ from tests.families import FAMILIES
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "evals" / "README.md", *(ROOT / "docs").rglob("*.md")]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMAND_LINE, METHODS, REPOSITORY = (
+    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("command-line", "methods", "repository")
+)
+RUN = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("command-line", "python", "recipes"))]
+"""Documents with blocks that the tests run."""
 
 
 @dataclass(frozen=True)
@@ -85,23 +91,34 @@ def test_a_command_that_does_not_exist_is_noticed():
             parse(words)
 
 
-def test_what_the_readme_says_it_runs_does_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("document", RUN, ids=named)
+def test_what_a_document_says_it_runs_does_run(document, tmp_path, monkeypatch):
+    """Python blocks of a document are one program: later ones see the names of earlier ones."""
     monkeypatch.chdir(tmp_path)
-    ran = 0
-    for block in blocks(README):
-        if not block.runs:
-            continue
-        ran += 1
+    running = [block for block in blocks(document.read_text(encoding="utf-8")) if block.runs]
+    names: dict[str, object] = {}
+    for block in running:
         if block.language == "python":
-            exec(compile(block.text, "README.md", "exec"), {})
+            exec(compile(block.text, document.name, "exec"), names)
         elif block.language == "yaml":
-            recipe = parse_recipe(block.text, "README.md")
+            recipe = parse_recipe(block.text, document.name)
             assert parse_recipe(recipe.to_yaml(), "again") == recipe
         else:
             for words in command_lines(f"```bash\n{block.text}```\n"):
                 result = CliRunner().invoke(llmcompress, words[1:], catch_exceptions=False)
                 assert result.exit_code == 0, (words, result.output)
-    assert ran >= 4
+    assert running
+
+
+def test_no_other_document_says_that_it_runs():
+    others = [document for document in DOCUMENTS if document not in RUN]
+    assert not [path for path in others if any(block.runs for block in blocks(path.read_text(encoding="utf-8")))]
+
+
+def test_the_documentation_index_lists_every_page():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert pages <= set(re.findall(r"\]\(([^)#\s]+)", index))
 
 
 def test_python_takes_at_most_five_lines():
@@ -138,8 +155,8 @@ def test_paths_named_are_there(document):
 
 
 def tree() -> set[str]:
-    """Paths in the README's tree, relative to the root."""
-    text = next(block.text for block in blocks(README) if block.language == "text")
+    """Paths in the tree of docs/repository.md, relative to the root."""
+    text = next(block.text for block in blocks(REPOSITORY) if block.language == "text")
     paths, folder = set(), ""
     for line in text.splitlines():
         name = line.split()[0]
@@ -160,12 +177,18 @@ def test_the_tree_lists_what_is_there_and_nothing_else():
 
 
 def test_families_named_are_the_families_tested():
-    paragraph = README.split("Tested families:")[1].split(".")[0]
+    paragraph = METHODS.split("Tested families:")[1].split(".")[0]
     assert set(re.findall(r"`(\w+)`", paragraph)) == {make().model_type for make in FAMILIES.values()}
 
 
+def test_the_readme_counts_what_there_is():
+    families, methods = len({make().model_type for make in FAMILIES.values()}), len(list(PASSES))
+    text = " ".join(README.split())
+    assert f"{families} tested model families" in text and f"Over {methods // 10 * 10} methods" in text
+
+
 def test_exit_codes_named_are_the_exit_codes():
-    table = README.split("| Exit code |")[1].split("\n\n")[0]
+    table = COMMAND_LINE.split("| Exit code |")[1].split("\n\n")[0]
     assert {int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)} == set(ExitCode)
 
 

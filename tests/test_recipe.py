@@ -55,7 +55,7 @@ def refusal(text: str | bytes, *settings: str) -> CompressError:
         ("passes: [rtn]\nevaluate: {perplexity: a.txt}", "recipe.type", "r.yaml line 2", "`perplexity: [a.txt]`"),
         ("passes: [rtn]\nevaluate: {perplexity: [{split: a}]}", "recipe.missing", "r.yaml line 2", "`source:`"),
         ("passes: [rtn]\ncalibration: 3", "recipe.type", "r.yaml line 2 (calibration)", "samples"),
-        ("passes: [rtn]\ncalibration:", "recipe.type", "r.yaml line 2 (calibration)", "leave the key out"),
+        ("passes: [rtn]\ncalibration:", "recipe.type", "r.yaml line 2 (calibration)", "remove the key"),
         ("passes: rtn", "recipe.type", "r.yaml line 1 (passes)", "`passes: [rtn]`"),
         ("passes: {rtn: {}}", "recipe.type", "r.yaml line 1 (passes)", "`- `"),
         ("model: m", "recipe.missing", "r.yaml (passes)", "`passes:`"),
@@ -309,7 +309,7 @@ def test_an_override_decides_whether_a_site_holds_codes():
         ("exclude: '*.lm_head'", "passes.0.rtn.exclude", "`*.q_proj`"),
         ("overrides: {'*.up': {scheme: int8_channel}}", "passes.0.rtn.overrides", "`*.up_proj`"),
         ("exclude: '*.up_proj', overrides: {'*.up_proj': {scheme: int8_channel}}", "passes.0.rtn.overrides", "_proj`"),
-        ("exclude: '*'", "passes.0.rtn", "exclude less"),
+        ("exclude: '*'", "passes.0.rtn", "exclude fewer"),
     ],
 )
 def test_a_glob_without_a_site_is_refused_with_the_nearest_names(options, where, fix):
@@ -359,13 +359,13 @@ def test_set_writes_one_value_of_the_right_type(setting, path, value):
         ("calibraton.samples=3", "recipe.set", "`calibration`"),
         ("passes.gptq.damp=1", "recipe.set", "`damping`"),
         ("passes.rtn.scheme=int4_g32", "recipe.set", "awq, gptq"),
-        ("passes.0.gptq.scheme=int4_g32", "recipe.set", "the name that stands there"),
+        ("passes.0.gptq.scheme=int4_g32", "recipe.set", "use that name"),
         ("passes.gptq.overrides.*.down_proj.blok=64", "recipe.set", "`block`"),
         ("evaluate.perplexty=[a.txt]", "recipe.set", "`perplexity`"),
         ("evaluate.perplexity.0.windw=64", "recipe.set", "`window`"),
         ("passes.9.gptq.damping=1", "recipe.set", "count from 0"),
         ("seed.deep=1", "recipe.set", "single value"),
-        ("seed", "recipe.set", "--set calibration.samples=64"),
+        ("seed", "recipe.set", "`calibration.samples=64`"),
         ("calibration.samples=4_0", "recipe.type", "`samples: 40`"),
         ("passes.gptq.act_order=no", "recipe.type", "`act_order: false`"),
         ("passes.gptq={a: [}", "recipe.yaml", "quotes"),
@@ -374,7 +374,7 @@ def test_set_writes_one_value_of_the_right_type(setting, path, value):
 def test_set_refuses_what_leads_nowhere_and_names_the_setting(setting, code, fix):
     error = refusal(BASE, setting)
     assert error.code == code
-    assert error.where.startswith("--set")
+    assert error.where.startswith("setting")
     assert fix in error.fix
 
 

@@ -14,13 +14,13 @@ from torch import nn
 
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.modules.quant_linear import QuantLinear
-from llmcompress.passes.apply import outline
+from llmcompress.passes.apply import meta_copy
 from llmcompress.records.rows import SiteReport
 from llmcompress.run import Run
 from llmcompress.storage.atomic import replacing
 from llmcompress.storage.folder import check_output, staging_folder
 from llmcompress.storage.lock import ProcessLock
-from llmcompress.storage.ours import begin_run_folder, mark_output
+from llmcompress.storage.ownership import begin_run_folder, mark_output
 from tests.exporters.quantized import quantized_model
 from tests.families import tiny_model, tiny_tokens
 
@@ -50,7 +50,7 @@ def test_blocks_come_back_bit_for_bit(tmp_path, family):
     blocks, fresh_blocks = (list(m.get_submodule(paths[0])) for m in (model, again))
     with _open(tmp_path / "out") as run:
         for index, block in enumerate(blocks):
-            run.save_block(0, index, block, outline(fresh_blocks[index]), ROWS)
+            run.save_block(0, index, block, meta_copy(fresh_blocks[index]), ROWS)
     with _open(tmp_path / "out") as run:
         assert run.finished_blocks(0) == list(range(len(blocks)))
         for index, block in enumerate(fresh_blocks):
@@ -120,7 +120,7 @@ def test_other_settings_are_refused_with_the_difference_and_a_way_out(tmp_path):
     with pytest.raises(CompressError) as caught:
         _open(tmp_path / "out", recipe="other")
     error = caught.value
-    assert error.exit_code == ExitCode.USAGE and "recipe: abc → other" in error.where and "--fresh" in error.fix
+    assert error.exit_code == ExitCode.USAGE and "recipe: abc → other" in error.where and "`fresh=True`" in error.fix
     assert "model" not in error.where.split("(")[1]
     with _open(tmp_path / "out") as run:
         assert run.finished_blocks(0) == [0], "the refusal changed nothing"
@@ -142,7 +142,9 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path):
     with _open(tmp_path / "out"), pytest.raises(CompressError) as caught:
         _open(tmp_path / "out")
     assert caught.value.code == "run.locked" and time.monotonic() - began < 5, "it does not wait"
-    assert f"process {os.getpid()} on {socket.gethostname()}, for 0 minutes, works on this run" in str(caught.value)
+    assert f"process {os.getpid()} on {socket.gethostname()}, for 0 minutes, is working on this run" in str(
+        caught.value
+    )
     with _open(tmp_path / "out"):
         pass
 
@@ -170,7 +172,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, our_python):
 @pytest.mark.parametrize(
     "text",
     [f'{{"pid": {os.getpid()}, "host": "here", "began": 1.0}}', "", "not json", "[]"],
-    ids=["used again", "empty", "no JSON", "a list"],
+    ids=["used again", "empty", "must contain a JSON object", "a list"],
 )
 def test_what_a_killed_process_left_written_locks_nobody_out_and_breaks_no_message(tmp_path, text):
     """The first is a process id that was used again."""
@@ -180,7 +182,7 @@ def test_what_a_killed_process_left_written_locks_nobody_out_and_breaks_no_messa
     (run / "process.json").write_text(text)
     with _open(tmp_path / "out"):
         (run / "process.json").write_text(text)
-        with pytest.raises(CompressError, match="works on this run"):
+        with pytest.raises(CompressError, match="is working on this run"):
             _open(tmp_path / "out")
     assert not ProcessLock(run).is_held()
 
@@ -246,7 +248,7 @@ def test_a_torn_fingerprint_is_refused_with_the_way_out_and_fresh_takes_it(tmp_p
     (tmp_path / "out.run" / "fingerprint.json").write_text(torn)
     with pytest.raises(CompressError) as caught:
         _open(tmp_path / "out")
-    assert caught.value.code == "run.damaged" and "--fresh" in caught.value.fix
+    assert caught.value.code == "run.damaged" and "`fresh=True`" in caught.value.fix
     assert caught.value.exit_code is ExitCode.USAGE
     with _open(tmp_path / "out", fresh=True) as run:
         assert run.finished_blocks(0) == []

@@ -12,8 +12,8 @@ from llmcompress.errors import CompressError
 from llmcompress.passes.base import PASSES
 from llmcompress.presets import preset_names, preset_path
 from llmcompress.recipe import Recipe, json_schema, parse_recipe
+from llmcompress.recipe.checking import check_document
 from llmcompress.recipe.document import read_document
-from llmcompress.recipe.reading import check_document
 from llmcompress.recipe.stages import Grouped, LeavesWeights, Listed, stages_of
 from llmcompress.registry import Registry
 
@@ -90,7 +90,7 @@ def test_its_things_are_read_and_written_back():
         ("recover: [lora: {overrides: {'*.up': {rnk: 2}}}]", "recipe.unknown-key", "overrides.*.up.rnk", "`rank`"),
         ("recover: [lora: {overrides: {'*.up': {sites: x}}}]", "recipe.override", "overrides.*.up.sites", "remove"),
         ("recover: lora", "recipe.type", "line 1 (recover)", "`recover: [lora]`"),
-        ("lora: {rank: 2}", "recipe.unknown-key", "line 1 (lora)", "below `recover:`, as `  - lora`"),
+        ("lora: {rank: 2}", "recipe.unknown-key", "line 1 (lora)", "under `recover:`, as `  - lora`"),
         ("publish: {hubb: [me/x]}", "recipe.unknown-key", "line 1 (publish.hubb)", "`hub`"),
         ("publish: {hub: me/x}", "recipe.type", "line 1 (publish.hub)", "`hub: [me/x]`"),
         ("publish: {hub: [{private: 1}]}", "recipe.type", "publish.hub.0.private", "true or false"),
@@ -136,7 +136,7 @@ def test_set_leads_into_it(setting, path, value):
 )
 def test_set_names_the_nearest_key_of_it(setting, fix):
     error = refusal(BOTH, setting)
-    assert error.code == "recipe.set" and fix in error.fix and error.where == f"--set {setting}"
+    assert error.code == "recipe.set" and fix in error.fix and error.where == f"setting {setting}"
 
 
 def test_the_hash_covers_it_unless_it_is_marked_as_leaving_the_weights():

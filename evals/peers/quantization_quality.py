@@ -48,16 +48,16 @@ OURS = {
     "awq→gptq": "[{{awq: {{scheme: {scheme}, round: false}}}}, {{gptq: {{scheme: {scheme}}}}}]",
     "awq→gptq, sequential": "[{{awq: {{scheme: {scheme}, round: false}}}}, "
     "{{gptq: {{scheme: {scheme}, true_sequential: true}}}}]",
-    "bits shared out": "[{{mixed_precision: {{bits: {bits}}}}}]",
+    "mixed precision": "[{{mixed_precision: {{bits: {bits}}}}}]",
     "errors carried on": "[{{error_propagation: {{scheme: {scheme}}}}}]",
-    "bits shared out, errors carried on": "[{{mixed_precision: "
+    "mixed precision, error propagation": "[{{mixed_precision: "
     "{{bits: {bits}, quantizer: {{error_propagation: {{}}}}}}}}]",
     "learned": "[{{learned_rounding: {{scheme: {scheme}}}}}]",
-    "bits shared out, learned": "[{{mixed_precision: {{bits: {bits}, quantizer: {{learned_rounding: {{}}}}}}}}]",
+    "mixed precision, learned": "[{{mixed_precision: {{bits: {bits}, quantizer: {{learned_rounding: {{}}}}}}}}]",
 }
-"""Defaults; `bits shared out`: another scheme for every site, at the same average bits, scales included, codes at their
-own width; `errors carried on`: gptq on weights that make up for earlier blocks; `learned`: rounding learned block by
-block. None of them was chosen by the measured text."""
+"""Defaults. `mixed precision`: a different scheme for every site at the same average bits, scales included, stored
+without padding; `error propagation`: gptq on weights corrected for the errors of earlier blocks; `learned`: rounding
+learned block by block. None of them was chosen on the measured text."""
 
 
 class Peer(NamedTuple):

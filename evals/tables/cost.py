@@ -53,14 +53,14 @@ def _per_sample(facts: Facts, peer: str) -> list[str]:
 
 
 def memory(facts: Facts) -> str:
-    """Peak resident memory, and what the dry run foretold."""
+    """Peak resident memory, and the dry run's estimate."""
     rows = [
         [
             str(row["blocks"]),
             row["offload"],
             f"{row['bytes_model'] / 1e6:,.0f} MB",
             f"{row['peak_bytes'] / 1e6:,.0f} MB",
-            f"{row['foretold_bytes'] / 1e6:,.0f} MB",
+            f"{row['estimated_bytes'] / 1e6:,.0f} MB",
         ]
         for row in facts["rows"]
     ]
@@ -68,7 +68,7 @@ def memory(facts: Facts) -> str:
         f"**{facts['shape']}**, random weights in float16, gptq `{facts['scheme']}`, {facts['samples']} × "
         f"{facts['tokens']} calibration tokens, one process."
     )
-    header = ["blocks", "--offload", "weights on disk", "peak resident", "foretold"]
+    header = ["blocks", "--offload", "weights on disk", "peak resident", "estimated"]
     return "\n\n".join([head, markdown(header, rows), environment(facts)])
 
 
@@ -99,7 +99,7 @@ def dynamic_speed(facts: Facts) -> str:
 
 
 def dynamic(facts: Facts) -> str:
-    """Mean share of blocks and of inputs that were used, and what it cost."""
+    """Mean fraction of blocks and of inputs used, and the cost."""
     if "text" not in facts:
         return ""
     dense = next(row["perplexity"] for row in facts["rows"] if row["method"] == "dense")

@@ -1,4 +1,4 @@
-"""Tables of zeros, fewer blocks, narrower layers and low rank."""
+"""Tables of sparsity, depth and width pruning, and low rank."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from statistics import mean
 from tables.cells import Facts, calibrated, environment, grid, markdown, protocol, spread
 
 SPARSE = {
-    "masks": "zeros",
-    "budgets": "zeros, one budget for all blocks",
-    "rounded": "zeros, and the rest in `int4_g32`",
+    "masks": "sparsity",
+    "budgets": "sparsity, allocated over all blocks",
+    "rounded": "sparsity, and the rest in `int4_g32`",
 }
 
 
@@ -41,7 +41,7 @@ def sparse_peer(facts: Facts) -> str:
         [row["share"], row["method"], spread(row["ours"], dense), spread(row["peer"], dense)] for row in facts["rows"]
     ]
     peer = f"{facts['peer']} {facts['peer_versions']['llmcompressor']}"
-    return "\n\n".join([calibrated(facts), markdown(["zeros", "method", "ours", peer], rows), environment(facts)])
+    return "\n\n".join([calibrated(facts), markdown(["sparsity", "method", "ours", peer], rows), environment(facts)])
 
 
 def depth(facts: Facts) -> str:
@@ -129,7 +129,7 @@ def equal_bytes(facts: Facts) -> str:
 
 
 def at_init(facts: Facts) -> str:
-    """Every section by itself, each row with its share of zeros."""
+    """Every section by itself, each row with its sparsity."""
     parts = [
         f"**{facts['model']}** on `{facts['text']}` ({protocol(facts['window'], True)}); {facts['steps']} steps of 8 × "
         f"{facts['tokens']} tokens of `{facts['calibration']}` in every training."
@@ -140,5 +140,5 @@ def at_init(facts: Facts) -> str:
             for row in facts["rows"]
             if row["section"] == section
         ]
-        parts.append(markdown([section, "perplexity", "zeros in blocks", "parameters"], rows))
+        parts.append(markdown([section, "perplexity", "sparsity of the blocks", "parameters"], rows))
     return "\n\n".join([*parts, environment(facts)])

@@ -49,9 +49,9 @@ def codes_peer(facts: Facts) -> str:
         f"{name} {found.get(name, found.get('llmcompressor', ''))}" for name, found in facts["peer_versions"].items()
     )
     told = [
-        "Everybody gets the same tokens; embedding and head stay dense; seconds are CPU seconds of one process. "
+        "All tools get the same tokens; embedding and head stay dense; seconds are CPU seconds of one process. "
         f"{peers}.",
-        "`bits shared out` takes as many bytes as the scheme named above it when every code lies at its own width "
+        "`mixed precision` takes as many bytes as the uniform scheme of its column when stored without padding "
         "(`save.format: llmcompress`).",
     ]
     said = [f"{note}." for note in notes]

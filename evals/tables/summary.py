@@ -1,4 +1,4 @@
-"""One table for the README: what each way of making a model smaller costs, beside what the naive way costs."""
+"""The headline table of the README: the perplexity of each kind of compression, beside that of its naive baseline."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MODEL = "books-llama"
 
 
 class Line(NamedTuple):
-    """One line of the table: which row of which result file, and which one is the naive way."""
+    """One line of the table: which row of which result file, and which one is the baseline."""
 
     left: str
     made: str
@@ -37,24 +37,28 @@ def _factors(setting: str, method: str) -> dict[str, Any]:
 def _lines() -> Iterator[Line]:
     for bits, made in ((4, "awq→gptq"), (3, "gptq")):
         scheme = f"int{bits}_g32"
-        left = f"{bits}-bit codes, groups of 32"
+        left = f"{bits}-bit weights, groups of 32"
         yield Line(left, made, "quantization", _scheme(scheme, made), "rtn", _scheme(scheme, "rtn"))
     setting = "int2_g32, rank 16"
     made_of, naive = _factors(setting, "caldera, int8 factors"), _factors(setting, "rtn")
-    yield Line("2-bit codes and a branch of rank 16", "caldera", "low-rank", made_of, "rtn, no branch", naive)
-    for share, left in (("50 %", "half of the weights zero"), ("2:4", "2 zeros in every 4 weights")):
+    yield Line(
+        "2-bit weights and a low-rank branch of rank 16", "caldera", "low-rank", made_of, "rtn, no branch", naive
+    )
+    for share, left in (("50 %", "50 % unstructured sparsity"), ("2:4", "2:4 sparsity")):
         yield Line(left, "sparsegpt", "sparse", _zeros(share, "sparsegpt"), "magnitude", _zeros(share, "magnitude"))
-    left = "2 zeros in every 4 weights, 4-bit codes for the rest"
+    left = "2:4 sparsity and 4-bit weights"
     both, naive = (_zeros("2:4", f"{mask}→gptq", "rounded") for mask in ("sparsegpt", "magnitude"))
     yield Line(left, "sparsegpt→gptq", "sparse", both, "magnitude → gptq", naive)
     influence, every = ({"remove": 1, "method": each} for each in ("block influence", "every choice"))
-    yield Line("4 of 5 blocks", "depth", "depth", influence, "mean of all choices", every)
+    yield Line("1 of 5 blocks removed", "depth", "depth", influence, "mean of all choices", every)
     made_of, naive = {"variant": "activation", "refit": "columns"}, {"variant": "random", "refit": "none"}
-    yield Line("75 % of heads and FFN channels", "width", "width", made_of, "random units, no refit", naive)
+    yield Line("25 % of heads and FFN channels removed", "width", "width", made_of, "random units, no refit", naive)
     made_of, naive = ({"ratio": "25%", "method": each} for each in ("pca, refit", "random basis"))
-    yield Line("75 % of the residual stream's width", "slicegpt", "slicegpt", made_of, "random basis", naive)
+    yield Line("25 % of the residual stream removed", "slicegpt", "slicegpt", made_of, "random basis", naive)
     made_of, naive = (_factors("20% removed", each) for each in ("svd-llm, ranks by loss", "plain svd"))
-    yield Line("80 % of the linears' parameters, as factors", "svd", "low-rank", made_of, "plain svd", naive)
+    yield Line(
+        "20 % of the linears' parameters removed, as low-rank factors", "svd", "low-rank", made_of, "plain svd", naive
+    )
 
 
 LINES = tuple(_lines())
@@ -74,10 +78,10 @@ def summary(results: Mapping[str, Facts]) -> str:
         passes = " → ".join(f"`{each}`" for each in line.made.split("→"))
         body.append([line.left, passes, made, f"{line.naive}: {naive}"])
     about = (
-        f"Perplexity of the bundled model ÷ that of the dense one, {dense['perplexity']:.2f}, on `{dense['text']}` "
-        f"({protocol(dense['window'], dense['bos'])}, {dense['tokens']:,} tokens); means of the calibration draws."
+        f"Perplexity of the bundled model ÷ {dense['perplexity']:.2f}, that of the dense model, on `{dense['text']}` "
+        f"({protocol(dense['window'], dense['bos'])}, {dense['tokens']:,} tokens); means over calibration draws."
     )
-    header = ["what is left", "made by", "perplexity", "the naive way"]
+    header = ["compression", "passes", "perplexity", "naive baseline"]
     return "\n\n".join([about, markdown(header, body), environment(results["quantization"])])
 
 

@@ -1,4 +1,6 @@
-"""What a run computes with and where: one frozen value that travels instead of a dozen arguments. N = windows."""
+"""The context of a run, one frozen value: windows, batch, device, dtype, seed, weight store, processes, progress. N =
+windows.
+"""
 
 from __future__ import annotations
 
@@ -7,59 +9,61 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from llmcompress.calibration.finished import FinishedWork
-from llmcompress.calibration.measured import Measured, Shelf
+from llmcompress.calibration.measurement_cache import CachedMeasurements, MeasurementCache
 from llmcompress.calibration.offloading import InMemory, WeightStore
 from llmcompress.calibration.process_group import ALONE, ProcessGroup
+from llmcompress.calibration.resume_store import ResumeStore
 from llmcompress.calibration.settings import Experts
 from llmcompress.progress import Progress, Silent
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """Everything about a run that is neither the model nor a pass; `replace` derives another one from it."""
+    """Everything about a run that is neither the model nor a pass; `dataclasses.replace` derives other contexts."""
 
     windows_NT: Tensor
     """Calibration windows: token ids, all of the same length, without padding. 0×T: nothing is measured."""
+    held_out_NT: Tensor | None = None
+    """Windows that no pass measures, on which finished blocks are compared with their baseline; None: they are not."""
     batch: int = 8
-    """Windows that go through a block together."""
+    """Batch size: windows that pass through a block together."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    """Where blocks compute."""
+    """The device on which blocks compute."""
     storage_dtype: torch.dtype = torch.float32
-    """Of scales and of all that stays dense in the files that will be written; values are rounded to it."""
+    """Dtype of scales and dense tensors in the saved files; values are rounded to it."""
     seed: int = 0
-    """Of everything random."""
+    """Random seed."""
     weights_at: WeightStore = field(default_factory=InMemory)
-    """Where weights are while nobody computes with them."""
+    """Where weights are stored while they are not in use."""
     experts: Experts = "routed"
-    """Which tokens the experts of a mixture are measured on."""
+    """Tokens on which the experts of a mixture are measured."""
     processes: ProcessGroup = ALONE
     """The processes that share the windows."""
-    keep: FinishedWork | None = None
-    """Where finished work is kept and found again; None: nowhere."""
+    keep: ResumeStore | None = None
+    """Saves finished work for resuming; None: nothing is saved."""
     stage: int = 0
-    """Which stage of the passes is running: what it keeps is filed under this number."""
+    """Number of the running stage, under which its work is saved."""
     progress: Progress = field(default_factory=Silent)
     state: str | None = None
-    """Names what the model is now, for as long as it stays that: under this name measurements are kept and found again.
+    """Name of the model's current state, the key of cached measurements.
     None: it may change at any time."""
-    measured: Measured = field(default_factory=Measured)
-    """What is known of the model in its states."""
+    measured: MeasurementCache = field(default_factory=MeasurementCache)
+    """Cached measurements."""
 
     def first_windows(self, count: int) -> RunContext:
-        """The same run that looks at fewer windows."""
+        """The same context with only the first windows."""
         return replace(self, windows_NT=self.windows_NT[:count])
 
     def at(self, state: str) -> RunContext:
-        """The same run for as long as the model stays what it is now; what was measured before is not known in it."""
-        return replace(self, state=state, measured=Measured())
+        """The context while the model has the given state, with an empty measurement cache."""
+        return replace(self, state=state, measured=MeasurementCache())
 
     def changing(self) -> RunContext:
-        """The same run while the model is not what its state says: nothing is kept or found again."""
+        """The context while the model changes: nothing is cached."""
         return replace(self, state=None)
 
-    def shelf(self) -> Shelf | None:
-        """What is known of the model as it is now, from these windows; None where it may change."""
+    def cached_measurements(self) -> CachedMeasurements | None:
+        """Cached measurements of the model's current state on these windows; None while it changes."""
         return self.measured.of(self.state, self.windows_NT, self.experts)
 
     def generator(self) -> torch.Generator:

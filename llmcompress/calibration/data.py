@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import random
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from llmcompress.calibration.generate import self_generated_text
+from llmcompress.calibration.in_memory import GivenData, TokenRows
 from llmcompress.calibration.packing import pack, sections, windows
 from llmcompress.calibration.settings import Calibration
-from llmcompress.calibration.sources import TextSource, paragraph_hashes, read_texts
+from llmcompress.calibration.sources import Texts, TextSource, paragraph_hashes, read_texts
 from llmcompress.calibration.templates import written_out
+from llmcompress.calibration.token_windows import CalibrationData, windows_of_tokens
 from llmcompress.calibration.tokens import starts_with_bos
 from llmcompress.errors import CompressError
 from llmcompress.progress import Progress, Silent
@@ -22,33 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SECTION_CHARACTERS_PER_TOKEN = 8
-"""About two windows of English a section: long enough that most windows have no seam in them."""
-
-
-@dataclass(frozen=True)
-class CalibrationData:
-    """The windows that every pass measures on, and what had to be done to get them."""
-
-    windows_NT: Tensor
-    source: str
-    fingerprint: str
-    """sha256 of the text read (of the windows, for `self`)."""
-    documents: int
-    """Sections of text that the windows were cut from."""
-    dropped_short: int = 0
-    """Sections left out because they have fewer than `min_tokens` tokens."""
-    skipped_rows: int = 0
-    """Rows left out because they cannot be read."""
-    bos: bool = False
-    """Whether every window starts with a BOS, as the tokenizer does of its own accord."""
-    paragraphs: frozenset[int] = frozenset()
-    """Hashes of the paragraphs used, for the overlap check with evaluation texts."""
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def tokens(self) -> int:
-        """All tokens of all windows."""
-        return self.windows_NT.numel()
+"""Section size, about two windows of English: most windows then contain no boundary."""
 
 
 def calibration_windows(
@@ -59,21 +34,27 @@ def calibration_windows(
     seed: int,
     model: PreTrainedModel | None = None,
     progress: Progress | None = None,
+    given: GivenData | None = None,
+    held_out: int = 0,
 ) -> CalibrationData:
-    """Read the source of `settings` and cut it into at most `samples` windows of `tokens` tokens.
+    """Windows of `tokens` tokens, at most `samples`, of the source of `settings` or of what was `given` in its place;
+    and `held_out` more of a text, behind those.
 
-    Documents longer than about two windows are cut at paragraphs; these sections are shuffled by `seed` (so a seed
-    picks from the whole text), tokenised once, separated by the BOS or EOS, and packed. Windows begin with the BOS
-    when the tokenizer adds one itself. `model` is needed for `source: self` only.
+    Documents longer than about two windows are cut at paragraphs; these sections are shuffled by `seed` (so the seed
+    samples from the whole text), tokenised once, separated by BOS or EOS, and packed. Windows start with BOS if the
+    tokenizer adds one itself. `model` is needed only for `source: self`. Rows of token ids of equal length are used as
+    windows, in their order; otherwise they are joined and cut like text.
 
-    Raises: CompressError `data.*` when there is not one full window, and everything `read_texts` raises.
+    Raises: CompressError `data.*` if there is not one full window, and everything that `read_texts` raises.
     """
     progress = progress or Silent()
     length, warnings = _length(settings.tokens, max_positions)
     if settings.source == "self":
-        data = _from_model(settings, length, tokenizer, model, seed, progress, warnings)
+        data = _from_model(settings, length, tokenizer, model, seed, progress, warnings, held_out)
+    elif isinstance(given, TokenRows):
+        data = windows_of_tokens(given, settings, tokenizer, max_positions=max_positions)
     else:
-        data = _from_text(settings, length, tokenizer, seed, warnings)
+        data = _from_text(settings, length, tokenizer, seed, warnings, given, held_out)
     for warning in data.warnings:
         progress.note(f"calibration: {warning}")
     return data
@@ -82,14 +63,20 @@ def calibration_windows(
 def _length(tokens: int, max_positions: int | None) -> tuple[int, list[str]]:
     if max_positions is None or tokens <= max_positions:
         return tokens, []
-    return max_positions, [f"windows cut from {tokens} to {max_positions} tokens, the model has no more positions"]
+    return max_positions, [f"windows shortened from {tokens} to {max_positions} tokens, the model's maximum"]
 
 
 def _from_text(
-    settings: Calibration, length: int, tokenizer: PreTrainedTokenizerBase, seed: int, warnings: list[str]
+    settings: Calibration,
+    length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    warnings: list[str],
+    given: Texts | None,
+    held_out: int,
 ) -> CalibrationData:
     enough = settings.samples * length * SECTION_CHARACTERS_PER_TOKEN
-    texts = read_texts(
+    texts = given or read_texts(
         TextSource(settings.source, settings.split, settings.config, settings.column),
         format=settings.format,
         skip_bad_rows=settings.skip_bad_rows,
@@ -108,12 +95,13 @@ def _from_text(
     parts = [part for document in documents for part in sections(document, size)]
     random.Random(seed).shuffle(parts)
     bos = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
-    wanted = settings.samples * (length - len(bos))
-    packed = pack(parts, tokenizer, bos, min_tokens=settings.min_tokens, wanted=wanted)
-    windows_NT = windows(packed, settings, length, bos, name=texts.name)
+    wanted, further = (count * (length - len(bos)) for count in (settings.samples, held_out))
+    packed = pack(parts, tokenizer, bos, min_tokens=settings.min_tokens, wanted=wanted + further)
+    all_NT = windows(packed, settings, length, bos, name=texts.name, held_out=held_out)
+    windows_NT, held_out_NT = all_NT[: settings.samples], all_NT[settings.samples :]
     skipped = texts.skipped + refused
     if skipped:
-        warnings.append(f"{skipped} rows of {texts.name} could not be read and were left out")
+        warnings.append(f"{skipped} rows of {texts.name} could not be read and were skipped")
     if packed.unknown:
         warnings.append(packed.unknown)
     if len(windows_NT) < settings.samples:
@@ -128,6 +116,7 @@ def _from_text(
         documents=len(packed.used),
         dropped_short=len(packed.short),
         skipped_rows=skipped,
+        held_out_NT=held_out_NT if len(held_out_NT) else None,
         bos=bool(bos),
         paragraphs=paragraph_hashes(packed.used),
         warnings=tuple(warnings),
@@ -142,22 +131,28 @@ def _from_model(
     seed: int,
     progress: Progress,
     warnings: list[str],
+    held_out: int,
 ) -> CalibrationData:
     if model is None:
         raise CompressError(
             "data.self",
-            "`source: self` samples text from the model, and there is no model here that can run as a whole",
+            "`source: self` samples text from the model, which needs the whole model in memory",
             where="calibration.source",
             fix="use another source, such as builtin:calibration",
         )
-    windows_NT = self_generated_text(
-        model, tokenizer, samples=settings.samples, tokens=length, seed=seed, batch=settings.batch, progress=progress
-    )
+
+    def sampled(samples: int, seed: int) -> Tensor:
+        return self_generated_text(
+            model, tokenizer, samples=samples, tokens=length, seed=seed, batch=settings.batch, progress=progress
+        )
+
+    windows_NT = sampled(settings.samples, seed)
     return CalibrationData(
         windows_NT,
         "self",
         hashlib.sha256(windows_NT.numpy().tobytes()).hexdigest(),
         documents=len(windows_NT),
+        held_out_NT=sampled(held_out, seed + 1) if held_out else None,
         bos=starts_with_bos(tokenizer),
         warnings=tuple(warnings),
     )

@@ -21,9 +21,9 @@ def usable_device(name: str) -> torch.device:
         raise CompressError(
             "device.unusable",
             f"the device {name!r} cannot be used: {str(problem).splitlines()[0]}",
-            fix="use --device auto, cpu or cuda",
+            fix="set `device` to auto, cpu or cuda",
         ) from None
     if device.type == "meta":
-        what = "the device 'meta' cannot be used: its tensors have shapes and no values"
-        raise CompressError("device.unusable", what, fix="use --device auto, cpu or cuda")
+        what = "the device 'meta' cannot be used: its tensors have no values"
+        raise CompressError("device.unusable", what, fix="set `device` to auto, cpu or cuda")
     return device

@@ -1,4 +1,4 @@
-"""All calibration tokens through all experts, whatever the router chose, while they are measured."""
+"""Runs all calibration tokens through all experts while they are measured, regardless of the router."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class AllTokens:
         self._input_NH = torch.empty(0)
 
     def run(self, experts: nn.ModuleList, x_NH: Tensor) -> None:
-        """Every expert once, on every token."""
+        """Run every expert once on every token."""
         self._input_NH = x_NH
         self.running = True
         try:
@@ -39,9 +39,9 @@ class AllTokens:
         if not self.running and len(x_MH) and not bool((self._input_NH == x_MH[0]).all(1).any()):
             raise CompressError(
                 "calibration.experts",
-                "the experts do not read what comes into the module that holds them",
+                "the experts do not read their layer's input, so they cannot all see all tokens",
                 where=name,
-                fix="set `calibration.experts` to routed",
+                fix="set `calibration.experts: routed`",
             )
 
 

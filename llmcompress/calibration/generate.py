@@ -1,4 +1,4 @@
-"""Calibration without data: the model writes its own text. N = texts, T = tokens, V = vocabulary."""
+"""Calibration without data: text sampled from the model itself. N = texts, T = tokens, V = vocabulary."""
 
 from __future__ import annotations
 
@@ -30,16 +30,15 @@ def self_generated_text(
     batch: int = 8,
     progress: Progress | None = None,
 ) -> Tensor:
-    """`samples` × `tokens` token numbers that the model wrote, the same for the same seed.
+    """`samples` × `tokens` token ids sampled from the model, the same for the same seed.
 
-    Every text begins with a token drawn at random from the ordinary vocabulary (after the BOS, where the tokenizer
-    adds one), goes on greedily for three to five tokens and is sampled from there at temperature 1. Where a text
-    ends itself with the EOS, the next one begins in the same row.
+    Every text starts with a random token of the ordinary vocabulary (after BOS, if the tokenizer adds one), continues
+    greedily for three to five tokens, and is then sampled at temperature 1. When a text ends with EOS, the next one
+    starts in the same row.
 
-    Source: Liu et al., arXiv 2305.17888, section 3.1 (LLM-QAT).
-    Differs: starts are drawn at random instead of taking the vocabulary in turn; rows are always filled.
-
-    Raises: CompressError `numerics.not-finite` when the model's logits are not finite.
+    Source: Liu et al., arXiv 2305.17888, section 3.1 (LLM-QAT). Differs: start tokens are random instead of taking the
+    vocabulary in turn; rows are always full.
+    Raises: CompressError `numerics.not-finite` if the model's logits are not finite.
     """
     progress = progress or Silent()
     random = torch.Generator().manual_seed(seed)
@@ -91,7 +90,7 @@ class _Writer:
             age_N += 1
             if position % 32 == 0:
                 written = done * tokens + rows * position
-                progress.inside("writing calibration text", done=written, total=of * tokens)
+                progress.substep("writing calibration text", done=written, total=of * tokens)
         return text_NT
 
     def _logits(self, text_NT: Tensor) -> Tensor:
@@ -104,7 +103,7 @@ class _Writer:
         if not bool(logits_NV.isfinite().all()):
             raise CompressError(
                 "numerics.not-finite",
-                f"the model's logits are not finite while it writes calibration text (token {text_NT.shape[1]})",
+                f"the model's logits became NaN or Inf while generating calibration text (token {text_NT.shape[1]})",
                 where="calibration.source",
                 fix="check the model with `llmcompress evaluate`; use another source",
             )

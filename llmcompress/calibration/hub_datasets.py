@@ -1,4 +1,4 @@
-"""Datasets of the Hub (and dataset folders): short names, streaming, and errors that say what to do offline."""
+"""Datasets from the Hub (and dataset folders): short names, streaming, and errors that say what to do offline."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def hub_rows(
     if max_characters is None and source in ALIASES and alias.streamed:
         raise CompressError(
             "data.endless",
-            f"{source}: this dataset is very large, and nothing says how much of it to read",
+            f"{source}: this dataset is very large and no limit is set",
             where=where,
             fix="set `max_windows`",
             exit_code=ExitCode.USAGE,
@@ -87,14 +87,14 @@ def _offline(source: str, alias: Alias, where: str) -> bool:
             "data.offline",
             f"{source}: this dataset is not in the local cache and the Hub cannot be reached",
             where=where,
-            fix=f"{BUILTIN_HINT}; or go online once, or name a local .txt or .jsonl file",
+            fix=f"{BUILTIN_HINT}; or go online once, or give a local .txt or .jsonl file",
             exit_code=ExitCode.HUB,
         )
     return offline
 
 
 def hub_reachable() -> bool:
-    """False in offline mode and where the Hub's name cannot be resolved: then nobody waits for retries."""
+    """False in offline mode and where the Hub's name cannot be resolved: this avoids waiting for retries."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE or os.environ.get("HF_DATASETS_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
@@ -128,9 +128,9 @@ def _load(path: str, config: str | None, split: str, *, streaming: bool, where: 
             raise _hub_failure(path, failure, where) from failure
         raise CompressError(
             "data.script",
-            f"{path}: this dataset is made by a Python script of its own, which is not run",
+            f"{path}: this dataset needs its own Python loading script, which is never run",
             where=where,
-            fix='save the text as .jsonl, one {"text": ...} per line, and name that file',
+            fix='save the text as .jsonl, one {"text": ...} per line, and use that file',
         ) from failure
     except ValueError as failure:
         # unknown split or configuration: the library's own message lists what there is
@@ -143,10 +143,10 @@ def _load(path: str, config: str | None, split: str, *, streaming: bool, where: 
 
 def _not_found(path: str, gated: bool, where: str) -> CompressError:
     if gated:
-        fix = "ask for access on the dataset's page, then `hf auth login`"
-        return CompressError("data.gated", f"{path}: access to this dataset must be asked for", where=where, fix=fix)
+        fix = "request access on the dataset's page, then `hf auth login`"
+        return CompressError("data.gated", f"{path}: access to this dataset must be requested", where=where, fix=fix)
     fix = f"check the name (short names: {', '.join(ALIASES)}); for a private dataset `hf auth login`"
-    return CompressError("data.not-found", f"{path}: there is no such file or Hub dataset", where=where, fix=fix)
+    return CompressError("data.not-found", f"{path}: no such file or Hub dataset", where=where, fix=fix)
 
 
 def _guarded(rows: Iterable[dict[str, Any]], path: str, where: str) -> Iterator[dict[str, Any]]:

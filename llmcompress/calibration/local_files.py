@@ -1,4 +1,4 @@
-"""Local text files and tables → rows with labels that a user can find again (`line 7`)."""
+"""Local text files and tables → rows with labels that a user can find (`line 7`)."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def rows_of_file(path: Path, *, where: str) -> Rows:
     if reader is None:
         raise CompressError(
             "data.file-type",
-            f"{path.name}: text cannot be read from this kind of file",
+            f"{path.name}: unsupported file type for text",
             where=where,
-            fix=f"use one of {', '.join(_READERS)} (the text ones also as .xz or .gz)",
+            fix=f"use one of {', '.join(_READERS)} (text formats may be compressed as .xz or .gz)",
         )
     try:
         yield from reader(path, where)
@@ -120,7 +120,7 @@ def _json_line(line: bytes) -> Any:
     except json.JSONDecodeError as failure:
         return BadRow(f"invalid JSON at column {failure.colno}: {failure.msg}")
     except (RecursionError, ValueError):
-        return BadRow("unusable JSON: thousands of digits in a number, or thousands of nested lists")
+        return BadRow("JSON that cannot be read: a number with too many digits, or too many nested lists")
 
 
 def _json(path: Path, where: str) -> Rows:
@@ -134,7 +134,7 @@ def _json(path: Path, where: str) -> Rows:
             fix="correct that line; one JSON record per line belongs in a .jsonl file",
         ) from None
     except (RecursionError, ValueError):
-        what = f"{path.name}: unusable JSON: thousands of digits in a number, or thousands of nested lists"
+        what = f"{path.name}: JSON that cannot be read: a number with too many digits, or too many nested lists"
         raise CompressError("data.bad-json", what, where=where, fix="write one record per line, as .jsonl") from None
     if not isinstance(content, list):
         what = f"{path.name}: expected a list of records"
@@ -164,7 +164,7 @@ def _csv(path: Path, where: str) -> Rows:
             elif len(fields) == len(header):
                 yield f"line {start}", dict(zip(header, fields, strict=True))
             elif fields:
-                what = f"{len(fields)} fields, the header has {len(header)}; quote text that holds commas"
+                what = f"{len(fields)} fields, the header has {len(header)}; quote text that contains commas"
                 yield f"line {start}", BadRow(what)
 
 

@@ -1,4 +1,4 @@
-"""Where a model's weights are while nobody computes with them: in memory, or in files that are mapped, not read."""
+"""Weight offloading: weights that are not in use stay in memory, or in memory-mapped files."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class WeightStore(Protocol):
     """Parts of a model are called by their full names: blocks, and what stands outside of them."""
 
     def leave(self, name: str, module: nn.Module) -> None:
-        """Nobody computes with that block any more: its weights are offloaded."""
+        """The block is not in use any more: offload its weights."""
 
     def moved(self, name: str, read: Callable[[], Mapping[str, Tensor]]) -> None:
-        """A block was changed and kept; from now on its whole state is what `read` gives."""
+        """A block was changed and saved; from now on its weights come from `read`."""
 
     def running(self, model: PreTrainedModel, device: torch.device) -> AbstractContextManager[None]:
         """While this lasts, the model as a whole can be run on the device, in float32."""
@@ -38,7 +38,7 @@ class InMemory:
     """All weights in float32 in the computer's memory."""
 
     def leave(self, name: str, module: nn.Module) -> None:
-        """Back from the device."""
+        """Move it back from the device."""
         module.to("cpu")
 
     def moved(self, name: str, read: Callable[[], Mapping[str, Tensor]]) -> None:
@@ -102,8 +102,8 @@ class OnDisk:
         """Never true."""
         raise CompressError(
             "memory.needed",
-            f"{what} needs the whole model in memory, and this run reads it from disk block by block",
-            fix="use --offload never on a machine with enough memory, or leave the pass out",
+            f"{what} needs the whole model in memory, but this run offloads its weights to disk",
+            fix="set offload to never on a machine with enough memory, or remove the pass",
         )
 
     def _after_block(self, name: str, block: nn.Module, *_: Any) -> None:

@@ -42,8 +42,20 @@ class Packed:
     tokens: list[int] = field(default_factory=list)
     used: list[str] = field(default_factory=list)
     short: list[int] = field(default_factory=list)
-    """Lengths of the sections left out."""
+    """Lengths of the skipped sections."""
     unknown: str | None = None
+
+    def add(self, tokens: list[int], bos: list[int], separator: list[int], *, min_tokens: int, text: str) -> None:
+        """One more section, unless it is too short."""
+        if tokens[: len(bos)] == bos:  # a chat template writes its own BOS; the windows get theirs anyway
+            tokens = tokens[len(bos) :]
+        if len(tokens) < min_tokens:
+            self.short.append(len(tokens))
+            return
+        self.used.append(text)
+        self.tokens.extend(tokens)
+        if tokens[-1:] != separator:  # a chat template may end with it
+            self.tokens.extend(separator)
 
 
 def pack(
@@ -55,7 +67,7 @@ def pack(
     model never saw in training costs stories260K half a bit per token, a BOS nothing.
     """
     packed = Packed()
-    separator = bos or [tokenizer.eos_token_id] * (tokenizer.eos_token_id is not None)
+    separator = separator_of(tokenizer, bos)
     lists: list[list[int]] = []
     seen = 0
     for chunk in _chunks(parts):
@@ -63,15 +75,7 @@ def pack(
         lists.extend(chunk_lists)
         seen += len(chunk)
         for section, tokens in zip(chunk, chunk_lists, strict=True):
-            if tokens[: len(bos)] == bos:  # a chat template writes its own BOS; the windows get theirs anyway
-                tokens = tokens[len(bos) :]
-            if len(tokens) < min_tokens:
-                packed.short.append(len(tokens))
-                continue
-            packed.used.append(section)
-            packed.tokens.extend(tokens)
-            if tokens[-1:] != separator:  # a chat template may end with it
-                packed.tokens.extend(separator)
+            packed.add(tokens, bos, separator, min_tokens=min_tokens, text=section)
             if len(packed.tokens) >= wanted:
                 packed.unknown = unknown_warning(tokenizer, parts[:seen], lists)
                 return packed
@@ -79,20 +83,27 @@ def pack(
     return packed
 
 
+def separator_of(tokenizer: PreTrainedTokenizerBase, bos: list[int]) -> list[int]:
+    """What stands behind every section."""
+    return bos or [tokenizer.eos_token_id] * (tokenizer.eos_token_id is not None)
+
+
 def _chunks(parts: Sequence[str]) -> Iterator[Sequence[str]]:
     for start in range(0, len(parts), _ENCODED_TOGETHER):
         yield parts[start : start + _ENCODED_TOGETHER]
 
 
-def windows(packed: Packed, settings: Calibration, length: int, bos: list[int], *, name: str) -> Tensor:
-    """The first full windows.
+def windows(
+    packed: Packed, settings: Calibration, length: int, bos: list[int], *, name: str, held_out: int = 0
+) -> Tensor:
+    """The first full windows, at most `samples` and `held_out` more.
 
     Raises: CompressError when there is not one.
     """
     if not packed.used:
         raise CompressError(
             "data.too-short",
-            f"{name}: 0 usable samples, all {len(packed.short)} have fewer than {settings.min_tokens} tokens "
+            f"{name}: no usable samples: all {len(packed.short)} have fewer than {settings.min_tokens} tokens "
             f"({_histogram(packed.short)})",
             where="calibration.min_tokens",
             fix=f"lower `min_tokens` to {max(packed.short)} or less, or use another source"
@@ -100,7 +111,7 @@ def windows(packed: Packed, settings: Calibration, length: int, bos: list[int], 
             else "use another source",
         )
     content = length - len(bos)
-    count = min(len(packed.tokens) // content, settings.samples) if content else 0
+    count = min(len(packed.tokens) // content, settings.samples + held_out) if content else 0
     if not count:
         raise CompressError(
             "data.too-little",

@@ -1,4 +1,4 @@
-"""Several processes that calibrate one model together: each runs other windows, what they measured is added up."""
+"""Several processes that calibrate one model: each runs different windows, and their statistics are summed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _PATIENCE = timedelta(hours=12)
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process among all; by default it is alone. All have the same model, and do the same work on it.
+    """The rank of this process and their number; one by default. All have the same model and do the same work on it.
 
-    What is added up is the same on all to the last bit, so all come to the same weights; to be safe on machines of
-    different kinds, the first one's finished blocks are given to all (`same_tensors`).
+    Reduced statistics are identical on all, so all compute the same weights; to be safe on machines of
+    different kinds, the first one's finished blocks are broadcast (`broadcast_tensors`).
     """
 
     index: int = 0
@@ -33,10 +33,10 @@ class ProcessGroup:
 
     @property
     def is_first(self) -> bool:
-        """Whether it is the one that writes."""
+        """Whether it is rank 0, which writes."""
         return self.index == 0
 
-    def share(self, windows_NT: Tensor) -> Tensor:
+    def shard(self, windows_NT: Tensor) -> Tensor:
         """This process's windows: every `count`-th.
 
         Raises: CompressError when there are fewer windows than processes.
@@ -50,16 +50,16 @@ class ProcessGroup:
             )
         return windows_NT[self.index :: self.count]
 
-    def add_(self, tensor: Tensor) -> None:
-        """The sum over all processes, in place."""
+    def all_reduce_sum_(self, tensor: Tensor) -> None:
+        """All-reduce: the sum over all processes, in place."""
         self._reduce(tensor, distributed.ReduceOp.SUM)
 
-    def largest_(self, tensor: Tensor) -> None:
-        """The elementwise maximum over all processes, in place."""
+    def all_reduce_max_(self, tensor: Tensor) -> None:
+        """All-reduce: the elementwise maximum over all processes, in place."""
         self._reduce(tensor, distributed.ReduceOp.MAX)
 
-    def same(self, value: T) -> T:
-        """What the first process has, on all."""
+    def broadcast(self, value: T) -> T:
+        """The first process's value, on all."""
         if self.count == 1:
             return value
         box = [value if self.is_first else None]
@@ -67,7 +67,7 @@ class ProcessGroup:
         found = box[0]
         return found  # type: ignore[return-value]
 
-    def same_tensors(self, module: nn.Module) -> None:
+    def broadcast_tensors(self, module: nn.Module) -> None:
         """The first process's tensors in the modules of all, which must have the same shapes."""
         if self.count == 1:
             return
@@ -82,8 +82,8 @@ class ProcessGroup:
         if self.count > 1:
             raise CompressError(
                 "processes.one-only",
-                f"{what} looks at more than sums over tokens, which is all that several processes share",
-                fix="run it in one process, without torchrun",
+                f"{what} cannot run in several processes: it needs more than statistics that sum over tokens",
+                fix="start it without torchrun",
                 exit_code=ExitCode.USAGE,
             )
 
@@ -104,10 +104,10 @@ ALONE = ProcessGroup()
 
 
 @contextmanager
-def joined_processes(device: torch.device) -> Iterator[ProcessGroup]:
-    """The processes that `torchrun` started, joined while this lasts; one that was started alone is alone.
+def process_group(device: torch.device) -> Iterator[ProcessGroup]:
+    """The process group that `torchrun` started, for the duration of the context; a single process otherwise.
 
-    On CUDA they talk through NCCL, on a CPU through gloo. A group that the caller has made already is used as it is.
+    NCCL on CUDA, gloo on a CPU. An existing process group is used as it is.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not distributed.is_initialized():
         yield ALONE

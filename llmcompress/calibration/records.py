@@ -1,4 +1,4 @@
-"""Rows of any table → plain texts or conversations: finds the column, checks every row, counts what is left out."""
+"""Rows of any table → plain texts or conversations: finds the column, checks every row, counts skipped rows."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def contents_of(
                     "data.bad-row",
                     f"{label}: {bad}",
                     where=where,
-                    fix="correct that row, or set `skip_bad_rows: true` to leave such rows out and count them",
+                    fix="correct that row, or set `skip_bad_rows: true` to skip and count such rows",
                 ) from None
             found.skipped += 1
         if max_characters is not None and found.characters >= max_characters:
@@ -72,7 +72,7 @@ def contents_of(
 
 
 def find_columns(columns: list[str], *, column: str | None, format: Format, where: str) -> tuple[str, ...]:
-    """The columns that hold the text or the messages; several are put together (`prompt+completion`).
+    """The columns with the text or the messages; several are joined (`prompt+completion`).
 
     Raises: CompressError showing the columns there are.
     """
@@ -100,7 +100,7 @@ def _no_column(what: str, columns: list[str], where: str) -> CompressError:
         "data.columns",
         f"{what}; columns found: {', '.join(columns) or 'none'}",
         where=where,
-        fix="set `column` to the one to read (`column: a+b` puts two together), or rename it to `text` or `messages`",
+        fix="set `column` to the one to read (`column: a+b` joins two), or rename it to `text` or `messages`",
     )
 
 

@@ -1,4 +1,4 @@
-"""What `calibration:` in a recipe may say."""
+"""The settings under `calibration:` in a recipe."""
 
 from __future__ import annotations
 
@@ -10,31 +10,43 @@ Experts = Literal["routed", "all"]
 
 
 class Calibration(BaseModel):
-    """The text whose activations the passes measure."""
+    """The calibration text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     source: str = Field(default="builtin:calibration", min_length=1)
-    """`builtin:calibration`, `self` (sampled from the model), a .txt/.jsonl/.parquet/.csv, or a Hub dataset id."""
+    """`builtin:calibration`, `self` (sampled from the model), a .txt/.jsonl/.parquet/.csv, or a Hub dataset id.
+    `memory:…` names data that were handed over in Python."""
     split: str = Field(default="train", min_length=1)
-    """Which split of a Hub dataset."""
+    """Split of a Hub dataset."""
     config: str | None = None
-    """Which configuration of a Hub dataset (`wikitext-2-raw-v1`)."""
+    """Configuration of a Hub dataset (`wikitext-2-raw-v1`)."""
     column: str | None = None
-    """The column that holds the text or the messages; None: found by its usual names."""
+    """The column with the text or the messages; None: found by its usual names."""
     format: Literal["auto", "text", "chat"] = "auto"
     """Whether rows are plain text or lists of messages."""
     chat_template: str | None = None
-    """A file with the Jinja chat template to use where the tokenizer has none."""
+    """A Jinja chat template file, for tokenizers that have none."""
     samples: int = Field(default=128, ge=1)
-    """How many windows."""
+    """Number of windows."""
     tokens: int = Field(default=512, ge=2)
-    """Tokens in a window; every window is full."""
+    """Tokens per window; every window is full."""
     batch: int = Field(default=8, ge=1)
-    """Windows that go through a block together."""
+    """Batch size: windows that pass through a block together."""
     experts: Experts = "routed"
-    """Which tokens an expert is measured on: those that the router sends it, or all of them (several times slower)."""
+    """Tokens on which an expert is measured: those routed to it, or all of them (several times slower)."""
     min_tokens: int = Field(default=10, ge=1)
-    """Rows with fewer tokens are left out."""
+    """Rows with fewer tokens are skipped."""
     skip_bad_rows: bool = False
-    """Leave out rows that cannot be read, and count them, instead of stopping."""
+    """Skip and count rows that cannot be read, instead of stopping."""
+
+
+class Guard(BaseModel):
+    """Windows of the calibration text that no pass measures: what the passes leave is checked on them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    windows: int = Field(default=1, ge=0, le=64)
+    """How many; 0: nothing is checked."""
+    fall_back: bool = True
+    """Whether a block that its passes left worse than plain rounding or magnitude pruning is replaced by that."""

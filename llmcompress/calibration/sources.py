@@ -1,19 +1,20 @@
-"""Where text comes from: bundled texts, local files, Hub datasets; read once, with a fingerprint of the content."""
+"""Text sources: bundled texts, local files, Hub datasets; read once, with a fingerprint of the content."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from llmcompress.calibration.hub_datasets import hub_rows
 from llmcompress.calibration.local_files import is_text_file, rows_of_file
-from llmcompress.calibration.records import Format, Message, contents_of
+from llmcompress.calibration.records import Contents, Format, Message, contents_of
 from llmcompress.errors import CompressError, ExitCode
+from llmcompress.loading.source import IN_MEMORY
 from llmcompress.storage.paths import from_home
 
 JOINER = "\n\n"
@@ -25,7 +26,7 @@ SHORTEST_PARAGRAPH = 40
 
 @dataclass(frozen=True)
 class Texts:
-    """What one source holds: documents, or conversations still to be written out by a chat template."""
+    """The contents of one source: documents, or conversations that a chat template will render."""
 
     name: str
     """For reports; the file name only, never a path."""
@@ -34,7 +35,7 @@ class Texts:
     fingerprint: str
     """sha256 of the content read."""
     skipped: int = 0
-    """Rows that could not be read and were left out (`skip_bad_rows`)."""
+    """Rows that could not be read and were skipped (`skip_bad_rows`)."""
     bounded: bool = False
     """Whether a dataset was streamed, and no further than enough."""
 
@@ -52,7 +53,7 @@ class TextSource:
     split: str = "train"
     config: str | None = None
     column: str | None = None
-    """The column that holds the text; None: found by its usual names."""
+    """The column with the text; None: found by its usual names."""
 
 
 def read_texts(
@@ -74,13 +75,21 @@ def read_texts(
     found = contents_of(
         rows, column=source.column, format=format, skip_bad_rows=skip_bad_rows, where=row_where, max_characters=limit
     )
+    return replace(texts_of(found, name, where=where), bounded=limit is not None)
+
+
+def texts_of(found: Contents, name: str, *, where: str) -> Texts:
+    """What was read, with a fingerprint of it.
+
+    Raises: CompressError `data.empty` when it is nothing.
+    """
     if not any(text.strip() for text in found.documents) and not found.conversations:
-        left_out = f"; {found.skipped} rows were left out as unreadable" if found.skipped else ""
-        what = f"{name}: 0 usable samples, the source is empty{left_out}"
+        left_out = f"; {found.skipped} unreadable rows were skipped" if found.skipped else ""
+        what = f"{name}: no usable samples, the source is empty{left_out}"
         raise CompressError("data.empty", what, where=where, fix="use another source")
     conversations = tuple(tuple(messages) for messages in found.conversations)
     fingerprint = _fingerprint(found.documents or conversations)
-    return Texts(name, tuple(found.documents), conversations, fingerprint, found.skipped, limit is not None)
+    return Texts(name, tuple(found.documents), conversations, fingerprint, found.skipped)
 
 
 def check_source(name: str, *, where: str) -> None:
@@ -88,10 +97,14 @@ def check_source(name: str, *, where: str) -> None:
 
     Raises: CompressError when it is not.
     """
+    if name.startswith(IN_MEMORY):
+        what = f"the data called {name} were handed over in Python: they are in no file"
+        fix = "hand the same data over again as `calibration`, or name a file as `calibration.source`"
+        raise CompressError("data.in-memory", what, where=where, fix=fix, exit_code=ExitCode.USAGE)
     if name.startswith("builtin:"):
         _check_builtin(name.removeprefix("builtin:"), where)
     elif not from_home(name).exists() and _looks_like_a_path(name):
-        raise CompressError("data.not-found", f"{name}: there is no such file", where=where, fix="check the path")
+        raise CompressError("data.not-found", f"{name}: no such file", where=where, fix="check the path")
 
 
 def bytes_of_text(name: str) -> int | None:
@@ -122,7 +135,7 @@ def overlap_warning(
         return None
     return (
         f"{shared} of {len(evaluation)} paragraphs of {evaluation_name} are also in the calibration text "
-        f"{calibration_name}: its perplexity is flattered"
+        f"{calibration_name}: the perplexity is too optimistic"
     )
 
 

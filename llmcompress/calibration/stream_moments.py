@@ -1,4 +1,4 @@
-"""Second moments of the residual stream, wherever a norm reads it, from one forward over the calibration data."""
+"""Second moments of the residual stream at every norm that reads it, from one forward pass over the data."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def stream_moments(whole: WholeModel, residual: Residual) -> dict[str, Tensor]:
                 moments |= {f"{block}.{n.name}": shared for n in ports.norms if n.stage == reader.stage}
                 module = whole.model.get_submodule(f"{block}.{reader.name}")
                 stack.callback(module.register_forward_pre_hook(_shown_to(shared)).remove)
-        last = moments[residual.around.norms[0].name] = moment()
+        last = moments[residual.outside_blocks.norms[0].name] = moment()
         for work in whole.stream():
             if work.info.index + 1 == len(residual.blocks):
                 for hidden_BTD in work.outputs():
                     last.add(hidden_BTD.to(whole.context.device).flatten(0, -2))
-            whole.context.progress.inside("slicegpt", done=work.info.index + 1, total=len(residual.blocks))
+            whole.context.progress.substep("slicegpt", done=work.info.index + 1, total=len(residual.blocks))
     return finite({name: found.sum_DD for name, found in moments.items()})
 
 

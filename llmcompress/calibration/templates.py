@@ -1,4 +1,4 @@
-"""Conversations → text, through a chat template: a program that came with the model, so it is run within bounds."""
+"""Conversations → text through a chat template, which is a program from the model's author and runs with limits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from llmcompress.calibration.records import Format, Message
 from llmcompress.calibration.sources import Texts
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 
 MOST_LINES = 1_000_000
 """That a template may run for one conversation: about a second."""
+
+MOST_BYTES = 10**9
+"""That a template may take for one conversation."""
 
 TraceFunction = Callable[[FrameType, str, Any], Any]
 
@@ -60,22 +65,45 @@ def written_out(
             if not skip_bad_rows:
                 raise CompressError(
                     "data.bad-row",
-                    f"{texts.name}: conversation {number} does not fit the chat template: {_said(failure)}",
+                    f"{texts.name}: conversation {number} does not fit the chat template: {_template_message(failure)}",
                     where=where,
-                    fix="correct it, or set `skip_bad_rows: true` to leave such rows out and count them",
+                    fix="correct it, or set `skip_bad_rows: true` to skip and count such rows",
                 ) from failure
             skipped += 1
     return written, skipped
 
 
 def _rendered(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
-    with _bounded():
+    with _bounded_memory(), _bounded_lines():
         text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, chat_template=template)
     return text
 
 
 @contextmanager
-def _bounded() -> Iterator[None]:
+def _bounded_memory() -> Iterator[None]:
+    """`{{ 'x' * 10**10 }}` is one line, and Jinja's sandbox lets it pass: the system refuses the memory meanwhile.
+
+    Linux keeps to this limit; on other systems only lines are bounded.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = psutil.Process().memory_info().vms + MOST_BYTES
+    lowest = min(value for value in (limit, soft, hard) if value != resource.RLIM_INFINITY)
+    resource.setrlimit(resource.RLIMIT_AS, (lowest, hard))
+    try:
+        yield
+    except MemoryError as problem:
+        raise ValueError(f"it takes more than {MOST_BYTES // 10**6:,} MB of memory") from problem
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@contextmanager
+def _bounded_lines() -> Iterator[None]:
     """Ends a template after so many lines. Jinja's sandbox bounds each `range`, not how many stand inside each other.
 
     A template is compiled to Python, so Python can count its lines; other code is not looked at.
@@ -100,7 +128,7 @@ def _bounded() -> Iterator[None]:
         sys.settrace(before)
 
 
-def _said(failure: Exception) -> str:
+def _template_message(failure: Exception) -> str:
     return str(failure).strip().partition("\n")[0] or type(failure).__name__
 
 

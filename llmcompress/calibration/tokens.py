@@ -1,4 +1,4 @@
-"""What a tokenizer does of its own accord, found by trying: BOS, unknown tokens, tokens that the model lacks."""
+"""What a tokenizer does by default, found by trying: BOS, unknown tokens, token ids beyond the embedding."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def unknown_warning(
     unknown -= sum(text.count(tokenizer.unk_token) for text in texts)
     if unknown <= UNKNOWN_SHARE * total:
         return None
-    return f"{unknown / total:.1%} of the tokens are unknown to the tokenizer; is it the tokenizer of this model?"
+    return f"{unknown / total:.1%} of the tokens are unknown; does the tokenizer belong to this model?"
 
 
 def refuse_beyond_embedding(
@@ -69,10 +69,10 @@ def refuse_beyond_embedding(
         tokens = ", ".join(f"{tokenizer.convert_ids_to_tokens(number)!r} = {number}" for number in beyond[:12])
         raise CompressError(
             "model.vocabulary",
-            f"the text has {len(beyond)} different tokens beyond the embedding's {rows} rows",
+            f"the text contains {len(beyond)} token ids that the embedding of {rows} rows does not have",
             where=f"{where}: {tokens}",
             fix=(
-                "use the tokenizer of this model, or give the model rows for the new tokens: "
+                "use this model's own tokenizer, or add embedding rows for the new tokens: "
                 f"model.resize_token_embeddings({beyond[-1] + 1}), then save it with save_pretrained"
             ),
         )
@@ -86,7 +86,7 @@ def _lost_warning(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> s
     lost, total = (there - _letters(back)).total(), there.total()
     if lost <= UNKNOWN_SHARE * total:
         return None
-    return f"{lost / total:.1%} of the text has no token and is lost; is it the tokenizer of this model?"
+    return f"{lost / total:.1%} of the text cannot be tokenized and is lost; does the tokenizer belong to this model?"
 
 
 def _letters(text: str) -> Counter[str]:

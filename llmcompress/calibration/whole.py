@@ -1,4 +1,4 @@
-"""The whole model as passes see it that cannot decide block by block. B = sequences, T = tokens, N = windows."""
+"""The whole model, for passes that cannot work block by block. B = sequences, T = tokens, N = windows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llmcompress.numerics.loss import in_batches, next_token_loss
 
 
 class WholeModel:
-    """The live model, its map and the calibration windows; all windows have the same length and no padding."""
+    """The live model, its map and its context; all calibration windows have the same length and no padding."""
 
     def __init__(self, model: PreTrainedModel, model_map: ModelMap, context: RunContext) -> None:
         self.model, self.map, self.context = model, model_map, context
@@ -99,5 +99,5 @@ class WholeModel:
         return math.exp(min(total / max(tokens, 1), 80.0))
 
     def replace_model(self, model: PreTrainedModel) -> None:
-        """The model became another object; the map is made anew when the pass is done."""
+        """The model was replaced by another object; it is mapped again after the pass."""
         self.model = model

@@ -1,4 +1,4 @@
-"""`llmcompress allocate`: take all decisions of a recipe, and write them as an ordinary recipe."""
+"""`llmcompress allocate`: makes all allocation decisions of a recipe and writes them as an ordinary recipe."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 
 import click
 
-from llmcompress.cli.output import device_option, json_option, print_json, quiet_libraries
+from llmcompress.cli.early import refuse_mistakes
+from llmcompress.cli.libraries import loading_libraries, quiet_libraries
+from llmcompress.cli.output import device_option, json_option, print_json
 from llmcompress.errors import CompressError, ExitCode, without_tokens
 
 
@@ -16,8 +18,16 @@ from llmcompress.errors import CompressError, ExitCode, without_tokens
 @click.option(
     "--recipe", "recipe_file", metavar="FILE", required=True, type=click.Path(path_type=Path), help="Your recipe."
 )
-@click.option("-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="Write there, not to stdout.")
-@click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, help="Change the recipe first. Repeatable.")
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Write the recipe to this file instead of stdout.",
+)
+@click.option(
+    "--set", "settings", metavar="KEY=VALUE", multiple=True, help="Change one value of the recipe first. Repeatable."
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 @device_option
 @json_option
@@ -30,10 +40,10 @@ def allocate(
     device: str,
     as_json: bool,
 ) -> None:
-    """Decide for MODEL what a recipe leaves to data, and write the recipe that says it by ordinary options.
+    """Make all allocation decisions of a recipe for MODEL, and write them as an ordinary recipe.
 
     Schemes (mixed_precision), ranks (svd), sparsities, units (width, bonsai) and blocks (depth) become options and
-    overrides; running the recipe that is written makes the same weights.
+    overrides; running the written recipe gives the same weights.
 
     \b
     Examples:
@@ -42,13 +52,14 @@ def allocate(
     """
     if output is not None:
         _check_file(output, overwrite=overwrite)
+    refuse_mistakes(recipe_file, settings, model=model)
     quiet_libraries()
     from llmcompress.cli.terminal import TerminalProgress
-    from llmcompress.recipe import read_recipe
 
     with TerminalProgress() as progress:
-        progress.stage("starting", 0)
-        from llmcompress.fixed_recipe import allocate as decide
+        with loading_libraries(progress):
+            from llmcompress.fixed_recipe import allocate as decide
+            from llmcompress.recipe import read_recipe
 
         decided = decide(model, read_recipe(recipe_file, settings=settings), device=device, progress=progress)
     if output is not None:
@@ -77,7 +88,7 @@ def _check_file(output: Path, *, overwrite: bool) -> None:
         )
     folder = output.resolve().parent
     if not folder.is_dir():
-        raise _unwritable(output, f"there is no folder {folder}")
+        raise _unwritable(output, f"the folder {folder} does not exist")
     if not os.access(output if output.exists() else folder, os.W_OK):
         raise _unwritable(output, "it is read-only")
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from llmcompress.cli.output import device_option, json_option, print_json, print_tables, quiet_libraries
+from llmcompress.cli.early import refuse_mistakes
+from llmcompress.cli.libraries import loading_libraries, quiet_libraries
+from llmcompress.cli.output import device_option, json_option, print_json, print_tables
 from llmcompress.errors import NOTHING_SAVED, CompressError, ExitCode, saved_of
 
 if TYPE_CHECKING:
@@ -19,7 +22,9 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model", required=False)
 @click.option("--preset", metavar="NAME", help="A recipe that comes with the package (see `llmcompress recipes ls`).")
-@click.option("--recipe", "recipe_file", metavar="FILE", type=click.Path(path_type=Path), help="A recipe of your own.")
+@click.option(
+    "--recipe", "recipe_file", metavar="FILE", type=click.Path(path_type=Path), help="Your recipe, a YAML file."
+)
 @click.option("-o", "--output", metavar="DIR", type=click.Path(path_type=Path), help="The folder to write.")
 @click.option(
     "--set",
@@ -28,20 +33,16 @@ if TYPE_CHECKING:
     multiple=True,
     help="Change the recipe, e.g. --set calibration.samples=64 --set passes.gptq.scheme=int3_g32. Repeatable.",
 )
-@click.option("--dry-run", is_flag=True, help="Show sites, bytes, memory and time, and stop: no weights are read.")
-@click.option(
-    "--overwrite", is_flag=True, help="Replace an existing output; the old one stays until the new is complete."
-)
-@click.option("--fresh", is_flag=True, help="Start over instead of going on after the blocks of an interrupted run.")
-@click.option(
-    "--yes", is_flag=True, help="Answer yes where the command would ask (running code of a model's repository)."
-)
+@click.option("--dry-run", is_flag=True, help="Only show the plan: sites, bytes, memory and time. Reads no weights.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output, once the new one is complete.")
+@click.option("--fresh", is_flag=True, help="Start over instead of resuming an interrupted run.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation before running code from a model's repository.")
 @click.option(
     "--offload",
     type=click.Choice(["auto", "always", "never"]),
     default="auto",
     show_default=True,
-    help="Keep weights on disk and one block in memory (auto: when the model would not fit). Same result.",
+    help="Offload weights to disk, one block in memory (auto: if the model does not fit). Same result.",
 )
 @device_option
 @json_option
@@ -73,27 +74,24 @@ def compress(
     if (preset is None) == (recipe_file is None):
         raise click.UsageError("Give either --preset NAME or --recipe FILE, e.g. --preset w4.")
     if output is None and not dry_run:
-        raise click.UsageError("Give the folder to write with -o DIR, or look first with --dry-run.")
+        raise click.UsageError("Name the output folder with -o DIR, or preview with --dry-run.")
     quiet_libraries()
     from llmcompress.cli.tables import plan_tables, report_tables
     from llmcompress.cli.terminal import TerminalProgress
+    from llmcompress.presets import preset_path
 
+    file = recipe_file or preset_path(str(preset))
+    # of several processes (torchrun) only the first may touch what lies at the output, and it is not known yet
+    written = None if dry_run or "RANK" in os.environ else output
+    refuse_mistakes(file, settings, model=model, output=written, overwrite=overwrite)
     with TerminalProgress() as progress:
-        progress.stage("starting", 0)
-        from llmcompress.presets import load_preset
-        from llmcompress.recipe import read_recipe
-
-        if preset is not None:
-            recipe = load_preset(preset, settings=settings)
-        else:
-            assert recipe_file is not None
-            recipe = read_recipe(recipe_file, settings=settings)
-        recipe = recipe.for_model(model)
+        with loading_libraries(progress):
+            from llmcompress import pipeline
+            from llmcompress.recipe import read_recipe
+        recipe = read_recipe(file, settings=settings).for_model(model)
         assert recipe.model is not None
         with progress.paused():
             _confirm_remote_code(recipe, yes=yes)
-        from llmcompress import pipeline
-
         if dry_run:
             from llmcompress.cost import this_machine
 
@@ -102,7 +100,7 @@ def compress(
         else:
             assert output is not None
             try:
-                report = pipeline.compress(
+                done = pipeline.compress(
                     recipe.model,
                     recipe,
                     output,
@@ -117,9 +115,9 @@ def compress(
     if dry_run:
         print_json(plan) if as_json else print_tables(*plan_tables(plan))
     elif as_json:
-        print_json({"output": str(output), **report.model_dump(mode="json")})
+        print_json({"output": str(output), **done.report.model_dump(mode="json")})
     else:
-        print_tables(*report_tables(report))
+        print_tables(*report_tables(done.report))
         click.echo(f"saved to {output}", err=True)
 
 
@@ -132,7 +130,7 @@ def _confirm_remote_code(recipe: Recipe, *, yes: bool) -> None:
         return
     raise CompressError(
         "recipe.trust",
-        f"the recipe asks to run Python code from {where}",
+        f"the recipe wants to run Python code from {where}",
         fix="review the code, then add --yes",
         exit_code=ExitCode.USAGE,
     )
@@ -142,7 +140,10 @@ def _interrupted(output: Path, saved: str | None) -> CompressError:
     """`saved`: what the run said; None where it had not begun."""
     run = output.absolute().with_name(output.absolute().name + ".run")
     if saved is None and (run / "journal.jsonl").exists():
-        saved = f"what an earlier run kept in {run}: run the same command again to go on"
+        saved = f"what an earlier run saved in {run}: run the same command again to resume"
     return CompressError(
-        "interrupted", "stopped before the end", saved=saved or NOTHING_SAVED, exit_code=ExitCode.INTERRUPTED
+        "interrupted",
+        "interrupted before the run was complete",
+        saved=saved or NOTHING_SAVED,
+        exit_code=ExitCode.INTERRUPTED,
     )

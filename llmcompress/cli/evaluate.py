@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import click
 
-from llmcompress.cli.output import device_option, json_option, print_json, print_tables, quiet_libraries
+from llmcompress.cli.early import refuse_missing_models, refuse_missing_texts
+from llmcompress.cli.libraries import loading_libraries, quiet_libraries
+from llmcompress.cli.output import device_option, json_option, print_json, print_tables
 
 
 @click.command()
@@ -19,7 +21,7 @@ from llmcompress.cli.output import device_option, json_option, print_json, print
     help="builtin:evaluation, a text file, or a dataset with its split (wikitext2:test). Repeatable.",
 )
 @click.option(
-    "--window", type=click.IntRange(min=2), help="Tokens in a window [default: the model's limit, at most 2048]."
+    "--window", type=click.IntRange(min=2), help="Tokens per window [default: the model's limit, at most 2048]."
 )
 @click.option(
     "--bos",
@@ -33,12 +35,14 @@ from llmcompress.cli.output import device_option, json_option, print_json, print
     default="torch",
     show_default=True,
     metavar="NAME",
-    help="What runs the model: transformers, by default.",
+    help="Which runner runs the model [default: transformers].",
 )
 @click.option(
-    "--max-windows", type=click.IntRange(min=1), help="Measure only the first windows [default: 16,384 tokens]."
+    "--max-windows",
+    type=click.IntRange(min=1),
+    help="Evaluate only this many windows [default: 16,384 tokens].",
 )
-@click.option("--whole-text", is_flag=True, help="Measure all windows.")
+@click.option("--whole-text", is_flag=True, help="Evaluate all windows.")
 @device_option
 @json_option
 def evaluate(
@@ -64,12 +68,15 @@ def evaluate(
     from llmcompress.cli.terminal import TerminalProgress
     from llmcompress.evaluation.settings import PerplexityTask
 
+    if not all(sources):
+        raise click.BadParameter("it is empty", param_hint="--perplexity")
     common = {"window": window, "bos": bos, "max_windows": "all" if whole_text else max_windows}
     tasks = [PerplexityTask.model_validate({**PerplexityTask.from_text(source), **common}) for source in sources]
+    refuse_missing_models(model)
+    refuse_missing_texts(task.source for task in tasks)
     with TerminalProgress() as progress:
-        progress.stage("starting", 0)
-        from llmcompress import pipeline
-
+        with loading_libraries(progress):
+            from llmcompress import pipeline
         results = pipeline.evaluate(model, tasks, runner=runner, device=device, progress=progress)
     if as_json:
         print_json([result.model_dump(mode="json") for result in results])

@@ -1,4 +1,4 @@
-"""Every failure of a command → an exit code and a short text, or one JSON object; a traceback goes to a file."""
+"""Maps every failure of a command to an exit code and a short text or a JSON object; tracebacks go to a file."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import traceback
 
 import click
 
+from llmcompress.cli.flags import with_flags
 from llmcompress.errors import CompressError, ExitCode, is_out_of_memory, saved_of, without_tokens
 
 
@@ -20,6 +21,7 @@ def report_failure(failure: Exception, *, as_json: bool, terminated: bool = Fals
     `terminated`: it was SIGTERM that interrupted the work.
     """
     known = _as_known(failure)
+    known.fix = with_flags(known.fix)
     if terminated and known.exit_code is ExitCode.INTERRUPTED:
         known.exit_code = ExitCode.TERMINATED
     if as_json:
@@ -55,13 +57,13 @@ def _as_known(failure: Exception) -> CompressError:
         fix = "use a smaller `calibration.batch` or `calibration.tokens`, or `--device cpu`, and run the command again"
         return _out_of("memory", failure, fix)
     if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
-        return _out_of("disk space", failure, "make room and run the command again")
+        return _out_of("disk space", failure, "free disk space and run the command again")
     return CompressError(
         "bug",
         f"{type(failure).__name__}: {_first_line(failure)}",
         where=_write_log(failure),
         fix="this is a bug in llmcompress: please report it with that file",
-        saved=saved_of(failure) or "finished blocks, if any: the same command goes on after them",
+        saved=saved_of(failure) or "finished blocks, if any: run the same command again to resume",
         exit_code=ExitCode.BUG,
     )
 
@@ -72,7 +74,7 @@ def _out_of(what: str, failure: Exception, fix: str) -> CompressError:
         f"out of {what}: {_first_line(failure)}",
         where=_write_log(failure),
         fix=fix,
-        saved=saved_of(failure) or "finished blocks, if any: the same command goes on after them",
+        saved=saved_of(failure) or "finished blocks, if any: run the same command again to resume",
         exit_code=ExitCode.RESOURCES,
     )
 

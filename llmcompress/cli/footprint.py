@@ -1,21 +1,23 @@
-"""`llmcompress footprint`: parameters and bytes of a saved model, stored and theoretical."""
+"""`llmcompress footprint`: parameters and bytes of a saved model, on disk and in theory."""
 
 from __future__ import annotations
 
 import click
 
-from llmcompress.cli.output import json_option, print_json, print_tables, quiet_libraries
+from llmcompress.cli.early import refuse_missing_models
+from llmcompress.cli.libraries import loading_libraries, quiet_libraries
+from llmcompress.cli.output import json_option, print_json, print_tables
 
 
-@click.command(short_help="Count parameters and bytes, stored and theoretical.")
+@click.command(short_help="Count parameters and bytes, on disk and in theory.")
 @click.argument("model")
-@click.option("--against", metavar="OTHER", help="A second model; ratios of MODEL to it.")
+@click.option("--against", metavar="OTHER", help="A second model to compare with.")
 @json_option
 def footprint(model: str, against: str | None, as_json: bool) -> None:
     """Count the parameters and bytes of MODEL, dense or compressed.
 
-    A zero counts like any number: only what the files really store smaller is smaller. What sparse storage and lossless
-    codes could reach in theory is shown apart.
+    A zero counts like any other number: only what takes fewer bytes in the files is smaller. What sparse storage and
+    lossless codes could reach in theory is listed separately.
 
     \b
     Examples:
@@ -26,12 +28,13 @@ def footprint(model: str, against: str | None, as_json: bool) -> None:
     from llmcompress.cli.tables import footprint_tables
     from llmcompress.cli.terminal import TerminalProgress
 
+    models = [model] if against is None else [model, against]
+    refuse_missing_models(*models)
     with TerminalProgress() as progress:
-        progress.stage("starting", 0)
-        from llmcompress.evaluation.footprint import footprint as measure
-        from llmcompress.evaluation.footprint import ratios
-
-        found = [measure(name) for name in (model, against) if name is not None]
+        with loading_libraries(progress):
+            from llmcompress.evaluation.footprint import footprint as measure
+            from llmcompress.evaluation.footprint import ratios
+        found = [measure(name) for name in models]
     compared = ratios(*found) if len(found) == 2 else None
     if as_json:
         facts = [each.model_dump(mode="json") for each in found]

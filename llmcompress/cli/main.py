@@ -1,4 +1,4 @@
-"""The command `llmcompress`: one file per command, imported when it is used; nothing heavy before a command runs."""
+"""The command `llmcompress`: one file per command, imported on use; nothing heavy loads before a command runs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class LazyGroup(click.Group):
 )
 @click.version_option(__version__, prog_name="llmcompress")
 def llmcompress() -> None:
-    """Make a causal language model small and fast, and prove what was lost.
+    """Compress a causal language model, and measure what it costs in quality.
 
     \b
     Try it without a network, in under a minute:

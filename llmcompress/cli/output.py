@@ -1,9 +1,8 @@
-"""Where output goes: results on stdout, everything else on stderr; and the options several commands share."""
+"""Output: results on stdout, everything else on stderr; and the options that several commands share."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,7 +21,7 @@ WIDTH_OF_PIPES = 120
 
 def json_option(command: F) -> F:
     """`--json`: one JSON value on stdout, also for errors."""
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON value on stdout, also for errors.")(
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON value on stdout, errors included.")(
         command
     )
 
@@ -46,14 +45,3 @@ def print_tables(*tables: RenderableType) -> None:
         if index:
             console.print()
         console.print(table)
-
-
-def quiet_libraries() -> None:
-    """Ask the libraries for silence, before they are imported: one display only. The environment's own wish wins."""
-    for name, value in (
-        ("TRANSFORMERS_VERBOSITY", "error"),
-        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
-        ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
-        ("TOKENIZERS_PARALLELISM", "false"),
-    ):
-        os.environ.setdefault(name, value)

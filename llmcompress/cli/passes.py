@@ -1,74 +1,83 @@
-"""`llmcompress passes`: every algorithm that a recipe can name, and its options."""
+"""`llmcompress passes`: all passes and their options."""
 
 from __future__ import annotations
 
-import inspect as source
-import json
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from llmcompress.cli.output import json_option, print_json, print_tables, quiet_libraries
+from llmcompress.cli.output import json_option, print_json, print_tables
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 @click.command(short_help="List the passes a recipe can name, or explain one.")
 @click.argument("name", required=False)
 @json_option
 def passes(name: str | None, as_json: bool) -> None:
-    """List every pass; with NAME explain it: what it does, its source, its options and their defaults.
+    """List all passes, or explain pass NAME: what it does, its source, its options, their values and defaults.
 
     \b
     Examples:
       llmcompress passes
       llmcompress passes sparsegpt
     """
-    quiet_libraries()
-    from llmcompress.passes.base import PASSES
+    from llmcompress.cli.option_text import COMMON, options
+    from llmcompress.errors import CompressError, ExitCode, did_you_mean
+    from llmcompress.recipe.catalogue import catalogue
 
+    known = catalogue()
     if name is None:
-        found = [_summary(each) for each in PASSES]
-        if as_json:
-            print_json(found)
-            return
-        from llmcompress.cli.tables import plain_table
-
-        rows = [(each["name"], each["kind"], each["summary"]) for each in found]
-        print_tables(plain_table(("pass", "kind", "what it does"), rows))
+        found = [{"name": each, "kind": text.kind, "summary": text.summary} for each, text in known.passes.items()]
+        print_json(found) if as_json else print_tables(*_list(found))
         return
-    about = {**_summary(name), "description": source.cleandoc(PASSES[name].__doc__ or ""), "options": _options(name)}
+    if name not in known.passes:
+        raise CompressError(
+            "pass.unknown",
+            f"unknown pass {name!r}",
+            fix=did_you_mean(name, known.passes),
+            exit_code=ExitCode.USAGE,
+        )
+    text = known.passes[name]
+    of_pass = list(options(known.schema, known.options(name), text.names))
     if as_json:
-        print_json(about)
+        about = {"name": name, "kind": text.kind, "summary": text.summary, "description": text.description}
+        print_json({**about, "options": of_pass})
         return
+    own = [each for each in of_pass if each["name"].partition(".")[0] not in COMMON]
+    common = [each for each in of_pass if each["name"].partition(".")[0] in COMMON]
+    print_tables(*_explained(name, text.kind, text.description, own, common))
+
+
+def _list(found: Iterable[dict[str, str]]) -> list[RenderableType]:
     from llmcompress.cli.tables import plain_table
 
-    click.echo(f"{about['description']}\n")
-    rows = [(each["name"], each["default"], each["description"]) for each in about["options"]]
-    print_tables(plain_table(("option", "default", "meaning"), rows))
+    return [plain_table(("pass", "kind", "what it does"), [tuple(each.values()) for each in found])]
 
 
-def _summary(name: str) -> dict[str, Any]:
-    """Name, folder and the first sentence of the docstring."""
-    from llmcompress.passes.base import PASSES
+def _explained(
+    name: str, kind: str, description: str, own: list[dict[str, Any]], common: list[dict[str, Any]]
+) -> list[RenderableType]:
+    from rich.text import Text
 
-    cls = PASSES[name]
-    kind = cls.__module__.split(".")[2]
-    return {
-        "name": name,
-        "kind": kind,
-        "summary": source.cleandoc(cls.__doc__ or "").split("\n\n")[0].replace("\n", " "),
-    }
+    title = Text.assemble((name, "bold"), f" ({kind})")
+    shown: list[RenderableType] = [title, *(Text(part.replace("\n", " ")) for part in description.split("\n\n"))]
+    for heading, of_kind in (("options", own), ("where it works", common)):
+        if of_kind:
+            shown.append(_option_list(heading, of_kind))
+    return shown
 
 
-def _options(name: str) -> list[dict[str, str]]:
-    """The schema's own words, defaults as a recipe writes them."""
-    from llmcompress.passes.base import PASSES
+def _option_list(heading: str, of_kind: list[dict[str, Any]]) -> RenderableType:
+    """Two lines an option: what may be written, then what it means."""
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
 
-    properties = PASSES[name].model_json_schema()["properties"]
-    return [
-        {
-            "name": option,
-            "default": json.dumps(part.get("default"), ensure_ascii=False),
-            "description": str(part.get("description", "")),
-        }
-        for option, part in properties.items()
-    ]
+    lines: list[RenderableType] = [Text(heading, style="dim")]
+    for each in of_kind:
+        first = Text.assemble((each["name"], "bold"), f": {each['values']}", (f" (default {each['default']})", "dim"))
+        lines += [Padding(first, (0, 0, 0, 2)), Padding(Text(each["description"]), (0, 0, 0, 6))]
+    return Group(*lines)

@@ -18,7 +18,7 @@ def recipes() -> None:
 @recipes.command("ls")
 @json_option
 def list_recipes(as_json: bool) -> None:
-    """List the presets: what `--preset` takes."""
+    """List the presets for `--preset`."""
     from llmcompress.presets import preset_names, preset_summary
 
     summaries = {name: preset_summary(name) for name in preset_names()}
@@ -34,7 +34,7 @@ def list_recipes(as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def show_recipe(name: str, as_json: bool) -> None:
-    """Print the file of preset NAME; with --json the recipe with every default written out."""
+    """Print preset NAME; with --json the recipe with all defaults written out."""
     from llmcompress.presets import load_preset, preset_path
 
     if as_json:
@@ -49,7 +49,7 @@ def show_recipe(name: str, as_json: bool) -> None:
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 @json_option
 def copy_recipe(name: str, file: Path | None, overwrite: bool, as_json: bool) -> None:
-    """Copy preset NAME to FILE (./NAME.yaml), to be changed and used with --recipe."""
+    """Copy preset NAME to FILE (./NAME.yaml), to edit and use with --recipe."""
     from llmcompress.presets import preset_path
 
     source = preset_path(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from llmcompress.cli.output import print_json, quiet_libraries
+from llmcompress.cli.output import print_json
 
 
 @click.command(short_help="Print the JSON Schema of a recipe.")
@@ -16,7 +16,6 @@ def schema() -> None:
       llmcompress schema > recipe.schema.json
       # first line of a recipe:  # yaml-language-server: $schema=recipe.schema.json
     """
-    quiet_libraries()
-    from llmcompress.recipe import json_schema
+    from llmcompress.recipe.catalogue import catalogue
 
-    print_json(json_schema())
+    print_json(catalogue().schema)

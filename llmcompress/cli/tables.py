@@ -10,10 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from llmcompress.cli.terminal import duration, size
+from llmcompress.records.degraded import degraded_warnings
 
 if TYPE_CHECKING:
     from llmcompress.evaluation.footprint import Footprint
-    from llmcompress.evaluation.speed import SpeedResult
+    from llmcompress.evaluation.speed import SpeedRatio, SpeedResult
     from llmcompress.records.measurements import Divergence, Estimate, PerplexityResult
     from llmcompress.records.report import Report
 
@@ -43,25 +44,16 @@ def report_tables(report: Report) -> list[RenderableType]:
     if any(each.dense.from_cache for each in report.quality):
         tables.append(Text("dense scores: from the cache of an earlier run"))
     tables.append(_bytes_line(report))
-    worst = sorted((row for row in report.sites if row.error is not None), key=lambda row: -(row.error or 0))
-    if worst:
-        rows = [
-            (row.site, row.algorithm, row.scheme or "", _percent(row.error), _percent(row.error_before))
-            for row in worst[:WORST_SITES]
-        ]
-        headings = ("site", "by", "scheme", "#output error", "#plain rounding")
-        tables.append(plain_table(headings, rows, title=f"worst sites of {len(worst)}"))
+    if any(row.error is not None for row in report.sites):
+        tables.append(_worst_sites(report))
     caches = [(row.cache_bytes_before, row.cache_bytes) for row in report.sites if row.cache_bytes is not None]
     if caches:
         before, after = sum(each[0] or 0 for each in caches), sum(each[1] or 0 for each in caches)
         tables.append(Text(f"key-value cache {before:,} → {after:,} bytes per token ({after / before:.2f} of it)"))
-    if report.degraded:
-        sites = {row.site for row in report.sites}
-        title = f"degraded: {len({row.site for row in report.degraded})} of {len(sites)} layers"
-        tables.append(_reasons(title, {row.site: row.degraded or "" for row in report.degraded}))
     if report.refused:
         tables.append(_reasons(f"not compressed: {len(report.refused)}", report.refused))
-    tables += [Text(f"warning: {warning}", style="yellow") for warning in report.warnings]
+    warnings = dict.fromkeys([*report.warnings, *degraded_warnings(report.sites)])
+    tables += [Text(f"warning: {warning}", style="yellow") for warning in warnings]
     tables.append(Text(", ".join(f"{stage} {duration(seconds)}" for stage, seconds in report.seconds.items())))
     return tables
 
@@ -139,16 +131,14 @@ def footprint_tables(found: Sequence[Footprint], compared: dict[str, float] | No
     return [plain_table(("", *names, *ratio[1:]), facts), plain_table(("", *names), theory, title=title)]
 
 
-def speed_table(results: dict[str, SpeedResult]) -> Table:
-    """One row per model, ratios to the first."""
+def speed_tables(results: dict[str, SpeedResult], ratios: dict[str, dict[str, SpeedRatio]]) -> list[RenderableType]:
+    """One row per model; ratios to one of them with the lowest and highest of all turns."""
     first = next(iter(results.values()))
     rows = [
         (
             name,
             f"{each.prefill_tokens_per_second:.1f} ±{each.prefill_spread / 2:.0%}",
-            f"{each.prefill_tokens_per_second / first.prefill_tokens_per_second:.2f}",
             f"{each.decode_tokens_per_second:.1f} ±{each.decode_spread / 2:.0%}",
-            f"{each.decode_tokens_per_second / first.decode_tokens_per_second:.2f}",
             f"{each.seconds_to_first_token * 1000:.0f} ms",
         )
         for name, each in results.items()
@@ -157,8 +147,17 @@ def speed_table(results: dict[str, SpeedResult]) -> Table:
         f"{first.device}, {first.threads} threads, {first.dtype}: prompt of {first.prompt_tokens} tokens, "
         f"{first.new_tokens} new, median of {first.repeats}"
     )
-    headings = ("", "#prefill tokens/s", "#ratio", "#decode tokens/s", "#ratio", "#first token")
-    return plain_table(headings, rows, title=title)
+    headings = ("", "#prefill tokens/s", "#decode tokens/s", "#first token")
+    tables: list[RenderableType] = [Text(title, style="bold"), plain_table(headings, rows)]
+    if ratios:
+        reference = next(name for name in results if name not in ratios)
+        cells = [(name, _times(each["prefill"]), _times(each["decode"])) for name, each in ratios.items()]
+        tables.append(plain_table(("", "#prefill", "#decode"), cells, title=f"times as fast as {reference}"))
+    return tables
+
+
+def _times(ratio: SpeedRatio) -> str:
+    return f"{ratio.median:.2f} ({ratio.lowest:.2f} to {ratio.highest:.2f})"
 
 
 def map_tables(found: dict[str, Any]) -> list[RenderableType]:
@@ -179,11 +178,13 @@ def _list_tables(title: str, items: list[Any]) -> list[RenderableType]:
     """Mappings become rows; lists inside them become tables of their own, below."""
     if not all(isinstance(item, dict) for item in items):
         return [plain_table((title,), [(_cell(item),) for item in items[:ROWS_SHOWN]])]
-    inner = [key for key in items[0] if any(_is_table(item.get(key)) for item in items)]
-    flat = [key for key in items[0] if key not in inner]
+    keys = list(dict.fromkeys(key for item in items for key in item))
+    inner = [key for key in keys if any(_is_table(item.get(key)) for item in items)]
+    flat = [key for key in keys if key not in inner]
     shown = [[_cell(item.get(key)) for key in flat] for item in items[:ROWS_SHOWN]]
     more = f" (first {ROWS_SHOWN} of {len(items)})" if len(items) > ROWS_SHOWN else ""
-    tables: list[RenderableType] = [plain_table([key.replace("_", " ") for key in flat], shown, title=title + more)]
+    headings, cells = _with_values([key.replace("_", " ") for key in flat], shown)
+    tables: list[RenderableType] = [plain_table(headings, cells, title=title + more)]
     for item in items:
         for key in inner:
             if item.get(key):
@@ -213,6 +214,23 @@ def _tokens(result: PerplexityResult) -> str:
     # what is given and not predicted is a token of the text: a text measured to its end lacks at most one a window
     partly = whole is not None and whole - result.tokens > whole / result.window + 1
     return f"{result.tokens:,} of {whole:,}" if partly else f"{result.tokens:,}"
+
+
+def _worst_sites(report: Report) -> Table:
+    """Where most of the output is lost, each site with what the last pass left of it."""
+    last = {row.site: row for row in report.sites if row.error is not None}
+    worst = sorted(last.values(), key=lambda row: -(row.error or 0))[:WORST_SITES]
+    rows = [
+        (row.site, row.algorithm, row.scheme or "", _percent(row.error), _percent(row.error_before)) for row in worst
+    ]
+    headings = ("site", "by", "scheme", "#output error", "#plain rounding")
+    return plain_table(*_with_values(headings, rows), title=f"worst sites of {len(last)}")
+
+
+def _with_values(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """The columns in which some row says something."""
+    kept = [number for number in range(len(headings)) if any(row[number] for row in rows)]
+    return [headings[number] for number in kept], [[row[number] for number in kept] for row in rows]
 
 
 def _quality_table(report: Report) -> Table:

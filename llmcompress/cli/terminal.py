@@ -1,10 +1,9 @@
-"""Progress on stderr: a live two-level display on a terminal, elsewhere a plain line every half minute."""
+"""Progress on stderr: a live two-level display on a terminal, otherwise a plain line every half minute."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -13,13 +12,16 @@ from typing import Self, TextIO
 import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.progress_bar import ProgressBar
+from rich.table import Column
 from rich.text import Text
 
 from llmcompress.errors import without_tokens
+from llmcompress.progress import Pace
 
 SECONDS_BETWEEN_LINES = 30.0
-STEPS_FOR_ESTIMATE = 8
-"""The time left comes from the latest steps: blocks restored from an interrupted run take no time."""
+
+UNLIMITED = 10_000
 
 
 class TerminalProgress:
@@ -29,10 +31,11 @@ class TerminalProgress:
         stream = sys.stderr if stream is None else stream
         self._live, self._clock = stream.isatty(), clock
         self._console = Console(file=stream, highlight=False, soft_wrap=not self._live)
+        title = Column(no_wrap=True, max_width=_title_width(self._console.width), overflow="ellipsis")
         self._bars = Progress(
-            TextColumn("{task.description}", style="bold", markup=False),
-            BarColumn(bar_width=24),
-            _Status(self),
+            TextColumn("{task.description}", style="bold", markup=False, table_column=title),
+            _Bar(self._console),
+            _Status(self, self._console),
             console=self._console,
             refresh_per_second=4,
             transient=True,
@@ -42,7 +45,7 @@ class TerminalProgress:
         self._memory = _Memory()
         self._stage: TaskID | None = None
         self._text = ""
-        self._steps, self._parts = _Pace(clock, 0), _Pace(clock, 0)
+        self._steps, self._parts = Pace(clock, 0), Pace(clock, 0)
         self._inside = ""
         self._last_line = clock()
 
@@ -68,10 +71,10 @@ class TerminalProgress:
             self._bars.start()
 
     def stage(self, title: str, steps: int) -> None:
-        """Begin a stage of `steps` equal steps; 0 when nobody knows how many."""
+        """Begin a stage of `steps` equal steps; 0 if their number is unknown."""
         self._end_stage(finished=True)
         self._stage = self._bars.add_task(title, total=steps or None)
-        self._steps, self._text, self._inside = _Pace(self._clock, steps), "", ""
+        self._steps, self._text, self._inside = Pace(self._clock, steps), "", ""
         self._last_line = self._clock()
         if not self._live:
             self._line(f"{title} ({steps} steps)" if steps else title)
@@ -84,10 +87,10 @@ class TerminalProgress:
         self._text, self._inside = text, ""
         self._line_if_due()
 
-    def inside(self, text: str, *, done: int = 0, total: int = 0) -> None:
+    def substep(self, text: str, *, done: int = 0, total: int = 0) -> None:
         """What the running step does now, and how many of its parts are done."""
         if not self._inside or total != self._parts.total or done < self._parts.done:
-            self._parts = _Pace(self._clock, total, done)
+            self._parts = Pace(self._clock, total, done)
         else:
             self._parts.reach(done)
         self._inside = text
@@ -102,31 +105,37 @@ class TerminalProgress:
         """Of the stage; None before its first step."""
         return self._steps.seconds_left
 
-    def summary(self) -> str:
-        """`block 3/12, 0:42 left, memory 1.2 GB, peak 1.9 GB`."""
+    def summary(self, width: int = UNLIMITED) -> str:
+        """`block 3/12, 0:42 left, memory 1.2 GB, peak 1.9 GB`; in less width the time left and what has room beside."""
         left = self._steps.seconds_left
         time_text = f"{duration(self._steps.elapsed)} elapsed" if left is None else f"{duration(left)} left"
-        return ", ".join(part for part in (self._text, time_text, self._memory.text()) if part)
+        memory, peak = self._memory.texts()
+        for beside in ((memory, peak), (memory,)):
+            line = ", ".join(part for part in (self._text, time_text, *beside) if part)
+            if len(line) <= width:
+                return line
+        return _shortened(self._text, time_text, width)
 
-    def inside_text(self) -> str:
-        """`recover: loss 2.31, 40/200, 0:12 left`; empty between steps."""
+    def substep_text(self, width: int = UNLIMITED) -> str:
+        """`recover: loss 2.31, 40/200, 0:12 left`; empty between steps. In less width what comes first is shortened."""
         parts, left = self._parts, self._parts.seconds_left
         count = f"{parts.done}/{parts.total}" if self._inside and parts.total else ""
         time_text = f"{duration(left)} left" if self._inside and left is not None else ""
-        return ", ".join(part for part in (self._inside, count, time_text) if part)
+        return _shortened(self._inside, ", ".join(part for part in (count, time_text) if part), width)
 
     def _end_stage(self, *, finished: bool) -> None:
         if self._stage is None:
             return
         task, seconds = self._bars.tasks[0], self._steps.elapsed
         if finished and self._steps.done:
-            self._line(f"{task.description}: {self._steps.done} steps in {duration(seconds)}, {self._memory.text()}")
+            memory = ", ".join(self._memory.texts())
+            self._line(f"{task.description}: {self._steps.done} steps in {duration(seconds)}, {memory}")
         self._bars.remove_task(self._stage)
         self._stage = None
 
     def _line_if_due(self) -> None:
         if self._stage is not None and not self._live and self._clock() - self._last_line >= SECONDS_BETWEEN_LINES:
-            inside = f" › {self.inside_text()}" if self._inside else ""
+            inside = f" › {self.substep_text()}" if self._inside else ""
             self._line(f"{self._bars.tasks[0].description}{inside}: {self.summary()}")
 
     def _line(self, text: str) -> None:
@@ -134,49 +143,50 @@ class TerminalProgress:
         self._console.print(Text(without_tokens(text)))
 
 
-class _Status(ProgressColumn):
-    """What has just been done, the time left, memory; below it what the running step does."""
+class _Bar(BarColumn):
+    """Wider on a wide terminal."""
 
-    def __init__(self, progress: TerminalProgress) -> None:
+    def __init__(self, console: Console) -> None:
         super().__init__()
-        self._progress = progress
+        self._console = console
+
+    def render(self, task: Task) -> ProgressBar:
+        """As rich draws it."""
+        self.bar_width = _bar_width(self._console.width)
+        return super().render(task)
+
+
+def _title_width(width: int) -> int:
+    """Of a stage; a longer title is cut."""
+    return width * 2 // 5 if width >= 60 else width // 4
+
+
+def _bar_width(width: int) -> int:
+    return 24 if width >= 100 else 12 if width >= 70 else 4
+
+
+class _Status(ProgressColumn):
+    """What has just been done, the time left, memory; below it what the running step does. Neither line wraps."""
+
+    def __init__(self, progress: TerminalProgress, console: Console) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self._progress, self._console = progress, console
 
     def render(self, task: Task) -> Text:
         """Both lines."""
-        inside = self._progress.inside_text()
-        return Text.assemble(self._progress.summary(), (f"\n› {inside}" if inside else "", "dim"))
+        width = self._console.width
+        room = width - min(len(task.description), _title_width(width)) - _bar_width(width) - 2
+        inside = self._progress.substep_text(room - 2)
+        return Text.assemble(self._progress.summary(room), (f"\n› {inside}" if inside else "", "dim"))
 
 
-class _Pace:
-    """How far something has come, and how long the rest takes if it goes on like the latest steps.
-
-    rich estimates from all steps within a period, so blocks restored from an interrupted run would promise too much.
-    """
-
-    def __init__(self, clock: Callable[[], float], total: int, done: int = 0) -> None:
-        self._clock, self.total, self.done = clock, total, done
-        self._began = self._latest = clock()
-        self._seconds: deque[float] = deque(maxlen=STEPS_FOR_ESTIMATE)
-
-    def reach(self, done: int) -> None:
-        """So many are done now."""
-        if done > self.done:
-            now = self._clock()
-            self._seconds.append((now - self._latest) / (done - self.done))
-            self._latest, self.done = now, done
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds since the beginning."""
-        return self._clock() - self._began
-
-    @property
-    def seconds_left(self) -> float | None:
-        """None before the first step, and at the end."""
-        if not self._seconds or self.done >= self.total:
-            return None
-        mean = sum(self._seconds) / len(self._seconds)
-        return max(0.0, mean * (self.total - self.done) - (self._clock() - self._latest))
+def _shortened(first: str, rest: str, width: int) -> str:
+    """Both in one line: the first as far as there is room, the rest in any case."""
+    whole = ", ".join(part for part in (first, rest) if part)
+    if len(whole) <= width:
+        return whole
+    room = width - len(rest) - len("…, " if rest else "…")
+    return f"{first[:room]}…{', ' if rest else ''}{rest}" if room > 0 else rest
 
 
 class _Memory:
@@ -186,10 +196,10 @@ class _Memory:
         self._process = psutil.Process()
         self._peak = 0
 
-    def text(self) -> str:
+    def texts(self) -> tuple[str, str]:
         now = self._process.memory_info().rss
         self._peak = max(self._peak, now, _highest_so_far())
-        return f"memory {size(now)}, peak {size(self._peak)}"
+        return f"memory {size(now)}", f"peak {size(self._peak)}"
 
 
 def _highest_so_far() -> int:

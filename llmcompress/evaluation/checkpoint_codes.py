@@ -1,4 +1,4 @@
-"""Which tensors of a saved model are codes, read from its config and the headers of its weight files.
+"""Finds the quantized tensors of a saved model from its config and the headers of its weight files.
 
 O = outputs, I = inputs.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ class CodedSite:
     outputs: int
     inputs: int
     grid: Grid
-    """As the file shows it: a 3-bit grid may lie in 4-bit fields, and zero points may be part of the codes."""
+    """As stored in the file: a 3-bit grid may be in 4-bit fields, and zero points may be part of the codes."""
     scheme: Scheme | None
-    """What was quantized to; None: a folder of others, which says no more than its fields."""
+    """The grid; None for checkpoints of other tools, which store only the field widths."""
     tensors: Mapping[str, TensorHeader]
     """By their last name: `weight_packed`, `scale`, …"""
     unpack: Callable[[CodedSite, Named], QuantizedTensor]
@@ -45,22 +46,22 @@ class CodedSite:
 
     @property
     def weights(self) -> int:
-        """How many the codes stand for."""
+        """Number of quantized weights."""
         return self.outputs * self.inputs
 
     @property
-    def code_bits(self) -> int:
-        """Of one code at its own width."""
-        return self.scheme.weights.bits if self.scheme else self.grid.bits
+    def code_bits(self) -> Fraction:
+        """Bits of one code without padding."""
+        return (self.scheme.weights if self.scheme else self.grid).own_bits
 
     @property
     def ideal_bits(self) -> int:
-        """Codes at their own width, scales and zero points."""
+        """Bits of codes without padding, scales and zero points."""
         scale = next(tensor for name, tensor in self.tensors.items() if name in ("scale", "weight_scale"))
         scale_bits = 8 * scale.dtype.itemsize
         extra = 8 * sum(tensor.bytes for name, tensor in self.tensors.items() if name.startswith("input_"))
         grid = self.scheme.weights if self.scheme else self.grid
-        return self.weights * grid.bits + grid.scale_bits(self.outputs, self.inputs, scale_bits) + extra
+        return grid.code_bits(self.weights) + grid.scale_bits(self.outputs, self.inputs, scale_bits) + extra
 
     def codes(self, read: Tensors) -> Tensor:
         """O×I int16: each code less its zero point (or the code of 0), so 0 is a weight of zero."""
@@ -70,7 +71,7 @@ class CodedSite:
 
 @dataclass(frozen=True)
 class StoredCodes:
-    """A checkpoint sorted into codes and everything else."""
+    """A checkpoint divided into quantized and other tensors."""
 
     folder: Path
     format: str
@@ -87,17 +88,27 @@ def codes_in(folder: Path) -> StoredCodes:
     """
     found = headers(folder)
     config = read_json(folder / "config.json").get("quantization_config") or {}
-    method = str(config.get("quant_method", "plain"))
+    method = str(config.get("quant_method", "plain") if isinstance(config, dict) else config)
     if method == "plain":
         return StoredCodes(folder, method, (), tuple(found.values()))
     if method not in _READERS:
         raise CompressError(
             "footprint.format",
-            f"codes of the format {method!r} are not understood",
+            f"cannot read quantized weights of the format {method!r}",
             where=f"{folder}/config.json",
-            fix=f"use a folder in plain, {' or '.join(_READERS)} format",
+            fix=f"use a checkpoint in plain, {' or '.join(_READERS)} format",
         )
-    coded: tuple[CodedSite | BnbSite, ...] = tuple(_READERS[method](config, found, _schemes(folder)))
+    try:
+        coded: tuple[CodedSite | BnbSite, ...] = tuple(_READERS[method](config, found, _schemes(folder)))
+    except CompressError:
+        raise
+    except Exception as problem:  # the file is not ours and may hold anything
+        raise CompressError(
+            "footprint.damaged",
+            f"its quantization config does not fit its weight files: {type(problem).__name__}: {problem}",
+            where=f"{folder}/config.json",
+            fix="get the whole folder again",
+        ) from problem
     taken = {tensor.name for site in coded for tensor in site.tensors.values()}
     return StoredCodes(folder, method, coded, tuple(tensor for name, tensor in found.items() if name not in taken))
 
@@ -154,7 +165,7 @@ def _compressed_tensors(site: CodedSite, found: Named) -> QuantizedTensor:
 
 
 def _grid(tensors: Mapping[str, TensorHeader], inputs: int, widths: Sequence[int]) -> Grid:
-    """What dtypes and shapes say of the grid; `widths` are those that the config names, in rising order."""
+    """The grid, as far as dtypes and shapes tell; `widths` are the candidates from the config, ascending."""
     scale = tensors["weight_scale"]
     group = inputs // scale.shape[-1] if len(scale.shape) > 1 else None
     if "weight_shape" in tensors:
@@ -186,13 +197,13 @@ _READERS: Mapping[str, _Reader] = {
 
 
 def _at(name: str, found: Mapping[str, TensorHeader], leaves: Set[str]) -> dict[str, TensorHeader]:
-    """The tensors of a quantized linear, its bias left out."""
+    """The tensors of a quantized linear, without its bias."""
     there = {leaf: found.get(f"{name}.{leaf}") for leaf in sorted(leaves)}
     return {leaf: tensor for leaf, tensor in there.items() if tensor is not None}
 
 
 def _schemes(folder: Path) -> dict[str, Scheme]:
-    """The grids that our own report names: a 3-bit grid lies in 4-bit fields, and the files cannot say so."""
+    """The grids named in our report: a 3-bit grid is stored in 4-bit fields, and the files cannot tell."""
     if not (folder / REPORT).is_file():
         return {}
     rows = read_json(folder / REPORT).get("sites", [])

@@ -1,4 +1,4 @@
-"""The linears of a checkpoint that bitsandbytes quantized, by us or by anybody. O = outputs, I = inputs."""
+"""The linears of a checkpoint that are quantized with bitsandbytes. O = outputs, I = inputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class BnbSite:
 
     @property
     def weights(self) -> int:
-        """How many the codes stand for."""
+        """Number of quantized weights."""
         return self.outputs * self.inputs
 
     @property
@@ -57,6 +57,6 @@ def bnb_sites(found: Mapping[str, TensorHeader]) -> Iterator[BnbSite]:
 
 
 def _at(linear: str, found: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
-    """Its tensors, the bias left out."""
+    """Its tensors, without the bias."""
     inside = {name.removeprefix(f"{linear}."): each for name, each in found.items() if name.startswith(f"{linear}.")}
     return {name: each for name, each in inside.items() if name != "bias"}

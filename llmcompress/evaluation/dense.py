@@ -1,4 +1,4 @@
-"""The dense model's scores: computed once per model and text, then read from a cache. N = tokens, K = likely tokens."""
+"""Scores of the dense model, computed once per model and text and then cached. N = tokens, K = top tokens."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ TOP = 64
 """Likely tokens that are kept of every distribution, with 8 bytes each: 524 bytes per token of text."""
 
 PROTOCOL = 1
-"""Grows when scores change their meaning: what earlier versions kept is then not found."""
+"""Increases when scores change their meaning, which invalidates earlier caches."""
 
 _TENSORS = tuple(field.name for field in fields(WindowScores) if field.name != "window")
 
 
 @dataclass(frozen=True)
 class DenseScores:
-    """What the dense model says of one text."""
+    """The dense model's scores of one text."""
 
     text: EvaluationText
     windows: Sequence[WindowScores]
@@ -72,7 +72,7 @@ def dense_scores(
                 mapped = cache.get(key) if cache.put(key, fresh) else None
                 found.append(DenseScores(text, _split(mapped or fresh, text), False))
             else:
-                progress.note(f"{text.name}: the dense model's scores come from the cache")
+                progress.note(f"{text.name}: using cached scores of the dense model")
                 found.append(DenseScores(text, _split(kept, text), True))
     return found
 
@@ -92,7 +92,7 @@ def against_dense(runner: Runner, dense: Sequence[DenseScores], progress: Progre
 
 
 def _key(text: EvaluationText, model: Mapping[str, str]) -> str:
-    """The tokens themselves stand for text, tokenizer, window, BOS and number of windows: nothing else is scored."""
+    """The tokens identify text, tokenizer, window, BOS and number of windows."""
     tokens = hashlib.sha256()
     for window_W in text.windows:
         tokens.update(len(window_W).to_bytes(8, "little") + window_W.to(torch.int64).numpy().tobytes())

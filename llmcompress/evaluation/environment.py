@@ -1,4 +1,4 @@
-"""Versions and machine for reports: enough to repeat a number, nothing that names a person, a host or a path."""
+"""Versions and machine for reports: enough to reproduce a number, nothing that identifies a person or host."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PACKAGES = ("llmcompress", "torch", "transformers", "compressed-tensors", "safe
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that decide what a number is."""
+    """Versions of Python and of the packages that affect results."""
     return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
 
 

@@ -1,4 +1,4 @@
-"""How large a model is: what lies on disk, and what its numbers would take at best. A zero counts like any number."""
+"""The size of a model: bytes on disk, and theoretical minima. A zero counts like any other number."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Footprint(BaseModel):
     format: str
     """`plain`, `compressed-tensors`, `bitsandbytes` or `llmcompress`."""
     parameters: int
-    """Weights that the model computes with; codes count as the weights they stand for, a tied tensor once."""
+    """Parameters of the model; quantized weights count as weights, a tied tensor counts once."""
     embedding: int
     head: int
-    """0 where it is the embedding."""
+    """0 if tied to the embedding."""
     blocks: int
     other: int
     nonzero: int
@@ -51,28 +51,28 @@ class Footprint(BaseModel):
     stored_bytes: int
     """Of the tensors in them: without headers."""
     ideal_bytes: int
-    """Codes at their own width, scales, zero points and everything else, without padding."""
+    """Codes, scales, zero points and everything else, without padding."""
     sparse_ideal_bytes: int
     """The same if every tensor stored its non-zeros and a bit for every place, where that is less. No file here is
     stored so, and no count above includes it."""
     codes: int
-    """Parameters that are stored as codes."""
+    """Quantized parameters."""
     entropy_bits_per_code: float | None
-    """Bits that no lossless code for single codes could go below; None without codes."""
+    """Entropy per code, the limit of lossless coding; None without quantized weights."""
     huffman_bits_per_code: float | None
-    """What Huffman's code would take, tables left out. Theory like the line above."""
+    """Bits per code with Huffman coding, without tables. Theoretical, like the line above."""
     cache_bytes_per_token: int | None = None
     """Of all keys and values of one token in the caches of generation, where they are stored as codes: a folder with
     our manifest everywhere, a compressed-tensors one where the runtime does (transformers only rounds)."""
 
     @property
     def ideal_bits_per_weight(self) -> float:
-        """What the scheme promises."""
+        """Bits per weight of the scheme."""
         return 8 * self.ideal_bytes / self.parameters
 
     @property
     def stored_bits_per_weight(self) -> float:
-        """What the format keeps of that promise."""
+        """Bits per weight in the files."""
         return 8 * self.bytes_on_disk / self.parameters
 
 
@@ -110,7 +110,8 @@ def footprint(model: str | Path) -> Footprint:
         nonzero += there
         codes.update(_histogram(fields_OI))
         ideal_bits += site.ideal_bits
-        sparse_bits += min(site.ideal_bits, site.ideal_bits - (site.weights - there) * site.code_bits + site.weights)
+        of_zeros = int((site.weights - there) * site.code_bits)
+        sparse_bits += min(site.ideal_bits, site.ideal_bits - of_zeros + site.weights)
     return Footprint(
         model=source.name,
         format=found.format,
@@ -132,7 +133,7 @@ def footprint(model: str | Path) -> Footprint:
 
 
 def ratios(model: Footprint, against: Footprint) -> dict[str, float]:
-    """What each size of `model` is of the other's."""
+    """Each size of `model` ÷ that of the other."""
     names = ("parameters", "blocks", "nonzero", "bytes_on_disk", "ideal_bytes")
     return {name: getattr(model, name) / getattr(against, name) for name in names if getattr(against, name)}
 
@@ -158,7 +159,7 @@ def parameters(model: nn.Module) -> int:
 
 
 def ideal_bytes(model: nn.Module) -> int:
-    """What a live model's numbers take when nothing is wasted."""
+    """Bytes of a live model without padding."""
     bits = sum(8 * parameter.numel() * parameter.element_size() for parameter in model.parameters())
     bits += sum(module.coded_bits() for module in model.modules() if isinstance(module, CompressedModule))
     return -(-bits // 8)

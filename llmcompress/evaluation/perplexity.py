@@ -1,4 +1,4 @@
-"""Perplexity of a live model, one protocol for every model: docs/decisions/0003-perplexity-protocol.md."""
+"""Perplexity of a live model, by one protocol for all models: docs/decisions/0003-perplexity-protocol.md."""
 
 from __future__ import annotations
 

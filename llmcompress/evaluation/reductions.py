@@ -1,6 +1,6 @@
-"""Measurements made of scores: each takes the scores of one window after the other, several share one pass.
+"""Metrics computed from token scores, window by window; several share one pass.
 
-P = predicted tokens of a window, K = tokens that the dense model's scores look at.
+P = predicted tokens of a window, K = top tokens of the dense model.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ LEAST_TAIL = 2.0**-23
 
 
 class Reduction(Protocol):
-    """A measurement in the making."""
+    """A metric that is being accumulated."""
 
     def add(self, scores: WindowScores) -> None:
-        """The scores of the next window."""
+        """Add the scores of the next window."""
 
     def result(self) -> Measurement:
-        """What all windows so far come to."""
+        """The result over all windows so far."""
 
 
 class Perplexity:
@@ -51,7 +51,7 @@ class Perplexity:
                 "numerics.not-finite",
                 f"{text.name}: the mean loss is {mean:.0f} nats",
                 where="evaluate.perplexity",
-                fix="a broken weight: measure the dense model alone with `llmcompress evaluate`",
+                fix="a weight is probably damaged: evaluate the dense model alone with `llmcompress evaluate`",
             )
         return PerplexityResult(
             of=self._of,
@@ -82,7 +82,7 @@ class AgainstDense:
         self._wrong_to_right: list[Tensor] = []
 
     def add(self, scores: WindowScores) -> None:
-        """Compared token by token."""
+        """Add a window's token-by-token comparison."""
         dense = self._dense[scores.window]
         assert torch.equal(dense.targets_P, scores.targets_P), "scores of other windows"
         right_P, right_before_P = scores.best_P == scores.targets_P, dense.best_P == dense.targets_P
@@ -94,7 +94,7 @@ class AgainstDense:
         self._wrong_to_right.append(right_P & ~right_before_P)
 
     def result(self) -> Divergence:
-        """Quantiles are values that occur."""
+        """Quantiles are observed values."""
         text, kl_N = self._text, torch.cat(self._kl).sort().values
         median, ninety, ninety_nine = (float(kl_N[math.ceil(share * len(kl_N)) - 1]) for share in (0.5, 0.9, 0.99))
         return Divergence(
@@ -116,7 +116,7 @@ class AgainstDense:
 
 
 def feed(scores: Iterable[WindowScores], *reductions: Reduction) -> None:
-    """One pass over the scores for all of them."""
+    """Add every window's scores to all of them, in one pass."""
     for window in scores:
         for reduction in reductions:
             reduction.add(window)

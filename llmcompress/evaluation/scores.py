@@ -1,7 +1,7 @@
-"""What a model says of every token of a text: the one loop that all measurements of quality are reductions over.
+"""Token scores: the one loop over a text from which all quality metrics are computed.
 
 B = windows in a batch, W = tokens of a window, P = predicted tokens of a window (all but the first), R = some of those,
-V = vocabulary, K = tokens of it that are looked at.
+V = vocabulary, K = top tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llmcompress.numerics.loss import windows_at_once
 from llmcompress.runners.base import Runner
 
 PIECE_BYTES = 2**22
-"""Float32 logits that are looked at at a time: about what a processor's cache holds."""
+"""Float32 logits processed at a time: about the size of a processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,17 @@ class Piece:
 
 @dataclass(frozen=True)
 class WindowScores:
-    """What is kept of one window, on the CPU. Log-probabilities are natural logarithms in float32."""
+    """The scores of one window, on the CPU. Log-probabilities are natural logarithms in float32."""
 
     window: int
     targets_P: Tensor
-    """The tokens that came, int32."""
+    """The actual tokens, int32."""
     logprob_P: Tensor
-    """Of the tokens that came."""
+    """Log-probabilities of the actual tokens."""
     best_P: Tensor
     """The most likely tokens, int32."""
     ids_PK: Tensor
-    """Further tokens that were looked at, int32."""
+    """Additional scored tokens, int32."""
     logprobs_PK: Tensor
     """Theirs."""
 
@@ -62,7 +62,7 @@ def score(
 ) -> Iterator[WindowScores]:
     """Every window's scores, in order; what is computed of the next one is computed when it is asked for.
 
-    Beside the token that came, the `top` most likely ones are looked at, or those that a `reference` looked at in the
+    Besides the actual token, the `top` most likely ones are scored, or those that a `reference` scored in the
     same window. `batch`: windows that go through the model together (None: by the size of their logits); changes no
     result. `name` is what errors call the text.
 
@@ -120,7 +120,7 @@ def _batches(windows: Sequence[Tensor], batch: int | None, vocabulary: int) -> I
 
 
 def _not_finite(runner: Runner, window_W: Tensor, logprob_P: Tensor, where: str) -> CompressError:
-    """With the part of the model that overflows, where the runtime lets us look."""
+    """Names the part of the model that overflows, if the runtime can tell."""
     token = int((~logprob_P.isfinite()).nonzero()[0]) + 1
     part = runner.first_not_finite(window_W[None])
     found = f"; the first part of the model to compute NaN or Inf is {part}" if part else ""
@@ -128,6 +128,6 @@ def _not_finite(runner: Runner, window_W: Tensor, logprob_P: Tensor, where: str)
         "numerics.not-finite",
         f"the log-probability of a token is {float(logprob_P[token - 1])}{found}",
         where=f"{where}, token {token}",
-        fix="measure in float32 or bfloat16 (float16 ends at 65504); if it stays, a weight is broken: measure the "
+        fix="use float32 or bfloat16 (float16 overflows at 65504); if it persists, a weight is damaged: measure the "
         "dense model alone with `llmcompress evaluate`",
     )

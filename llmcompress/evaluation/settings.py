@@ -1,4 +1,4 @@
-"""What `evaluate:` in a recipe may say."""
+"""The settings under `evaluate:` in a recipe."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ DEFAULT_TOKENS = 16_384
 """Measured of a text where nothing else is asked for, dense and compressed alike: docs/decisions/0029."""
 
 TASKS: Registry[PerplexityTask] = Registry("measurement", "llmcompress.evaluation.settings")
-"""Name of a measurement → what a recipe may say of one."""
+"""Name of a metric → its settings in a recipe."""
 
 
 @TASKS.register("perplexity")
 class PerplexityTask(BaseModel):
-    """One text on which the dense and the compressed model are measured the same way."""
+    """A text on which the dense and the compressed model are evaluated."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     source: str = Field(min_length=1)
     """`builtin:evaluation`, a local .txt/.jsonl/.parquet/.csv, or a Hub dataset id."""
     split: str = Field(default="test", min_length=1)
-    """Which split of a Hub dataset."""
+    """Split of a Hub dataset."""
     config: str | None = None
-    """Which configuration of a Hub dataset (`wikitext-2-raw-v1`)."""
+    """Configuration of a Hub dataset (`wikitext-2-raw-v1`)."""
     column: str | None = None
-    """The column that holds the text; None: found by its usual names."""
+    """The column with the text; None: found by its usual names."""
     window: int | None = Field(default=None, ge=2)
-    """Tokens in a window, the BOS included; None: the model's own limit, at most 2048."""
+    """Tokens per window, BOS included; None: the model's limit, at most 2048."""
     bos: Literal["auto", "always", "never"] = "auto"
-    """Whether every window starts with the BOS token; `auto`: as the tokenizer does it."""
+    """Whether every window starts with the BOS token; `auto`: as the tokenizer does."""
     max_windows: Annotated[int, Field(ge=1)] | Literal["all"] | None = None
-    """Measure only the first windows; None: as many as 16,384 tokens fill; `all`: the whole text."""
+    """Evaluate only the first windows; None: as many as 16,384 tokens fill; `all`: the whole text."""
 
     def window_for(self, max_positions: int | None) -> int:
         """Tokens in a window of a model of so many positions (None: no limit)."""
@@ -60,4 +60,4 @@ class PerplexityTask(BaseModel):
 
 
 BUNDLED_TEXT = (PerplexityTask(source="builtin:evaluation"),)
-"""What is measured where nothing else is asked for."""
+"""The default evaluation."""

@@ -1,4 +1,4 @@
-"""Tokens per second, prompt and decode apart, measured so that models can be compared: interleaved, warm, medians."""
+"""Tokens per second of prefill and decode, measured so that models can be compared: interleaved, warm, medians."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SpeedResult(BaseModel):
     device: str
     """`cpu`, or the name of the accelerator."""
     threads: int
-    """Of torch on the CPU."""
+    """CPU threads of torch."""
     dtype: str
     """Of the model's parameters."""
     prompt_tokens: int
@@ -42,10 +42,36 @@ class SpeedResult(BaseModel):
     decode_spread: float
     seconds_to_first_token: float
     """Median, from the prompt to the first new token."""
+    prefill_rates: tuple[float, ...]
+    """Tokens per second of every repeat, in order: what was measured in one turn compares best."""
+    decode_rates: tuple[float, ...]
+
+
+class SpeedRatio(BaseModel):
+    """How many times as fast as another model, turn by turn."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    median: float
+    lowest: float
+    highest: float
+
+
+def speed_ratios(model: SpeedResult, against: SpeedResult) -> dict[str, SpeedRatio]:
+    """Of `prefill` and `decode`; both models were measured in turns."""
+    pairs = {
+        "prefill": zip(model.prefill_rates, against.prefill_rates, strict=True),
+        "decode": zip(model.decode_rates, against.decode_rates, strict=True),
+    }
+    return {name: _ratio([ours / other for ours, other in rates]) for name, rates in pairs.items()}
+
+
+def _ratio(of_turns: Sequence[float]) -> SpeedRatio:
+    return SpeedRatio(median=statistics.median(of_turns), lowest=min(of_turns), highest=max(of_turns))
 
 
 def speed_of(
-    models: Sequence[str],
+    models: Mapping[str, str | nn.Module],
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str = "auto",
@@ -53,7 +79,7 @@ def speed_of(
     new_tokens: int = 32,
     repeats: int = 5,
 ) -> dict[str, SpeedResult]:
-    """Load the models (Hub ids, folders, `builtin:...`) and measure them in turns.
+    """Load the models (Hub ids, folders, `builtin:...`) and measure them in turns, live ones where and as they are.
 
     `dtype` "auto": float32 on a CPU, where bfloat16 is mostly slower, and the checkpoint's own elsewhere.
 
@@ -61,12 +87,15 @@ def speed_of(
     """
     where = torch.device(device)
     chosen: torch.dtype | str = torch.float32 if dtype == "auto" and where.type == "cpu" else dtype
-    loaded: dict[str, nn.Module] = {name: load(name, dtype=chosen, device=where).model for name in models}
+    loaded: dict[str, nn.Module] = {
+        name: load(model, dtype=chosen, device=where).model if isinstance(model, str) else model
+        for name, model in models.items()
+    }
     return compare_speed(loaded, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats)
 
 
 def measure_speed(model: nn.Module, *, prompt_tokens: int = 128, new_tokens: int = 32, repeats: int = 5) -> SpeedResult:
-    """Speed of one model on the device where it is."""
+    """The speed of one model on its device."""
     return compare_speed({"model": model}, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats)["model"]
 
 
@@ -131,7 +160,7 @@ def _prompt(model: nn.Module, tokens: int) -> Tensor:
 
 
 def _now(device: torch.device, clock: Clock) -> float:
-    """The time when everything asked of the device so far is done."""
+    """The time when all pending work of the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -142,8 +171,10 @@ def _now(device: torch.device, clock: Clock) -> float:
 def _result(
     model: nn.Module, seconds: Sequence[tuple[float, float]], prompt_tokens: int, new_tokens: int
 ) -> SpeedResult:
-    prefill, prefill_spread = _median([prompt_tokens / first for first, _ in seconds])
-    decode, decode_spread = _median([(new_tokens - 1) / rest for _, rest in seconds])
+    prefill_rates = tuple(prompt_tokens / first for first, _ in seconds)
+    decode_rates = tuple((new_tokens - 1) / rest for _, rest in seconds)
+    prefill, prefill_spread = _median(prefill_rates)
+    decode, decode_spread = _median(decode_rates)
     device = _device(model)
     return SpeedResult(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -157,6 +188,8 @@ def _result(
         decode_tokens_per_second=decode,
         decode_spread=decode_spread,
         seconds_to_first_token=statistics.median(first for first, _ in seconds),
+        prefill_rates=prefill_rates,
+        decode_rates=decode_rates,
     )
 
 

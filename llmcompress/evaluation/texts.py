@@ -1,7 +1,7 @@
-"""Text made ready to be measured on, by one protocol for every model.
+"""Evaluation texts as token windows, by one protocol for all models.
 
-The text is tokenised once and cut into windows that do not overlap; the last one may be shorter. A window sees
-nothing of the windows before it. See docs/decisions/0003-perplexity-protocol.md.
+The text is tokenised once and cut into non-overlapping windows; the last one may be shorter. A window does not see
+earlier windows. See docs/decisions/0003-perplexity-protocol.md.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHARACTERS_PER_TOKEN = 8
-"""More than any tokenizer's average, so that a streamed text is read far enough."""
+"""More bytes per token than any tokenizer's average, so that enough of a streamed text is read."""
 
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """A text made ready for one model: windows of tokens, and how many bytes they predict."""
+    """A text prepared for one model: token windows, and how many bytes they predict."""
 
     name: str
     fingerprint: str
@@ -96,12 +96,12 @@ def evaluation_text(
 def _window(task: PerplexityTask, limit: int | None) -> tuple[int, list[str]]:
     window = task.window_for(limit)
     if task.window is not None and window < task.window:
-        return window, [f"windows cut from {task.window} to {window} tokens, the model has no more positions"]
+        return window, [f"windows shortened from {task.window} to {window} tokens, the model's maximum"]
     return window, []
 
 
 def _bos(task: PerplexityTask, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What every window starts with."""
+    """The tokens at the start of every window."""
     if task.bos == "never" or (task.bos == "auto" and not starts_with_bos(tokenizer)):
         return []
     if tokenizer.bos_token_id is None:

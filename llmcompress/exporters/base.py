@@ -1,4 +1,4 @@
-"""What a target of an export is: it says what it can hold before any work, and writes it at the end."""
+"""The base class of export targets: it says what it can represent before any work, and writes it at the end."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from llmcompress.calibration.offloading import InMemory, WeightStore
 from llmcompress.exporters.contents import CodedLinear, Contents
+from llmcompress.exporters.shards import ShardSizes
 from llmcompress.formats import plain
 from llmcompress.formats.named import Kind
 from llmcompress.modules.limits import TargetLimits
@@ -27,13 +28,13 @@ class Exact:
     """Codes, scales and zero points are stored as they are."""
 
     doubt: str | None = None
-    """What loaders are known to make of it that is not what runs here. Whoever names the target gets it all the same;
+    """What loaders are known to compute differently. A recipe that names the target gets it anyway;
     `auto` looks further."""
 
 
 @dataclass(frozen=True)
 class Converted:
-    """Stored in another form that computes the same: multiplied out to ordinary weights."""
+    """Stored in another form that computes the same: dequantized to ordinary weights."""
 
     why: str
 
@@ -52,13 +53,15 @@ Answer = Exact | Converted | Refused
 
 @dataclass(frozen=True)
 class Writing:
-    """How files are written, whatever the target."""
+    """How files are written, for any target."""
 
     storage_dtype: torch.dtype
     """Of scales and of all that stays dense."""
     max_shard_size: str = "5GB"
     weights_at: WeightStore = field(default_factory=InMemory)
     """Where weights go again, block after block, when they are written."""
+    sizes: ShardSizes | None = None
+    """What counts the bytes in the place of writing files; None: files are written."""
 
 
 @dataclass(frozen=True)
@@ -70,20 +73,20 @@ class Saved:
     format: str
     """`compressed-tensors`, `plain`, `bitsandbytes` or `llmcompress`."""
     dense_sites: Mapping[str, str] = field(default_factory=dict)
-    """Quantized sites that were multiplied out, and why."""
+    """Quantized sites that were dequantized, and why."""
 
 
 class Exporter(BaseModel, ABC):
     """One target; its fields are its options. Subclasses register under the name that recipes use.
 
-    `answers` and `problem` are asked twice, by the same function (`choose`): of what a recipe will make, before any
-    work, and of the finished model. What is refused there is never written.
+    `answers` and `problem` are called twice, by the same function (`choose`): before any work, for what a recipe will
+    produce, and for the finished model. What is refused there is never written.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     limits: ClassVar[TargetLimits] = TargetLimits()
-    """What it asks of codes; quantizers respect it from the start in a recipe that names this target."""
+    """What it requires of codes; quantizers respect it from the start in a recipe that names this target."""
     runtime: ClassVar[str] = "torch"
     """Name of the runner that opens the folder."""
     fix: ClassVar[str]
@@ -91,14 +94,14 @@ class Exporter(BaseModel, ABC):
 
     @abstractmethod
     def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:
-        """What would become of one quantized linear by itself; `storage_dtype` None: not known yet."""
+        """The answer for one quantized linear; `storage_dtype` None: not known yet."""
 
     def answers(self, contents: Contents) -> dict[str, Answer]:
         """The same for every quantized linear of a model; here stand rules about several of them."""
         return {site.name: self.check(site, contents.storage_dtype) for site in contents.sites}
 
     def problem(self, contents: Contents) -> str | None:
-        """Why it can hold nothing of this model, whatever its single linears are; None when it can."""
+        """Why it cannot represent this model as a whole; None if it can."""
         return None
 
     def notes(self, contents: Contents, answers: Mapping[str, Answer]) -> list[str]:

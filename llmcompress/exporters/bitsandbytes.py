@@ -1,4 +1,4 @@
-"""Codes of bitsandbytes as transformers itself would save them: stock transformers loads the folder without us."""
+"""bitsandbytes checkpoints as transformers itself saves them; stock transformers loads them without llmcompress."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ METHOD = "bitsandbytes"
 
 @EXPORTERS.register(METHOD)
 class BitsAndBytesExporter(Exporter):
-    """For models all of whose replaced linears hold such codes, of one kind; the others are named as skipped."""
+    """For models whose replaced linears all use bitsandbytes, of one kind; the others are listed as skipped."""
 
     fix: ClassVar[str] = "use one of bnb_nf4 and bnb_int8"
 
     @override
     def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:
         """Only the package makes its codes."""
-        return Refused(f"bitsandbytes holds its own codes, not those of {site.scheme.name}")
+        return Refused(f"bitsandbytes cannot store {site.scheme.name}, only its own formats")
 
     @override
     def problem(self, contents: Contents) -> str | None:
@@ -40,9 +40,13 @@ class BitsAndBytesExporter(Exporter):
         others = [name for name, spec in found.modules.items() if spec["type"] != MODULES.name_of(BnbLinear)]
         others += [*found.shapes, *found.attributes]
         if others or not found.modules:
-            return f"{others[0]} is more than a linear in its codes" if others else "nothing is in its codes"
+            return (
+                f"{others[0]} is not a plain linear quantized with bitsandbytes"
+                if others
+                else "no linear is quantized with bitsandbytes"
+            )
         kinds = {spec["kind"] for spec in found.modules.values()}
-        return f"a folder holds {' or '.join(sorted(kinds))}, not both" if len(kinds) > 1 else None
+        return f"one checkpoint can use {' or '.join(sorted(kinds))}, not both" if len(kinds) > 1 else None
 
     @override
     def write(self, model: PreTrainedModel, folder: Path, writing: Writing) -> Saved:

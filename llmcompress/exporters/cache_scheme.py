@@ -1,4 +1,4 @@
-"""The key-value cache in the words of compressed-tensors: a `kv_cache_scheme`, and two scales in every attention."""
+"""The quantized KV cache in compressed-tensors: a `kv_cache_scheme`, and two scales in every attention."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from transformers import PreTrainedModel
 
 from llmcompress.model.skeleton import put_module
-from llmcompress.model.stock import outline
+from llmcompress.model.stock import meta_model
 from llmcompress.modules.kv_cache import CodedAttention, coded_attentions
 from llmcompress.numerics.cache_codes import Number
 
@@ -22,7 +22,7 @@ _SHOWS_PROGRESS = "show_progress" in inspect.signature(apply_quantization_config
 
 @dataclass(frozen=True)
 class CacheScheme:
-    """How keys and values are rounded, in the format's words."""
+    """How keys and values are quantized, in the format's terms."""
 
     words: QuantizationArgs
     attentions: Mapping[str, CodedAttention]
@@ -65,7 +65,7 @@ def stock_attention(model: PreTrainedModel, storage_dtype: torch.dtype) -> Itera
 
 def _taken_by_loader(model: PreTrainedModel, scheme: QuantizationArgs) -> set[str]:
     """Modules of the stock model that the library gives scales of keys and values: it goes by names of classes."""
-    skeleton = outline(type(model), model.config)
+    skeleton = meta_model(type(model), model.config)
     quiet = {"show_progress": False} if _SHOWS_PROGRESS else {}
     try:
         apply_quantization_config(skeleton, QuantizationConfig(config_groups={}, kv_cache_scheme=scheme), **quiet)

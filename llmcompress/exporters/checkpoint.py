@@ -1,4 +1,4 @@
-"""A live model as an ordinary Hugging Face checkpoint: its tensors under their names on disk, one block at a time."""
+"""Writes a live model as an ordinary Hugging Face checkpoint, one block at a time, under the names on disk."""
 
 from __future__ import annotations
 
@@ -35,12 +35,14 @@ def write_model(
     writing: Writing,
 ) -> tuple[tuple[str, ...], int]:
     """Write weights and `config.json`; the names of the weight files and the bytes of all tensors."""
-    folder.mkdir(parents=True, exist_ok=True)
-    writer = ShardWriter(folder, writing.max_shard_size)
+    if writing.sizes is None:
+        folder.mkdir(parents=True, exist_ok=True)
+    writer = writing.sizes or ShardWriter(folder, writing.max_shard_size)
     for name, tensor in _tensors_on_disk(model, replaced, writing.storage_dtype, writing.weights_at):
         writer.add(name, tensor)
     files = writer.close()
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if writing.sizes is None:
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return files, writer.tensor_bytes
 
 
@@ -129,9 +131,9 @@ def _checked(tensor: Tensor, storage_dtype: torch.dtype, name: str) -> Tensor:
     if tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.isfinite().all():
         raise CompressError(
             "save.overflow",
-            f"a weight does not fit into {storage_dtype}".replace("torch.", ""),
+            f"a weight overflows {storage_dtype}".replace("torch.", ""),
             where=name,
-            fix="set `save.dtype` to bfloat16 or float32 and start afresh: scales are rounded to that type",
+            fix="set `save.dtype` to bfloat16 or float32 and start over: scales are rounded to that dtype",
         )
     return tensor
 

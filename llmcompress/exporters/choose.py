@@ -1,4 +1,4 @@
-"""Which exporter holds a model: decided before any work from what a recipe will make, and again from what it made."""
+"""Chooses the exporter of a model: before any work from the recipe, and again from the finished model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Format = Literal["auto", "compressed-tensors", "plain", "llmcompress"]
 
 @dataclass(frozen=True)
 class Choice:
-    """The exporter that writes a model, and what becomes of each quantized linear."""
+    """The chosen exporter, and its answer for each quantized linear."""
 
     exporter: Exporter
     contents: Contents
@@ -60,8 +60,8 @@ def choose(
     raise _refusal(exporter, problem, refused, len(contents.sites), saved)
 
 
-def candidates(wanted: Format, contents: Contents, zero_points: ZeroPoints) -> tuple[Exporter, ...]:
-    """Who may write it, best first: what stock loaders read, then our own folder."""
+def candidates(wanted: str, contents: Contents, zero_points: ZeroPoints) -> tuple[Exporter, ...]:
+    """Who may write it, best first: what stock loaders read, then our own folder. `wanted`: `auto`, or an exporter."""
     if contents.is_stock:
         return (PlainExporter(),)
     if wanted == "auto":
@@ -72,8 +72,19 @@ def candidates(wanted: Format, contents: Contents, zero_points: ZeroPoints) -> t
     return (EXPORTERS[wanted](),)
 
 
+def holders(contents: Contents) -> tuple[str, ...]:
+    """Names of the exporters that can hold a model."""
+    found = ((name, EXPORTERS[name]()) for name in EXPORTERS)
+    return tuple(
+        name
+        for name, exporter in found
+        if exporter.problem(contents) is None
+        and not any(isinstance(answer, Refused) for answer in exporter.answers(contents).values())
+    )
+
+
 def limits_of(wanted: Format) -> TargetLimits:
-    """What the target that a recipe names asks of quantizers; `auto` finds a target that holds whatever they make."""
+    """What the target named in a recipe requires of quantizers; `auto` finds a target for any result."""
     return TargetLimits() if wanted == "auto" else EXPORTERS[wanted].limits
 
 
@@ -83,7 +94,7 @@ def _notes(
     """Its own, or why it was taken and not the one that stock loaders read."""
     if not isinstance(exporter, ManifestExporter) or not passed_over:
         return tuple(exporter.notes(contents, answers))
-    ending = "the whole model is saved with our manifest and loads after `import llmcompress`"
+    ending = "the model is saved with our manifest and loads only after `import llmcompress`"
     return tuple(f"{reason}; {ending}" for reason in passed_over)
 
 
@@ -95,9 +106,9 @@ def _refusal(
     nearest = dict.fromkeys(answer.nearest.name for answer in refused.values() if answer.nearest)
     return CompressError(
         "save.format",
-        f"{name} cannot hold this model: {problem}"
+        f"{name} cannot represent this model: {problem}"
         if problem
-        else f"{name} cannot hold {len(refused)} of {sites} sites",
+        else f"{name} cannot represent {len(refused)} of {sites} sites",
         where="; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if len(lines) > 5 else ""),
         fix=(f"use {' or '.join(nearest)} there, or " if nearest else "") + exporter.fix,
         saved=saved,

@@ -1,6 +1,6 @@
-"""Codes and scales as compressed-tensors: loads in stock transformers and vLLM, nothing of ours needed.
+"""compressed-tensors checkpoints: they load in stock transformers and vLLM, without llmcompress.
 
-What the loaders were seen to do: docs/decisions/0004-saved-formats.md.
+How the loaders were found to behave: docs/decisions/0004-saved-formats.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llmcompress.exporters.base import EXPORTERS, Answer, Converted, Exact, Expo
 from llmcompress.exporters.cache_scheme import stock_attention
 from llmcompress.exporters.checkpoint import name_on_disk, write_model
 from llmcompress.exporters.config import portable_config
-from llmcompress.exporters.contents import EXPERTS, CodedLinear, Contents, found_in
+from llmcompress.exporters.contents import EXPERTS, CodedLinear, Contents, contents_in
 from llmcompress.exporters.loader import linears_of_loader
 from llmcompress.exporters.quantization_config import NamedCodes, numbered, quantization_config
 from llmcompress.formats import compressed_tensors, plain
@@ -33,16 +33,16 @@ from llmcompress.modules.expression_leaves import Quantized
 from llmcompress.modules.limits import TargetLimits, group_of
 from llmcompress.modules.quant_linear import quantized_linears
 
-_MIXED = "transformers 5 reads all experts with one scheme, and these have several"
+_MIXED = "transformers 5 supports one scheme for all experts, and these use several"
 _MERGED = "transformers 5 loads no compressed-tensors model unless all experts are integers or fp8 of one scheme"
 
 
 @EXPORTERS.register("compressed-tensors")
 class CompressedTensorsExporter(Exporter):
-    """A site that the format cannot hold is multiplied out; when no other is left, the folder is a plain one."""
+    """Sites that the format cannot represent are dequantized; if no other is left, the folder is a plain one."""
 
     limits: ClassVar[TargetLimits] = TargetLimits(ragged_groups=False)
-    fix: ClassVar[str] = "leave these sites out with `exclude`, or set `save.format` to auto"
+    fix: ClassVar[str] = "exclude these sites with `exclude`, or set `save.format: auto`"
 
     zero_points: ZeroPoints = "folded"
     """Of 2- and 4-bit asymmetric grids."""
@@ -53,11 +53,11 @@ class CompressedTensorsExporter(Exporter):
     def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:
         """By its grid, its sizes, and the class that loaders build there."""
         if not can_name(site.scheme):
-            return Refused(f"compressed-tensors has no word for {site.scheme.name}")
+            return Refused(f"compressed-tensors cannot represent {site.scheme.name}")
         if self._layout(site).packs_floats and not site.packable:
-            return self._instead(site, "transformers 5 loads no packed codes into a subclass of nn.Linear")
+            return self._instead(site, "transformers 5 cannot load packed codes into a subclass of nn.Linear")
         if not site.is_linear:
-            return self._instead(site, "compressed-tensors replaces only nn.Linear, and this is a Conv1D")
+            return self._instead(site, "compressed-tensors supports only nn.Linear, and this is a Conv1D")
         why = self.limits.problem(site.scheme, site.inputs)
         return Exact(_doubt(site, storage_dtype)) if why is None else self._instead(site, why)
 
@@ -79,15 +79,15 @@ class CompressedTensorsExporter(Exporter):
 
     @override
     def problem(self, contents: Contents) -> str | None:
-        """It has words for quantized linears of stock sizes, and for caches."""
+        """It can represent quantized linears of stock sizes, and quantized caches."""
         others = contents.more_than_quantized
-        return f"it has no words for more than quantized linears ({others[0]})" if others else None
+        return f"it can represent quantized linears only, not {others[0]}" if others else None
 
     @override
     def notes(self, contents: Contents, answers: Mapping[str, Answer]) -> list[str]:
-        """What is multiplied out, and which fields are wider than their codes."""
+        """Which sites are dequantized, and which codes are padded."""
         dense = [
-            f"{name}: {answer.why}; saved multiplied out to ordinary weights"
+            f"{name}: {answer.why}; saved as dequantized weights"
             for name, answer in answers.items()
             if isinstance(answer, Converted)
         ]
@@ -107,7 +107,7 @@ class CompressedTensorsExporter(Exporter):
             return self._write(model, folder, writing, cache)
 
     def _write(self, model: PreTrainedModel, folder: Path, writing: Writing, cache: QuantizationArgs | None) -> Saved:
-        contents, dtype = found_in(model, writing.storage_dtype), writing.storage_dtype
+        contents, dtype = contents_in(model, writing.storage_dtype), writing.storage_dtype
         answers = self.answers(contents)
         coded = {site.name: site for site in contents.sites if isinstance(answers[site.name], Exact)}
         config = portable_config(model, dtype)
@@ -146,7 +146,7 @@ class CompressedTensorsExporter(Exporter):
         return layout_of(site.scheme, packable=site.packable, zero_points=self.zero_points)
 
     def _instead(self, site: CodedLinear, why: str) -> Answer:
-        """Rounded activations cannot be multiplied out."""
+        """Quantized activations cannot be dequantized into weights."""
         if self.multiplies_out and site.scheme.activations is None:
             return Converted(why)
         return Refused(why, self.limits.nearest(site.scheme, site.inputs) if site.is_linear else None)
@@ -160,10 +160,10 @@ class CompressedTensorsExporter(Exporter):
 def _doubt(site: CodedLinear, storage_dtype: torch.dtype | None) -> str | None:
     scheme = site.scheme
     if scheme.activations == "group" and scheme.measures_inputs:
-        return f"transformers 4 and 5 round the inputs of {scheme.name} differently"
+        return f"transformers 4 and 5 quantize the activations of {scheme.name} differently"
     if scheme.weights.scales.bits is not None and storage_dtype not in (None, torch.bfloat16):
         kind = str(storage_dtype).removeprefix("torch.")
-        return f"stock loaders restore {scheme.name} to bfloat16 alone, and these weights are {kind}"
+        return f"stock loaders dequantize {scheme.name} to bfloat16 only, and these weights are {kind}"
     return None
 
 
@@ -171,7 +171,7 @@ def _note(site: CodedLinear, layout: Layout) -> str | None:
     """What a user would be surprised by."""
     scheme = site.scheme
     if scheme.weights.scales.bits is not None:
-        return f"{scheme.name}: stock loaders give bfloat16 weights; with another `save.dtype` it is our manifest"
+        return f"{scheme.name}: stock loaders dequantize to bfloat16; any other `save.dtype` uses our manifest"
     if layout.packs_zero_points:
         return (
             f"{scheme.name}: zero points are packed; transformers 5 with compressed-tensors 0.18 to 0.20 loads them "
@@ -182,7 +182,7 @@ def _note(site: CodedLinear, layout: Layout) -> str | None:
     field = f"{layout.bits_on_disk}-bit fields, the narrowest that all supported loaders read"
     note = f"{scheme.name}: codes are stored in {field}"
     if scheme.weights.symmetric or scheme.weights.bits == 3:
-        return f"{note}; `save.format: llmcompress` keeps their own width"
+        return f"{note}; `save.format: llmcompress` stores them without padding"
     return f"{note} (see `save.zero_points`)"
 
 

@@ -1,4 +1,4 @@
-"""`config.json` that both transformers 4 and 5 read the same way."""
+"""Writes a `config.json` that transformers 4 and 5 read alike."""
 
 from __future__ import annotations
 

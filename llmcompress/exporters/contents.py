@@ -1,4 +1,4 @@
-"""What an exporter is asked about: foretold by a plan, or found in a live model; the questions are the same."""
+"""What exporters know of a model: predicted by a plan or found in a live model, in the same form."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from llmcompress.exporters.cache_scheme import cache_scheme
 from llmcompress.exporters.loader import Loader, linears_of_loader, merges_on_load
 from llmcompress.model.map import ModelMap
-from llmcompress.model.stock import stock_outline
+from llmcompress.model.stock import stock_model
 from llmcompress.modules.base import MODULES, CompressedModule
 from llmcompress.modules.manifest import Manifest, changes
 from llmcompress.modules.quant_linear import QuantLinear, quantized_linears
@@ -24,7 +24,7 @@ EXPERTS = "experts"
 
 @dataclass(frozen=True)
 class CodedLinear:
-    """A linear that will hold codes, or does."""
+    """A linear that is, or will be, quantized."""
 
     name: str
     """Full."""
@@ -54,9 +54,9 @@ class Contents:
     differences: Manifest = field(default_factory=Manifest)
     """From the stock model. A plan does not know them."""
     modules: Mapping[str, CompressedModule] = field(default_factory=dict)
-    """What replaced a module of the stock model, parts of such a thing left out. Not known to a plan either."""
+    """Modules that replace a stock module, without their parts. Not known to a plan either."""
     named_caches: frozenset[str] = frozenset()
-    """Attentions that cache codes in a way for which compressed-tensors has words."""
+    """Attentions with a quantized KV cache that compressed-tensors can represent."""
     rounded_embedding: str | None = None
     """Its name, where a plan rounds it; found in a model it is among the differences."""
 
@@ -73,7 +73,7 @@ class Contents:
 
     @property
     def more_than_quantized(self) -> tuple[str, ...]:
-        """Whatever is not a linear of stock size that holds codes."""
+        """Everything that is not a quantized linear of stock size."""
         found = self.differences
         other = (name for name, spec in found.modules.items() if not MODULES[spec["type"]].has_stock_format)
         named = (name for name in other if name not in self.named_caches)
@@ -81,7 +81,7 @@ class Contents:
         return (*rounded, *named, *found.reshaped, *found.shapes, *found.attributes)
 
 
-def foretold(
+def planned_contents(
     model_map: ModelMap, schemes: Mapping[str, Scheme], loader: Loader, storage_dtype: torch.dtype | None
 ) -> Contents:
     """What a model will hold whose sites (full names) are quantized by these schemes."""
@@ -103,9 +103,9 @@ def foretold(
     return Contents(sites, model_map.site_names(), loader.merges_experts, experts, storage_dtype)
 
 
-def found_in(model: PreTrainedModel, storage_dtype: torch.dtype) -> Contents:
+def contents_in(model: PreTrainedModel, storage_dtype: torch.dtype) -> Contents:
     """What a finished model holds."""
-    found = changes(model, stock_outline(model))
+    found = changes(model, stock_model(model))
     # experts that stayed ordinary linears are stored under the names of the stock bank
     dense = {name for name, part in compressed_modules(model).items() if part.is_transparent and part.is_dense()}
     found = replace(found, modules={name: spec for name, spec in found.modules.items() if name not in dense})

@@ -1,4 +1,4 @@
-"""What stock transformers builds for a configuration, found without weights: saved folders must fit that."""
+"""What stock transformers builds from a config, found without weights: saved folders must fit it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmcompress.loading.versions import TRANSFORMERS_MAJOR
 
 @dataclass(frozen=True)
 class Loader:
-    """What stock transformers makes of a model's configuration."""
+    """What stock transformers builds from a model's config."""
 
     merges_experts: bool = False
     """It joins experts of the checkpoint into banks, and loads no compressed-tensors folder then."""

@@ -1,4 +1,4 @@
-"""Our own folder, for what no other format has words for: a config with our manifest, read by our plug-in."""
+"""Our own format, for what no other format can represent: a config with our manifest, read by our plug-in."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing_extensions import override
 from llmcompress.exporters.base import EXPORTERS, Answer, Exact, Exporter, Saved, Writing
 from llmcompress.exporters.checkpoint import write_model
 from llmcompress.exporters.config import portable_config
-from llmcompress.exporters.contents import CodedLinear, Contents, found_in
+from llmcompress.exporters.contents import CodedLinear, Contents, contents_in
 from llmcompress.formats import packed
 from llmcompress.formats.named import Kind
 from llmcompress.modules.expression_leaves import Quantized
@@ -28,10 +28,10 @@ VERSION = 1
 
 @EXPORTERS.register(METHOD)
 class ManifestExporter(Exporter):
-    """Codes at their own width; `from_pretrained` loads it after `import llmcompress`, and refuses it without."""
+    """Codes without padding; `from_pretrained` loads the folder after `import llmcompress` and refuses it otherwise."""
 
     limits: ClassVar[TargetLimits] = TargetLimits(rounded_embedding=True)
-    fix: ClassVar[str] = 'leave experts out with `exclude: "*.experts.*"`, or use integer or fp8 schemes on them'
+    fix: ClassVar[str] = 'exclude the experts with `exclude: "*.experts.*"`, or use integer or fp8 schemes for them'
 
     @override
     def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:
@@ -48,7 +48,7 @@ class ManifestExporter(Exporter):
     @override
     def notes(self, contents: Contents, answers: Mapping[str, Answer]) -> list[str]:
         """Who can load it."""
-        return ["codes lie at their own width, and the folder loads after `import llmcompress` only"]
+        return ["codes are stored without padding, and the model loads only after `import llmcompress`"]
 
     @override
     def tensors(self, site: CodedLinear, storage_dtype: torch.dtype) -> dict[str, Kind]:
@@ -58,7 +58,7 @@ class ManifestExporter(Exporter):
     @override
     def write(self, model: PreTrainedModel, folder: Path, writing: Writing) -> Saved:
         """A folder whose config says how the model differs from the stock model."""
-        dtype, found = writing.storage_dtype, found_in(model, writing.storage_dtype).differences
+        dtype, found = writing.storage_dtype, contents_in(model, writing.storage_dtype).differences
         config = portable_config(model, dtype)
         config["quantization_config"] = {"quant_method": METHOD, "version": VERSION, **found.to_json()}
         replaced = {name: partial(_tensors, site, dtype) for name, site in quantized_linears(model).items()}

@@ -1,4 +1,6 @@
-"""The plain folder: every replaced module multiplied out to ordinary weights, which any loader reads."""
+"""Plain checkpoints: every replaced module is converted to ordinary weights, which any loader
+reads.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from typing_extensions import override
 from llmcompress.exporters.base import EXPORTERS, Answer, Converted, Exporter, Refused, Saved, Writing
 from llmcompress.exporters.checkpoint import write_model
 from llmcompress.exporters.config import portable_config
-from llmcompress.exporters.contents import CodedLinear, Contents, found_in
+from llmcompress.exporters.contents import CodedLinear, Contents, contents_in
 from llmcompress.exporters.loader import linears_of_loader
 from llmcompress.formats import plain
 from llmcompress.modules.limits import TargetLimits
@@ -22,34 +24,35 @@ from llmcompress.modules.limits import TargetLimits
 
 @EXPORTERS.register("plain")
 class PlainExporter(Exporter):
-    """Products are rounded to the stored dtype exactly as the model itself does when it is cast to that dtype.
+    """Weights are rounded to the stored dtype exactly as the model itself does when it is cast to that dtype.
 
-    So a loader that uses it gets the same logits bit for bit; float32 keeps every product of codes and scales exact.
+    A loader that uses this dtype therefore gets the same logits bit for bit; in float32, products of codes and scales
+    are exact.
     """
 
     limits: ClassVar[TargetLimits] = TargetLimits(rounded_inputs=False)
-    fix: ClassVar[str] = "set `save.format` to auto"
+    fix: ClassVar[str] = "set `save.format: auto`"
 
     @override
     def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:
-        """Whatever the grid, it is multiplied out."""
+        """Any grid is dequantized."""
         why = self.limits.problem(site.scheme, site.inputs)
         return Converted("plain format") if why is None else Refused(why, self.limits.nearest(site.scheme, site.inputs))
 
     @override
     def problem(self, contents: Contents) -> str | None:
-        """Ordinary weights cannot say other sizes, modules around modules, or what depends on the input."""
+        """Ordinary weights cannot represent other sizes, wrapped modules, or dynamic inference."""
         if contents.rearranged:
-            return f"no config of its family describes {', '.join(contents.rearranged[:3])}"
+            return f"no config of this model family can represent {', '.join(contents.rearranged[:3])}"
         sites = {site.name for site in contents.sites}
         others = {name: module for name, module in contents.modules.items() if name not in sites}
         rounding = [name for name, module in others.items() if not module.expression().is_linear]
-        return f"{rounding[0]} rounds activations or decides by them what it computes" if rounding else None
+        return f"{rounding[0]} quantizes activations or depends on them (dynamic inference)" if rounding else None
 
     @override
     def write(self, model: PreTrainedModel, folder: Path, writing: Writing) -> Saved:
         """An ordinary folder."""
-        dtype, modules = writing.storage_dtype, found_in(model, writing.storage_dtype).modules
+        dtype, modules = writing.storage_dtype, contents_in(model, writing.storage_dtype).modules
         turned = {name for name, kind in linears_of_loader(model).items() if issubclass(kind, Conv1D)}
         replaced = {
             name: partial(plain.pack, module, dtype, transposed=name in turned) for name, module in modules.items()

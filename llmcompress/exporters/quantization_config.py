@@ -1,4 +1,4 @@
-"""The `quantization_config` of a compressed-tensors folder: one group per kind of scheme, few targets."""
+"""The `quantization_config` of compressed-tensors: one group per scheme, with few targets."""
 
 from __future__ import annotations
 

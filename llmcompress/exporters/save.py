@@ -1,4 +1,4 @@
-"""Writes a finished model with the exporter that holds it."""
+"""Writes a finished model with the exporter chosen for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from llmcompress.calibration.offloading import InMemory, WeightStore
 from llmcompress.exporters.base import Saved, Writing
 from llmcompress.exporters.choose import Format, choose
-from llmcompress.exporters.contents import found_in
+from llmcompress.exporters.contents import contents_in
 from llmcompress.formats.compressed_tensors import ZeroPoints
 
 
@@ -28,6 +28,6 @@ def save_model(
 
     Raises: CompressError when `wanted` cannot hold the model.
     """
-    saved = "all finished work: run again with another format"
-    chosen = choose(wanted, found_in(model, storage_dtype), zero_points=zero_points, saved=saved)
+    saved = "all finished blocks: run again with another format"
+    chosen = choose(wanted, contents_in(model, storage_dtype), zero_points=zero_points, saved=saved)
     return chosen.exporter.write(model, folder, Writing(storage_dtype, max_shard_size, weights_at or InMemory()))

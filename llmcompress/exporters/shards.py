@@ -1,4 +1,4 @@
-"""Writes tensors one after another into ordinary sharded safetensors, holding one tensor in memory."""
+"""Writes tensors one by one into ordinary sharded safetensors, holding one tensor in memory."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 class ShardWriter:
-    """Fills `folder` with `model.safetensors`, or with numbered shards and their index when one file is too small.
+    """Fills `folder` with `model.safetensors`, or with numbered shards and their index if one file is too small.
 
-    A tensor larger than a shard gets a shard of its own. Shards get their names in `close`, when their number is
-    known: nothing has to be laid out before the first tensor is written. A file begins with the places of all its
-    tensors, so data wait in a second file, not in memory, until a shard is full.
+    A tensor larger than a shard gets its own shard. Shards get their names in `close`, when their number is known, so
+    nothing has to be laid out before the first tensor is written. A safetensors file starts with the offsets of all its
+    tensors, so data is collected in a second file, not in memory, until a shard is full.
     """
 
     def __init__(self, folder: Path, max_shard_size: str) -> None:
@@ -84,6 +84,33 @@ class ShardWriter:
 
     def _temporary(self, index: int) -> Path:
         return self._folder / f"shard-{index + 1:05d}.safetensors.part"
+
+
+class ShardSizes:
+    """Takes the place of a `ShardWriter` and writes nothing: only counts the bytes that it would write."""
+
+    def __init__(self, max_shard_size: str) -> None:
+        self._limit = size_in_bytes(max_shard_size)
+        self._pending: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self._waiting = 0
+        self.tensor_bytes = 0
+        self.file_bytes = 0
+        """Of the weight files, headers included."""
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """One more tensor of the checkpoint."""
+        if self._pending and self._waiting + tensor.nbytes > self._limit:
+            self.close()
+        self._pending[name] = (tensor.dtype, tuple(tensor.shape))
+        self._waiting += tensor.nbytes
+        self.tensor_bytes += tensor.nbytes
+
+    def close(self) -> tuple[str, ...]:
+        """Count what waits; there are no files."""
+        if self._pending:
+            self.file_bytes += len(write_header(self._pending)[0]) + self._waiting
+        self._pending, self._waiting = {}, 0
+        return ()
 
 
 def size_in_bytes(text: str) -> int:

@@ -1,6 +1,6 @@
-"""A linear in the codes of bitsandbytes, by us or by anybody. O = outputs, I = inputs.
+"""The tensors of a linear quantized with bitsandbytes. O = outputs, I = inputs.
 
-The package itself lays them out (`BnbLinear.native_tensors`); here they are taken apart without it.
+The package itself writes the layout (`BnbLinear.native_tensors`); it is read here without the package.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from llmcompress.formats.named import Named
 from llmcompress.numerics.packing import unpack_bits
 
 STATE = ".quant_state.bitsandbytes__"
-"""In the name of the tensor that says, as JSON, how 4-bit codes lie."""
+"""Part of the name of the tensor with the layout of 4-bit codes, as JSON."""
 
 _CONSTANT = ("quant_map", "nested_quant_map", "weight_format", "quant_state")
 """The same in every linear, or no more than its shape."""
@@ -54,5 +54,5 @@ def shape_of(state: Tensor) -> tuple[int, int]:
 
 
 def is_constant(name: str) -> bool:
-    """Whether a tensor beside the codes tells nothing of the weights."""
+    """Whether a tensor besides the codes is not needed for the weights."""
     return name.removeprefix("weight.").startswith(_CONSTANT)

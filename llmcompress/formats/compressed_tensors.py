@@ -1,6 +1,6 @@
-"""A quantized linear in the layouts of compressed-tensors. O = outputs, I = inputs, G = groups of inputs.
+"""The tensors of a quantized linear in compressed-tensors. O = outputs, I = inputs, G = groups of inputs.
 
-What its loaders were seen to do with each: docs/decisions/0004-saved-formats.md.
+How loaders were found to treat each layout: docs/decisions/0004-saved-formats.md.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ NAMES = frozenset(
         "input_global_scale",
     }
 )
-"""What `pack` may give beside the bias."""
+"""What `pack` may return besides the bias."""
 
 _FLOATS: dict[tuple[NumberFormat, ScaleKind], LayoutName] = {
     (E4M3, STORED): "float-quantized",
@@ -67,7 +67,7 @@ _FLOATS: dict[tuple[NumberFormat, ScaleKind], LayoutName] = {
     (E2M1, POWER_OF_TWO): "mxfp4-pack-quantized",
     (E2M1, TWO_LEVEL): "nvfp4-pack-quantized",
 }
-"""Floats that the format has words for."""
+"""Float formats that it can represent."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Tensors of a checkpoint by their last names, and what is known of them before there are any. O = outputs, I = inputs.
+"""Tensors of one module in a checkpoint, by the last part of their names, with or without values. O = outputs, I =
+inputs.
 
-Every format here is a pure pair: `pack` gives the named tensors of one module, `unpack` takes them apart again. What a
-plan counts is what `pack` gives for tensors without contents, so no layout is written down twice.
+Every format here is a pure pair: `pack` returns the named tensors of one module, `unpack` reverses it. A plan counts
+what `pack` returns for tensors without values, so no layout is defined twice.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What stands in a quantized linear's place while a folder of ours is read: tensors as `packed.py` lays them out."""
+"""Replaces a quantized linear while a folder in our own format is loaded: tensors in the layout of `packed.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llmcompress.modules.quant_linear import QuantLinear, quantized_linears
 
 
 class PackedLinear(nn.Module):
-    """Buffers under the names that the file has, on the linear's device; they are filled by whoever loads."""
+    """Buffers under the names in the file, on the linear's device; the loader fills them."""
 
     def __init__(self, site: QuantLinear) -> None:
         super().__init__()

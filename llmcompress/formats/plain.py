@@ -1,4 +1,4 @@
-"""An ordinary linear as every checkpoint has it: `weight`, and `bias` where there is one. O = outputs, I = inputs."""
+"""The tensors of an ordinary linear: `weight`, and `bias` if there is one. O = outputs, I = inputs."""
 
 from __future__ import annotations
 

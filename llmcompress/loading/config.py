@@ -1,4 +1,4 @@
-"""config.json → a configuration that is safe to build a model from, or the reason why it is refused."""
+"""config.json → a config that is safe to build a model from, or the reason why it is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from llmcompress.errors import CompressError
 from llmcompress.loading.files import adapter_error, refuse_outside
-from llmcompress.loading.quiet import quiet_transformers, said
+from llmcompress.loading.quiet import loader_message, quiet_transformers
 from llmcompress.loading.rotary import rotary_as_in_4
 from llmcompress.loading.sizes import check_sizes
 from llmcompress.loading.versions import TRANSFORMERS_MAJOR
@@ -56,7 +56,7 @@ def read_config(
         if not native:
             raise _needs_code(folder, model_type, code)
         del data["auto_map"]
-        notes.append(f"config.json names Python files of its own; ignored: transformers' own {model_type} is used")
+        notes.append(f"config.json names custom Python files; they are ignored, and transformers' {model_type} is used")
     elif code:
         _refuse_code_from_elsewhere(folder, code)
         notes.append(f"Python files that come with the model run: {'; '.join(_hashes(folder))}")
@@ -76,7 +76,7 @@ def _build(data: dict[str, Any], folder: Path) -> PretrainedConfig:
     except Exception as problem:
         raise CompressError(
             "model.bad-config",
-            f"transformers cannot read config.json: {said(problem)}",
+            f"transformers cannot read config.json: {loader_message(problem)}",
             where=str(folder / "config.json"),
             fix="compare it with the config.json of the original model",
         ) from problem
@@ -130,17 +130,19 @@ def _without_code_keys(
         if key in _OWN_NOTES:
             continue
         if _chooses_code(key):
-            notes.append(f"config.json: the key {path}{key} was dropped (it can choose code to run)")
+            notes.append(f"config.json: the key {path}{key} was ignored (it can select code to run)")
             continue
         if key.startswith("_") and key not in declared:
-            notes.append(f"config.json: the key {path}{key} was dropped (this transformers has no such option)")
+            notes.append(
+                f"config.json: the key {path}{key} was ignored (this version of transformers has no such option)"
+            )
             continue
         kept[key] = _without_code_keys(item, notes, path=f"{path}{key}.")
     return kept
 
 
 def _for_installed_transformers(data: dict[str, Any]) -> dict[str, Any]:
-    """A configuration written by transformers 5 also says its rotary settings in the words of 4, if 4 is installed."""
+    """Add rotary settings in the form of transformers 4, if 4 is installed, to a config written by 5."""
     if TRANSFORMERS_MAJOR >= 5:
         return data
     return rotary_as_in_4(data.get("rope_parameters")) | data
@@ -156,7 +158,7 @@ def _refuse_quantized(raw: dict[str, Any], folder: Path) -> None:
         "model.already-quantized",
         f"this model is already quantized: {method}{f', {bits} bits' if bits else ''}",
         where=f"{folder / 'config.json'}, quantization_config",
-        fix="compress the model that it was made from (its card names it as base_model)",
+        fix="compress the original model instead (`base_model` in the model card names it)",
     )
 
 
@@ -189,7 +191,7 @@ def _refuse_other_types(raw: dict[str, Any], folder: Path) -> None:
         if raw.get(key) is not None and not isinstance(raw[key], kind):
             raise CompressError(
                 "model.bad-config",
-                f"{key} is {raw[key]!r:.60}, and {called} is needed",
+                f"{key} is {raw[key]!r:.60}, but it must be {called}",
                 where=f"{folder / 'config.json'}, {key}",
                 fix="compare it with the config.json of the original model",
             )
@@ -198,9 +200,9 @@ def _refuse_other_types(raw: dict[str, Any], folder: Path) -> None:
 def _not_causal(folder: Path, what: str) -> CompressError:
     return CompressError(
         "model.not-causal",
-        f"this is {what}; only text models that predict the next token can be compressed",
+        f"this is {what}; only causal language models can be compressed",
         where=str(folder / "config.json"),
-        fix="give a model whose config.json says an architecture …ForCausalLM",
+        fix="give a model whose config.json names an architecture …ForCausalLM",
     )
 
 
@@ -208,18 +210,18 @@ def _no_config(folder: Path) -> CompressError:
     if (folder / "model_index.json").exists():
         return _not_causal(folder, "a diffusion pipeline (model_index.json)")
     return CompressError(
-        "model.no-config", "there is no config.json", where=str(folder), fix="give the folder of a whole model"
+        "model.no-config", "there is no config.json", where=str(folder), fix="give the folder of a complete model"
     )
 
 
 def _unknown_type(folder: Path, model_type: str) -> CompressError:
     installed = transformers.__version__
     if not model_type:
-        what = "config.json has no model_type, so nobody can tell which architecture this is"
+        what = "config.json has no model_type, so the architecture is unknown"
         fix = 'add the model_type of the original model, e.g. "model_type": "llama"'
     else:
         what = f"transformers {installed} does not know the model_type {model_type!r}"
-        fix = "check its spelling; a newer model needs a newer transformers: pip install -U transformers"
+        fix = "check the spelling; a newer model needs a newer transformers: pip install -U transformers"
     return CompressError("model.unknown-type", what, where=str(folder / "config.json"), fix=fix)
 
 
@@ -228,7 +230,7 @@ def _needs_code(folder: Path, model_type: str, code: Any) -> CompressError:
     named = ", ".join(sorted(str(name) for name in code.values())) if isinstance(code, dict) else str(code)
     return CompressError(
         "model.remote-code",
-        f"the model_type {model_type!r} needs Python files that come with the model ({named}); nothing of them was run",
+        f"the model_type {model_type!r} needs Python files that come with the model ({named}); they were not run",
         where="; ".join(files) or f"{folder / 'config.json'}, auto_map",
         fix="review the files, then set `trust_remote_code: true` (for a Hub model with the full commit as `revision`)",
     )
@@ -248,7 +250,7 @@ def _refuse_code_from_elsewhere(folder: Path, code: dict[str, Any]) -> None:
     if elsewhere:
         raise CompressError(
             "model.code-elsewhere",
-            f"config.json asks for Python code of another repository ({', '.join(elsewhere)}), and no commit pins it",
+            f"config.json needs Python code of another repository ({', '.join(elsewhere)}) without pinning a commit",
             where=f"{folder / 'config.json'}, auto_map",
             fix="copy those files into the model's folder, review them, and remove `ORG/NAME--` from auto_map",
         )

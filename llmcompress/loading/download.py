@@ -1,4 +1,4 @@
-"""A model's files from the Hub: asks before it downloads, never fetches pickles, explains every refusal."""
+"""Downloads a model from the Hub: checks before it downloads, never fetches pickle files, explains every refusal."""
 
 from __future__ import annotations
 
@@ -67,18 +67,18 @@ def _refused(problem: Exception, repo: str, revision: str | None) -> CompressErr
     login = "use a token that may read it" if has_token else "log in: `hf auth login`"
     if isinstance(problem, errors.GatedRepoError):
         return _failed(
-            "gated", f"{repo} is open only to users who were granted access", f"ask for access at {page}, then {login}"
+            "gated",
+            f"{repo} is gated: only users with granted access can download it",
+            f"request access at {page}, then {login}",
         )
     if isinstance(problem, errors.RevisionNotFoundError):
-        return _failed("no-revision", f"{repo} has no revision {revision!r}", f"see its branches and commits at {page}")
+        return _failed("no-revision", f"{repo} has no revision {revision!r}", f"see the branches and commits at {page}")
     if isinstance(problem, errors.RepositoryNotFoundError):
-        what = f"{repo} is no folder here and no public model on the Hub"
-        return _failed("not-found", what, f"check the spelling; if it is private, {login}")
+        what = f"{repo} is neither a local folder nor a public model on the Hub"
+        return _failed("not-found", what, f"check the spelling; for a private model, {login}")
     status = getattr(getattr(problem, "response", None), "status_code", None)
     if status == 401:
-        return _failed(
-            "login", f"the Hub did not accept the login when asked for {repo}", "log in again: `hf auth login`"
-        )
+        return _failed("login", f"the Hub rejected the login for {repo}", "log in again: `hf auth login`")
     return _failed(
         "error", f"the Hub answered {status or type(problem).__name__} for {repo}", "run the command again later"
     )
@@ -93,7 +93,7 @@ def _broken_off(problem: Exception, called: str) -> CompressError:
             saved="files that were downloaded completely",
             exit_code=ExitCode.RESOURCES,
         )
-    what = f"the download of {called} broke off ({type(problem).__name__})"
+    what = f"the download of {called} was interrupted ({type(problem).__name__})"
     return _failed(
         "network", what, "check the network and run the command again", saved="files that were downloaded completely"
     )

@@ -1,4 +1,4 @@
-"""Which files of a folder are the model, and whether they may be trusted to be; no weight is read."""
+"""Which files of a folder belong to the model, and whether they can be trusted; no weight is read."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def weight_files(folder: Path, *, how_to_get_again: str) -> tuple[list[Path], di
     if (folder / SINGLE).exists() and SINGLE not in named:
         raise CompressError(
             "model.ambiguous",
-            f"{SINGLE} and {INDEX} are both there, and the index does not mention the file",
+            f"the folder has both {SINGLE} and {INDEX}, and the index does not list that file",
             where=str(folder),
-            fix="two checkpoints share this folder: delete the one that does not belong here",
+            fix="two checkpoints are mixed in this folder: delete the one that does not belong",
         )
     missing = [file for file in named if not (folder / file).exists()]
     if missing:
@@ -56,19 +56,23 @@ def require_safetensors(names: Iterable[str], *, where: str) -> None:
     loose = [name for name in names if name.endswith(".safetensors")]
     if loose:
         what, there = f"there are safetensors files but neither {SINGLE} nor {INDEX}", loose
-        fix = f"get {INDEX} from where the model came from, or rename a single file to {SINGLE}"
+        fix = f"download {INDEX} too, or rename a single weight file to {SINGLE}"
     elif pickles:
-        what, there = "the weights are pickles, which can run any program when they are read", pickles
+        what, there = "the weights are pickle files, which can execute code when loaded", pickles
         fix = (
             "use a revision with safetensors (often a pull request: ORG/NAME@refs/pr/N), or convert it on the Hub: "
             "https://huggingface.co/spaces/safetensors/convert"
         )
     elif gguf:
-        what, there = "the weights are GGUF, a format for running, already quantized", gguf
-        fix = "use the model that it was made from, in safetensors"
+        what, there = "the weights are GGUF, an inference format that is already quantized", gguf
+        fix = "use the original model in safetensors format"
     else:
-        what, there, fix = f"there are no weights: neither {SINGLE} nor {INDEX}", [], "give the folder of a whole model"
-    found = f" ({some(sorted(there))})" if there else ""
+        what, there, fix = (
+            f"there are no weights: neither {SINGLE} nor {INDEX}",
+            [],
+            "give the folder of a complete model",
+        )
+    found = f" ({shortened_list(sorted(there))})" if there else ""
     raise CompressError("model.no-safetensors", what + found, where=where, fix=fix)
 
 
@@ -104,9 +108,9 @@ def refuse_outside(folder: Path, files: dict[str, str]) -> None:
     if outside:
         raise CompressError(
             "model.outside-folder",
-            "files outside the model's folder are asked for",
-            where=some(outside),
-            fix="do not use this model unless you know why; put real files (no links, no paths) into the folder",
+            "the checkpoint refers to files outside the model's folder",
+            where=shortened_list(outside),
+            fix="do not use this model unless you trust it; copy the real files into the folder (no links, no paths)",
         )
 
 
@@ -119,7 +123,7 @@ def read_index(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(map(_is_name, weight_map.values())):
         raise CompressError(
-            "model.bad-index", "no usable `weight_map` in the index", where=str(index), fix="get the file again"
+            "model.bad-index", "the index has no usable `weight_map`", where=str(index), fix="download the file again"
         )
     return weight_map
 
@@ -129,7 +133,7 @@ def _is_name(file: object) -> bool:
     return isinstance(file, str) and 0 < len(file.encode(errors="replace")) <= 255 and "\x00" not in file
 
 
-def some(names: list[str], most: int = 12) -> str:
+def shortened_list(names: list[str], most: int = 12) -> str:
     """The names in one line, the first few when there are many."""
     shown = ", ".join(names[:most])
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown

@@ -1,4 +1,4 @@
-"""Whether every number of a configuration is one: NaN there makes a model whose every output is NaN."""
+"""Refuses configs with NaN or Inf, which would make every output NaN."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.errors import CompressError
-from llmcompress.loading.files import some
+from llmcompress.loading.files import shortened_list
 
 _MAY_BE_INFINITE = ("limit", "max", "min", "clip")
 """Words in the names of bounds, which infinity leaves open (Mamba's `time_step_limit`)."""
@@ -20,8 +20,8 @@ def refuse_not_finite_numbers(config: dict[str, Any], folder: Path) -> None:
     if wrong:
         raise CompressError(
             "model.bad-config",
-            "config.json holds numbers that are not finite",
-            where=f"{folder / 'config.json'}: {some(wrong)}",
+            "config.json contains NaN or Inf",
+            where=f"{folder / 'config.json'}: {shortened_list(wrong)}",
             fix="compare it with the config.json of the original model",
         )
 

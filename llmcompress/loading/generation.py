@@ -1,4 +1,4 @@
-"""The generation settings a model brings along, checked at the start: saving refuses invalid ones, at the very end."""
+"""Checks the model's generation config early, because saving would refuse an invalid one at the very end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,19 @@ def read_generation_config(folder: Path, config: PretrainedConfig) -> tuple[Gene
     file = folder / "generation_config.json"
     if not file.exists():
         return GenerationConfig.from_model_config(config), []
-    data = {key: value for key, value in read_json(file).items() if not key.startswith("_")}
+    return _usable({key: value for key, value in read_json(file).items() if not key.startswith("_")}, str(file))
+
+
+def usable_generation_config(
+    found: GenerationConfig | None, config: PretrainedConfig
+) -> tuple[GenerationConfig, list[str]]:
+    """The same of a model in memory, which may have none."""
+    if found is None:
+        return GenerationConfig.from_model_config(config), []
+    return _usable({key: value for key, value in found.to_dict().items() if not key.startswith("_")}, "in memory")
+
+
+def _usable(data: dict[str, Any], where: str) -> tuple[GenerationConfig, list[str]]:
     dropped: list[str] = []
     while True:
         try:
@@ -37,15 +49,13 @@ def read_generation_config(folder: Path, config: PretrainedConfig) -> tuple[Gene
                 raise CompressError(
                     "model.bad-generation-config",
                     f"generation_config.json cannot be used: {str(problem).strip().splitlines()[0]}",
-                    where=str(file),
-                    fix="repair or delete the file; without it transformers' defaults are used",
+                    where=where,
+                    fix="correct or delete the file (without it transformers uses its defaults)",
                 ) from problem
             dropped.append(f"{key}={data.pop(key)!r}")
     if not dropped:
         return settings, []
-    return settings, [
-        f"generation_config.json is invalid; dropped from the copy that will be saved: {', '.join(dropped)}"
-    ]
+    return settings, [f"generation_config.json is invalid; the saved copy leaves out {', '.join(dropped)}"]
 
 
 def _culprit(problem: str, data: dict[str, Any]) -> str | None:

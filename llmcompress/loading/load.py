@@ -1,4 +1,4 @@
-"""A model in memory: for compression (checked, in one dtype) or as a finished result, ready to generate."""
+"""Loads a model: for compression (checked, in one dtype), or a finished result, ready to generate."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from llmcompress.loading.config import read_config
 from llmcompress.loading.generation import read_generation_config
 from llmcompress.loading.mapped import MappedWeights, map_weights
 from llmcompress.loading.match import empty_model, missing_error
-from llmcompress.loading.preflight import Preflight, preflight
-from llmcompress.loading.quiet import quiet_transformers, said
+from llmcompress.loading.preflight import ModelFacts, Preflight, preflight
+from llmcompress.loading.quiet import loader_message, quiet_transformers
 from llmcompress.loading.source import Source, find_source
 from llmcompress.loading.tensors import TensorHeader, headers
 from llmcompress.loading.tokenizer import read_tokenizer
@@ -27,7 +27,7 @@ from llmcompress.progress import Progress
 
 
 class ModelAndTokenizer(NamedTuple):
-    """A finished model, ready to generate: `model, tokenizer = load(...)`."""
+    """A model ready to generate: `model, tokenizer = load(...)`."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -35,14 +35,17 @@ class ModelAndTokenizer(NamedTuple):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model to be compressed, checked and in memory."""
+    """A checked model, to be compressed."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    source: Source
-    preflight: Preflight
+    name: str
+    """What the user called it; `memory:CLASS` of one that was in memory already."""
+    folder: Path | None
+    """Where it was read from; None: it was in memory already."""
+    preflight: ModelFacts
     weights: MappedWeights | None = None
-    """Where the model's weights are mapped from, if they are not in memory."""
+    """The memory-mapped weights, if the model is offloaded."""
 
 
 def load_for_compression(
@@ -65,7 +68,8 @@ def load_for_compression(
     """
     checked = checked or preflight(source, trust_remote_code=trust_remote_code, progress=progress)
     if scratch is None:
-        return Loaded(_load(source, checked, dtype, trust_remote_code), checked.tokenizer, source, checked)
+        model = _load(source, checked, dtype, trust_remote_code)
+        return Loaded(model, checked.tokenizer, source.name, source.folder, checked)
     return _load_mapped(source, checked, scratch, trust_remote_code)
 
 
@@ -135,7 +139,7 @@ def _load_mapped(source: Source, checked: Preflight, scratch: Path, trust_remote
     )
     model.generation_config = checked.generation_config
     refuse_not_finite(weights, checked.headers)
-    return Loaded(model, checked.tokenizer, source, checked, weights)
+    return Loaded(model, checked.tokenizer, source.name, source.folder, checked, weights)
 
 
 def _from_pretrained(
@@ -161,9 +165,9 @@ def _from_pretrained(
             raise
         raise CompressError(
             "model.unloadable",
-            f"transformers cannot load it: {said(problem)}",
+            f"transformers cannot load it: {loader_message(problem)}",
             where=str(folder),
-            fix="get the whole model again from where it came from",
+            fix="download the whole model again",
         ) from problem
     if info["missing_keys"]:
         raise missing_error(info["missing_keys"], str(folder))

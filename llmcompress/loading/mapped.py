@@ -1,4 +1,4 @@
-"""A model whose weights lie in files: mapped into memory, where a page takes none until somebody reads it."""
+"""A model with memory-mapped weights, which take no memory until they are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's tensors are exactly what the model needs, found by loading their headers without weights."""
+"""Checks that a checkpoint has exactly the tensors that the model needs, from headers without weights."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from llmcompress.errors import CompressError, is_out_of_memory
-from llmcompress.loading.files import some
-from llmcompress.loading.quiet import quiet_transformers, said
+from llmcompress.loading.files import shortened_list
+from llmcompress.loading.quiet import loader_message, quiet_transformers
 from llmcompress.loading.tensors import CODE_DTYPES, TensorHeader
 
 Shape = tuple[int, ...]
@@ -21,23 +21,23 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Match:
-    """What the model holds once it is loaded."""
+    """The tensors of the model once it is loaded."""
 
     shapes: dict[str, Shape]
-    """Every tensor that is saved, under the name transformers gives it; a tied head is not there twice."""
+    """Every saved tensor, under transformers' name; a tied head is listed once."""
     embedding_rows: int
     tied: bool
-    """Whether config.json says that head and embedding are one tensor."""
+    """Whether config.json ties the output head to the embedding."""
     stored_twice: tuple[str, str] | None
     """Names in the checkpoint of a tied embedding and head that are both stored."""
     unused: tuple[str, ...]
-    """Tensors of the checkpoint that the model has no place for."""
+    """Tensors of the checkpoint that the model does not use."""
 
 
 def match(config: PretrainedConfig, headers: Mapping[str, TensorHeader], *, trust_remote_code: bool = False) -> Match:
     """Let transformers load the checkpoint's headers as tensors on the meta device, with all its own renaming.
 
-    So legacy prefixes, fused experts and ignorable keys are judged by the loader that will load the weights.
+    Legacy prefixes, fused experts and ignorable keys are therefore handled by the loader that will load the weights.
 
     Raises: CompressError listing every tensor that is missing or has another shape than config.json says.
     """
@@ -70,7 +70,7 @@ def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
             raise
         raise CompressError(
             "model.bad-config",
-            f"transformers cannot build the model that config.json describes: {said(problem)}",
+            f"transformers cannot build the model that config.json describes: {loader_message(problem)}",
             where=f"{config.name_or_path}/config.json",
             fix="compare it with the config.json of the original model",
         ) from problem
@@ -81,13 +81,13 @@ def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
 def missing_error(names: Iterable[str], where: str, *, head: str = "") -> CompressError:
     """Tensors that would be filled with random numbers."""
     names = sorted(names)
-    fix = "get the whole checkpoint again, or correct config.json if it describes another model"
+    fix = "download the whole checkpoint again, or correct config.json if it describes another model"
     if head in names:
-        fix = f'if the head is meant to be the embedding, set "tie_word_embeddings": true in config.json; else {fix}'
+        fix = f'if the output head is tied, set "tie_word_embeddings": true in config.json; otherwise {fix}'
     return CompressError(
         "model.missing-tensor",
-        f"{len(names)} tensors that the model needs are not in the checkpoint",
-        where=f"{where}: {some(names)}",
+        f"{len(names)} tensors of the model are missing from the checkpoint",
+        where=f"{where}: {shortened_list(names)}",
         fix=fix,
     )
 
@@ -99,7 +99,7 @@ def _load_headers(
     shapes: Mapping[str, Shape],
     head: str,
 ) -> list[str]:
-    """Names that found no place."""
+    """Unused names."""
     folder = str(config.name_or_path)
     tensors = {
         # codes in place of a weight are the caller's to name; here they would only break the assignment
@@ -121,17 +121,19 @@ def _load_headers(
         odd = _odd_experts(headers)
         raise CompressError(
             "model.wrong-shape" if odd else "model.unloadable",
-            "the experts of a layer do not fit together" if odd else f"transformers cannot load it: {said(problem)}",
-            where=f"{folder}: {some(odd)}" if odd else folder,
-            fix="get the whole checkpoint again, or correct config.json",
+            "the experts of a layer have different shapes"
+            if odd
+            else f"transformers cannot load it: {loader_message(problem)}",
+            where=f"{folder}: {shortened_list(odd)}" if odd else folder,
+            fix="download the whole checkpoint again, or correct config.json",
         ) from problem
     wrong = [_mismatch(entry, headers, shapes, config) for entry in info["mismatched_keys"]]
     if wrong:
         raise CompressError(
             "model.wrong-shape",
-            f"{len(wrong)} tensors have another shape than config.json says",
+            f"{len(wrong)} tensors do not have the shape that config.json implies",
             where=f"{folder}: {'; '.join(sorted(wrong)[:12])}{_odd_note(headers)}",
-            fix="use the config.json that belongs to this checkpoint, or get the checkpoint again",
+            fix="use the config.json that belongs to this checkpoint, or download the checkpoint again",
         )
     if info["missing_keys"]:
         raise missing_error(info["missing_keys"], folder, head=head)
@@ -170,13 +172,13 @@ def _odd_experts(headers: Mapping[str, TensorHeader]) -> list[str]:
             if number not in by_expert:
                 odd.append(f"{name} is missing")
             elif by_expert[number] != usual:
-                odd.append(f"{name} is {list(by_expert[number])}, its siblings are {list(usual)}")
+                odd.append(f"{name} is {list(by_expert[number])}, the others are {list(usual)}")
     return odd
 
 
 def _odd_note(headers: Mapping[str, TensorHeader]) -> str:
     odd = _odd_experts(headers)
-    return f"; {some(odd)}" if odd else ""
+    return f"; {shortened_list(odd)}" if odd else ""
 
 
 def _owner(model: nn.Module, name: str) -> object:

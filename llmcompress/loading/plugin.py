@@ -53,7 +53,7 @@ class ManifestQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Whatever the caller asks for."""
+        """Any dtype of the caller."""
         return dtype
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:

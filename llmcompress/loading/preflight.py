@@ -1,4 +1,4 @@
-"""Every check that can be made before any work: files, configuration, tensors, tokenizer, generation settings."""
+"""All checks that can be made before any work: files, config, tensors, tokenizer, generation config."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 
 from llmcompress.errors import CompressError
 from llmcompress.loading.config import read_config
-from llmcompress.loading.files import some
+from llmcompress.loading.files import shortened_list
 from llmcompress.loading.finite import refuse_not_finite_numbers
 from llmcompress.loading.generation import read_generation_config
 from llmcompress.loading.match import Match, match
@@ -20,28 +20,35 @@ from llmcompress.loading.tensors import CODE_DTYPES, TensorHeader, headers
 from llmcompress.loading.tokenizer import read_tokenizer
 from llmcompress.progress import Progress, Silent
 
-_STORABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+STORABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What weights of a dense model may be."""
 
 
-@dataclass(frozen=True)
-class Preflight:
-    """A model that passed, and what is known of it without having read a weight."""
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What is known of a dense model before any work, wherever it is."""
 
     config: PretrainedConfig
-    """Clean: no key of it chooses code to run."""
+    """Of a folder: clean, no key of it chooses code to run."""
     generation_config: GenerationConfig
     """Valid: it can be saved."""
-    tokenizer: PreTrainedTokenizerBase
-    headers: dict[str, TensorHeader]
-    """The checkpoint's tensors, under their names in the files."""
     contents: Match
     """The model's tensors, under the names transformers gives them."""
     storage_dtype: torch.dtype
-    """What most weights are stored in; the result is stored in it."""
+    """The dtype of most weights, in which the result is stored."""
     bytes_weights: int
-    """Size of the weight files."""
+    """Size of the weight files, or of the one that would be written."""
     warnings: tuple[str, ...]
-    """Decisions and oddities the user should see."""
+    """Notes and warnings for the user."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preflight(ModelFacts):
+    """A folder that passed, without a weight having been read."""
+
+    tokenizer: PreTrainedTokenizerBase
+    headers: dict[str, TensorHeader]
+    """The checkpoint's tensors, under their names in the files."""
 
 
 def preflight(source: Source, *, trust_remote_code: bool = False, progress: Progress | None = None) -> Preflight:
@@ -50,16 +57,16 @@ def preflight(source: Source, *, trust_remote_code: bool = False, progress: Prog
     Raises: CompressError (exit code 3) for the first kind of problem, listing all places where it occurs.
     """
     progress = progress or Silent()
-    progress.inside("config.json")
+    progress.substep("config.json")
     config, notes = read_config(source.folder, trust_remote_code=trust_remote_code)
     refuse_not_finite_numbers(config.to_dict(), source.folder)
     with quiet_transformers():
         generation_config, generation_notes = read_generation_config(source.folder, config)
-    progress.inside("safetensors headers")
+    progress.substep("safetensors headers")
     found = headers(source.folder, how_to_get_again=source.how_to_get_again)
     contents = match(config, found, trust_remote_code=trust_remote_code)
     storage_dtype, dtype_notes = _storage_dtype({n: h for n, h in found.items() if n not in contents.unused})
-    progress.inside("tokenizer")
+    progress.substep("tokenizer")
     tokenizer = read_tokenizer(source.folder, config, trust_remote_code=trust_remote_code)
     token_notes = [*_vocabulary_notes(tokenizer, contents), *_token_notes(tokenizer)]
     warnings = [*notes, *generation_notes, *dtype_notes, *_content_notes(contents), *token_notes]
@@ -86,15 +93,15 @@ def _storage_dtype(found: dict[str, TensorHeader]) -> tuple[torch.dtype, list[st
         by_dtype[header.dtype] += header.bytes
         tensors[header.dtype] += 1
     packed = [name for name, header in found.items() if header.dtype in CODE_DTYPES and len(header.shape) > 1]
-    if packed or not any(dtype in _STORABLE for dtype in by_dtype):
+    if packed or not any(dtype in STORABLE for dtype in by_dtype):
         raise CompressError(
             "model.already-quantized",
-            "weights are stored as quantized codes, and config.json has no quantization_config that says which",
-            where=some([f"{name} ({str(found[name].dtype).removeprefix('torch.')})" for name in packed]),
-            fix="use the 16-bit model that it was made from",
+            "the weights are quantized codes, but config.json has no quantization_config",
+            where=shortened_list([f"{name} ({str(found[name].dtype).removeprefix('torch.')})" for name in packed]),
+            fix="compress the original 16-bit model instead",
         )
-    usual = max((dtype for dtype in by_dtype if dtype in _STORABLE), key=lambda dtype: by_dtype[dtype])
-    floats = [dtype for dtype in tensors if dtype in _STORABLE]
+    usual = max((dtype for dtype in by_dtype if dtype in STORABLE), key=lambda dtype: by_dtype[dtype])
+    floats = [dtype for dtype in tensors if dtype in STORABLE]
     if len(floats) == 1:
         return usual, []
     table = ", ".join(f"{str(dtype).removeprefix('torch.')}: {tensors[dtype]} tensors" for dtype in floats)
@@ -109,21 +116,21 @@ def _vocabulary_notes(tokenizer: PreTrainedTokenizerBase, contents: Match) -> li
     beyond = sorted((number, token) for token, number in vocabulary.items() if number >= contents.embedding_rows)
     if not beyond:
         return []
-    tokens = some([f"{token!r} = {number}" for number, token in beyond], 4)
+    tokens = shortened_list([f"{token!r} = {number}" for number, token in beyond], 4)
     return [
-        f"the embedding has {contents.embedding_rows} rows, and {len(beyond)} tokens of the tokenizer lie beyond them "
-        f"({tokens}); a text that has one is refused"
+        f"the embedding has {contents.embedding_rows} rows, and {len(beyond)} tokens of the tokenizer have none "
+        f"({tokens}); texts that contain one are refused"
     ]
 
 
 def _content_notes(contents: Match) -> list[str]:
     if not contents.unused:
         return []
-    names = some(list(contents.unused), 4)
-    return [f"{len(contents.unused)} tensors of the checkpoint have no place in the model and are left out: {names}"]
+    names = shortened_list(list(contents.unused), 4)
+    return [f"{len(contents.unused)} tensors of the checkpoint are not used by the model and are dropped: {names}"]
 
 
 def _token_notes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
-        return ["the tokenizer has no end-of-text and no padding token; calibration windows are full and need none"]
+        return ["the tokenizer has neither an end-of-text nor a padding token; calibration does not need them"]
     return []

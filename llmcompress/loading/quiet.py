@@ -1,4 +1,4 @@
-"""transformers' progress bars and advice, silenced for a while: we check and report what they are about ourselves."""
+"""Silences transformers' progress bars and advice for a while; we check and report the same things ourselves."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def said(problem: Exception) -> str:
+def loader_message(problem: Exception) -> str:
     """What a loader complained about, in one line; a first line that only announces the next is joined with it."""
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].endswith(":"):

@@ -1,4 +1,4 @@
-"""Rotary settings in the words of transformers 4, which does not read `rope_parameters` and silently uses defaults."""
+"""Rotary settings for transformers 4, which does not read `rope_parameters` and would silently use defaults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the numbers of a configuration can be those of a model, asked before anything is built from them."""
+"""Checks that the numbers of a config are plausible before anything is built from them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_sizes(config: PretrainedConfig, folder: Path) -> None:
     """
     text = config.get_text_config()
     if not isinstance(text, PretrainedConfig):
-        raise _refused(folder, ["text_config is no configuration of a text model"])
+        raise _refused(folder, ["text_config does not describe a text model"])
     wrong = [f"{_called(text, key)} = {_shown(value)}" for key, value in _values(text) if not _fits(key, value)]
     wrong += [
         f"{key} = {_shown(value)} (a number is needed)"
@@ -44,11 +44,11 @@ def check_sizes(config: PretrainedConfig, folder: Path) -> None:
     ]
     heads, shared = getattr(text, "num_attention_heads", None), getattr(text, "num_key_value_heads", None)
     if not wrong and isinstance(heads, int) and isinstance(shared, int) and heads % shared:
-        wrong = [f"num_attention_heads = {heads} does not divide by num_key_value_heads = {shared}"]
+        wrong = [f"num_attention_heads = {heads} is not divisible by num_key_value_heads = {shared}"]
     rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)
     width, partly = getattr(text, "head_dim", None), getattr(text, "partial_rotary_factor", None)
     if not wrong and rotary and isinstance(width, int) and width % 2 and partly is None:
-        wrong = [f"head_dim = {width} is odd, and rotary positions turn pairs"]
+        wrong = [f"head_dim = {width} is odd, but rotary embeddings need an even size"]
     wrong = wrong or _out_of_proportion(text)
     if wrong:
         raise _refused(folder, wrong)
@@ -57,7 +57,7 @@ def check_sizes(config: PretrainedConfig, folder: Path) -> None:
 def _refused(folder: Path, wrong: list[str]) -> CompressError:
     return CompressError(
         "model.bad-config",
-        "config.json holds values that no model can have",
+        "config.json contains impossible values",
         where=f"{folder / 'config.json'}: {'; '.join(wrong)}",
         fix="compare it with the config.json of the original model",
     )
@@ -79,7 +79,7 @@ def _out_of_proportion(text: PretrainedConfig) -> list[str]:
 
 
 def _values(text: PretrainedConfig) -> list[tuple[str, Any]]:
-    """The sizes that this configuration has; a missing one is not judged here."""
+    """The sizes in this config; a missing one is not an error here."""
     known = [(key, value) for key in _LARGEST if (value := getattr(text, key, None)) is not None]
     experts = [(key, value) for key, value in vars(text).items() if "expert" in key and type(value) is int]
     return known + experts

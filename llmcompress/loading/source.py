@@ -1,4 +1,4 @@
-"""What the user called the model → a folder with its files: bundled, local, or downloaded from the Hub."""
+"""The user's name for a model → a folder with its files: bundled, local, or downloaded from the Hub."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from llmcompress.errors import CompressError, ExitCode
 from llmcompress.loading.download import download
 from llmcompress.storage.paths import from_home
 
+IN_MEMORY = "memory:"
+"""Begins the name of what was handed over in Python: a recipe and a report tell of it, and no file holds it."""
+
 BUILTIN = Path(__file__).parent.parent / "builtin"
 
 
@@ -19,7 +22,7 @@ class Source:
 
     folder: Path
     name: str
-    """As the user wrote it."""
+    """The name that the user gave."""
     revision: str | None = None
     """Commit on the Hub; None for a folder of the user's own."""
     is_builtin: bool = False
@@ -39,28 +42,46 @@ def find_source(model: str, *, revision: str | None = None, trust_remote_code: b
     Pickled weights are never downloaded. Python files are only with `trust_remote_code`, which for a Hub model needs
     a full commit: what was reviewed is then what runs.
 
-    Raises: CompressError when there is no such model or it cannot be had.
+    Raises: CompressError when there is no such model or it cannot be downloaded.
     """
-    if model.startswith("builtin:"):
-        return _builtin(model, revision)
-    folder = from_home(model)
-    if folder.is_dir():
-        if revision:
-            raise _usage("revision", f"{model} is a local folder: it has no revision {revision!r}", "leave it out")
-        return Source(folder, model)
+    local = local_source(model, revision=revision)
+    if local is not None:
+        return local
     repo, _, named_revision = model.partition("@")
-    _check_id(model, repo)
     if revision and named_revision and revision != named_revision:
-        raise _usage("revision", f"two revisions of {repo}: {named_revision!r} and {revision!r}", "keep one of them")
+        raise _usage(
+            "revision",
+            f"two revisions of {repo} are given: {named_revision!r} and {revision!r}",
+            "give only one of them",
+        )
     wanted = revision or named_revision or None
     if trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", wanted or ""):
         raise _usage(
             "unpinned-code",
-            f"`trust_remote_code` runs Python files of {repo}, and no full commit is named",
-            f"review the files, then name the 40-digit commit: {repo}@COMMIT",
+            f"`trust_remote_code` would run Python files of {repo}, but no full commit is given",
+            f"review the files, then give the 40-digit commit: {repo}@COMMIT",
         )
     path = download(repo, wanted, called=model, with_code=trust_remote_code)
     return Source(path, model, revision=path.name)
+
+
+def local_source(model: str, *, revision: str | None = None) -> Source | None:
+    """What needs no network: `builtin:NAME` or a folder; None for what can only be an id of the Hub.
+
+    Raises: CompressError for what cannot be either.
+    """
+    if model.startswith("builtin:"):
+        return _builtin(model, revision)
+    if model.startswith(IN_MEMORY):
+        what = f"{model} was handed over in Python: it is in no folder"
+        raise _usage("in-memory", what, "hand the model over again, or name its folder or its id on the Hub")
+    folder = from_home(model)
+    if folder.is_dir():
+        if revision:
+            raise _usage("revision", f"{model} is a local folder and has no revision {revision!r}", "remove `revision`")
+        return Source(folder, model)
+    _check_id(model, model.partition("@")[0])
+    return None
 
 
 def _builtin(model: str, revision: str | None) -> Source:
@@ -68,28 +89,30 @@ def _builtin(model: str, revision: str | None) -> Source:
     there = sorted(path.parent.name for path in BUILTIN.glob("*/config.json"))
     if name not in there:
         names = " or ".join(f"builtin:{known}" for known in there)
-        raise _usage("unknown-builtin", f"no bundled model is called {name!r}", f"use {names}")
+        raise _usage("unknown-builtin", f"there is no bundled model {name!r}", f"use {names}")
     if revision:
-        raise _usage("revision", f"{model} is part of this package: it has no revision {revision!r}", "leave it out")
+        raise _usage(
+            "revision", f"{model} is part of this package and has no revision {revision!r}", "remove `revision`"
+        )
     return Source(BUILTIN / name, model, is_builtin=True)
 
 
 def _check_id(model: str, repo: str) -> None:
-    """Refuse at once what cannot be an id, in the words of what the user most likely meant."""
+    """Refuse at once what cannot be an id, with a message for what the user most likely meant."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported lazily
 
     if from_home(model).is_file():
-        raise _usage("not-a-folder", f"{model} is a file", "give the folder that holds config.json and the weights")
+        raise _usage("not-a-folder", f"{model} is a file", "give the folder that contains config.json and the weights")
     if model.startswith((".", "/", "~")) or "\\" in model:
-        raise _usage("no-folder", f"there is no folder {model}", "check the path")
+        raise _usage("no-folder", f"the folder {model} does not exist", "check the path")
     try:
         validate_repo_id(repo)
     except HFValidationError:
         raise _usage(
             "bad-id",
-            f"{model!r} is no folder here and cannot be a Hub id",
-            "write an existing folder, ORG/NAME, ORG/NAME@REVISION or builtin:NAME",
+            f"{model!r} is neither a local folder nor a valid Hub id",
+            "give an existing folder, ORG/NAME, ORG/NAME@REVISION or builtin:NAME",
         ) from None
 
 

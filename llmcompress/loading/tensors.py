@@ -1,4 +1,4 @@
-"""What safetensors files say about themselves: names, dtypes and shapes from their headers; weights one by one."""
+"""Headers of safetensors files: names, dtypes and shapes; and their weights one by one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llmcompress.errors import CompressError
-from llmcompress.loading.files import some, weight_files
+from llmcompress.loading.files import shortened_list, weight_files
 from llmcompress.storage.names import INDEX
 
 DTYPES = {
@@ -51,7 +51,7 @@ class TensorHeader:
     bytes: int
 
 
-def headers(folder: Path, *, how_to_get_again: str = "delete it and get it again") -> dict[str, TensorHeader]:
+def headers(folder: Path, *, how_to_get_again: str = "delete it and download it again") -> dict[str, TensorHeader]:
     """Every tensor of the checkpoint in the folder, by name, in the order of the files.
 
     Raises: CompressError naming every file that is missing, damaged, ambiguous or outside the folder.
@@ -74,9 +74,9 @@ def headers(folder: Path, *, how_to_get_again: str = "delete it and get it again
     if missing:
         raise CompressError(
             "model.missing-tensor",
-            f"{len(missing)} tensors that {INDEX} lists are not in the files",
-            where=some(missing),
-            fix=f"the file is not the one that belongs to the index: {how_to_get_again}",
+            f"{len(missing)} tensors listed in {INDEX} are not in the files",
+            where=shortened_list(missing),
+            fix=f"the file does not belong to this index: {how_to_get_again}",
         )
     return found
 
@@ -108,7 +108,7 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise BadFile("its header is not that of a safetensors file") from None
     if size != 8 + length + end:
-        raise BadFile(f"{size:,} bytes; its header promises {8 + length + end:,}")
+        raise BadFile(f"{size:,} bytes; according to its header it has {8 + length + end:,}")
     return found
 
 

@@ -1,4 +1,4 @@
-"""The model's tokenizer, from its folder, whichever transformers wrote it."""
+"""Loads the model's tokenizer from its folder, with any version of transformers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import transformers
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llmcompress.errors import CompressError, is_out_of_memory
-from llmcompress.loading.quiet import quiet_transformers, said
+from llmcompress.loading.quiet import loader_message, quiet_transformers
 from llmcompress.storage.json_file import read_json
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
@@ -24,7 +24,7 @@ def read_tokenizer(
     if not any(any(folder.glob(pattern)) for pattern in _VOCABULARIES):
         raise CompressError(
             "model.no-tokenizer",
-            "there is no tokenizer",
+            "the model has no tokenizer",
             where=f"{folder}: none of {', '.join(_VOCABULARIES)}",
             fix="put the tokenizer files of the original model into the folder",
         )
@@ -45,12 +45,12 @@ def read_tokenizer(
         needs_sentencepiece = not (folder / "tokenizer.json").exists() and any(folder.glob("*.model"))
         raise CompressError(
             "model.bad-tokenizer",
-            f"the tokenizer cannot be read: {said(problem)}",
+            f"the tokenizer cannot be read: {loader_message(problem)}",
             where=str(folder),
             fix=(
                 "pip install 'llmcompress[sentencepiece]'"
                 if needs_sentencepiece
-                else "get tokenizer.json and tokenizer_config.json again from where the model came from"
+                else "download tokenizer.json and tokenizer_config.json again"
             ),
         ) from problem
 

@@ -1,4 +1,4 @@
-"""Which transformers is installed: the one place that asks, for the few things that its majors name differently."""
+"""The installed version of transformers, for the few names that differ between its major versions."""
 
 import transformers
 

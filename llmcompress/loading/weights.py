@@ -1,4 +1,4 @@
-"""The two faults that only the weights themselves show: values that are no numbers, and a head stored twice."""
+"""Two faults that only the weights show: NaN or Inf values, and an output head that contradicts its tying."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llmcompress.errors import CompressError
-from llmcompress.loading.files import some
+from llmcompress.loading.files import shortened_list
 from llmcompress.loading.preflight import Preflight
 from llmcompress.loading.tensors import TensorHeader
 
@@ -28,9 +28,9 @@ def refuse_not_finite(weights: Mapping[str, Tensor], found: Mapping[str, TensorH
     if bad:
         raise CompressError(
             "model.not-finite",
-            f"{len(bad)} weights hold NaN or Inf",
-            where=some(bad),
-            fix="the checkpoint is damaged or was trained to failure: get it again or use an earlier one",
+            f"{len(bad)} weights contain NaN or Inf",
+            where=shortened_list(bad),
+            fix="the checkpoint is damaged or its training diverged: download it again or use an earlier one",
         )
 
 
@@ -46,7 +46,7 @@ def refuse_contradicting_head(checked: Preflight) -> None:
         names = " and ".join(checked.contents.stored_twice)
         raise CompressError(
             "model.contradicting-head",
-            "config.json says that head and embedding are one tensor, and the checkpoint holds two different ones",
+            "config.json ties the output head to the embedding, but the checkpoint contains two different tensors",
             where=names,
             fix='set "tie_word_embeddings": false in config.json to keep both, or remove the head from the checkpoint',
         )

@@ -1,12 +1,12 @@
-"""What attention does with the rows of its linears, found by experiment on a live block. H = query heads, T = tokens.
+"""Finds by experiment on a live block what attention does with the rows of its linears. H = query heads, T = tokens.
 
-Three experiments, in all of which the outputs of the linears are replaced, so that weights play no role:
+Three experiments, in all of which the outputs of the linears are replaced, so that weights do not matter:
 
-1. All values get one common signal. Outputs of attention that are then the same belong to one query head.
-2. One query head's output at the last token, differentiated: rows that matter there only are its queries, rows that
-   matter at earlier tokens too are its keys.
-3. Keys are one-hot. The queries that have a gradient then are multiplied with that key row: with rotary positions a
-   pair of rows, without them one row, behind a norm over the head all of them.
+1. All values get one common signal. Attention outputs that are then equal belong to one query head.
+2. One query head's output at the last token is differentiated: rows that matter only there are its queries, rows that
+matter at earlier tokens too are its keys.
+3. Keys are one-hot. The queries that then have a gradient are multiplied with that key row: a pair of rows with rotary
+embeddings, one row without them, all of them behind a norm over the head.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmcompress.model.follow import Channels
+from llmcompress.model.channel_tracing import Channels
 from llmcompress.model.map import BlockStructure, Fold
 from llmcompress.model.skeleton import BlockCall, find_blocks, record
 
@@ -92,9 +92,9 @@ def find_attentions(model: PreTrainedModel, index: int, structure: BlockStructur
         if fold.producer_is_norm or len(fold.consumers) != 1 or not group:
             continue
         taps = tuple((name, structure.site(name).outputs) for name in group)
-        bench = _Bench(model, index, block, Channels(taps), fold)
-        if bench.mixes_tokens():
-            found.append(Attention(taps, fold.consumers[0], bench.groups(), bench.averages()))
+        experiment = _AttentionExperiment(model, index, block, Channels(taps), fold)
+        if experiment.mixes_tokens():
+            found.append(Attention(taps, fold.consumers[0], experiment.groups(), experiment.averages()))
     return found
 
 
@@ -106,7 +106,7 @@ class _NotReached(Exception):
     """The reader was not run: an expert that no token goes to."""
 
 
-class _Bench:
+class _AttentionExperiment:
     """A block whose projections put out what an experiment wants."""
 
     def __init__(self, model: PreTrainedModel, index: int, block: nn.Module, channels: Channels, fold: Fold) -> None:

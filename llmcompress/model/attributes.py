@@ -1,4 +1,4 @@
-"""Integers that attention modules note about their heads, found by experiment: change some until the block works."""
+"""Finds by experiment the integer attributes that depend on the number of heads: changes them until the block works."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which modules of a model store keys and values in a cache, and in what shape: seen in one short forward pass."""
+"""Finds the modules that store keys and values in a cache, and their shapes, in one short forward pass."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class CacheUser:
 
     name: str
     argument: str
-    """Under which it takes the cache."""
+    """Name of its cache argument."""
     layer: int
-    """Of the cache."""
+    """Its layer index in the cache."""
     heads: tuple[int, int]
     widths: tuple[int, int]
 
@@ -39,7 +39,7 @@ Watch = Callable[[Tensor, Tensor, int], None]
 
 
 class _Watched(DynamicCache):  # type: ignore[misc]
-    """A cache that shows what is stored, and keeps nothing."""
+    """A cache that reports what is stored, and keeps nothing."""
 
     def __init__(self, config: Any, watch: Watch) -> None:
         super().__init__(config=config)
@@ -93,9 +93,9 @@ def cache_users(model: PreTrainedModel, ids_BT: Tensor) -> list[CacheUser]:
     if not found or len({user.name for user in found}) < len(found):
         raise CompressError(
             "kv_cache.none",
-            f"{type(model).__name__} does not store keys and values once per attention through transformers' cache",
+            f"{type(model).__name__} does not store keys and values once per attention in transformers' cache",
             where=", ".join(sorted({user.name for user in found})[:3]) or "no module stores any",
-            fix="leave kv_cache out for this model",
+            fix="remove kv_cache from the recipe for this model",
         )
     return found
 
@@ -108,8 +108,8 @@ def _argument(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[
     if place is None:
         raise CompressError(
             "kv_cache.argument",
-            f"the cache does not reach a {type(module).__name__} as an argument",
+            f"{type(module).__name__} does not receive the cache as an argument",
             where=name,
-            fix="leave kv_cache out for this model",
+            fix="remove kv_cache from the recipe for this model",
         )
     return list(inspect.signature(module.forward).parameters)[place]

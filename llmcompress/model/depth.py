@@ -1,4 +1,4 @@
-"""Take blocks out of a model: the rest is numbered anew, and computes as if the others had been skipped."""
+"""Removes blocks from a model and renumbers the rest, which computes as if the removed ones had been skipped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmcompress.model.facts import Facts
 from llmcompress.model.layer_config import smaller_configs
 from llmcompress.model.shrink import same
 from llmcompress.model.skeleton import find_blocks, record
-from llmcompress.model.stock import outline, reloaded
+from llmcompress.model.stock import meta_model, reloaded
 from llmcompress.modules.plain_attributes import plain_attributes
 
 _TOKENS = 16
@@ -51,9 +51,9 @@ def drop_blocks(model: PreTrainedModel, indices: Collection[int]) -> None:
             step()
         raise CompressError(
             "depth.place-matters",
-            f"block {wrong[0]} computes something else when blocks before it are missing",
+            f"block {wrong[0]} depends on its position: it computes something else once earlier blocks are removed",
             where=named[wrong[0]][0],
-            fix="remove other blocks, or none of this model",
+            fix="remove other blocks, or do not use `depth` on this model",
         )
 
 
@@ -70,26 +70,26 @@ class _Plan:
 
 def _plan(model: PreTrainedModel, kept: Sequence[int]) -> _Plan:
     """The config whose stock model has exactly the kept blocks."""
-    stock = outline(type(model), model.config)
+    stock = meta_model(type(model), model.config)
     named = find_blocks(stock)
     numbers = _numbers([block for _, block in named])
     wanted = [_kind(named[index][1], numbers) for index in kept]
-    around = _around(stock, named)
+    outside = _outside_blocks(stock, named)
     for config in smaller_configs(model.config, kept, len(named)):
         try:
-            smaller = outline(type(model), reloaded(config))
+            smaller = meta_model(type(model), reloaded(config))
         except Exception:  # whatever a family raises about a config that contradicts itself
             continue
         blocks = find_blocks(smaller)
-        rest = _around(smaller, blocks)
-        if rest.shapes == around.shapes and [_kind(block, numbers) for _, block in blocks] == wanted:
-            changed = {k: v for k, v in rest.attributes.items() if around.attributes.get(k) != v}
+        rest = _outside_blocks(smaller, blocks)
+        if rest.shapes == outside.shapes and [_kind(block, numbers) for _, block in blocks] == wanted:
+            changed = {k: v for k, v in rest.attributes.items() if outside.attributes.get(k) != v}
             return _Plan(config, numbers, changed)
     raise CompressError(
         "depth.no-config",
-        f"no {type(model.config).__name__} describes this model without those blocks",
-        where=f"blocks that would stay: {', '.join(map(str, kept))}",
-        fix="choose blocks so that the kinds of blocks still follow the pattern of the family",
+        f"no {type(model.config).__name__} can describe this model without those blocks",
+        where=f"remaining blocks: {', '.join(map(str, kept))}",
+        fix="choose blocks so that the remaining ones still follow the family's pattern of block types",
     )
 
 
@@ -147,7 +147,7 @@ def _kind(block: nn.Module, numbers: frozenset[str]) -> object:
     return facts.shapes, attributes, [(name, type(module)) for name, module in block.named_modules()]
 
 
-def _around(model: nn.Module, named: Named) -> Facts:
+def _outside_blocks(model: nn.Module, named: Named) -> Facts:
     """The facts of everything that stands outside the blocks."""
     return Facts.of(model, frozenset(name for name, _ in named))
 

@@ -1,4 +1,4 @@
-"""A map in a few JSON-able rows, for `llmcompress inspect`: blocks of one kind together, repeated experts together."""
+"""A map as a few JSON rows for `llmcompress inspect`, with blocks of one kind and repeated experts merged."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def _kind(structure: BlockStructure) -> dict[str, Any]:
         for site in structure.sites
     ]
     return {
-        "sites": _together(sites),
-        "groups": _together([{"same_input": list(group.sites)} for group in structure.groups]),
-        "folds": _together([_fold(fold) for fold in structure.folds]),
-        "width_groups": _together([_width(group) for group in structure.width_groups]),
+        "sites": together(sites),
+        "groups": together([{"same_input": list(group.sites)} for group in structure.groups]),
+        "folds": together([_fold(fold) for fold in structure.folds]),
+        "width_groups": together([_width(group) for group in structure.width_groups]),
         "refused": _refused(structure.refused),
     }
 
@@ -77,10 +77,10 @@ def _width(group: WidthGroup) -> dict[str, Any]:
 
 
 def _refused(refusals: Sequence[Refusal]) -> list[dict[str, Any]]:
-    return _together([{"name": refusal.name, "reason": refusal.reason} for refusal in refusals])
+    return together([{"name": refusal.name, "reason": refusal.reason} for refusal in refusals])
 
 
-def _together(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def together(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows that differ only in numbers inside module names become one: `experts.{0-7}.up_proj`."""
     alike: dict[str, list[str]] = {}
     for row in rows:

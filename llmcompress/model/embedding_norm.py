@@ -1,4 +1,4 @@
-"""A norm right after the embedding, as in BLOOM, becomes part of the embedding: it sees nothing but table rows."""
+"""Folds a norm right after the embedding, as in BLOOM, into the embedding's rows."""
 
 from __future__ import annotations
 

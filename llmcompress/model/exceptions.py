@@ -1,10 +1,10 @@
-"""The short table of what experiments cannot decide: weights that are left as they are, each with its reason.
+"""A short table of what experiments cannot decide: weights that are not changed, each with its reason.
 
-Fused projections, grouped queries, `1 + weight` norms, parallel blocks and the like need no row: `probe` measures
-them. What it does not find, it does not offer; known cases:
+Fused projections, grouped queries, `1 + weight` norms, parallel blocks and the like need no row: `probe` measures them.
+What it does not find is not offered; known cases:
 
 * v → o where a single token does not attend fully to itself (attention sinks) or attention has an output gate;
-* up → down where both branches are positively homogeneous (a ReLU gate): which is which cannot be told apart;
+* up → down where both branches are positively homogeneous (a ReLU gate): they cannot be told apart;
 * a norm that feeds a router: its readers could be scaled, but a router must stay exactly as it is.
 """
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from llmcompress.model.bench import LINEARS, sizes
+from llmcompress.model.block_experiment import LINEARS, sizes
 from llmcompress.model.map import Refusal
 
 NEVER_EXECUTED = "never executed as a module, so nothing can be measured at its input"

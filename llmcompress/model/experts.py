@@ -1,4 +1,4 @@
-"""Banks of experts, which transformers 5 keeps in two tensors, taken apart into linears."""
+"""Splits expert banks, which transformers 5 stores as two tensors, into linears."""
 
 from __future__ import annotations
 

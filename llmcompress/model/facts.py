@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from llmcompress.model.bench import LINEARS, sizes
+from llmcompress.model.block_experiment import LINEARS, sizes
 from llmcompress.modules.plain_attributes import plain_attributes
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")

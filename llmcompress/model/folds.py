@@ -1,4 +1,4 @@
-"""Folds of one block: candidates from what moves in proportion, kept when folding random factors changes nothing."""
+"""Folds of one block: candidates from proportional channels, kept if folding random factors changes nothing."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from llmcompress.model.bench import Bench, Observed, sizes
-from llmcompress.model.follow import NONE, Channels, Link, follow
+from llmcompress.model.block_experiment import BlockExperiment, Observed, sizes
+from llmcompress.model.channel_tracing import NONE, Channels, Link, trace_channels
 from llmcompress.model.map import Fold
 from llmcompress.model.surgery import apply_fold
 
 
-def norm_folds(bench: Bench, readers: Sequence[Sequence[str]]) -> list[Fold]:
+def norm_folds(experiment: BlockExperiment, readers: Sequence[Sequence[str]]) -> list[Fold]:
     """Candidates whose producer is a norm; `readers` are the linears of the block, grouped by shared input."""
     found = []
-    for name, norm in bench.norms.items():
-        offset = _gain_offset(norm, bench.base, name)
+    for name, norm in experiment.norms.items():
+        offset = _gain_offset(norm, experiment.base, name)
         if offset is None:
             continue
         channels = Channels(((name, norm.get_parameter("weight").numel()),))
-        links = follow(bench, channels, [group[0] for group in readers])
+        links = trace_channels(experiment, channels, [group[0] for group in readers])
         found += _candidates(channels, links, readers, offset, is_norm=True)
     return found
 
@@ -31,24 +31,26 @@ def linear_folds(channels: Channels, links: Sequence[Link], readers: Sequence[Se
     return _candidates(channels, links, readers, 0.0, is_norm=False)
 
 
-def legal(bench: Bench, folds: Sequence[Fold], *, seed: int = 0) -> bool:
+def legal(experiment: BlockExperiment, folds: Sequence[Fold], *, seed: int = 0) -> bool:
     """Whether the block computes the same after random factors go into all these folds: powers of two, then any.
 
     float32 throughout: right folds differ by about 1e-6 of the block's change to the hidden state, wrong ones by
     about 1.
     """
-    before = bench.base.output
+    before = experiment.base.output
     # a block may give another width than it gets: the last one of a model with a basis per block
-    change = before - bench.hidden if before.shape == bench.hidden.shape else before
+    change = before - experiment.hidden if before.shape == experiment.hidden.shape else before
     scale = change.square().mean().sqrt()
     generator = torch.Generator().manual_seed(seed)
-    exponents = [torch.rand(_producer_width(bench, fold), generator=generator) * 4 - 2 for fold in folds]
-    touched = {name: bench.block.get_submodule(name) for fold in folds for name in (fold.producer, *fold.consumers)}
+    exponents = [torch.rand(_producer_width(experiment, fold), generator=generator) * 4 - 2 for fold in folds]
+    touched = {
+        name: experiment.block.get_submodule(name) for fold in folds for name in (fold.producer, *fold.consumers)
+    }
     for whole in (True, False):
         saved = {name: {k: v.clone() for k, v in module.state_dict().items()} for name, module in touched.items()}
         for fold, exponent in zip(folds, exponents, strict=True):
-            apply_fold(bench.block, fold, _only_read(fold, 2.0 ** (exponent.round() if whole else exponent)))
-        after = bench.run().output
+            apply_fold(experiment.block, fold, _only_read(fold, 2.0 ** (exponent.round() if whole else exponent)))
+        after = experiment.run().output
         for name, module in touched.items():
             module.load_state_dict(saved[name])
         if not (after - before).abs().max() <= 1e-4 * scale:
@@ -96,8 +98,8 @@ def _gain_offset(norm: nn.Module, base: Observed, name: str) -> float | None:
     return None
 
 
-def _producer_width(bench: Bench, fold: Fold) -> int:
-    producer = bench.block.get_submodule(fold.producer)
+def _producer_width(experiment: BlockExperiment, fold: Fold) -> int:
+    producer = experiment.block.get_submodule(fold.producer)
     return producer.get_parameter("weight").numel() if fold.producer_is_norm else sizes(producer)[0]
 
 

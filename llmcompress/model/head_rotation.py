@@ -1,4 +1,4 @@
-"""Giving the values of every attention head another basis: one linear writes it, another reads it. H = head size."""
+"""Rotates the values of every attention head: one linear writes them, another reads them. H = head size."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def rotate_heads(model: PreTrainedModel, model_map: ModelMap, sites: Sequence[Li
                 rotated.add(info.name)
     moved = (logits_of(model, few_tokens(model)) - before).abs().max()
     if not moved <= 1e-3 * before.abs().max():
-        raise refused("something happens to values between the heads and the output projection", "rotation.heads")
+        raise refused("the attention changes the values between the heads and the output projection", "rotation.heads")
     return rotated
 
 

@@ -1,4 +1,4 @@
-"""A model with other shapes than its config says becomes the stock model of another plain config, if there is one."""
+"""Infers the plain config, if there is one, whose stock model has the shapes of a changed model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from llmcompress.model.facts import Facts, replaced_modules
 from llmcompress.model.shrink import same
-from llmcompress.model.stock import outline, reloaded, without_parameters
+from llmcompress.model.stock import meta_model, reloaded, without_parameters
 
 Changes = dict[str, Any]
 """Attribute of the text config → value."""
@@ -73,7 +73,7 @@ class _Search:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._kind, self._config = type(model), model.config
-        stock = outline(self._kind, self._config)
+        stock = meta_model(self._kind, self._config)
         self.replaced = replaced_modules(model, stock)
         self._stock = Facts.of(stock, self.replaced)
         self._live = Facts.of(model, self.replaced).only_changed_from(self._stock)
@@ -177,7 +177,7 @@ class _Search:
         key = frozenset(changes.items())
         if key not in self._known:
             try:
-                stock = outline(self._kind, reloaded(changed(self._config, changes)))
+                stock = meta_model(self._kind, reloaded(changed(self._config, changes)))
                 self._known[key] = Facts.of(stock, self.replaced)
             except Exception:  # whatever a family raises about sizes that do not fit: there is no such model
                 self._known[key] = None

@@ -1,4 +1,4 @@
-"""A config with fewer blocks: every list and count that speaks of single blocks follows. Plain data."""
+"""A config with fewer blocks: adapts every list and count that refers to individual blocks."""
 
 from __future__ import annotations
 

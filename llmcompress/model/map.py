@@ -1,4 +1,4 @@
-"""What was found in a model: blocks, linear sites, shared inputs, folds, width groups, tying. Plain data."""
+"""The map of a model as plain data: blocks, linear sites, shared inputs, folds, width groups, tying."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class InputGroup:
 
 @dataclass(frozen=True)
 class Fold:
-    """Dividing a producer's channels and multiplying the consumers' columns leaves the block unchanged.
+    """A fold: dividing a producer's channels and multiplying the consumers' columns leaves the block unchanged.
 
     Consumer input channel `c` is fed by producer channel `channel_map[c]` (a norm's channel, or a row of a
     producing linear). A norm whose gain is `offset + weight` has offset 1 (Gemma), otherwise 0.
@@ -66,7 +66,7 @@ class WidthGroup:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Something that will not be compressed, and why; shown before any work."""
+    """A module that will not be compressed, with the reason; shown before any work."""
 
     name: str
     reason: str
@@ -74,7 +74,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class BlockStructure:
-    """What one kind of block looks like; blocks of the same kind share one instance. Names are relative."""
+    """The structure of one kind of block; blocks of the same kind share one instance. Names are relative."""
 
     sites: tuple[SiteInfo, ...]
     groups: tuple[InputGroup, ...]
@@ -103,7 +103,7 @@ class BlockInfo:
 
 @dataclass(frozen=True)
 class ModelMap:
-    """The whole model as compression sees it."""
+    """The map of the whole model."""
 
     family: str
     hidden_size: int

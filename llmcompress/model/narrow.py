@@ -1,4 +1,4 @@
-"""One basis for the whole residual stream, of which some directions are kept: an ordinary smaller model.
+"""Narrows the residual stream to some directions of one basis: an ordinary smaller model.
 
 D = width of the stream, W = its new width, K = kept directions: W, or W - 1 where norms subtract the mean.
 """
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from llmcompress.model.residual import Residual
 from llmcompress.model.rotation import contract, few_tokens, places, resize_norm
 from llmcompress.model.skeleton import find_blocks, record
-from llmcompress.model.stock import outline
+from llmcompress.model.stock import meta_model
 from llmcompress.modules.plain_attributes import plain_attributes
 from llmcompress.numerics.basis import zero_mean_frame
 
@@ -57,7 +57,7 @@ def _placed(kept_DK: Tensor, residual: Residual, *, mean: float) -> Tensor:
 
 
 def _rescale_by_width(model: PreTrainedModel, before: int, width: int) -> None:
-    """Where embeddings are multiplied by √D, as in Gemma, they will be by √W: the table makes up for it."""
+    """Where embeddings are multiplied by √D, as in Gemma, they will be by √W: the table compensates for it."""
     ids_BT = few_tokens(model)
     blocks = find_blocks(model)
     embedding = model.get_input_embeddings()
@@ -72,7 +72,7 @@ def _rescale_by_width(model: PreTrainedModel, before: int, width: int) -> None:
         if buffer.numel() == 1 and math.isclose(float(buffer), math.sqrt(before), rel_tol=1e-2):
             buffer.fill_(math.sqrt(width))
     model.config.get_text_config().hidden_size = width
-    for name, stock in outline(type(model), model.config).named_modules():
+    for name, stock in meta_model(type(model), model.config).named_modules():
         live = model.get_submodule(name)
         for key, value in plain_attributes(stock).items():
             if value == width and vars(live).get(key) == before:

@@ -1,4 +1,4 @@
-"""What a norm computes, found by running it: LayerNorm or RMSNorm, its gain's offset, its epsilon. D = width."""
+"""What a norm computes, found by running it: LayerNorm or RMSNorm, the offset of its gain, its epsilon. D = width."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The map of a model, found by experiment on one random-weight block of each kind; no weights are read."""
+"""Maps a model by experiment on one random-weight block of each kind; no weights are read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from llmcompress.errors import CompressError, is_out_of_memory
-from llmcompress.model.bench import LINEARS
+from llmcompress.model.block_experiment import LINEARS
 from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.map import BlockInfo, BlockStructure, ModelMap, Refusal
 from llmcompress.model.random_weights import materialise, release
@@ -39,14 +39,14 @@ def map_model(model: PreTrainedModel) -> ModelMap:
 
     Raises: CompressError when its modules differ from its config in a way that nothing of ours explains.
     """
-    outline = without_weights(model.config)
-    found = changes(model, outline)
+    meta_model = without_weights(model.config)
+    found = changes(model, meta_model)
     # what has a stock format has the shape of the stock linear: for the map it is just that
     modules = {name: spec for name, spec in found.modules.items() if not _is_like_stock(MODULES[spec["type"]])}
-    apply_manifest(outline, replace(found, modules=modules), torch.float32)
-    _copy_indices(model, outline)
+    apply_manifest(meta_model, replace(found, modules=modules), torch.float32)
+    _copy_indices(model, meta_model)
     tied = model.get_input_embeddings().weight is getattr(model.get_output_embeddings(), "weight", None)
-    return replace(_probe(outline), tied=tied)
+    return replace(_probe(meta_model), tied=tied)
 
 
 def _is_like_stock(kind: type[CompressedModule]) -> bool:
@@ -75,13 +75,13 @@ def _probe(model: PreTrainedModel) -> ModelMap:
     return ModelMap(config.model_type, int(text.hidden_size), infos, embedding, head, tied, refused, rows)
 
 
-def _copy_indices(model: nn.Module, outline: nn.Module) -> None:
+def _copy_indices(model: nn.Module, meta_model: nn.Module) -> None:
     """Whole numbers (which rows are kept) say where values go, so experiments need the real ones."""
     for name, buffer in model.named_buffers():
         if not buffer.is_floating_point():
             owner, _, leaf = name.rpartition(".")
             with suppress(AttributeError):  # below a linear made of codes
-                module = outline.get_submodule(owner)
+                module = meta_model.get_submodule(owner)
                 if leaf in module._buffers:
                     module._buffers[leaf] = buffer.detach().clone()
 
@@ -99,7 +99,7 @@ def without_weights(config: PretrainedConfig) -> PreTrainedModel:
             raise
         raise CompressError(
             "model.not-causal-lm",
-            f"transformers cannot build a causal language model from this {type(config).__name__}",
+            f"transformers has no causal language model for {type(config).__name__}",
             where=str(error).splitlines()[0] if str(error) else "",
             fix="use a decoder-only model that AutoModelForCausalLM supports",
         ) from error

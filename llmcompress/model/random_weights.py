@@ -1,4 +1,4 @@
-"""Real, well-conditioned random weights in the place of weights that were never loaded (meta tensors)."""
+"""Well-conditioned random weights in place of weights that are not loaded (meta tensors)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Where a model reads and writes its residual stream, found by experiment. D = width of the stream.
+"""Finds by experiment where a model reads and writes its residual stream. D = width of the stream.
 
-A parameter *reads* the stream when it multiplies what a norm makes of it, and *writes* it when it makes what is added
-to it. Both are statements about one axis of the parameter, whatever its module is: a linear, a Conv1D, a router, a bank
-of experts, an embedding. They are tested by gradients that must be exactly zero.
+A parameter *reads* the stream if it multiplies a norm's output, and *writes* it if it produces what is added to the
+stream. Both are statements about one axis of the parameter, for any module: a linear, a Conv1D, a router, an expert
+bank, an embedding. They are tested by gradients that must be exactly zero.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llmcompress.model.norms import NormForm, norm_form, normalises
 
 @dataclass(frozen=True)
 class Port:
-    """The axis of a parameter that meets the stream."""
+    """The axis of a parameter that reads or writes the stream."""
 
     parameter: str
     axis: int
@@ -35,7 +35,7 @@ class Port:
 
 @dataclass(frozen=True)
 class StreamNorm:
-    """A norm whose input is the stream itself, and all that reads what it gives."""
+    """A norm whose input is the stream itself, and the readers of its output."""
 
     name: str
     form: NormForm
@@ -54,7 +54,7 @@ class Writer:
 
 @dataclass(frozen=True)
 class Ports:
-    """All places where a block (or what stands around the blocks) meets the stream; names are relative to it."""
+    """All readers and writers of the stream in a block, or outside the blocks; names are relative to it."""
 
     norms: tuple[StreamNorm, ...]
     writers: tuple[Writer, ...]
@@ -71,10 +71,10 @@ class Ports:
 
 @dataclass(frozen=True)
 class Residual:
-    """The residual stream of a model: how wide it is, and who meets it."""
+    """The residual stream of a model: its width, its readers and writers."""
 
     width: int
-    around: Ports
+    outside_blocks: Ports
     """Embeddings write; the readers of the one norm are the head, or a projection before it. Full names."""
     blocks: tuple[tuple[str, Ports], ...]
     """By the blocks' full names."""
@@ -82,11 +82,11 @@ class Residual:
     @property
     def centred(self) -> bool:
         """Whether the norms subtract the mean (LayerNorm): all of them do, or none."""
-        return self.around.norms[0].form.centred
+        return self.outside_blocks.norms[0].form.centred
 
 
 @dataclass(frozen=True)
-class Bench:
+class StreamExperiment:
     """A network on random weights, run on one of two inputs."""
 
     name: str
@@ -97,28 +97,34 @@ class Bench:
     """Which of the two the writers add to."""
 
 
-def find_ports(bench: Bench, width: int) -> Ports:
+def find_ports(experiment: StreamExperiment, width: int) -> Ports:
     """The experiments, the same for a block and for what stands around the blocks.
 
     Raises: CompressError, naming the module, where a change of basis could not be exact; NotReached when more tokens
     are needed.
     """
-    parameters = {key: p for key, p in bench.root.named_parameters() if width in p.shape and not p.is_meta}
+    parameters = {key: p for key, p in experiment.root.named_parameters() if width in p.shape and not p.is_meta}
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    norms = _stream_norms(bench, width)
+    norms = _stream_norms(experiment, width)
     if not norms:
-        raise refused("no norm reads the residual stream: norms stand on what is added to it", bench.name)
-    _expect_all_run(bench, parameters)
+        raise refused(
+            "no norm reads the residual stream: the model normalizes the outputs of its sublayers (post-norm)",
+            experiment.name,
+        )
+    _expect_all_run(experiment, parameters)
     some_D = torch.zeros(width, dtype=torch.bool)
     some_D[torch.randperm(width, generator=torch.Generator().manual_seed(1))[: (width + 1) // 2]] = True
-    writers, before = _writers(bench, parameters, norms, some_D)
+    writers, before = _writers(experiment, parameters, norms, some_D)
     stages = sorted(set(before.values()), key=len)
     if any(not small < large for small, large in pairwise(stages)):
-        raise refused("its norms do not read the residual stream one after the other", bench.name)
+        raise refused("its norms do not read the residual stream in sequence", experiment.name)
     rows = tuple(
         StreamNorm(
-            name, _form(bench, name, width), _readers(bench, parameters, name, some_D), stages.index(before[name])
+            name,
+            _form(experiment, name, width),
+            _readers(experiment, parameters, name, some_D),
+            stages.index(before[name]),
         )
         for name in norms
     )
@@ -130,28 +136,28 @@ class NotReached(Exception):
     """Some parameter took no part in an experiment: an expert to which no token was sent."""
 
 
-def _expect_all_run(bench: Bench, parameters: Mapping[str, nn.Parameter]) -> None:
+def _expect_all_run(experiment: StreamExperiment, parameters: Mapping[str, nn.Parameter]) -> None:
     with torch.enable_grad():
-        reached = _gradients(torch.cat([part.flatten() for part in bench.run(0)]), parameters)
+        reached = _gradients(torch.cat([part.flatten() for part in experiment.run(0)]), parameters)
     for key, parameter in parameters.items():
         if parameter.dim() >= 2 and key not in reached:
-            raise NotReached(_full(bench, key))
+            raise NotReached(_full(experiment, key))
 
 
-def _stream_norms(bench: Bench, width: int) -> list[str]:
+def _stream_norms(experiment: StreamExperiment, width: int) -> list[str]:
     """Norms whose input moves exactly as the stream does while no norm gives anything."""
-    leaves = [name for name, module in bench.root.named_modules() if not any(module.children())]
-    with torch.no_grad(), _inputs(bench, leaves) as entered, _outputs(bench, leaves) as left:
-        bench.run(0)
+    leaves = [name for name, module in experiment.root.named_modules() if not any(module.children())]
+    with torch.no_grad(), _inputs(experiment, leaves) as entered, _outputs(experiment, leaves) as left:
+        experiment.run(0)
         names = [
             name
             for name in left
-            if name in entered and normalises(bench.root.get_submodule(name), entered[name], left[name], width)
+            if name in entered and normalises(experiment.root.get_submodule(name), entered[name], left[name], width)
         ]
     streams, inputs = [], []
     for sample in range(2):
-        with torch.no_grad(), _changed(bench, names, torch.zeros_like), _inputs(bench, names) as seen:
-            streams.append(bench.run(sample)[0])
+        with torch.no_grad(), _changed(experiment, names, torch.zeros_like), _inputs(experiment, names) as seen:
+            streams.append(experiment.run(sample)[0])
         inputs.append(seen)
     moved = streams[1] - streams[0]
     return [name for name in names if _moves_with(inputs[1][name] - inputs[0][name], moved)]
@@ -162,22 +168,22 @@ def _moves_with(seen: Tensor, moved: Tensor) -> bool:
     return seen.numel() == moved.numel() and torch.allclose(seen.reshape(moved.shape), moved, atol=1e-4)
 
 
-def _form(bench: Bench, name: str, width: int) -> NormForm:
-    form = norm_form(bench.root.get_submodule(name), width)
+def _form(experiment: StreamExperiment, name: str, width: int) -> NormForm:
+    form = norm_form(experiment.root.get_submodule(name), width)
     if form is None:
-        raise refused("this norm is neither a LayerNorm nor an RMSNorm", _full(bench, name))
+        raise refused("this norm is neither a LayerNorm nor an RMSNorm", _full(experiment, name))
     return form
 
 
 def _writers(
-    bench: Bench, parameters: Mapping[str, nn.Parameter], norms: Sequence[str], some_D: Tensor
+    experiment: StreamExperiment, parameters: Mapping[str, nn.Parameter], norms: Sequence[str], some_D: Tensor
 ) -> tuple[list[Port], dict[str, frozenset[Port]]]:
     """What writes the stream; and for every norm those that have written when it reads.
 
     While nothing flows back through the norms, a writer's gradient is zero outside of the channels that are looked at.
     """
-    with torch.enable_grad(), _changed(bench, norms, Tensor.detach), _inputs(bench, norms) as seen:
-        written = bench.run(0)[bench.written]
+    with torch.enable_grad(), _changed(experiment, norms, Tensor.detach), _inputs(experiment, norms) as seen:
+        written = experiment.run(0)[experiment.written]
         writers = _zero_outside(_gradients(written[..., some_D], parameters), some_D)
         before = {}
         for name in norms:
@@ -187,19 +193,24 @@ def _writers(
     for port in writers:
         if port.owner not in matrices:
             raise refused(
-                "it scales single channels of what is added to the residual stream", _full(bench, port.parameter)
+                "this module scales individual channels of what is added to the residual stream",
+                _full(experiment, port.parameter),
             )
     return writers, before
 
 
-def _readers(bench: Bench, parameters: Mapping[str, nn.Parameter], norm: str, some_D: Tensor) -> tuple[Port, ...]:
+def _readers(
+    experiment: StreamExperiment, parameters: Mapping[str, nn.Parameter], norm: str, some_D: Tensor
+) -> tuple[Port, ...]:
     """Parameters whose gradient is zero exactly on the channels that the norm does not give."""
     others = {key: p for key, p in parameters.items() if key.rpartition(".")[0] != norm}
-    with torch.enable_grad(), _changed(bench, [norm], lambda y: y * some_D):
-        readers = _zero_outside(_gradients(bench.run(0)[1], others), some_D)
+    with torch.enable_grad(), _changed(experiment, [norm], lambda y: y * some_D):
+        readers = _zero_outside(_gradients(experiment.run(0)[1], others), some_D)
     for port in readers:
         if others[port.parameter].dim() < 2:
-            raise refused("it multiplies single channels of what a norm gives", _full(bench, port.parameter))
+            raise refused(
+                "this module multiplies individual channels of a norm's output", _full(experiment, port.parameter)
+            )
     return tuple(readers)
 
 
@@ -225,17 +236,17 @@ def _zero_outside(gradients: Mapping[str, Tensor], some_D: Tensor) -> list[Port]
 
 
 @contextmanager
-def _changed(bench: Bench, names: Iterable[str], change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _changed(experiment: StreamExperiment, names: Iterable[str], change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """The outputs of these modules changed."""
     with ExitStack() as stack:
         for name in names:
-            module = bench.root.get_submodule(name)
+            module = experiment.root.get_submodule(name)
             stack.callback(module.register_forward_hook(lambda _, __, output: change(output)).remove)
         yield
 
 
 @contextmanager
-def _outputs(bench: Bench, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+def _outputs(experiment: StreamExperiment, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """The outputs of these modules, by name."""
     seen: dict[str, Tensor] = {}
 
@@ -248,12 +259,12 @@ def _outputs(bench: Bench, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
 
     with ExitStack() as stack:
         for name in names:
-            stack.callback(bench.root.get_submodule(name).register_forward_hook(see(name)).remove)
+            stack.callback(experiment.root.get_submodule(name).register_forward_hook(see(name)).remove)
         yield seen
 
 
 @contextmanager
-def _inputs(bench: Bench, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+def _inputs(experiment: StreamExperiment, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """The inputs of these modules, by name."""
     seen: dict[str, Tensor] = {}
 
@@ -266,7 +277,7 @@ def _inputs(bench: Bench, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
 
     with ExitStack() as stack:
         for name in names:
-            stack.callback(bench.root.get_submodule(name).register_forward_pre_hook(see(name)).remove)
+            stack.callback(experiment.root.get_submodule(name).register_forward_pre_hook(see(name)).remove)
         yield seen
 
 
@@ -276,9 +287,9 @@ def refused(why: str, where: str) -> CompressError:
         "residual.no-other-basis",
         f"the residual stream of this model cannot be rotated: {why}",
         where=where,
-        fix="use another way to make it smaller: drop blocks, or remove FFN channels and heads",
+        fix="use another method: `depth` removes blocks, `width` removes FFN channels and heads",
     )
 
 
-def _full(bench: Bench, name: str) -> str:
-    return f"{bench.name}.{name}" if bench.name else name
+def _full(experiment: StreamExperiment, name: str) -> str:
+    return f"{experiment.name}.{name}" if experiment.name else name

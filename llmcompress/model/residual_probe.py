@@ -1,4 +1,4 @@
-"""The experiments on the residual stream, set up for a live model: random weights, one block of each kind."""
+"""Runs the experiments on the residual stream of a live model, with random weights and one block of each kind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmcompress.model.random_weights import materialise, release
-from llmcompress.model.residual import Bench, NotReached, Ports, Residual, find_ports, refused
+from llmcompress.model.residual import NotReached, Ports, Residual, StreamExperiment, find_ports, refused
 from llmcompress.model.skeleton import BlockCall, find_blocks, record, recorders
 
 _SEQUENCES, _LENGTH = (4, 16, 64), 32
@@ -47,13 +47,13 @@ def _find(shell: PreTrainedModel, ids_BT: Tensor) -> Residual:
         kind = _kind(block)
         if kind not in kinds:
             materialise(block)
-            kinds[kind] = find_ports(_block_bench(name, block, call, recording.hidden.shape), width)
+            kinds[kind] = find_ports(_block_experiment(name, block, call, recording.hidden.shape), width)
         release(block)
         found.append((name, kinds[kind]))
     materialise(blocks[0][1])
-    residual = Residual(width, _around(shell, blocks, ids_BT, width), tuple(found))
-    if len({norm.form.centred for ports in (residual.around, *kinds.values()) for norm in ports.norms}) > 1:
-        raise refused("some norms subtract the mean and others do not", residual.around.norms[0].name)
+    residual = Residual(width, _outside_blocks(shell, blocks, ids_BT, width), tuple(found))
+    if len({norm.form.centred for ports in (residual.outside_blocks, *kinds.values()) for norm in ports.norms}) > 1:
+        raise refused("some norms subtract the mean and others do not", residual.outside_blocks.norms[0].name)
     return residual
 
 
@@ -75,17 +75,17 @@ def _shell(model: PreTrainedModel) -> PreTrainedModel:
     return shell
 
 
-def _block_bench(name: str, block: nn.Module, call: BlockCall, shape: torch.Size) -> Bench:
+def _block_experiment(name: str, block: nn.Module, call: BlockCall, shape: torch.Size) -> StreamExperiment:
     generator = torch.Generator().manual_seed(0)
     samples = [torch.randn(shape, generator=generator) for _ in range(2)]
 
     def run(sample: int) -> tuple[Tensor, Tensor]:
         return samples[sample], call.run(block, samples[sample].clone())
 
-    return Bench(name, block, run, written=1)
+    return StreamExperiment(name, block, run, written=1)
 
 
-def _around(shell: PreTrainedModel, blocks: Blocks, ids_BT: Tensor, width: int) -> Ports:
+def _outside_blocks(shell: PreTrainedModel, blocks: Blocks, ids_BT: Tensor, width: int) -> Ports:
     with recorders(shell, blocks) as standing:
 
         def run(sample: int) -> tuple[Tensor, Tensor]:
@@ -95,9 +95,9 @@ def _around(shell: PreTrainedModel, blocks: Blocks, ids_BT: Tensor, width: int) 
             return hidden, logits
 
         run(0)
-        ports = find_ports(Bench("", shell, run, written=0), width)
+        ports = find_ports(StreamExperiment("", shell, run, written=0), width)
     if len(ports.norms) != 1:
-        raise refused("between the last block and the head there is not exactly one norm", type(shell).__name__)
+        raise refused("there is not exactly one norm between the last block and the output head", type(shell).__name__)
     return ports
 
 

@@ -1,6 +1,7 @@
-"""A live block put into segments (`modules/residual.py`): one basis of the residual stream after every addition.
+"""Puts a live block into segments (`modules/residual.py`): a separate basis of the residual stream after every
+addition.
 
-D = width of the stream, in, out = of one skip, K = directions that stay.
+D = width of the stream; in, out = of one skip connection; K = kept directions.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmcompress.model.bench import LINEARS
+from llmcompress.model.block_experiment import LINEARS
 from llmcompress.model.residual import Ports, Residual, StreamNorm, refused
 from llmcompress.model.rotation import contract
 from llmcompress.model.skeleton import put_module
@@ -28,7 +29,9 @@ class ResidualSegments:
         Raises: CompressError for a block that adds to the stream by other than linears, or more than twice.
         """
         if ports.stages > 2:
-            raise refused("a block reads it more than twice in a row; `form: global` may do", type(block).__name__)
+            raise refused(
+                "a block reads the residual stream more than twice in a row; try `form: global`", type(block).__name__
+            )
         self.ports, self.block = ports, block
         self.bases = [torch.eye(width)] * (1 + ports.stages)
         self.wrapper = ShortcutBlock(self._widths(), torch.float32)
@@ -36,7 +39,7 @@ class ResidualSegments:
         for owner in dict.fromkeys(writer.port.owner for writer in ports.writers):
             linear = block.get_submodule(owner)
             if not isinstance(linear, LINEARS):
-                raise refused("what is added to it is no linear; `form: global` may do", owner)
+                raise refused("something other than a linear adds to the residual stream; try `form: global`", owner)
             segment = Segment(0, 0)
             segment.take(linear)
             put_module(block, owner, segment)
@@ -85,5 +88,5 @@ class ResidualSegments:
 
 def last_norm_to_segment(model: PreTrainedModel, residual: Residual) -> None:
     """The last norm without gain: it reads the whole stream, whose mean is no mean of channels any more."""
-    norm = residual.around.norms[0]
+    norm = residual.outside_blocks.norms[0]
     put_module(model, norm.name, SegmentNorm(0, residual.width, residual.width, norm.form.epsilon))

@@ -1,4 +1,4 @@
-"""Giving the residual stream another basis, and fewer dimensions. D = width of the stream, W = another width.
+"""Changes the basis of the residual stream, and reduces its width. D = width of the stream, W = another width.
 
 Works on the live model's parameters, wherever they are, in float32.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmcompress.model.bench import LINEARS
+from llmcompress.model.block_experiment import LINEARS
 from llmcompress.model.norms import gain_and_bias
 from llmcompress.model.residual import Port, Ports, Residual, StreamNorm, refused
 from llmcompress.modules.base import CompressedModule
@@ -36,13 +36,13 @@ _SIZES: dict[tuple[str, int], str] = {
 def make_rotatable(
     model: PreTrainedModel, residual: Residual, *, constants: Constants, generator: torch.Generator
 ) -> None:
-    """Bring the model into the form in which any basis of the residual stream is as good as any other, and mirror it.
+    """Prepare the model so that its residual stream can have any basis, and check it with a reflection.
 
-    Gains and biases of norms move into what reads them; where norms subtract the mean, what writes the stream loses it;
-    a tied head gets a weight of its own. The stream is mirrored in a random plane and the logits must not move, which
-    is the proof: only then is every reader and writer known.
+    Gains and biases of norms are folded into their readers; where norms subtract the mean, writers of the stream are
+    centred; a tied head is untied. The stream is reflected at a random plane, and the logits must not change: this
+    proves that every reader and writer is known.
 
-    Raises: CompressError when the logits moved; the model is spoiled then.
+    Raises: CompressError if the logits changed; the model is then unusable.
     """
     ids_BT = few_tokens(model)
     before = logits_of(model, ids_BT)
@@ -56,12 +56,14 @@ def make_rotatable(
     moved = (logits_of(model, ids_BT) - before).abs().max()
     # rounding moves them by 1e-6 of the largest, a missed reader by a tenth
     if not moved <= 1e-3 * before.abs().max():
-        raise refused("something reads or writes it in a way that was not found", type(model).__name__)
+        raise refused(
+            "a module reads or writes the residual stream in a way that could not be identified", type(model).__name__
+        )
 
 
 def places(residual: Residual) -> list[tuple[str, Ports]]:
     """What stands around the blocks, then the blocks; with the prefix of the ports' names."""
-    return [("", residual.around), *((f"{name}.", ports) for name, ports in residual.blocks)]
+    return [("", residual.outside_blocks), *((f"{name}.", ports) for name, ports in residual.blocks)]
 
 
 def untie(model: PreTrainedModel) -> None:
@@ -94,11 +96,11 @@ def contract(model: nn.Module, name: str, axis: int, matrix_DW: Tensor) -> None:
     for size in noted:
         setattr(owner, size, width)
         # a factored linear notes the sizes of its outer factors
-        for outer in _factored_around(model, owner_name):
+        for outer in _factored_parents(model, owner_name):
             setattr(outer, size, width)
 
 
-def _factored_around(model: nn.Module, name: str) -> Iterator[CompressedModule]:
+def _factored_parents(model: nn.Module, name: str) -> Iterator[CompressedModule]:
     while name := name.rpartition(".")[0]:
         module = model.get_submodule(name)
         if not isinstance(module, CompressedModule) or module.wraps_original:
@@ -146,7 +148,9 @@ def _fold_norm(
 
         _change(model, prefix, port, change)
     if carried and not norm.form.centred:
-        raise refused("the bias of a norm that keeps the mean has nowhere to go", prefix + norm.name)
+        raise refused(
+            "the bias of this norm, which keeps the mean, cannot be folded into any linear", prefix + norm.name
+        )
     for key, parameter in module.named_parameters(recurse=False):
         parameter.data.fill_(1 - norm.form.offset if key == "weight" else float(carried))
 

@@ -1,4 +1,4 @@
-"""Shifting the channels of a fold: a bias of the producer gives way, its readers take it up. P = channels."""
+"""Shifts the channels of a fold: subtracts from the producer's bias, adds to its readers' biases. P = channels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Make a block narrower: units of width groups go, rows and columns together, and the block computes as if masked."""
+"""Removes units of width groups from a block, rows and columns together; the result equals the masked block."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llmcompress.errors import CompressError
 from llmcompress.model.attributes import change_until, head_counts
-from llmcompress.model.bench import LINEARS
+from llmcompress.model.block_experiment import LINEARS
 from llmcompress.model.map import BlockStructure, WidthGroup
 from llmcompress.model.slices import Cut, Sliced, cut_structure, cuts
 
@@ -45,8 +45,8 @@ def shrink_block(
     if run is None and heads:
         raise CompressError(
             "shrink.unverified",
-            "attention heads can only be removed where the block can be run on a few tokens",
-            fix="give the recipe calibration data",
+            "attention heads cannot be removed without calibration data: the result is checked on a few tokens",
+            fix="add `calibration` to the recipe",
         )
     masked = None if run is None else _masked(block, gone, run)
     sliced = Sliced()
@@ -79,9 +79,9 @@ def _make_work(
         tried = ", ".join(sorted({attribute.name for attribute in candidates}))
         raise CompressError(
             "shrink.needs-all-heads" if heads else "shrink.not-separable",
-            "the block cannot compute without the units that were to be removed",
+            "the block cannot run without the units that should be removed",
             where=", ".join(sorted({part.site for group, _ in heads for part in group.parts})),
-            fix="exclude attention from this pass; the number of heads is fixed elsewhere in the model"
+            fix="exclude attention from this pass: the number of heads is fixed elsewhere in the model"
             + (f" (changing {tried} does not help)" if tried else ""),
         )
 
@@ -96,7 +96,7 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 def _masked(block: nn.Module, gone: Mapping[str, Cut], run: Callable[[], Tensor]) -> Tensor:
-    """The output when nobody reads the removed units."""
+    """The output with the removed units masked."""
     with ExitStack() as stack:
         for name, cut in gone.items():
             if cut.columns:
@@ -124,7 +124,7 @@ def _refuse_other_modules(block: nn.Module, gone: Mapping[str, Cut]) -> None:
         kinds = sorted({type(block.get_submodule(name)).__name__ for name in other})
         raise CompressError(
             "shrink.compressed-site",
-            f"rows and columns of a {' or '.join(kinds)} cannot be removed any more",
+            f"rows and columns of a {' or '.join(kinds)} cannot be removed",
             where=", ".join(other),
-            fix="remove widths before the pass that replaces these linears",
+            fix="put the structured pruning pass before the pass that replaces these linears",
         )

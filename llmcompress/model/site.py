@@ -1,4 +1,4 @@
-"""The only handle a pass may use on a linear, whatever its class or storage layout. O = outputs, I = inputs."""
+"""A linear site: the only handle a pass may use on a linear of any class or storage layout. O = outputs, I = inputs."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class LinearSite:
 
     @property
     def module(self) -> nn.Module:
-        """What stands at the site now."""
+        """The current module at the site."""
         return self._block.get_submodule(self.info.name)
 
     @property
     def is_compressed(self) -> bool:
-        """Whether codes, factors or another thing that passes make stand there: no dense weight to change."""
+        """Whether a compressed module is at the site, which has no dense weight to change."""
         return isinstance(self.module, CompressedModule)
 
     @property
     def weight_OI(self) -> Tensor:
-        """A float32 copy of the weight, outputs × inputs; of codes or factors, what they stand for."""
+        """A float32 copy of the weight, outputs × inputs; the matrix it represents if compressed."""
         module = self.module
         if isinstance(module, CompressedModule):
             return module.dense_weight().detach().float().clone()
@@ -66,18 +66,18 @@ class LinearSite:
         module.bias = nn.Parameter(bias_O.detach().to(like), requires_grad=like.requires_grad)
 
     def replace(self, module: nn.Module) -> None:
-        """Put another module at the site."""
+        """Replace the module at the site."""
         parent, _, leaf = self.info.name.rpartition(".")
         setattr(self._block.get_submodule(parent), leaf, module)
 
     def statistic(self, kind: type[S]) -> S:
-        """What was measured of this site's input in the current pass."""
+        """A statistic of this site's input, measured for the current pass."""
         found = self._statistics[kind]
         assert isinstance(found, kind)
         return found
 
     def statistics(self) -> tuple[Statistic, ...]:
-        """Everything measured; sites that read the same input share the very same objects."""
+        """All measured statistics; sites that share an input share these objects."""
         return tuple(self._statistics.values())
 
     def set_statistics(self, statistics: dict[type[Statistic], Statistic]) -> None:

@@ -1,4 +1,4 @@
-"""Run a model without its blocks: each block is replaced by a recorder that notes what the block would be given."""
+"""Runs a model without its blocks: each is replaced by a recorder that notes the arguments the block would get."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llmcompress.model.random_weights import materialise
 from llmcompress.modules.cache_names import CACHE_NAMES
 
 HIDDEN_KEYWORD = "hidden_states"
-"""Names under which transformers hands a key-value cache to a block."""
+"""Names of a block's KV cache argument in transformers."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class BlockCall:
 
 @dataclass(frozen=True)
 class Recording:
-    """What a model would feed its blocks for one batch."""
+    """The inputs and arguments of a model's blocks for one batch."""
 
     hidden: Tensor
     """B×T×D, the first block's input."""
@@ -77,14 +77,14 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
             "model.no-blocks",
             f"no list of {layers} blocks was found in {type(model).__name__}",
             where=f"num_hidden_layers: {layers}",
-            fix="only decoder models whose blocks stand in one ModuleList can be compressed",
+            fix="only decoder models that keep their blocks in one ModuleList can be compressed",
         )
     _, name, blocks = min(lists, key=lambda found: found[0])
     return [(f"{name}.{index}", block) for index, block in enumerate(blocks)]
 
 
 class Recorder(nn.Module):
-    """Stands where a block stood; gives back the hidden state it gets and answers for the block's attributes."""
+    """Replaces a block; returns its input hidden state and forwards the block's attributes."""
 
     def __init__(self, block: nn.Module, form: _Form) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class _Form:
             if any(parameter.is_meta for parameter in block.parameters()):
                 block = copy.deepcopy(block)
                 materialise(block)
-            with torch.no_grad(), _unheard(block):
+            with torch.no_grad(), _without_hooks(block):
                 output = block(*positional, **arguments, **call.kwargs)
             self.length = None if isinstance(output, Tensor) else len(output)
             self.known = True
@@ -141,18 +141,18 @@ class _Form:
 
 
 @contextmanager
-def _unheard(block: nn.Module) -> Iterator[None]:
+def _without_hooks(block: nn.Module) -> Iterator[None]:
     """Hooks inside the block do not see this run: it is on no data, and not on the device they may wait on.
 
     Those of the block itself stay: they bring its weights.
     """
-    heard = [(part, part._forward_pre_hooks, part._forward_hooks) for part in block.modules() if part is not block]
-    for part, _, _ in heard:
+    hooks = [(part, part._forward_pre_hooks, part._forward_hooks) for part in block.modules() if part is not block]
+    for part, _, _ in hooks:
         part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
     try:
         yield
     finally:
-        for part, before, behind in heard:
+        for part, before, behind in hooks:
             part._forward_pre_hooks, part._forward_hooks = before, behind
 
 
@@ -189,9 +189,9 @@ def record(model: PreTrainedModel, blocks: Sequence[tuple[str, nn.Module]], inpu
     if hidden is None or None in calls or hidden.dim() != 3 or hidden.shape[:2] != input_ids_BT.shape:
         raise CompressError(
             "model.other-blocks",
-            f"the blocks of {type(model).__name__} are not run one after the other on one hidden state per token",
+            f"{type(model).__name__} does not run its blocks in sequence on one hidden state per token",
             where=blocks[0][0] if hidden is None else f"{blocks[0][0]}: input of shape {tuple(hidden.shape)}",
-            fix="only plain decoders can be compressed",
+            fix="only plain decoder models can be compressed",
         )
     return Recording(hidden, [call for call in calls if call is not None])
 

@@ -1,4 +1,4 @@
-"""Rows and columns of linears cut out, and what the map of the block is afterwards. O = outputs, I = inputs."""
+"""Cuts rows and columns out of linears, and updates the map of the block. O = outputs, I = inputs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def cuts(structure: BlockStructure, keep: Mapping[int, Sequence[int]]) -> dict[s
 
 @dataclass
 class Sliced:
-    """Linears that were made smaller; `restore` undoes it (the old tensors are kept, not copied)."""
+    """Linears that were made smaller; `restore` brings back the old tensors, which are kept, not copied."""
 
     before: list[tuple[nn.Module, dict[str, nn.Parameter], dict[str, int]]] = field(default_factory=list)
 

@@ -1,4 +1,4 @@
-"""The stock model of a config, without weights, to compare a live model with."""
+"""The stock model of a config, without weights, for comparison with a live model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ except ImportError:  # transformers 4
     from transformers.modeling_utils import no_init_weights
 
 
-def outline(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+def meta_model(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
     """The stock model of a config, all on the meta device; the config is copied."""
     with torch.device("meta"), no_init_weights():  # initialising meta tensors would take most of the time
         return kind(copy.deepcopy(config)).eval()
@@ -26,7 +26,7 @@ def without_parameters(kind: type[PreTrainedModel], config: PretrainedConfig) ->
         return kind(config).eval()
 
 
-def stock_outline(model: PreTrainedModel, *, config: PretrainedConfig | None = None) -> PreTrainedModel:
+def stock_model(model: PreTrainedModel, *, config: PretrainedConfig | None = None) -> PreTrainedModel:
     """What `model` would be if its config (or another) were all there is: parameters on the meta device, buffers real.
 
     Attention is implemented as in `model`, which transformers notes in the config.

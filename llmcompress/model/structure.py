@@ -11,10 +11,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llmcompress.model.bench import Bench, Observed, sizes
+from llmcompress.model.block_experiment import BlockExperiment, Observed, sizes
+from llmcompress.model.channel_tracing import Channels, trace_channels
 from llmcompress.model.exceptions import NEVER_EXECUTED, refusals
 from llmcompress.model.folds import legal, linear_folds, norm_folds
-from llmcompress.model.follow import Channels, follow
 from llmcompress.model.map import BlockStructure, Fold, InputGroup, Refusal, SiteInfo, WidthGroup
 from llmcompress.model.skeleton import record
 from llmcompress.model.widths import removable, width_group
@@ -35,8 +35,8 @@ def block_structure(model: PreTrainedModel, blocks: Blocks, index: int, token: i
     A single token attends only to itself, so there attention passes its values through and queries and keys have no
     say: that is where channels are followed. Sequences then check folds and bring queries and keys into the units.
     """
-    single = _bench(model, blocks, index, token, length=1)
-    sequence = _bench(model, blocks, index, token, length=_SEQUENCE)
+    single = _experiment(model, blocks, index, token, length=1)
+    sequence = _experiment(model, blocks, index, token, length=_SEQUENCE)
     base = single.base
     refused = refusals(single.block)
     kept = {refusal.name for refusal in refused}
@@ -57,7 +57,7 @@ def block_structure(model: PreTrainedModel, blocks: Blocks, index: int, token: i
 
 
 def _experiments(
-    single: Bench, sequence: Bench, readers: list[Group], groups: list[Group]
+    single: BlockExperiment, sequence: BlockExperiment, readers: list[Group], groups: list[Group]
 ) -> tuple[list[Fold], list[WidthGroup]]:
     """Candidates for folds and width groups."""
     folds, widths = norm_folds(single, readers), list[WidthGroup]()
@@ -66,7 +66,7 @@ def _experiments(
         channels = Channels(tuple((name, sizes(single.linears[name])[0]) for name in names))
         first = next(i for i, group in enumerate(readers) if stage[0][0] in group)
         later = [group for group in readers[first + 1 :] if not set(group).intersection(names)]
-        links = follow(single, channels, [group[0] for group in later])
+        links = trace_channels(single, channels, [group[0] for group in later])
         folds += linear_folds(channels, links, readers)
         members = {group[0]: group for group in later}
         found = (width_group(sequence, channels, link, members[link.reader]) for link in links)
@@ -74,21 +74,23 @@ def _experiments(
     return folds, widths
 
 
-def _bench(model: PreTrainedModel, blocks: Blocks, index: int, token: int, *, length: int) -> Bench:
+def _experiment(model: PreTrainedModel, blocks: Blocks, index: int, token: int, *, length: int) -> BlockExperiment:
     """The block with enough random hidden states that every expert is reached and no input channel is always zero."""
     generator = torch.Generator().manual_seed(0)
     tokens = _FEWEST_TOKENS
     while True:
         recording = record(model, blocks, torch.full((tokens // length, length), token))
         hidden = torch.randn(recording.hidden.shape, generator=generator)
-        bench = Bench(blocks[index][1], recording.calls[index], hidden)
-        if tokens >= _MOST_TOKENS or (set(bench.linears) <= set(bench.base.inputs) and _all_alive(bench)):
-            return bench
+        experiment = BlockExperiment(blocks[index][1], recording.calls[index], hidden)
+        if tokens >= _MOST_TOKENS or (
+            set(experiment.linears) <= set(experiment.base.inputs) and _all_alive(experiment)
+        ):
+            return experiment
         tokens *= 2
 
 
-def _all_alive(bench: Bench) -> bool:
-    inputs = (bench.base.rows_NI(name) for name in bench.linears)
+def _all_alive(experiment: BlockExperiment) -> bool:
+    inputs = (experiment.base.rows_NI(name) for name in experiment.linears)
     seen = (x_NI.abs() > 0.01 * x_NI.square().mean().sqrt() for x_NI in inputs if x_NI is not None)
     return all(bool((alive_NI.sum(0) >= 2).all()) for alive_NI in seen)
 

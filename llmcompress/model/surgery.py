@@ -1,4 +1,4 @@
-"""Folding factors through a block: divide here, multiply there, and the block computes what it did before."""
+"""Folds factors through a block: divides the producer and multiplies the consumers; the block computes the same."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def apply_fold(block: nn.Module, fold: Fold, divide_P: Tensor, *, storage_dtype:
             "fold.bad-factors",
             f"the factors for {fold.producer} must be finite, positive, and 1 for channels that no consumer reads",
             where=fold.producer,
-            fix="look for infinities in the activations of the calibration run; a larger dtype may avoid them",
+            fix="check the calibration activations for Inf; a wider dtype may avoid it",
         )
     producer = block.get_submodule(fold.producer)
     divide_P = divide_P.double()

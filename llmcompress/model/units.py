@@ -1,4 +1,4 @@
-"""Units that can be removed one by one, with full names, and masks that switch them off. U = units."""
+"""Units that can be removed individually, with full names, and masks that switch them off. U = units."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def groups_of(info: BlockInfo) -> list[UnitGroup]:
 
 
 def kept_fraction(groups: Iterable[UnitGroup], site: str, removed_share: Callable[[UnitGroup], float]) -> float:
-    """Share of a site's weights that stays when every group gives up that share of its units."""
+    """Fraction of a site's weights that is kept if every group loses that fraction of its units."""
     kept = 1.0
     for group in groups:
         for part in group.parts:

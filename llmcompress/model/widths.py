@@ -1,4 +1,4 @@
-"""Width groups of one block: which rows and columns can only be removed together."""
+"""Width groups of one block: rows and columns that can only be removed together."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from math import comb
 import torch
 from torch import Tensor
 
-from llmcompress.model.bench import Bench, sizes
-from llmcompress.model.follow import NONE, Channels, Link
+from llmcompress.model.block_experiment import BlockExperiment, sizes
+from llmcompress.model.channel_tracing import NONE, Channels, Link
 from llmcompress.model.map import WidthGroup, WidthPart
 
 Unit = tuple[list[int], list[int]]
@@ -21,23 +21,25 @@ _MOST_UNITS_BY_SEARCH = 256
 """More KV groups than any attention has; every unit costs a few forwards."""
 
 
-def width_group(bench: Bench, channels: Channels, link: Link, readers: Sequence[str]) -> WidthGroup | None:
-    """The units behind the columns of one reader, or None when there are fewer than two.
+def width_group(
+    experiment: BlockExperiment, channels: Channels, link: Link, readers: Sequence[str]
+) -> WidthGroup | None:
+    """The units that feed the columns of one reader, or None if there are fewer than two.
 
-    `bench` holds sequences of several tokens, so that attention shows which queries and keys belong to a value.
+    `experiment` holds sequences of several tokens, so that attention shows which queries and keys belong to a value.
     `readers` are the linears that read the same tensor as the link's reader.
     """
-    if link.reader not in bench.base.inputs:  # an expert that no token of these sequences reached
+    if link.reader not in experiment.base.inputs:  # an expert that no token of these sequences reached
         return None
     units = _units_of_single_tokens(link)
-    if not _complete(bench, channels, link.reader, units):
-        units = _units_by_search(bench, channels, link.reader)
+    if not _complete(experiment, channels, link.reader, units):
+        units = _units_by_search(experiment, channels, link.reader)
     if len(units) < 2:
         return None
     return WidthGroup(len(units), tuple(_parts(channels, readers, units)))
 
 
-def removable(bench: Bench, groups: Sequence[WidthGroup]) -> bool:
+def removable(experiment: BlockExperiment, groups: Sequence[WidthGroup]) -> bool:
     """Whether the rows of units that are cut off from their readers change nothing at all.
 
     Units are cut in sets such that for any two there is a set with the one and without the other.
@@ -50,14 +52,14 @@ def removable(bench: Bench, groups: Sequence[WidthGroup]) -> bool:
         for group, separating in zip(groups, sets, strict=True):
             cut = separating[turn % len(separating)]
             for part in group.parts:
-                outputs, inputs = sizes(bench.linears[part.site])
+                outputs, inputs = sizes(experiment.linears[part.site])
                 chosen = [index for unit in cut for index in part.indices[unit]]
                 if part.axis == "columns":
                     masks.setdefault(part.site, torch.ones(inputs))[chosen] = 0
                 else:
                     factors = 0.5 + torch.rand(len(chosen), generator=generator)
                     scales.setdefault(part.site, torch.ones(outputs))[chosen] = factors
-        before, after = bench.run(masks=masks).output, bench.run(scales, masks=masks).output
+        before, after = experiment.run(masks=masks).output, experiment.run(scales, masks=masks).output
         if not torch.allclose(before, after, rtol=1e-5, atol=1e-5):
             return False
     return True
@@ -95,25 +97,25 @@ def _units_of_single_tokens(link: Link) -> list[Unit]:
     return _ordered(units.values())
 
 
-def _complete(bench: Bench, channels: Channels, reader: str, units: Sequence[Unit]) -> bool:
+def _complete(experiment: BlockExperiment, channels: Channels, reader: str, units: Sequence[Unit]) -> bool:
     """Whether a random half of the units depends on no channel but its own, over several tokens."""
     generator = torch.Generator().manual_seed(1)
     half = [unit for unit in units if torch.rand((), generator=generator) < 0.5] or list(units[:1])
-    rows = _channels_behind(bench, channels, reader, [column for _, columns in half for column in columns])
+    rows = _channels_behind(experiment, channels, reader, [column for _, columns in half for column in columns])
     return rows == {row for rows, _ in half for row in rows}
 
 
-def _units_by_search(bench: Bench, channels: Channels, reader: str) -> list[Unit]:
-    """Grow a unit from one column: all channels behind it, all columns behind those, until nothing is added."""
-    width = bench.base.inputs[reader].shape[-1]
+def _units_by_search(experiment: BlockExperiment, channels: Channels, reader: str) -> list[Unit]:
+    """Grow a unit from one column: all channels that feed it, all columns they feed, until nothing is added."""
+    width = experiment.base.inputs[reader].shape[-1]
     waiting, taken = set(range(width)), set[int]()
     units: list[Unit] = []
     while waiting:
         columns, more = set[int](), {min(waiting)}
         while more != columns:
             columns = more
-            rows = _channels_behind(bench, channels, reader, sorted(columns))
-            more = columns | _columns_moved(bench, channels, reader, sorted(rows))
+            rows = _channels_behind(experiment, channels, reader, sorted(columns))
+            more = columns | _columns_moved(experiment, channels, reader, sorted(rows))
         if not rows or rows & taken or not columns <= waiting or len(columns) * _MOST_UNITS_BY_SEARCH < width:
             return []
         units.append((sorted(rows), sorted(columns)))
@@ -123,19 +125,19 @@ def _units_by_search(bench: Bench, channels: Channels, reader: str) -> list[Unit
 
 
 @torch.enable_grad()
-def _channels_behind(bench: Bench, channels: Channels, reader: str, columns: Sequence[int]) -> set[int]:
+def _channels_behind(experiment: BlockExperiment, channels: Channels, reader: str, columns: Sequence[int]) -> set[int]:
     """The channels that the reader's columns depend on: those with a gradient. Independent ones have exactly none."""
     scale = torch.ones(channels.total, requires_grad=True)
-    seen = bench.run(channels.split(scale), until=[reader]).inputs[reader][..., list(columns)]
+    seen = experiment.run(channels.split(scale), until=[reader]).inputs[reader][..., list(columns)]
     mix = torch.randn(seen.shape, generator=torch.Generator().manual_seed(2))
     (gradient,) = torch.autograd.grad((seen * mix).sum(), scale)
     return set(gradient.nonzero().flatten().tolist())
 
 
-def _columns_moved(bench: Bench, channels: Channels, reader: str, rows: Sequence[int]) -> set[int]:
+def _columns_moved(experiment: BlockExperiment, channels: Channels, reader: str, rows: Sequence[int]) -> set[int]:
     """The reader's columns that change when these channels do."""
-    before = bench.base.rows_NI(reader)
-    after = bench.run(channels.split(_changed(channels, rows)), until=[reader]).rows_NI(reader)
+    before = experiment.base.rows_NI(reader)
+    after = experiment.run(channels.split(_changed(channels, rows)), until=[reader]).rows_NI(reader)
     assert before is not None and after is not None and before.shape == after.shape
     moved = ((after - before).abs() > 1e-6 * before.abs().amax()).any(0)
     return set(moved.nonzero().flatten().tolist())

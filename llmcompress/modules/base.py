@@ -1,4 +1,4 @@
-"""What replaces a module after compression, and is built again from plain data. O = outputs, I = inputs."""
+"""Base classes of compressed modules, which are saved and rebuilt as plain data. O = outputs, I = inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llmcompress.errors import CompressError
 from llmcompress.modules.expression import Expression
-from llmcompress.modules.wanted import Role, Wanted
+from llmcompress.modules.trainable_roles import Role, TrainableRoles
 from llmcompress.registry import Registry
 
 Spec = dict[str, Any]
@@ -19,30 +19,30 @@ Spec = dict[str, Any]
 
 
 class CompressedModule(nn.Module, ABC):
-    """Replaces a linear (or an embedding, a block); computes exactly what will be shipped.
+    """Replaces a linear (or an embedding, a block); computes exactly what the saved model computes.
 
-    Subclasses register under the name that manifests use: `@MODULES.register("low_rank")`. All that is learned lies in
+    Subclasses register under the name used in manifests: `@MODULES.register("low_rank")`. All learned values are in
     parameters and persistent buffers; everything else is in `spec`.
 
     The empty buffer `weight` is a guard: a loader without our plug-in builds the stock module, whose `weight` has
-    another shape, and refuses the file. It would only warn of *missing* tensors, and fill them with random numbers.
+    another shape, and refuses the file. For *missing* tensors it would only warn, and fill them with random numbers.
     """
 
     has_stock_format: ClassVar[bool] = False
-    """Whether stock loaders have words for one with the sizes and the bias of the module that stood there."""
+    """Whether stock loaders can represent it if it has the sizes and the bias of the stock module."""
     holds_codes: ClassVar[bool] = False
-    """Whether its own buffers (not its parts) are codes and scales on a grid."""
+    """Whether its own buffers (without its parts) are codes and scales."""
     is_transparent: ClassVar[bool] = False
-    """Whether its parts have the names and places of the stock checkpoint: they are what is stored, one by one."""
+    """Whether its parts have the names of the stock checkpoint, where they are stored individually."""
     wraps_original: ClassVar[bool] = False
-    """Whether the module that stood there is whole inside."""
+    """Whether it contains the original module unchanged."""
 
     out_features: int
     in_features: int
     weight: Tensor
 
     frame: ClassVar[bool] = False
-    """Whether training looks inside it and leaves alone what it adds: thresholds, indices, places."""
+    """Whether training uses its parts and does not change what it adds: thresholds, indices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class CompressedModule(nn.Module, ABC):
 
     @abstractmethod
     def spec(self) -> Spec:
-        """JSON data that, with the state dict, makes this module again (`from_spec`)."""
+        """JSON data from which, with the state dict, `from_spec` rebuilds this module."""
 
     @classmethod
     @abstractmethod
@@ -61,14 +61,14 @@ class CompressedModule(nn.Module, ABC):
         """A module of the right shapes, ready for `load_state_dict`; may run under the meta device."""
 
     def take(self, replaced: nn.Module) -> None:
-        """Note what stood there before; most need nothing of it."""
+        """Take what is needed from the replaced module; by default nothing."""
 
     def connect(self, model: nn.Module) -> None:
-        """Find what it needs of the rest of the model, once all modules stand; most need nothing."""
+        """Connect to other modules once all are in place; by default nothing."""
 
     @abstractmethod
     def expression(self) -> Expression:
-        """What it computes, with its own tensors; `Opaque` where the algebra has no words for it."""
+        """What it computes, with its own tensors; `Opaque` where the algebra cannot represent it."""
 
     def dense_weight(self) -> Tensor:
         """The one matrix that it stands for, O×I (an embedding: entries × width), in its parameters' dtype.
@@ -78,31 +78,31 @@ class CompressedModule(nn.Module, ABC):
         return self.expression().dense_weight()
 
     def dense_bias(self) -> Tensor | None:
-        """What is added to the product with `dense_weight`: of two factors with a bias each, both."""
+        """The bias that belongs to `dense_weight`; for factors with a bias each, both combined."""
         return self.expression().dense_bias()
 
     def coded_weights(self) -> int:
-        """How many weights its own buffers stand for, those of its parts left out: no parameter counts them."""
+        """Number of quantized weights in its own buffers, without its parts."""
         return 0
 
     def coded_bits(self) -> int:
-        """What these take when nothing is wasted: codes at their own width, scales, zero points."""
+        """Bits of codes without padding, scales and zero points."""
         return 0
 
     def differs_below(self, stock: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-        """Parts that may themselves differ from stock: their names, they, and what they are to be compared with."""
+        """Parts that may differ from stock: name, part, and its stock counterpart."""
         yield from ()
 
     def is_dense(self) -> bool:
-        """Whether a stock checkpoint holds all of it under the stock names, as if nothing had been replaced."""
+        """Whether it is stored under the stock names as if nothing had been replaced."""
         return False
 
     @classmethod
     def cache_bytes_per_token(cls, spec: Spec) -> int:
-        """Of keys and values that one with that spec caches as codes."""
+        """Bytes per token of its quantized KV cache, from its spec."""
         return 0
 
-    def trainable(self, wanted: Wanted) -> TrainableTwin:
+    def trainable(self, wanted: TrainableRoles) -> TrainableTwin:
         """What stands here during a training, with parameters that begin at what this module computes with.
 
         Raises: CompressError when this kind has no such form.
@@ -110,15 +110,15 @@ class CompressedModule(nn.Module, ABC):
         raise CompressError(
             "training.no-trainable-form",
             f"a {MODULES.name_of(type(self))} has no trainable form",
-            fix="train adapters beside it, or leave its sites out",
+            fix="train adapters instead, or exclude these sites",
         )
 
 
 class TrainableTwin(nn.Module, ABC):
-    """Stands where a compressed module stood while its numbers are trained, and computes what that will compute.
+    """Replaces a compressed module while its values are trained, and computes what the compressed module will compute.
 
-    Before the first step that is the module's own output to the bit. It is in no manifest and is never saved:
-    `settled` ends it. Subclasses note in `roles` which parameters of their own are trained.
+    Before the first step that is the module's own output, bit for bit. It is in no manifest and is never saved:
+    `compressed` converts it back. Subclasses list in `roles` which of their parameters are trained.
     """
 
     out_features: int
@@ -132,11 +132,11 @@ class TrainableTwin(nn.Module, ABC):
 
     @abstractmethod
     def compressed(self) -> CompressedModule:
-        """The compressed module that computes exactly what the last forward did; untrained: the first one's bits."""
+        """The compressed module that computes what the last forward pass did; untrained: the original."""
 
     @abstractmethod
     def dense_weight(self) -> Tensor:
-        """The matrix that it stands for now, with its graph."""
+        """The current dense matrix, with its graph."""
 
     @property
     def weight(self) -> Tensor:
@@ -144,7 +144,7 @@ class TrainableTwin(nn.Module, ABC):
         return self.dense_weight()
 
     def trained(self) -> list[tuple[Role, nn.Parameter]]:
-        """Every parameter that is to be trained, those of twins inside included."""
+        """All trained parameters, those of nested twins included."""
         twins = [each for each in self.modules() if isinstance(each, TrainableTwin)]
         return [(role, twin.get_parameter(name)) for twin in twins for name, role in twin.roles.items()]
 

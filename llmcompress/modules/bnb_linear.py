@@ -1,6 +1,6 @@
-"""A linear in the codes of bitsandbytes, computed by bitsandbytes. O = outputs, I = inputs, B = blocks of 64 weights.
+"""A linear quantized and computed by bitsandbytes. O = outputs, I = inputs, B = blocks of 64 weights.
 
-The package is an extra: it is imported when such a linear is made or run, not with this file.
+The package is an optional extra: it is imported when such a linear is created or run, not with this file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from llmcompress.numerics.quantized import QuantizedTensor
 Kind = Literal["nf4", "int8"]
 
 BLOCK, NESTED_BLOCK = 64, 256
-"""Weights under one scale, and scales under one scale of scales: what the package takes by itself."""
+"""Weights per scale, and scales per scale of scales: the package's defaults."""
 OUTLIER = 6.0
 """Inputs beyond it are multiplied in float16 (int8 only), as transformers does by default."""
 
@@ -102,7 +102,7 @@ class BnbLinear(CompressedModule):
             tensor = QuantizedTensor(self.codes, (self.absmax / 127)[:, None], None, None, Grid(8))
             return InputTransform(Int8WithOutliers(OUTLIER), Quantized(tensor, bias=self.bias))
         if self.in_features % BLOCK:
-            # its blocks run across the ends of rows, which no grid of ours says; it is a matrix all the same
+            # its blocks cross the ends of rows, which none of our grids can represent; it is still a matrix
             return Dense(self.dense_weight(), bias=self.bias)
         codes_OI = unpack_bits(_halves_swapped(self.codes), 4, 0, self.coded_weights()).view(self.out_features, -1)
         scale_OG = self._scales().view(self.out_features, -1)

@@ -1,6 +1,6 @@
-"""What the cache of keys and values is called among a module's arguments and a model's outputs.
+"""The names of the KV cache in a module's arguments and a model's outputs.
 
-transformers 5.24 renamed `past_key_values` to `cache`; blocks of some families have names of their own.
+transformers 5.24 renamed `past_key_values` to `cache`; blocks of some families use other names.
 """
 
 from __future__ import annotations

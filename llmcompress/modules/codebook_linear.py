@@ -1,6 +1,7 @@
-"""A linear whose columns have codebooks of different sizes, and a few weights in full. O = outputs, I = inputs.
+"""A linear with a codebook for each column and some weights in full precision. O = outputs, I = inputs.
 
-A research format: honest about bytes, slow to run. C = columns of one width, L = levels, N = weights in full.
+A research format: exact about bytes, slow to run. C = columns of one bit width, L = levels, N = weights in full
+precision.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from llmcompress.modules.base import MODULES, CompressedModule, Spec, TrainableT
 from llmcompress.modules.expression import Expression
 from llmcompress.modules.expression_leaves import Codebook, ColumnCodes
 from llmcompress.modules.trainable import sharing_tensors
-from llmcompress.modules.wanted import Role, Wanted
+from llmcompress.modules.trainable_roles import Role, TrainableRoles
 from llmcompress.numerics.fake_quant import straight_through
 from llmcompress.numerics.packing import pack_bits, packed_bytes, unpack_bits
 
 
 @MODULES.register("codebook_linear")
 class CodebookLinear(CompressedModule):
-    """`width_I` says how many bits each column's codes have; codes lie packed, column by column, per width.
+    """`width_I` gives the bit width of each column's codes; codes are packed, column by column, per width.
 
-    Weights at the flat places `place_N` are `value_N`, whatever their codes say. What is in memory is what is stored;
-    the dense weight is made for every call.
+    Weights at the flat positions `place_N` are `value_N`, regardless of their codes. The module stores in memory what
+    is stored on disk; the dense weight is computed in every call.
     """
 
     width_I: Tensor
@@ -122,7 +123,7 @@ class CodebookLinear(CompressedModule):
         return functional.linear(x, self.dense_weight(), self.bias)
 
     @override
-    def trainable(self, wanted: Wanted) -> TrainableTwin:
+    def trainable(self, wanted: TrainableRoles) -> TrainableTwin:
         return TwinOfCodebooks(self, wanted)
 
     @override
@@ -134,7 +135,7 @@ class CodebookLinear(CompressedModule):
 class TwinOfCodebooks(TrainableTwin):
     """Levels count as scales and weights in full as weights; which level a weight has stays what it is."""
 
-    def __init__(self, module: CodebookLinear, wanted: Wanted) -> None:
+    def __init__(self, module: CodebookLinear, wanted: TrainableRoles) -> None:
         super().__init__(module)
         self._of, self._storage = (module,), wanted.storage_dtype
         levels = {f"levels_{bits}": module.get_buffer(f"levels_{bits}") for bits in module.widths}

@@ -1,4 +1,4 @@
-"""A quantized linear plus a branch of low rank that repairs it: W ≈ Q + L R. O = outputs, I = inputs, R = rank."""
+"""A quantized linear plus a low-rank branch that corrects it: W ≈ Q + L R. O = outputs, I = inputs, R = rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmcompress.modules.base import MODULES, CompressedModule, Spec, TrainableT
 from llmcompress.modules.expression import Chain, Expression, Sum
 from llmcompress.modules.low_rank import part_bias, part_expression, part_from_spec, part_shape, part_spec
 from llmcompress.modules.trainable import TwinOfParts
-from llmcompress.modules.wanted import Role, Wanted
+from llmcompress.modules.trainable_roles import Role, TrainableRoles
 
 
 @MODULES.register("corrected")
@@ -61,7 +61,7 @@ class CorrectedLinear(CompressedModule):
         return f"{self.in_features} → {self.out_features}, branch of rank {self.rank}"
 
     @override
-    def trainable(self, wanted: Wanted) -> TrainableTwin:
+    def trainable(self, wanted: TrainableRoles) -> TrainableTwin:
         """The branch counts as adapters; where they alone are trained, the base need not be trainable."""
         alone = wanted.roles == {"adapters"} and not isinstance(self.base, CorrectedLinear)
         branch: dict[str, Role] = {"right": "adapters", "left": "adapters"}

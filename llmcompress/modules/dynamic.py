@@ -1,8 +1,8 @@
-"""Blocks that are run only for the tokens that need them, with a key-value cache that stays complete.
+"""Blocks that run only for the tokens that need them, with a KV cache that stays complete.
 
-B = sequences, T = tokens, D = hidden size. Whether a token skips a block depends on that token's own hidden state and
-nothing else, so a cached decode and one forward over the whole text decide alike. A skipped token leaves the block as
-it came, but its keys and values in that block are those of the state it came with, and later tokens attend to them.
+B = sequences, T = tokens, D = hidden size. Whether a token skips a block depends only on that token's own hidden state,
+so cached decoding and one forward pass over the whole text decide alike. A skipped token leaves the block unchanged,
+but the block still stores its keys and values, computed from its input state, and later tokens attend to them.
 """
 
 from __future__ import annotations
@@ -26,28 +26,29 @@ _HIDDEN = "hidden_states"
 
 @dataclass
 class Tally:
-    """How often something ran while it was counted."""
+    """Counts of what ran."""
 
     total: float = 0
-    """Tokens that came (blocks), or numbers that came (activations)."""
+    """Input tokens (blocks), or input elements (activations)."""
     active: float = 0
-    """Those of them that were computed with."""
+    """Those that were used."""
     calls: int = 0
     skipped_calls: int = 0
     """Calls whose tokens all skipped: only these save time."""
 
     @property
     def share(self) -> float:
-        """What was computed with."""
+        """The fraction that was used."""
         return self.active / self.total if self.total else 1.0
 
 
 class DynamicBlock(Wrapper):
-    """Skips the block inside for some tokens; time is saved when all tokens of a call skip it, as in decoding one text.
+    """Skips the wrapped block for some tokens; saves time when all tokens of a call skip it, as in decoding one
+    sequence.
 
-    Where some tokens of a call skip and others do not, the block runs for all, and its output is used for the others:
-    so a batch gives every text what it gets alone. What is collected from inside blocks (`output_attentions`) is
-    missing for those that did not run.
+    If only some tokens of a call skip, the block runs for all, and its output is used for the others, so every sequence
+    of a batch gets the same result as alone. Outputs collected inside blocks (`output_attentions`) are missing for
+    blocks that did not run.
     """
 
     tally: Tally | None = None
@@ -64,10 +65,10 @@ class DynamicBlock(Wrapper):
 
     @abstractmethod
     def skips(self, hidden_BTD: Tensor) -> Tensor:
-        """True for every token (B×T) that leaves the block as it came."""
+        """True for every token (B×T) that skips the block."""
 
     def leave(self, hidden_BTD: Tensor) -> Tensor:
-        """The hidden state that the model goes on with; what it is, unless a subclass changes it."""
+        """The hidden state that later blocks get; unchanged by default."""
         return hidden_BTD
 
     @override
@@ -143,7 +144,7 @@ def _is_cache(value: Any) -> bool:
 
 @contextmanager
 def tallied(model: nn.Module) -> Iterator[dict[str, Tally]]:
-    """Count, while the context lasts, what dynamic modules run and what they skip; by module name."""
+    """Count, within the context, what dynamic modules run and skip, by module name."""
     dynamic = {name: part for name, part in model.named_modules() if hasattr(type(part), "tally")}
     counts = {name: Tally() for name in dynamic}
     try:

@@ -1,4 +1,4 @@
-"""A linear that leaves small inputs out, and their columns of the weight unread. O = outputs, I = inputs."""
+"""A linear that ignores small inputs and does not read their weight columns. O = outputs, I = inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmcompress.modules.expression import Expression, InputTransform
 from llmcompress.modules.expression_leaves import Dense
 from llmcompress.modules.input_transforms import Threshold
 from llmcompress.modules.trainable import TwinOfParts
-from llmcompress.modules.wanted import Wanted
+from llmcompress.modules.trainable_roles import TrainableRoles
 
 GATHER_BELOW = 0.45
 """Share of inputs below which picking their columns beats one dense product over one token (measured on a CPU: picked
@@ -95,5 +95,5 @@ class ThresholdedLinear(CompressedModule):
         return f"{self.in_features} → {self.out_features}, inputs above {self.threshold:g}"
 
     @override
-    def trainable(self, wanted: Wanted) -> TrainableTwin:
+    def trainable(self, wanted: TrainableRoles) -> TrainableTwin:
         return TwinOfParts(self, wanted)

@@ -1,4 +1,4 @@
-"""Early exit: a token whose prediction is sure enough halfway leaves the remaining blocks. B, T, D as in dynamic.py."""
+"""Early exit: a token with a confident prediction skips the remaining blocks. B, T, D as in dynamic.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmcompress.modules.dynamic import DynamicBlock
 from llmcompress.modules.linear_predictor import LinearPredictor
 
 LOGITS_AT_ONCE = 2**24
-"""Numbers of one matrix of logits: a prompt is judged in pieces of that size."""
+"""Elements of one matrix of logits: longer prompts are processed in pieces of that size."""
 
 
 class Exits:
@@ -33,7 +33,7 @@ class ExitBlock(DynamicBlock):
 
     A token leaves when it is as sure as `threshold` (above 1: never). With `jump_DD`, the state it leaves with is
     carried to where the last block would have brought it by a linear map, and the model goes on with that state behind
-    its last block. How sure it is comes from `predictor`: a small linear test that foretells how far (in nats) the
+    its last block. How sure it is comes from `predictor`: a linear predictor of how far (in nats) the
     prediction made here would be from the model's own, as exp(-divergence); without one, the largest probability
     that the model's own head gives here, for which `readout` names the modules from the last block to the logits.
     All blocks from the first exit on must be exit blocks, so that keys and values are stored in every one.
@@ -126,7 +126,7 @@ class ExitBlock(DynamicBlock):
 
 
 def readings(read: Sequence[nn.Module], hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest probability, and the token that has it, for states behind the last block.
+    """Largest probability, and its token, for states after the last block.
 
     What a family does to its logits afterwards (Gemma's soft cap, Cohere's scale) is not done: it keeps their order.
     """
@@ -142,7 +142,7 @@ def readings(read: Sequence[nn.Module], hidden_ND: Tensor) -> tuple[Tensor, Tens
 
 
 def logits_of(read: Sequence[nn.Module], hidden_ND: Tensor) -> Tensor:
-    """N×V in float32, for states behind the last block."""
+    """N×V in float32, for states after the last block."""
     state = hidden_ND[None]
     for module in read:
         state = module(state)

@@ -1,4 +1,4 @@
-"""Layer skipping: a small linear test before each block foretells how little it would change a token."""
+"""Layer skipping: a linear predictor before each block estimates how little the block would change a token."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from llmcompress.modules.linear_predictor import LinearPredictor
 
 @MODULES.register("skip_block")
 class SkipBlock(DynamicBlock):
-    """Skips the block inside for tokens whose foretold influence lies below `threshold` (0: for none).
+    """Skips the wrapped block for tokens with a predicted influence below `threshold` (0: for none).
 
-    Influence is 1 - cos(what goes in, what comes out). What is foretold is above 0, so at threshold 0 the block always
+    Influence is 1 - cos(input, output). Predictions are above 0, so at threshold 0 the block always
     runs.
     """
 

@@ -1,4 +1,4 @@
-"""Experts as linears of their own, in the place of a bank of two tensors. N, M = tokens, H = hidden size."""
+"""Experts as separate linears, in place of an expert bank of two tensors. N, M = tokens, H = hidden size."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What a module computes, said in a few kinds of nodes that every exporter, measure and report can read.
+"""Describes what a module computes as a tree of a few kinds of nodes, which exporters, metrics and reports read.
 
 O = outputs, I = inputs, R = rank, K = outputs that are computed, V = entries, D = width.
 
-What holds numbers stands in `expression_leaves.py`; here is what joins them and what stands around them. The algebra is
-closed: a module that it cannot say is `Opaque`, with the reason.
+Leaves, which hold numbers, are in `expression_leaves.py`; here are the nodes that combine them. The algebra is closed:
+a module that it cannot represent is `Opaque`, with the reason.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llmcompress.modules.input_transforms import InputChange
 
 @dataclass(frozen=True, eq=False)
 class Expression(ABC):
-    """A function of the last axis of its input. Its tensors are those of the module, not copies."""
+    """A function of the last axis of its input. Its tensors are the module's own, not copies."""
 
     @property
     @abstractmethod
@@ -31,7 +31,7 @@ class Expression(ABC):
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
-        """What the module computes, up to the order of sums."""
+        """Compute what the module computes, up to the order of sums."""
 
     @abstractmethod
     def dense_weight(self) -> Tensor:
@@ -46,12 +46,12 @@ class Expression(ABC):
 
     @property
     def parts(self) -> tuple[Expression, ...]:
-        """What it is made of, in order of execution."""
+        """Its parts, in order of execution."""
         return ()
 
     @property
     def is_linear(self) -> bool:
-        """Whether `dense_weight` and `dense_bias` say all: no input is rounded or left out on the way."""
+        """Whether `dense_weight` and `dense_bias` describe it fully: activations are not quantized or dropped."""
         return all(part.is_linear for part in self.parts)
 
     def nodes(self) -> Iterator[Expression]:
@@ -63,7 +63,7 @@ class Expression(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Chain(Expression):
-    """One after the other: of two factors, the right one (R×I) comes first and the left one (O×R) last."""
+    """A sequence: of two factors, the right one (R×I) comes first and the left one (O×R) last."""
 
     links: tuple[Expression, ...]
 
@@ -102,7 +102,7 @@ class Chain(Expression):
 
 @dataclass(frozen=True, eq=False)
 class Sum(Expression):
-    """Side by side on the same input, added up; the first one gives the dtype."""
+    """A sum of parts with the same input; the first one determines the dtype."""
 
     terms: tuple[Expression, ...]
 
@@ -143,7 +143,7 @@ class Sum(Expression):
 
 @dataclass(frozen=True, eq=False)
 class InputTransform(Expression):
-    """Something is done to the input first."""
+    """A transform of the input, then the inner expression."""
 
     change: InputChange
     inner: Expression
@@ -179,7 +179,7 @@ class InputTransform(Expression):
 
 @dataclass(frozen=True, eq=False)
 class OutputPlaces(Expression):
-    """The K outputs of `inner` at the places `index_K` of `outputs`; the others are zero."""
+    """The K outputs of `inner` at the positions `index_K` of `outputs`; the others are zero."""
 
     inner: Expression
     index_K: Tensor
@@ -234,7 +234,7 @@ class Gather(Expression):
 
     @override
     def dense_weight(self) -> Tensor:
-        """The table itself: who loads it multiplies again."""
+        """The table itself, without the multiplier, which the loader applies."""
         return self.table.dense_weight()
 
 
@@ -270,7 +270,7 @@ class Tied(Expression):
 
 @dataclass(frozen=True, eq=False)
 class Opaque(Expression):
-    """Not to be said in the algebra; `reason` is a sentence for the user of an exporter."""
+    """Not representable in this algebra; `reason` is a sentence for error messages of exporters."""
 
     reason: str
 

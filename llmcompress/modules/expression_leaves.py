@@ -1,6 +1,6 @@
-"""Nodes of the algebra that hold numbers: ordinary weights, codes, codebooks, networks of small tensors.
+"""Leaves of expressions: ordinary weights, codes, codebooks, tensor networks.
 
-O = outputs, I = inputs, C = columns, L = levels, N = weights in full.
+O = outputs, I = inputs, C = columns, L = levels, N = weights in full precision.
 """
 
 from __future__ import annotations

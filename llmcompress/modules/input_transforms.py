@@ -1,4 +1,4 @@
-"""What happens to an input before a matrix reads it, as data. O = outputs, I = inputs that come, K = those it reads."""
+"""Transforms of an input before a matrix reads it. O = outputs, I = original inputs, K = transformed inputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class InputChange(ABC):
     """Something done to the last axis of an input, the same for every token."""
 
     is_linear: ClassVar[bool] = True
-    """Whether it is a matrix, which the weight behind it can take in."""
+    """Whether it is a matrix that can be folded into the weight after it."""
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class Selection(InputChange):
 
     @property
     def is_permutation(self) -> bool:
-        """Whether nothing is left out."""
+        """Whether all inputs are kept."""
         return len(self.index_K) == self.inputs
 
     @override

@@ -1,4 +1,4 @@
-"""An attention whose keys and values are cached as codes, one byte a number. H = key-value heads, D = head width."""
+"""An attention with a quantized KV cache, one byte per number. H = key-value heads, D = head width."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ all keys and one for all values of a layer, from calibration."""
 
 @dataclass(frozen=True)
 class Coding:
-    """How one of the two, keys or values, is stored: `scale` is None where every vector has its own."""
+    """How keys or values are stored; `scale` is None if every vector has its own."""
 
     number: Number
     scale: Tensor | None
@@ -42,7 +42,7 @@ class Coding:
         return pack_vectors(x, self.number) if self.scale is None else to_codes(x, self.scale, self.number)
 
     def decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """What attention computes with."""
+        """Dequantize for attention."""
         if self.scale is None:
             return unpack_vectors(codes, self.number, dtype)
         return from_codes(codes, self.scale, self.number, dtype)
@@ -79,7 +79,7 @@ _CODED: dict[type, Any] = {DynamicLayer: CodedLayer, DynamicSlidingWindowLayer: 
 
 
 def coded(layer: Any, keys: Coding, values: Coding) -> Any:
-    """The same cache layer, storing codes; what it holds already is rounded now.
+    """The same cache layer, quantized; its current contents are quantized now.
 
     Raises: CompressError for a kind of cache that cannot hold codes.
     """
@@ -89,7 +89,7 @@ def coded(layer: Any, keys: Coding, values: Coding) -> Any:
     if kind is None:
         raise CompressError(
             "kv_cache.layer",
-            f"this model stores its keys and values as codes, which a {type(layer).__name__} cannot hold",
+            f"this model quantizes its KV cache, which a {type(layer).__name__} does not support",
             where="the cache that was passed, or `cache_implementation`",
             fix='use the default cache (`cache_implementation="dynamic"`)',
         )
@@ -121,11 +121,11 @@ class _CodingCache:
 
 @MODULES.register("coded_cache")
 class CodedAttention(Wrapper):
-    """An attention module that stores its keys and values as codes in whatever cache it is handed.
+    """An attention module that stores its keys and values quantized in any cache it is given.
 
-    Without a cache it stores them in one of its own that ends with the call, so that a forward over a whole text and
-    a cached decode compute the same. `argument` is the name under which the module inside takes the cache; `heads`
-    and `widths` are those of keys and of values.
+    Without a cache it uses one of its own for the call, so that a forward pass over a whole text and cached decoding
+    compute the same. `argument` is the name of the inner module's cache argument; `heads` and `widths` are those of
+    keys and of values.
     """
 
     key_scale: Tensor | None
@@ -152,7 +152,7 @@ class CodedAttention(Wrapper):
         if self.argument not in names and not any(each.kind is each.VAR_KEYWORD for each in parameters):
             raise CompressError(
                 "kv_cache.argument",
-                f"{type(replaced).__name__} takes no {self.argument!r} in this version of transformers",
+                f"{type(replaced).__name__} has no argument {self.argument!r} in this version of transformers",
                 fix="load it with the version of transformers in its llmcompress_report.json",
             )
         self._position = names.index(self.argument) if self.argument in names else len(names)
@@ -175,7 +175,7 @@ class CodedAttention(Wrapper):
 
     @property
     def bytes_per_token(self) -> int:
-        """What one token takes in the cache."""
+        """Bytes of one token in the cache."""
         return self.cache_bytes_per_token(self.spec())
 
     @classmethod
@@ -218,5 +218,5 @@ def cache_bytes_of(module: nn.Module) -> int:
 
 
 def coded_attentions(model: nn.Module) -> dict[str, CodedAttention]:
-    """Full name → every attention that caches codes."""
+    """Full name → every attention with a quantized KV cache."""
     return {name: part for name, part in model.named_modules() if isinstance(part, CodedAttention)}

@@ -1,4 +1,4 @@
-"""Which codes a target can hold, as data that quantizers and exporters read alike. I = inputs."""
+"""Which quantized tensors a target supports, as data for quantizers and exporters. I = inputs."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from llmcompress.modules.scheme import Scheme
 
 @dataclass(frozen=True)
 class TargetLimits:
-    """What a format or a runtime asks of codes and scales; with the defaults it takes whatever there is.
+    """What a format or a runtime requires of codes and scales; the defaults require nothing.
 
-    A quantizer respects `positive_scales` by itself when the recipe names the target (`passes/quantization/aim.py`).
-    The other limits are for the recipe's author to decide: a scheme that breaks one is refused, and the nearest scheme
-    that does not is named.
+    A quantizer respects `positive_scales` by itself if the recipe names the target
+    (`passes/quantization/target_limits.py`). The other limits are decisions of the recipe's author: a scheme that
+    violates one is refused, and the nearest valid scheme is suggested.
     """
 
     positive_scales: bool = False
-    """Scales below zero are not understood."""
+    """Negative scales are not supported."""
     scale_dtypes: frozenset[torch.dtype] | None = None
-    """Of scales in the checkpoint's dtype."""
+    """Supported dtypes of scales."""
     bits: frozenset[int] | None = None
-    """Of a code."""
+    """Supported bit widths."""
     groups: frozenset[int] | None = None
-    """How many inputs may share a scale, where that is not the whole row."""
+    """Supported group sizes, other than the whole row."""
     whole_rows: bool = True
     """A row may be one group."""
     ragged_groups: bool = True
@@ -46,27 +46,27 @@ class TargetLimits:
         """
         grid, group = scheme.weights, group_of(scheme, inputs)
         if self.integers_only and grid.number is not None:
-            return f"it holds integers only, and {scheme.name} is made of floats"
+            return f"it supports only integers, and {scheme.name} uses floats"
         if self.bits is not None and grid.bits not in self.bits:
-            return f"it holds no codes of {grid.bits} bits"
+            return f"it does not support {grid.bits}-bit codes"
         if self.symmetric_only and not grid.symmetric:
-            return "it holds no zero points"
+            return "it does not support zero points"
         if self.positive_scales and grid.mirrors:
-            return "it holds no negative scales"
+            return "it does not support negative scales"
         if group is None and not self.whole_rows:
-            return "it holds no scale of a whole row"
+            return "it does not support one scale per row"
         if group is not None and self.groups is not None and group not in self.groups:
-            return f"it holds no groups of {group}"
+            return f"it does not support groups of {group}"
         if group is not None and not self.ragged_groups and inputs % group:
-            return f"{inputs} inputs do not divide into groups of {group}, and it has no shorter last group"
+            return f"{inputs} inputs do not divide into groups of {group}, and it does not support a shorter last group"
         if not self.rounded_inputs and scheme.activations:
-            return "it rounds no activations"
+            return "it does not support quantized activations"
         if self.scale_dtypes is not None and grid.scales.bits is None and scale_dtype not in (None, *self.scale_dtypes):
-            return f"it holds no scales in {str(scale_dtype).removeprefix('torch.')}"
+            return f"it does not support scales in {str(scale_dtype).removeprefix('torch.')}"
         return None
 
     def nearest(self, scheme: Scheme, inputs: int) -> Scheme | None:
-        """The scheme most like this one that can be held; None where only another kind of number could be.
+        """The most similar supported scheme; None if only another kind of number is supported.
 
         Zero points and rounded activations are given up last, and rather more bits are taken than fewer.
         """
@@ -93,6 +93,6 @@ class TargetLimits:
 
 
 def group_of(scheme: Scheme, inputs: int) -> int | None:
-    """Inputs that share a scale; None where the whole row does, because it is no longer than a group."""
+    """Inputs that share a scale; None if the whole row does."""
     group = scheme.weights.group
     return group if group is not None and group <= inputs else None

@@ -1,4 +1,4 @@
-"""A linear test that foretells something small and positive of a token from its state. D = hidden size."""
+"""A linear predictor of a small positive quantity from a token's hidden state. D = hidden size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing_extensions import override
 
 
 class LinearPredictor(nn.Module):
-    """exp(state of unit mean square · `weight_D` + `bias`): above 0 whatever the state."""
+    """exp(state of unit mean square · `weight_D` + `bias`): always above 0."""
 
     def __init__(self, weight_D: Tensor, bias: float) -> None:
         super().__init__()
@@ -18,7 +18,7 @@ class LinearPredictor(nn.Module):
         self.bias = bias
 
     def spec(self) -> dict[str, Any]:
-        """JSON data that, with the state dict, makes it again."""
+        """JSON data that, with the state dict, rebuilds it."""
         return {"width": len(self.weight_D), "bias": self.bias}
 
     @classmethod
@@ -28,7 +28,7 @@ class LinearPredictor(nn.Module):
 
     @override
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        """What is foretold of every token."""
+        """The prediction for every token."""
         return (unit_mean_square(hidden_BTD) @ self.weight_D.float() + self.bias).exp()
 
 

@@ -1,4 +1,4 @@
-"""A linear as two thinner ones, and the parts of which factored linears are made. O = outputs, I = inputs, R = rank."""
+"""A linear as two factors, and helpers for factored linears. O = outputs, I = inputs, R = rank."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from llmcompress.modules.base import MODULES, CompressedModule, Spec, TrainableT
 from llmcompress.modules.expression import Chain, Expression
 from llmcompress.modules.expression_leaves import Dense
 from llmcompress.modules.trainable import TwinOfParts
-from llmcompress.modules.wanted import Wanted
+from llmcompress.modules.trainable_roles import TrainableRoles
 
 _STOCK = "linear"
 
 
 @MODULES.register("low_rank")
 class LowRankLinear(CompressedModule):
-    """`left(right(x))`: `right` maps I to R without bias, `left` maps R to O and holds the bias.
+    """`left(right(x))`: `right` maps I to R without bias, `left` maps R to O and has the bias.
 
     Both are ordinary linears at first, which later passes find, measure and may quantize.
     """
@@ -77,8 +77,8 @@ class LowRankLinear(CompressedModule):
         return f"{self.in_features} → {self.rank} → {self.out_features}"
 
     @override
-    def trainable(self, wanted: Wanted) -> TrainableTwin:
-        return TwinOfParts(self, wanted.counting("factors"))
+    def trainable(self, wanted: TrainableRoles) -> TrainableTwin:
+        return TwinOfParts(self, wanted.with_matrices_as("factors"))
 
 
 def linear_of(weight_OI: Tensor, bias_O: Tensor | None) -> nn.Linear:
@@ -152,7 +152,7 @@ def _order_by_column(left: nn.Module) -> None:
 
 
 def _empty(outputs: int, inputs: int, *, bias: bool, dtype: torch.dtype, device: torch.device) -> nn.Linear:
-    """Without the random start of an ordinary one: that would move the generator of whoever loads a model."""
+    """Without the random initialization of an ordinary one, which would advance the caller's random generator."""
     linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
         nn.Linear, inputs, outputs, bias=bias, dtype=dtype, device=device
     )

@@ -1,6 +1,6 @@
-"""What makes a compressed model differ from the stock model of its config, as plain data; and how to make it so.
+"""The manifest: how a compressed model differs from the stock model of its config, as plain data; and how to apply it.
 
-Nothing is recorded while passes work: the differences are found by comparing modules.
+Passes do not record anything: the differences are found by comparing modules.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CONFIG = "config."
 
 @dataclass(frozen=True)
 class Manifest:
-    """All names are full module or parameter names; inner modules of a wrapper stand below `<name>.inner`."""
+    """All names are full module or parameter names; modules inside a wrapper are under `<name>.inner`."""
 
     modules: dict[str, Spec] = field(default_factory=dict)
     """Replaced modules, in the order in which they must be put in place."""
@@ -39,7 +39,7 @@ class Manifest:
 
     @property
     def needs_plugin(self) -> bool:
-        """Whether more differs than modules of stock size for which a stock format has words."""
+        """Whether it contains more than modules of stock size that a stock format can represent."""
         return bool(self.shapes or self.attributes or self.reshaped) or not all(
             MODULES[spec["type"]].has_stock_format for spec in self.modules.values()
         )
@@ -75,9 +75,9 @@ def _compare(live: nn.Module, stock: nn.Module, name: str, found: Manifest) -> N
     if type(live) is not type(stock):
         raise CompressError(
             "manifest.unknown-module",
-            f"a {type(stock).__name__} was replaced by a {type(live).__name__}, which cannot be described",
+            f"a {type(stock).__name__} was replaced by a {type(live).__name__}, which cannot be saved",
             where=name,
-            fix="replace modules by registered CompressedModules only",
+            fix="replace modules only with registered CompressedModules",
         )
     for leaf, parameter in live.named_parameters(recurse=False):
         before = stock._parameters.get(leaf)
@@ -90,18 +90,18 @@ def _compare(live: nn.Module, stock: nn.Module, name: str, found: Manifest) -> N
     if lost:
         raise CompressError(
             "manifest.unknown-module",
-            "a module of the stock model is not there",
+            "a module of the stock model is missing",
             where=_join(name, lost[0]),
-            fix="replace modules by registered CompressedModules only",
+            fix="replace modules only with registered CompressedModules",
         )
     for leaf, child in live.named_children():
         there = stock._modules.get(leaf)
         if there is None:
             raise CompressError(
                 "manifest.unknown-module",
-                f"there is a {type(child).__name__} that the stock model does not have",
+                f"the stock model has no such {type(child).__name__}",
                 where=_join(name, leaf),
-                fix="replace modules by registered CompressedModules only",
+                fix="replace modules only with registered CompressedModules",
             )
         _compare(child, there, _join(name, leaf), found)
 
@@ -173,7 +173,7 @@ def _module(root: nn.Module, name: str) -> nn.Module:
     except AttributeError:
         raise CompressError(
             "manifest.no-such-module",
-            "the manifest names a module that this version of transformers does not build",
+            "the manifest names a module that this version of transformers does not have",
             where=name,
             fix="load it with the version of transformers in its llmcompress_report.json",
         ) from None

@@ -1,4 +1,4 @@
-"""What a module notes about itself in plain data, as far as it says what the module is."""
+"""Attributes of a module that are plain data and describe what the module is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one module reads in place of its model's config: the same, but for some numbers of its own."""
+"""A view of the model's config for one module, with some numbers of its own."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any, Self
 
 
 class PrivateConfig:
-    """Answers with its own attributes, and for all others with those of the shared config as it is at that moment.
+    """Returns its own attributes, and for all others those of the shared config.
 
-    Not a copy: `set_attn_implementation` and whatever else changes the shared config later must reach the module too.
+    Not a copy: later changes of the shared config, such as `set_attn_implementation`, must reach the module too.
     """
 
     def __init__(self, shared: Any) -> None:

@@ -1,4 +1,4 @@
-"""Embeddings whose table is codes and scales, and heads that read the same table. V = entries, D = width."""
+"""Quantized embeddings, and output heads that share their table. V = entries, D = width."""
 
 from __future__ import annotations
 

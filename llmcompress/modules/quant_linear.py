@@ -1,4 +1,4 @@
-"""A linear whose weight is codes and scales: runs exactly what will be shipped. O = outputs, I = inputs."""
+"""A quantized linear: computes exactly what the saved model computes. O = outputs, I = inputs."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from llmcompress.numerics.quantized import QuantizedTensor
 class QuantLinear(CodedModule):
     """Replaces `nn.Linear` (or Conv1D): `codes_OI` int8, `scale_OG`, `zero_OG` int8 (asymmetric), optional bias.
 
-    `input_scale` exists for activations that calibration measured. Buffers follow `.to(dtype)`: scales hold values of
-    the checkpoint's dtype, so casting the module there and back loses nothing. The float32 that two-level scales share
-    (`shared_scale`, and `input_scale` of such activations) would: its bits are kept as int32.
+    `input_scale` exists for calibrated activations. Buffers follow `.to(dtype)`: scales have values of the checkpoint's
+    dtype, so casting the module there and back loses nothing. The float32 number shared by two-level scales
+    (`shared_scale`, and `input_scale` of such activations) would lose precision: its bits are stored as int32.
     """
 
     has_stock_format: ClassVar[bool] = True
@@ -100,7 +100,7 @@ class QuantLinear(CodedModule):
 
     @property
     def quantized(self) -> QuantizedTensor:
-        """Codes, scales and zero points together."""
+        """Codes, scales and zero points."""
         shared = None if self.shared_scale is None else from_bits(self.shared_scale)
         return QuantizedTensor(self.codes_OI, self.scale_OG, self.zero_OG, shared, self.scheme.weights)
 

@@ -1,8 +1,8 @@
-"""A block whose residual stream changes its basis on every skip: segments inside, shortcut matrices at the ends.
+"""A block whose residual stream changes basis on every skip connection: segments inside, shortcut matrices at the ends.
 
-The block's own forward only ever adds to its input. So the wrapper gives it the stream several times side by side: in
-every segment, the stream in the basis that belongs there. Norms read one segment, what they feed adds to the next, and
-no line of the block's code knows.
+The block's own forward only adds to its input. The wrapper therefore passes the stream several times side by side: each
+segment has the stream in its own basis. Norms read one segment, what they feed is added to the next, and the block's
+code does not change.
 """
 
 from __future__ import annotations
@@ -111,11 +111,11 @@ def place_segment(module: nn.Module, before: int, after: int) -> None:
 
 @MODULES.register("shortcuts")
 class ShortcutBlock(Wrapper):
-    """A block with its residual stream in another basis after every addition.
+    """A block with a new basis of its residual stream after every addition.
 
-    Segments: the stream as it enters; then, for every addition, the stream in the basis it has from there on. The
-    first shortcut brings the input into segment 1 before the block runs, the second brings segment 1 into the basis of
-    segment 2 afterwards; a block that adds only once (attention and FFN side by side) has no second.
+    Segments: the stream as it enters; then, after every addition, the stream in its new basis. The first shortcut maps
+    the input to segment 1 before the block runs, the second maps segment 1 to the basis of segment 2 afterwards; a
+    block with a single addition (parallel attention and FFN) has no second one.
     """
 
     def __init__(self, widths: tuple[int, ...], dtype: torch.dtype) -> None:

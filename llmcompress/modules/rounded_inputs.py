@@ -1,6 +1,6 @@
-"""Activations rounded on their way into a linear, with the arithmetic of compressed-tensors.
+"""Quantizes activations before a linear, with the arithmetic of compressed-tensors.
 
-So a model loaded by stock transformers gives the logits measured here. N = inputs that share a scale.
+A model loaded by stock transformers therefore gives the logits measured here. N = inputs that share a scale.
 """
 
 from __future__ import annotations

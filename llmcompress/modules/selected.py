@@ -1,6 +1,6 @@
 """Linears that compute only some of their rows, or read only some of their columns. O = outputs, I = inputs, K = kept.
 
-What surrounds them keeps its shapes: attention code, rotary tables and caches stay stock, and see zeros.
+The code around them keeps its shapes: attention, rotary tables and caches stay stock and see zeros.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llmcompress.modules.expression import Expression, InputTransform, OutputPla
 from llmcompress.modules.input_transforms import Selection
 from llmcompress.modules.low_rank import linear_of, part_bias, part_expression, part_from_spec, part_shape, part_spec
 from llmcompress.modules.trainable import TwinOfParts
-from llmcompress.modules.wanted import Wanted
+from llmcompress.modules.trainable_roles import TrainableRoles
 
 
 class _Selected(CompressedModule):
@@ -40,7 +40,7 @@ class _Selected(CompressedModule):
         return f"{self.in_features} → {self.out_features}, {len(self.index_K)} of {self.full} kept"
 
     @override
-    def trainable(self, wanted: Wanted) -> TrainableTwin:
+    def trainable(self, wanted: TrainableRoles) -> TrainableTwin:
         return TwinOfParts(self, wanted)
 
 

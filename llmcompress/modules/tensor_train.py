@@ -1,4 +1,4 @@
-"""Linears, embeddings and heads held as tensor trains. O = outputs, I = inputs, V = entries, D = width, R = bonds."""
+"""Linears, embeddings and output heads as tensor trains. O = outputs, I = inputs, V = entries, D = width, R = bonds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llmcompress.modules.base import MODULES, CompressedModule, Spec, TrainableT
 from llmcompress.modules.expression import Expression, Gather
 from llmcompress.modules.expression_leaves import Contraction
 from llmcompress.modules.trainable import TwinOfParts
-from llmcompress.modules.wanted import Wanted
+from llmcompress.modules.trainable_roles import TrainableRoles
 from llmcompress.numerics.tensor_train import compose, tensor_to_matrix
 
 
@@ -105,8 +105,8 @@ class TensorTrainLinear(CompressedModule):
         return f"{self.inputs} → {self.outputs}, ranks {self.ranks}"
 
     @override
-    def trainable(self, wanted: Wanted) -> TrainableTwin:
-        return TwinOfParts(self, wanted.counting("factors"))
+    def trainable(self, wanted: TrainableRoles) -> TrainableTwin:
+        return TwinOfParts(self, wanted.with_matrices_as("factors"))
 
 
 class _Rows(CompressedModule):
@@ -141,8 +141,8 @@ class _Rows(CompressedModule):
         return f"{self.out_features} × {self.axes}, ranks {self.ranks}"
 
     @override
-    def trainable(self, wanted: Wanted) -> TrainableTwin:
-        return TwinOfParts(self, wanted.counting("factors"))
+    def trainable(self, wanted: TrainableRoles) -> TrainableTwin:
+        return TwinOfParts(self, wanted.with_matrices_as("factors"))
 
 
 @MODULES.register("tensor_train_embedding")

@@ -1,4 +1,4 @@
-"""Trainable twins of modules that are made of ordinary tensors, or of parts that have twins themselves."""
+"""Trainable twins of modules that consist of ordinary tensors, or of parts with twins."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from llmcompress.modules.base import CompressedModule, TrainableTwin
-from llmcompress.modules.wanted import Role, Wanted
+from llmcompress.modules.trainable_roles import Role, TrainableRoles
 
 
 class TwinOfParts(TrainableTwin):
-    """Runs the module's own code on parameters of its own; what is compressed inside is replaced by its twin.
+    """Runs the module's own code with its own parameters; compressed parts are replaced by their twins.
 
-    `roles` says what the matrices of single children count as; all others count as the caller says. Children in
-    `frozen` stay what they are.
+    `roles` gives the role of the matrices of individual children; the others have the caller's role. Children in
+    `frozen` do not change.
     """
 
     def __init__(
         self,
         module: CompressedModule,
-        wanted: Wanted,
+        wanted: TrainableRoles,
         *,
         roles: Mapping[str, Role] | None = None,
         frozen: Collection[str] = (),
@@ -32,7 +32,7 @@ class TwinOfParts(TrainableTwin):
         self.form = sharing_tensors(module)
         self._required = {name: each.requires_grad for name, each in module.named_parameters()}
         for name, part in self.form.named_children():
-            here = wanted.counting((roles or {}).get(name, wanted.matrices))
+            here = wanted.with_matrices_as((roles or {}).get(name, wanted.matrices))
             if name in frozen:
                 continue
             if isinstance(part, CompressedModule):
@@ -41,7 +41,7 @@ class TwinOfParts(TrainableTwin):
                 self._take(f"{name}.", part, here)
         self._take("", self.form, wanted, recurse=False)
 
-    def _take(self, prefix: str, owner: nn.Module, wanted: Wanted, *, recurse: bool = True) -> None:
+    def _take(self, prefix: str, owner: nn.Module, wanted: TrainableRoles, *, recurse: bool = True) -> None:
         """Give the module parameters of its own, those that are wanted with gradients."""
         for name, first in list(owner.named_parameters(recurse=recurse)):
             role: Role = "biases" if name.rpartition(".")[2] == "bias" else wanted.matrices

@@ -1,4 +1,4 @@
-"""The trainable twin of a module made of codes and scales. O = outputs, I = inputs, G = groups of inputs."""
+"""The trainable twin of a quantized module. O = outputs, I = inputs, G = groups of inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from llmcompress.modules.base import CompressedModule, TrainableTwin
-from llmcompress.modules.wanted import Role, Wanted
+from llmcompress.modules.trainable_roles import Role, TrainableRoles
 from llmcompress.numerics.fake_quant import (
     fake_quantized,
     gradient_times,
@@ -34,7 +34,7 @@ class CodedModule(CompressedModule):
     @property
     @abstractmethod
     def quantized(self) -> QuantizedTensor:
-        """Codes, scales and zero points together."""
+        """Codes, scales and zero points."""
 
     @abstractmethod
     def with_codes(self, tensor: QuantizedTensor, bias_O: Tensor | None) -> Self:
@@ -45,22 +45,22 @@ class CodedModule(CompressedModule):
         """Its forward with that matrix."""
 
     @override
-    def trainable(self, wanted: Wanted) -> TrainableTwin:
+    def trainable(self, wanted: TrainableRoles) -> TrainableTwin:
         return TwinOfCodes(self, wanted)
 
 
 class TwinOfCodes(TrainableTwin):
-    """Rounds its weights to codes in every forward, with gradients for weights, scales and zero points.
+    """Quantizes its weights in every forward pass, with gradients for weights, scales and zero points.
 
-    Weights begin at what the codes stand for. Without `weights` among what is wanted the codes stay what they are.
-    Fixed scales of inputs are not trained; what lies beyond them passes its gradient on.
+    Weights start at the dequantized values. If `weights` are not trained, the codes do not change. Static activation
+    scales are not trained; inputs beyond them pass their gradient on.
 
-    Source: Esser et al., arXiv 1902.08153 (weights and scales); Chen et al., arXiv 2407.11062 (scales alone).
+    Source: Esser et al., arXiv 1902.08153 (weights and scales); Chen et al., arXiv 2407.11062 (scales only).
     """
 
     bias: nn.Parameter | None
 
-    def __init__(self, module: CodedModule, wanted: Wanted) -> None:
+    def __init__(self, module: CodedModule, wanted: TrainableRoles) -> None:
         super().__init__(module)
         self._of = (module,)  # in a tuple: its numbers are no part of what is trained
         codes_OI, fitted = module.codes_OI, module.quantized.fitted
@@ -83,7 +83,7 @@ class TwinOfCodes(TrainableTwin):
         self.register_buffer("first_scale_OG", first.scale_OG, persistent=False)
         self.register_buffer("shared", first.shared, persistent=False)
 
-    def _own(self, name: str, first: Tensor, role: Role, wanted: Wanted) -> None:
+    def _own(self, name: str, first: Tensor, role: Role, wanted: TrainableRoles) -> None:
         self.register_parameter(name, nn.Parameter(first.detach().clone(), requires_grad=role in wanted))
         if role in wanted:
             self.roles[name] = role
@@ -145,5 +145,5 @@ class TwinOfCodes(TrainableTwin):
 
     @override
     def forward(self, x: Any) -> Any:
-        """What the settled module would compute."""
+        """What the quantized module would compute."""
         return self._of[0].computed(x, self.dense_weight(), self.bias)

@@ -1,4 +1,4 @@
-"""What happens to an input before a linear reads it: a Hadamard transform, or rounding by clusters."""
+"""Linears with a transformed input: a Hadamard transform, or quantization by clusters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmcompress.modules.expression import Expression, InputTransform
 from llmcompress.modules.input_transforms import FixedRounding, Hadamard, InputChange, Selection
 from llmcompress.modules.low_rank import part_bias, part_expression, part_from_spec, part_shape, part_spec
 from llmcompress.modules.trainable import TwinOfParts
-from llmcompress.modules.wanted import Wanted
+from llmcompress.modules.trainable_roles import TrainableRoles
 
 
 class TransformedInput(CompressedModule):
@@ -58,7 +58,7 @@ class TransformedInput(CompressedModule):
         return made
 
     @override
-    def trainable(self, wanted: Wanted) -> TrainableTwin:
+    def trainable(self, wanted: TrainableRoles) -> TrainableTwin:
         return TwinOfParts(self, wanted)
 
 

@@ -12,17 +12,17 @@ from llmcompress.modules.base import MODULES, CompressedModule, Spec, TrainableT
 from llmcompress.modules.expression import Expression
 from llmcompress.modules.expression_leaves import Contraction
 from llmcompress.modules.trainable import TwinOfParts
-from llmcompress.modules.wanted import Wanted
+from llmcompress.modules.trainable_roles import TrainableRoles
 
 Split = Literal["rows", "columns"]
 
 
 @MODULES.register("tucker")
 class TuckerLinear(CompressedModule):
-    """All heads share one factor for their rows and one for the inputs; the core says how they combine.
+    """All heads share one factor for their rows and one for the inputs, combined by the core.
 
-    `split` says on which side of the matrix the heads stand: `rows` (queries, keys, values: the outputs are H·R) or
-    `columns` (what reads the heads: the inputs are H·R and the third axis are the outputs).
+    `split` says on which side of the matrix the heads are: `rows` (queries, keys, values: the outputs are H·R) or
+    `columns` (the output projection: the inputs are H·R and the third axis are the outputs).
     """
 
     def __init__(
@@ -91,5 +91,5 @@ class TuckerLinear(CompressedModule):
         return f"{self.in_features} → {self.out_features}, ranks {tuple(self.core_hri.shape)} of {self.spec()['shape']}"
 
     @override
-    def trainable(self, wanted: Wanted) -> TrainableTwin:
-        return TwinOfParts(self, wanted.counting("factors"))
+    def trainable(self, wanted: TrainableRoles) -> TrainableTwin:
+        return TwinOfParts(self, wanted.with_matrices_as("factors"))

@@ -1,4 +1,4 @@
-"""A module that adds something to a stock module and keeps that module, whole, inside."""
+"""A module that wraps a stock module and keeps it intact inside."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from llmcompress.modules.base import CompressedModule
 
 
 class Wrapper(CompressedModule):
-    """Stands around `inner`, the module that stood there before; `spec` describes only what is added.
+    """Wraps `inner`, the original module; `spec` describes only what is added.
 
     Manifests record the wrapper and, separately, how `inner` differs from stock, under `<name>.inner`. Built by
-    `from_spec` it is empty until `take` gives it the module. It answers for the attributes of `inner`: model code reads
-    such things as `layer.attention_type` from outside.
+    `from_spec` it is empty until `take` gives it the module. It forwards the attributes of `inner`, because model code
+    reads attributes such as `layer.attention_type`.
     """
 
     wraps_original: ClassVar[bool] = True

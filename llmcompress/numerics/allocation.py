@@ -1,4 +1,4 @@
-"""One budget shared out among many items, each of which has a few options of known size and loss."""
+"""Allocates one budget among many items, each with a few options of known size and loss."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def spend(options: Sequence[Sequence[Option]], budget: int) -> list[int]:
     left = budget - sum(each[0].size for each in options)
     if left < 0:
         raise ValueError(f"the least options need {budget - left}, the budget is {budget}")
-    steps = [(item, *step) for item, each in enumerate(options) for step in pairwise(corners(each))]
+    steps = [(item, *step) for item, each in enumerate(options) for step in pairwise(lower_convex_hull(each))]
     for item, before, after in sorted(steps, key=lambda step: _gain(options[step[0]], *step[1:]), reverse=True):
         size = options[item][after].size - options[item][before].size
         if chosen[item] == before and size <= left:
@@ -89,7 +89,7 @@ def spend(options: Sequence[Sequence[Option]], budget: int) -> list[int]:
         chosen[item] = index
 
 
-def corners(points: Sequence[tuple[float, float]]) -> list[int]:
+def lower_convex_hull(points: Sequence[tuple[float, float]]) -> list[int]:
     """Which points (in order of their first number) are corners of the convex curve below them all."""
     found: list[int] = []
     for index, point in enumerate(points):

@@ -1,4 +1,4 @@
-"""Orthonormal bases: principal directions, random ones, frames without a mean. D = width, K = kept, T = tokens."""
+"""Orthonormal bases: principal directions, random ones, zero-mean frames. D = width, K = kept, T = tokens."""
 
 from __future__ import annotations
 

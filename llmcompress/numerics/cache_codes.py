@@ -1,4 +1,4 @@
-"""Keys and values as one byte a number, each vector with its scale behind it or with a fixed one.
+"""Quantizes keys and values to one byte per number, with a scale stored after each vector or a fixed one.
 
 A cached vector is one key or one value of one head and one token; all functions work along the last axis.
 """

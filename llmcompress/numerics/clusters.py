@@ -1,4 +1,4 @@
-"""Channels with like ranges put together, so that each lot has a grid of its own. I = channels, K = clusters."""
+"""Clusters channels with similar ranges, so that each cluster has its own grid. I = channels, K = clusters."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def _cheapest_cut(points_N2: Tensor) -> tuple[int, float]:
 
 
 def _lloyd(points_I2: Tensor, member_I: Tensor) -> Tensor:
-    """K-means from these clusters on; a cluster that loses all its channels is gone."""
+    """K-means starting from these clusters; a cluster that loses all its channels is removed."""
     for _ in range(_ROUNDS):
         count = int(member_I.max()) + 1
         sums_K2 = points_I2.new_zeros(count, 2).index_add(0, member_I, points_I2)

@@ -1,4 +1,4 @@
-"""A codebook for every column of a weight. O = outputs, C = columns, L = levels, I = inputs, N = weights kept aside."""
+"""A codebook for every column of a weight. O = outputs, C = columns, L = levels, I = inputs, N = outliers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def level_values(codes_CO: Tensor, levels_CL: Tensor) -> Tensor:
 def outliers(weight_OI: Tensor, squares_I: Tensor | None, share: float) -> Tensor:
     """Flat indices, rising, of two small sets of weights: those with the largest effect on outputs, and the largest.
 
-    Each set has that share of all weights; the second is taken from what the first leaves. `squares_I` are sums of
+    Each set has that fraction of the weights; the second is taken from what the first leaves. `squares_I` are sums of
     squared inputs; None: only magnitudes are known, and both sets come from them.
 
     Source: Chen et al., arXiv 2410.13056 (CMPQ): one set driven by activations, one by weights.

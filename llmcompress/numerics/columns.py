@@ -1,7 +1,7 @@
-"""Treat the columns of a weight one by one, each error repaired by the columns still to come.
+"""The column sweep: treats the columns of a weight one by one and compensates each error in the remaining columns.
 
-GPTQ and SparseGPT share this sweep; they differ only in what happens to a column. O = outputs, I = inputs,
-B = columns of one lazy block. Float32 or float64, as the inputs are.
+GPTQ and SparseGPT share this sweep; they differ only in what they do to a column. O = outputs, I = inputs, B = columns
+of one lazy block. Float32 or float64, as the inputs are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.numerics.grid import Grid
-from llmcompress.numerics.masks import Pattern, due, lowest, lowest_of
+from llmcompress.numerics.masks import Pattern, count_of_zeros, lowest, lowest_of
 from llmcompress.numerics.ranges import RangeSearch, fit
 
 MOST_DAMPING = 10.0
@@ -50,7 +50,7 @@ def inverse_factor(gram_II: Tensor, damping: float, order_I: Tensor | None = Non
         order_I = torch.arange(len(gram_II), device=gram_II.device)
     reverse_I = order_I.flip(0)
     while damping <= MOST_DAMPING:
-        # these matrices are the largest there are: no more than two are alive beside the given one
+        # these are the largest matrices: no more than two are alive besides the given one
         damped_II = gram_II[reverse_I[:, None], reverse_I]
         damped_II.diagonal().add_(damping * mean)
         lower_II, failed = torch.linalg.cholesky_ex(damped_II)
@@ -150,6 +150,10 @@ class RoundToGrid:
         self.every = grid.group if grid.group is not None and order_I is None else 0
         self._grid, self._scale_dtype, self._search, self._gram_II = grid, scale_dtype, search, gram_II
         self._row_grid = replace(grid, group=None)
+        # the sweep makes thousands of small steps: scales of a group lie side by side, rows are cut out once
+        self._scale_GO = self.fitted.scale_OG.T.expand(-1, len(weight_OI)).contiguous()
+        self._zero_GO = self.fitted.zero_OG.T.expand(-1, len(weight_OI)).contiguous()
+        self._code_rows = self.codes_IO.unbind()
 
     def begin(self, column: int, ahead_BO: Tensor) -> None:
         """At a group's first column: fit its scales again, now that earlier errors have been repaired."""
@@ -166,19 +170,24 @@ class RoundToGrid:
         )
         self.fitted.scale_OG[:, group] = again.scale_OG[:, 0]
         self.fitted.zero_OG[:, group] = again.zero_OG[:, 0]
+        self._scale_GO[group], self._zero_GO[group] = again.scale_OG[:, 0], again.zero_OG[:, 0]
 
     def __call__(self, column: int, weight_O: Tensor) -> Tensor:
         """Nearest grid values of one column."""
         true = self._order[column]
         group = 0 if self._grid.group is None else true // self._grid.group
-        scale_O, zero_O = self.fitted.scale_OG[:, group], self.fitted.zero_OG[:, group]
-        number = self._grid.number
+        scale_O, number = self._scale_GO[group], self._grid.number
+        scaled_O = weight_O / scale_O
         if number is not None:
-            self.codes_IO[true] = floats_O = number.encode(weight_O / scale_O)
+            floats_O = number.encode(scaled_O)
+            self._code_rows[true].copy_(floats_O)
             return number.decode(floats_O, weight_O.dtype) * scale_O
-        codes_O = (weight_O / scale_O + zero_O).round_().clamp_(self._grid.low, self._grid.high)
-        self.codes_IO[true] = codes_O.to(torch.int8)
-        return (codes_O - zero_O) * scale_O
+        if self._grid.symmetric:
+            self._code_rows[true].copy_(scaled_O.round_().clamp_(self._grid.low, self._grid.high))
+            return scaled_O.mul_(scale_O)
+        zero_O = self._zero_GO[group]
+        self._code_rows[true].copy_(scaled_O.add_(zero_O).round_().clamp_(self._grid.low, self._grid.high))
+        return scaled_O.sub_(zero_O).mul_(scale_O)
 
 
 class DropWeights:
@@ -190,6 +199,7 @@ class DropWeights:
 
     def __init__(self, zero_IO: Tensor, then: ColumnTreatment | None = None) -> None:
         self.zero_IO, self._then = zero_IO, then
+        self._zero_rows = zero_IO.unbind()
         self.every = then.every if then else 0
 
     def begin(self, column: int, ahead_BO: Tensor) -> None:
@@ -200,7 +210,7 @@ class DropWeights:
 
     def __call__(self, column: int, weight_O: Tensor) -> Tensor:
         """Zeros where weights are dropped; a grid holds zero exactly, so rounding keeps them."""
-        kept_O = weight_O.masked_fill(self.zero_IO[column], 0.0)
+        kept_O = weight_O.masked_fill(self._zero_rows[column], 0.0)
         return self._then(column, kept_O) if self._then else kept_O
 
 
@@ -243,7 +253,10 @@ class DropLowest(DropWeights):
         if self._pattern:
             return torch.stack(lowest_of(score_SO.unbind(0), self._pattern.zeros))
         outputs = score_SO.shape[1]
-        return lowest(score_SO, due(self._share, outputs * here.stop) - due(self._share, outputs * here.start))
+        return lowest(
+            score_SO,
+            count_of_zeros(self._share, outputs * here.stop) - count_of_zeros(self._share, outputs * here.start),
+        )
 
 
 def block_length(group: int | None, wanted: int) -> int:

@@ -1,7 +1,7 @@
-"""How few bits codes could take without loss: Shannon's bound, and Huffman's code, which comes within one bit of it.
+"""Lossless size of codes: Shannon's bound, and Huffman's code, which is within one bit of it.
 
-Source: Huffman, Proc. IRE 1952; for compressed models Han et al. (Deep Compression), arXiv 1510.00149. A figure for
-reports: nothing here is stored that way, since no runtime computes with a stream of variable length.
+Source: Huffman, Proc. IRE 1952; for compressed models Han et al. (Deep Compression), arXiv 1510.00149. Only reported:
+nothing is stored this way, since no runtime computes with variable-length codes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Rounding that gradients pass: straight-through estimators, learned step sizes and zero points.
+"""Fake quantization with gradients: straight-through estimators, learned step sizes and zero points.
 
-O = outputs, I = inputs, G = groups of inputs, N = group length. Values are those of `numerics/grid.py`, bit for bit;
-only gradients are made up, because rounding has none.
+O = outputs, I = inputs, G = groups of inputs, N = group length. Values equal those of `numerics/grid.py` bit for bit;
+only gradients are approximated, because rounding has none.
 """
 
 from __future__ import annotations

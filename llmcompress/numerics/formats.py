@@ -1,6 +1,6 @@
-"""Numbers that are no integers: which values a code can stand for, and what a group's scale may be.
+"""Number formats other than integers: the values of their codes, and the kinds of scales.
 
-A code is an int8: the bit pattern of an 8-bit float, or the place in a table of sixteen values.
+A code is an int8: the bit pattern of an 8-bit float, or an index into a table of sixteen values.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Gates that training can close: hard concrete, a soft cut through a ranking, and what holds them to a budget.
+"""Gates that training can close: hard concrete, a soft cut through a ranking, and their budget penalties.
 
-U = units of one group. A gate multiplies what a unit gives out; 1 is open, 0 is closed.
+U = units of one group. A gate multiplies a unit's output; 1 is open, 0 is closed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def open_probability(openness_U: Tensor) -> Tensor:
 def cut_through_ranking(importance_U: Tensor, kept: Tensor, softness: float) -> Tensor:
     """Gates that keep a share (a scalar that may be learned) of the units: near 1 for the most important, then falling.
 
-    Their mean is the share but for what the ends cut off; `softness` is the width of the slope as a share of the units.
+    Their mean is the kept fraction, except for clipped ends; `softness`: width of the slope, as a fraction of units.
 
     Source: Ning et al., arXiv 2004.02164 (DSA). Differs: a logistic slope over ranks, not over the scores themselves.
     """

@@ -1,12 +1,14 @@
-"""Grids of values: fit scales, round, restore. O = outputs, I = inputs, G = groups of inputs, N = group length.
+"""Quantization grids: fit scales, round, dequantize. O = outputs, I = inputs, G = groups of inputs, N = group length.
 
-Integer codes are signed in both modes, `-2^(b-1) … 2^(b-1)-1`, as compressed-tensors stores them; codes of other
-numbers are what their format says (`numerics/formats.py`).
+Integer codes are signed in both modes, `-2^(b-1) … 2^(b-1)-1`, as compressed-tensors stores them; codes of other number
+formats are defined in `numerics/formats.py`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from llmcompress.numerics.formats import (
     NumberFormat,
     ScaleKind,
 )
+from llmcompress.numerics.packing import TRITS_IN_BYTE
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Grid:
     scales: ScaleKind = STORED
     positive_scales: bool = False
     """Whether a reader of the codes takes no negative scale; only where grids would have some (`mirrors`)."""
+    ternary: bool = False
+    """Only -1, 0 and 1, in fields of two bits."""
 
     @classmethod
     def of(cls, number: NumberFormat, group: int | None = None, scales: ScaleKind = STORED) -> Grid:
@@ -41,19 +46,31 @@ class Grid:
     @property
     def low(self) -> int:
         """Smallest code."""
+        if self.ternary:
+            return -1
         return -(1 << (self.bits - 1)) if self.number is None else self.number.low
 
     @property
     def high(self) -> int:
         """Largest code."""
-        return self.low + (1 << self.bits) - 1
+        return 1 if self.ternary else self.low + (1 << self.bits) - 1
 
     @property
     def mirrors(self) -> bool:
         """Whether scales may be negative: there is one more code below zero than above, and the longer side of a group
         then lies there whichever it is. At 8 bits nothing is gained, and integer kernels expect positive scales.
         """
-        return self.number is None and self.symmetric and self.bits < 8 and not self.positive_scales
+        integers = self.number is None and not self.ternary
+        return integers and self.symmetric and self.bits < 8 and not self.positive_scales
+
+    @property
+    def own_bits(self) -> Fraction:
+        """What a code takes where codes lie at their own width: ternary ones stand five to a byte."""
+        return Fraction(8, TRITS_IN_BYTE) if self.ternary else Fraction(self.bits)
+
+    def code_bits(self, codes: int) -> int:
+        """What so many codes take at their own width, in whole bits."""
+        return math.ceil(codes * self.own_bits)
 
     def groups(self, inputs: int) -> int:
         """Number of scales a row of `inputs` weights has; a ragged last group counts."""
@@ -140,7 +157,7 @@ def output_error(difference_OI: Tensor, gram_II: Tensor) -> Tensor:
 
 
 def row_errors(difference_OI: Tensor, gram_II: Tensor) -> Tensor:
-    """The same for every output by itself."""
+    """The same for every output separately."""
     error_O = difference_OI.new_zeros(len(difference_OI))
     # the matrix is symmetric: what lies right of the diagonal counts twice, what lies left of it is never multiplied
     for start, stop in stripes(len(gram_II)):
@@ -157,7 +174,7 @@ def stripes(inputs: int) -> list[tuple[int, int]]:
 
 
 def row_pieces(weight_OI: Tensor) -> list[slice]:
-    """Rows in pieces of about two million weights: what is computed beside them stays small, and in the cache."""
+    """Rows in pieces of about two million weights: temporary tensors then stay small, in the cache."""
     outputs, inputs = weight_OI.shape
     rows = max(1, (1 << 21) // max(inputs, 1))
     return [slice(start, start + rows) for start in range(0, outputs, rows)]

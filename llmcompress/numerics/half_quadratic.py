@@ -1,4 +1,4 @@
-"""Scales and zero points that leave most weights nearly exact, without data. O = outputs, G = groups, N = group length.
+"""HQQ's solver for scales and zero points, without data. O = outputs, G = groups, N = group length.
 
 Errors count by a power below one of their size: many small ones cost more than a few large ones.
 """

@@ -1,7 +1,7 @@
-"""How much every unit of a width group matters, from weights, gradients and activations.
+"""The importance of units of a width group, from weights, gradients and activations.
 
-A unit (an FFN channel, a key-value group) owns rows of some linears and columns of others. O = outputs, I = inputs,
-U = units, S = samples. `unit_of_I` gives each column's unit, -1 for columns of none. In the dtype of the inputs.
+A unit (an FFN channel, a key-value group) owns rows of some linears and columns of others. O = outputs, I = inputs, U =
+units, S = samples. `unit_of_I` gives each column's unit, -1 for columns of none. In the dtype of the inputs.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def rearranged(fisher_UU: Tensor, removed_U: Tensor) -> Tensor:
     """The same number of units removed, swapped one pair at a time while that lowers the sum of Fisher entries.
 
     That sum, over all pairs of removed units, is the second-order loss of removing them together; the diagonal alone
-    misses that two units may make up for each other. Each swap is the best one; at most as many as units are removed.
+    misses that two units may compensate each other. Each swap is the best one; at most as many as units are removed.
 
     Source: Kwon et al., arXiv 2204.09656, section 4.2.
     """

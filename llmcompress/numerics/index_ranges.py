@@ -1,4 +1,4 @@
-"""Whole numbers as people write them: `0-3, 7`."""
+"""Integers as people write them: `0-3, 7`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The linear map that brings one set of states nearest to another. N = states, D = width."""
+"""The least-squares linear map from one set of states to another. N = states, D = width."""
 
 from __future__ import annotations
 

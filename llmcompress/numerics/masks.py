@@ -1,7 +1,7 @@
-"""Which weights to drop: exactly as many as asked for, ties included. O = outputs, I = inputs.
+"""Pruning masks with exactly the requested sparsity, ties included. O = outputs, I = inputs.
 
-A mask is True where a weight is dropped. Among equal scores the first ones are dropped, so that a mask is
-deterministic and never a weight too large: a threshold with `<=` drops every tie.
+A mask is True where a weight is pruned. Among equal scores the first ones are pruned, so that a mask is deterministic
+and exact: a threshold with `<=` would prune every tie.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llmcompress.errors import CompressError, ExitCode
 _NAME = re.compile(r"(?P<zeros>[1-9]\d*):(?P<of>[1-9]\d*)")
 
 _LARGE = 1 << 18
-"""Scores from which on sampling pays."""
+"""Number of scores from which sampling is faster."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ def named_pattern(name: str) -> Pattern | None:
     if not found or int(found["zeros"]) >= int(found["of"]):
         raise CompressError(
             "sparsity.pattern",
-            f"{name!r} is not a pattern of zeros",
-            fix="write `unstructured`, or N:M for N zeros in every M neighbouring inputs, N < M, e.g. 2:4 or 4:8",
+            f"{name!r} is not a sparsity pattern",
+            fix="write `unstructured`, or N:M for N zeros in every M consecutive inputs, N < M, e.g. 2:4 or 4:8",
             exit_code=ExitCode.USAGE,
         )
     return Pattern(int(found["zeros"]), int(found["of"]))
 
 
-def due(share: float, weights: int) -> int:
+def count_of_zeros(share: float, weights: int) -> int:
     """How many of so many weights make up the share, rounded half up."""
     return math.floor(share * weights + 0.5)
 
@@ -96,13 +96,13 @@ def _kth_lowest(score: Tensor, count: int) -> Tensor:
 
 
 def lowest_per_row(score_OI: Tensor, share: float) -> Tensor:
-    """The lowest share of every row; where it is no whole number, rows take turns, and the total is exact.
+    """Prunes the lowest scores of every row; where the count is fractional, rows alternate, and the total is exact.
 
     Source: Sun et al., arXiv 2306.11695, section 3 (per-output comparison groups).
     """
     outputs, inputs = score_OI.shape
     mask_OI = torch.zeros_like(score_OI, dtype=torch.bool)
-    ends = [due(share, inputs * row) for row in range(outputs + 1)]
+    ends = [count_of_zeros(share, inputs * row) for row in range(outputs + 1)]
     counts = [end - start for start, end in pairwise(ends)]
     for count in set(counts) - {0}:
         rows = [row for row, each in enumerate(counts) if each == count]

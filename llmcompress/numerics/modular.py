@@ -1,6 +1,6 @@
 """MoDeGPT's three decompositions and its allocation. C = channels, O = outputs, V = value rows of a head, K = kept.
 
-In float64: inverses of Gram matrices are taken.
+In float64, because Gram matrices are inverted.
 """
 
 from __future__ import annotations

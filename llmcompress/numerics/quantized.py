@@ -1,4 +1,4 @@
-"""A matrix that is codes and scales: what it stands for, and what it takes. O = outputs, I = inputs, G = groups."""
+"""A quantized matrix: its codes and scales, its values, and its size. O = outputs, I = inputs, G = groups."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ class QuantizedTensor:
 
     @property
     def bits(self) -> int:
-        """Codes at their own width, scales in the dtype that they have here, and packed zero points."""
-        return self.weights * self.grid.bits + self.grid.scale_bits(*self.shape, 8 * self.scale.element_size())
+        """Codes without padding, scales in their dtype here, and packed zero points."""
+        return self.grid.code_bits(self.weights) + self.grid.scale_bits(*self.shape, 8 * self.scale.element_size())
 
     @property
     def bits_per_weight(self) -> float:

@@ -1,4 +1,4 @@
-"""Which ranks a matrix can have, and what is lost with each. O = outputs, I = inputs, K = min(O, I)."""
+"""The possible ranks of a matrix, and the loss of each. O = outputs, I = inputs, K = min(O, I)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Matrix:
 
 
 def uniform_rank(outputs: int, inputs: int, keep: float, step: int) -> int:
-    """The rank at which the factors have that share of the matrix's parameters, in whole steps, at least one."""
+    """The rank at which the factors have that fraction of the matrix's parameters, in whole steps, at least one."""
     rank = int(keep * outputs * inputs / (outputs + inputs) + 1e-9)
     return min(max(step, rank // step * step), min(outputs, inputs))
 

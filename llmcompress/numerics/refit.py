@@ -1,6 +1,7 @@
-"""Make up for removed inputs of a linear in what is left of it. O = outputs, I = inputs, K = kept inputs, U = units.
+"""Compensates for removed inputs of a linear in the remaining ones. O = outputs, I = inputs, K = kept inputs, U =
+units.
 
-All work on statistics of the input over the calibration data: its Gram matrix and its mean. Float64 inside.
+All functions use statistics of the input over the calibration data: its Gram matrix and its mean. Float64 inside.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def refit_columns(
     kept, removed = kept_I.nonzero().flatten(), (~kept_I).nonzero().flatten()
     factor = inverse_factor(centred_II[kept][:, kept], damping)
     if factor is None:
-        why = "its inputs were always zero" if not bool(gram_II.any()) else "its Gram matrix has no inverse"
+        why = "its inputs were always zero" if not bool(gram_II.any()) else "its Gram matrix is singular"
         return replace(plain, degraded=f"{why}: not refitted")
     missing_OK = weight64_OI[:, removed] @ centred_II[removed][:, kept]
     kept_OK = weight64_OI[:, kept]

@@ -1,4 +1,4 @@
-"""Linear models of few examples, and which of them ranks best. N = examples, F = features, U = units."""
+"""Linear regressions on few examples, and the one that ranks best. N = examples, F = features, U = units."""
 
 from __future__ import annotations
 

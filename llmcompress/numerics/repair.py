@@ -1,4 +1,4 @@
-"""What remains of a pruned weight, moved to where its output errs least. O = outputs, I = inputs."""
+"""Refits the kept weights of a pruned matrix to minimize its output error. O = outputs, I = inputs."""
 
 from __future__ import annotations
 

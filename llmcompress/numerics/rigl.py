@@ -1,4 +1,4 @@
-"""One change of connections: the weakest are dropped, and as many grow where the gradient is greatest."""
+"""One update of RigL's connections: the weakest are dropped, and as many grow where the gradient is largest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Low-rank factors that are themselves integer codes. O = outputs, I = inputs, R = rank."""
+"""Quantized low-rank factors. O = outputs, I = inputs, R = rank."""
 
 from __future__ import annotations
 

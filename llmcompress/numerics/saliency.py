@@ -1,6 +1,6 @@
-"""How much the training of a network depends on each weight, and exact global or layer-wise masks from any score.
+"""Saliency scores of weights for training, and exact global or layer-wise masks from any score.
 
-A mask is True where a weight is dropped; greater scores are kept. Scores may be of any sign.
+A mask is True where a weight is pruned; higher scores are kept. Scores may have any sign.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llmcompress.numerics.masks import due, lowest, lowest_counts
+from llmcompress.numerics.masks import count_of_zeros, lowest, lowest_counts
 
 Comparison = Literal["layer", "global"]
 
@@ -35,15 +35,15 @@ def kept_gradient_flow(weight: Tensor, hessian_gradient: Tensor) -> Tensor:
 def drop_lowest(
     scores: Sequence[Tensor], zeros: Sequence[Tensor], share: float, comparison: Comparison
 ) -> list[Tensor]:
-    """Masks that drop exactly this share of all weights: of each tensor alone, or wherever the scores are lowest.
+    """Masks with exactly this sparsity: in each tensor, or over all of them.
 
     `zeros` are True where a weight is zero already: those are dropped before all others, and count.
     """
     scores = [score.float().masked_fill(zero, -torch.inf) for score, zero in zip(scores, zeros, strict=True)]
     if comparison == "layer":
-        counts = [due(share, score.numel()) for score in scores]
+        counts = [count_of_zeros(share, score.numel()) for score in scores]
     else:
-        total = due(share, sum(score.numel() for score in scores))
+        total = count_of_zeros(share, sum(score.numel() for score in scores))
         counts = lowest_counts(lambda: map(_ordered, scores), total)
     return [lowest(score, count) for score, count in zip(scores, counts, strict=True)]
 

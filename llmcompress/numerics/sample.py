@@ -1,4 +1,4 @@
-"""Evenly spaced tokens of a site's input, for what only single values can tell. T = tokens, I = inputs, K = kept."""
+"""Evenly spaced tokens of a site's input, for what needs individual values. T = tokens, I = inputs, K = kept."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class InputSample(Statistic):
         return bool(torch.isfinite(self.rows_KI).all())
 
     def magnitude_below(self, share: float) -> float:
-        """The magnitude that this share of all values does not exceed; 0 for a share of 0, or without tokens."""
+        """That quantile of the magnitudes; 0 for the quantile 0, or without tokens."""
         magnitudes_N = self.rows_KI.abs().flatten()
         rank = int(share * len(magnitudes_N))
         return float(magnitudes_N.kthvalue(rank).values) if rank else 0.0

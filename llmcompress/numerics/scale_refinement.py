@@ -1,4 +1,4 @@
-"""Scales solved for again while the codes stay. O = outputs, I = inputs, G = groups of inputs, C = rows of a chunk."""
+"""Refits scales with fixed codes. O = outputs, I = inputs, G = groups of inputs, C = rows of a chunk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Which channels to divide before a linear and multiply inside it. C = consumer channels, P = producer channels.
+"""Smoothing factors: which channels to divide before a linear and multiply in it. C = consumer channels, P = producer
+channels.
 
 A fold feeds consumer channel c from producer channel `channel_map[c]`; several consumer channels share a producer
 channel where key-value heads are shared, and then share one factor. O = outputs.
@@ -21,14 +22,14 @@ SMALLEST = 1e-5
 def smoothing_factors(
     input_max_C: Tensor, weight_max_C: Tensor, channel_map_C: Tensor, producers: int, *, strength: float
 ) -> Tensor:
-    """SmoothQuant's max|x|^strength / max|w|^(1-strength) per producer channel; 1 for channels that feed nobody.
+    """SmoothQuant's max|x|^strength / max|w|^(1-strength) per producer channel; 1 for channels that are not read.
 
     Source: Xiao et al., arXiv 2211.10438, eq. 4.
     """
     input_max_P = reduce_max(input_max_C, channel_map_C, producers).clamp_min(SMALLEST)
     weight_max_P = reduce_max(weight_max_C, channel_map_C, producers).clamp_min(SMALLEST)
     factors_P = input_max_P.pow(strength) / weight_max_P.pow(1 - strength)
-    return torch.where(_feeds_somebody(channel_map_C, producers), factors_P.clamp_min(SMALLEST), 1.0)
+    return torch.where(_is_read(channel_map_C, producers), factors_P.clamp_min(SMALLEST), 1.0)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def search_factors(
     which the Gram matrix gives exactly without a forward pass, not that of the enclosing attention or MLP.
     """
     salience_P = reduce_mean(salience_C, channel_map_C, producers).clamp_min(1e-4)
-    feeds_P = _feeds_somebody(channel_map_C, producers)
+    read_P = _is_read(channel_map_C, producers)
     assert points, "a search needs at least one point"
 
     def error_with(factors_P: Tensor, looked_at: Sequence[tuple[Tensor, Callable[[Tensor], Tensor]]]) -> float:
@@ -73,8 +74,8 @@ def search_factors(
 
     def factors_of(exponent: float) -> Tensor:
         factors_P = salience_P.pow(exponent)
-        fed_P = factors_P[feeds_P]
-        return torch.where(feeds_P, factors_P / (fed_P.max() * fed_P.min()).sqrt(), 1.0)
+        fed_P = factors_P[read_P]
+        return torch.where(read_P, factors_P / (fed_P.max() * fed_P.min()).sqrt(), 1.0)
 
     some = [(weight_OC[:: -(-len(weight_OC) // ROWS)], rounded) for weight_OC, rounded in consumers]
     errors: dict[int, float] = {}
@@ -109,7 +110,7 @@ def reduce_mean(values_C: Tensor, channel_map_C: Tensor, producers: int) -> Tens
     return values_C.new_zeros(producers).scatter_reduce(0, channel_map_C, values_C, "mean", include_self=False)
 
 
-def _feeds_somebody(channel_map_C: Tensor, producers: int) -> Tensor:
+def _is_read(channel_map_C: Tensor, producers: int) -> Tensor:
     fed_P = torch.zeros(producers, dtype=torch.bool, device=channel_map_C.device)
     fed_P[channel_map_C] = True
     return fed_P

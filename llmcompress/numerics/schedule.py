@@ -1,4 +1,4 @@
-"""How sparse a network is after each round of pruning, and each layer of it; how many connections RigL moves."""
+"""Sparsity schedules: the sparsity after each pruning round and of each layer, and RigL's update fraction."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def exponential_shares(share: float, rounds: int) -> list[float]:
 
 
 def moved_share(step: int, *, alpha: float, end: float) -> float:
-    """f(t) = α/2 (1 + cos(π t / T_end)): the share of a layer's connections that are replaced at step t.
+    """f(t) = α/2 (1 + cos(π t / T_end)): the fraction of a layer's connections that are replaced at step t.
 
     Source: Evci et al., arXiv 1911.11134, section 3.
     """

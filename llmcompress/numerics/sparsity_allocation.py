@@ -1,4 +1,4 @@
-"""How many weights to drop where, under one budget for all. P = parts (sites or blocks), S = shares tried."""
+"""Sparsity allocation under one budget. P = parts (sites or blocks), S = candidate sparsities."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from llmcompress.numerics.allocation import corners
-from llmcompress.numerics.masks import due
+from llmcompress.numerics.allocation import lower_convex_hull
+from llmcompress.numerics.masks import count_of_zeros
 
 
 def counts_by_outliers(outliers_P: Tensor, weights_P: Tensor, target: float, within: float) -> Tensor:
@@ -38,7 +38,7 @@ def counts_by_error(errors_PS: Tensor, sparsities_S: Tensor, weights_P: Tensor, 
     steps: list[tuple[float, int, float]] = []
     for part, (errors_S, weights) in enumerate(zip(errors_PS.tolist(), weights_P.tolist(), strict=True)):
         points = list(zip(sparsities_S.tolist(), errors_S, strict=True))
-        curve = (points[index] for index in corners(points))
+        curve = (points[index] for index in lower_convex_hull(points))
         for (share, error), (next_share, next_error) in pairwise(curve):
             dropped = (next_share - share) * weights
             steps.append(((next_error - error) / dropped, part, dropped))
@@ -55,5 +55,5 @@ def counts_by_error(errors_PS: Tensor, sparsities_S: Tensor, weights_P: Tensor, 
 def _rounded(sparsities_P: Tensor, weights_P: Tensor, target: float) -> Tensor:
     """Whole numbers near share · weights; their sum is that of the target, whatever float64 made of the shares."""
     ends = [math.floor(end + 0.5) for end in (sparsities_P * weights_P).cumsum(0).tolist()]
-    ends[-1] = due(target, int(weights_P.sum()))
+    ends[-1] = count_of_zeros(target, int(weights_P.sum()))
     return torch.tensor([end - start for start, end in pairwise([0, *ends])], dtype=torch.int64)

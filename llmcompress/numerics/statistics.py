@@ -1,4 +1,4 @@
-"""What passes want to know about a site's input, accumulated batch by batch. T = tokens, I = inputs."""
+"""Statistics of a site's input, accumulated batch by batch. T = tokens, I = inputs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Pool(Protocol):
     def index(self) -> int:
         """Which of them this one is."""
 
-    def add_(self, tensor: Tensor) -> None:
+    def all_reduce_sum_(self, tensor: Tensor) -> None:
         """The sum over all of them, in place."""
 
-    def largest_(self, tensor: Tensor) -> None:
+    def all_reduce_max_(self, tensor: Tensor) -> None:
         """The elementwise maximum over all of them, in place."""
 
 
@@ -30,7 +30,7 @@ class Statistic(ABC):
     """Something accumulated from a site's input; one per group of sites that share it."""
 
     adds_up: ClassVar[bool] = True
-    """Whether what several processes measured can be put together (`pool`)."""
+    """Whether the statistics of several processes can be combined (`pool`)."""
 
     def __init__(self, inputs: int, device: torch.device) -> None:
         self.tokens = 0
@@ -49,11 +49,11 @@ class Statistic(ABC):
 
     def pool(self, pool: Pool) -> None:
         """Become the statistic of the tokens that all processes have seen; not to be called unless it `adds_up`."""
-        raise TypeError(f"{type(self).__name__} cannot be put together from parts")
+        raise TypeError(f"{type(self).__name__} cannot be combined from several processes")
 
     def _pool_tokens(self, pool: Pool) -> None:
         tokens = torch.tensor([self.tokens], dtype=torch.int64)
-        pool.add_(tokens)
+        pool.all_reduce_sum_(tokens)
         self.tokens = int(tokens)
 
 
@@ -94,7 +94,7 @@ class Gram(Statistic):
     @override
     def pool(self, pool: Pool) -> None:
         self._pool_tokens(pool)
-        pool.add_(self._sum_II)
+        pool.all_reduce_sum_(self._sum_II)
 
 
 class AbsMax(Statistic):
@@ -121,7 +121,7 @@ class AbsMax(Statistic):
     @override
     def pool(self, pool: Pool) -> None:
         self._pool_tokens(pool)
-        pool.largest_(self.max_I)
+        pool.all_reduce_max_(self.max_I)
 
 
 class AbsMean(Statistic):
@@ -147,7 +147,7 @@ class AbsMean(Statistic):
     @override
     def pool(self, pool: Pool) -> None:
         self._pool_tokens(pool)
-        pool.add_(self.sum_I)
+        pool.all_reduce_sum_(self.sum_I)
 
     @property
     def mean_I(self) -> Tensor:
@@ -178,7 +178,7 @@ class SquaredNorm(Statistic):
     @override
     def pool(self, pool: Pool) -> None:
         self._pool_tokens(pool)
-        pool.add_(self.sum_I)
+        pool.all_reduce_sum_(self.sum_I)
 
 
 class Sketch(Statistic):
@@ -215,7 +215,7 @@ class Sketch(Statistic):
         generator = torch.Generator().manual_seed(1 + pool.index)
         signs_D1 = torch.randint(0, 2, (self.DRAWS, 1), generator=generator).mul_(2).sub_(1)
         self.sum_DI *= signs_D1.to(self.sum_DI)
-        pool.add_(self.sum_DI)
+        pool.all_reduce_sum_(self.sum_DI)
 
     def output_error(self, difference_OI: Tensor) -> float:
         """An estimate of Σ over tokens and outputs of (ΔW x)²."""
@@ -257,10 +257,10 @@ class Moments(Statistic):
         tokens, mean_I = self.tokens, self.mean_I
         sum_I = mean_I * tokens
         self._pool_tokens(pool)
-        pool.add_(sum_I)
+        pool.all_reduce_sum_(sum_I)
         self.mean_I = sum_I / max(self.tokens, 1)
         self._squares_I += (mean_I - self.mean_I).square() * tokens
-        pool.add_(self._squares_I)
+        pool.all_reduce_sum_(self._squares_I)
 
     @property
     def variance_I(self) -> Tensor:

@@ -1,6 +1,6 @@
-"""The inner loop of a run: stage after stage, block after block, pass after pass; what is finished is kept.
+"""The main loop of a run: stage by stage, block by block, pass by pass; finished work is saved for resuming.
 
-A stage is a chain of block passes that one stream over the blocks can serve, or one pass on the whole model.
+A stage is a chain of block passes that share one stream over the blocks, or one pass on the whole model.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from llmcompress.model.infer_config import with_inferred_config
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
 from llmcompress.passes.base import PASSES, BlockPass, ModelPass, Pass
+from llmcompress.passes.guard import Guard
 from llmcompress.records.rows import SiteReport
 
 
@@ -61,7 +62,7 @@ def stages(passes: Sequence[Pass]) -> list[Stage]:
 
 
 class Compressed(NamedTuple):
-    """What came out: the model may be another object than the one that went in."""
+    """The result; its model may be another object than the input."""
 
     model: PreTrainedModel
     rows: list[SiteReport]
@@ -125,16 +126,24 @@ def _stream(whole: WholeModel, stage: Stage, *, label: str) -> list[SiteReport]:
     decisions = _decisions(whole, stage)
     finished = set(keep.finished_blocks(stage.index)) if keep else set()
     count = len(whole.map.blocks)
+    guard = Guard.of(whole, stage.block_passes, decisions)
     for work in whole.stream(dense=any(each.wants_dense() for each in stage.block_passes)):
         index = work.info.index
+        if guard:
+            guard.begin(work)
         if keep and index in finished:
             block_rows = keep.restore_block(stage.index, index, work.module)
+            if guard:
+                guard.restored(work)
         else:
-            before = outline(work.module)
+            before = meta_copy(work.module)
             work.decisions = decisions
+            plain = guard.baseline(work) if guard else None
             block_rows = [row for each in stage.block_passes for row in each.run(work)]
-            work.settle()
-            whole.context.processes.same_tensors(work.module)
+            work.round_to_storage_dtype()
+            if guard and plain:
+                block_rows = guard.judge(work, block_rows, plain)
+            whole.context.processes.broadcast_tensors(work.module)
             if keep:
                 keep.save_block(stage.index, index, work.module, before, block_rows)
         if keep:
@@ -145,7 +154,7 @@ def _stream(whole: WholeModel, stage: Stage, *, label: str) -> list[SiteReport]:
 
 
 def _decisions(whole: WholeModel, stage: Stage) -> dict[str, Tensor]:
-    """Only the first pass of a stage can decide; what it decided is kept."""
+    """Only the first pass of a stage can decide; its decisions are saved."""
     first, keep = stage.passes[0], whole.context.keep
     if not first.decides:
         return {}
@@ -158,7 +167,7 @@ def _decisions(whole: WholeModel, stage: Stage) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def outline(module: nn.Module) -> nn.Module:
+def meta_copy(module: nn.Module) -> nn.Module:
     """A copy of a module's structure whose tensors are all on the meta device."""
     tensors: Iterator[Tensor] = (t for owner in (module.parameters(), module.buffers()) for t in owner)
     memo: dict[int, object] = {}
@@ -169,6 +178,6 @@ def outline(module: nn.Module) -> nn.Module:
 
 
 def _settle(model: nn.Module, storage_dtype: torch.dtype) -> None:
-    """Round every parameter to what will be stored, as the stream does block by block."""
+    """Round every parameter to the stored dtype, as the stream does block by block."""
     for parameter in model.parameters():
         parameter.data.copy_(parameter.data.to(storage_dtype))

@@ -1,4 +1,4 @@
-"""What a compression algorithm is: a frozen set of options, and one method that works on a block or a model."""
+"""Base classes of compression algorithms: a frozen set of options and one method that works on a block or a model."""
 
 from __future__ import annotations
 
@@ -22,24 +22,27 @@ from llmcompress.records.rows import SiteReport
 from llmcompress.registry import Registry
 
 Trait = Literal["codes", "zeros", "pattern", "factors", "shapes", "dynamic", "cache", "ranges", "tables"]
-"""What a pass leaves behind: integer codes, exact zeros, N:M zeros, low-rank factors, fewer rows and columns, modules
-that decide per input what they compute, keys and values cached as codes, inputs rounded on fixed ranges, an embedding
-or head that is no table of numbers any more."""
+"""What a pass leaves behind: quantized weights, zeros, N:M zeros, low-rank factors, fewer rows and columns, dynamic
+modules, a quantized KV cache, static activation ranges, an embedding or output head that is not an ordinary table any
+more."""
 
 NOTHING: Mapping[Trait, str] = MappingProxyType({})
 
 
 class Backward(NamedTuple):
-    """Gradients of the loss through the whole model: what foresight must know of them."""
+    """What gradients of the loss through the whole model need, for the resource estimate."""
 
     copies: float = 0.0
-    """Beside the model, in float32: of the selected sites' weights."""
+    """Besides the model, in float32: copies of the selected sites' weights."""
     of_all: float = 0.0
-    """Of all parameters: their gradients, and what an optimizer keeps of them."""
+    """Copies of all parameters: their gradients, and the optimizer's state."""
     windows: int | None = None
-    """In one batch, if their logits are not too large; None: as many as for calibration."""
+    """Windows in one batch, if their logits are not too large; None: as many as for calibration."""
     trained_on: int = 0
-    """Windows that a training sees, repeated ones counted again; 0: no training, every window is seen once."""
+    """Windows seen in training, repetitions included; 0: no training, every window is seen once."""
+    recomputes: bool = False
+    """Whether blocks run again when their gradients are due, as in `sensitivity.gradients`: one more forward, and only
+    the states between blocks are kept meanwhile."""
 
 
 class Pass(BaseModel, ABC):
@@ -48,19 +51,19 @@ class Pass(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     leaves: ClassVar[frozenset[Trait]] = frozenset()
-    """Traits of what it works on, afterwards."""
+    """Traits of its sites afterwards."""
 
     conflicts: ClassVar[Mapping[Trait, str]] = NOTHING
-    """Traits of an earlier pass on the same site that it would undo, each with the reason told to the user."""
+    """Traits from earlier passes on the same site that it would undo, each with the reason for the error message."""
 
     keeps_codes: ClassVar[bool] = False
-    """Whether it may work on sites that hold codes already: it does not change weights."""
+    """Whether it may work on quantized sites, because it does not change weights."""
 
     whole_block: ClassVar[frozenset[str]] = frozenset()
-    """Options that concern a block as a whole, so that `overrides` for single sites cannot change them."""
+    """Options of a block as a whole, which `overrides` for individual sites cannot change."""
 
     decides: ClassVar[bool] = False
-    """Whether `decide` must see the whole model before any of it is touched."""
+    """Whether `decide` must see the whole model before anything is changed."""
 
     def selects(self, site: str) -> bool:
         """Whether this pass works on the site with that full name; by default on all."""
@@ -71,19 +74,19 @@ class Pass(BaseModel, ABC):
         return self
 
     def traits(self) -> frozenset[Trait]:
-        """What sites have afterwards, with these options."""
+        """Traits of its sites afterwards, with these options."""
         return self.leaves
 
     def for_model(self, model_map: ModelMap) -> Self:
-        """The same pass with what it finds in the model written out: `names_after` then speaks of those names."""
+        """The same pass with what it finds in the model filled in, for `names_after`."""
         return self
 
     def names_after(self, site: str) -> tuple[str, ...]:
-        """Full names of the linears that stand there afterwards: factors have names of their own."""
+        """Full names of the linears at this site afterwards: factors have their own names."""
         return (site,)
 
     def kept_fraction(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
-        """About which share of a site's parameters is left, as far as the options tell before any work."""
+        """The approximate fraction of a site's parameters that is kept, as far as the options tell."""
         return 1.0
 
     def tensors_outside(
@@ -103,21 +106,21 @@ class Pass(BaseModel, ABC):
     def conflict_with(self, trait: Trait) -> str | None:
         """Why this pass may not follow one that left that trait on the same site; None when it may."""
         if trait == "codes" and not self.keeps_codes:
-            return "would change weights that are codes already"
+            return "would change weights that are already quantized"
         if trait == "dynamic":
-            return "needs blocks that run in full for every input; what decides per input comes last"
+            return "needs blocks that run in full for every input; passes for dynamic inference must come last"
         if trait == "ranges" and not (self.quantizes() or self.keeps_codes):
-            return "would change inputs that are rounded on fixed ranges"
+            return "would change inputs that have static quantization ranges"
         if trait == "cache":
-            return "needs the attention of the dense model; what rounds its cache comes last"
+            return "needs the original attention; quantizing the KV cache must come last"
         return self.conflicts.get(trait)
 
     def conflict_with_all(self, traits: frozenset[Trait]) -> str | None:
-        """The same for all that earlier passes left on one site, where no single trait is in the way."""
+        """The same for the combination of traits on one site, if no single trait conflicts."""
         return None
 
     def check(self, model_map: ModelMap) -> None:
-        """Whether it can work on all selected sites of that model, asked before any of them is touched.
+        """Check that it can work on all selected sites of that model, before any of them is changed.
 
         Raises: CompressError when it cannot.
         """
@@ -127,13 +130,13 @@ class Pass(BaseModel, ABC):
         return []
 
     def check_packages(self) -> None:
-        """Whether the optional packages that it needs are there, asked of all passes before any work.
+        """Check that the optional packages it needs are installed, for all passes before any work.
 
         Raises: CompressError saying how to install them.
         """
 
     def quantizes(self) -> bool:
-        """Whether the sites hold codes afterwards, with these options."""
+        """Whether the sites are quantized afterwards, with these options."""
         return "codes" in self.traits()
 
     @abstractmethod
@@ -141,52 +144,58 @@ class Pass(BaseModel, ABC):
         """Whether calibration windows are needed."""
 
     def streams(self) -> bool:
-        """Whether it never needs more than one block in memory, so that the weights may stay on disk."""
+        """Whether it needs only one block in memory, so that weights can be offloaded to disk."""
         return False
 
     def backward(self) -> Backward | None:
-        """What it holds while it takes gradients of the loss through the whole model; None when it takes none."""
+        """What it needs for gradients of the loss through the whole model; None if it computes none."""
         return None
 
-    def decide(self, whole: WholeModel) -> dict[str, Tensor]:
-        """What must be known of all blocks before one is touched. Kept, so that a killed run does not repeat it.
+    def forwards_through_model(self, blocks: int) -> float:
+        """About how often all windows go through the whole model before any block is touched; gradients not counted."""
+        return 0.0
 
-        The model must be as it was when this returns.
+    def decide(self, whole: WholeModel) -> dict[str, Tensor]:
+        """Decisions that need the whole model. Saved, so that a resumed run does not repeat them.
+
+        Must leave the model unchanged.
         """
         return {}
 
     def with_decisions(self, decisions: Mapping[str, Tensor]) -> Pass | None:
-        """A pass that does the same by ordinary options and decides nothing; `decisions` are what `decide` gave.
+        """An equivalent pass with the decisions as ordinary options; `decisions` is the result of `decide`.
 
-        None where no option holds what was decided: a mask over single weights.
+        None if no option can represent them, such as a mask over individual weights.
         """
         return None
 
     def pools(self) -> bool:
-        """Whether several processes may share its windows: it reads nothing but sums over tokens."""
+        """Whether several processes can share its windows: it uses only statistics that sum over tokens."""
         return self.streams()
 
 
 class BlockPass(Pass):
-    """An algorithm that works on one block after the other, each as the model with all earlier blocks done sees it.
+    """An algorithm that works block by block; each block sees the outputs of the compressed blocks before it.
 
-    What `decide` gave is there as `block.decisions`.
+    What `decide` returned is in `block.decisions`.
 
-    `sites`, `exclude` and the keys of `overrides` are globs on full module names (`*.down_proj`; `*.down_proj|*.fc2`:
-    one or the other); an override changes options for the sites it matches, the last match wins.
+    `sites`, `exclude` and the keys of `overrides` are globs on full module names (`*.down_proj`; `*.down_proj|*.fc2`
+    matches either); an override changes options for the sites it matches, and the last match wins.
     """
 
     changes_sites: ClassVar[bool] = False
-    """Whether a block's linears are others afterwards, so that later passes need a new map."""
+    """Whether it replaces a block's linears, so that later passes need a new map."""
 
-    sites: tuple[str, ...] = Field(("*",), description="globs of module names to work on")
-    exclude: tuple[str, ...] = Field((), description="globs of module names to leave alone")
+    sites: tuple[str, ...] = Field(("*",), description="globs of the module names to compress")
+    exclude: tuple[str, ...] = Field((), description="globs of the module names to skip")
     new_stage: bool = Field(
         False,
-        description="begin when the passes before are done with all blocks, not block by block behind them; passes "
-        "that decide always do",
+        description="start only when the earlier passes have finished all blocks, instead of following them block by "
+        "block; passes that allocate always do",
     )
-    overrides: dict[str, dict[str, Any]] = Field(default_factory=dict, description="other options for some sites")
+    overrides: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="different options for some sites, by glob"
+    )
 
     @field_validator("sites", "exclude", mode="before")
     @classmethod
@@ -201,7 +210,7 @@ class BlockPass(Pass):
         for glob, options in overrides.items():
             wrong = sorted((cls.whole_block | {"new_stage"}) & options.keys())
             if wrong:
-                raise ValueError(f"{wrong[0]!r} cannot differ from site to site (override of {glob!r})")
+                raise ValueError(f"{wrong[0]!r} cannot be overridden per site (override of {glob!r})")
         return overrides
 
     def selects(self, site: str) -> bool:
@@ -225,9 +234,9 @@ class BlockPass(Pass):
         *,
         dropped: frozenset[str] = frozenset(),
     ) -> Self:
-        """The same pass with other options, and for each named site some of its own, which win over all overrides.
+        """The same pass with changed options, and with options of individual sites, which win over all overrides.
 
-        No other override says anything of the options in `dropped`.
+        The options in `dropped` are removed from all other overrides.
         """
         others = {glob: options for glob, options in self.overrides.items() if glob not in of_site}
         overrides = {
@@ -242,7 +251,7 @@ class BlockPass(Pass):
         return type(self)(**{**self.model_dump(), **changed, "overrides": overrides})
 
     def uses_data(self) -> bool:
-        """Whether anything is measured; a pass that decides by data overrides this."""
+        """Whether anything is measured; a pass that allocates by data overrides this."""
         return bool(self.needs())
 
     @abstractmethod
@@ -250,27 +259,39 @@ class BlockPass(Pass):
         """Which statistics of the inputs `apply` reads; empty for a pass that needs no data."""
 
     def measures(self) -> tuple[type[Statistic], ...]:
-        """What is measured of the selected sites at any time; more than `needs` where `apply` measures by itself."""
+        """All statistics measured on the selected sites; more than `needs` if `apply` measures by itself."""
         return self.needs()
 
     def forwards(self) -> int:
-        """About how often all windows go through a block, beside the once that feeds the next one: for foresight."""
+        """About how often all windows pass through a block, besides the one forward that feeds the next block: for the
+        resource estimate."""
         return 1 if self.needs() else 0
 
+    def trained_windows(self) -> int:
+        """How many windows of a block gradients go through, repeated ones counted again: for foresight."""
+        return 0
+
     def wants_dense(self) -> bool:
-        """Whether `apply` reads `block.dense_outputs`: one more forward, and as much memory as the hidden states."""
+        """Whether `apply` reads `block.dense_outputs`: one more forward, and the memory of the hidden states again."""
         return False
 
+    def plain(self) -> Sequence[BlockPass] | None:
+        """The baseline of this pass: passes that leave the same traits without data. None where there is none.
+
+        Not asked of a pass that leaves no traits, or before it decided.
+        """
+        return None
+
     def streams(self) -> bool:
-        """Yes, unless the blocks become others; a pass that decides with the whole model resident overrides this."""
+        """True unless it changes the blocks' linears; a pass that needs the whole model to decide overrides this."""
         return not self.changes_sites
 
     @abstractmethod
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
-        """Compress the given sites of one block, already measured; one report row per site touched."""
+        """Compress the given, already measured sites of one block; returns one report row per changed site."""
 
     def run(self, block: BlockWork) -> list[SiteReport]:
-        """Measure what is needed on the selected sites, apply, forget."""
+        """Measure the selected sites, apply the pass, drop the statistics."""
         sites = [site for site in block.sites if self.selects(site.name)]
         if not sites:
             return []
@@ -282,15 +303,16 @@ class BlockPass(Pass):
 
 
 class ModelPass(Pass):
-    """An algorithm that must work on the whole model at once: blocks are dropped, the residual stream is rotated.
+    """An algorithm that needs the whole model at once, for example to remove blocks or rotate the residual stream.
 
-    What it leaves is kept in the run folder when it is done. A killed one starts again, with `whole.decisions` as they
-    were; its trainings go on where they were saved last.
+    Its result is saved in the run folder. An interrupted one starts again with the same `whole.decisions`; its
+    trainings
+    resume from their last saved state.
     """
 
     @abstractmethod
     def apply(self, whole: WholeModel) -> list[SiteReport]:
-        """Change the model in place, or give `whole.replace_model` another; rows for what was touched."""
+        """Change the model in place, or pass a new one to `whole.replace_model`; returns rows of changed sites."""
 
 
 def matches(site: str, glob: str) -> bool:
@@ -303,3 +325,15 @@ def _matches(site: str, globs: tuple[str, ...]) -> bool:
 
 
 PASSES: Registry[Pass] = Registry("pass", "llmcompress.passes")
+
+
+def with_options_of(each: BlockPass, name: str, options: Sequence[str]) -> BlockPass:
+    """Another registered pass, on the same sites and with these options of `each`, its overrides included."""
+    overrides = {
+        glob: {option: value for option, value in said.items() if option in options}
+        for glob, said in each.overrides.items()
+    }
+    same = {option: getattr(each, option) for option in (*options, "sites", "exclude")}
+    found = PASSES[name].model_validate({**same, "overrides": overrides})
+    assert isinstance(found, BlockPass)
+    return found

@@ -1,4 +1,4 @@
-"""The quantizing pass that another pass names by `{name: {option: value}}` and gives a scheme."""
+"""The quantization pass inside another pass, written as `{name: {option: value}}`; it gets its scheme from outside."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llmcompress.passes.base import PASSES
 from llmcompress.passes.quantizing import QuantizingPass
 
 _OUTSIDE = {name: name for name in ("sites", "exclude", "overrides", "new_stage")} | {"scheme": "schemes"}
-"""Option of the quantizer → what to write in the outer pass instead."""
+"""Option of the quantizer → the option of the outer pass to use instead."""
 
 
 def quantizer_with(
@@ -26,23 +26,25 @@ def quantizer_with(
     Raises: ValueError when there is no such pass, or it is given what the outer pass decides.
     """
     if len(named) != 1:
-        raise ValueError("name exactly one quantizing pass, e.g. {gptq: {}}")
+        raise ValueError("name exactly one quantization pass, e.g. {gptq: {}}")
     ((name, options),) = named.items()
     known = _serving(sitewise=sitewise)
     if name not in known:
-        raise ValueError(f"use one of {', '.join(known)}; {name!r} is no pass that leaves codes and nothing else")
+        raise ValueError(f"use one of {', '.join(known)}; {name!r} does not only quantize")
     for option, instead in _OUTSIDE.items():
         if option in options:
-            raise ValueError(f"{option!r} cannot be set inside `quantizer`: write `{instead}` beside it")
+            raise ValueError(f"{option!r} cannot be set inside `quantizer`: set `{instead}` next to it")
     cls = PASSES[name]
     assert issubclass(cls, QuantizingPass)
     if sitewise and cls.whole_block & options.keys():
-        raise ValueError(f"{min(cls.whole_block & options.keys())!r} cannot be set inside: sites come one by one")
+        raise ValueError(
+            f"{min(cls.whole_block & options.keys())!r} cannot be set in `quantizer`: it runs on one site at a time"
+        )
     return cls(**options, sites=sites, exclude=exclude, overrides=dict(overrides or {}), scheme=scheme)
 
 
 def _serving(*, sitewise: bool) -> Collection[str]:
-    """Names of the passes that leave codes and nothing else."""
+    """Names of the passes that only quantize."""
     found = [(name, PASSES[name]) for name in PASSES]
     return [
         name

@@ -1,4 +1,4 @@
-"""What all passes that end in codes share: the scheme, its exceptions, the finished module, its report row."""
+"""What all quantization passes share: the scheme, exceptions, the quantized module, the report row."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from llmcompress.modules.rounded_inputs import fixed_scale
 from llmcompress.modules.scheme import DESCRIPTION, Scheme, named_scheme
 from llmcompress.numerics.grid import Fitted, output_error, restore, row_pieces
 from llmcompress.numerics.statistics import AbsMax, Gram, Statistic
-from llmcompress.passes.base import BlockPass, Trait
+from llmcompress.passes.base import BlockPass, Trait, with_options_of
 from llmcompress.passes.schemes import OnIndivisible, fitting_notes, resolve_scheme, site_schemes
 from llmcompress.records.rows import SiteReport
 
 
 class QuantizingPass(BlockPass):
-    """A pass that replaces its sites by codes and scales."""
+    """A pass that replaces its sites by quantized ones."""
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"codes"})
 
@@ -32,9 +32,8 @@ class QuantizingPass(BlockPass):
     scheme: str = Field("int4_g128", description=DESCRIPTION)
     on_indivisible: OnIndivisible = Field(
         "error",
-        description="for sites whose inputs do not divide into groups. error: refuse; fit: the longest power of two "
-        "that divides, not below 32, else one scale a row; skip: leave dense; channel: one scale a row; pad: a shorter "
-        "last group",
+        description="if inputs do not divide into groups. error: refuse; fit: the longest power of two that divides, "
+        "at least 32, otherwise one scale per row; skip: leave dense; channel: one scale per row; pad: shorter last group",
     )
 
     @field_validator("scheme")
@@ -60,6 +59,12 @@ class QuantizingPass(BlockPass):
         Raises: CompressError when its inputs do not divide into groups and the recipe does not say what then.
         """
         return resolve_scheme(self.for_site(site), site, inputs)
+
+    def plain(self) -> Sequence[BlockPass] | None:
+        """Rounding to nearest on the same grids; None where inputs must be measured, or more than codes is left."""
+        if self.leaves != {"codes"} or self.activation_statistics():
+            return None
+        return (with_options_of(self, "rtn", ("scheme", "on_indivisible")),)
 
     def activation_statistics(self) -> tuple[type[Statistic], ...]:
         """Static activation scales need the largest input."""

@@ -1,4 +1,4 @@
-"""What a site becomes when its inputs do not divide into the groups that its scheme asks for."""
+"""What happens to sites whose inputs do not divide into the groups of their scheme."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ groups 16-bit scales would weigh a bit per weight and more."""
 
 @runtime_checkable
 class HasScheme(Protocol):
-    """A quantizing pass with the overrides of one site applied."""
+    """A quantization pass with the overrides of one site applied."""
 
     @property
     def scheme(self) -> str | None:
@@ -42,7 +42,7 @@ class HasScheme(Protocol):
 
 @dataclass(frozen=True)
 class Indivisible:
-    """A site that cannot have the scheme asked for."""
+    """A site that cannot have the requested scheme."""
 
     site: str
     inputs: int
@@ -165,13 +165,13 @@ def indivisible_error(found: Sequence[Indivisible]) -> CompressError:
         fixes.insert(0, f"`scheme: {scheme.with_group(smaller).name}`")
     leaves = sorted({f'"*.{row.site.rpartition(".")[2]}"' for row in found})
     fixes += [
-        f"leave these sites dense with `exclude: [{', '.join(leaves)}]`",
-        "or decide for all such sites with `on_indivisible: fit|skip|channel|pad`",
+        f"exclude these sites with `exclude: [{', '.join(leaves)}]`",
+        "or set `on_indivisible: fit|skip|channel|pad` for all such sites",
     ]
     sites = "1 site has inputs" if len(found) == 1 else f"{len(found)} sites have inputs"
     return CompressError(
         "scheme.indivisible",
-        f"{sites} that do not divide into the scheme's groups",
+        f"{sites} that do not divide into the groups of the scheme",
         where="; ".join(f"{row} ({count} sites)" if count > 1 else row for row, count in rows.items()),
         fix="use " + ", or ".join(fixes[:-1]) + "; " + fixes[-1],
         exit_code=ExitCode.USAGE,

@@ -1,12 +1,14 @@
-"""Recipe text → plain data that remembers the line of every key; the traps of YAML are refused here."""
+"""Recipe text → plain data that keeps the line of every key; the pitfalls of YAML are refused here."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path as FilePath
 from typing import Any
 
 import yaml
@@ -20,6 +22,9 @@ MAX_DEPTH = 32
 MAX_VALUES = 20_000
 """Values after aliases are expanded: a few lines of aliases can stand for billions."""
 
+SETTING = "setting "
+"""Begins the place of a value that `path=value` wrote, and not a line of the file."""
+
 _CORE = "tag:yaml.org,2002:"
 _SCALARS = {
     "bool": r"true|True|TRUE|false|False|FALSE",
@@ -28,7 +33,7 @@ _SCALARS = {
     "int": r"[-+]?(?:0|[1-9][0-9]{0,17})",
     "float": r"[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)",
 }
-"""The words that are not strings, as in YAML 1.2: `no`, `4_0` and `2024-01-01` are strings, `1e-4` is a number."""
+"""Scalars that are not strings, as in YAML 1.2: `no`, `4_0` and `2024-01-01` are strings, `1e-4` is a number."""
 
 
 @dataclass(frozen=True)
@@ -38,26 +43,26 @@ class Document:
     name: str
     data: dict[str, Any]
     places: dict[Path, str] = field(default_factory=dict)
-    """Path of a key → `line 3`, or the `--set` that wrote it."""
+    """Path of a key → `line 3`, or the setting that wrote it."""
     raw: dict[Path, str] = field(default_factory=dict)
     """Path of a scalar → exactly what was written."""
 
     def where(self, path: Path) -> str:
         """The nearest known place of a path, and the path itself."""
         known = next((self.places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.places), "")
-        if known.startswith("--set"):
+        if known.startswith(SETTING):
             return known
         named = f"{self.name} {known}".strip()
         return f"{named} ({dotted(path)})" if path else named
 
 
 def dotted(path: Path) -> str:
-    """`passes.0.gptq.damping`: the spelling that `--set` reads."""
+    """`passes.0.gptq.damping`: the spelling that settings use."""
     return ".".join(str(part) for part in path)
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """PyYAML's safe loader with the words of YAML 1.2, without tags, with limits."""
+    """PyYAML's safe loader with the scalars of YAML 1.2, without tags, with limits."""
 
     yaml_implicit_resolvers: dict[str | None, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own name)
     depth = 0
@@ -68,20 +73,24 @@ class RecipeLoader(yaml.SafeLoader):
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if getattr(event, "tag", None) is not None:
             tag = event.tag.replace(_CORE, "!!")
-            raise _Refused("recipe.tag", f"the tag {tag} is not allowed", event, "remove it: a recipe is plain data")
+            raise _Refused(
+                "recipe.tag", f"the YAML tag {tag} is not allowed", event, "remove it: a recipe is plain data"
+            )
         self.nodes += 1
         if self.nodes > MAX_VALUES:
             raise _Refused("recipe.too-large", f"more than {MAX_VALUES} values", event, "is this the right file?")
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise _Refused("recipe.too-large", f"nested deeper than {MAX_DEPTH} levels", event, "write a flat recipe")
+            raise _Refused(
+                "recipe.too-large", f"the recipe is nested deeper than {MAX_DEPTH} levels", event, "reduce the nesting"
+            )
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
 
 
 class RecipeDumper(yaml.SafeDumper):
-    """Quotes exactly the strings that `RecipeLoader` would take for something else."""
+    """Quotes exactly those strings that `RecipeLoader` would not read as strings."""
 
     yaml_implicit_resolvers: dict[str | None, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own name)
 
@@ -93,6 +102,25 @@ class RecipeDumper(yaml.SafeDumper):
 for _kind, _pattern in _SCALARS.items():
     for _class in (RecipeLoader, RecipeDumper):
         _class.add_implicit_resolver(f"{_CORE}{_kind}", re.compile(rf"(?:{_pattern})\Z"), None)
+
+
+def read_file(path: FilePath) -> Document:
+    """Read a recipe file.
+
+    Raises: CompressError when it cannot be read, and like `read_document`.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as problem:
+        raise CompressError(
+            "recipe.unreadable",
+            f"cannot read the recipe: {getattr(problem, 'strerror', problem)}",
+            where=str(path),
+            fix="give a YAML file, or the name of a preset (`llmcompress recipes ls` lists them)",
+            exit_code=ExitCode.USAGE,
+        ) from None
+    return read_document(text, str(path))
 
 
 def read_document(text: str | bytes, name: str) -> Document:
@@ -112,13 +140,36 @@ def read_document(text: str | bytes, name: str) -> Document:
 
 
 def read_value(text: str) -> Any:
-    """The value after the `=` of a `--set`: any YAML on one line.
+    """The value after the `=` of a setting: any YAML on one line.
 
     Raises: CompressError when it is not YAML.
     """
-    with _naming("--set"):
+    with _naming(SETTING.strip()):
         node = _compose(text)
-        return None if node is None else _Reader(Document("--set", {})).value(node, ())
+        return None if node is None else _Reader(Document(SETTING.strip(), {})).value(node, ())
+
+
+def read_json_object(text: str) -> dict[str, Any]:
+    """Read one JSON object.
+
+    Raises: CompressError for anything else, and for a key that is written twice.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            key = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
+            raise _Refused("recipe.duplicate-key", f"the key {key!r} is written twice", None, "keep one of the two")
+        return found
+
+    with _naming("recipe"):
+        try:
+            data = json.loads(text, object_pairs_hook=once)
+        except (ValueError, RecursionError) as problem:
+            raise _Refused("recipe.json", f"not JSON: {problem}", None, "correct the text there") from None
+        if not isinstance(data, dict):
+            raise _Refused("recipe.json", "a recipe is an object of keys and values", None, 'begin with {"passes": ')
+        return data
 
 
 def write_yaml(data: Any) -> str:
@@ -179,7 +230,7 @@ class _Reader:
     def value(self, node: yaml.Node, path: Path) -> Any:
         self.values += 1
         if self.values > MAX_VALUES or id(node) in self.open:
-            raise _Refused("recipe.too-large", "aliases expand without end", node, "write the values out")
+            raise _Refused("recipe.too-large", "the aliases expand to too many values", node, "write the values out")
         if isinstance(node, yaml.ScalarNode):
             self.document.raw[path] = node.value
             return _scalar(node)
@@ -220,6 +271,6 @@ def _scalar(node: yaml.ScalarNode) -> str | int | float | bool | None:
     if kind == "float":
         number = float(node.value)
         if not math.isfinite(number):
-            raise _Refused("recipe.value", f"{node.value} is too large for a number", node, "write a finite number")
+            raise _Refused("recipe.value", f"{node.value} is too large", node, "write a finite number")
         return number
     return str(node.value)

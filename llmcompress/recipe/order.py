@@ -1,4 +1,4 @@
-"""Which passes may follow which, and whether their globs mean anything in this model."""
+"""Which passes may follow which, and whether their globs match anything in this model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmcompress.recipe.document import Document
 
 
 def check_order(passes: Sequence[Pass], site_names: Sequence[str]) -> None:
-    """No pass may undo what an earlier one did to the same site.
+    """Check that no pass undoes the work of an earlier one on the same site.
 
     Raises: CompressError `recipe.order` naming both passes, the reason and the first such site.
     """
@@ -49,7 +49,7 @@ def check_order_of_globs(passes: Sequence[Pass], document: Document) -> None:
 
 
 def check_sites(passes: Sequence[Pass], site_names: Sequence[str]) -> None:
-    """Every glob of every pass matches at least one site, and every pass has sites left.
+    """Check that every glob of every pass matches a site, and that every pass has sites.
 
     Raises: CompressError `recipe.no-such-site` with the nearest names.
     """
@@ -62,7 +62,7 @@ def check_sites(passes: Sequence[Pass], site_names: Sequence[str]) -> None:
         for key, glob in _globs(each):
             among = selected if key == "overrides" else names
             if not any(matches(site, glob) for site in among):
-                what = f"{key} {glob!r} matches no {'site that the pass works on' if among is selected else 'site'}"
+                what = f"{key} {glob!r} matches no {'site that the pass selects' if among is selected else 'site'}"
                 raise CompressError(
                     "recipe.no-such-site",
                     what,
@@ -73,15 +73,15 @@ def check_sites(passes: Sequence[Pass], site_names: Sequence[str]) -> None:
         if not selected:
             raise CompressError(
                 "recipe.no-such-site",
-                "`exclude` leaves the pass no site to work on",
+                "`exclude` removes every site that `sites` selects",
                 where=_label(index, each),
-                fix="exclude less, or remove the pass",
+                fix="exclude fewer sites, or remove the pass",
                 exit_code=ExitCode.USAGE,
             )
 
 
 def _names_by_pass(passes: Sequence[Pass], site: str) -> list[tuple[str, ...]]:
-    """What stands at an original site when each pass begins: itself, or the factors an earlier pass made of it."""
+    """The linears at an original site when each pass begins: itself, or the factors from an earlier pass."""
     names: tuple[str, ...] = (site,)
     found = []
     for each in passes:
@@ -108,7 +108,7 @@ def _nearest_sites(glob: str, site_names: Sequence[str]) -> str:
 
 
 def _sure_traits(each: Pass) -> frozenset[Trait]:
-    """What every selected site has afterwards, whatever the overrides do."""
+    """Traits that every selected site has afterwards, with any overrides."""
     changed = each.overrides.values() if isinstance(each, BlockPass) else ()
     return each.traits().intersection(*(each.model_copy(update=options).traits() for options in changed))
 
@@ -126,13 +126,13 @@ def _covers(wide: Pass, narrow: Pass) -> bool:
 def _undone(first: int, earlier: Pass, second: int, later: Pass, reason: str, *, where: str) -> CompressError:
     one, two = PASSES.name_of(type(earlier)), PASSES.name_of(type(later))
     if _rounds_by_choice(earlier):
-        fix = f"write `{one}: {{round: false}}`: it then only scales, and {two} rounds"
+        fix = f"write `{one}: {{round: false}}`, so that it only scales and {two} rounds"
     elif _rounds_by_choice(later):
         fix = f"put `{two}: {{round: false}}` before {one}"
     elif _reason(later.traits(), earlier) is None:
         fix = f"put {two} before {one}"
     else:
-        fix = "keep one of the two, or give them different `sites`"
+        fix = "remove one of the two, or give them different `sites`"
     return CompressError(
         "recipe.order",
         f"{_label(second, later)} cannot follow {_label(first, earlier)}: it {reason}",

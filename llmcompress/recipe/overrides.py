@@ -1,4 +1,4 @@
-"""`--set a.b=c`: one value of a document replaced from the command line, found and typed by the schema."""
+"""Settings `a.b=c`: each replaces one value of a document, located and typed by the schema."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from llmcompress.errors import CompressError, ExitCode, did_you_mean
-from llmcompress.recipe.document import Document, Path, dotted, read_value
+from llmcompress.recipe.document import SETTING, Document, Path, dotted, read_value
 from llmcompress.recipe.schema import Schema, at_path, holds_named, is_named, keys_at, kinds, takes_globs
 from llmcompress.recipe.stages import Stage
 
@@ -24,11 +24,11 @@ def with_set(document: Document, settings: Sequence[str], stages: Mapping[str, S
     for setting in settings:
         text, equals, value = setting.partition("=")
         if not equals or not text.strip():
-            raise _refused(f"{setting!r} is not `path=value`", setting, "write e.g. --set calibration.samples=64")
+            raise _refused(f"{setting!r} is not `path=value`", setting, "write e.g. `calibration.samples=64`")
         path = _path(changed.data, text.strip().split("."), setting, schema)
         _forget(changed, path)
         _put(changed.data, path, _typed(value, path, schema), setting)
-        changed.places[path], changed.raw[path] = f"--set {setting}", value
+        changed.places[path], changed.raw[path] = f"{SETTING}{setting}", value
         _write_out(changed.data, stages)
     return changed
 
@@ -59,7 +59,7 @@ def _path(data: dict[str, Any], parts: list[str], setting: str, schema: Schema) 
         if at_path(schema, (*path, *step)) is None:
             keys = keys_at(schema, path)
             fix = did_you_mean(word, keys) if keys else f"`{dotted(path)}` is a single value"
-            raise _refused(f"there is no {word!r} in {dotted(path) or 'a recipe'}", setting, fix)
+            raise _refused(f"{dotted(path) or 'a recipe'} has no key {word!r}", setting, fix)
         for part in step:
             here = _inside(here, part, path, setting, schema)
             path = (*path, part)
@@ -75,9 +75,9 @@ def _item_called(name: str, items: Any, path: Path, setting: str) -> Path:
         return found[0], name
     if not found:
         fix = did_you_mean(name, listed) if listed else f"`{stage}` is empty"
-        raise _refused(f"the recipe has no {name!r} in {stage}", setting, fix)
+        raise _refused(f"{stage} of the recipe has no {name!r}", setting, fix)
     choices = " or ".join(f"{stage}.{index}.{name}" for index in found)
-    raise _refused(f"the recipe has {len(found)} times {name!r} in {stage}", setting, f"say which: {choices}")
+    raise _refused(f"{stage} of the recipe has {name!r} {len(found)} times", setting, f"say which: {choices}")
 
 
 def _inside(here: Any, part: str | int, path: Path, setting: str, schema: Schema) -> Any:
@@ -88,7 +88,7 @@ def _inside(here: Any, part: str | int, path: Path, setting: str, schema: Schema
             raise _refused(f"{stage} has {count} items", setting, f"count from 0, or set {stage} itself")
         return here[part]
     if isinstance(here, dict) and is_named(schema, path) and part not in here:
-        raise _refused(f"{dotted(path)} is {next(iter(here), '')!r}", setting, "give the name that stands there")
+        raise _refused(f"{dotted(path)} is {next(iter(here), '')!r}", setting, "use that name")
     return here.get(part) if isinstance(here, dict) else None
 
 
@@ -115,11 +115,11 @@ def _typed(text: str, path: Path, schema: Schema) -> Any:
 
 
 def _forget(document: Document, path: Path) -> None:
-    """Drop what was known of the old value and of all below it."""
+    """Forget the places and raw texts of the old value and everything below it."""
     for known in (document.places, document.raw):
         for old in [old for old in known if old[: len(path)] == path]:
             del known[old]
 
 
 def _refused(what: str, setting: str, fix: str) -> CompressError:
-    return CompressError("recipe.set", what, where=f"--set {setting}", fix=fix, exit_code=ExitCode.USAGE)
+    return CompressError("recipe.set", what, where=f"{SETTING}{setting}", fix=fix, exit_code=ExitCode.USAGE)

@@ -1,15 +1,22 @@
-"""What pydantic found → one CompressError: the line, the nearest key, what to write instead."""
+"""Converts pydantic's errors into one CompressError: the line, the nearest key, what to write instead."""
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ValidationError
 
 from llmcompress.errors import CompressError, ExitCode, did_you_mean
 from llmcompress.recipe.document import Document, Path
 from llmcompress.recipe.schema import Schema, at_path, holds_named, keys_at, kinds
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+M = TypeVar("M", bound=BaseModel)
 
 _TYPES = {
     "boolean": "true or false",
@@ -23,6 +30,21 @@ _TYPES = {
 _BOOLEANS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
 
 
+def validated(document: Document, kind: type[M], schema: Callable[[], Schema]) -> M:
+    """The document as data of that kind, every value checked against its type; `schema` is called after a mistake.
+
+    Raises: CompressError for the first problem; it also lists the others.
+    """
+    try:
+        # as JSON and strict: lists may be tuples, but "4" is not 4 and 1 is not true
+        return kind.model_validate_json(json.dumps(document.data), strict=True)
+    except ValidationError as found:
+        problems, rules = Problems(), schema()
+        for error in found.errors():
+            explain(problems, document, rules, error)
+        raise problems.first() from None
+
+
 class Problems:
     """Everything wrong with a document, in the order found."""
 
@@ -34,7 +56,7 @@ class Problems:
         self.found.append(CompressError(code, what, where=where, fix=fix, exit_code=ExitCode.USAGE))
 
     def first(self) -> CompressError:
-        """The first, which tells of all others and where they are."""
+        """The first problem as an error, which lists the others."""
         first, *others = sorted(self.found, key=_by_line)
         more = "; ".join(f"{other.where}: {other.what}" for other in others)
         fix = f"{first.fix}\n  also: {more}" if more else first.fix
@@ -42,13 +64,13 @@ class Problems:
 
 
 def explain(problems: Problems, document: Document, schema: Schema, error: ErrorDetails) -> None:
-    """Add one of pydantic's errors in words that name what to write."""
+    """Add one of pydantic's errors, with what to write instead."""
     path: Path = error["loc"]
     where, key = document.where(path), str(path[-1]) if path else document.name
     cause = error.get("ctx", {}).get("error")
     if error["type"] == "extra_forbidden":
         fix = _below_a_stage(schema, path) or did_you_mean(key, keys_at(schema, path[:-1]))
-        problems.add("recipe.unknown-key", f"there is no option {key!r} here", where, fix)
+        problems.add("recipe.unknown-key", f"unknown option {key!r}", where, fix)
     elif error["type"] == "missing":
         problems.add("recipe.missing", f"{key!r} is missing", where, f"write `{key}:`")
     elif isinstance(cause, CompressError):
@@ -78,10 +100,10 @@ def _by_line(error: CompressError) -> tuple[int, bool]:
 
 
 def _below_a_stage(schema: Schema, path: Path) -> str | None:
-    """What to write where a pass stands at the top of a recipe."""
+    """What to write if a pass is at the top level of a recipe."""
     stages = [key for key in keys_at(schema, ()) if len(path) == 1 and holds_named(schema, (key,))]
     found = (key for key in stages if path[0] in keys_at(schema, (key, 0)))
-    return next((f"write it below `{key}:`, as `  - {path[0]}`" for key in found), None)
+    return next((f"write it under `{key}:`, as `  - {path[0]}`" for key in found), None)
 
 
 def _allowed_words(schema: Schema, path: Path) -> list[str]:
@@ -97,14 +119,14 @@ def _shown(document: Document, path: Path, error: ErrorDetails) -> str:
 
 
 def _rewrite(key: str, wanted: set[str], value: Any, raw: str, keys: list[str]) -> str:
-    """The line to write instead, where the meaning is plain."""
+    """The line to write instead, if the intention is clear."""
     number = raw.replace("_", "")
     if value is None:
-        return "give it a value or leave the key out"
+        return "give it a value or remove the key"
     if "object" in wanted:
         return f"write a mapping with some of {', '.join(keys)}" if keys else "write a mapping"
     if wanted == {"array"}:
-        return "begin every item with `- `" if isinstance(value, dict) else f"write `{key}: [{raw}]`"
+        return "start every item with `- `" if isinstance(value, dict) else f"write `{key}: [{raw}]`"
     if isinstance(value, dict | list):
         return f"write `{key}: value` on one line"
     if "boolean" in wanted and raw.lower() in _BOOLEANS:

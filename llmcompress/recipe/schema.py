@@ -1,4 +1,4 @@
-"""The JSON Schema of a recipe, and the questions asked of it: what may stand at this path?"""
+"""The JSON Schema of a recipe, and queries on it: what may be at this path? Needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import Any
 from pydantic import BaseModel
 
 from llmcompress.recipe.document import Path
-from llmcompress.recipe.model import Recipe
 
 Schema = dict[str, Any]
 
 
-def json_schema(kind: type[BaseModel] = Recipe) -> Schema:
-    """A whole recipe for editors, with the options of everything that is registered."""
+def schema_of(kind: type[BaseModel]) -> Schema:
+    """A whole recipe of that kind, with the options of everything that is registered."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **kind.model_json_schema()}
 
 
@@ -21,7 +20,7 @@ def at_path(schema: Schema, path: Path) -> Schema | None:
     """The part of the schema that describes the value at a path; None when nothing may stand there."""
     here: Schema | None = schema
     for part in path:
-        children = (_child(each, part) for each in _alternatives(schema, here or {}))
+        children = (_child(each, part) for each in alternatives(schema, here or {}))
         here = next((inner for inner in children if inner is not None), None)
     return here
 
@@ -52,17 +51,17 @@ def is_named(schema: Schema, path: Path) -> bool:
 
 
 def _at(schema: Schema, path: Path) -> list[Schema]:
-    return _alternatives(schema, at_path(schema, path) or {})
+    return alternatives(schema, at_path(schema, path) or {})
 
 
-def _alternatives(root: Schema, schema: Schema) -> list[Schema]:
+def alternatives(root: Schema, schema: Schema) -> list[Schema]:
     """A schema with its references followed and its `anyOf` opened."""
     reference = schema.get("$ref")
     if reference:
         schema = root["$defs"][reference.rpartition("/")[2]]
     if "anyOf" not in schema:
         return [schema]
-    return [inner for each in schema["anyOf"] for inner in _alternatives(root, each)]
+    return [inner for each in schema["anyOf"] for inner in alternatives(root, each)]
 
 
 def _is_open(schema: Schema) -> bool:

@@ -1,7 +1,7 @@
 """Stages of a recipe: named lists of registered things, each written as its name and its options.
 
-A stage is one field of `Recipe`: a tuple, annotated with the registry of what may stand in it. All else follows from
-the annotation: how it is read and written, where `--set` leads, the JSON Schema, the hints.
+A stage is one field of `Recipe`: a tuple, annotated with the registry of its possible items. Everything else follows
+from the annotation: how it is read and written, where settings lead, the JSON Schema, the hints.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from llmcompress.recipe.document import Path
 from llmcompress.registry import Registry
 
 SELECTORS = ("sites", "exclude", "overrides")
-"""Options that say where a thing works; an override changes how, so it may not contain them."""
+"""Options that select sites, which an override may not contain."""
 
 
 @runtime_checkable
 class HasShortForm(Protocol):
-    """A class whose things may also be written as one text."""
+    """A class whose instances can also be written as one string."""
 
     @classmethod
     def from_text(cls, text: str) -> dict[str, Any]:
-        """The options that the text stands for."""
+        """The options of a short form."""
 
 
 @dataclass(frozen=True)
 class LeavesWeights:
-    """Marks a field of a recipe that cannot change a weight: the hash leaves it out."""
+    """Marks a field of a recipe that cannot change a weight: the hash ignores it."""
 
 
 class Entry(NamedTuple):
-    """One thing as it was written."""
+    """One item as written."""
 
     path: Path
     """Within the stage: place and name, in the order in which they are written."""
@@ -49,21 +49,21 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage(ABC):
-    """How the things of one registry stand in a recipe."""
+    """How items of one registry are written in a recipe."""
 
     registry: Registry[Any]
 
     @abstractmethod
     def expanded(self, written: Any) -> Any:
-        """The same with short forms written out; whatever is not understood stays as it is."""
+        """The same with short forms expanded; anything unknown is left unchanged."""
 
     @abstractmethod
     def entries(self, expanded: Any, problems: list[InitErrorDetails]) -> Iterator[Entry]:
-        """Every thing that a name can be found for; whatever else there is becomes a problem."""
+        """Every item with a known name; everything else becomes a problem."""
 
     @abstractmethod
     def written(self, things: Sequence[BaseModel]) -> Any:
-        """What a recipe says for these things, as JSON."""
+        """These items as in a recipe, as JSON."""
 
     @abstractmethod
     def schema(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class Stage(ABC):
 
 
 class Listed(Stage):
-    """A list whose order is meaning: `- rtn`, or `- gptq: {scheme: int4_g128}`."""
+    """An ordered list: `- rtn`, or `- gptq: {scheme: int4_g128}`."""
 
     def expanded(self, written: Any) -> Any:
         """A name alone becomes a name without options."""
@@ -111,7 +111,7 @@ class Listed(Stage):
             return
         for index, item in enumerate(expanded):
             if not isinstance(item, dict) or len(item) != 1:
-                what = f"a {self.registry.kind} is a name, or one name with its options"
+                what = f"a {self.registry.kind} must be a name, or one name with its options"
                 fix = f"write each as its own item: `- {next(iter(self.registry))}: {{option: value}}`"
                 if isinstance(item, dict) and item and next(iter(item.values())) is None:
                     fix = f"indent the options further than `{next(iter(item))}:`"
@@ -121,7 +121,7 @@ class Listed(Stage):
             if name in self.registry:
                 yield Entry((index, name), name, options)
             else:
-                what = f"there is no {self.registry.kind} {name!r}"
+                what = f"unknown {self.registry.kind} {name!r}"
                 error = _refused(f"recipe.unknown-{self.registry.kind}", what, did_you_mean(name, self.registry))
                 problems.append(_problem((index,), item, error))
 
@@ -137,7 +137,7 @@ class Listed(Stage):
 
 
 class Grouped(Stage):
-    """A mapping of names to lists, where order means nothing: `perplexity: [wikitext2:test, book.txt]`."""
+    """A mapping of names to lists, without order: `perplexity: [wikitext2:test, book.txt]`."""
 
     def expanded(self, written: Any) -> Any:
         """A text becomes the options that it stands for."""
@@ -193,7 +193,7 @@ def stages_of(kind: type[BaseModel]) -> dict[str, Stage]:
 
 
 def beside_weights(kind: type[BaseModel]) -> dict[str, Any]:
-    """What pydantic has to leave out of a dump for the facts that decide the weights."""
+    """Fields that the hash excludes."""
     found: dict[str, Any] = {}
     for name, field in kind.model_fields.items():
         if any(isinstance(mark, LeavesWeights) for mark in field.metadata):
@@ -213,7 +213,7 @@ def _thing(cls: type[BaseModel], entry: Entry, problems: list[InitErrorDetails])
     for glob, changed in getattr(found, "overrides", {}).items():
         path = (*entry.path, "overrides", glob)
         for key in changed.keys() & set(SELECTORS):
-            what = f"an override cannot change {key!r}: its glob already says where it applies"
+            what = f"an override cannot set {key!r}: its glob already selects the sites"
             fix = f"remove `{key}`, or write a second {entry.name}"
             problems.append(_problem((*path, key), changed[key], _refused("recipe.override", what, fix)))
         given = {key: value for key, value in changed.items() if key not in SELECTORS}

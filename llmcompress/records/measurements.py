@@ -1,4 +1,4 @@
-"""What can be measured of a model, as records told apart by `kind`; kinds of other versions survive as they are."""
+"""Measurements of a model as records distinguished by `kind`; unknown kinds from other versions are preserved."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Discriminator, Tag
 from llmcompress.records.rows import Record
 
 Which = Literal["model", "dense", "compressed"]
-"""Before or after compression; `model` where only one was measured."""
+"""Before or after compression; `model` if only one model was measured."""
 
 
 class Estimate(Record):
@@ -18,11 +18,11 @@ class Estimate(Record):
 
     mean: float
     standard_error: float | None
-    """Over windows, whose tokens are not independent of each other; None with fewer than two windows."""
+    """Standard error over windows, since tokens of one window are not independent; None with fewer than two windows."""
 
 
 class PerplexityResult(Record):
-    """Perplexity with everything needed to repeat it."""
+    """Perplexity with everything needed to reproduce it."""
 
     kind: Literal["perplexity"] = "perplexity"
     of: Which = "model"
@@ -39,11 +39,11 @@ class PerplexityResult(Record):
     perplexity: float
     bits_per_byte: float
     from_cache: bool = False
-    """Whether the model was not run because its scores were kept from an earlier run."""
+    """Whether its scores were cached by an earlier run, so that the model was not run."""
 
     @property
     def protocol(self) -> tuple[str, int, bool, int]:
-        """What two results must share to be compared."""
+        """The settings that two results must share to be comparable."""
         return self.text, self.window, self.bos, self.tokens
 
 
@@ -66,16 +66,16 @@ class Divergence(Record):
     """In nats per token."""
     kl_median: float
     kl_90: float
-    """Nine tokens of ten lie at or below it."""
+    """The 90th percentile."""
     kl_99: float
     loss_increase: Estimate
     """In nats per token: the logarithm of the ratio of perplexities."""
     same_top: Estimate
-    """Share of tokens for which both hold the same token most likely."""
+    """Fraction of tokens with the same top prediction."""
     right_to_wrong: Estimate
-    """Share of tokens that the dense model alone held most likely."""
+    """Fraction of tokens that only the dense model predicted correctly."""
     wrong_to_right: Estimate
-    """Share of tokens that the compressed model alone held most likely."""
+    """Fraction of tokens that only the compressed model predicted correctly."""
 
     @property
     def protocol(self) -> tuple[str, int, bool, int]:
@@ -87,6 +87,24 @@ class Divergence(Record):
         """Compressed ÷ dense; the error is that of a first-order expansion of exp."""
         ratio, error = math.exp(self.loss_increase.mean), self.loss_increase.standard_error
         return Estimate(mean=ratio, standard_error=None if error is None else ratio * error)
+
+
+class HeldOutLoss(Record):
+    """Loss on windows of the calibration text that no pass measured, before and after."""
+
+    kind: Literal["held_out_loss"] = "held_out_loss"
+    windows: int
+    tokens: int
+    """Predicted."""
+    dense: float
+    """In nats per token."""
+    compressed: float
+    """The same."""
+
+    @property
+    def ratio(self) -> float:
+        """Compressed ÷ dense perplexity."""
+        return math.exp(min(self.compressed - self.dense, 700.0))
 
 
 class WeightBytes(Record):
@@ -106,14 +124,14 @@ class StageSeconds(Record):
 
 
 class OtherMeasurement(Record):
-    """A kind that this version does not know: read, kept and written unchanged."""
+    """A kind unknown to this version: read, kept and written unchanged."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
     kind: str
 
 
-Known = PerplexityResult | Divergence | WeightBytes | StageSeconds
+Known = PerplexityResult | Divergence | HeldOutLoss | WeightBytes | StageSeconds
 
 _KINDS = frozenset(str(each.model_fields["kind"].default) for each in get_args(Known))
 
@@ -126,9 +144,10 @@ def _tag(value: Any) -> str:
 Measurement = Annotated[
     Annotated[PerplexityResult, Tag("perplexity")]
     | Annotated[Divergence, Tag("divergence")]
+    | Annotated[HeldOutLoss, Tag("held_out_loss")]
     | Annotated[WeightBytes, Tag("weight_bytes")]
     | Annotated[StageSeconds, Tag("seconds")]
     | Annotated[OtherMeasurement, Tag("other")],
     Discriminator(_tag),
 ]
-"""Any of them. A new kind is a class here and a line in this union; no other version has to know it."""
+"""Any of them. A new kind is a class here and a line in this union; other versions preserve unknown kinds."""

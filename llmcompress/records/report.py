@@ -1,4 +1,4 @@
-"""The evidence of a run: what was done to every site, what was measured before and after, the environment."""
+"""The report of a run: what was done to every site, measurements before and after, the environment."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from llmcompress.records.rows import Record, SiteReport
 from llmcompress.storage.json_file import read_json
 
 REPORT = "llmcompress_report.json"
-"""Its file beside the weights."""
+"""Its file, saved with the weights."""
 
 VERSION: Literal[1] = 1
-"""Grows when a field or a kind of measurement changes its meaning; a kind that is new changes nothing."""
+"""Increases when a field or a kind of measurement changes its meaning; new kinds do not change it."""
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ class Quality:
     dense: PerplexityResult
     compressed: PerplexityResult
     divergence: Divergence | None
-    """Token by token, where that was measured."""
+    """The token-by-token comparison, if measured."""
 
     @property
     def ratio(self) -> float:
@@ -46,12 +46,12 @@ class Quality:
 
     @property
     def ratio_error(self) -> float | None:
-        """Standard error of the ratio, paired token by token; None where it is not known."""
+        """Paired standard error of the ratio; None if unknown."""
         return self.divergence.perplexity_ratio.standard_error if self.divergence else None
 
 
 class Report(Record):
-    """Saved as `llmcompress_report.json` beside the weights."""
+    """Saved as `llmcompress_report.json` with the weights."""
 
     version: Literal[1] = VERSION
     model: str
@@ -71,7 +71,7 @@ class Report(Record):
 
     @property
     def quality(self) -> tuple[Quality, ...]:
-        """Every text on which both models were measured by the same protocol, in order."""
+        """One entry for every text on which both models were measured with the same protocol."""
         measured = self.of_kind(PerplexityResult)
         after = {each.protocol: each for each in measured if each.of == "compressed"}
         divergences = {each.protocol: each for each in self.of_kind(Divergence)}
@@ -101,7 +101,7 @@ class Report(Record):
         return [each for each in self.measurements if isinstance(each, kind)]
 
     def with_measurements(self, more: Iterable[Measurement]) -> Report:
-        """The same report with further measurements behind its own."""
+        """The same report with more measurements appended."""
         return self.model_copy(update={"measurements": (*self.measurements, *more)})
 
     def _weight_bytes(self, of: Which) -> int:
@@ -114,13 +114,13 @@ def read_report(path: Path) -> Report:
     Raises: CompressError when there is none, it is damaged, or another version of llmcompress wrote it in another form.
     """
     file = path / REPORT if path.is_dir() else path
-    fix = "name a folder that `llmcompress compress` wrote, or its report"
+    fix = "give a folder that llmcompress wrote, or its report"
     data = read_json(file, code="report.unreadable", fix=fix)
     version = data.get("version", 0)
     if version != VERSION:
         newer = isinstance(version, int) and version > VERSION
         fix = "use a newer llmcompress" if newer else "compress the model again with this version"
-        what = f"the report has form {version}, this version of llmcompress reads form {VERSION}"
+        what = f"the report has version {version}, but this version of llmcompress reads version {VERSION}"
         raise CompressError("report.version", what, where=str(file), fix=fix)
     try:
         return Report.model_validate(data)

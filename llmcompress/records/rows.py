@@ -1,4 +1,4 @@
-"""What one pass did to one site: the rows that passes return, journals keep and reports list."""
+"""The report row of one pass at one site, as returned by passes, kept in journals and listed in reports."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ class SiteReport(Record):
     error: float | None = None
     """Squared error of the site's output on calibration inputs ÷ squared output; None without data."""
     error_before: float | None = None
-    """The same for the pass's baseline (plain rounding), where the pass compares with one."""
+    """The same for the pass's baseline (such as rounding to nearest), if it has one."""
     tokens: int | None = None
     """Calibration tokens that reached the site."""
     sparsity: float | None = None
-    """Share of weights that are exactly zero afterwards."""
+    """Sparsity: fraction of weights that are exactly zero afterwards."""
     rank: int | None = None
-    """Of a low-rank site."""
+    """Rank of a low-rank site."""
     parameters: int | None = None
-    """Of the site (or block) afterwards."""
+    """Parameters of the site (or block) afterwards."""
     removed: int | None = None
-    """Units, channels or blocks that were removed there."""
+    """Removed units, channels or blocks."""
     score: float | None = None
-    """What the decision was made on, in the algorithm's own unit."""
+    """The score behind the decision, in the algorithm's own unit."""
     active: float | None = None
-    """Share of calibration tokens that the block ran for, or of inputs that the site computed with."""
+    """Fraction of calibration tokens for which the block ran, or of inputs with which the site computed."""
     cache_bytes: int | None = None
-    """Of the keys and values of one token in that attention's cache afterwards."""
+    """Bytes of one token's keys and values in that attention's KV cache afterwards."""
     cache_bytes_before: int | None = None
-    """The same in the type that the model is stored in."""
+    """The same in the model's stored dtype."""
     degraded: str | None = None
     """Why a fallback was used (`damping raised to 0.1`, `no tokens: rounded to nearest`)."""

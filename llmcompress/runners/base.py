@@ -1,5 +1,6 @@
-"""What every runtime of a finished model offers: logits, greedy text, and a few facts. B = sequences, T = tokens,
-V = vocabulary."""
+"""The interface of every runtime: logits, greedy generation, and a few facts. B = sequences, T = tokens, V =
+vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +16,9 @@ from llmcompress.registry import Registry
 
 
 class Runner(ABC):
-    """A model that can be run, whatever runs it; measurements know nothing else of a model.
+    """A model that can be run by any runtime; metrics use nothing else.
 
-    Used as a context manager, it gives back what it took (memory, a device, a child process) at the end.
+    As a context manager, it releases its resources (memory, a device, a child process) at the end.
     """
 
     name: ClassVar[str]

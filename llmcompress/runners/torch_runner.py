@@ -1,4 +1,4 @@
-"""Transformers in this process, dense or compressed: the runtime that every other one is compared with."""
+"""Transformers in this process, dense or compressed: the reference for all other runtimes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from llmcompress.runners.base import RUNNERS, Runner
 class TorchRunner(Runner):
     """A live model, in eval mode while the runner is open. Logits have the dtype that the model computes in.
 
-    With `weights_at` the model runs on `device` in float32 from wherever its weights are, and is back there afterwards.
-    Without one it is used where and as it is.
+    With `weights_at` the model runs on `device` in float32, and its weights return to where they were afterwards.
+    Otherwise it is used where and as it is.
     """
 
     name = "torch"

@@ -1,4 +1,4 @@
-"""A budget of stored bits shared out by a table of losses: the index of one option for every unit."""
+"""Allocates a budget of stored bits by a table of losses: one option for every unit."""
 
 from __future__ import annotations
 

@@ -1,21 +1,32 @@
-"""One sweep of gradients through the whole model, to which any number of observers listen. O = outputs, U = units."""
+"""One gradient sweep through the whole model for any number of observers. O = outputs, U = units.
+
+It holds little beside the weights: blocks are computed again when their gradients are due, logits exist for a few rows
+at a time, and a weight's gradient goes as soon as the observers have taken it.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 from typing_extensions import override
 
-from llmcompress.calibration.measured import Shelf
+from llmcompress.calibration.measurement_cache import CachedMeasurements
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.site import LinearSite
 from llmcompress.model.units import UnitGroup, masked
+from llmcompress.training import head
+from llmcompress.training.data.batch import Batch, Sample, padded
+from llmcompress.training.objectives.base import ObjectiveInputs
+from llmcompress.training.objectives.cross_entropy import CrossEntropy
+from llmcompress.training.step import checkpointed_blocks
 
 
 class GradientObserver(ABC):
@@ -23,26 +34,26 @@ class GradientObserver(ABC):
 
     @property
     def one_by_one(self) -> bool:
-        """Whether it must see every window by itself, not sums over batches."""
+        """Whether it needs the gradients of every single window, not sums over batches."""
         return False
 
-    def recall(self, shelf: Shelf) -> bool:
-        """Take what is known already; whether that is all it listens for."""
+    def recall(self, cached: CachedMeasurements) -> bool:
+        """Take cached results; returns whether nothing is missing."""
         return False
 
-    def keep(self, shelf: Shelf) -> None:  # noqa: B027 (most are too large to be kept)
-        """Put what was found where it may be found again."""
+    def keep(self, cached: CachedMeasurements) -> None:  # noqa: B027 (most are too large to be kept)
+        """Cache the results."""
 
     @abstractmethod
     def attached(self, whole: WholeModel, model: nn.Module) -> AbstractContextManager[None]:
-        """While the sweep lasts: hooks, and parameters that want gradients."""
+        """Attaches hooks and enables gradients of parameters for the whole sweep."""
 
-    def around(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Around every forward and its gradients."""
+    def during_batch(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Entered for every batch, forward and backward."""
         return nullcontext()
 
-    def heard(self) -> None:  # noqa: B027 (hooks have heard already)
-        """The gradients of a batch are there: add them up."""
+    def collect(self) -> None:  # noqa: B027 (hooks have heard already)
+        """Called after the backward pass of a batch: accumulate its gradients."""
 
 
 def sweep(whole: WholeModel, observers: Sequence[GradientObserver]) -> None:
@@ -50,31 +61,60 @@ def sweep(whole: WholeModel, observers: Sequence[GradientObserver]) -> None:
 
     The loss is summed over the windows of a batch, so that gradients do not depend on how windows are batched.
     """
-    shelf = whole.context.shelf()
-    missing = [each for each in observers if shelf is None or not each.recall(shelf)]
+    cached = whole.context.cached_measurements()
+    missing = [each for each in observers if cached is None or not each.recall(cached)]
     for one_by_one in (False, True):
         of_kind = [each for each in missing if each.one_by_one is one_by_one]
         if of_kind:
             _sweep(whole, of_kind, one_by_one=one_by_one)
-    if shelf:
+    if cached:
         for each in missing:
-            each.keep(shelf)
+            each.keep(cached)
+
+
+def rows_at_once(vocabulary: int) -> int:
+    """How many rows have their logits at once: fewer than in a training, where they are not the largest thing."""
+    return max(_FEWEST_ROWS, head.rows_at_once(vocabulary) // 8)
+
+
+_FEWEST_ROWS = 64
 
 
 def _sweep(whole: WholeModel, observers: Sequence[GradientObserver], *, one_by_one: bool) -> None:
+    windows_NT = whole.context.windows_NT
     with whole.resident() as model, ExitStack() as attached:
         model.requires_grad_(False)
+        rows = rows_at_once(model.config.get_text_config().vocab_size)
+        together = windows_NT[: 1 if one_by_one else whole.context.batch].to(whole.context.device)
+        found = head.find_head(model, together) if together.numel() > rows else None
         for each in observers:
             attached.enter_context(each.attached(whole, model))
-        batches = torch.split(whole.context.windows_NT, 1) if one_by_one else whole.batches()
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # behind the observers' own hooks
+                attached.callback(parameter.register_post_accumulate_grad_hook(_freed).remove)
+        batches = torch.split(windows_NT, 1) if one_by_one else whole.batches()
+        done = 0
         for ids_BT in batches:
             with torch.enable_grad(), ExitStack() as around:
                 for each in observers:
-                    around.enter_context(each.around(model))
-                (whole.loss(ids_BT.to(whole.context.device)) * len(ids_BT)).backward()  # type: ignore[no-untyped-call]
+                    around.enter_context(each.during_batch(model))
+                around.enter_context(checkpointed_blocks(model, True))
+                batch = padded([Sample(ids_T) for ids_T in ids_BT]).to(whole.context.device)
+                (_loss(model, batch, found, rows) * len(ids_BT)).backward()  # type: ignore[no-untyped-call]
             for each in observers:
-                each.heard()
-            model.zero_grad(set_to_none=True)
+                each.collect()
+            done += len(ids_BT)
+            whole.context.progress.substep("gradients", done=done, total=len(windows_NT))
+
+
+def _loss(model: PreTrainedModel, batch: Batch, found: head.Head | None, rows: int) -> Tensor:
+    """Logits for so many rows at a time where the head is known by itself, else for all."""
+    predicted = head.predictions(model, batch, found)
+    return CrossEntropy().loss(ObjectiveInputs(0, batch, predicted, None, rows if found else batch.ids_BT.numel()))
+
+
+def _freed(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 class OutputSquares(GradientObserver):
@@ -90,15 +130,15 @@ class OutputSquares(GradientObserver):
         self.sums: dict[str, Tensor] = {}
 
     @override
-    def recall(self, shelf: Shelf) -> bool:
-        known = {name: shelf.find(Tensor, self._NAME, name) for name in self.names}
+    def recall(self, cached: CachedMeasurements) -> bool:
+        known = {name: cached.find(Tensor, self._NAME, name) for name in self.names}
         self.sums = {name: sum_O for name, sum_O in known.items() if sum_O is not None}
         return len(self.sums) == len(self.names)
 
     @override
-    def keep(self, shelf: Shelf) -> None:
+    def keep(self, cached: CachedMeasurements) -> None:
         for name, sum_O in self.sums.items():
-            shelf.put(sum_O, self._NAME, name)
+            cached.put(sum_O, self._NAME, name)
 
     @override
     @contextmanager
@@ -115,7 +155,7 @@ class OutputSquares(GradientObserver):
 
 class WeightGradients(GradientObserver):
     """Per site, of its weight as the module stores it: the sum of gradients over all windows, and that of their
-    squares window by window; each takes as much memory as the weights."""
+    squares window by window; each takes as much memory as the weights, the gradients themselves that of one weight."""
 
     def __init__(self, names: Sequence[str], *, sums: bool = True, squares: bool = False) -> None:
         self.names, self._wants_sums, self._wants_squares = tuple(names), sums, squares
@@ -123,7 +163,6 @@ class WeightGradients(GradientObserver):
         self.squares: dict[str, Tensor] = {}
         self.windows = 1
         """How many were seen, to make means of sums; one where there were none."""
-        self._weights: dict[str, nn.Parameter] = {}
 
     @property
     @override
@@ -134,25 +173,24 @@ class WeightGradients(GradientObserver):
     @contextmanager
     def attached(self, whole: WholeModel, model: nn.Module) -> Iterator[None]:
         self.windows = max(len(whole.context.windows_NT), 1)
-        self._weights = {name: model.get_submodule(name).get_parameter("weight") for name in self.names}
-        for name, weight in self._weights.items():
-            weight.requires_grad_(True)
-            if self._wants_sums:
-                self.sums[name] = torch.zeros_like(weight, requires_grad=False)
-            if self._wants_squares:
-                self.squares[name] = torch.zeros_like(weight, requires_grad=False)
-        yield
-        self._weights = {}
+        with ExitStack() as hooks:
+            for name in self.names:
+                weight = model.get_submodule(name).get_parameter("weight")
+                weight.requires_grad_(True)
+                if self._wants_sums:
+                    self.sums[name] = torch.zeros_like(weight, requires_grad=False)
+                if self._wants_squares:
+                    self.squares[name] = torch.zeros_like(weight, requires_grad=False)
+                handle = weight.register_post_accumulate_grad_hook(partial(self._take, name))  # type: ignore[no-untyped-call]
+                hooks.callback(handle.remove)
+            yield
 
-    @override
-    def heard(self) -> None:
-        for name, weight in self._weights.items():
-            if weight.grad is None:  # an expert that no token reached
-                continue
-            if self._wants_sums:
-                self.sums[name] += weight.grad
-            if self._wants_squares:
-                self.squares[name] += weight.grad.square()
+    def _take(self, name: str, weight: Tensor) -> None:
+        assert weight.grad is not None
+        if self._wants_sums:
+            self.sums[name] += weight.grad
+        if self._wants_squares:
+            self.squares[name] += weight.grad.square()
 
 
 class UnitMasks(GradientObserver):
@@ -181,13 +219,13 @@ class UnitMasks(GradientObserver):
 
     @override
     @contextmanager
-    def around(self, model: nn.Module) -> Iterator[None]:
+    def during_batch(self, model: nn.Module) -> Iterator[None]:
         self._masks = [torch.ones(group.units, device=self._device, requires_grad=True) for group in self.groups]
         with masked(model, self.groups, self._masks):
             yield
 
     @override
-    def heard(self) -> None:
+    def collect(self) -> None:
         self.windows.append(
             [mask_U.grad if mask_U.grad is not None else torch.zeros_like(mask_U).detach() for mask_U in self._masks]
         )

@@ -1,8 +1,7 @@
-"""What every option of every unit of a model would cost it, measured once: all allocations read this. C = choices.
+"""The loss of every option of every unit, measured once; all allocations read it. C = choices.
 
-A unit is what can be decided by itself: a linear, an input group, a block, the channels of a feed-forward network. Of
-its options one is taken (a scheme, a rank, a share of zeros), or, where they are parts of the unit (its channels), any
-of them may go.
+A unit is decided by itself: a linear, an input group, a block, the channels of an FFN. One of its options is chosen (a
+scheme, a rank, a sparsity), or, if options are parts of the unit (its channels), any number of them is removed.
 """
 
 from __future__ import annotations

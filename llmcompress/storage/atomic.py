@@ -1,4 +1,4 @@
-"""One file that is the old one or the new one, whatever happens while it is written."""
+"""Replaces a file atomically: it is the old one or the new one, whatever happens during writing."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from llmcompress.storage.disk import sync
 
 @contextmanager
 def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
-    """A file beside `path` to fill; when the block ends it becomes `path`, and the disk has confirmed it.
+    """A file next to `path` to fill; when the block ends it becomes `path`, synced to disk.
 
-    It lies in the same folder, because only within one file system is renaming one step. After an error `path` is what
+    It is in the same folder, because renaming is atomic only within one file system. After an error `path` is what
     it was, and the half-written file is gone. `shared`: other processes may write the same file at this moment.
     """
     own = f".{uuid.uuid4().hex[:8]}" if shared else ""

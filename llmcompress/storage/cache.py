@@ -1,4 +1,4 @@
-"""Tensors that took long to compute, kept for later runs: bounded in size, shared by processes, checked when read."""
+"""A cache of tensors for later runs: bounded in size, shared by processes, verified when read."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ def cache_folder() -> Path:
 class TensorCache:
     """Named tensors by key, one safetensors file each.
 
-    A file appears complete or not at all, so processes may share a folder without a lock: whoever writes a key last
-    writes what the others wrote. What is missing, damaged or cannot be written is computed again, never an error.
+    A file appears complete or not at all, so processes may share a folder without a lock: the last one to write a key
+    writes the same values. Missing or damaged entries, and those that cannot be written, are computed again, never an
+    error.
     """
 
     def __init__(self, folder: Path, *, limit_bytes: int = LIMIT_BYTES) -> None:

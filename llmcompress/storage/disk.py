@@ -1,4 +1,4 @@
-"""Files that survive a crash: synced, hashed, and a full disk told in plain words."""
+"""Crash-safe files: synced, hashed, with clear errors for a full disk."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def disk_errors(where: Path, *, saved: str) -> Iterator[None]:
         full = any(os.strerror(code) in str(problem) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
         raise CompressError(
             "output.disk-full" if full else "output.write-failed",
-            f"writing failed: {problem}",
+            f"could not write: {problem}",
             where=str(where),
             fix="free disk space and run the same command again",
             saved=saved,

@@ -1,4 +1,4 @@
-"""The output folder: refused early if it cannot be written, filled beside its place, moved there in one step."""
+"""The output folder: refused early if it cannot be written, filled in a staging folder, published in one step."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from llmcompress.errors import CompressError, ExitCode
 from llmcompress.storage.disk import disk_errors, sha256, sync
 from llmcompress.storage.lock import ProcessLock
 from llmcompress.storage.names import INDEX
-from llmcompress.storage.ours import check_run_folder, is_our_output, mark_output, other_files, remove_output
+from llmcompress.storage.ownership import check_run_folder, is_our_output, mark_output, other_files, remove_output
 
 
 def check_output(output: Path, *, overwrite: bool, needed_bytes: int = 0, source: Path | None = None) -> None:
-    """Before any work: that `output` can be written, and what an earlier killed run left beside it is cleared.
+    """Before any work: check that `output` can be written, and clean up after an earlier killed run.
 
-    `source` is the folder that will be read, if there is one of that name: an output that holds it, is it or lies in it
+    `source` is the folder that will be read, if there is one of that name: an output that contains, is or is inside it
     is refused.
 
     Raises: CompressError for a file, a link, a folder in use or with files of the user's, a read-only or full disk.
@@ -33,16 +33,16 @@ def check_output(output: Path, *, overwrite: bool, needed_bytes: int = 0, source
         raise _usage("output.name", "the output's name is too long for a file system", output, "choose a shorter name")
     check_run_folder(run_folder(output))
     if output.is_symlink():
-        there = f"name the folder that it leads to: {output.resolve()}"
+        there = f"give the folder it points to: {output.resolve()}"
         raise _usage("output.is-link", "the output is a symbolic link, which cannot be replaced", output, there)
     if source is not None and source.is_dir():
         _check_apart(output, source)
     _recover(output)
     if output.exists() and not output.is_dir():
-        raise _usage("output.is-file", "the output is a file", output, "name a folder that does not exist yet")
+        raise _usage("output.is-file", "the output is a file", output, "choose a folder that does not exist yet")
     home, here = Path.home().resolve(), Path.cwd().resolve()
     if output.resolve() in {home, *home.parents, here, *here.parents}:
-        raise _usage("output.unsafe", "the output would replace a folder that holds other things", output, _NEW)
+        raise _usage("output.unsafe", "the output would replace a folder that contains other things", output, _NEW)
     if output.is_dir() and any(output.iterdir()):
         _check_filled(output, overwrite=overwrite)
     parent = next(folder for folder in output.parents if folder.exists())
@@ -52,7 +52,7 @@ def check_output(output: Path, *, overwrite: bool, needed_bytes: int = 0, source
     if free < needed_bytes * 1.1:
         raise CompressError(
             "output.disk-full",
-            f"about {needed_bytes / 1e9:.2f} GB will be written, {free / 1e9:.2f} GB are free",
+            f"about {needed_bytes / 1e9:.2f} GB are needed, but only {free / 1e9:.2f} GB are free",
             where=str(output),
             fix="free disk space or choose another disk",
             exit_code=ExitCode.RESOURCES,
@@ -65,21 +65,21 @@ def _check_apart(output: Path, source: Path) -> None:
     holders = {read, *(path.resolve() for path in source.iterdir())}
     for folder in (there, run_folder(output).resolve()):
         if folder.is_relative_to(read) or any(each.is_relative_to(folder) for each in holders):
-            what = "the output and the model that is read would be in one another"
-            raise _usage("output.is-source", what, output, f"name a folder apart from {source}")
+            what = "the output folder and the source model's folder overlap"
+            raise _usage("output.is-source", what, output, f"choose a folder outside {source}")
 
 
 def _check_filled(output: Path, *, overwrite: bool) -> None:
     """That a folder with something in it is one that we wrote, with nothing of the user's."""
     if not overwrite:
-        fix = "choose another folder, or add --overwrite: the old one is kept until the new one is complete"
+        fix = "choose another folder, or set `overwrite=True`: the old one is kept until the new one is complete"
         raise _usage("output.exists", "the output folder is not empty", output, fix)
     if not is_our_output(output):
         raise _usage("output.unsafe", "the output folder was not written by llmcompress", output, _NEW)
     others = other_files(output)
     if others:
         names = ", ".join(others[:_NAMED]) + (f" and {len(others) - _NAMED} more" if len(others) > _NAMED else "")
-        what = f"the output folder holds files that llmcompress did not write: {names}"
+        what = f"the output folder contains files that llmcompress did not write: {names}"
         raise _usage("output.other-files", what, output, "move them elsewhere, or choose another folder")
 
 
@@ -90,7 +90,7 @@ def run_folder(output: Path) -> Path:
 
 @contextmanager
 def staging_folder(output: Path) -> Iterator[Path]:
-    """An empty folder beside `output`, on the same file system, to fill and then `publish`; removed on any error."""
+    """An empty folder next to `output`, on the same file system, to fill and then `publish`; removed on any error."""
     output = output.absolute()
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = _beside(output, "tmp")
@@ -104,7 +104,7 @@ def staging_folder(output: Path) -> Iterator[Path]:
 
 
 def _beside(output: Path, kind: str) -> Path:
-    """A hidden name beside `output` that nobody has yet."""
+    """A hidden name next to `output` that is not in use."""
     return output.parent / f".{output.name}.{kind}-{uuid.uuid4().hex[:8]}"
 
 
@@ -128,7 +128,9 @@ def publish(staging: Path, output: Path, *, overwrite: bool) -> dict[str, str]:
         output.rmdir()
     if output.exists():
         if not overwrite:
-            raise _usage("output.exists", "the output folder was filled meanwhile", output, "add --overwrite")
+            raise _usage(
+                "output.exists", "the output folder was written to during the run", output, "set `overwrite=True`"
+            )
         _check_filled(output, overwrite=True)
         aside = _beside(output, "old")
         os.rename(output, aside)
@@ -141,7 +143,7 @@ def publish(staging: Path, output: Path, *, overwrite: bool) -> dict[str, str]:
     return hashes
 
 
-_NEW = "name a folder that does not exist yet"
+_NEW = "choose a folder that does not exist yet"
 _LONGEST_NAME = 255
 """Bytes, on every common file system."""
 _NAMED = 10
@@ -153,7 +155,7 @@ def _usage(code: str, what: str, output: Path, fix: str) -> CompressError:
 
 
 def _recover(output: Path) -> None:
-    """Undo what a killed run left beside `output`: half-filled folders go, a folder moved aside comes back.
+    """Clean up after a killed run: remove half-filled folders, and restore a folder that was moved aside.
 
     A living run is left alone: its half-filled folder is its own. So is every folder that is not marked as ours.
     """
@@ -192,7 +194,7 @@ def _check_weights(folder: Path) -> None:
 def _unreadable(path: Path, what: str) -> CompressError:
     return CompressError(
         "output.unreadable",
-        f"a file that was just written does not read back: {what}",
+        f"a file that was just written cannot be read back: {what}",
         where=path.name,
         fix="check the disk and run the same command again",
         saved="all finished blocks; the output folder is as it was",

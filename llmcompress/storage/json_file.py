@@ -1,4 +1,4 @@
-"""The one gate for JSON files that others wrote: an object, or an error that says where the file stops being one."""
+"""Reads JSON files written by others: returns an object, or raises an error that locates the problem."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from llmcompress.errors import CompressError, ExitCode
 
-GET_AGAIN = "repair the file there, or get it again from where the model came from"
+GET_AGAIN = "correct the file, or download it again"
 
 
 def read_json(
@@ -38,11 +38,11 @@ def read_json(
         what = f"is not JSON: {problem.msg}, found {rest!r}" if rest else f"is not JSON: {problem.msg}, found the end"
         raise refused(what, f", line {problem.lineno}, column {problem.colno}") from None
     except RecursionError:
-        raise refused("is not usable JSON: objects or lists are nested thousands deep") from None
+        raise refused("cannot be used: its JSON is nested too deeply") from None
     except ValueError:  # Python's limit for the digits of one number
-        raise refused("is not usable JSON: a number has thousands of digits") from None
+        raise refused("cannot be used: a number in its JSON has too many digits") from None
     if not isinstance(found, dict):
-        raise refused(f"holds no JSON object but {_kind(found)}", ", line 1")
+        raise refused(f"must contain a JSON object, but contains {_kind(found)}", ", line 1")
     return found
 
 

@@ -1,4 +1,4 @@
-"""One process per run folder: a lock of the operating system, which ends with its process however that ends."""
+"""One process per run folder: an operating-system lock, released when its process ends in any way."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from llmcompress.errors import CompressError, ExitCode
 
 
 class ProcessLock:
-    """`lock` in a folder, and beside it `process.json`, which says who holds it.
+    """`lock` in a folder, and next to it `process.json`, which names its owner.
 
-    The second file is for people only: one that a killed process left behind locks nobody out.
+    The second file is informative only: one left behind by a killed process does not lock anything.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -33,7 +33,7 @@ class ProcessLock:
         try:
             with self._lock.acquire(timeout=0):
                 return False
-        except OSError:  # it is held, or belongs to somebody else
+        except OSError:  # it is held, or belongs to another user
             return True
 
     def take(self) -> None:
@@ -46,7 +46,7 @@ class ProcessLock:
         except Timeout:
             raise CompressError(
                 "run.locked",
-                f"{_described(self._owner)} works on this run",
+                f"{_described(self._owner)} is working on this run",
                 where=str(self._folder),
                 fix="wait for it, or choose another output folder",
                 saved="everything; nothing was changed",

@@ -1,4 +1,4 @@
-"""What weight files are called, wherever they are read, written or published."""
+"""The names of weight files."""
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

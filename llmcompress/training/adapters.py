@@ -1,4 +1,4 @@
-"""Low-rank adapters: merged into weights without a trace, or left as branches beside codes, which do not change."""
+"""Low-rank adapters (LoRA): merged into dense weights, or kept as branches on quantized ones."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class _Scaled(nn.Module):
 
 @contextmanager
 def adapted(sites: Sequence[LinearSite], *, rank: int, scale: float, seed: int) -> Iterator[list[nn.Parameter]]:
-    """Adapters on every site; their parameters, to be trained.
+    """Adds adapters to every site and yields their parameters for training.
 
-    When the context ends, those on ordinary linears are merged into the weight. A site of codes (or anything else
-    compressed) becomes a `CorrectedLinear`: the module that stood there, untouched, and the adapter as its branch.
-    After an exception everything is as it was.
+    At the end of the context, adapters on ordinary linears are merged into the weight. A quantized (or otherwise
+    compressed) site becomes a `CorrectedLinear`: the unchanged original module with the adapter as its branch. After an
+    exception everything is restored.
     """
     before = {site: site.module for site in sites}
     trained: list[nn.Parameter] = []
@@ -83,7 +83,7 @@ def adapted(sites: Sequence[LinearSite], *, rank: int, scale: float, seed: int) 
 
 
 def _branch(site: LinearSite, base: nn.Module, rank: int) -> CorrectedLinear:
-    """The module with a branch beside it that adds nothing yet."""
+    """The module with a branch that adds zero."""
     like = next(tensor for tensor in (*base.parameters(), *base.buffers()))
     left_OR, right_RI = _factors(site.info.outputs, site.info.inputs, rank, like=like.new_empty(0, dtype=torch.float32))
     return CorrectedLinear(base, linear_of(right_RI, None), linear_of(left_OR, None)).train(base.training)

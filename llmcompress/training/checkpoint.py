@@ -1,4 +1,4 @@
-"""A training's state in one file: weights, optimizer, masks, random numbers; never pickled, replaced atomically."""
+"""The state of a training in one file: weights, optimizer, masks, random states; never pickled, replaced atomically."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from llmcompress.storage.atomic import replacing
 from llmcompress.storage.disk import disk_errors
 
 _FACTS = "llmcompress.training"
-"""Metadata key of what is no tensor."""
+"""Metadata key of everything that is not a tensor."""
 
 
 class Stateful(Protocol):
-    """Masks, objectives and callbacks: what they know beside the weights."""
+    """Masks, objectives and callbacks: objects with state besides the weights."""
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must keep."""
+        """State for resuming."""
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where `state` was taken."""
+        """Restore what `state` returned."""
 
 
 @dataclass(frozen=True)
 class Reached:
-    """How far a training has come."""
+    """The progress of a training."""
 
     step: int
     losses: tuple[float, ...] = ()
     tokens: int = 0
     finished: bool = False
     validation: float | None = None
-    """The loss on the samples kept out, before the first step."""
+    """The validation loss before the first step."""
     scaler: Mapping[str, Any] = field(default_factory=dict)
     """fp16's loss scale."""
     random: Mapping[str, Tensor] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Checkpoint:
     parts: Mapping[str, Stateful]
 
     def save(self, reached: Reached) -> None:
-        """Write the file beside the old one and put it in its place.
+        """Replace the file atomically.
 
         Raises: CompressError when the disk is full; the old file is kept.
         """
@@ -120,7 +120,7 @@ class Checkpoint:
 
     @property
     def saved(self) -> str:
-        """What is kept, in words for an error."""
+        """Describes what is saved, for error messages."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 facts = json.loads((file.metadata() or {})[_FACTS])
@@ -134,7 +134,7 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous, and no two in the same memory: the format refuses both."""
+    """Contiguous and without shared memory, as safetensors requires."""
     seen: set[int] = set()
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -145,7 +145,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
-    """Of the generators that a training draws from."""
+    """States of the random generators that a training uses."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -153,7 +153,7 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore_random(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Make them what `random_states` saw."""
+    """Restore what `random_states` returned."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)

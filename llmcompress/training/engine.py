@@ -1,4 +1,4 @@
-"""Accelerate, set up for one training and taken down after it: processes, mixed precision, gradient accumulation."""
+"""Sets up accelerate for one training, and tears it down: processes, mixed precision, gradient accumulation."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def accelerated(settings: Training, device: torch.device) -> Iterator[Accelerato
     if settings.mixed_precision == "fp16" and device.type != "cuda":
         raise CompressError(
             "training.fp16",
-            f"fp16 mixed precision needs a CUDA device, this training runs on {device.type}",
+            f"fp16 mixed precision needs a CUDA device, but this training runs on {device.type}",
             where="training.mixed_precision",
-            fix="use mixed_precision: bf16, or leave it out",
+            fix="set mixed_precision: bf16, or remove it",
             exit_code=ExitCode.USAGE,
         )
     states = [AcceleratorState._shared_state, PartialState._shared_state, GradientState._shared_state]
@@ -72,7 +72,7 @@ def _check(accelerator: Accelerator, settings: Training, device: torch.device) -
     if asked != accelerator.num_processes:
         raise CompressError(
             "training.processes",
-            f"{asked} processes were started, accelerate joined {accelerator.num_processes} of them",
+            f"{asked} processes were started, but accelerate uses only {accelerator.num_processes}",
             fix="start with `torchrun`; on a CPU `accelerate launch` starts a single process",
             exit_code=ExitCode.USAGE,
         )
@@ -81,7 +81,7 @@ def _check(accelerator: Accelerator, settings: Training, device: torch.device) -
         if os.environ.get(name, "false").lower() == "true" and accelerator.distributed_type != kind:
             raise CompressError(
                 "training.engine",
-                f"{kind.value} was asked for and is not applied on {device.type}",
+                f"{kind.value} was requested but has no effect on {device.type}",
                 where=name,
                 fix="start with `torchrun` instead; or use GPUs",
                 exit_code=ExitCode.USAGE,

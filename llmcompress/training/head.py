@@ -1,4 +1,4 @@
-"""Logits on demand: what the head reads is kept, and logits are computed for a few positions at a time.
+"""Logits on demand: the inputs of the output head are kept, and logits are computed for a few positions at a time.
 
 B = samples, T = tokens, R = rows (positions of all samples, flattened), D = width of the head's inputs, V = vocabulary.
 """

@@ -1,4 +1,4 @@
-"""What one training is about: which parameters, under which masks, watched by whom, under which name."""
+"""What one training covers: its parameters, masks, callback and name."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ class Callback:
         return False
 
     def state(self) -> dict[str, Tensor]:
-        """What a killed training must find again."""
+        """State for resuming."""
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where `state` was taken."""
+        """Restore what `state` returned."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything about a training that is neither settings nor run."""
+    """One training: what is trained, independent of settings and run."""
 
     title: str = "train"
-    """For progress, and for the file that keeps its state: no two trainings of one pass may have the same."""
+    """For progress and the name of the state file: unique among the trainings of one pass."""
     parameters: Sequence[nn.Parameter | ParameterGroup] | None = None
-    """What is trained, of the model or not; None: all parameters of the model."""
+    """The trained parameters, of the model or not; None: all parameters of the model."""
     masks: Masks | None = None
-    """What happens to zeros; None: exact zeros of matrices stay exact zeros."""
+    """Masks of sparse weights; None: exact zeros of matrices stay zero."""
     callback: Callback | None = None
     start: int = 0
-    """Steps that are skipped: batches and learning rates are those of the steps after them."""
+    """Number of steps to skip: batches and learning rates are those of later steps."""
 
     @property
     def name(self) -> str:

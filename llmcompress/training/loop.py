@@ -44,8 +44,8 @@ def train(
     if task.objective.needs_teacher() and teacher is None:
         raise CompressError(
             "training.no-teacher",
-            f"the objective {task.objective!r} compares with a teacher, and there is none",
-            fix="give a teacher, or use cross_entropy",
+            f"the objective {task.objective!r} needs a teacher, and none was given",
+            fix="set `teacher`, or use cross_entropy",
             exit_code=ExitCode.USAGE,
         )
     with _surroundings(task) as accelerator:

@@ -1,4 +1,4 @@
-"""What training does with weights that are exactly zero: they stay zero, unless a pass brings masks of its own."""
+"""Masks in training: exact zeros stay zero, unless a pass has its own masks."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Masks(Protocol):
         """The weights have changed."""
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must keep beside the weights."""
+        """State for resuming, besides the weights."""
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where `state` was taken."""
+        """Restore what `state` returned."""
 
 
 class ZerosStay:
@@ -46,12 +46,12 @@ class ZerosStay:
 
     @torch.no_grad()
     def after_step(self, step: int, optimizer: Optimizer) -> None:
-        """Nothing can have moved them; this also turns a negative zero into a plain one."""
+        """They cannot have changed; this also turns negative zeros into positive ones."""
         for parameter, zero in self._pruned:
             parameter.masked_fill_(zero, 0)
 
     def state(self) -> dict[str, Tensor]:
-        """Nothing: the zeros are in the weights that the training began with."""
+        """Nothing: the zeros are in the initial weights."""
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""AdamW's groups of parameters, and the learning rate of every step."""
+"""AdamW's parameter groups, and the learning-rate schedule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One training from its first step to its last: prepared by accelerate, resumed, stepped, saved."""
+"""One training from start to end: prepared by accelerate, resumed, stepped, saved."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from llmcompress.calibration.context import RunContext
 from llmcompress.errors import NOTHING_SAVED, CompressError
 from llmcompress.training.checkpoint import Checkpoint, Reached, Stateful, random_states, restore_random
-from llmcompress.training.data.base import Part, SomeSamples, TrainingData
+from llmcompress.training.data.base import BatchRange, IndexedSamples, TrainingData
 from llmcompress.training.data.batch import Batch, padded
 from llmcompress.training.engine import require_whole_parameters
 from llmcompress.training.head import Head, find_head, rows_at_once
@@ -33,12 +33,12 @@ from llmcompress.training.teacher import Teacher
 
 _SKIPPED = 20
 """Steps in a row that fp16 may skip while it looks for a loss scale that does not overflow."""
-_UNEXPLAINED = "its logits are more than the head and a number of the config explain, so they are computed for whole"
+_UNEXPLAINED = "the logits cannot be computed in chunks (unknown output head), so they are computed for whole"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What `train` was asked for."""
+    """The arguments of `train`."""
 
     model: PreTrainedModel
     data: TrainingData
@@ -53,25 +53,25 @@ class Task:
         return optimizer_groups(self.model, self.job.parameters, self.settings)
 
     def parameters(self) -> list[nn.Parameter]:
-        """All that is trained."""
+        """All trained parameters."""
         return [each for group in self.groups() for each in group["params"]]
 
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What happened."""
+    """The result of a training."""
 
     losses: tuple[float, ...]
-    """The loss that was minimised, before each step."""
+    """The training loss, before each step."""
     tokens: int
-    """Tokens predicted, repeated ones counted again."""
+    """Predicted tokens, repetitions included."""
     validation_before: float | None = None
-    """Mean loss on the samples that were kept out."""
+    """Mean validation loss."""
     validation_after: float | None = None
 
     @property
     def steps(self) -> int:
-        """How many were made; fewer than asked for when the callback ended the training."""
+        """Completed steps; fewer than requested if the callback ended the training."""
         return len(self.losses)
 
 
@@ -90,7 +90,7 @@ class Session:
         self._masks = task.job.masks or ZerosStay(trained)
         self._keep = self._checkpoint(step, trained, plain)
         self._reached = (self._keep.load() if self._keep else None) or Reached(task.job.start)
-        part = Part(self._reached.step * self._pieces, settings.steps * self._pieces, at_once, context.seed)
+        part = BatchRange(self._reached.step * self._pieces, settings.steps * self._pieces, at_once, context.seed)
         names = {id(each): name for name, each in step.named_parameters()}
         self._step, self._optimizer, self._loader, self._rates = accelerator.prepare(
             step, plain, learned.loader(part), schedule(plain, settings, self._reached.step)
@@ -101,7 +101,7 @@ class Session:
         self._skipped = 0
 
     def run(self) -> TrainingReport:
-        """All steps that are left."""
+        """Run all remaining steps."""
         before = self._reached.validation
         if before is None and self._kept_out is not None:
             before = self._validation_loss(self._kept_out)
@@ -119,7 +119,7 @@ class Session:
         for number in range(first + 1, settings.steps + 1):
             loss, tokens = self._one_step(number, batches)
             text = f"{job.title}: step {number}/{settings.steps}, loss {loss:.3f}"
-            context.progress.inside(text, done=number, total=settings.steps)
+            context.progress.substep(text, done=number, total=settings.steps)
             stop = bool(job.callback and job.callback.after_step(number))
             losses = (*self._reached.losses, loss)
             finished = stop or number == settings.steps
@@ -139,9 +139,9 @@ class Session:
         if not tokens:
             raise CompressError(
                 "training.no-targets",
-                "no token of a whole batch is part of the loss",
+                "a batch has no target tokens: the loss is undefined",
                 where=f"step {number}",
-                fix="responses are empty, or prompts fill all of `tokens`: allow more tokens",
+                fix="raise `tokens` if prompts fill it completely; remove rows with empty responses",
                 saved=self._saved,
             )
         loss = 0.0
@@ -163,7 +163,7 @@ class Session:
         return loss, tokens
 
     def _clipped(self) -> float:
-        """The norm of the gradient before it was clipped; DeepSpeed has clipped already, and may not tell."""
+        """The gradient norm before clipping; DeepSpeed clips by itself and may not report it."""
         norm = self._accelerator.clip_grad_norm_(self._trained, self._task.settings.max_grad_norm)
         return 0.0 if norm is None else float(norm)
 
@@ -180,11 +180,11 @@ class Session:
         settings = self._task.settings
         raise CompressError(
             "training.not-finite",
-            f"the training diverged: loss {loss:g}, norm of the gradient {norm:g}",
+            f"training diverged: loss {loss:g}, gradient norm {norm:g}",
             where=f"{self._task.job.title}: step {number} of {settings.steps}, "
             f"learning rate {settings.learning_rate:g}",
             fix=f"try learning_rate: {settings.learning_rate / 10:g}, or a longer warmup"
-            + (", or leave mixed_precision out" if settings.mixed_precision else ""),
+            + (", or remove mixed_precision" if settings.mixed_precision else ""),
             saved=saved,
         )
 
@@ -193,8 +193,8 @@ class Session:
         return self._keep.saved if self._keep else NOTHING_SAVED
 
     @torch.no_grad()
-    def _validation_loss(self, kept_out: SomeSamples) -> float:
-        """On every process over all samples: nothing is exchanged, and the samples are few."""
+    def _validation_loss(self, kept_out: IndexedSamples) -> float:
+        """Every process evaluates all samples, which are few."""
         total, tokens = 0.0, 0
         at_once = max(1, self._task.settings.batch // self._accelerator.num_processes)
         for batch in DataLoader(
@@ -205,7 +205,7 @@ class Session:
         return total / max(tokens, 1)
 
     def _head_and_samples(self, data: TrainingData) -> tuple[Head | None, int]:
-        """The head by itself, where logits of a whole batch are too large, or else how many samples at once."""
+        """The head, if the logits of a whole batch are too large, or else how many samples at once."""
         model, context = self._task.model, self._task.context
         vocabulary, processes = model.config.get_text_config().vocab_size, self._accelerator.num_processes
         batch, most = self._task.settings.batch, rows_at_once(vocabulary)

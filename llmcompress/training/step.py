@@ -1,4 +1,4 @@
-"""Model and objective as one module: what accelerate prepares computes the loss, so every engine sees all of it."""
+"""Model and objective as one module, which accelerate prepares, so that every engine sees the whole loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.training.data.batch import Batch
 from llmcompress.training.head import Head, predictions, rows_at_once
-from llmcompress.training.objectives.base import Objective, Seen
+from llmcompress.training.objectives.base import Objective, ObjectiveInputs
 from llmcompress.training.teacher import Teacher
 
 
@@ -42,7 +42,7 @@ class Step(nn.Module):
         teacher = self._teacher.predictions(batch) if self._teacher and self._objective.needs_teacher() else None
         if head is None:
             most = batch.ids_BT.numel()
-        return self._objective.loss(Seen(step, batch, student, teacher, most))
+        return self._objective.loss(ObjectiveInputs(step, batch, student, teacher, most))
 
 
 @contextmanager

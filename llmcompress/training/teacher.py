@@ -1,4 +1,4 @@
-"""Where a distillation's targets come from: a model that is loaded when it is first asked. B, T, V as in head.py."""
+"""The teacher of a distillation: a model that is loaded on first use. B, T, V as in head.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmcompress.training.head import Head, Predictions, find_head, predictions,
 
 
 class Teacher(Protocol):
-    """Knows what the next token should be. One model is one; logits kept on disk are another."""
+    """Gives target distributions: a model, or logits stored on disk."""
 
     def predictions(self, batch: Batch) -> Predictions:
         """For every position of the batch, without a graph; logits are computed when and where they are needed."""
@@ -46,7 +46,7 @@ class ModelTeacher:
 
     @contextmanager
     def _as_it_is(self) -> Iterator[None]:
-        """The student's mixed precision and gradients are not the teacher's."""
+        """Without the student's mixed precision and gradients."""
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             yield
 

@@ -1,4 +1,4 @@
-"""A compressed model whose numbers can be trained, for as long as a context lasts."""
+"""The trainable form of a compressed model, within a context."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import nn
 from llmcompress.errors import CompressError
 from llmcompress.model.skeleton import put_module
 from llmcompress.modules.base import CompressedModule, TrainableTwin
-from llmcompress.modules.wanted import Role, Wanted
+from llmcompress.modules.trainable_roles import Role, TrainableRoles
 
 
 @contextmanager
 def trainable_form(
-    model: nn.Module, wanted: Wanted, *, only: Callable[[str], bool] = lambda _: True
+    model: nn.Module, wanted: TrainableRoles, *, only: Callable[[str], bool] = lambda _: True
 ) -> Iterator[dict[Role, list[nn.Parameter]]]:
     """Every compressed module with a name that `only` takes is replaced by its twin; their parameters, by role.
 
@@ -50,7 +50,7 @@ def _compressed(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Compr
             yield from _compressed(module, f"{prefix}{name}.")
 
 
-def _twin(name: str, module: CompressedModule, wanted: Wanted) -> TrainableTwin:
+def _twin(name: str, module: CompressedModule, wanted: TrainableRoles) -> TrainableTwin:
     try:
         return module.trainable(wanted)
     except CompressError as error:

@@ -74,6 +74,6 @@ calibration: {{samples: 4, tokens: {WINDOW}}}
 passes: [{{gptq: {{scheme: int4_g16}}}}]
 evaluate: {{perplexity: [{{source: 'builtin:evaluation', window: {WINDOW}, max_windows: 2}}]}}
 """
-    report = compress(str(folder_of(kind, tmp_path / "model")), parse_recipe(text, "test"), tmp_path / "out")
+    report = compress(str(folder_of(kind, tmp_path / "model")), parse_recipe(text, "test"), tmp_path / "out").report
     assert {row.tokens for row in report.sites if row.tokens} == {4 * WINDOW}
     assert report.quality[0].dense.window == WINDOW and not any("cut" in warning for warning in report.warnings)

@@ -36,13 +36,13 @@ class Played(ProcessGroup):
 
     meeting: Meeting = field(default_factory=Meeting)
 
-    def add_(self, tensor: Tensor) -> None:
+    def all_reduce_sum_(self, tensor: Tensor) -> None:
         self._all(tensor, lambda brought: brought.sum(0))
 
-    def largest_(self, tensor: Tensor) -> None:
+    def all_reduce_max_(self, tensor: Tensor) -> None:
         self._all(tensor, lambda brought: brought.amax(0))
 
-    def same_tensors(self, module: nn.Module) -> None:
+    def broadcast_tensors(self, module: nn.Module) -> None:
         pass
 
     def _all(self, tensor: Tensor, how: Callable[[Tensor], Tensor]) -> None:
@@ -74,6 +74,7 @@ PASSES: list[tuple[str, dict[str, Any]]] = [
     ("smoothquant", {"strength": 0.5}),
     ("error_propagation", {"scheme": "int3_g32_asym"}),
     ("learned_rounding", {"scheme": "int2_g32", "steps": 6}),
+    ("gsq", {"scheme": "int2_g32", "steps": 6}),
     ("wanda", {"sparsity": 0.5}),
 ]
 
@@ -82,9 +83,9 @@ PASSES: list[tuple[str, dict[str, Any]]] = [
 def test_all_processes_come_to_the_same_weights_by_themselves(name: str, options: dict[str, Any]) -> None:
     map_of("llama_gqa", tiny_model("llama_gqa", seed=1))
 
-    def compressed(ranks: ProcessGroup) -> dict[str, Tensor]:
+    def compressed(processes: ProcessGroup) -> dict[str, Tensor]:
         model = tiny_model("llama_gqa", seed=1)
-        context = RunContext(windows(), batch=1, ranks=ranks)
+        context = RunContext(windows(), batch=1, processes=processes)
         found = apply_passes(model, map_of("llama_gqa", model), (make(name, options),), context)
         return dict(found.model.state_dict())
 

@@ -58,7 +58,7 @@ def result(decode: float) -> SpeedResult:
     return SpeedResult(
         device="cpu", threads=2, dtype="float32", prompt_tokens=9, new_tokens=4, repeats=3,
         prefill_tokens_per_second=100.0, prefill_spread=0.1, decode_tokens_per_second=decode, decode_spread=0.2,
-        seconds_to_first_token=0.09,
+        seconds_to_first_token=0.09, prefill_rates=(100.0, 95.0, 105.0), decode_rates=(decode, decode, 1.2 * decode),
     )  # fmt: skip
 
 
@@ -76,8 +76,19 @@ def test_speed_passes_its_options_on_and_shows_ratios_to_the_first(run, monkeypa
         (("a", "b"), {"device": "auto", "dtype": "auto", "prompt_tokens": 9, "new_tokens": 4, "repeats": 3})
     ]
     assert "cpu, 2 threads, float32: prompt of 9 tokens, 4 new, median of 3" in out
-    assert re.search(r"b +100\.0 ±5% +1\.00 +40\.0 ±10% +2\.00 +90 ms", out)
+    assert re.search(r"b +100\.0 ±5% +40\.0 ±10% +90 ms", out)
+    assert re.search(r"times as fast as a *\n.*\nb +1\.00 \(1\.00 to 1\.00\) +2\.00 \(2\.00 to 2\.00\)", out)
     assert json.loads(run("speed", "a", "--json")[1])["a"] == result(20.0).model_dump()
+
+
+def test_speed_against_another_model_gives_ratios_turn_by_turn(run, monkeypatch):
+    slow, fast = result(20.0), result(40.0).model_copy(update={"decode_rates": (30.0, 40.0, 72.0)})
+    monkeypatch.setattr(pipeline, "speed", lambda models, **options: dict(zip(models, (fast, slow), strict=True)))
+    assert "times as fast as old" in run("speed", "new", "--against", "old")[1]
+    found = json.loads(run("speed", "new", "--against", "old", "--json")[1])
+    assert found["against"] == "old" and set(found["models"]) == {"new", "old"}
+    # by turn: 30 / 20, 40 / 20, 72 / 24
+    assert found["ratios"]["new"]["decode"] == {"median": 2.0, "lowest": 1.5, "highest": pytest.approx(3.0)}
 
 
 def test_speed_really_measures_a_model_by_its_name(run):

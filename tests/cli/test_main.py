@@ -95,7 +95,7 @@ class FakePipeline(types.ModuleType):
         progress.stage("compress", 2)
         progress.note("a decision")
         progress.step("block 1/2")
-        return report()
+        return types.SimpleNamespace(report=report())
 
     def plan(self, model, recipe, *, offload, machine):
         self._called(model, recipe)
@@ -104,11 +104,6 @@ class FakePipeline(types.ModuleType):
     def evaluate(self, model, tasks, *, runner, device, progress):
         self._called(model, tasks, runner=runner, device=device)
         return [result(20.0)]
-
-    def inspect(self, model):
-        self._called(model)
-        return {"family": "llama", "tied": True, "blocks": [{"kind": 0, "sites": [{"name": "q", "outputs": 3}]}],
-                "refused": [{"name": "x", "reason": "fused"}]}  # fmt: skip
 
 
 @pytest.fixture
@@ -226,7 +221,7 @@ def test_compress_reads_the_preset_and_shows_quality_bytes_and_the_worst_sites(r
     assert "4.9 MB → 1.5 MB (0.31 of it)" in out
     worst = re.findall(r"model\.layers\.(\d)\.mlp\.up_proj +gptq", out)
     assert worst == ["7", "6", "5", "4", "3"]
-    assert "degraded: 1 of 8 layers" in out and "damping raised to 0.1" in out
+    assert "warning: gptq, 1 of 8 sites: damping raised to 0.1 (model.layers.7.mlp.up_proj)" in out
     assert "expert bank" in out and "warning: few samples" in out
     assert "note: a decision" in err and "saved to out" in err
 
@@ -327,7 +322,8 @@ def test_an_interrupt_ends_with_130_and_says_how_to_go_on(run, pipeline, tmp_pat
 # ---- the other commands
 
 
-def test_evaluate_passes_texts_and_window_on(run, pipeline):
+def test_evaluate_passes_texts_and_window_on(run, pipeline, tmp_path):
+    (tmp_path / "a.txt").touch()
     code, out, _ = run("evaluate", "m", "--perplexity", "wikitext2:test", "--perplexity", "a.txt", "--window", "64")
     (model, tasks), _ = pipeline.calls[0]
     assert code == 0 and model == "m"
@@ -339,10 +335,27 @@ def test_evaluate_passes_texts_and_window_on(run, pipeline):
     assert json.loads(run("evaluate", "m", "--json")[1]) == [result(20.0).model_dump()]
 
 
-def test_inspect_shows_the_map(run, pipeline):
-    code, out, _ = run("inspect", "m")
+def test_inspect_shows_the_map(run, monkeypatch):
+    found = {"family": "llama", "tied": True, "blocks": [{"kind": 0, "sites": [{"name": "q", "outputs": 3}]}],
+             "refused": [{"name": "x", "reason": "fused"}]}  # fmt: skip
+    monkeypatch.setattr("llmcompress.evaluation.inspection.inspect_folder", lambda folder: found)
+    code, out, _ = run("inspect", "builtin:books-llama")
     assert code == 0 and "llama" in out and "fused" in out
-    assert json.loads(run("inspect", "m", "--json")[1])["family"] == "llama"
+    assert json.loads(run("inspect", "builtin:books-llama", "--json")[1])["family"] == "llama"
+
+
+def test_rows_of_one_site_count_once_and_empty_columns_are_left_out(run, pipeline, monkeypatch):
+    rows = [
+        SiteReport(site=f"layers.{n}.up_proj", algorithm=algorithm, error=error, sparsity=0.5)
+        for n in range(3)
+        for algorithm, error in (("wanda", 0.5), ("sparsegpt", 0.1 * n))
+    ]
+    pruned = report().model_copy(update={"sites": tuple(rows)})
+    monkeypatch.setattr(pipeline, "compress", lambda *arguments, **options: types.SimpleNamespace(report=pruned))
+    out = run("compress", "m", "--preset", "tiny/wanda", "-o", "out")[1]
+    assert "worst sites of 3" in out and "plain rounding" not in out and "scheme" not in out
+    assert re.findall(r"layers\.(\d)\.up_proj +(\w+) +([\d.]+)%", out) == [
+        ("2", "sparsegpt", "20.000"), ("1", "sparsegpt", "10.000"), ("0", "sparsegpt", "0.000")]  # fmt: skip
 
 
 def test_schema_is_json_schema(run):

@@ -1,8 +1,10 @@
 """Progress: plain lines at most every half minute off a terminal, a live display on one, and an honest estimate."""
 
 import io
+import re
 
 import pytest
+from rich.console import Console
 
 from llmcompress.cli.terminal import TerminalProgress, duration, size
 
@@ -26,7 +28,7 @@ def test_off_a_terminal_a_line_comes_at_most_every_half_minute():
         progress.stage("compress", 12)
         for block in range(12):
             clock.now += 10
-            progress.inside("gptq mlp.down_proj")
+            progress.substep("gptq mlp.down_proj")
             progress.step(f"block {block + 1}/12")
     lines = stream.getvalue().splitlines()
     assert lines[0] == "compress (12 steps)"
@@ -73,7 +75,7 @@ def test_on_a_terminal_the_display_has_two_levels_and_leaves_nothing_behind(monk
         progress.stage("compress", 4)
         clock.now += 7
         progress.step("block 1/4")
-        progress.inside("gptq mlp.up_proj")
+        progress.substep("gptq mlp.up_proj")
         progress._bars.refresh()
         shown = stream.getvalue()
         with progress.paused():
@@ -82,20 +84,40 @@ def test_on_a_terminal_the_display_has_two_levels_and_leaves_nothing_behind(monk
     assert "compress: 1 steps in 0:07" in stream.getvalue()
 
 
+@pytest.mark.parametrize("width", [80, 60, 40])
+def test_no_status_line_wraps_and_the_time_left_is_always_seen(monkeypatch, width):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(width))
+    stream, clock = Terminal(), Clock()
+    with TerminalProgress(stream, clock=clock) as progress:
+        progress.stage("evaluate the compressed model on wikitext", 40)
+        clock.now += 7
+        progress.step("builtin:evaluation, window 1/40 of a very long name")
+        for done in range(1, 4):
+            clock.now += 5
+            progress.substep("learned_rounding: model.layers.0.self_attn.q_proj, loss 2.3", done=done, total=10)
+        recorded = Console(width=width, record=True, file=io.StringIO())
+        recorded.print(progress._bars.get_renderable())
+    lines = recorded.export_text().splitlines()
+    assert len(lines) == 2 and all(len(line.rstrip()) <= width for line in lines)
+    assert "left" in lines[0] and re.search(r"\d:\d\d left", lines[0])
+    assert lines[1].strip().startswith("›") and "3/10, 0:35 left" in lines[1]
+
+
 def test_parts_of_a_step_are_counted_and_their_time_is_foretold():
     stream, clock = io.StringIO(), Clock()
     with TerminalProgress(stream, clock=clock) as progress:
         progress.stage("compress", 2)
         for done in range(1, 4):
             clock.now += 20
-            progress.inside(f"recover: loss {3 - done / 10}", done=done, total=10)
-        assert progress.inside_text() == "recover: loss 2.7, 3/10, 2:20 left"
-        progress.inside("gptq mlp.up_proj")
-        assert progress.inside_text() == "gptq mlp.up_proj"
-        progress.inside("learned_rounding", done=2, total=4)
-        assert progress.inside_text() == "learned_rounding, 2/4"
+            progress.substep(f"recover: loss {3 - done / 10}", done=done, total=10)
+        assert progress.substep_text() == "recover: loss 2.7, 3/10, 2:20 left"
+        progress.substep("gptq mlp.up_proj")
+        assert progress.substep_text() == "gptq mlp.up_proj"
+        progress.substep("learned_rounding", done=2, total=4)
+        assert progress.substep_text() == "learned_rounding, 2/4"
         progress.step("block 1/2")
-        assert progress.inside_text() == ""
+        assert progress.substep_text() == ""
     assert "compress › recover: loss 2.8, 2/10, 2:40 left: 0:40 elapsed" in stream.getvalue()
 
 

@@ -108,7 +108,7 @@ def test_a_readme_without_markers_is_an_error():
         table.with_results("nothing", "new")
 
 
-def test_the_summary_sets_every_way_beside_the_naive_one_and_misses_no_row_silently():
+def test_the_headline_sets_every_method_beside_its_baseline_and_misses_no_row_silently():
     results: dict[str, dict[str, Any]] = {
         line.file: {"model": "m", "dense": DENSE, "rows": [], **MADE} for line in summary.LINES
     }
@@ -120,5 +120,5 @@ def test_the_summary_sets_every_way_beside_the_naive_one_and_misses_no_row_silen
             {**line.naive_row, "perplexity": [100.0]},
         ]
     shown = summary.summary(results)
-    assert "| half of the weights zero | `sparsegpt` | ×1.300 | magnitude: ×2.000 |" in shown
+    assert "| 50 % unstructured sparsity | `sparsegpt` | ×1.300 | magnitude: ×2.000 |" in shown
     assert "| `awq` → `gptq` | ×1.300 | rtn: ×2.000 |" in shown and "51,100 tokens" in shown

@@ -40,7 +40,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def run(model: Path, out: Path, text: str = TEXT, scheme: str = "int4_g16") -> Report:
-    return compress(str(model), recipe(text, scheme), out, overwrite=True)
+    return compress(str(model), recipe(text, scheme), out, overwrite=True).report
 
 
 def measured(report: Report) -> list[dict]:

@@ -40,7 +40,7 @@ def test_every_runtime_opens_by_its_name_and_says_what_it_is(tmp_path: Path) -> 
         model, _ = load(folder, dtype=torch.float32)
         with torch.no_grad():
             assert torch.equal(runner.logits(ids_BT), model(ids_BT).logits)
-    with pytest.raises(CompressError, match="there is no runner called 'torhc'") as unknown:
+    with pytest.raises(CompressError, match="unknown runner 'torhc'") as unknown:
         RUNNERS["torhc"]
     assert "torch" in unknown.value.fix
 

@@ -19,7 +19,7 @@ from llmcompress.errors import CompressError, ExitCode
 from llmcompress.exporters.base import Converted, Exact, Refused
 from llmcompress.exporters.choose import choose
 from llmcompress.exporters.compressed_tensors import CompressedTensorsExporter
-from llmcompress.exporters.contents import foretold
+from llmcompress.exporters.contents import planned_contents
 from llmcompress.exporters.loader import Loader
 from llmcompress.exporters.manifest import ManifestExporter
 from llmcompress.exporters.quantization_config import name_patterns
@@ -42,7 +42,7 @@ CONV = SiteInfo("conv", outputs=16, inputs=64, has_bias=True, transposed=True)
 
 
 def _contents(schemes, *sites: SiteInfo, dtype=None, loader=None):
-    return foretold(_map(*sites), schemes, loader or Loader(), dtype)
+    return planned_contents(_map(*sites), schemes, loader or Loader(), dtype)
 
 
 def _answers(schemes, *sites: SiteInfo, loader=None, **options):
@@ -96,7 +96,7 @@ def test_ragged_groups_and_conv1d_are_said_before_any_work():
 
 def test_auto_saves_them_multiplied_out_and_says_so():
     notes = _notes("auto", _schemes("int4_g32"), PROJ, RAGGED, CONV)
-    assert len(notes) == 2 and all("multiplied out" in note for note in notes)
+    assert len(notes) == 2 and all("dequantized" in note for note in notes)
 
 
 def test_compressed_tensors_refuses_them_naming_site_and_fix():
@@ -134,9 +134,9 @@ def test_wider_fields_than_the_scheme_are_said():
 @pytest.mark.parametrize(
     ("scheme", "dtype", "reason"),
     [
-        ("nf4_g32", None, "no word"),
-        ("fp4_g32", torch.bfloat16, "no word"),
-        ("mxfp4", torch.float16, "bfloat16 alone"),
+        ("nf4_g32", None, "cannot represent"),
+        ("fp4_g32", torch.bfloat16, "cannot represent"),
+        ("mxfp4", torch.float16, "bfloat16 only"),
         ("nvfp4_a", torch.bfloat16, "differently"),
     ],
 )
@@ -150,7 +150,7 @@ def test_who_asks_for_compressed_tensors_gets_it_in_spite_of_doubts():
     for scheme, dtype in (("mxfp4", torch.float16), ("nvfp4_a", torch.bfloat16)):
         contents = _contents({"layers.0.proj": named_scheme(scheme)}, PROJ, dtype=dtype)
         assert isinstance(choose("compressed-tensors", contents).exporter, CompressedTensorsExporter)
-    with pytest.raises(CompressError, match="no word for nf4_g32"):
+    with pytest.raises(CompressError, match="cannot represent nf4_g32"):
         choose("compressed-tensors", _contents({"layers.0.proj": named_scheme("nf4_g32")}, PROJ))
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.storage.disk import disk_errors
 from llmcompress.storage.folder import check_output, publish, staging_folder
-from llmcompress.storage.ours import mark_output
+from llmcompress.storage.ownership import mark_output
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -158,7 +158,7 @@ def _refused(output: Path, *, overwrite: bool = False, **options: int) -> Compre
 def test_a_filled_output_is_refused_unless_overwritten(tmp_path):
     _fill(tmp_path / "model", "old")
     error = _refused(tmp_path / "model")
-    assert error.exit_code == ExitCode.USAGE and "--overwrite" in error.fix
+    assert error.exit_code == ExitCode.USAGE and "`overwrite=True`" in error.fix
     check_output(tmp_path / "model", overwrite=True)
     assert _holds(tmp_path / "model") == "old"
 
@@ -187,7 +187,7 @@ def test_a_folder_that_is_no_model_is_never_replaced(tmp_path, monkeypatch, wher
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.txt").write_text("mine")
     monkeypatch.chdir(tmp_path / "work")
-    places = {"here": Path("."), "above": Path(".."), "home": Path.weights_at(), "documents": tmp_path / "work"}
+    places = {"here": Path("."), "above": Path(".."), "home": Path.home(), "documents": tmp_path / "work"}
     if where == "documents":
         monkeypatch.chdir(tmp_path)
     assert _refused(places[where], overwrite=True).code == "output.unsafe"

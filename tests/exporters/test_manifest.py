@@ -19,7 +19,7 @@ from llmcompress.exporters.save import save_model
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
 from llmcompress.model.skeleton import find_blocks
-from llmcompress.model.stock import stock_outline
+from llmcompress.model.stock import stock_model
 from llmcompress.modules.manifest import Manifest, apply_manifest, changes
 from llmcompress.passes.apply import apply_passes
 from llmcompress.recipe import parse_recipe
@@ -60,7 +60,10 @@ CASES = {
     "factors": ("llama_gqa", "[{svd: {fraction: 0.2}}]"),
     "factors of a Conv1D": ("gpt2", "[{svd: {fraction: 0.2}}]"),
     "factors with a bias": ("opt", "[{svd: {fraction: 0.2}}]"),
-    "codes of factors": ("qwen3", "[{svd: {fraction: 0.2}}, {gptq: {scheme: int3_g16_asym, on_indivisible: pad}}]"),
+    "quantized low-rank factors": (
+        "qwen3",
+        "[{svd: {fraction: 0.2}}, {gptq: {scheme: int3_g16_asym, on_indivisible: pad}}]",
+    ),
     "codes, factors and dense": (
         "gemma2",
         "[{svd: {fraction: 0.2, sites: '*.down_proj'}}, {rtn: {scheme: int4_channel, sites: '*.gate_proj'}}]",
@@ -144,7 +147,7 @@ def test_we_may_be_imported_before_the_libraries_too(saved: dict[str, Path]) -> 
 def test_codes_take_their_own_bits_on_disk(saved: dict[str, Path]) -> None:
     from safetensors import safe_open
 
-    with safe_open(saved["codes of factors"] / "model.safetensors", framework="pt") as file:
+    with safe_open(saved["quantized low-rank factors"] / "model.safetensors", framework="pt") as file:
         names = [name for name in file.keys() if name.endswith("q_proj.right.weight")]  # noqa: SIM118
         packed = file.get_tensor(names[0])
     assert packed.dtype == torch.uint8 and packed.shape[1] == 64 * 3 // 8
@@ -198,9 +201,9 @@ def test_other_shapes_and_numbers_are_described_and_made_again() -> None:
     for linear in (up, gate):
         linear.weight, linear.out_features = nn.Parameter(linear.weight[:50].clone()), 50
     down.weight, down.in_features = nn.Parameter(down.weight[:, :50].clone()), 50
-    found = changes(model, stock_outline(model))
+    found = changes(model, stock_model(model))
     assert not found.modules and len(found.shapes) == 3 and len(found.attributes) == 3
-    again = stock_outline(model)
+    again = stock_model(model)
     apply_manifest(again, Manifest.from_json(json.loads(json.dumps(found.to_json()))), torch.float32)
     again.load_state_dict(model.state_dict(), assign=True)
     ids = tiny_tokens("llama")
@@ -213,4 +216,4 @@ def test_an_unknown_module_is_an_error_not_a_wrong_folder() -> None:
     model = tiny_model("llama", seed=1)
     find_blocks(model)[0][1].mlp = nn.Identity()
     with pytest.raises(CompressError, match=r"manifest\.unknown-module"):
-        changes(model, stock_outline(model))
+        changes(model, stock_model(model))

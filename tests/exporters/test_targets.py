@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from llmcompress import compress
 from llmcompress.exporters.base import EXPORTERS, Converted, Exact, Refused
 from llmcompress.exporters.choose import choose, limits_of
-from llmcompress.exporters.contents import CodedLinear, Contents, foretold, found_in
+from llmcompress.exporters.contents import CodedLinear, Contents, contents_in, planned_contents
 from llmcompress.exporters.loader import loader_of
 from llmcompress.exporters.manifest import ManifestExporter
 from llmcompress.model.experts import unfuse_experts
@@ -17,14 +17,14 @@ from llmcompress.model.probe import map_model
 from llmcompress.modules.limits import TargetLimits
 from llmcompress.modules.scheme import named_scheme
 from llmcompress.passes.quantization.rtn import RoundToNearest
-from llmcompress.planning import aimed_at_target
+from llmcompress.planning import within_target_limits
 from llmcompress.recipe.model import Recipe, Save
 from llmcompress.runners.base import Runner
 from tests.exporters.quantized import quantized_model
 from tests.families import tiny_model
 from tests.tiny_folder import write_tiny_llama
 
-SCHEMES = ["int4_g32", "int3_g32_asym", "int8_channel_a8token", "fp8_g32", "nf4_g32", "nvfp4_a", "mxfp4"]
+SCHEMES = ["int4_g32", "ternary_g32", "int3_g32_asym", "int8_channel_a8token", "fp8_g32", "nf4_g32", "nvfp4_a", "mxfp4"]
 
 
 @pytest.mark.parametrize("name", sorted(EXPORTERS))
@@ -55,11 +55,11 @@ def test_every_exporter_answers_for_every_scheme(name, scheme):
 def test_what_is_foretold_and_what_is_found_get_the_same_answers(family, schemes):
     stock = tiny_model(family)
     live = quantized_model(family, schemes)
-    found = found_in(live, torch.bfloat16)
+    found = contents_in(live, torch.bfloat16)
     named = {site.name: site.scheme for site in found.sites}
     unfuse_experts(stock)
     model_map = map_model(stock)
-    plan = foretold(model_map, named, loader_of(stock.config), torch.bfloat16)
+    plan = planned_contents(model_map, named, loader_of(stock.config), torch.bfloat16)
     before, after = (choose("auto", contents) for contents in (plan, found))
     assert before.exporter == after.exporter and dict(before.answers) == dict(after.answers)
 
@@ -83,4 +83,4 @@ def test_no_target_of_today_changes_a_recipe():
     for wanted in ("auto", "plain", "compressed-tensors", "llmcompress"):
         recipe = Recipe(passes=(RoundToNearest(scheme="int4_g16"),), save=Save(format=wanted))
         assert not limits_of(wanted).positive_scales
-        assert aimed_at_target(recipe) == recipe and aimed_at_target(recipe).hash() == recipe.hash()
+        assert within_target_limits(recipe) == recipe and within_target_limits(recipe).hash() == recipe.hash()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzz_inputs import Attempt, damaged, mutations, recipe
+from fuzz_inputs import CHEAPEST, PLAIN_MODEL, damaged, mutations, write_inputs
 
 from llmcompress.calibration.devices import usable_device
 from llmcompress.cli.failures import report_failure
@@ -39,10 +39,15 @@ def refused(call: Callable[[], object]) -> CompressError:
     return caught.value
 
 
-def test_100_mutations_of_the_json_files_end_well_or_in_a_refusal(folder):
-    attempt = Attempt(folder, recipe())
-    ended = {(each.file, each.what): damaged(attempt, each) for each in mutations(folder, count=100, seed=13)}
-    assert {case: how for case, how in ended.items() if how.startswith("BUG")} == {}
+def test_100_damaged_files_end_well_or_in_a_refusal(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    write_inputs(tmp_path)
+    commands = [("compress", "dense", "--recipe", "cheapest.yaml", "--dry-run")]
+    ended = {
+        (each.file, each.what): damaged(tmp_path, each, commands)[0]
+        for each in mutations(tmp_path, count=100, seed=13, files=PLAIN_MODEL)
+    }
+    assert {case: how for case, how in ended.items() if how.exit_code == ExitCode.BUG} == {}
     assert len(set(ended.values())) > 5
 
 
@@ -82,7 +87,7 @@ def test_compress_refuses_a_bad_index_and_a_missing_shard_before_it_counts_bytes
         next(folder.glob("model-00002*")).unlink()
     else:
         (folder / "model.safetensors.index.json").write_bytes(content)
-    error = refused(lambda: compress(str(folder), recipe(), tmp_path / "out", device="cpu"))
+    error = refused(lambda: compress(str(folder), parse_recipe(CHEAPEST, "r.yaml"), tmp_path / "out", device="cpu"))
     assert error.code in ("model.bad-index", "model.bad-json", "model.missing-file")
     assert not (tmp_path / "out.run").exists()
 

@@ -130,7 +130,7 @@ def test_two_revisions_or_one_of_a_folder_are_refused(hub, tmp_path):
     ("kind", "status", "code", "part"),
     [
         (errors.RepositoryNotFoundError, 404, "hub.not-found", "hf auth login"),
-        (errors.GatedRepoError, 403, "hub.gated", "ask for access at"),
+        (errors.GatedRepoError, 403, "hub.gated", "request access at"),
         (errors.RevisionNotFoundError, 404, "hub.no-revision", "'v9'"),
         (errors.HfHubHTTPError, 401, "hub.login", "hf auth login"),
         (errors.HfHubHTTPError, 503, "hub.error", "503"),

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from llmcompress.errors import CompressError
-from llmcompress.model.bench import Bench
+from llmcompress.model.block_experiment import BlockExperiment
 from llmcompress.model.describe import describe, ranges
 from llmcompress.model.folds import legal
 from llmcompress.model.map import Fold, InputGroup, WidthGroup, WidthPart
@@ -336,10 +336,10 @@ def test_wrong_folds_fail_the_legality_check(family, wrong):
     model = tiny_model(family)
     blocks = find_blocks(model)
     recording = record(model, blocks, tiny_tokens(family))
-    bench = Bench(blocks[0][1], recording.calls[0], recording.hidden)
-    before = copy.deepcopy(bench.block.state_dict())
-    assert not legal(bench, [wrong])
-    assert all(torch.equal(value, before[key]) for key, value in bench.block.state_dict().items())
+    experiment = BlockExperiment(blocks[0][1], recording.calls[0], recording.hidden)
+    before = copy.deepcopy(experiment.block.state_dict())
+    assert not legal(experiment, [wrong])
+    assert all(torch.equal(value, before[key]) for key, value in experiment.block.state_dict().items())
 
 
 class NearlyRelu(torch.nn.Module):
@@ -367,8 +367,8 @@ def test_a_fold_that_is_wrong_by_a_few_per_cent_fails_the_legality_check(activat
     recording = record(model, blocks, tiny_tokens("opt"))
     block = blocks[0][1]
     block.activation_fn = activation
-    bench = Bench(block, recording.calls[0], recording.hidden)
-    assert legal(bench, [Fold("fc1", False, ("fc2",), plain(FFN))]) == right
+    experiment = BlockExperiment(block, recording.calls[0], recording.hidden)
+    assert legal(experiment, [Fold("fc1", False, ("fc2",), plain(FFN))]) == right
 
 
 @torch.no_grad()
@@ -376,9 +376,9 @@ def test_units_that_are_not_separate_fail_the_check():
     model = tiny_model("llama_gqa")
     blocks = find_blocks(model)
     recording = record(model, blocks, tiny_tokens("llama_gqa"))
-    bench = Bench(blocks[0][1], recording.calls[0], recording.hidden)
+    experiment = BlockExperiment(blocks[0][1], recording.calls[0], recording.hidden)
     right = structure_of("llama_gqa").width_groups
-    assert removable(bench, right)
+    assert removable(experiment, right)
     heads = tuple(plain(16, 16 * head) for head in range(4))
     shared_keys = tuple(plain(16, 16 * (head // 2)) for head in range(4))  # two query heads read one key head
     parts = (
@@ -386,8 +386,8 @@ def test_units_that_are_not_separate_fail_the_check():
         WidthPart(QKV[1], "rows", shared_keys),
         WidthPart(O, "columns", heads),
     )
-    assert not removable(bench, [WidthGroup(4, parts)])
-    assert not removable(bench, [*right[1:], WidthGroup(4, parts)])
+    assert not removable(experiment, [WidthGroup(4, parts)])
+    assert not removable(experiment, [*right[1:], WidthGroup(4, parts)])
 
 
 def test_different_kinds_of_blocks_are_mapped_separately():

@@ -19,7 +19,7 @@ from tests.reference.slicing import project_what_is_written
 
 REFUSED = {
     "gemma2": "post_attention_layernorm.weight",  # norms on what is added: their gains stand on single channels
-    "olmo2": "norms stand on what is added to it",  # no norm before, only after
+    "olmo2": "post-norm",  # no norm before, only after
 }
 
 
@@ -39,8 +39,8 @@ def names(ports: object) -> set[tuple[str, int]]:
 def test_everything_that_meets_the_stream_of_llama_is_found():
     residual = find_residual(tiny_model("llama_gqa"))
     assert (residual.width, residual.centred) == (64, False)
-    assert names(w.port for w in residual.around.writers) == {("model.embed_tokens.weight", 1)}
-    assert names(residual.around.readers()) == {("lm_head.weight", 1)}
+    assert names(w.port for w in residual.outside_blocks.writers) == {("model.embed_tokens.weight", 1)}
+    assert names(residual.outside_blocks.readers()) == {("lm_head.weight", 1)}
     _, ports = residual.blocks[0]
     first, second = ports.norms
     assert (first.name, first.stage, second.name, second.stage) == (
@@ -60,7 +60,7 @@ def test_everything_that_meets_the_stream_of_llama_is_found():
 def test_transposed_weights_biases_and_positions_of_gpt2_are_found():
     residual = find_residual(tiny_model("gpt2"))
     assert residual.centred
-    assert names(w.port for w in residual.around.writers) == {
+    assert names(w.port for w in residual.outside_blocks.writers) == {
         ("transformer.wte.weight", 1),
         ("transformer.wpe.weight", 1),
     }
@@ -111,7 +111,7 @@ def test_a_reader_that_experiments_cannot_see_is_caught_by_the_mirror(monkeypatc
     residual = find_residual(model)
     norm = residual.blocks[0][1].norms[0]
     object.__setattr__(norm, "readers", tuple(port for port in norm.readers if "v_proj" not in port.parameter))
-    with pytest.raises(CompressError, match="was not found"):
+    with pytest.raises(CompressError, match="could not be identified"):
         make_rotatable(model, residual, constants="bias", generator=torch.Generator().manual_seed(0))
 
 

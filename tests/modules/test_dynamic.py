@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.model.skeleton import find_blocks
-from llmcompress.model.stock import stock_outline
+from llmcompress.model.stock import stock_model
 from llmcompress.modules.cache_names import cache_of, with_cache
 from llmcompress.modules.dynamic import DynamicBlock, tallied
 from llmcompress.modules.dynamic_exit import ExitBlock
@@ -191,7 +191,7 @@ def test_a_token_that_left_is_carried_to_the_end_by_the_jump_of_its_exit() -> No
 @torch.no_grad()
 def test_the_manifest_rebuilds_the_same_decisions_under_the_same_names(maker: str) -> None:
     model, ids = MAKERS[maker]("llama_gqa"), tiny_tokens("llama_gqa")
-    found = Manifest.from_json(changes(model, stock_outline(model)).to_json())
+    found = Manifest.from_json(changes(model, stock_model(model)).to_json())
     again = tiny_model("llama_gqa", seed=9)
     apply_manifest(again, found, torch.float32)
     again.load_state_dict(model.state_dict(), strict=True)

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from llmcompress.errors import CompressError
 from llmcompress.model.cache_users import cache_users
 from llmcompress.model.skeleton import find_blocks, put_module
-from llmcompress.model.stock import stock_outline
+from llmcompress.model.stock import stock_model
 from llmcompress.modules.cache_names import cache_of, with_cache
 from llmcompress.modules.dynamic_skip import SkipBlock
 from llmcompress.modules.kv_cache import CodedAttention
@@ -153,7 +153,7 @@ def test_a_skipped_block_stores_codes_too() -> None:
 @torch.no_grad()
 def test_the_manifest_rebuilds_it_under_the_same_names(number: str, scales: str) -> None:
     model, ids = coded_model("gpt2", number, scales), tiny_tokens("gpt2")
-    found = Manifest.from_json(changes(model, stock_outline(model)).to_json())
+    found = Manifest.from_json(changes(model, stock_model(model)).to_json())
     again = tiny_model("gpt2", seed=9)
     apply_manifest(again, found, torch.float32)
     again.load_state_dict(model.state_dict(), strict=True)

@@ -25,9 +25,9 @@ from llmcompress.modules.rounded_inputs import fixed_scale
 from llmcompress.modules.scheme import named_scheme
 from llmcompress.modules.selected import SelectedColumns, SelectedRows
 from llmcompress.modules.tensor_train import TensorTrainEmbedding, TensorTrainHead, TensorTrainLinear
+from llmcompress.modules.trainable_roles import ROLES, Role, TrainableRoles
 from llmcompress.modules.transformed_input import ClusteredInput, RotatedInput
 from llmcompress.modules.tucker import TuckerLinear
-from llmcompress.modules.wanted import ROLES, Role, Wanted
 from llmcompress.numerics.codebook import column_levels, nearest_level
 from llmcompress.numerics.grid import round_to_codes
 from llmcompress.numerics.ranges import fit
@@ -84,7 +84,16 @@ def codebooks() -> CodebookLinear:
 
 
 def trained_kinds() -> dict[str, Callable[[], CompressedModule]]:
-    schemes = ["int4_g8", "int3_channel", "int2_g8", "int8_channel", "int4_g7", "int4_g8_asym", "int2_channel_asym"]
+    schemes = [
+        "int4_g8",
+        "int3_channel",
+        "int2_g8",
+        "int8_channel",
+        "int4_g7",
+        "int4_g8_asym",
+        "int2_channel_asym",
+        "ternary_g8",
+    ]
     schemes += ["int8_channel_a8token", "int8_channel_a8tensor", "fp8_channel", "fp8_tensor", "fp8e5m2_g8"]
     schemes += ["fp4_g8", "nf4_g8", "mxfp4", "mxfp8", "nvfp4", "nvfp4_a"]
     kinds: dict[str, Callable[[], CompressedModule]] = {
@@ -125,8 +134,8 @@ NONE: dict[str, Callable[[], CompressedModule] | None] = {
 }
 
 
-def everything(roles: frozenset[Role] = ROLES, *, keep_zeros: bool = True) -> Wanted:
-    return Wanted(roles, keep_zeros=keep_zeros, storage_dtype=torch.bfloat16)
+def everything(roles: frozenset[Role] = ROLES, *, keep_zeros: bool = True) -> TrainableRoles:
+    return TrainableRoles(roles, keep_zeros=keep_zeros, storage_dtype=torch.bfloat16)
 
 
 def inputs_of(module: CompressedModule) -> Tensor:

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 
 from llmcompress.numerics import allocation
-from llmcompress.numerics.allocation import Option, allocate, corners, spend
+from llmcompress.numerics.allocation import Option, allocate, lower_convex_hull, spend
 
 
 def items(seed: int, *, count: int = 4, choices: int = 3) -> list[list[Option]]:
@@ -83,5 +83,5 @@ def test_a_budget_below_the_least_is_refused() -> None:
 
 
 def test_corners_leave_out_what_lies_above_the_line_between_others() -> None:
-    assert corners([(0, 4.0), (1, 3.9), (2, 1.0), (3, 0.9), (4, 0.0)]) == [0, 2, 4]
-    assert corners([(1, 1.0)]) == [0]
+    assert lower_convex_hull([(0, 4.0), (1, 3.9), (2, 1.0), (3, 0.9), (4, 0.0)]) == [0, 2, 4]
+    assert lower_convex_hull([(1, 1.0)]) == [0]

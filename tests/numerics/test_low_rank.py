@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.numerics.low_rank import best_left, best_right, break_even, output_spectrum, truncate
+from llmcompress.numerics.low_rank import (
+    best_left,
+    best_right,
+    break_even,
+    leading_factors,
+    output_spectrum,
+    truncate,
+)
 from tests.reference.low_rank import least_squares, whitened_svd
 
 SHAPES = [(1, 1), (1, 7), (5, 1), (13, 31), (31, 13), (8, 8), (7, 43), (97, 3)]
@@ -117,3 +124,25 @@ def test_below_break_even_factors_are_smaller_and_at_it_they_are_not(shape: tupl
     outputs, inputs = shape
     rank = break_even(outputs, inputs)
     assert rank * (outputs + inputs) >= outputs * inputs > (rank - 1) * (outputs + inputs)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_leading_factors_of_small_weights_are_the_best_ones(shape: tuple[int, int]) -> None:
+    weight_OI, x_TI = problem(*shape, seed=5)
+    gram_II = x_TI.T @ x_TI
+    for rank in (each for each in ranks(shape) if each + 8 >= min(shape)):
+        best_OI = truncate(weight_OI, output_spectrum(weight_OI, gram_II), rank).product()
+        for start_OR in (None, torch.eye(shape[0], rank, dtype=torch.float64)):
+            found_OI = leading_factors(weight_OI, gram_II, rank, start_OR).product()
+            torch.testing.assert_close(found_OI, best_OI, rtol=1e-6, atol=1e-6)
+
+
+def test_leading_factors_of_large_weights_lose_hardly_more_than_the_best_ones() -> None:
+    weight_OI, x_TI = problem(150, 120, seed=6)
+    gram_II = x_TI.T @ x_TI
+    spectrum = output_spectrum(weight_OI, gram_II)
+    for rank in (4, 30, 100):
+        factors = leading_factors(weight_OI, gram_II, rank)
+        difference_OI = factors.product() - weight_OI
+        lost = float(((difference_OI @ gram_II) * difference_OI).sum())
+        assert spectrum.discarded(rank) * (1 - 1e-9) <= lost <= 1.03 * spectrum.discarded(rank)

@@ -18,7 +18,7 @@ from llmcompress.numerics.columns import (
 from llmcompress.numerics.grid import Grid, output_error, restore
 from llmcompress.numerics.masks import (
     Pattern,
-    due,
+    count_of_zeros,
     lowest,
     lowest_counts,
     lowest_per_group,
@@ -50,7 +50,7 @@ def test_masks_equal_sorting_by_hand_and_drop_exactly_the_share(
     shape: tuple[int, int], share: float, values: int | None
 ) -> None:
     score = scores(shape, values=values)
-    wanted = due(share, score.numel())
+    wanted = count_of_zeros(share, score.numel())
     everywhere = lowest(score, wanted)
     assert torch.equal(everywhere.flatten(), torch.tensor(reference.smallest_of(score.flatten().tolist(), wanted)))
     rows = lowest_per_row(score, share)
@@ -63,7 +63,7 @@ def test_masks_equal_sorting_by_hand_and_drop_exactly_the_share(
 def test_masks_of_many_weights_are_as_exact_as_those_of_few(share: float, values: int | None) -> None:
     """From a size on, a sample narrows the search, also when most of the weights are equal."""
     score = scores((600, 513), values=values)
-    wanted = due(share, score.numel())
+    wanted = count_of_zeros(share, score.numel())
     mask = lowest(score, wanted).flatten()
     order = score.flatten().argsort(stable=True)
     assert torch.equal(mask.nonzero().flatten(), order[:wanted].sort().values)
@@ -97,7 +97,7 @@ def test_a_pattern_has_exactly_n_zeros_in_every_group(name: str, values: int | N
 @pytest.mark.parametrize("name", ["4:2", "4:4", "0:4", "2:", "half", "2:4:8", ""])
 def test_other_patterns_are_refused(name: str) -> None:
     assert named_pattern("unstructured") is None
-    with pytest.raises(CompressError, match="is not a pattern"):
+    with pytest.raises(CompressError, match="is not a sparsity pattern"):
         named_pattern(name)
 
 
@@ -113,7 +113,7 @@ def test_weights_that_are_zero_already_are_dropped_first() -> None:
 def test_one_threshold_for_all_parts_is_exact_however_many_ties(share: float, values: int | None) -> None:
     parts = [scores(shape, values=values, seed=seed) for seed, shape in enumerate([(3, 5), (7, 11), (1, 1), (20, 4)])]
     every = torch.cat([part.flatten() for part in parts])
-    wanted = due(share, every.numel())
+    wanted = count_of_zeros(share, every.numel())
     mask = torch.tensor(reference.smallest_of(every.tolist(), wanted))
     expected = [int(each.sum()) for each in mask.split([part.numel() for part in parts])]
     assert lowest_counts(lambda: iter(parts), wanted) == expected
@@ -132,7 +132,7 @@ def test_pruning_sweep_equals_the_papers_loop(shape: tuple[int, int], share: flo
     slow = reference.sparsegpt(weight, damped(gram, 0.01), share=share, span=lazy, pattern=None)
     torch.testing.assert_close(fast, slow, atol=1e-8, rtol=0)
     assert (fast[weight == 0] == 0).all()
-    assert int((fast == 0).sum()) >= due(share, weight.numel())
+    assert int((fast == 0).sum()) >= count_of_zeros(share, weight.numel())
 
 
 @pytest.mark.parametrize("name", ["2:4", "4:8", "1:4", "3:4"])
@@ -220,7 +220,7 @@ def test_outlier_counts_keep_the_total_and_the_bound_and_follow_the_outliers() -
     outliers = torch.tensor([0.05, 0.01, 0.02, 0.03])
     counts = counts_by_outliers(outliers, weights, 0.7, 0.08)
     shares = counts / weights
-    assert int(counts.sum()) == due(0.7, int(weights.sum()))
+    assert int(counts.sum()) == count_of_zeros(0.7, int(weights.sum()))
     assert shares.argsort().tolist() == outliers.argsort(descending=True).tolist()
     assert abs(float((shares - 0.7).abs().max()) - 0.08) < 1e-3
     equal = counts_by_outliers(torch.ones(4), weights, 0.5, 0.1)
@@ -247,7 +247,7 @@ def test_error_counts_step_over_a_dent_and_spend_exactly_the_budget() -> None:
     errors = torch.tensor([[0.0, 5.0, 6.0, 6.5, 7.0], [0.0, 1.0, 2.0, 3.0, 9.0]])
     for target in (0.3, 0.35, 0.5, 0.61, 0.7):
         counts = counts_by_error(errors, shares, weights, target)
-        assert int(counts.sum()) == due(target, 158)
+        assert int(counts.sum()) == count_of_zeros(target, 158)
         assert ((counts / weights - 0.5).abs() <= 0.2 + 1 / 57).all()
 
 

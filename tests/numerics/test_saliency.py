@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from llmcompress.numerics.masks import due
+from llmcompress.numerics.masks import count_of_zeros
 from llmcompress.numerics.rigl import drop_and_grow
 from llmcompress.numerics.saliency import drop_lowest, hamming_distance
 from llmcompress.numerics.schedule import exponential_shares, moved_share
@@ -30,7 +30,7 @@ def test_the_globally_lowest_signed_scores_go_exactly_as_many_as_asked(share: fl
     masks = drop_lowest(parts, nothing, share, "global")
     everything = torch.cat([part.flatten() for part in parts])
     expected = torch.zeros_like(everything, dtype=torch.bool)
-    expected[everything.argsort(stable=True)[: due(share, len(everything))]] = True
+    expected[everything.argsort(stable=True)[: count_of_zeros(share, len(everything))]] = True
     assert torch.equal(torch.cat([mask.flatten() for mask in masks]), expected)
 
 

@@ -32,7 +32,7 @@ class Watching(Silent):
         self.steps: list[str] = []
         self._die = die
 
-    def inside(self, text: str, *, done: int = 0, total: int = 0) -> None:
+    def substep(self, text: str, *, done: int = 0, total: int = 0) -> None:
         if ": step " not in text:
             return
         self.steps.append(text.partition(", loss")[0])

@@ -76,7 +76,7 @@ def results(model: str, out: Path, recipe: Path, offload: str, device: str) -> t
     """The tensors that were saved, and the perplexity that was measured on the device."""
     # both with the plain formula for attention: other kernels sum in another order
     with sdpa_kernel(SDPBackend.MATH):
-        report = compress(model, read_recipe(recipe), out, device=device, offload=offload)
+        report = compress(model, read_recipe(recipe), out, device=device, offload=offload).report
     tensors = {name: tensor for file in sorted(out.glob("*.safetensors")) for name, tensor in load_file(file).items()}
     return tensors, report.quality[0].compressed.perplexity
 

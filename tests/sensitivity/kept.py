@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class KeptMeasurements:
-    """All of `FinishedWork` that a table needs."""
+    """All of `ResumeStore` that a table needs."""
 
     def __init__(self) -> None:
         self.files: dict[str, tuple[Mapping[str, Tensor], Mapping[str, Any]]] = {}

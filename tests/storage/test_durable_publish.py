@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from llmcompress.storage.folder import publish
 from llmcompress.storage.names import FILES
-from llmcompress.storage.ours import mark_output
+from llmcompress.storage.ownership import mark_output
 
 
 @pytest.mark.parametrize("replaced", [False, True])

@@ -10,7 +10,7 @@ import pytest
 from llmcompress import CompressError, compress
 from llmcompress.recipe import Recipe, parse_recipe
 from llmcompress.storage.folder import check_output, publish, staging_folder
-from llmcompress.storage.ours import mark_output
+from llmcompress.storage.ownership import mark_output
 from tests.tiny_folder import write_tiny_llama
 
 

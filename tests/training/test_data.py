@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from llmcompress.errors import CompressError
-from llmcompress.training.data.base import Part, TrainingData
+from llmcompress.training.data.base import BatchRange, TrainingData
 from llmcompress.training.data.batch import IGNORED, Batch, Sample, padded
 from llmcompress.training.data.examples import Examples, samples, training_data
 from tests.tiny_text import byte_tokenizer
@@ -49,7 +49,7 @@ def learned(batch: Batch) -> list[str]:
 
 
 def batches(data: TrainingData, first: int, end: int, seed: int = 0, size: int = 3) -> list[Batch]:
-    return list(data.loader(Part(first, end, size, seed)))
+    return list(data.loader(BatchRange(first, end, size, seed)))
 
 
 def same(a: list[Batch], b: list[Batch]) -> bool:
@@ -197,5 +197,5 @@ def test_what_cannot_be_used_is_said_with_the_columns_there_are(tmp_path: Path) 
     with pytest.raises(CompressError, match="no such file"):
         training_data(Examples(source=str(tmp_path / "none.jsonl")), plain)
     stream = samples(IterableDataset.from_generator(lambda: iter(PAIRS)), examples(kind="prompt"), plain)
-    with pytest.raises(CompressError, match="kept out of a stream"):
+    with pytest.raises(CompressError, match="stream cannot be split"):
         stream.held_out(0.1, 0)

@@ -17,7 +17,7 @@ from llmcompress.calibration.context import RunContext
 from llmcompress.errors import CompressError
 from llmcompress.numerics.loss import next_token_loss
 from llmcompress.progress import Silent
-from llmcompress.training.data.base import Order, Part, Windows, held_out
+from llmcompress.training.data.base import BatchRange, SampleOrder, Windows, held_out
 from llmcompress.training.job import Callback, Job
 from llmcompress.training.loop import train
 from llmcompress.training.masks import ZerosStay
@@ -108,7 +108,7 @@ def test_one_step_equals_adamw_by_hand() -> None:
     by_hand = copy.deepcopy(model)
     ids = windows()
     run(model, ids, settings, seed=3)
-    order = ids[next(iter(Order(len(ids), Part(0, 1, 4, seed=3))))]
+    order = ids[next(iter(SampleOrder(len(ids), BatchRange(0, 1, 4, seed=3))))]
     logits = by_hand(input_ids=order).logits[:, :-1]
     functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), order[:, 1:].reshape(-1)).backward()
     for (name, after), parameter in zip(model.named_parameters(), by_hand.parameters(), strict=True):
@@ -290,7 +290,7 @@ def test_validation_windows_are_never_trained_on() -> None:
 
 def test_every_window_is_seen_once_per_pass_over_the_data() -> None:
     ids = windows(count=10)
-    seen = [index for batch in Order(len(ids), Part(0, 5, 4, seed=1)) for index in batch]
+    seen = [index for batch in SampleOrder(len(ids), BatchRange(0, 5, 4, seed=1)) for index in batch]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert seen[:10] != seen[10:]
 
@@ -434,7 +434,7 @@ def test_progress_tells_the_loss_and_how_many_of_all_steps_are_done() -> None:
             self.texts: list[str] = []
             self.done: list[tuple[int, int]] = []
 
-        def inside(self, text: str, *, done: int = 0, total: int = 0) -> None:
+        def substep(self, text: str, *, done: int = 0, total: int = 0) -> None:
             self.texts.append(text)
             self.done.append((done, total))
 

@@ -12,7 +12,7 @@ from torch import distributed
 
 from llmcompress.calibration.context import RunContext
 from llmcompress.errors import CompressError
-from llmcompress.training.data.base import SomeSamples, Windows
+from llmcompress.training.data.base import IndexedSamples, Windows
 from llmcompress.training.data.batch import Sample
 from llmcompress.training.job import Job
 from llmcompress.training.loop import train
@@ -26,7 +26,7 @@ SETTINGS = Training(
 """Six samples a step, of which there are seven: a step reaches from one pass over the data into the next."""
 
 
-class Uneven(SomeSamples):
+class Uneven(IndexedSamples):
     """Samples of several lengths, each with another number of learned tokens, one of them with none."""
 
     fingerprint = "uneven"

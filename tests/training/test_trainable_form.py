@@ -19,7 +19,7 @@ from llmcompress.modules.base import TrainableTwin
 from llmcompress.modules.bnb_linear import BnbLinear
 from llmcompress.modules.corrected import CorrectedLinear
 from llmcompress.modules.quant_linear import QuantLinear
-from llmcompress.modules.wanted import ROLES, Role, Wanted
+from llmcompress.modules.trainable_roles import ROLES, Role, TrainableRoles
 from llmcompress.numerics.loss import next_token_loss
 from llmcompress.passes.base import PASSES, Pass
 from llmcompress.recipe import parse_recipe
@@ -40,8 +40,8 @@ SITE = "model.layers.0.mlp.down_proj"
 GPTQ = {"scheme": "int3_g32", "on_indivisible": "pad"}
 
 
-def wanted(roles: frozenset[Role] = ROLES, *, keep_zeros: bool = False) -> Wanted:
-    return Wanted(roles, keep_zeros=keep_zeros, storage_dtype=torch.float32)
+def wanted(roles: frozenset[Role] = ROLES, *, keep_zeros: bool = False) -> TrainableRoles:
+    return TrainableRoles(roles, keep_zeros=keep_zeros, storage_dtype=torch.float32)
 
 
 def make(name: str, **options: Any) -> Pass:
@@ -54,7 +54,7 @@ def mixed_model() -> PreTrainedModel:
         "llama_gqa",
         block_pass("gptq", **GPTQ, sites="*.mlp.*"),
         block_pass("low_rank_correction", quantizer={"rtn": GPTQ}, rank=3, sites="*.o_proj"),
-        block_pass("svd", ratio=0.5, sites="*.q_proj"),
+        block_pass("svd", fraction=0.5, sites="*.q_proj"),
         make("embeddings"),
     )
     assert isinstance(model, PreTrainedModel)
@@ -156,7 +156,7 @@ QUANTIZED: dict[str, tuple[Pass, ...]] = {
     "gptq": (block_pass("gptq", **GPTQ),),
     "cmpq": (block_pass("cmpq", bits=3),),
     "low_rank_correction": (block_pass("low_rank_correction", quantizer={"rtn": GPTQ}, rank=2),),
-    "svd, gptq": (block_pass("svd", ratio=0.5), block_pass("gptq", **{**GPTQ, "scheme": "int4_channel"})),
+    "svd, gptq": (block_pass("svd", fraction=0.5), block_pass("gptq", **{**GPTQ, "scheme": "int4_channel"})),
     "bnb_nf4": (block_pass("bnb_nf4", exclude="*.down_proj"),),
     "bnb_int8": (block_pass("bnb_int8"),),
     "w8a8": (block_pass("rtn", scheme="int8_channel_a8token"),),
@@ -187,7 +187,7 @@ passes:
   - recover: {rank: 3, training: {steps: 4, batch: 4, learning_rate: 0.003}}
 evaluate: {perplexity: [{source: 'builtin:evaluation', window: 48, max_windows: 3}]}
 """
-    report = compress(str(tiny), parse_recipe(text, "test"), tmp_path / "out")
+    report = compress(str(tiny), parse_recipe(text, "test"), tmp_path / "out").report
     assert report.bytes_compressed == bytes_on_disk(tmp_path / "out")
     assert {row.rank for row in report.sites if row.algorithm == "recover"} == {3}
     model, _ = load(tmp_path / "out", dtype=torch.float32)
@@ -243,10 +243,10 @@ def test_orders_that_work_are_allowed(passes: str) -> None:
 @pytest.mark.parametrize(
     ("passes", "reason"),
     [
-        ("[gptq, recover]", "would change weights that are codes already"),
-        ("[wanda, gptq, recover: {rank: 4}]", "would fill zeros with its dense branch"),
-        ("[sparsegpt: {pattern: '2:4'}, gptq, recover: {rank: 4}]", "would fill zeros with its dense branch"),
-        ("[gptq, recover: {rank: 4}, awq: {round: false}]", "would change weights that are codes already"),
+        ("[gptq, recover]", "would change weights that are already quantized"),
+        ("[wanda, gptq, recover: {rank: 4}]", "would fill zeros through dense adapters"),
+        ("[sparsegpt: {pattern: '2:4'}, gptq, recover: {rank: 4}]", "would fill zeros through dense adapters"),
+        ("[gptq, recover: {rank: 4}, awq: {round: false}]", "would change weights that are already quantized"),
     ],
 )
 def test_orders_that_do_not_are_refused_with_the_reason(passes: str, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""What passes share that add a low-rank branch to a quantized site. O = outputs, I = inputs, R = rank."""
+"""Low-rank branches added to a quantized site, shared by several passes. O = outputs, I = inputs, R = rank."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llmcompress.records.rows import SiteReport
 
 @dataclass(frozen=True)
 class Branch:
-    """Two factors in the checkpoint's dtype, or as codes of `scheme`."""
+    """Two factors in the checkpoint's dtype, or quantized to `scheme`."""
 
     factors: Factors | RoundedFactors
     scheme: Scheme | None
@@ -90,7 +90,9 @@ def weight_only_scheme(name: str | None) -> str | None:
     Raises: ValueError when it would round activations too; CompressError when there is no such scheme.
     """
     if name is not None and named_scheme(name).activations:
-        raise ValueError(f"factors round weights only: write {replace(named_scheme(name), activations=None).name!r}")
+        raise ValueError(
+            f"factors are quantized weight-only: write {replace(named_scheme(name), activations=None).name!r}"
+        )
     return name
 
 

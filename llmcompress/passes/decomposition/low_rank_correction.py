@@ -1,4 +1,4 @@
-"""A low-rank branch that repairs what any quantizer did to a site. O = outputs, I = inputs."""
+"""A low-rank branch that compensates the quantization error of a site. O = outputs, I = inputs."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ _SELECTORS = frozenset({"sites", "exclude", "overrides", "new_stage"})
 
 @PASSES.register("low_rank_correction")
 class LowRankCorrection(BlockPass):
-    """Quantize each site with another pass, then add the branch that best restores its outputs.
+    """Quantize each site with another pass, then add the low-rank branch that best restores its outputs.
 
-    The quantizer sees the very weights that the branch is measured against, so it is named here and not in the recipe
-    before this pass.
+    The branch is fitted to the same weights that the quantizer sees, so the quantizer is an option of this pass and not
+    a separate pass before it.
 
     Source: Liu et al., arXiv 2410.21271 (EoRA: `gram`); Zhang et al., arXiv 2402.02446 (LQER: `activation`).
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"codes", "factors"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
-        "zeros": "would fill zeros with its dense branch",
-        "pattern": "would fill zeros with its dense branch",
+        "zeros": "would fill zeros through its dense branch",
+        "pattern": "would fill zeros through its dense branch",
     }
     whole_block: ClassVar[frozenset[str]] = frozenset({"whitening"})
 
     quantizer: dict[str, dict[str, Any]] = Field(
-        {"gptq": {}}, description="one quantizing pass with its options, e.g. {gptq: {scheme: int3_g128}}"
+        {"gptq": {}}, description="one quantization pass with its options, e.g. {gptq: {scheme: int3_g128}}"
     )
-    rank: int = Field(64, ge=1, description="of the branch")
+    rank: int = Field(64, ge=1, description="rank of the low-rank branch")
     whitening: Literal["gram", "activation"] = Field("gram", description="gram: EoRA; activation: LQER")
     factor_scheme: str | None = Field(
-        None, description="of the factors, e.g. int8_channel; null: the dtype of the model"
+        None, description="scheme of the factors, e.g. int8_channel; null: the model's dtype"
     )
 
     @field_validator("factor_scheme")
@@ -62,7 +62,7 @@ class LowRankCorrection(BlockPass):
 
     @property
     def inner(self) -> QuantizingPass:
-        """The quantizing pass."""
+        """The quantization pass."""
         return quantizer_of(self.quantizer)
 
     @property
@@ -80,7 +80,7 @@ class LowRankCorrection(BlockPass):
         return fitting_notes([self], model_map)
 
     def check(self, model_map: ModelMap) -> None:
-        """What the quantizer asks of the sites that are selected here.
+        """Runs the quantizer's checks on the sites selected here.
 
         Raises: CompressError listing every site whose inputs do not divide into groups.
         """
@@ -121,21 +121,25 @@ class LowRankCorrection(BlockPass):
 
 
 def quantizer_of(named: Mapping[str, dict[str, Any]]) -> QuantizingPass:
-    """The quantizing pass that `{name: {option: value}}` stands for.
+    """The quantization pass that `{name: {option: value}}` stands for.
 
     Raises: ValueError when it is none, or could not work inside another pass.
     """
     if len(named) != 1:
-        raise ValueError("name exactly one quantizing pass, e.g. {gptq: {scheme: int3_g128}}")
+        raise ValueError("name exactly one quantization pass, e.g. {gptq: {scheme: int3_g128}}")
     ((name, options),) = named.items()
     known = [each for each in PASSES if issubclass(PASSES[each], QuantizingPass)]
     serving = [each for each in known if getattr(PASSES[each], "sitewise", False)]
     if name not in serving:
-        why = "changes more than single sites: put it before, with `round: false`" if name in known else "is none"
+        why = (
+            "changes more than one site at a time: put it before this pass, with `round: false`"
+            if name in known
+            else "is none"
+        )
         raise ValueError(f"use one of {', '.join(serving)}; {name!r} {why}")
     cls = PASSES[name]
     assert issubclass(cls, QuantizingPass)
     foreign = sorted((_SELECTORS | cls.whole_block) & options.keys())
     if foreign:
-        raise ValueError(f"{foreign[0]!r} cannot be set inside `quantizer`: sites are given to it one by one")
+        raise ValueError(f"{foreign[0]!r} cannot be set in `quantizer`: it runs on one site at a time")
     return cls(**options)

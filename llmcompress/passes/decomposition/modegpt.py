@@ -1,4 +1,4 @@
-"""MoDeGPT: pairs of matrices made thinner together, in closed form. L = blocks."""
+"""MoDeGPT: pairs of matrices are reduced jointly, in closed form. L = blocks."""
 
 from __future__ import annotations
 
@@ -26,40 +26,40 @@ from llmcompress.passes.decomposition.modegpt_parts import Part, parts_of, reaso
 from llmcompress.records.rows import SiteReport
 
 MOST = 0.9
-"""No part of a block loses a larger share than this."""
+"""No part of a block loses a larger fraction than this."""
 
 
 @PASSES.register("modegpt")
 class ModularDecomposition(BlockPass):
-    """Thinner FFNs (Nyström), fewer query and key rows (those that count least), values turned and cut (SVD).
+    """Reduce FFN channels (Nyström), query and key rows (by importance), and value rows (SVD), all in closed form.
 
-    All in closed form from one measurement each. Attention keeps its own code and shapes: linears that compute only
-    some rows stand in it, so the result needs a manifest; with `attention: false` and `allocation: uniform` it is a
-    plain smaller model. `fraction` counts all linears of the blocks, whatever parts of them can be made smaller.
+    Attention keeps its code and shapes, with linears that compute only some of their rows, so the result needs our
+    manifest; with `attention: false` and `allocation: uniform` it is an ordinary smaller model. `fraction` counts the
+    parameters of all linears of the blocks, including those that cannot be reduced.
 
     Source: Lin et al., arXiv 2408.09632. Differs: rotary pairs, heads and shared keys are found by experiment
-    (`model/attention.py`); what reads the values is fitted to all heads together; parts that must stay (queries and
-    keys behind a norm) leave their share to the others.
+    (`model/attention.py`); the output projection is fitted to all heads jointly; the fraction of parts that cannot be
+    reduced (queries and keys behind a norm) is taken from the other parts.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"shapes"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
-        "zeros": "would fill pruned weights again: what is left is fitted anew",
-        "pattern": "would fill pruned weights again, and shift the columns that N:M groups are counted in",
+        "zeros": "would fill pruned weights: it refits the remaining ones",
+        "pattern": "would fill pruned weights and shift the columns of N:M groups",
     }
     decides: ClassVar[bool] = True
     changes_sites: ClassVar[bool] = True
     whole_block: ClassVar[frozenset[str]] = frozenset({"fraction", "attention", "allocation", "temperature", "ridge"})
 
-    fraction: float = Field(
-        0.25, ge=0, lt=1, description="share of the parameters of all linears in the blocks to remove"
-    )
-    attention: bool = Field(True, description="false: only FFNs get thinner, which a plain config can say")
+    fraction: float = Field(0.25, ge=0, lt=1, description="fraction of the parameters of the blocks' linears to remove")
+    attention: bool = Field(True, description="false: compress only FFNs, which a plain config can represent")
     allocation: Literal["influence", "uniform"] = Field(
-        "influence", description="influence: blocks that change their input least lose most; uniform: all as much"
+        "influence", description="influence: blocks that change their input least lose most; uniform: all blocks alike"
     )
-    temperature: float = Field(0.1, gt=0, description="allocation: influence; the lower, the more blocks differ")
-    ridge: float = Field(0.01, gt=0, le=1, description="of channel scores and refit, as a share of the mean diagonal")
+    temperature: float = Field(0.1, gt=0, description="allocation: influence; the lower, the more the blocks differ")
+    ridge: float = Field(
+        0.01, gt=0, le=1, description="ridge of channel scores and refit, as a fraction of the mean diagonal"
+    )
 
     @override
     def names_after(self, site: str) -> tuple[str, ...]:
@@ -96,9 +96,9 @@ class ModularDecomposition(BlockPass):
         if self.fraction * sum(sizes) > sum(most):
             raise CompressError(
                 "modegpt.too-much",
-                f"{self.fraction:.1%} of the linears' parameters cannot go: at most {sum(most) / sum(sizes):.1%} can",
+                f"cannot remove {self.fraction:.1%} of the parameters: the limit is {sum(most) / sum(sizes):.1%}",
                 where="fraction",
-                fix="lower `fraction`, or let it work on more `sites`",
+                fix="lower `fraction`, or select more `sites`",
                 exit_code=ExitCode.USAGE,
             )
         influence_L = torch.zeros(len(sizes), dtype=torch.float64)
@@ -111,7 +111,7 @@ class ModularDecomposition(BlockPass):
         owed = 0.0
         for info, of_block, wanted in zip(whole.map.blocks, parts, (shares_L * sizes_L).tolist(), strict=True):
             kept, removed = plan(of_block, wanted + owed)
-            # rounding is made up for in the next block, except where all blocks are to be alike
+            # rounding is compensated in the next block, except if all blocks must be alike
             owed += wanted - removed if self.allocation == "influence" else 0.0
             for part, count in zip(of_block, kept, strict=True):
                 decisions[f"{info.index}.{part.kind}.{part.number}"] = torch.tensor(count)
@@ -138,14 +138,14 @@ class ModularDecomposition(BlockPass):
         for number, attention in enumerate(attentions):
             scores, values = fewer.get(("coupling", number)), fewer.get(("values", number))
             if scores is not None or values is not None:
-                block.context.progress.inside(f"modegpt {attention.reader}")
+                block.context.progress.substep(f"modegpt {attention.reader}")
                 names = [*(name for name, _ in attention.taps), attention.reader]
                 block.measure([block.site(name) for name in names], (Gram, Moments))
                 rows += shrink_attention(block, attention, score_rows=scores, value_rows=values)
                 block.forget()
         channels = {number: kept for (kind, number), kept in fewer.items() if kind == "channels"}
         if channels:
-            block.context.progress.inside("modegpt channels")
+            block.context.progress.substep("modegpt channels")
             rows += shrink_channels(block, channels, ridge=self.ridge)
         return [*rows, self._block_row(block, info, attentions)]
 
@@ -172,7 +172,7 @@ class ModularDecomposition(BlockPass):
 
 
 def plan(parts: Sequence[Part], wanted: float) -> tuple[list[int], int]:
-    """Units that stay of every part, so that about `wanted` parameters go, the same share of each; and how many go."""
+    """Kept units of every part, so that about `wanted` parameters are removed evenly; and how many are."""
     kept, removed = [], 0
     left = sum(part.units * part.parameters for part in parts)
     for part in parts:

@@ -1,4 +1,4 @@
-"""Fewer query, key and value rows in one attention, whose own code keeps its shapes. O = outputs, I = inputs."""
+"""Removes query, key and value rows of one attention, whose code keeps its shapes. O = outputs, I = inputs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def shrink_attention(
 
 
 class _Work:
-    """New weights, and which rows are gone, until `finish` puts the smaller linears in place."""
+    """New weights and the removed rows, until `finish` installs the smaller linears."""
 
     def __init__(self, block: BlockWork, attention: Attention) -> None:
         self.attention, self.channels = attention, attention.channels

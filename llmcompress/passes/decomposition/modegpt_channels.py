@@ -1,4 +1,4 @@
-"""Fewer channels in an FFN by the Nyström approximation. I = inputs of what reads them, U = channels."""
+"""Removes FFN channels by the Nyström approximation. I = inputs of the reading linear, U = channels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What MoDeGPT can make smaller in a block, and what a unit of it costs in parameters."""
+"""What MoDeGPT can reduce in a block, and how many parameters each unit of it has."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from llmcompress.model.units import groups_of
 
 Kind = Literal["coupling", "values", "channels"]
 
-MIXED = "queries and keys kept: no row can go without all others of its head, as behind a norm over the head"
-SINKS = "values kept: their bias cannot move behind the attention, whose weights do not sum to one"
+MIXED = "queries and keys kept: rows of a head cannot be removed individually (for example because of a QK norm)"
+SINKS = "values kept: their bias cannot be folded into the output projection, since attention weights do not sum to one"
 
 
 @dataclass(frozen=True)
 class Part:
-    """Something of a block that has a size: an FFN's channels, or rows of every head of an attention."""
+    """A part of a block that can be reduced: an FFN's channels, or rows of all heads of an attention."""
 
     kind: Kind
     number: int
@@ -30,7 +30,7 @@ class Part:
     """Of one unit, biases included."""
 
     def kept(self, share: float) -> int:
-        """Units that stay when about that share of them goes: at least one step."""
+        """Units that are kept if about that fraction is removed: at least one step."""
         return max(self.step, self.step * round(self.units * (1 - share) / self.step))
 
 

@@ -1,4 +1,4 @@
-"""Low rank by several small cuts, with a short training of the factors after each. R = rank, K = min(O, I)."""
+"""Low rank in several small cuts, each followed by a short training of the factors. R = rank, K = min(O, I)."""
 
 from __future__ import annotations
 
@@ -27,24 +27,30 @@ from llmcompress.training.settings import Training
 
 @PASSES.register("progressive_low_rank")
 class ProgressiveLowRank(ModelPass):
-    """Factors as `svd` makes them, but ranks fall in equal steps from full rank, and the factors train in between.
+    """Low-rank factors as in `svd`, but ranks decrease in equal steps from full rank and the factors are trained in
+    between.
 
-    `fraction` of the selected sites' parameters is REMOVED; the training's steps are split evenly among the cuts.
+    `fraction` of the parameters of the selected sites is REMOVED; the training steps are divided equally among the
+    cuts.
 
-    Source: the idea of PLRD (progressive low-rank decomposition), whose details no card confirms; the cut itself is
-    SVD-LLM's, arXiv 2403.07378.
+    Source: the idea of PLRD (progressive low-rank decomposition), which publishes no details; the cut itself is that of
+    SVD-LLM, arXiv 2403.07378.
     """
 
     leaves: ClassVar[frozenset[Trait]] = SingularValues.leaves
     conflicts: ClassVar[Mapping[Trait, str]] = SingularValues.conflicts
 
-    fraction: float = Field(0.2, gt=0, lt=1, description="share of parameters removed")
-    cuts: int = Field(4, ge=1, le=100, description="cuts of the ranks, each followed by its share of the training")
-    ranks: RankRule = Field("loss", description="equal shares; energy: least output lost; loss: least loss gained")
-    round_to: int = Field(1, ge=1, description="final ranks are multiples of this, one at least")
-    sites: tuple[str, ...] = Field(("*",), description="globs of module names to work on")
-    exclude: tuple[str, ...] = Field((), description="globs of module names to leave alone")
-    training: Training = Field(default_factory=Training, description="all steps together, learning rate and batches")
+    fraction: float = Field(0.2, gt=0, lt=1, description="fraction of the parameters to remove")
+    cuts: int = Field(
+        4, ge=1, le=100, description="how often ranks are cut; training is divided equally among the cuts"
+    )
+    ranks: RankRule = Field(
+        "loss", description="the same fraction everywhere; energy: least output error; loss: least rise of the loss"
+    )
+    round_to: int = Field(1, ge=1, description="final ranks are multiples of this, at least one multiple")
+    sites: tuple[str, ...] = Field(("*",), description="globs of the module names to compress")
+    exclude: tuple[str, ...] = Field((), description="globs of the module names to skip")
+    training: Training = Field(default_factory=Training, description="total steps, learning rate and batches")
 
     @field_validator("sites", "exclude", mode="before")
     @classmethod
@@ -54,7 +60,9 @@ class ProgressiveLowRank(ModelPass):
     @model_validator(mode="after")
     def _every_cut_trains(self) -> Self:
         if self.training.steps < self.cuts:
-            raise ValueError(f"{self.cuts} cuts need at least as many training steps, there are {self.training.steps}")
+            raise ValueError(
+                f"{self.cuts} cuts need at least {self.cuts} training steps, and there are only {self.training.steps}"
+            )
         return self
 
     @override
@@ -78,7 +86,7 @@ class ProgressiveLowRank(ModelPass):
         if not any(self.selects(name) for name in model_map.site_names()):
             raise CompressError(
                 "recipe.no-such-site",
-                "`sites` and `exclude` leave nothing to factor",
+                "`sites` and `exclude` select no linear",
                 where="progressive_low_rank",
                 fix="`llmcompress inspect MODEL` lists the names of sites",
                 exit_code=ExitCode.USAGE,
@@ -142,7 +150,7 @@ class ProgressiveLowRank(ModelPass):
 
     def _row(self, name: str, rank: int | None, outputs: int, inputs: int) -> SiteReport:
         parameters = outputs * inputs if rank is None else rank * (outputs + inputs)
-        why = None if rank else "stays dense: two factors of its rank would not be smaller"
+        why = None if rank else "kept dense: two factors of its rank would not be smaller"
         return SiteReport(site=name, algorithm="progressive_low_rank", rank=rank, parameters=parameters, degraded=why)
 
 

@@ -1,4 +1,4 @@
-"""The rank of every site under one budget, decided on the whole dense model. O = outputs, K = directions."""
+"""Rank allocation: the rank of every site under one budget, from the whole dense model. O = outputs, K = directions."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from llmcompress.numerics.low_rank import Spectrum, break_even, output_spectrum,
 from llmcompress.numerics.rank_allocation import Matrix, equal_shares, uniform_rank
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.sensitivity.allocation import by_slopes
-from llmcompress.sensitivity.fill import Asker, Kinds, dense_stream, fill, kept_table
 from llmcompress.sensitivity.gradients import squared_gradients
+from llmcompress.sensitivity.loss_estimators import Kinds, LossEstimator, cached_table, dense_stream, measure_losses
 from llmcompress.sensitivity.table import LossTable, Row
 
 RankRule = Literal["uniform", "energy", "loss"]
 
 
 class FactorOptions(Protocol):
-    """What must be known of the pass that factors."""
+    """The options that rank allocation needs from a pass."""
 
     @property
     def rule(self) -> RankRule:
@@ -38,7 +38,7 @@ class FactorOptions(Protocol):
 
     @property
     def keep(self) -> float:
-        """Share of a site's parameters that goes into the budget."""
+        """Fraction of a site's parameters for the budget."""
 
     def selects(self, site: str) -> bool:
         """Whether it works on that site."""
@@ -50,7 +50,7 @@ class FactorOptions(Protocol):
         """Statistics that `metric` reads."""
 
     def metric(self, site: LinearSite) -> Tensor | None:
-        """What the site's inputs are like."""
+        """The metric of the site's inputs."""
 
 
 def decide_ranks(options: FactorOptions, whole: WholeModel) -> dict[str, Tensor]:
@@ -68,7 +68,7 @@ def decide_ranks(options: FactorOptions, whole: WholeModel) -> dict[str, Tensor]
 
 
 def rank_row(site: str, matrix: Matrix, bits_per_weight: int) -> Row:
-    """What every rank of a site loses and takes; the last option is the matrix itself."""
+    """Loss and size of every rank of a site; the last option is the dense matrix."""
     options = matrix.options()
     return Row.of(
         site,
@@ -80,8 +80,8 @@ def rank_row(site: str, matrix: Matrix, bits_per_weight: int) -> Row:
 
 
 @dataclass
-class _EnergyAsker(Asker):
-    """Losses as shares of each site's squared output."""
+class _EnergyEstimator(LossEstimator):
+    """Losses as a fraction of each site's squared output."""
 
     options: FactorOptions
     names: frozenset[str]
@@ -99,7 +99,7 @@ class _EnergyAsker(Asker):
     @override
     def rows(self, block: BlockWork, sites: Sequence[LinearSite]) -> Iterator[Row]:
         for site in sites:
-            block.context.progress.inside(f"spectrum of {site.name}")
+            block.context.progress.substep(f"spectrum of {site.name}")
             gain_K = equal_shares(output_spectrum(site.weight_OI, self.options.metric(site)).energy_K)
             step = self.options.for_site(site.name).round_to
             matrix = Matrix(site.info.outputs, site.info.inputs, gain_K.cpu(), step)
@@ -108,26 +108,27 @@ class _EnergyAsker(Asker):
 
 def _by_energy(options: FactorOptions, whole: WholeModel) -> dict[str, int]:
     def measured() -> LossTable:
-        (table,) = fill(whole, [_EnergyAsker(options, _deciding(options, whole))])
+        (table,) = measure_losses(whole, [_EnergyEstimator(options, _deciding(options, whole))])
         return table
 
-    return _within_budget(options, kept_table(whole, "rank-energies", measured))
+    return _within_budget(options, cached_table(whole, "rank-energies", measured))
 
 
 @dataclass(frozen=True)
 class _Site:
-    """A dense weight and its spectrum, on the CPU; the basis in single precision takes as much memory as the weight."""
+    """A dense weight and its spectrum, on the CPU; the float32 basis takes as much memory as the weight."""
 
     weight_OI: Tensor
+    """In the dtype of the checkpoint where that loses nothing."""
     spectrum: Spectrum
     bits_per_weight: int
 
     def of_rank(self, rank: int, device: torch.device) -> Tensor:
         """The best weight of that rank; the weight itself where factors would not be smaller."""
         if rank >= break_even(*self.weight_OI.shape):
-            return self.weight_OI
+            return self.weight_OI.float()
         spectrum = Spectrum(self.spectrum.basis_OK.to(device).double(), self.spectrum.energy_K)
-        return truncate(self.weight_OI.to(device), spectrum, rank).product()
+        return truncate(self.weight_OI.to(device).float(), spectrum, rank).product()
 
 
 def _by_loss(options: FactorOptions, whole: WholeModel) -> dict[str, int]:
@@ -139,7 +140,7 @@ def _by_loss(options: FactorOptions, whole: WholeModel) -> dict[str, int]:
         return {}
     uniform = {name: _uniform(options, name, *each.weight_OI.shape) for name, each in found.items()}
     with _truncated(whole, found, uniform) as rough:
-        whole.context.progress.inside("gradients with uniform ranks")
+        whole.context.progress.substep("gradients with uniform ranks")
         gradients = squared_gradients(rough, list(found))
         before = _perplexity(rough)
     rows = []
@@ -163,11 +164,17 @@ def _spectra(options: FactorOptions, whole: WholeModel) -> dict[str, _Site]:
     for block in dense_stream(whole, [(names, options.needs())]):
         for site in block.sites:
             if site.name in names:
-                block.context.progress.inside(f"spectrum of {site.name}")
+                block.context.progress.substep(f"spectrum of {site.name}")
                 spectrum = output_spectrum(site.weight_OI, options.metric(site))
                 on_cpu = Spectrum(spectrum.basis_OK.float().cpu(), spectrum.energy_K.cpu())
-                found[site.name] = _Site(site.weight_OI.cpu(), on_cpu, _bits(site))
+                found[site.name] = _Site(_as_stored(site).cpu(), on_cpu, _bits(site))
     return found
+
+
+def _as_stored(site: LinearSite) -> Tensor:
+    weight_OI = site.weight_OI
+    stored_OI = weight_OI.to(site.storage_dtype)
+    return stored_OI if torch.equal(stored_OI.float(), weight_OI) else weight_OI
 
 
 def _within_budget(options: FactorOptions, table: LossTable) -> dict[str, int]:

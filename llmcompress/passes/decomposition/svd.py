@@ -1,4 +1,4 @@
-"""Two thin linears in place of one: what the site's outputs lose least by dropping. O = outputs, I = inputs."""
+"""Low-rank factorization: two linears replace one, with the least output error. O = outputs, I = inputs."""
 
 from __future__ import annotations
 
@@ -34,42 +34,44 @@ Whitening = Literal["none", "activation", "gram"]
 
 @PASSES.register("svd")
 class SingularValues(BlockPass):
-    """Factor every site into two linears of the rank that is worth its parameters.
+    """Factor every site into two linears.
 
-    `fraction` is the share of parameters REMOVED from the selected sites. Sites that would not get smaller stay dense.
+    `fraction` of the parameters of the selected sites is REMOVED. Sites that would not get smaller are kept dense.
 
     Source: Wang et al., arXiv 2403.07378 (SVD-LLM: `gram`, `refit`); Yuan et al., arXiv 2312.05821 (ASVD:
-    `activation`). Differs: no metric is inverted (`numerics/low_rank.py`), so none needs damping; inputs are those that
-    the blocks compressed before really give.
+    `activation`). Differs: no matrix is inverted (`numerics/low_rank.py`), so no damping is needed; inputs are those
+    that the compressed blocks before it produce.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"factors"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
-        "zeros": "would multiply zeros out into two dense factors",
-        "pattern": "would multiply zeros out into two dense factors",
-        "factors": "would factor factors again",
+        "zeros": "would replace zeros by the product of two dense factors",
+        "pattern": "would replace zeros by the product of two dense factors",
+        "factors": "would factor low-rank factors again",
     }
     decides: ClassVar[bool] = True
     changes_sites: ClassVar[bool] = True
     whole_block: ClassVar[frozenset[str]] = frozenset({"whitening", "alpha", "ranks", "refit"})
 
     fraction: float | None = Field(
-        None, gt=0, lt=1, description="share of parameters removed (0.2 if no rank is given)"
+        None, gt=0, lt=1, description="fraction of the parameters to remove (0.2 if no rank is given)"
     )
-    rank: int | None = Field(None, ge=1, description="instead of a fraction: this rank for every site")
-    whitening: Whitening = Field("gram", description="inputs count by: nothing, mean magnitude, Gram matrix")
-    alpha: float | None = Field(None, gt=0, le=2, description="whitening: activation; power of the magnitude (0.5)")
+    rank: int | None = Field(None, ge=1, description="instead of `fraction`: this rank for every site")
+    whitening: Whitening = Field(
+        "gram", description="weighting of the inputs: none, mean magnitude (ASVD), Gram matrix (SVD-LLM)"
+    )
+    alpha: float | None = Field(None, gt=0, le=2, description="whitening: activation; exponent of the magnitude (0.5)")
     ranks: RankRule | None = Field(
         None,
-        description="uniform: equal shares; energy: least output lost; loss: least loss gained (if fraction is used)",
+        description="uniform: the same fraction everywhere; energy: least output error; loss: least rise of the loss",
     )
-    round_to: int = Field(1, ge=1, description="ranks are multiples of this, one at least")
-    refit: bool = Field(False, description="fit left factors again to the inputs that compressed blocks give")
+    round_to: int = Field(1, ge=1, description="ranks are multiples of this, at least one multiple")
+    refit: bool = Field(False, description="refit the left factors to the inputs of the compressed model")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.rank is not None and self.fraction is not None:
-            raise ValueError("give `fraction` or `rank`, not both (null takes one back)")
+            raise ValueError("give `fraction` or `rank`, not both (set the other to null)")
         if self.rank is not None and self.ranks not in (None, "uniform"):
             raise ValueError(f"`rank` fixes every rank: `ranks: {self.ranks}` needs a `fraction`")
         if self.alpha is not None and self.whitening != "activation":
@@ -78,7 +80,7 @@ class SingularValues(BlockPass):
 
     @property
     def keep(self) -> float:
-        """Share of a site's parameters that its factors may have."""
+        """Fraction of a site's parameters that its factors may have."""
         return 1 - (0.2 if self.fraction is None else self.fraction)
 
     @property
@@ -102,7 +104,7 @@ class SingularValues(BlockPass):
         return bool(self.needs()) or self.rule == "loss" or self.refit
 
     def needs(self) -> tuple[type[Statistic], ...]:
-        """What the metric is made of."""
+        """The statistic of the metric."""
         kinds: dict[Whitening, tuple[type[Statistic], ...]] = {"none": (), "activation": (AbsMean,), "gram": (Gram,)}
         return kinds[self.whitening]
 
@@ -112,7 +114,7 @@ class SingularValues(BlockPass):
 
     def backward(self) -> Backward | None:
         """For ranks by loss; weights and the bases of their spectra are kept meanwhile."""
-        return Backward(copies=2) if self.rule == "loss" else None
+        return Backward(copies=2, recomputes=True) if self.rule == "loss" else None
 
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
         """The rank of every site, where that depends on all the others."""
@@ -124,7 +126,7 @@ class SingularValues(BlockPass):
         return self.with_site_options({"ranks": "uniform"}, of_site)
 
     def metric(self, site: LinearSite) -> Tensor | None:
-        """What the site's inputs are like, as measured; None where they do not count or none came."""
+        """The measured metric of the site's inputs; None without whitening or tokens."""
         if not self.needs() or site.statistic(self.needs()[0]).tokens == 0:
             return None
         if self.whitening == "gram":
@@ -149,10 +151,10 @@ class SingularValues(BlockPass):
         return _refitted(block, weights, rows) if self.refit else rows
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
-        """Factor every site by itself."""
+        """Factor every site separately."""
         rows = []
         for site in sites:
-            block.context.progress.inside(f"svd {site.info.name}")
+            block.context.progress.substep(f"svd {site.info.name}")
             rows.append(self._compress(site, self.rank_of(site, block.decisions)))
         return rows
 
@@ -167,7 +169,7 @@ class SingularValues(BlockPass):
         outputs, inputs = site.info.outputs, site.info.inputs
         tokens = site.statistic(self.needs()[0]).tokens if self.needs() else None
         if rank >= break_even(outputs, inputs):
-            why = f"stays dense: two factors of rank {rank} would not be smaller"
+            why = f"kept dense: two factors of rank {rank} would not be smaller"
             parameters = outputs * inputs
             return SiteReport(site=site.name, algorithm="svd", parameters=parameters, tokens=tokens, degraded=why)
         weight_OI = site.weight_OI

@@ -1,4 +1,4 @@
-"""A tensor train in place of a linear. O = outputs, I = inputs."""
+"""A linear as a tensor train. O = outputs, I = inputs."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ from llmcompress.passes.base import PASSES, BlockPass, Trait
 from llmcompress.records.rows import SiteReport
 
 _MULTIPLIED_OUT: Mapping[Trait, str] = {
-    "zeros": "would multiply zeros out into dense cores",
-    "pattern": "would multiply zeros out into dense cores",
-    "factors": "would factor factors again",
+    "zeros": "would replace zeros by the product of dense cores",
+    "pattern": "would replace zeros by the product of dense cores",
+    "factors": "would factor low-rank factors again",
 }
 
 
 @PASSES.register("tensor_train")
 class TensorTrain(BlockPass):
-    """Cut both sides of a matrix into short axes and write it as a chain of small cores.
+    """Reshape both sides of a matrix into several axes and decompose it into a tensor train, a chain of small cores.
 
-    Weights alone decide, no data. At equal parameters `svd` loses far less on every model measured (evals). `score` in
-    the report is the squared error of the weight ÷ its square. Cores are no linears: later passes do not see them.
+    Uses the weights only, no data. At equal parameters `svd` loses far less on every model measured (docs/results.md).
+    `score` in the report is the squared error of the weight ÷ its squared norm. Cores are not linears: later passes do
+    not see them.
 
     Source: Novikov et al., arXiv 1509.06569; Oseledets, SIAM J. Sci. Comput. 33 (2011).
     """
@@ -45,14 +46,18 @@ class TensorTrain(BlockPass):
     conflicts: ClassVar[Mapping[Trait, str]] = _MULTIPLIED_OUT
     changes_sites: ClassVar[bool] = True
 
-    fraction: float | None = Field(None, gt=0, lt=1, description="share of parameters removed (0.2 if no eps is given)")
-    eps: float | None = Field(None, ge=0, lt=1, description="instead of a fraction: ‖error‖ ≤ eps · ‖weight‖")
-    ways: int = Field(2, ge=2, le=8, description="axes that each side is cut into, as even as its factors allow")
+    fraction: float | None = Field(
+        None, gt=0, lt=1, description="fraction of the parameters to remove (0.2 if no eps is given)"
+    )
+    eps: float | None = Field(None, ge=0, lt=1, description="instead of `fraction`: ‖error‖ ≤ eps · ‖weight‖")
+    ways: int = Field(
+        2, ge=2, le=8, description="number of axes per side of the matrix, as even as its prime factors allow"
+    )
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
         if self.fraction is not None and self.eps is not None:
-            raise ValueError("give `fraction` or `eps`, not both (null takes one back)")
+            raise ValueError("give `fraction` or `eps`, not both (set the other to null)")
         return self
 
     @override
@@ -69,10 +74,10 @@ class TensorTrain(BlockPass):
         return ()
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
-        """Every site by itself."""
+        """Decompose every site separately."""
         rows = []
         for site in sites:
-            block.context.progress.inside(f"tensor_train {site.info.name}")
+            block.context.progress.substep(f"tensor_train {site.info.name}")
             rows.append(self.for_site(site.name)._replace(site))
         return rows
 
@@ -86,7 +91,7 @@ class TensorTrain(BlockPass):
         parameters = sum(core.numel() for core in cores)
         row = SiteReport(site=site.name, algorithm="tensor_train", parameters=weight_OI.numel())
         if parameters >= weight_OI.numel():
-            why = f"stays dense: cores of ranks {train.ranks} would not be smaller"
+            why = f"kept dense: cores of ranks {train.ranks} would not be smaller"
             return row.model_copy(update={"degraded": why})
         lost = (train.dense_weight() - weight_OI).double().square().sum() / weight_OI.double().square().sum()
         site.replace(train)

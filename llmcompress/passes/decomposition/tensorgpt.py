@@ -1,4 +1,4 @@
-"""TensorGPT: every row of the embedding as a tensor train of its own. V = entries, D = width."""
+"""TensorGPT: every row of the embedding as a tensor train. V = entries, D = width."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.model.lookup import row_multiplier
+from llmcompress.model.embedding_multiplier import embedding_multiplier
 from llmcompress.model.map import ModelMap
 from llmcompress.model.rotation import untie
 from llmcompress.modules.base import CompressedModule
@@ -30,34 +30,34 @@ from llmcompress.records.rows import SiteReport
 
 @PASSES.register("tensorgpt")
 class TensorGPT(ModelPass):
-    """Each token's vector becomes a small tensor, and that a chain of cores; no data, no training.
+    """Reshape each token's embedding vector into a tensor and decompose it into a tensor train; no data, no training.
 
-    A tied head cannot stay tied: with a dense matrix of its own the model gets larger, and its row in the report says
-    by how much. `score` in the report is the squared error of the embedding ÷ its square.
+    A tied output head cannot stay tied: untied and dense it makes the model larger, and the report says by how much.
+    `score` in the report is the squared error of the embedding ÷ its squared norm.
 
-    Source: Xu et al., arXiv 2307.00526. Differs: two axes by default, which lose less than more of them at equal
-    parameters on the models measured (evals).
+    Source: Xu et al., arXiv 2307.00526. Differs: two axes by default, which lose less than more axes at equal
+    parameters on the models measured (docs/results.md).
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"tables"})
-    conflicts: ClassVar[Mapping[Trait, str]] = {"tables": "needs an embedding that is an ordinary table"}
+    conflicts: ClassVar[Mapping[Trait, str]] = {"tables": "needs an ordinary embedding"}
 
     fraction: float | None = Field(
-        None, gt=0, lt=1, description="share of the embedding's parameters removed (default 0.2)"
+        None, gt=0, lt=1, description="fraction of the embedding's parameters to remove (default 0.2)"
     )
-    rank: int | None = Field(None, ge=1, description="instead of a fraction: of every bond")
-    eps: float | None = Field(None, ge=0, lt=1, description="instead of a fraction: ‖error‖ ≤ eps · ‖embedding‖")
-    ways: int = Field(2, ge=2, le=12, description="axes that a vector is cut into, as even as its factors allow")
+    rank: int | None = Field(None, ge=1, description="instead of `fraction`: the rank of every bond")
+    eps: float | None = Field(None, ge=0, lt=1, description="instead of `fraction`: ‖error‖ ≤ eps · ‖embedding‖")
+    ways: int = Field(2, ge=2, le=12, description="number of axes per vector, as even as its prime factors allow")
     head: Literal["copy", "keep", "share"] = Field(
         "copy",
-        description="what becomes of a tied head. copy: a dense matrix of its own, whatever that costs; keep: refuse, "
-        "as the model would get larger by that; share: the same tensor trains, stored twice, if that is smaller",
+        description="if the output head is tied. copy: untie it as a dense matrix, even if the model grows; keep: "
+        "refuse if the model would grow; share: the same tensor trains, stored twice, if smaller",
     )
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
         if sum(value is not None for value in (self.fraction, self.rank, self.eps)) > 1:
-            raise ValueError("give one of `fraction`, `rank` and `eps` (null takes one back)")
+            raise ValueError("give one of `fraction`, `rank` and `eps` (set the others to null)")
         return self
 
     @override
@@ -74,9 +74,9 @@ class TensorGPT(ModelPass):
         if model_map.tied and self.head == "keep":
             raise CompressError(
                 "tensorgpt.larger",
-                "the head is the embedding: as a dense matrix of its own it makes the model larger",
+                "the output head is tied to the embedding, and untying it would make the model larger",
                 where="head: keep",
-                fix="write `head: share` to give it the same tensor trains, or `head: copy` to do it all the same",
+                fix="set `head: share` to use the same tensor trains, or `head: copy` to accept the larger model",
                 exit_code=ExitCode.USAGE,
             )
 
@@ -89,18 +89,18 @@ class TensorGPT(ModelPass):
                 "tensorgpt.no-embedding",
                 f"the embedding is a {type(embedding).__name__}, not a plain table",
                 where=whole.map.embedding,
-                fix="do this pass first, and once",
+                fix="put this pass first in the recipe, and only once",
             )
         table_VD, tied = embedding.weight.detach().float(), whole.map.tied
         cores = self._cores(table_VD)
         stored = sum(core.numel() for core in cores) * (2 if tied and self.head == "share" else 1)
         if stored >= table_VD.numel():
             twice = ", twice for a tied head," if tied and self.head == "share" else ""
-            why = f"stays dense: its tensor trains{twice} would not be smaller"
+            why = f"kept dense: its tensor trains{twice} would not be smaller"
             return [_row(whole.map.embedding, embedding, degraded=why)]
         lost = float((compose(cores) - table_VD).double().square().sum() / table_VD.double().square().sum())
         cores = [core.to(embedding.weight.dtype) for core in cores]
-        train = TensorTrainEmbedding(cores, row_multiplier(model, embedding))
+        train = TensorTrainEmbedding(cores, embedding_multiplier(model, embedding))
         head = model.get_output_embeddings()
         if tied:
             untie(model)
@@ -112,7 +112,7 @@ class TensorGPT(ModelPass):
             model.set_output_embeddings(shared.train(head.training))
             rows.append(_row(whole.map.head, shared, rank=max(train.ranks), score=lost))
         elif tied:
-            why = f"untied: with a dense matrix of its own the model has {stored} parameters more"
+            why = f"untied: the dense output head adds {stored} parameters to the model"
             rows.append(_row(whole.map.head, head, degraded=why))
         return rows
 

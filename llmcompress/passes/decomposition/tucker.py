@@ -1,4 +1,4 @@
-"""Heads of an attention share factors: its linears as Tucker decompositions of (heads, rows of a head, inputs)."""
+"""Tucker decomposition of attention linears, with factors shared by the heads: (heads, rows of a head, inputs)."""
 
 from __future__ import annotations
 
@@ -22,24 +22,27 @@ from llmcompress.records.rows import SiteReport
 
 @PASSES.register("tucker")
 class TuckerHeads(BlockPass):
-    """One factor for the rows of all heads, one for the inputs, one across heads; a core says how they combine.
+    """Tucker decomposition of attention linears: one factor for the rows of all heads, one for the inputs, one across
+    heads, and a core.
 
-    Works on linears whose rows or columns are heads one after the other (heads that share keys count as one); others
-    stay as they are. Weights alone decide, no data. `score` in the report is the squared error of the weight ÷ its
-    square.
+    Works on linears whose rows or columns are contiguous heads (heads that share keys count as one); others are not
+    changed. Uses the weights only, no data. `score` in the report is the squared error of the weight ÷ its squared
+    norm.
 
     Source: De Lathauwer et al., SIAM J. Matrix Anal. 21 (2000): higher-order SVD, improved by HOOI.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"factors"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
-        "zeros": "would multiply zeros out into dense factors",
-        "pattern": "would multiply zeros out into dense factors",
-        "factors": "would factor factors again",
+        "zeros": "would replace zeros by the product of dense factors",
+        "pattern": "would replace zeros by the product of dense factors",
+        "factors": "would factor low-rank factors again",
     }
     changes_sites: ClassVar[bool] = True
 
-    fraction: float = Field(0.2, gt=0, lt=1, description="share of parameters removed from each site that has heads")
+    fraction: float = Field(
+        0.2, gt=0, lt=1, description="fraction of the parameters to remove from each site that has heads"
+    )
 
     @override
     def names_after(self, site: str) -> tuple[str, ...]:
@@ -56,17 +59,17 @@ class TuckerHeads(BlockPass):
             raise CompressError(
                 "tucker.no-heads",
                 "no selected site consists of several heads",
-                fix="select linears of an attention with several key-value heads; `llmcompress inspect` shows them",
+                fix="select the linears of an attention with several key-value heads; `llmcompress inspect` lists them",
                 exit_code=ExitCode.USAGE,
             )
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
-        """Every site that has heads, by itself."""
+        """Decompose every site that has heads separately."""
         selected = {site.info.name: site for site in sites}
         rows = []
         for part in _parts(block.info):
             if part.site in selected:
-                block.context.progress.inside(f"tucker {part.site}")
+                block.context.progress.substep(f"tucker {part.site}")
                 rows.append(self.for_site(selected[part.site].name)._replace(selected[part.site], part))
         return rows
 
@@ -75,11 +78,11 @@ class TuckerHeads(BlockPass):
         row = SiteReport(site=site.name, algorithm="tucker", parameters=weight_OI.numel())
         inside_XA = weight_OI if part.axis == "rows" else weight_OI.T
         if [index for unit in part.indices for index in unit] != list(range(len(inside_XA))):
-            return row.model_copy(update={"degraded": "stays dense: its heads do not stand one after the other"})
+            return row.model_copy(update={"degraded": "kept dense: its heads are not contiguous"})
         tensor_HRI = inside_XA.reshape(len(part.indices), -1, inside_XA.shape[1])
         ranks = tucker_ranks(tensor_HRI, int((1 - self.fraction) * weight_OI.numel()))
         if ranks is None:
-            return row.model_copy(update={"degraded": "stays dense: not even ranks of one are small enough"})
+            return row.model_copy(update={"degraded": "kept dense: even rank one is too large"})
         found = higher_order_iteration(tensor_HRI, ranks)
         core, heads, inside, across = (tensor.to(weight_OI).contiguous() for tensor in (found.core_abc, *found.factors))
         site.replace(TuckerLinear(core, heads, inside, across, site.bias_O, split=part.axis))

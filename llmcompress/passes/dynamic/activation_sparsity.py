@@ -1,4 +1,4 @@
-"""Activation sparsity: inputs that are small on calibration text are left out, column by column, token by token."""
+"""Activation sparsity: small activations are skipped, channel by channel, for each token."""
 
 from __future__ import annotations
 
@@ -22,22 +22,24 @@ from llmcompress.records.rows import SiteReport
 
 @PASSES.register("activation_sparsity")
 class ActivationSparsity(BlockPass):
-    """Every linear ignores inputs below a threshold of its own, the `sparsity` quantile of their magnitudes.
+    """Every linear ignores inputs below its own threshold: the `sparsity` quantile of their magnitudes on the
+    calibration text.
 
     Source: Liu et al. (TEAL), arXiv 2408.14690; Lee et al. (CATS), arXiv 2404.08763.
-    Differs: one share for all selected sites (TEAL searches one per block); by default only the activations inside the
-    feed-forward network, as in CATS. Weights stay as they are and the files as large; decoding one text reads fewer
-    columns of them. Several tokens at once (a prompt, a batch) compute the same and gain nothing.
+    Differs: the same sparsity for all selected sites (TEAL searches one per block); by default only the FFN's hidden
+    activations, as in CATS. Weights and file size do not change; decoding one sequence reads fewer columns of the
+    weights. Several tokens at once (a prompt, a batch) compute the same result without a speed-up.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"dynamic"})
-    conflicts: ClassVar[Mapping[Trait, str]] = {"factors": "needs the one matrix that the factors replaced"}
+    conflicts: ClassVar[Mapping[Trait, str]] = {"factors": "needs a single matrix, not low-rank factors"}
     changes_sites: ClassVar[bool] = True
     whole_block: ClassVar[frozenset[str]] = frozenset({"inputs"})
 
-    sparsity: float = Field(0.5, ge=0, lt=1, description="share of the inputs left out, on calibration text")
+    sparsity: float = Field(0.5, ge=0, lt=1, description="fraction of the inputs set to zero, on the calibration text")
     inputs: Literal["ffn", "all"] = Field(
-        "ffn", description="ffn: what the feed-forward network computes inside; all: the input of every selected site"
+        "ffn",
+        description="ffn: the FFN's hidden activations (input of down_proj); all: the input of every selected site",
     )
 
     @override
@@ -51,7 +53,7 @@ class ActivationSparsity(BlockPass):
         if self.inputs == "ffn" and not any(self.selects(name) for name in inner):
             raise CompressError(
                 "dynamic.no-sites",
-                "none of the selected sites reads the inside of a feed-forward network",
+                "none of the selected sites reads the hidden activations of an FFN",
                 where=f"activation_sparsity.sites: {', '.join(self.sites)}",
                 fix=f"select {', '.join(sorted(inner)[:1]) or 'other sites'}, or set `inputs: all`",
                 exit_code=ExitCode.USAGE,
@@ -77,7 +79,7 @@ class ActivationSparsity(BlockPass):
                     tokens=sample.tokens,
                     score=threshold,
                     active=left,
-                    degraded=None if sample.tokens else "no tokens: nothing is left out",
+                    degraded=None if sample.tokens else "no calibration tokens: no activations are dropped",
                 )
             )
         return rows

@@ -1,4 +1,4 @@
-"""Early exit: tokens whose prediction is sure before the last block leave the remaining ones.
+"""Early exit: tokens with a confident prediction skip the remaining blocks.
 
 N = calibration tokens, D = hidden size, E = exits, C = candidate thresholds.
 """
@@ -32,20 +32,20 @@ AGREEMENT = 0.95
 
 @PASSES.register("early_exit")
 class EarlyExit(ModelPass):
-    """A token leaves before block e when it is as sure of its prediction there as `threshold`.
+    """A token exits before block e when its confidence there reaches `threshold`.
 
-    How sure: `confidence: divergence` foretells by a linear test how many nats the prediction made there would be from
-    the model's own (exp of its negative); `probability` takes the largest probability that the head gives there.
-    Blocks that a token has left still store its keys and values, computed from the state it left with; so later
-    tokens attend to everything, and a cached decode computes what one forward over the text computes. With `jump` a
-    linear map, fitted on calibration text, carries the state to where the last block would have brought it.
+    `confidence: divergence` predicts, with a linear model, how many nats this early prediction would differ from the
+    full model's (the confidence is exp of its negative); `probability` takes the largest probability that the output
+    head gives there. Skipped blocks still store the token's keys and values, computed from its exit state, so that
+    later tokens can attend to it and cached decoding computes the same as one forward pass over the text. With `jump`,
+    a linear map fitted on the calibration text carries the exit state to the output of the last block.
 
-    One threshold for all exits is chosen on calibration text: the lowest at which the share `agreement` of predictions
-    is still that of the whole model, or the one that leaves the mean share `depth` of blocks to run; or it is given.
+    All exits share one threshold, chosen on the calibration text: the lowest one that keeps the fraction `agreement` of
+    the predictions, or the one that runs the mean fraction `depth` of the blocks; or it is given.
 
     Source: Schuster et al. (CALM), arXiv 2207.07061, softmax response and state copying; Din et al., arXiv 2303.09435,
-    the linear jump. Differs: nothing is trained; the foretold divergence is ours (measured against the probability
-    in evals/dynamic.py).
+    the linear jump. Differs: nothing is trained; the predicted divergence is our own (compared with the probability in
+    evals/dynamic.py).
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"dynamic"})
@@ -54,22 +54,25 @@ class EarlyExit(ModelPass):
     exits: tuple[int, ...] | None = Field(
         None,
         min_length=1,
-        description="before which blocks a token may leave, from 0; null: at half and three quarters",
+        description="blocks before which a token may exit, from 0; null: at 1/2 and 3/4 of the depth",
     )
-    threshold: float | None = Field(None, gt=0, description="probability at which a token leaves; above 1: never")
+    threshold: float | None = Field(None, gt=0, description="probability at which a token exits; above 1: never")
     agreement: float | None = Field(
-        None, gt=0, le=1, description=f"share of predictions that must stay on calibration text; {AGREEMENT} by default"
+        None,
+        gt=0,
+        le=1,
+        description=f"fraction of predictions on the calibration text that must not change; {AGREEMENT} by default",
     )
-    depth: float | None = Field(None, gt=0, le=1, description="mean share of blocks to run on calibration text")
+    depth: float | None = Field(None, gt=0, le=1, description="mean fraction of blocks to run, on the calibration text")
     confidence: Literal["divergence", "probability"] = Field(
         "divergence",
-        description="divergence: a linear test foretells how far the prediction would be from the model's; "
-        "probability: the largest one that the head gives here, which costs a product with the whole head",
+        description="divergence: a linear predictor estimates how far the prediction is from the full model's; "
+        "probability: the largest one of the output head, which costs one head product per exit",
     )
-    jump: bool = Field(True, description="carry leaving states to the end by a linear map, stored beside the exit")
-    ridge: float = Field(
-        0.01, gt=0, description="pull of the fitted maps to their simplest form, as a share of the mean square"
+    jump: bool = Field(
+        True, description="map exiting states to the last block's output by a linear map, stored with the exit"
     )
+    ridge: float = Field(0.01, gt=0, description="ridge of the fitted maps, as a fraction of the mean square")
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
@@ -116,7 +119,7 @@ class EarlyExit(ModelPass):
         if wrong or not exits:
             raise CompressError(
                 "dynamic.exits",
-                f"there is no exit before block {wrong[0]}" if wrong else "a model of one block has no exit",
+                f"there is no exit before block {wrong[0]}" if wrong else "a model with one block cannot exit early",
                 where=f"early_exit.exits of {blocks} blocks",
                 fix=f"use numbers from 1 to {blocks - 1}",
                 exit_code=ExitCode.USAGE,
@@ -145,7 +148,7 @@ class EarlyExit(ModelPass):
     def _judge(
         self, whole: WholeModel, model: PreTrainedModel, trials: Mapping[int, ExitBlock], read: Sequence[nn.Module]
     ) -> None:
-        """Give every exit the test that foretells how far its predictions are from the model's."""
+        """Give every exit the predictor of how far its predictions are from the full model's."""
         end = len(whole.map.blocks)
         fits = {index: PredictorFit(whole.map.hidden_size, whole.context.device) for index in trials}
         for states in states_at(whole, model, {*trials, end}):
@@ -188,7 +191,7 @@ def _outcomes(
 def outcome_at(threshold: float, sure_NE: Tensor, agrees_NE: Tensor, depths_E: Tensor) -> tuple[float, float]:
     """Mean depth and agreement when every token leaves at its first exit where it is as sure as `threshold`.
 
-    `depths_E` is the share of blocks that have run there. As if the tokens before it had all seen every block.
+    `depths_E` is the fraction of blocks run at each exit. Assumes that all earlier tokens ran every block.
     """
     leaves_NE = sure_NE >= threshold
     first_N = leaves_NE.int().argmax(1)

@@ -1,4 +1,4 @@
-"""Fitting the linear tests of dynamic passes on calibration text. N = tokens, D = hidden size."""
+"""Fits the linear predictors of dynamic inference on calibration text. N = tokens, D = hidden size."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PredictorFit:
         self._sum += float(logarithm_N1.sum())
 
     def solve(self, ridge: float, storage_dtype: torch.dtype) -> LinearPredictor:
-        """The test, rounded as it will be stored; with an endless `ridge` it foretells the mean of all tokens."""
+        """The predictor, rounded to the stored dtype; with infinite `ridge` it predicts the mean of all tokens."""
         start_I1 = torch.zeros(len(self._map.gram_II), 1, device=self._map.gram_II.device)
         start_I1[-1] = self._sum / max(self._tokens, 1)
         map_I1 = self._map.solve(start_I1, ridge)

@@ -1,4 +1,4 @@
-"""Layer skipping: tokens pass by the blocks that would hardly change them. N = calibration tokens, D = hidden size."""
+"""Layer skipping: tokens skip the blocks that would hardly change them. N = calibration tokens, D = hidden size."""
 
 from __future__ import annotations
 
@@ -23,28 +23,33 @@ from llmcompress.records.rows import SiteReport
 
 @PASSES.register("layer_skip")
 class LayerSkip(ModelPass):
-    """A linear test before each block foretells its influence on the token, 1 - cos(before, behind); small: skipped.
+    """A linear predictor before each block estimates its influence on the token, 1 - cos(input, output); tokens below
+    the threshold skip the block.
 
-    The tests are ridge regressions of the influence's logarithm on calibration text. One threshold for all blocks, so
-    that the share `skip` of all (token, block) pairs is skipped there; blocks that no calibration token would skip stay
-    as they are. A skipped block still stores the token's keys and values, so later tokens attend to everything and a
-    cached decode computes what one forward over the text computes.
+    The predictors are ridge regressions of the logarithm of the influence on calibration text. One threshold for all
+    blocks is chosen so that the fraction `skip` of all (token, block) pairs is skipped; blocks that no calibration
+    token would skip are not changed. A skipped block still stores the token's keys and values, so that later tokens can
+    attend to it and cached decoding computes the same as one forward pass over the text.
 
     Source: influence from Men et al. (ShortGPT), arXiv 2403.03853; a router per block from Raposo et al.
     (Mixture-of-Depths), arXiv 2404.02258. Differs: nothing is trained, and the number of tokens is not fixed.
-    Time is saved where all tokens of a call skip: in decoding one text. A batch gains only where its texts agree.
+    Saves time where all tokens of a forward pass skip: when decoding one sequence. A batch gains only where all its
+    sequences skip.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"dynamic"})
     keeps_codes: ClassVar[bool] = True
 
     skip: float | None = Field(
-        None, ge=0, lt=1, description="share of (token, block) pairs to skip on calibration text; 0.1 by default"
+        None,
+        ge=0,
+        lt=1,
+        description="fraction of (token, block) pairs to skip, on the calibration text; 0.1 by default",
     )
-    threshold: float | None = Field(None, ge=0, description="influence below which a token skips; 0: never")
-    ridge: float = Field(
-        0.01, gt=0, description="pull of the tests towards one constant, as a share of the mean square"
+    threshold: float | None = Field(
+        None, ge=0, description="predicted influence below which a token skips a block; 0: never"
     )
+    ridge: float = Field(0.01, gt=0, description="ridge of the predictors, as a fraction of the mean square")
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
@@ -63,24 +68,26 @@ class LayerSkip(ModelPass):
     @override
     @torch.no_grad()
     def apply(self, whole: WholeModel) -> list[SiteReport]:
-        """Fit the tests, choose the threshold, put blocks that someone skips into skip blocks."""
+        """Fit the predictors, choose the threshold, wrap the blocks that tokens skip."""
         with whole.resident() as model:
             blocks = find_blocks(model)
-            predictors = [predictor.to(whole.context.device) for predictor in self._judges(whole, model, len(blocks))]
-            foretold_LN = self._foretold(whole, model, predictors)
+            predictors = [
+                predictor.to(whole.context.device) for predictor in self._predictors(whole, model, len(blocks))
+            ]
+            predicted_LN = self._predictions(whole, model, predictors)
             threshold = self.threshold
             if threshold is None:
-                threshold = threshold_for(foretold_LN, 0.1 if self.skip is None else self.skip)
+                threshold = threshold_for(predicted_LN, 0.1 if self.skip is None else self.skip)
             used = {
                 index: SkipBlock(predictor, threshold)
                 for index, predictor in enumerate(predictors)
-                if bool((foretold_LN[index] < threshold).any())
+                if bool((predicted_LN[index] < threshold).any())
             }
             put_around(model, used)
             return measured(whole, model, [blocks[index][0] for index in used], "layer_skip", threshold)
 
-    def _judges(self, whole: WholeModel, model: PreTrainedModel, blocks: int) -> list[LinearPredictor]:
-        """One test per block."""
+    def _predictors(self, whole: WholeModel, model: PreTrainedModel, blocks: int) -> list[LinearPredictor]:
+        """One predictor per block."""
         fits = [PredictorFit(whole.map.hidden_size, whole.context.device) for _ in range(blocks)]
         before = torch.empty(0)
 
@@ -95,21 +102,21 @@ class LayerSkip(ModelPass):
                 model.base_model(input_ids=ids_BT, use_cache=False)
         return [fit.solve(self.ridge, whole.context.storage_dtype) for fit in fits]
 
-    def _foretold(self, whole: WholeModel, model: PreTrainedModel, predictors: list[LinearPredictor]) -> Tensor:
-        """What the tests say of every token, blocks × N."""
-        foretold: list[list[Tensor]] = [[] for _ in predictors]
+    def _predictions(self, whole: WholeModel, model: PreTrainedModel, predictors: list[LinearPredictor]) -> Tensor:
+        """Predictions for every token, blocks × N."""
+        predicted: list[list[Tensor]] = [[] for _ in predictors]
 
         def see(index: int, state_ND: Tensor) -> None:
             if index < len(predictors):
-                foretold[index].append(predictors[index](state_ND).cpu())
+                predicted[index].append(predictors[index](state_ND).cpu())
 
         with watching(model, see):
             for ids_BT in whole.batches():
                 model.base_model(input_ids=ids_BT, use_cache=False)
-        return torch.stack([torch.cat(each) for each in foretold])
+        return torch.stack([torch.cat(each) for each in predicted])
 
 
-def threshold_for(foretold_LN: Tensor, skip: float) -> float:
+def threshold_for(predicted_LN: Tensor, skip: float) -> float:
     """The threshold below which the share `skip` of all values lies, or as few more or less as ties allow."""
-    ordered = foretold_LN.flatten().sort().values
+    ordered = predicted_LN.flatten().sort().values
     return float(ordered[min(round(skip * len(ordered)), len(ordered) - 1)]) if skip else 0.0

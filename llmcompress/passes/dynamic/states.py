@@ -1,4 +1,5 @@
-"""What dynamic passes look at on calibration text: the state before every block, and how it becomes a prediction.
+"""States and predictions that dynamic inference measures on calibration text: the hidden state before every block, and
+its logits.
 
 B = sequences, T = tokens, D = hidden size, N = tokens of all sequences, V = vocabulary.
 """
@@ -92,7 +93,7 @@ def readout_of(model: PreTrainedModel, ids_BT: Tensor) -> tuple[str, ...]:
     if same < SAME_TOKENS:
         raise CompressError(
             "dynamic.readout",
-            f"what {type(model).__name__} does after its last block cannot be repeated halfway",
+            f"{type(model).__name__} cannot compute logits from an intermediate block's output",
             where=", ".join(ran),
             fix="use layer_skip or activation_sparsity",
         )

@@ -1,4 +1,4 @@
-"""How many units each group gives up: the same share everywhere, or the least worthy of the model. U = units."""
+"""Unit allocation: how many units each group loses, uniformly or by the least important of the model. U = units."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from llmcompress.model.units import UnitGroup
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of one group."""
+    """The request to one group."""
 
     group: UnitGroup
     fraction: float
-    """Share of its units to remove; of all groups together under a global budget."""
+    """Fraction of its units to remove; of all groups together under a global budget."""
     multiple: int = 1
     """The number of units that stay is a multiple of this, where the group has that many."""
     floor: float = 0.0
-    """Least share of its units that stays."""
+    """Minimum fraction of its units to keep."""
 
 
 Allocation = Callable[[Sequence[Request], Sequence[Tensor]], list[Tensor]]
@@ -107,7 +107,7 @@ def best(priority_U: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True, order=True)
 class _Step:
-    """Units of one group that go together: their mean priority, and the order in which the group gives steps up."""
+    """Units of one group that are removed together: their mean priority, and the step's place in the group's order."""
 
     priority: float
     index: int

@@ -1,4 +1,6 @@
-"""What snip, grasp, synflow and random share: all masks first, then zeros, exactly as many as asked for."""
+"""What snip, grasp, synflow and random share: all masks are chosen first, then applied, with exactly the requested
+sparsity.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,15 @@ from llmcompress.records.rows import SiteReport
 
 
 class MaskPass(BlockPass):
-    """Chooses all zeros from the untouched model, then writes them block by block."""
+    """Chooses all masks on the unchanged model, then applies them block by block."""
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"zeros"})
     decides: ClassVar[bool] = True
     whole_block: ClassVar[frozenset[str]] = frozenset({"sparsity"})
 
-    sparsity: float = Field(0.5, ge=0, lt=1, description="share of the weights of all selected sites that are zero")
+    sparsity: float = Field(
+        0.5, ge=0, lt=1, description="sparsity over all selected sites: the fraction of weights that become zero"
+    )
 
     @override
     def needs(self) -> tuple[type[Statistic], ...]:
@@ -70,7 +74,7 @@ class AtInitPass(MaskPass):
     whole_block: ClassVar[frozenset[str]] = MaskPass.whole_block | {"comparison"}
 
     comparison: Comparison = Field(
-        "global", description="weights are compared over all selected sites, or within a site (layer)"
+        "global", description="rank weights across all selected sites, or within each site (layer)"
     )
 
     def drop(self, scores: Sequence[Tensor], zeros: Sequence[Tensor], share: float | None = None) -> list[Tensor]:
@@ -99,7 +103,7 @@ def finite(scores: Sequence[Tensor], sites: Sequence[LinearSite]) -> Sequence[Te
         if not bool(score.isfinite().all()):
             raise CompressError(
                 "numerics.not-finite",
-                "the model's gradients on the calibration data are NaN or Inf",
+                "the gradients on the calibration data are NaN or Inf",
                 where=site.name,
                 fix="check the checkpoint with a plain forward pass; try another calibration text",
             )

@@ -1,4 +1,4 @@
-"""Bonsai: the model itself is asked which units matter, by forward passes only. C = candidates, U = units."""
+"""Bonsai: structured pruning by evaluating random sub-models, with forward passes only. C = candidates, U = units."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ from llmcompress.passes.pruning.width import WidthPass
 
 @PASSES.register("bonsai")
 class Bonsai(WidthPass):
-    """Remove units step by step; a step tries random sub-models and fits a linear model to how bad each one is.
+    """Remove units in rounds; each evaluates random sub-models and fits a linear regression of their loss on the
+    removed units.
 
-    Source: Dery et al., arXiv 2402.05406, and its repository. Differs: the regression's target is the mean log
-    loss (the logarithm of their perplexity), and the same number of candidates comes from every layer.
+    Source: Dery et al., arXiv 2402.05406, and its repository. Differs: the regression's target is the mean loss (the
+    logarithm of the perplexity), and the number of candidates is the same in every layer.
     """
 
     whole_block: ClassVar[frozenset[str]] = WidthPass.whole_block | {"prior", "step", "masks", "windows"}
 
-    prior: str = Field("activation", description="the score that says which units to try and how often")
-    step: float = Field(0.05, gt=0, lt=1, description="share of all units that one round removes")
-    masks: int = Field(200, ge=10, description="sub-models tried in a round: half of them complements of the others")
-    windows: int = Field(32, ge=1, description="calibration windows that every sub-model is measured on")
+    prior: str = Field("activation", description="score from which sub-models are drawn")
+    step: float = Field(0.05, gt=0, lt=1, description="fraction of all units that one round removes")
+    masks: int = Field(200, ge=10, description="sub-models evaluated per round; half are the complements of the others")
+    windows: int = Field(32, ge=1, description="calibration windows for evaluating each sub-model")
 
     @field_validator("prior")
     @classmethod
@@ -51,7 +52,7 @@ class Bonsai(WidthPass):
         kept = [torch.ones(group.units, dtype=torch.bool) for group in groups]
         rounds = max(1, math.ceil(max(request.fraction for request in requests) / self.step - 1e-9))
         for turn in range(1, rounds + 1):
-            whole.context.progress.inside("bonsai", done=turn - 1, total=rounds)
+            whole.context.progress.substep("bonsai", done=turn - 1, total=rounds)
             asked = [replace(request, fraction=request.fraction * turn / rounds) for request in requests]
             kept = self._round(whole, groups, asked, kept, generator)
         return kept
@@ -117,7 +118,7 @@ class Bonsai(WidthPass):
                     presence.append(torch.cat(present))
         fitted = fit_by_rank(torch.stack(presence).double(), torch.tensor(losses, dtype=torch.float64))
         whole.context.progress.note(
-            f"bonsai: {fitted.model} orders sub-models it has not seen with Kendall tau {fitted.tau:.2f}"
+            f"bonsai: {fitted.model} ranks held-out sub-models with Kendall tau {fitted.tau:.2f}"
         )
         return fitted.weights_F
 

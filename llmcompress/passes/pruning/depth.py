@@ -1,4 +1,4 @@
-"""Whole blocks go: the cheapest real speed-up, and an ordinary smaller model is left. N = tokens, D = hidden size."""
+"""Depth pruning: removes whole blocks and leaves an ordinary smaller, faster model. N = tokens, D = hidden size."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.model.depth import drop_blocks
 from llmcompress.model.map import ModelMap, SiteInfo
-from llmcompress.model.skeleton import find_blocks, recorders
 from llmcompress.passes.base import PASSES, ModelPass
+from llmcompress.passes.pruning.depth_search import Show, perplexities_without
 from llmcompress.records.rows import SiteReport
 
 _MOST_TOKENS = 16384
@@ -33,11 +33,11 @@ Scored = list[tuple[int, float]]
 
 @PASSES.register("depth")
 class Depth(ModelPass):
-    """Remove the blocks that matter least.
+    """Remove the least important blocks.
 
-    Source: Men et al., arXiv 2403.03853 (block influence, one shot); Kim et al., arXiv 2402.02834 (perplexity without
-    a block); Gromov et al., arXiv 2403.17887 (consecutive blocks, angular distance).
-    Differs: angles are averaged over all tokens, in Gromov et al. over the last token of every window.
+    Source: Men et al., arXiv 2403.03853 (block influence, one shot); Kim et al., arXiv 2402.02834 (perplexity without a
+    block); Gromov et al., arXiv 2403.17887 (consecutive blocks, angular distance).
+    Differs: angles are averaged over all tokens; Gromov et al. use the last token of every window.
     """
 
     keeps_codes = True
@@ -64,6 +64,12 @@ class Depth(ModelPass):
         description="one_shot: all by one scoring; greedy: score again after each removal; contiguous: consecutive "
         "blocks, scored together",
     )
+    screen: int | None = Field(
+        None,
+        ge=1,
+        description="greedy by perplexity: evaluate only this many blocks per round, those of least influence; "
+        "null: all",
+    )
     skip_first_token: bool = Field(
         False, description="leave the first token of each window out of block_influence: its state is often an outlier"
     )
@@ -74,11 +80,13 @@ class Depth(ModelPass):
         if len(given) > 1:
             raise ValueError(f"give `{given[0]}` or `{given[1]}`, not both (set one to null)")
         if self.blocks is not None and (not self.blocks or len(set(self.blocks)) < len(self.blocks)):
-            raise ValueError("`blocks` names every block that goes once, and at least one")
+            raise ValueError("`blocks` must name at least one block, each only once")
         if self.score == "random" and self.mode == "greedy":
             raise ValueError("random blocks need no greedy mode: use one_shot or contiguous")
+        if self.screen is not None and (self.score, self.mode) != ("perplexity", "greedy"):
+            raise ValueError("`screen` belongs to `score: perplexity, mode: greedy`: every other mode scores once")
         if self.score != "block_influence" and self.skip_first_token:
-            raise ValueError(f"skip_first_token concerns block_influence only; the score is {self.score}")
+            raise ValueError(f"skip_first_token applies to block_influence only; the score is {self.score}")
         return self
 
     @override
@@ -122,12 +130,25 @@ class Depth(ModelPass):
         if wanted >= blocks:
             raise CompressError(
                 "depth.nothing-left",
-                f"{wanted} of {blocks} blocks cannot be removed: one must stay",
+                f"cannot remove {wanted} of {blocks} blocks: at least one must stay",
                 where=f"depth: {key}",
                 fix=f"remove at most {blocks - 1}",
                 exit_code=ExitCode.USAGE,
             )
         return wanted
+
+    @override
+    def forwards_through_model(self, blocks: int) -> float:
+        """By influence one for every scoring; by perplexity half of one for every candidate."""
+        if not self.uses_data():
+            return 0.0
+        count = self.blocks_to_remove(blocks)
+        if self.score == "block_influence":
+            return float(count if self.mode == "greedy" else 1)
+        if self.mode == "greedy":
+            left = range(blocks, blocks - count, -1)
+            return sum(each / 2 if self.screen is None else 1 + min(self.screen, each) / 2 for each in left)
+        return (blocks if self.mode == "one_shot" else blocks - count + 1) / 2
 
     @override
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
@@ -172,29 +193,58 @@ class Depth(ModelPass):
         blocks = range(len(whole.map.blocks))
         if self.mode == "contiguous":
             runs = [tuple(range(start, start + count)) for start in blocks[: len(blocks) - count + 1]]
-            scores = self._scores(whole, runs, span=count)
+            scores = self._scores(whole, runs, _shown(whole, "scoring blocks"), span=count)
             best = min(range(len(runs)), key=scores.__getitem__)
             return [(index, scores[best]) for index in runs[best]]
+        if self.mode == "one_shot":
+            return self._ranked(whole, (), list(blocks), _shown(whole, "scoring blocks"))[:count]
         chosen: Scored = []
         while len(chosen) < count:
             gone = tuple(index for index, _ in chosen)
             left = [index for index in blocks if index not in gone]
-            scores = self._scores(whole, [(*gone, index) for index in left], skipped=gone)
-            ranked = sorted(zip(left, scores, strict=True), key=lambda pair: pair[1])
-            chosen += ranked[: 1 if self.mode == "greedy" else count]
+            text = f"choosing block {len(chosen) + 1} of {count} to remove"
+            show = _shown(whole, text, part=len(chosen), parts=count)
+            if self.screen is not None and self.screen < len(left):
+                moved = distances(whole, influence, _silent, span=1, skipped=gone)
+                ranked = sorted(zip(left, moved, strict=True), key=lambda pair: pair[1])
+                left = sorted(index for index, _ in ranked[: self.screen])
+            chosen += self._ranked(whole, gone, left, show)[:1]
         return chosen
 
+    def _ranked(self, whole: WholeModel, gone: tuple[int, ...], left: Sequence[int], show: Show) -> Scored:
+        scores = self._scores(whole, [(*gone, index) for index in left], show, skipped=gone)
+        return sorted(zip(left, scores, strict=True), key=lambda pair: pair[1])
+
     def _scores(
-        self, whole: WholeModel, candidates: Sequence[tuple[int, ...]], *, skipped: Collection[int] = (), span: int = 1
+        self,
+        whole: WholeModel,
+        candidates: Sequence[tuple[int, ...]],
+        show: Show,
+        *,
+        skipped: Collection[int] = (),
+        span: int = 1,
     ) -> list[float]:
         """One score per candidate, the set of blocks that would be missing; the lowest goes."""
         if self.score == "random":
             order = torch.randperm(len(candidates), generator=whole.context.generator()).tolist()
             return [float(place) for place in order]
         if self.score == "perplexity":
-            return perplexities_without(whole, candidates)
+            return perplexities_without(whole, candidates, show)
         distance = angle if self.mode == "contiguous" else influence
-        return distances(whole, distance, span=span, skipped=skipped, first=int(self.skip_first_token))
+        return distances(whole, distance, show, span=span, skipped=skipped, first=int(self.skip_first_token))
+
+
+def _shown(whole: WholeModel, text: str, *, part: int = 0, parts: int = 1) -> Show:
+    """Shows the fraction done of one of several equal parts."""
+
+    def show(fraction: float) -> None:
+        whole.context.progress.substep(text, done=round(1000 * (part + fraction)), total=1000 * parts)
+
+    return show
+
+
+def _silent(_: float) -> None:
+    """For what is short beside the rest."""
 
 
 def influence(before_ND: Tensor, after_ND: Tensor) -> float:
@@ -215,34 +265,30 @@ def angle(before_ND: Tensor, after_ND: Tensor) -> float:
 
 
 def distances(
-    whole: WholeModel, distance: Callable[[Tensor, Tensor], float], *, span: int, skipped: Collection[int], first: int
+    whole: WholeModel,
+    distance: Callable[[Tensor, Tensor], float],
+    show: Show,
+    *,
+    span: int,
+    skipped: Collection[int],
+    first: int = 0,
 ) -> list[float]:
     """How far each run of `span` blocks moves the hidden states; blocks in `skipped` do nothing and have no score.
 
-    Positions before `first` are left out. One stream over the blocks; the states of the last `span` depths are kept.
+    Positions before `first` are ignored. One stream over the blocks; the states of the last `span` depths are kept.
     """
     found = []
     earlier: deque[Tensor] = deque(maxlen=span)
     for work in whole.stream():
+        show(work.info.index / len(whole.map.blocks))
         if work.info.index in skipped:
-            work.become(work.module, work.inputs())
+            work.replace_module(work.module, work.inputs())
             continue
         earlier.append(_states(work.inputs(), first))
         outputs = work.outputs()
-        work.become(work.module, outputs)  # fed onward as they are, not computed again
+        work.replace_module(work.module, outputs)  # fed onward as they are, not computed again
         if len(earlier) == span:
             found.append(distance(earlier[0], _states(outputs, first)))
-    return found
-
-
-def perplexities_without(whole: WholeModel, candidates: Sequence[Collection[int]]) -> list[float]:
-    """The model's perplexity on the calibration windows, each time with some blocks skipped; it stays as it is."""
-    found = []
-    with whole.resident() as model:
-        named = find_blocks(model)
-        for gone in candidates:
-            with recorders(model, [named[index] for index in gone]):
-                found.append(whole.perplexity())
     return found
 
 

@@ -1,4 +1,4 @@
-"""From a block's map to the graph that synaptic flow runs through: who feeds whom, unit by unit."""
+"""Builds, from the map of a block, the graph of units on which SynFlow computes its scores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.model.map import BlockStructure, Fold, WidthGroup, WidthPart
-from llmcompress.numerics.flow import Branch, Factor, Stage
+from llmcompress.numerics.synflow import Branch, Factor, Stage
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 """An expert in the middle of a name."""

@@ -1,4 +1,4 @@
-"""Gates on what readers see of each unit while a model trains, and the same gates multiplied into the weights."""
+"""Multiplies units by gates during training, and folds the gates into the weights afterwards."""
 
 from __future__ import annotations
 

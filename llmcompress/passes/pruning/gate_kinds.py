@@ -1,4 +1,4 @@
-"""How gates are learned, one function per method; each ends with a priority and a gate for every unit. U = units."""
+"""How gates are learned, one function per method; each returns a priority and a gate for every unit. U = units."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from llmcompress.training.objectives.penalty import Penalty
 START_OPEN = 2.5
 """log α of a gate that is all but surely open at first, and still near enough to the slope to be closed."""
 SLOPE = 0.05
-"""Width of the soft cut of `dsa`, as a share of the units."""
+"""Width of the soft cut of `dsa`, as a fraction of the units."""
 CYCLES = 4
-"""Tick-tocks of `decorator`."""
+"""Cycles of `decorator`."""
 RAMP = 0.5
-"""Share of the steps over which budgets are approached."""
+"""Fraction of the steps over which budgets are approached."""
 
 
 class TrainGates(Protocol):
@@ -53,16 +53,16 @@ class Task:
     model: PreTrainedModel
     groups: Sequence[UnitGroup]
     fractions: Sequence[float]
-    """Share of each group to remove."""
+    """Fraction of each group to remove."""
     pooled: bool
     """Whether the fractions bind all groups together, weight for weight, rather than each."""
     strength: float
     steps: int
     kept: Callable[[Sequence[Tensor], float], list[Tensor]]
-    """Priorities and a share of the way → True for the units that stay there."""
+    """Priorities and a fraction of the training → True for the units kept then."""
     train: TrainGates
     measure: Callable[[], None]
-    """Leave the gradient of the loss over all calibration windows in whatever wants one."""
+    """Accumulate the gradient of the loss over all calibration windows."""
 
     def vectors(self, value: float) -> list[nn.Parameter]:
         """A parameter with one number per unit, for every group."""
@@ -70,11 +70,11 @@ class Task:
         return [nn.Parameter(torch.full((group.units,), value, device=device)) for group in self.groups]
 
     def targets(self) -> list[float]:
-        """What `removed` shall come to."""
+        """The target of `removed`."""
         return [float(share) for share in self.removed([torch.tensor(1 - fraction) for fraction in self.fractions])]
 
     def removed(self, kept: Sequence[Tensor]) -> list[Tensor]:
-        """The share of each group that is gone, or of the weights of all; `kept` are shares of groups."""
+        """The removed fraction of each group, or of the weights of all; `kept` are fractions of groups."""
         if not self.pooled:
             return [1 - share for share in kept]
         weights = [group.units * group.parameters for group in self.groups]
@@ -82,13 +82,13 @@ class Task:
         return [torch.as_tensor(gone) / sum(weights)]
 
     def budget(self) -> Budget:
-        """What pushes the shares to the targets."""
+        """The penalty that pushes the fractions to their targets."""
         rate = 10 * self.strength / self.steps
         return Budget(self.targets(), ramp_steps=round(RAMP * self.steps), rate=rate, quadratic=self.strength)
 
 
 class OverBudget(Penalty):
-    """What is missing of the budget, under multipliers that grow."""
+    """Penalizes the distance to the budget, with growing Lagrange multipliers."""
 
     def __init__(self, budget: Budget, removed: Callable[[], Sequence[Tensor]]) -> None:
         self._budget, self._removed = budget, removed
@@ -107,7 +107,7 @@ class OverBudget(Penalty):
 
 
 class Pull(Penalty):
-    """The same at every step."""
+    """A constant penalty."""
 
     def __init__(self, size: Callable[[], Tensor]) -> None:
         self._size = size
@@ -204,7 +204,7 @@ def learn_dsa(task: Task) -> Learned:
 
 
 def learn_decorator(task: Task) -> Learned:
-    """Tick: gates alone are watched, and the units of least |gate · ∂L/∂gate| go; tock: the rest recovers.
+    """Cycles of two phases: gates are scored and the units of least |gate · ∂L/∂gate| removed; then the rest recovers.
 
     Source: You et al., arXiv 1909.08174 (Gate Decorator). Differs: few cycles of equal length, and no penalty.
     """

@@ -1,4 +1,4 @@
-"""Gates on heads and FFN channels, trained briefly, then folded into the weights; what they closed is removed."""
+"""Learned gates on heads and FFN channels, trained briefly and folded into the weights; closed units are removed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Kind = Literal["hard_concrete", "slimming", "group_lasso", "dsa", "decorator"]
 
 @dataclass(frozen=True)
 class Defaults:
-    """Where the recipe does not say; tried on the bundled model. None: the kind has no such thing."""
+    """Defaults of each kind, tuned on the bundled model. None: the kind has no such option."""
 
     strength: float | None = None
     gate_learning_rate: float | None = None
@@ -54,45 +54,49 @@ DEFAULTS: Mapping[Kind, Defaults] = MappingProxyType(
 
 @PASSES.register("gates")
 class Gates(ModelPass):
-    """One multiplicative gate per head (key-value group) and FFN channel learns which units the model can do without.
+    """Learn one multiplicative gate per head (key-value group) and FFN channel, and remove the units with the least
+    important gates.
 
-    Put `recover` behind it: it trains what is left, which is smaller and has no gates.
+    Put `recover` after it: it trains the remaining, smaller model without gates.
 
     Source: Louizos et al., arXiv 1712.01312 and Shim et al., arXiv 2110.03252 (hard_concrete); Liu et al., arXiv
     1708.06519 (slimming); Wen et al., arXiv 1608.03665 (group_lasso); Ning et al., arXiv 2004.02164 (dsa); You et al.,
-    arXiv 1909.08174 (decorator). Differs: exactly as many units go as the budget says, the least wanted first.
+    arXiv 1909.08174 (decorator). Differs: exactly as many units are removed as the budget says, the least important
+    first.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"shapes"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
-        "pattern": "would shift the columns that N:M groups are counted in",
+        "pattern": "would shift the columns of N:M groups",
         "factors": "cannot remove rows and columns of low-rank factors",
     }
 
     kind: Kind = Field(
         "hard_concrete",
-        description="hard_concrete: random gates under a budget; slimming: L1 on gates; group_lasso: pulls a unit's "
-        "weights to zero together; dsa: learns each layer's fraction; decorator: |gate · gradient|, in tick-tocks",
+        description="hard_concrete: stochastic gates under a budget; slimming: L1 on gates; group_lasso: pulls a "
+        "unit's weights to zero together; dsa: learns each layer's fraction; decorator: |gate · gradient|, in cycles",
     )
-    fraction: float = Field(0.25, ge=0, lt=1, description="share of the channels, and of the heads, to remove")
-    channels: bool = Field(True, description="gates on FFN channels")
-    heads: bool = Field(True, description="gates on attention heads, whole key-value groups at a time")
+    fraction: float = Field(0.25, ge=0, lt=1, description="fraction of the channels, and of the heads, to remove")
+    channels: bool = Field(True, description="prune FFN channels")
+    heads: bool = Field(True, description="prune attention heads, whole key-value groups at a time")
     allocation: Literal["uniform", "global"] = Field(
         "uniform",
-        description="uniform: as many in every layer, so a plain config holds the result; "
-        "global: as many weights in sum, wherever the gates say",
+        description="uniform: the same number in every layer, so a plain config can represent the result; "
+        "global: the same total, distributed by the gates",
     )
-    floor: float = Field(0.25, ge=0, le=1, description="least share of the units of any layer that stays")
-    round_to: int = Field(1, ge=1, description="the number of channels that stay is a multiple of this")
+    floor: float = Field(0.25, ge=0, le=1, description="minimum fraction of units to keep in each layer")
+    round_to: int = Field(1, ge=1, description="keep a multiple of this many channels")
     weights: bool | None = Field(
         None,
-        description="train the model's weights along with the gates (false: `recover` does that better afterwards); "
+        description="train the model's weights with the gates (false: `recover` does it better afterwards); "
         "group_lasso and decorator always do",
     )
     gate_learning_rate: float | None = Field(
-        None, gt=0, description="of the gates (0.02 or 0.05, by kind); `training` has that of the weights"
+        None,
+        gt=0,
+        description="learning rate of the gates (0.02 or 0.05, by kind); `training` sets that of the weights",
     )
-    strength: float | None = Field(None, gt=0, description="of the penalty, or of the pull to the budget")
+    strength: float | None = Field(None, gt=0, description="strength of the penalty")
     training: Training = Field(default_factory=Training, description="steps, learning rate and batches")
 
     @model_validator(mode="after")
@@ -117,8 +121,8 @@ class Gates(ModelPass):
         if not self._groups(model_map):
             raise CompressError(
                 "gates.nothing-to-remove",
-                "the model has no units of the wanted kinds that can be removed",
-                fix="attention with a single key-value head has none; `llmcompress inspect` shows what there is",
+                "the model has no units of the selected kinds that can be removed",
+                fix="attention with a single key-value head has none; `llmcompress inspect` lists the units",
                 exit_code=ExitCode.USAGE,
             )
 
@@ -170,7 +174,7 @@ class Gates(ModelPass):
             model.requires_grad_(False)
             with torch.enable_grad():
                 for ids_BT in whole.batches():
-                    whole.context.progress.inside(f"gates ({self.kind}): gradients")
+                    whole.context.progress.substep(f"gates ({self.kind}): gradients")
                     (whole.loss(ids_BT) * len(ids_BT)).backward()  # type: ignore[no-untyped-call]
             model.requires_grad_(True)
 
@@ -198,7 +202,7 @@ class Gates(ModelPass):
         return [group for group in unit_groups(model_map) if wanted[group.kind]]
 
     def _rehearse(self, whole: WholeModel, groups: Sequence[UnitGroup]) -> None:
-        """Shrink a copy of one block of each kind, so that nobody trains for hours to learn that heads cannot go.
+        """Shrink a copy of one block of each kind, to find out before a long training if heads cannot be removed.
 
         Raises: CompressError when a block cannot do without units.
         """

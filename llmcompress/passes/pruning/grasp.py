@@ -1,4 +1,4 @@
-"""GraSP: drop the weights without which the gradient keeps its length, so that the sparse model trains well."""
+"""GraSP: prunes weights so that the gradient norm of the sparse model, and with it its trainability, is preserved."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from llmcompress.passes.pruning.at_init import AtInitPass, as_stored, finite, gr
 
 @PASSES.register("grasp")
 class GraSP(AtInitPass):
-    """Zeros where w (H g) is lowest: the squared length of the gradient falls least, or even grows.
+    """Zero the weights with the lowest w (H g), whose removal reduces the squared gradient norm least, or even
+    increases it.
 
     Meant for models that are trained afterwards; the loss of an already trained model suffers.
 
-    Source: Wang et al., arXiv 2002.07376. The logits are divided by a temperature of 200, as there. H g comes from
-    differentiating twice; attention runs in the one implementation that allows this.
+    Source: Wang et al., arXiv 2002.07376. The logits are divided by a temperature of 200, as in the paper. H g comes
+    from differentiating twice, which only the eager attention implementation allows.
     """
 
-    temperature: float = Field(200.0, gt=0, description="the logits are divided by this before the loss")
+    temperature: float = Field(200.0, gt=0, description="temperature: the logits are divided by it before the loss")
 
     @override
     def uses_data(self) -> bool:
@@ -56,14 +57,14 @@ class GraSP(AtInitPass):
         gradient = [torch.zeros_like(weight) for weight in weights]
         share = 1 / len(whole.context.windows_NT)
         for ids_BT in whole.batches():
-            whole.context.progress.inside("grasp gradient")
+            whole.context.progress.substep("grasp gradient")
             found = torch.autograd.grad(self._loss(model, ids_BT), weights, allow_unused=True)
             for total, each in zip(gradient, found, strict=True):
                 if each is not None:
                     total += share * len(ids_BT) * each
         products = [torch.zeros_like(weight) for weight in weights]
         for ids_BT in whole.batches():
-            whole.context.progress.inside("grasp second derivative")
+            whole.context.progress.substep("grasp second derivative")
             found = torch.autograd.grad(self._loss(model, ids_BT), weights, create_graph=True, allow_unused=True)
             aligned = torch.stack(
                 [(each * total).sum() for each, total in zip(found, gradient, strict=True) if each is not None]

@@ -1,4 +1,6 @@
-"""Lottery tickets: train, drop the smallest weights, go back to early weights, again; the ticket is what is left."""
+"""Lottery tickets: train, prune the smallest weights, rewind to early weights, repeat; the ticket is the remaining
+network.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +34,10 @@ CHECKS = 5
 class LotteryTicket(ModelPass):
     """Iterative magnitude pruning with rewinding, on trained or freshly initialised weights.
 
-    After `rounds` rounds a share of 1 - (1 - share) ** rounds of all weights is zero.
+    After `rounds` rounds the sparsity is 1 - (1 - fraction per round) ** rounds.
 
     Source: Frankle and Carbin, arXiv 1803.03635; rewinding: Frankle et al., arXiv 1903.01611; early stop: You et al.,
-    arXiv 1909.11957. Differs: AdamW's moments start anew after rewinding.
+    arXiv 1909.11957. Differs: AdamW's moments are reset at each rewinding.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"zeros"})
@@ -43,18 +45,20 @@ class LotteryTicket(ModelPass):
         "pattern": "would add zeros that are not in the pattern",
     }
 
-    rounds: int = Field(3, ge=1, description="how often to train, prune and rewind")
-    share: float = Field(0.2, gt=0, lt=1, description="share of the remaining weights that each round drops")
-    comparison: Comparison = Field("global", description="weights are compared over the whole model, or within a site")
-    rewind_step: int = Field(0, ge=0, description="go back to the weights after this step of the first training")
+    rounds: int = Field(3, ge=1, description="rounds of training, pruning and rewinding")
+    share: float = Field(0.2, gt=0, lt=1, description="fraction of the remaining weights pruned per round")
+    comparison: Comparison = Field("global", description="rank weights across the whole model, or within each site")
+    rewind_step: int = Field(0, ge=0, description="rewind to the weights after this step of the first training")
     finish: Literal["trained", "rewound"] = Field(
         "trained", description="trained: train the ticket at the end; rewound: leave it at the weights of `rewind_step`"
     )
-    early_bird: bool = Field(False, description="stop a round's training once the mask it would give no longer changes")
-    early_bird_distance: float = Field(
-        0.1, gt=0, lt=1, description="largest share of weights on which the last 5 masks may differ"
+    early_bird: bool = Field(
+        False, description="early-bird tickets: stop a round's training once its mask no longer changes"
     )
-    early_bird_every: int = Field(5, ge=1, description="steps between two looks at the mask")
+    early_bird_distance: float = Field(
+        0.1, gt=0, lt=1, description="largest fraction of weights in which the last 5 masks may differ"
+    )
+    early_bird_every: int = Field(5, ge=1, description="steps between two checks of the mask")
     training: Training = Field(default_factory=Training, description="steps, learning rate and batches of each round")
 
     @model_validator(mode="after")
@@ -105,7 +109,7 @@ class LotteryTicket(ModelPass):
 
 
 class _Watch(Callback):
-    """Takes the weights to rewind to, and ends a training whose last few masks no longer differ.
+    """Records the weights to rewind to, and ends a training whose last few masks no longer differ.
 
     Source: You et al., arXiv 1909.11957, section 3.2 (masks drawn at checkpoints, normalised Hamming distance).
     """

@@ -1,4 +1,4 @@
-"""Masks as they are kept in the run folder: eight weights to a byte."""
+"""Masks as saved in the run folder: eight weights per byte."""
 
 from __future__ import annotations
 

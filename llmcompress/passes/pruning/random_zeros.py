@@ -1,4 +1,4 @@
-"""Random zeros: the baseline of every score, and where sparse training from the start begins."""
+"""Random sparsity: the baseline of every score, and the start of sparse training from scratch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.site import LinearSite
-from llmcompress.numerics.masks import due, lowest, zeros_first
+from llmcompress.numerics.masks import count_of_zeros, lowest, zeros_first
 from llmcompress.numerics.schedule import erk_shares
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.pruning.at_init import MaskPass
@@ -20,15 +20,16 @@ from llmcompress.passes.pruning.at_init import MaskPass
 
 @PASSES.register("random")
 class RandomZeros(MaskPass):
-    """Weights become zero by lot: for comparison, or before `rigl` on a freshly initialised model.
+    """Zero random weights: for comparison, or before `rigl` on a freshly initialised model.
 
-    Source: of the Erdős–Rényi densities Mocanu et al., arXiv 1707.04780, and Evci et al., arXiv 1911.11134.
+    Source: Mocanu et al., arXiv 1707.04780, and Evci et al., arXiv 1911.11134, for the Erdős–Rényi densities.
     """
 
     whole_block: ClassVar[frozenset[str]] = MaskPass.whole_block | {"densities"}
 
     densities: Literal["uniform", "erk"] = Field(
-        "uniform", description="uniform: this share of every site; erk: the larger a site, the sparser (Erdős–Rényi)"
+        "uniform",
+        description="uniform: the same sparsity in every site; erk: the larger a site, the sparser (Erdős–Rényi)",
     )
 
     @override
@@ -45,5 +46,5 @@ class RandomZeros(MaskPass):
         for site, share in zip(sites, shares, strict=True):
             weight_OI = site.weight_OI.cpu()
             lot_OI = torch.rand(weight_OI.shape, generator=generator)
-            masks.append(lowest(zeros_first(lot_OI, weight_OI), due(share, weight_OI.numel())))
+            masks.append(lowest(zeros_first(lot_OI, weight_OI), count_of_zeros(share, weight_OI.numel())))
         return masks

@@ -1,4 +1,4 @@
-"""Recovery: a short training after pruning or factoring; zeros stay zeros, shapes stay what they are."""
+"""Recovery: a short training after pruning or factorization; zeros stay zero and shapes stay the same."""
 
 from __future__ import annotations
 
@@ -22,25 +22,27 @@ from llmcompress.training.settings import Training
 
 @PASSES.register("recover")
 class Recover(ModelPass):
-    """Train on the calibration text what earlier passes left: all of it, or low-rank adapters.
+    """Train the compressed model on the calibration text: all weights, or LoRA adapters.
 
-    Adapters are merged into weights, never touching a zero. Beside codes they stay as a branch of low rank, and the
-    codes are what they were.
+    Adapters are merged into dense weights without changing a zero. On quantized weights they stay as a low-rank branch,
+    and the codes do not change.
 
-    Source: of adapters Hu et al., arXiv 2106.09685; after pruning Ma et al., arXiv 2305.11627, section 3.3; beside
-    codes Dettmers et al., arXiv 2305.14314. Differs: adapters are masked, so merging keeps the sparsity.
+    Source: Hu et al., arXiv 2106.09685 (adapters); Ma et al., arXiv 2305.11627, section 3.3 (after pruning); Dettmers
+    et al., arXiv 2305.14314 (with quantized weights). Differs: adapters are masked, so merging keeps the sparsity.
     """
 
     rank: int | None = Field(
-        None, ge=1, description="of the adapters on every linear; null: train all weights (before there are codes)"
+        None,
+        ge=1,
+        description="rank of the LoRA adapters on every linear; null: train all weights (not after quantization)",
     )
-    scale: float | None = Field(None, gt=0, description="of the adapters, α ÷ rank (2)")
+    scale: float | None = Field(None, gt=0, description="scale of the adapters, α ÷ rank (2)")
     training: Training = Field(default_factory=Training, description="steps, learning rate and batches")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.scale is not None and self.rank is None:
-            raise ValueError("`scale` belongs to adapters: give their `rank` too")
+            raise ValueError("`scale` applies to adapters: set `rank` too")
         return self
 
     @override
@@ -50,8 +52,10 @@ class Recover(ModelPass):
 
     @override
     def conflict_with_all(self, traits: frozenset[Trait]) -> str | None:
-        """A branch beside codes is dense."""
-        return "would fill zeros with its dense branch" if "codes" in traits and traits & {"zeros", "pattern"} else None
+        """A branch of a quantized linear is dense."""
+        return (
+            "would fill zeros through dense adapters" if "codes" in traits and traits & {"zeros", "pattern"} else None
+        )
 
     @override
     def uses_data(self) -> bool:
@@ -73,8 +77,8 @@ class Recover(ModelPass):
         if self.rank is not None and not sites:
             raise CompressError(
                 "recover.no-sites",
-                "no linear of the blocks can take an adapter any more: all are factors made of codes",
-                fix="put `recover` right behind the pass that made the codes",
+                "no linear can take an adapter: all are quantized low-rank factors",
+                fix="put `recover` right after the pass that quantizes",
             )
         with whole.resident() as model:
             if self.rank is None:

@@ -1,4 +1,4 @@
-"""Ways to make up for removed units in what reads them, one row of a table each. O = outputs, I = inputs."""
+"""Ways to compensate removed units in the linear that reads them, one table row each. O = outputs, I = inputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RefitName = Literal["columns", "scales", "bias", "none"]
 
 
 class Refit(ABC):
-    """One way."""
+    """One way to compensate removed units."""
 
     needs: ClassVar[tuple[type[Statistic], ...]] = (Gram,)
 
@@ -29,7 +29,7 @@ class Refit(ABC):
 
 
 class Columns(Refit):
-    """Least squares over all kept columns, and the bias where there is one."""
+    """Least squares over all kept columns, and the bias if there is one."""
 
     needs = (Gram, Moments)
 
@@ -41,7 +41,7 @@ class Columns(Refit):
 
 
 class Scales(Refit):
-    """One number per kept unit."""
+    """One factor per kept unit."""
 
     @override
     def __call__(self, site: LinearSite, kept_I: Tensor, unit_of_I: Tensor, units: int, damping: float) -> Refitted:
@@ -51,7 +51,7 @@ class Scales(Refit):
 
 
 class Bias(Refit):
-    """The mean of what is gone, in a bias; a linear without one gets one."""
+    """The mean of the removed units in a bias, which is added where there is none."""
 
     needs = (Gram, Moments)
 
@@ -63,7 +63,7 @@ class Bias(Refit):
 
 
 class NoRefit(Refit):
-    """Nothing: the units are only removed."""
+    """No compensation: the units are only removed."""
 
     needs = ()
 

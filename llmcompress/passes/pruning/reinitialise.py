@@ -1,4 +1,4 @@
-"""Start from fresh random weights, as the model's own code makes them: for what is meant to be trained from scratch."""
+"""Resets the model to fresh random weights from its own initialization code, for training from scratch."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.passes.base import PASSES, ModelPass, Trait
 from llmcompress.records.rows import SiteReport
 
-_FIRST = "would throw away what the passes before it did: put it first"
+_FIRST = "would discard the work of earlier passes: put it first"
 
 
 @PASSES.register("reinitialise")
 class Reinitialise(ModelPass):
-    """All weights are drawn anew from the family's own initialisation; nothing of the trained model is left.
+    """Replace all weights by the model's own random initialization; nothing of the trained model remains.
 
-    With `keep_zeros` what is exactly zero stays so: the control experiment for lottery tickets, whose point is that the
-    same zeros are worth less with other weights.
+    With `keep_zeros` exact zeros stay zero: the control experiment for lottery tickets, which claim that the same mask
+    is worth less with other weights.
     """
 
     conflicts: ClassVar[Mapping[Trait, str]] = {
@@ -31,8 +31,8 @@ class Reinitialise(ModelPass):
         "shapes": _FIRST,
     }
 
-    seed: int = Field(0, ge=0, description="of the random weights")
-    keep_zeros: bool = Field(False, description="leave exact zeros of the linears where they are")
+    seed: int = Field(0, ge=0, description="standard deviation of the random weights")
+    keep_zeros: bool = Field(False, description="keep exact zeros of the linears")
 
     @override
     def uses_data(self) -> bool:

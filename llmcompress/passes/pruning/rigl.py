@@ -1,4 +1,4 @@
-"""RigL: train a sparse model while its zeros move to where they hurt least; as many zeros at every step."""
+"""RigL: trains a sparse model while its zeros move to less important weights; the sparsity stays constant."""
 
 from __future__ import annotations
 
@@ -27,22 +27,24 @@ from llmcompress.training.settings import Training
 
 @PASSES.register("rigl")
 class RigL(ModelPass):
-    """Recovery of a sparse model, or its training from the start: weak connections go, as many new ones grow.
+    """Recover a sparse model, or train one from scratch: weak connections are dropped and as many new ones grow.
 
-    Every site keeps the number of zeros that earlier passes gave it.
+    Every site keeps the sparsity that earlier passes gave it.
 
-    Source: Evci et al., arXiv 1911.11134. Differs: a step that changes connections also trains; what was just dropped
-    does not grow back in the same step.
+    Source: Evci et al., arXiv 1911.11134. Differs: a step that changes connections also trains; a dropped connection
+    cannot grow back in the same step.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"zeros"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
-        "pattern": "would move zeros out of their N:M groups; `recover` trains and leaves them where they are"
+        "pattern": "would move zeros out of their N:M groups; `recover` trains with a fixed mask"
     }
 
-    alpha: float = Field(0.3, gt=0, le=1, description="share of a site's connections replaced at first; falls to none")
-    every: int = Field(10, ge=1, description="steps between two changes of connections")
-    until: float = Field(0.75, gt=0, le=1, description="share of the steps after which connections stay")
+    alpha: float = Field(
+        0.3, gt=0, le=1, description="fraction of a site's connections replaced per update at first; decays to zero"
+    )
+    every: int = Field(10, ge=1, description="steps between two updates of the connections")
+    until: float = Field(0.75, gt=0, le=1, description="fraction of the steps after which connections are fixed")
     training: Training = Field(default_factory=Training, description="steps, learning rate and batches")
 
     @override
@@ -59,9 +61,9 @@ class RigL(ModelPass):
         if not sites:
             raise CompressError(
                 "rigl.nothing-sparse",
-                "no site of the model has zeros, so there is nothing to move",
+                "the model is not sparse: no site contains zeros to reconnect",
                 where="rigl",
-                fix="put a pass that makes zeros before it: magnitude, wanda, sparsegpt, random, snip",
+                fix="put a pruning pass before it: magnitude, wanda, sparsegpt, random, snip",
                 exit_code=ExitCode.USAGE,
             )
         with whole.resident() as model:
@@ -77,7 +79,7 @@ class RigL(ModelPass):
 
 
 class Connections:
-    """Which weights are alive, for the training loop: told apart from weights that happen to be zero right now."""
+    """Which weights are connected, for the training loop; a connected weight may be zero at the moment."""
 
     def __init__(self, weights: Sequence[nn.Parameter], *, alpha: float, every: int, end: int) -> None:
         self._weights, self._alpha, self._every, self._end = list(weights), alpha, every, end

@@ -1,6 +1,7 @@
-"""The paper's form of SliceGPT: a basis of its own after every addition, and a matrix on every skip.
+"""SliceGPT with shortcuts, as in the paper: a separate basis after every addition, and a matrix on every skip
+connection.
 
-D = width of the stream, K = directions that stay, in, out = of one skip.
+D = width of the stream, K = kept directions; in, out = of one skip connection.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def slice_with_shortcuts(whole: WholeModel, residual: Residual, slicing: Slicing
         moment.add(record(whole.model, blocks, ids_BT).hidden.flatten(0, 1).to(whole.context.device))
     last_norm_to_segment(whole.model, residual)
     kept_DK = slicing.directions(moment.sum_DD, generator)
-    for writer in residual.around.writers:
+    for writer in residual.outside_blocks.writers:
         contract(whole.model, writer.port.parameter, writer.port.axis, kept_DK)
     lost: dict[str, float] = {}
     # what enters is narrow now: the first block must be able to read it before anything runs
@@ -51,18 +52,18 @@ def slice_with_shortcuts(whole: WholeModel, residual: Residual, slicing: Slicing
     for work in whole.stream():
         index, (name, ports) = work.info.index, residual.blocks[work.info.index]
         lost[f"{name}.{first_of_stages(ports)[0].name}"] = lost_share(moment.sum_DD, kept_DK)
-        work.become(segments.wrapper.to(whole.context.device))
+        work.replace_module(segments.wrapper.to(whole.context.device))
         is_last = index + 1 == len(residual.blocks)
         kept_DK, moment = _slice_block(whole, work, segments, slicing, generator, lost, widen=widens and is_last)
         if not is_last:
             segments = _entered(whole, residual, index + 1, kept_DK)
-        whole.context.progress.inside("slicegpt", done=index + 1, total=len(residual.blocks))
+        whole.context.progress.substep("slicegpt", done=index + 1, total=len(residual.blocks))
     removed = residual.width - slicing.width
     if widens:
         return report_rows(whole, residual, lost, removed=removed, removed_at_head=0)
-    for port in residual.around.readers():
+    for port in residual.outside_blocks.readers():
         contract(whole.model, port.parameter, port.axis, kept_DK)
-    lost[residual.around.norms[0].name] = lost_share(moment.sum_DD, kept_DK)
+    lost[residual.outside_blocks.norms[0].name] = lost_share(moment.sum_DD, kept_DK)
     return report_rows(whole, residual, lost, removed=removed, removed_at_head=removed)
 
 
@@ -111,7 +112,7 @@ def _slice_block(
     kept_DK = directions("output", moment)
     segments.narrow(segments.ports.stages, kept_DK)
     # the narrowed block gives exactly this, so it need not run again
-    work.become(segments.wrapper, [hidden @ kept_DK.to(hidden) for hidden in outputs])
+    work.replace_module(segments.wrapper, [hidden @ kept_DK.to(hidden) for hidden in outputs])
     return kept_DK, moment
 
 
@@ -152,7 +153,7 @@ def _check_lanes(whole: WholeModel, residual: Residual) -> None:
         with suppress(RuntimeError, ValueError):  # shapes that do not fit
             if same(_output(segments.wrapper, call, recording.hidden), _output(block, call, recording.hidden)):
                 continue
-        raise refused("a block sizes what it adds by what it reads; `form: global` may do", name)
+        raise refused("the block's output width follows its input width; try `form: global`", name)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""SliceGPT: the residual stream in a basis of principal directions, of which the last ones are left out."""
+"""SliceGPT: rotates the residual stream into its principal directions and removes the last ones."""
 
 from __future__ import annotations
 
@@ -25,42 +25,43 @@ FORMS = {"global": slice_globally, "shortcuts": slice_with_shortcuts}
 
 @PASSES.register("slicegpt")
 class SliceGPT(ModelPass):
-    """Fewer channels in the residual stream: everything that reads or writes it gets smaller, attention and FFN do not.
+    """Remove channels of the residual stream: all linears that read or write it get smaller; heads and FFN channels
+    stay.
 
-    `form: global` gives the whole stream one basis and cuts it once: an ordinary smaller model. `form: shortcuts` is
-    the paper's: a basis of its own after every addition, and a matrix on every skip that leads from one to the next.
+    `form: global` uses one basis for the whole stream and gives an ordinary smaller model. `form: shortcuts` is the
+    paper's: a separate basis after every addition, and a matrix on every skip connection between two of them.
 
-    Source: Ashkboos et al., arXiv 2401.15024. Differs: the paper knows no global form; tokens count at unit length, as
-    norms see them; the mean is taken out of what is written only where norms subtract it; nothing is damped before the
-    decomposition, which would change no direction.
+    Source: Ashkboos et al., arXiv 2401.15024. Differs: the paper has no global form; tokens are normalized to unit
+    length, as norms see them; the mean is removed only where norms subtract it; there is no damping before the
+    decomposition, which would not change any direction.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"shapes"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
         "zeros": "would fill the zeros: a rotation mixes all channels",
         "pattern": "would fill the zeros: a rotation mixes all channels",
-        "tables": "needs to rotate an embedding and a head that are ordinary tables",
+        "tables": "needs an ordinary embedding and output head to rotate",
     }
 
-    fraction: float = Field(0.25, ge=0, lt=1, description="share of the channels of the residual stream to remove")
+    fraction: float = Field(0.25, ge=0, lt=1, description="fraction of the residual stream's channels to remove")
     form: Literal["global", "shortcuts"] = Field(
         "global",
-        description="global: one basis, an ordinary smaller model; shortcuts: one after every addition, as in the "
-        "paper: better at equal width, but larger, and only our plug-in loads it",
+        description="global: one basis, an ordinary smaller model; shortcuts: a basis after every addition, as in the "
+        "paper: better at equal width, but larger, and loads only with our plug-in",
     )
     basis: BasisName = Field("pca", description="pca: principal directions; random: for comparison")
-    round_to: int = Field(8, ge=1, description="the width that stays is rounded down to a multiple of this")
+    round_to: int = Field(8, ge=1, description="round the remaining width down to a multiple of this")
     refit: bool | None = Field(
-        None, description="form: global; what reads the stream makes up by least squares for what norms lose (true)"
+        None, description="form: global; refit the linears that read the stream by least squares (true)"
     )
     damping: float | None = Field(
-        None, gt=0, le=1, description="form: global; of the least squares, as a share of the mean diagonal (0.001)"
+        None, gt=0, le=1, description="form: global; ridge of that refit, as a fraction of the mean diagonal (0.001)"
     )
 
     @model_validator(mode="after")
     def _only_global_is_refitted(self) -> Self:
         if self.form != "global" and (self.refit is not None or self.damping is not None):
-            raise ValueError("`refit` and `damping` belong to `form: global`: a basis per norm leaves nothing to refit")
+            raise ValueError("`refit` and `damping` apply to `form: global` only")
         return self
 
     @override
@@ -123,9 +124,9 @@ class SliceGPT(ModelPass):
         if width < 2:
             raise CompressError(
                 "slicegpt.nothing-left",
-                f"{1 - self.fraction:.0%} of {before} channels are less than `round_to`: {self.round_to}",
+                f"{1 - self.fraction:.0%} of {before} channels is less than `round_to: {self.round_to}`",
                 where="slicegpt",
-                fix="remove less, or set a smaller `round_to`",
+                fix="lower `fraction` or `round_to`",
                 exit_code=ExitCode.USAGE,
             )
         return width

@@ -1,6 +1,6 @@
-"""Which directions of the residual stream stay; and the form of SliceGPT that has one basis for the whole stream.
+"""Which directions of the residual stream are kept, and SliceGPT with one basis for the whole stream.
 
-D = width of the stream, K = directions that stay.
+D = width of the stream, K = kept directions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _READERS = 0.3
 
 @dataclass(frozen=True)
 class Slicing:
-    """How wide the stream becomes, and by which directions."""
+    """The new width of the stream, and how its directions are chosen."""
 
     width: int
     basis: BasisName
@@ -83,7 +83,7 @@ def _unit_trace(matrix_DD: Tensor) -> Tensor:
 
 
 def lost_share(moment_DD: Tensor, kept_DK: Tensor) -> float:
-    """Share of the energy of the stream that lies in other directions."""
+    """Fraction of the stream's energy in the removed directions."""
     total = float(moment_DD.trace())
     return 1 - float(((moment_DD @ kept_DK) * kept_DK).sum()) / total if total else 0.0
 
@@ -92,10 +92,12 @@ def report_rows(
     whole: WholeModel, residual: Residual, lost: Mapping[str, float], *, removed: int, removed_at_head: int
 ) -> list[SiteReport]:
     """One row for every embedding and head, and one for every block; `lost` is by the full names of norms."""
-    around = [port.owner for port in (*residual.around.readers(), *(w.port for w in residual.around.writers))]
+    around = [
+        port.owner for port in (*residual.outside_blocks.readers(), *(w.port for w in residual.outside_blocks.writers))
+    ]
     norms = {name: [f"{name}.{norm.name}" for norm in ports.norms] for name, ports in residual.blocks}
-    last = residual.around.norms[0].name
-    heads = {port.owner for port in residual.around.readers()}
+    last = residual.outside_blocks.norms[0].name
+    heads = {port.owner for port in residual.outside_blocks.readers()}
     rows = []
     for name in (*dict.fromkeys(around), *norms):
         seen = [lost[norm] for norm in norms.get(name, [last] if name in heads else []) if norm in lost]

@@ -1,4 +1,4 @@
-"""SNIP: drop the connections whose weakening would hardly move the loss."""
+"""SNIP: prunes the connections to which the loss is least sensitive."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from llmcompress.passes.pruning.at_init import AtInitPass, as_stored, finite, gr
 
 @PASSES.register("snip")
 class SNIP(AtInitPass):
-    """Zeros where |w g| is lowest, g the gradient of the next-token loss over all calibration windows.
+    """Zero the weights with the lowest |w g|, where g is the gradient of the next-token loss over all calibration
+    windows.
 
-    On a trained model this is LLM-Pruner's first-order score of single weights.
+    On a trained model this is LLM-Pruner's first-order score of individual weights.
 
     Source: Lee et al., arXiv 1810.02340. Differs: all calibration windows instead of one batch.
     """
@@ -37,7 +38,7 @@ class SNIP(AtInitPass):
         weights = [trained_weight(site) for site in sites]
         with whole.resident() as model, gradients_of(weights, model):
             for index, ids_BT in enumerate(whole.batches()):
-                whole.context.progress.inside(f"snip batch {index + 1}")
+                whole.context.progress.substep(f"snip batch {index + 1}")
                 whole.loss(ids_BT).mul(len(ids_BT)).backward()  # type: ignore[no-untyped-call]
             scores = [
                 as_stored(site, connection_sensitivity(weight, gradient_of(weight)))

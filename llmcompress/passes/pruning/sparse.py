@@ -1,4 +1,6 @@
-"""What all passes share that zero single weights: how many, in which pattern, and where. O = outputs, I = inputs."""
+"""What unstructured and N:M sparsity passes share: how many zeros, in which pattern, and where. O = outputs, I =
+inputs.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,14 @@ from llmcompress.model.map import ModelMap
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.masks import (
     Pattern,
-    due,
+    count_of_zeros,
     lowest,
     lowest_per_group,
     lowest_per_row,
     named_pattern,
     zeros_first,
 )
-from llmcompress.passes.base import Backward, BlockPass, Trait
+from llmcompress.passes.base import Backward, BlockPass, Trait, with_options_of
 from llmcompress.passes.pruning.sparse_counts import decide_shares
 
 Allocation = Literal["uniform", "outliers", "loss"]
@@ -41,22 +43,28 @@ _ALMOST_ALL = math.nextafter(1.0, 0.0)
 
 
 class SparsePass(BlockPass):
-    """A pass that sets weights to zero and leaves the shapes; a later pass keeps what is exactly zero."""
+    """A pass that sets weights to zero without changing shapes; later passes keep exact zeros."""
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"zeros"})
     decides: ClassVar[bool] = True
     whole_block: ClassVar[frozenset[str]] = frozenset({"allocation", "outlier_times", "within"})
 
-    sparsity: float | None = Field(None, ge=0, lt=1, description="share of weights that become zero (0.5)")
-    pattern: str = Field("unstructured", description="unstructured, or N:M: N zeros in every M neighbouring inputs")
+    sparsity: float | None = Field(None, ge=0, lt=1, description="fraction of the weights that become zero (0.5)")
+    pattern: str = Field("unstructured", description="unstructured, or N:M: N zeros in every M consecutive inputs")
     allocation: Allocation = Field(
-        "uniform", description="outliers: blocks with more outliers lose less (OWL); loss: least expected growth"
+        "uniform",
+        description="uniform; outliers: blocks with more outliers are less sparse (OWL); loss: least rise of the loss",
     )
     outlier_times: float | None = Field(
-        None, gt=1, description="allocation: outliers; a score this many times the block's mean is an outlier (5)"
+        None,
+        gt=1,
+        description="allocation: outliers; a score above this multiple of the block's mean is an outlier (5)",
     )
     within: float | None = Field(
-        None, gt=0, lt=1, description="no block's (outliers) or site's (loss) sparsity is further from the mean (0.08)"
+        None,
+        gt=0,
+        lt=1,
+        description="allocation: outliers or loss; largest deviation of any sparsity from the mean (0.08)",
     )
 
     @field_validator("pattern")
@@ -69,13 +77,13 @@ class SparsePass(BlockPass):
     def _consistent(self) -> Self:
         shape = named_pattern(self.pattern)
         if shape and self.sparsity not in (None, shape.share):
-            raise ValueError(f"pattern {shape.name} fixes `sparsity` at {shape.share:g}: leave it out, or write null")
+            raise ValueError(f"pattern {shape.name} fixes `sparsity` at {shape.share:g}: remove it, or write null")
         if shape and self.allocation != "uniform":
             raise ValueError(f"pattern {shape.name} fixes the sparsity everywhere: `allocation` must be uniform")
         if self.outlier_times is not None and self.allocation != "outliers":
-            raise ValueError("`outlier_times` belongs to `allocation: outliers`")
+            raise ValueError("`outlier_times` applies to `allocation: outliers` only")
         if self.within is not None and self.allocation == "uniform":
-            raise ValueError("`within` belongs to `allocation: outliers` or `loss`")
+            raise ValueError("`within` applies to `allocation: outliers` and `loss` only")
         return self
 
     @property
@@ -85,7 +93,7 @@ class SparsePass(BlockPass):
 
     @property
     def target(self) -> float:
-        """Share of weights to become zero."""
+        """The sparsity of the pattern, or `sparsity`."""
         shape = self.zeros
         if shape:
             return shape.share
@@ -100,7 +108,7 @@ class SparsePass(BlockPass):
         return bool(self.needs()) or self.allocation != "uniform"
 
     def check(self, model_map: ModelMap) -> None:
-        """Whether every selected site divides into groups of its pattern.
+        """Check that every selected site divides into groups of its pattern.
 
         Raises: CompressError listing all that do not.
         """
@@ -116,15 +124,15 @@ class SparsePass(BlockPass):
         return self.allocation != "loss"
 
     def forwards(self) -> int:
-        """Shares that depend on each other take a stream of their own."""
+        """One more stream if the sparsity is allocated."""
         return super().forwards() + 2 * (self.allocation != "uniform")
 
     def backward(self) -> Backward | None:
-        """For shares by loss."""
-        return Backward() if self.allocation == "loss" else None
+        """For allocation by loss."""
+        return Backward(recomputes=True) if self.allocation == "loss" else None
 
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
-        """The share of weights that each site loses, where that depends on the others."""
+        """The sparsity of each site, if it is allocated."""
         return {} if self.allocation == "uniform" else decide_shares(self, whole)
 
     @override
@@ -132,8 +140,13 @@ class SparsePass(BlockPass):
         of_site = {site: {"sparsity": min(float(share), _ALMOST_ALL)} for site, share in decisions.items()}
         return self.with_site_options({"allocation": "uniform", "outlier_times": None, "within": None}, of_site)
 
+    @override
+    def plain(self) -> Sequence[BlockPass]:
+        """The smallest weights of every site, in the same shares and pattern."""
+        return (with_options_of(self, "magnitude", ("sparsity", "pattern")),)
+
     def chosen(self, block: BlockWork, sites: Sequence[LinearSite]) -> Iterator[tuple[Self, LinearSite, float]]:
-        """Every site with the options it has, and the share of its weights to become zero."""
+        """Every site with its options and its sparsity."""
         self._check_widths((site.name, site.info.inputs) for site in sites)
         for site in sites:
             here = self.for_site(site.name)
@@ -163,7 +176,7 @@ def lowest_scores(score_OI: Tensor, share: float, pattern: Pattern | None, *, by
     """The lowest scores of every group of the pattern; without one of every output's row, or of the site."""
     if pattern:
         return lowest_per_group(score_OI, pattern)
-    return lowest_per_row(score_OI, share) if by_row else lowest(score_OI, due(share, score_OI.numel()))
+    return lowest_per_row(score_OI, share) if by_row else lowest(score_OI, count_of_zeros(share, score_OI.numel()))
 
 
 def magnitude_mask(weight_OI: Tensor, share: float, pattern: Pattern | None, *, by_row: bool = False) -> Tensor:
@@ -186,8 +199,8 @@ def _indivisible(wrong: Sequence[tuple[str, int, Pattern]]) -> CompressError:
     fitting = [of for of in range(step, shape.of, step) if common % of == 0]
     fixes = [f"`pattern: {round(max(fitting) * shape.share)}:{max(fitting)}`"] if fitting else []
     fixes += [
-        f"leave these sites dense with `exclude: [{', '.join(leaves)}]`",
-        f"drop the same share without a pattern: `overrides: {{{leaves[0]}: {{pattern: unstructured, "
+        f"exclude these sites with `exclude: [{', '.join(leaves)}]`",
+        f"use the same sparsity without a pattern: `overrides: {{{leaves[0]}: {{pattern: unstructured, "
         f"sparsity: {shape.share:g}}}}}`",
     ]
     return CompressError(

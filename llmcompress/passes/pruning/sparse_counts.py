@@ -1,4 +1,4 @@
-"""How many weights each site loses when one budget serves all: by outliers, or by what the loss feels."""
+"""Sparsity allocation: how many weights each site loses under one budget, by outliers or by sensitivity of the loss."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from llmcompress.model.site import LinearSite
 from llmcompress.numerics.grid import row_errors
 from llmcompress.numerics.sparsity_allocation import counts_by_error, counts_by_outliers
 from llmcompress.numerics.statistics import Gram, SquaredNorm
-from llmcompress.sensitivity.fill import Asker, Kinds, dense_stream, fill, kept_table
 from llmcompress.sensitivity.gradients import GradientObserver, OutputSquares
+from llmcompress.sensitivity.loss_estimators import Kinds, LossEstimator, cached_table, dense_stream, measure_losses
 from llmcompress.sensitivity.table import LossTable, Row
 
 OUTLIER_TIMES = 5.0
@@ -30,7 +30,7 @@ POINTS = 9
 
 
 class CountOptions(Protocol):
-    """What must be known of the pass that zeroes."""
+    """The options that sparsity allocation needs from a pass."""
 
     @property
     def allocation(self) -> str:
@@ -38,7 +38,7 @@ class CountOptions(Protocol):
 
     @property
     def target(self) -> float:
-        """Share of all weights to become zero."""
+        """The sparsity over all sites."""
 
     @property
     def outlier_times(self) -> float | None:
@@ -59,7 +59,7 @@ class CountOptions(Protocol):
 
 
 def decide_shares(options: CountOptions, whole: WholeModel) -> dict[str, Tensor]:
-    """Site → the share of its weights that becomes zero, a whole number of them; without sites that have their own."""
+    """Site → its sparsity, for a whole number of weights; without sites that set their own."""
     names = [site.name for site in whole.sites() if options.selects(site.name)]
     names = [name for name in names if not options.has_own_share(name)]
     if not names:
@@ -97,11 +97,11 @@ def _by_outliers(options: CountOptions, whole: WholeModel, names: frozenset[str]
 
 
 @dataclass
-class SparsityAsker(Asker):
-    """The expected growth of the loss: squared errors of a site's outputs times squared gradients of the loss by them.
+class SparsityEstimator(LossEstimator):
+    """The expected increase of the loss: squared errors of a site's outputs times squared gradients of the loss.
 
-    Errors are those of the masks that the pass itself would choose, before any repair. Without the gradients the
-    same sum of errors is worse than equal shares (docs/log.md).
+    Errors are those of the masks that the pass itself would choose, before any weight update. Without the gradients the
+    same sum of errors is worse than uniform sparsity (docs/log.md).
     """
 
     options: CountOptions
@@ -129,7 +129,7 @@ class SparsityAsker(Asker):
     @override
     def rows(self, block: BlockWork, sites: Sequence[LinearSite]) -> Iterator[Row]:
         for site in sites:
-            block.context.progress.inside(f"errors of {site.info.name}")
+            block.context.progress.substep(f"errors of {site.info.name}")
             weight_OI, gram = site.weight_OI, site.statistic(Gram)
             masks = (self.options.mask(weight_OI, gram.sum_II.diagonal(), share) for share in self.shares)
             errors = (row_errors(weight_OI.masked_fill(~mask_OI, 0.0), gram.sum_II) for mask_OI in masks)
@@ -146,10 +146,10 @@ def _by_loss(options: CountOptions, whole: WholeModel, names: frozenset[str]) ->
     sparsities_S = torch.linspace(options.target - within, options.target + within, POINTS, dtype=torch.float64)
 
     def measured() -> LossTable:
-        (table,) = fill(whole, [SparsityAsker(options, names, sparsities_S.tolist())])
+        (table,) = measure_losses(whole, [SparsityEstimator(options, names, sparsities_S.tolist())])
         return table
 
-    table = kept_table(whole, "sparsity-losses", measured)
+    table = cached_table(whole, "sparsity-losses", measured)
     losses_PS = torch.stack([row.loss_C for row in table.rows])
     weights_P = torch.stack([row.shape_CD[0].prod() for row in table.rows])
     counts = counts_by_error(losses_PS, sparsities_S, weights_P, options.target)

@@ -1,4 +1,4 @@
-"""SparseGPT: drop weights column by column, repair each error with the columns to come. O = outputs, I = inputs."""
+"""SparseGPT: prunes column by column and compensates each error in the remaining columns. O = outputs, I = inputs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from pydantic import Field, field_validator
 from torch import Tensor
+from typing_extensions import override
 
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.model.map import ModelMap
@@ -22,11 +23,11 @@ from llmcompress.numerics.columns import (
     sweep_columns,
 )
 from llmcompress.numerics.grid import Fitted, output_error, restore, round_to_codes
-from llmcompress.numerics.masks import due, lowest, lowest_per_group, zeros_first
+from llmcompress.numerics.masks import count_of_zeros, lowest, lowest_per_group, zeros_first
 from llmcompress.numerics.ranges import RangeSearch, fit
 from llmcompress.numerics.repair import repair_kept
 from llmcompress.numerics.statistics import AbsMax, Gram, Statistic
-from llmcompress.passes.base import PASSES, Trait
+from llmcompress.passes.base import PASSES, BlockPass, Trait, with_options_of
 from llmcompress.passes.pruning.sparse import SparsePass, magnitude_mask, sparsity
 from llmcompress.passes.quantizing import put_codes, report_row
 from llmcompress.passes.schemes import OnIndivisible, resolve_scheme, site_schemes
@@ -34,7 +35,7 @@ from llmcompress.records.rows import SiteReport
 
 
 class _Pruned(NamedTuple):
-    """New weights, their codes where they are rounded, and their squared output error where it is known."""
+    """New weights, their codes if quantized, and their squared output error if known."""
 
     weight_OI: Tensor
     codes: tuple[Tensor, Fitted] | None = None
@@ -42,7 +43,7 @@ class _Pruned(NamedTuple):
 
 
 class _Tried(NamedTuple):
-    """A way to prune, its relative output error, and why it is not what was asked for."""
+    """A candidate result, its relative output error, and the reason if it is a fallback."""
 
     pruned: _Pruned
     error: float
@@ -51,19 +52,26 @@ class _Tried(NamedTuple):
 
 @PASSES.register("sparsegpt")
 class SparseGPT(SparsePass):
-    """Second-order pruning, and with `scheme` rounding in the same sweep, on the inputs the compressed model produces.
+    """Second-order pruning, with `scheme` also quantization in the same sweep, on the inputs that the compressed model
+    produces.
 
-    Source: Frantar, Alistarh, arXiv 2301.00774. Differs: exactly the share is dropped, ties included; what is kept is
-    moved once more when the mask is known (`numerics/repair.py`); with `scheme` every group's scales are fitted when it
-    is reached; a site where all that ends worse than its own mask without repair keeps the mask alone.
+    Source: Frantar, Alistarh, arXiv 2301.00774. Differs: the sparsity is exact, ties included; kept weights are
+    refitted once the mask is known (`numerics/repair.py`); with `scheme` each group's scales are fitted when it is
+    reached; a site where the result is worse than the mask alone keeps the mask alone.
     """
 
-    damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to the Gram matrix")
-    block: int = Field(128, ge=1, description="columns among which weights are compared, and of one lazy update")
-    repair_steps: int = Field(2, ge=0, le=100, description="without a scheme: steps that move all kept weights again")
-    scheme: str | None = Field(None, description=f"also round: {DESCRIPTION}")
-    range: RangeSearch = Field("mse", description="with a scheme: how ranges are found, as in gptq")
-    on_indivisible: OnIndivisible = Field("error", description="with a scheme: inputs that do not divide, as in gptq")
+    damping: float = Field(
+        0.01, gt=0, le=1, description="damping of the Gram matrix (Hessian), as a fraction of its mean diagonal"
+    )
+    block: int = Field(128, ge=1, description="block size in columns, for ranking weights and for lazy updates")
+    repair_steps: int = Field(
+        2, ge=0, le=100, description="without a scheme: conjugate-gradient steps that refit the kept weights"
+    )
+    scheme: str | None = Field(None, description=f"also quantize, in the same sweep: {DESCRIPTION}")
+    range: RangeSearch = Field("mse", description="with a scheme: range search, as in gptq")
+    on_indivisible: OnIndivisible = Field(
+        "error", description="with a scheme: inputs that do not divide into groups, as in gptq"
+    )
 
     @field_validator("scheme")
     @classmethod
@@ -88,13 +96,20 @@ class SparseGPT(SparsePass):
         static = any(name and named_scheme(name).measures_inputs for name in schemes)
         return (Gram, AbsMax) if static else (Gram,)
 
+    @override
+    def plain(self) -> Sequence[BlockPass]:
+        """The smallest weights, then rounding to nearest."""
+        if not self.scheme or AbsMax in self.needs():
+            return super().plain()
+        return (*super().plain(), with_options_of(self, "rtn", ("scheme", "on_indivisible")))
+
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
         """Prune every site."""
         rows = []
         # sites that share an input stand together and share its matrix: it is factored once for all of them
         known: tuple[tuple[Gram, float], InverseFactor | None] | None = None
         for here, site, share in self.chosen(block, sites):
-            block.context.progress.inside(f"sparsegpt {site.info.name}")
+            block.context.progress.substep(f"sparsegpt {site.info.name}")
             key = (site.statistic(Gram), here.damping)
             if known is None or known[0] != key:
                 known = (key, inverse_factor(key[0].sum_II, here.damping))
@@ -104,7 +119,11 @@ class SparseGPT(SparsePass):
     def mask(self, weight_OI: Tensor, squares_I: Tensor, share: float) -> Tensor:
         """What would be dropped if nothing were repaired on the way."""
         score_OI = zeros_first(weight_OI.square() * squares_I, weight_OI)
-        return lowest_per_group(score_OI, self.zeros) if self.zeros else lowest(score_OI, due(share, score_OI.numel()))
+        return (
+            lowest_per_group(score_OI, self.zeros)
+            if self.zeros
+            else lowest(score_OI, count_of_zeros(share, score_OI.numel()))
+        )
 
     def _prune(self, site: LinearSite, share: float, factor: InverseFactor | None) -> SiteReport:
         weight_OI, gram = site.weight_OI, site.statistic(Gram)
@@ -119,15 +138,15 @@ class SparseGPT(SparsePass):
 
         smallest = _masked(site, scheme, magnitude_mask(weight_OI, share, self.zeros))
         if factor is None:
-            why = "no tokens reached it" if gram.tokens == 0 else "its Gram matrix has no inverse"
-            best = baseline = tried(smallest, f"{why}: dropped by magnitude")
+            why = "no tokens reached it" if gram.tokens == 0 else "its Gram matrix is singular"
+            best = baseline = tried(smallest, f"{why}: pruned by magnitude")
         else:
             raised = f"damping raised from {self.damping:g} to {factor.damping:g}"
             swept, mask_OI = self._sweep(site, scheme, share, factor)
-            baseline = tried(smallest, "the sweep ended worse than magnitude: dropped by magnitude")
+            baseline = tried(smallest, "SparseGPT did worse than magnitude pruning: pruned by magnitude")
             best = tried(swept, raised if factor.damping > self.damping else None)
             if baseline.error < best.error:
-                alone = tried(_masked(site, scheme, mask_OI), "the repair ended worse than its mask: not repaired")
+                alone = tried(_masked(site, scheme, mask_OI), "refitting the kept weights did not help: not refitted")
                 best = min(alone, baseline, key=lambda each: each.error)
         row = SiteReport(site=site.name, algorithm="sparsegpt")
         if scheme and best.pruned.codes:

@@ -1,4 +1,4 @@
-"""SynFlow: prune in many small rounds by the flow of ones through |W|, without data; no layer is ever emptied."""
+"""SynFlow: prunes in many small rounds by synaptic flow, without data; no layer ever becomes empty."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.site import LinearSite
-from llmcompress.numerics.flow import flow_scores
 from llmcompress.numerics.schedule import exponential_shares
+from llmcompress.numerics.synflow import synflow_scores
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.pruning.at_init import AtInitPass
 from llmcompress.passes.pruning.flow_graph import flow_stages
@@ -20,15 +20,15 @@ from llmcompress.passes.pruning.flow_graph import flow_stages
 
 @PASSES.register("synflow")
 class SynFlow(AtInitPass):
-    """Zeros where the least synaptic flow passes, scored again after each of many rounds.
+    """Zero the weights with the least synaptic flow, rescored after each of many rounds.
 
-    Source: Tanaka et al., arXiv 2006.05467. Differs: what flows through a decoder, see `numerics/flow.py`; embedding
-    and head are never pruned, so the flow begins and ends with ones in the residual stream.
+    Source: Tanaka et al., arXiv 2006.05467. Differs: the flow through a decoder, see `numerics/synflow.py`; embedding
+    and output head are never pruned, so the flow starts and ends with ones in the residual stream.
     """
 
     whole_block: ClassVar[frozenset[str]] = AtInitPass.whole_block | {"rounds"}
 
-    rounds: int = Field(100, ge=1, description="rounds of pruning; the share that is kept falls exponentially")
+    rounds: int = Field(100, ge=1, description="pruning rounds; the kept fraction decays exponentially")
 
     @override
     def uses_data(self) -> bool:
@@ -43,11 +43,11 @@ class SynFlow(AtInitPass):
         ]
         masks = [weights[site.name] == 0 for site in sites]
         for index, share in enumerate(exponential_shares(self.sparsity, self.rounds)):
-            whole.context.progress.inside("synflow", done=index, total=self.rounds)
+            whole.context.progress.substep("synflow", done=index, total=self.rounds)
             scores = {
                 info.full(name): score
                 for info, found in zip(
-                    whole.map.blocks, flow_scores(whole.map.hidden_size, blocks, by_block), strict=True
+                    whole.map.blocks, synflow_scores(whole.map.hidden_size, blocks, by_block), strict=True
                 )
                 for name, score in found.items()
             }

@@ -1,4 +1,4 @@
-"""Wanda: drop the weights that move an output least, by magnitude times input norm. O = outputs, I = inputs."""
+"""Wanda: prunes by weight magnitude times input norm. O = outputs, I = inputs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from llmcompress.records.rows import SiteReport
 
 @PASSES.register("wanda")
 class Wanda(SparsePass):
-    """The lowest |w| · ‖x‖ of every output's row, or of the site, become zero; nothing else is changed.
+    """Zero the weights with the lowest |w| · ‖x‖ in every output row, or in the site; the others do not change.
 
-    Errors in the report are estimates (`Sketch`): the Gram matrix that gives them exactly costs more than all the rest.
+    Errors in the report are estimates (`Sketch`): the Gram matrix for exact ones would cost more than everything else.
 
     Source: Sun et al., arXiv 2306.11695.
     """
@@ -29,13 +29,13 @@ class Wanda(SparsePass):
     whole_block: ClassVar[frozenset[str]] = SparsePass.whole_block | {"comparison"}
 
     comparison: Literal["row", "layer"] = Field(
-        "row", description="weights are compared within an output's row, or within a site"
+        "row", description="rank weights within each output row, or within each site"
     )
 
     @model_validator(mode="after")
     def _comparable(self) -> Self:
         if self.zeros and self.comparison != "row":
-            raise ValueError(f"pattern {self.pattern} compares inside its groups: leave `comparison` out")
+            raise ValueError(f"pattern {self.pattern} ranks weights within its groups: remove `comparison`")
         return self
 
     def needs(self) -> tuple[type[Statistic], ...]:
@@ -51,7 +51,7 @@ class Wanda(SparsePass):
         """Zero them; by magnitude alone where no token came."""
         rows = []
         for here, site, share in self.chosen(block, sites):
-            block.context.progress.inside(f"wanda {site.info.name}")
+            block.context.progress.substep(f"wanda {site.info.name}")
             rows.append(here._drop(site, share))
         return rows
 
@@ -63,7 +63,7 @@ class Wanda(SparsePass):
         site.write(pruned_OI)
         row = SiteReport(site=site.name, algorithm="wanda", sparsity=sparsity(pruned_OI), tokens=norm.tokens)
         if not norm.tokens:
-            return row.model_copy(update={"degraded": "no tokens reached it: dropped by magnitude"})
+            return row.model_copy(update={"degraded": "no tokens reached it: pruned by magnitude"})
         sketch = site.statistic(Sketch)
         signal = sketch.output_error(weight_OI) or 1.0
         error, before = (sketch.output_error(weight_OI * each) / signal for each in (mask_OI, smallest_OI))

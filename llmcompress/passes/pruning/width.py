@@ -1,4 +1,6 @@
-"""Width pruning: FFN channels and whole heads go, rows and columns together, and the rest makes up for them."""
+"""Width pruning: removes FFN channels and whole heads, rows and columns together, and compensates in the remaining
+weights.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ _AS_ASKED = 0.02
 
 
 class WidthPass(BlockPass):
-    """What all passes that remove units share: which, how many, from where, and what makes up for them.
+    """What all passes that remove units share: which, how many, from where, and the compensation.
 
     A unit is an FFN channel or a head; where query heads share keys and values, the whole group of them.
     """
@@ -45,7 +47,7 @@ class WidthPass(BlockPass):
     changes_sites: ClassVar[bool] = True
     leaves: ClassVar[frozenset[Trait]] = frozenset({"shapes"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
-        "pattern": "would shift the columns that N:M groups are counted in",
+        "pattern": "would shift the columns of N:M groups",
         "factors": "cannot remove rows and columns of low-rank factors",
     }
     whole_block: ClassVar[frozenset[str]] = frozenset({"channels", "heads", "allocation"})
@@ -54,30 +56,30 @@ class WidthPass(BlockPass):
         0.25,
         ge=0,
         lt=1,
-        description="share of the parameters of heads and channels to remove; heads go whole, uniformly allocated "
-        "channels make up for it",
+        description="fraction of the parameters of heads and channels to remove; where whole heads cannot match "
+        "it, uniformly allocated channels do",
     )
     removed: str | None = Field(
         None,
         pattern=index_ranges.PATTERN,
-        description="instead: these channels or heads, counted from 0, e.g. 0-3, 7; in an override of what reads them "
-        "(down_proj, o_proj)",
+        description="instead: indices of the channels or heads to remove, e.g. 0-3, 7; in an override "
+        "for the site that reads them (down_proj, o_proj)",
     )
     channels: bool = Field(True, description="remove FFN channels")
     heads: bool = Field(True, description="remove attention heads, whole key-value groups at a time")
     allocation: Literal["uniform", "global"] = Field(
         "uniform",
-        description="uniform: as many in every layer, so a plain config holds the result; "
-        "global: the least important of the whole model, as many weights in sum",
+        description="uniform: the same number in every layer, so a plain config can represent the result; "
+        "global: the least important units of the whole model",
     )
-    floor: float = Field(0.25, ge=0, le=1, description="least share of the units of any layer that stays")
-    round_to: int = Field(1, ge=1, description="the number of channels that stay is a multiple of this")
+    floor: float = Field(0.25, ge=0, le=1, description="minimum fraction of units to keep in each layer")
+    round_to: int = Field(1, ge=1, description="keep a multiple of this many channels")
     refit: RefitName = Field(
         "columns",
-        description="how what reads the units makes up for them: columns (least squares on its weights), scales (one "
-        "number per unit), bias (the mean of what is gone), none",
+        description="compensation in the site that reads the units: columns (least-squares refit of its weights), "
+        "scales (one factor per unit), bias (mean of the removed units), none",
     )
-    damping: float = Field(0.01, gt=0, le=1, description="of the least squares, as a share of the mean diagonal")
+    damping: float = Field(0.01, gt=0, le=1, description="ridge of the refit, as a fraction of the mean diagonal")
 
     @abstractmethod
     def choose(self, whole: WholeModel, groups: Sequence[UnitGroup], requests: Sequence[Request]) -> list[Tensor]:
@@ -108,8 +110,8 @@ class WidthPass(BlockPass):
             raise CompressError(
                 "width.nothing-to-remove",
                 "no selected site has units that can be removed",
-                fix="a unit needs all its sites selected (gate, up and down; or q, k, v and o), and attention with "
-                "a single key-value head has none; `llmcompress inspect` shows them",
+                fix="select all sites of a unit (gate, up and down; or q, k, v and o); attention with a single "
+                "key-value head has no units; `llmcompress inspect` lists them",
                 exit_code=ExitCode.USAGE,
             )
         for group in self._groups(unit_groups(model_map)):
@@ -119,7 +121,7 @@ class WidthPass(BlockPass):
             units = sorted({request.group.units for request in asked})
             raise CompressError(
                 "width.rounded-away",
-                f"rounded to whole units and multiples of {self.round_to}, nothing is left to remove",
+                f"`fraction` rounds to no units at all (multiples of {self.round_to} must stay)",
                 where=f"groups of {', '.join(map(str, units))} units",
                 fix="lower `round_to` or raise `fraction`",
                 exit_code=ExitCode.USAGE,
@@ -230,9 +232,9 @@ class WidthPass(BlockPass):
         if gone and (gone[-1] >= group.units or len(gone) == group.units):
             raise CompressError(
                 "width.no-such-unit",
-                f"there are {group.units} {group.kind}, 0 to {group.units - 1}, and at least one must stay",
+                f"invalid units: there are {group.units} {group.kind}, 0 to {group.units - 1}; one must stay",
                 where=f"`removed` for {group.name}",
-                fix="name others; `llmcompress inspect MODEL` shows how many there are",
+                fix="give other indices; `llmcompress inspect MODEL` shows how many there are",
                 exit_code=ExitCode.USAGE,
             )
 
@@ -251,7 +253,7 @@ class WidthPass(BlockPass):
             block.measure(list(measured.values()), tuple(kinds))
         done: dict[str, Refitted] = {}
         for site, group in readers:
-            block.context.progress.inside(f"{PASSES.name_of(type(self))} {site.info.name}")
+            block.context.progress.substep(f"{PASSES.name_of(type(self))} {site.info.name}")
             here = self.for_site(site.name)
             weight_OI = site.weight_OI
             owner_I = group.unit_of_column(weight_OI.device)
@@ -305,7 +307,8 @@ class Width(WidthPass):
     """Remove the units with the lowest score.
 
     Source: Ma et al., arXiv 2305.11627 (groups, Taylor scores); the other scores and refits name their own. Differs:
-    units are found by experiment, the same share goes in every layer by default, and what reads them is refitted.
+    units are found by experiment, the fraction is the same in every layer by default, and the linears that read the
+    units are refitted.
     """
 
     whole_block: ClassVar[frozenset[str]] = WidthPass.whole_block | {"score"}

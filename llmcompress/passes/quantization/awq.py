@@ -1,4 +1,4 @@
-"""AWQ: scale salient channels up before rounding, searched against the output error; then clip. C = input channels."""
+"""AWQ: scales salient channels up before rounding, by a search on the output error; then clips. C = input channels."""
 
 from __future__ import annotations
 
@@ -25,21 +25,28 @@ from llmcompress.records.rows import SiteReport
 
 @PASSES.register("awq")
 class AWQ(QuantizingPass):
-    """Activation-aware scales on every legal fold, then clipped rounding.
+    """Activation-aware scaling on every legal fold, then clipped rounding.
 
-    With `round: false` only the scales are folded in and the weights stay dense for a later pass (`gptq`).
+    With `round: false` only the scales are folded in, and the weights stay dense for a later pass (`gptq`).
 
-    Source: Lin et al., arXiv 2306.00978. Differs: errors come from Gram matrices, exactly and without forward
-    passes (see `numerics/scaling.py`); no scaling at all is always among the candidates.
+    Rounding to nearest on better scales: an error is never compensated in other columns, as gptq does it. Where inputs
+    are correlated, as they are in language models, and bits are few, that is most of what can be gained: at 3 bits take
+    `gptq`, or `round: false` and `gptq` behind it (docs/log.md). `awq` alone is for texts so few that gptq fits them
+    too closely, and for runtimes that know its files.
+
+    Source: Lin et al., arXiv 2306.00978. Differs: errors are exact, from Gram matrices without forward passes (see
+    `numerics/scaling.py`); no scaling is always among the candidates.
     """
 
     sitewise: ClassVar[bool] = False
-    conflicts: ClassVar[Mapping[Trait, str]] = {"ranges": "would scale inputs that are rounded on fixed ranges"}
+    conflicts: ClassVar[Mapping[Trait, str]] = {"ranges": "would scale inputs that have static quantization ranges"}
 
     scheme: str = Field("int4_g128_asym", description=DESCRIPTION)
-    points: int = Field(20, ge=1, le=200, description="exponents tried per fold, 0 included")
-    clip: bool = Field(True, description="shrink each group's range to the least output error")
-    round: bool = Field(True, description="false: only scale, and leave rounding to a later pass")
+    points: int = Field(
+        20, ge=1, le=200, description="grid size of the scale search: exponents tried per fold, 0 included"
+    )
+    clip: bool = Field(True, description="clip each group's range to minimize the output error")
+    round: bool = Field(True, description="false: only scale, and let a later pass round")
 
     def traits(self) -> frozenset[Trait]:
         """Codes, but only when it rounds."""
@@ -55,7 +62,7 @@ class AWQ(QuantizingPass):
         scaled: set[str] = set()
         divided: set[str] = set()  # whose own outputs are others now, as a fold's producer
         for fold in block.folds_into(sites):
-            block.context.progress.inside(f"awq scales {fold.producer}")
+            block.context.progress.substep(f"awq scales {fold.producer}")
             if self._scale(block, fold, {} if divided & {*fold.consumers} else before):
                 scaled.update(block.site(name).name for name in fold.consumers)
                 divided.add(fold.producer)
@@ -133,7 +140,7 @@ class AWQ(QuantizingPass):
 
 @dataclass(frozen=True)
 class _Plain:
-    """Squared error and square of a site's outputs; scaling its inputs leaves the outputs what they are."""
+    """Squared error and squared norm of a site's outputs without scaling."""
 
     noise: float
     signal: float

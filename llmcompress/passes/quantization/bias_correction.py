@@ -1,4 +1,4 @@
-"""Bias correction: the bias takes over what rounding changes in the mean output. O = outputs, I = inputs."""
+"""Bias correction: the bias absorbs the mean output error of quantization. O = outputs, I = inputs."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from llmcompress.records.rows import SiteReport
 
 @PASSES.register("bias_correction")
 class BiasCorrection(QuantizerWrapper):
-    """After a quantizer, every bias gets (W - Ŵ) times the mean input.
+    """Quantize with another pass, then add (W - Ŵ) times the mean input to every bias.
 
-    A linear without a bias keeps none and says so in its row, because stock code would drop one silently;
-    `new_biases` gives it one, and the result then needs `import llmcompress` to load.
+    A linear without a bias is not corrected, and the report says so, because stock model code would silently ignore a
+    new bias; `new_biases` adds one, and the result then needs `import llmcompress` to load.
 
     Source: Nagel et al., arXiv 1906.04721, section 4.2.1 (from data, not from batch statistics).
     """
 
-    new_biases: bool = Field(False, description="give a bias to linears that have none: loads with our plug-in only")
+    new_biases: bool = Field(False, description="add a bias to linears that have none; loads only with our plug-in")
 
     def needs(self) -> tuple[type[Statistic], ...]:
         """The mean input too."""
@@ -58,5 +58,7 @@ class BiasCorrection(QuantizerWrapper):
             "tokens": gram.tokens,
         }
         if codes.bias is None:
-            told["degraded"] = "; ".join(filter(None, (row.degraded, "it has no bias to correct: see `new_biases`")))
+            told["degraded"] = "; ".join(
+                filter(None, (row.degraded, "it has no bias to correct: set `new_biases` to add one"))
+            )
         return row.model_copy(update=told)

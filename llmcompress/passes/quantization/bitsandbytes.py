@@ -1,4 +1,4 @@
-"""Codes of bitsandbytes: 4-bit NF4 and LLM.int8(), in folders that transformers loads by its own integration."""
+"""bitsandbytes: 4-bit NF4 and LLM.int8(), in checkpoints that transformers loads by its own integration."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _OUTPUTS = 32
 
 
 class BnbPass(BlockPass):
-    """Both kinds: the package rounds, needs no data, and its folders hold nothing of ours."""
+    """Both kinds: the package quantizes, without data, and its checkpoints load without llmcompress."""
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"codes"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
-        "factors": "can only stand for the model's own linears: transformers knows no codes of factors",
+        "factors": "supports only the model's own linears: transformers cannot load quantized low-rank factors",
     }
     kind: ClassVar[Kind]
 
@@ -68,11 +68,11 @@ class BnbPass(BlockPass):
         ]
         experts = [name for name, _ in names if ".experts." in name]
         if experts:
-            raise _refusal("transformers 5 joins experts into banks, for which bitsandbytes has no codes", experts)
+            raise _refusal("transformers 5 fuses experts into one tensor, which bitsandbytes cannot quantize", experts)
         odd = [name for name, site in names if site.inputs % BLOCK or site.outputs % _OUTPUTS]
         if odd and self.kind == "nf4":
             raise _refusal(
-                f"the CPU kernel of bitsandbytes fails where inputs do not divide by {BLOCK} or outputs by {_OUTPUTS}",
+                f"the CPU kernel of bitsandbytes needs inputs divisible by {BLOCK} and outputs divisible by {_OUTPUTS}",
                 odd,
             )
 
@@ -84,7 +84,7 @@ class BnbPass(BlockPass):
         """
         other = [site.name for site in sites if type(site.module) not in (nn.Linear, Conv1D)]
         if other:
-            raise _refusal("transformers gives codes of bitsandbytes to nn.Linear and Conv1D only", other)
+            raise _refusal("transformers quantizes only nn.Linear and Conv1D with bitsandbytes", other)
         rows = []
         for site in sites:
             site.replace(BnbLinear.quantize(self.kind, site.weight_OI, site.bias_O, site.storage_dtype))
@@ -95,7 +95,7 @@ class BnbPass(BlockPass):
 
 @PASSES.register("bnb_nf4")
 class BnbNF4(BnbPass):
-    """4-bit NormalFloat in blocks of 64, with double quantization: 4.13 bits a weight.
+    """4-bit NormalFloat in blocks of 64, with double quantization: 4.13 bits per weight.
 
     Source: Dettmers et al. (QLoRA), arXiv 2305.14314; the package does the rounding.
     """
@@ -105,7 +105,7 @@ class BnbNF4(BnbPass):
 
 @PASSES.register("bnb_int8")
 class BnbInt8(BnbPass):
-    """8-bit rows; inputs are rounded per token while running, those above 6 multiplied in float16.
+    """8-bit rows; activations are quantized dynamically per token, outliers above 6 are multiplied in float16.
 
     Source: Dettmers et al. (LLM.int8()), arXiv 2208.07339; the package does the rounding.
     """
@@ -119,6 +119,6 @@ def _refusal(what: str, names: Sequence[str]) -> CompressError:
         "bnb.site",
         what,
         where=", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else ""),
-        fix="leave them out with `exclude: [" + ", ".join(f'"*.{leaf}"' for leaf in leaves) + "]`",
+        fix="exclude them with `exclude: [" + ", ".join(f'"*.{leaf}"' for leaf in leaves) + "]`",
         exit_code=ExitCode.USAGE,
     )

@@ -1,4 +1,4 @@
-"""The part of a block around some linears, run again and again with rounded stand-ins for them. C = input channels."""
+"""Runs the part of a block around some linears with quantized stand-ins, to compare candidates. C = input channels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Rearranged:
-    """A shared input, shifted and divided channel by channel before it is rounded."""
+    """A shared input, shifted and divided channel by channel before it is quantized."""
 
     shift_C: Tensor
     divide_C: Tensor
@@ -33,7 +33,7 @@ class Rearranged:
 
 
 class Reconstruction:
-    """What encloses the linears that share an input, with the arguments of a few calibration batches."""
+    """The module that encloses the linears that share an input, with the arguments of a few calibration batches."""
 
     def __init__(self, block: nn.Module, name: str, calls: Sequence[Call], readers: Sequence[LinearSite]) -> None:
         self._block, self._name, self._calls, self._readers = block, name, calls, readers

@@ -1,4 +1,4 @@
-"""CMPQ: every input channel has its own bits and its own codebook; a research mode. O = outputs, I = inputs."""
+"""CMPQ: every input channel has its own bit width and codebook; a research method. O = outputs, I = inputs."""
 
 from __future__ import annotations
 
@@ -33,24 +33,28 @@ _PLACE_BITS, _WIDTH_BITS = 32, 8
 
 @PASSES.register("cmpq")
 class ChannelwiseMixedPrecision(BlockPass):
-    """Codes of different widths for the channels of one matrix, by what their inputs are like; k-means levels.
+    """Quantize each input channel with its own bit width, chosen by its activations, and k-means levels.
 
-    `bits` counts everything that a file holds of a site: codes, codebooks, widths, and the weights kept in full with
-    their places. No stock format holds such a matrix: the result loads after `import llmcompress` only.
+    `bits` counts everything that a file stores of a site: codes, codebooks, bit widths, and the full-precision outliers
+    with their positions. No stock format can represent such a matrix: the result loads only after `import llmcompress`.
 
-    Source: Chen et al., arXiv 2410.13056. Differs: widths are not thresholds on activations but the exact division of
-    a budget, with squared inputs times squared errors as the loss; all is counted.
+    Source: Chen et al., arXiv 2410.13056. Differs: bit widths come from an exact budget allocation, with squared inputs
+    times squared errors as the loss, not from thresholds on activations; everything is counted.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"codes"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
-        "zeros": "would fill zeros with the levels of its codebooks",
-        "pattern": "would fill zeros with the levels of its codebooks",
+        "zeros": "would replace zeros by levels of its codebooks",
+        "pattern": "would replace zeros by levels of its codebooks",
     }
 
-    bits: float = Field(3.5, gt=1, le=16, description="average stored bits per weight, all included")
-    widths: tuple[int, ...] = Field((1, 2, 3, 4, 5, 6), description="bits that a channel's codes may have, each 1 to 8")
-    outliers: float = Field(0.0025, ge=0, le=0.1, description="share of weights kept in full, for each of the two sets")
+    bits: float = Field(
+        3.5, gt=1, le=16, description="average bits per weight on disk, codebooks and outliers included"
+    )
+    widths: tuple[int, ...] = Field((1, 2, 3, 4, 5, 6), description="candidate bit widths per channel, each 1 to 8")
+    outliers: float = Field(
+        0.0025, ge=0, le=0.1, description="fraction of weights kept in full precision, for each of the two outlier sets"
+    )
 
     @field_validator("widths", mode="before")
     @classmethod
@@ -60,7 +64,7 @@ class ChannelwiseMixedPrecision(BlockPass):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if not self.widths or not all(1 <= width <= 8 for width in self.widths):
-            raise ValueError("name at least one width; all lie between 1 and 8")
+            raise ValueError("name at least one bit width; each must be from 1 to 8")
         return self
 
     def kept_fraction(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
@@ -68,14 +72,14 @@ class ChannelwiseMixedPrecision(BlockPass):
         return min(1.0, self.for_site(site).bits / 16)
 
     def needs(self) -> tuple[type[Statistic], ...]:
-        """The Gram matrix: squared inputs stand on its diagonal, errors come from all of it."""
+        """The Gram matrix: squared inputs from its diagonal, errors from all of it."""
         return (Gram,)
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
-        """Find widths, codebooks and codes of every site by itself."""
+        """Find bit widths, codebooks and codes of every site separately."""
         rows = []
         for site in sites:
-            block.context.progress.inside(f"cmpq {site.info.name}")
+            block.context.progress.substep(f"cmpq {site.info.name}")
             rows.append(self.for_site(site.name)._compress(site))
         return rows
 
@@ -86,7 +90,7 @@ class ChannelwiseMixedPrecision(BlockPass):
         usual_IO = without(weight_OI, place_N).T.contiguous()
         width_I = self._widths_of(usual_IO, squares_I, len(place_N), site)
         if width_I is None:
-            why = f"stays dense: {self.bits:g} bits per weight do not hold its codebooks"
+            why = f"kept dense: its codebooks do not fit into {self.bits:g} bits per weight"
             return SiteReport(site=site.name, algorithm="cmpq", tokens=gram.tokens, degraded=why)
         codes_IO = torch.zeros(usual_IO.shape, dtype=torch.int16, device=usual_IO.device)
         levels: dict[int, Tensor] = {}
@@ -104,7 +108,7 @@ class ChannelwiseMixedPrecision(BlockPass):
             bits_per_weight=self._stored_bits(width_I, len(place_N), site) / weight_OI.numel(),
             error=relative_output_error(weight_OI, site.weight_OI, gram.sum_II) if gram.tokens else None,
             tokens=gram.tokens,
-            degraded=None if gram.tokens else "no tokens reached it: all inputs count the same",
+            degraded=None if gram.tokens else "no tokens reached it: all inputs are weighted equally",
         )
 
     def _stored_bits(self, width_I: Tensor, full: int, site: LinearSite) -> int:

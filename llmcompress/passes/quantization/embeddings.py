@@ -1,4 +1,4 @@
-"""Embedding and head as codes: of small models they are most of the bytes. V = entries, D = width."""
+"""Quantizes the embedding and the output head, most of the bytes of small models. V = entries, D = width."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.formats import packed
 from llmcompress.formats.named import Kind
-from llmcompress.model.lookup import row_multiplier
+from llmcompress.model.embedding_multiplier import embedding_multiplier
 from llmcompress.model.map import ModelMap
 from llmcompress.model.rotation import untie
 from llmcompress.modules.base import CompressedModule
@@ -31,23 +31,31 @@ from llmcompress.records.rows import SiteReport
 
 @PASSES.register("embeddings")
 class Embeddings(ModelPass):
-    """Rounds the embedding and the head, which all other passes leave dense; no data.
+    """Quantize the embedding and the output head, which all other passes leave dense; no data.
 
-    A look-up restores only its rows. `score` in the report is the squared error of a table ÷ its square.
+    A lookup dequantizes only its rows. `score` in the report is the squared error of a table ÷ its squared norm.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"tables"})
-    conflicts: ClassVar[Mapping[Trait, str]] = {"tables": "needs an embedding and a head that are ordinary tables"}
+    conflicts: ClassVar[Mapping[Trait, str]] = {"tables": "needs an ordinary embedding and output head"}
     keeps_codes: ClassVar[bool] = True
 
-    embedding: str | None = Field("int8_channel", description=f"null: stays dense; weights only: {DESCRIPTION}")
-    head: str | None = Field("int8_channel", description="the same of the head; inputs may be rounded per token")
+    embedding: str | None = Field(
+        "int8_channel", description=f"scheme of the embedding, weight-only; null: dense. {DESCRIPTION}"
+    )
+    head: str | None = Field(
+        "int8_channel", description="scheme of the output head; null: dense; its inputs may be quantized per token"
+    )
     tied: Literal["share", "untie"] = Field(
         "share",
-        description="of a head that is the embedding. share: one rounded table for both, the schemes must be equal; "
-        "untie: a table each",
+        description="tied embedding and head. share: one quantized table for both, with equal schemes; "
+        "untie: one table each",
     )
-    range: RangeSearch = Field("mse", description="mse: shrink ranges to the least squared error; minmax: cover all")
+    range: RangeSearch = Field(
+        "mse",
+        description="mse: clip ranges to minimize the squared error; joint: also search signs or zero points; "
+        "minmax: cover all values",
+    )
 
     required: bool = Field(
         True,
@@ -59,14 +67,16 @@ class Embeddings(ModelPass):
     @classmethod
     def _known(cls, name: str | None) -> str | None:
         if name is not None and named_scheme(name).measures_inputs:
-            raise ValueError("no inputs are measured here: take a scheme whose activations are dynamic, or none")
+            raise ValueError(
+                "this pass does not calibrate activations: use a weight-only scheme or dynamic activations"
+            )
         return name
 
     @field_validator("embedding")
     @classmethod
     def _no_inputs(cls, name: str | None) -> str | None:
         if name is not None and named_scheme(name).activations:
-            raise ValueError("the inputs of an embedding are token ids: take a scheme that rounds weights only")
+            raise ValueError("the inputs of an embedding are token ids: use a weight-only scheme")
         return name
 
     @override
@@ -83,9 +93,9 @@ class Embeddings(ModelPass):
         if self._shares(model_map) and self.embedding != self.head:
             raise CompressError(
                 "embeddings.tied",
-                "the head is the embedding, and the two were given different schemes",
+                "the output head is tied to the embedding, but the two have different schemes",
                 where=f"embedding: {self.embedding}, head: {self.head}",
-                fix="give both the same scheme, or write `tied: untie` for a table each",
+                fix="give both the same scheme, or set `tied: untie` to store one table each",
                 exit_code=ExitCode.USAGE,
             )
 
@@ -132,7 +142,7 @@ class Embeddings(ModelPass):
             untie(model)
         rows = []
         if self.embedding is not None:
-            scheme, multiplier = named_scheme(self.embedding), row_multiplier(model, embedding)
+            scheme, multiplier = named_scheme(self.embedding), embedding_multiplier(model, embedding)
             codes_VD, fitted, lost = self._rounded(
                 names.embedding, embedding.weight, scheme, whole.context.storage_dtype
             )
@@ -184,9 +194,9 @@ def _require_plain(module: nn.Module, name: str) -> None:
     if isinstance(module, CompressedModule) or not isinstance(module, nn.Embedding | nn.Linear):
         raise CompressError(
             "embeddings.not-plain",
-            f"{name} is a {type(module).__name__}, not an ordinary table",
+            f"{name} is a {type(module).__name__}, not an nn.Embedding or nn.Linear",
             where=name,
-            fix="do this pass once, and not after one that replaced it",
+            fix="use this pass once, and before any pass that replaces the embedding or head",
             saved="all finished work",
         )
 

@@ -1,4 +1,4 @@
-"""HQQ: plain rounding on scales and zero points that a half-quadratic solver found, without data."""
+"""HQQ: rounding to nearest with scales and zero points from a half-quadratic solver, without data."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from llmcompress.records.rows import SiteReport
 
 @PASSES.register("hqq")
 class HalfQuadratic(QuantizingPass):
-    """Every weight becomes the nearest value of a grid that leaves most weights nearly exact.
+    """Round to nearest on a grid whose scales and zero points keep most weights nearly exact and tolerate outliers.
 
     Source: Badri and Shaji, 2023 (HQQ). Differs: see `numerics/half_quadratic.py`.
     """
 
     scheme: str = Field("int4_g64_asym", description="int{2…8}_{gN|channel}[_asym|_positive][_a8token|_a8tensor]")
-    power: float = Field(0.7, gt=0, le=1, description="of an error's size: below one, a few large errors are allowed")
-    steps: int = Field(20, ge=1, le=200, description="turns of codes, allowed errors, zero points and scales")
+    power: float = Field(0.7, gt=0, le=1, description="norm exponent p: below 1, a few large errors are tolerated")
+    steps: int = Field(20, ge=1, le=200, description="iterations of the half-quadratic solver")
 
     @field_validator("scheme")
     @classmethod
     def _integers(cls, name: str) -> str:
         if named_scheme(name).weights.number is not None:
-            raise ValueError(f"only integers have zero points to search: {name!r} has none")
+            raise ValueError(f"hqq searches zero points, which only integer schemes have: {name!r} has none")
         return name
 
     def needs(self) -> tuple[type[Statistic], ...]:
@@ -40,7 +40,7 @@ class HalfQuadratic(QuantizingPass):
         return self.activation_statistics()
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
-        """Solve and round every site by itself."""
+        """Solve and round every site separately."""
         rows = []
         for site in sites:
             scheme = self.scheme_for(site.name, site.info.inputs)

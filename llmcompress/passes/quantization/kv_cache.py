@@ -1,4 +1,4 @@
-"""Keys and values cached as codes: the cache takes half of the memory that 16-bit ones take. H = heads, D = width."""
+"""KV cache quantization: keys and values in one byte per number, half the memory of 16 bits. H = heads, D = width."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ _TOKENS = 8
 
 @PASSES.register("kv_cache")
 class KeyValueCache(ModelPass):
-    """Every attention stores its keys and values in one byte a number, and computes with what it stored.
+    """Store the keys and values of every attention in one byte per number.
 
-    What is rounded is what the model puts into its cache (keys after their rotation), at that one place, for the newest
-    token too; so perplexity over whole windows and token-by-token generation compute the same. Weights stay as they
-    are, and the files as large: it is the memory of generation that shrinks. Prompts are stored in codes at once.
+    What the model puts into its cache (keys after the rotary embedding) is quantized at that one place, for the newest
+    token too, so perplexity over whole windows and token-by-token generation compute the same. Weights and file size do
+    not change: generation needs less memory. Prompts are quantized at once.
 
-    Source: the rounding of Liu et al. (LLM-QAT), arXiv 2305.17888 (symmetric, per token, min-max).
-    Differs: one scale per token and head; fixed scales as runtimes with an fp8 cache have them on request.
+    Source: Liu et al. (LLM-QAT), arXiv 2305.17888 (symmetric, per token, min-max).
+    Differs: one scale per token and head; optionally static scales, as in runtimes with an fp8 cache.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"cache"})
     keeps_codes: ClassVar[bool] = True
 
-    dtype: Number = Field("int8", description="int8, or fp8: floats E4M3")
+    dtype: Number = Field("int8", description="int8, or fp8 (E4M3)")
     scales: Scales = Field(
         "token",
-        description="token: one per token and head, stored with it (2 bytes); fixed ones from calibration that take "
-        "no memory per token: channel (per head and channel) or tensor (one for keys and one for values of a layer; "
-        "compressed-tensors has words for these, and stock transformers then rounds but stores no codes)",
+        description="token: dynamic, one per token and head (2 bytes each); channel: static, per head and channel; "
+        "tensor: static, one for keys and one for values per layer, which compressed-tensors can represent "
+        "(stock transformers then quantizes and dequantizes, without saving memory)",
     )
 
     @override
@@ -53,7 +53,7 @@ class KeyValueCache(ModelPass):
 
     @override
     def conflict_with(self, trait: Trait) -> str | None:
-        return "would store as codes what is stored as codes already" if trait == "cache" else None
+        return "would quantize a KV cache that is already quantized" if trait == "cache" else None
 
     @override
     @torch.no_grad()

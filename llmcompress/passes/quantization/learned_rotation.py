@@ -1,4 +1,4 @@
-"""Learning the basis of the residual stream: the one in which the rounded model predicts text best.
+"""Learns the rotation of the residual stream that minimizes the loss of the quantized model.
 
 D = width of the stream, K = its dimensions: D, or D - 1 where norms subtract the mean.
 """
@@ -39,7 +39,7 @@ _LOOKS = 5
 
 
 class LearnedRotation(Training):
-    """A training of the basis alone: weights are rounded as `scheme` says, activations too if it says so."""
+    """Training settings of the rotation; weights are quantized to `scheme`, activations too if the scheme has them."""
 
     scheme: str = "int4_channel_a8token"
     """What the basis is to be good for; static activation scales are those of the batch at hand."""
@@ -58,7 +58,7 @@ class LearnedRotation(Training):
 
 @dataclass(frozen=True)
 class Learned:
-    """The best basis seen, and the loss of the rounded model with it and with the first one, on windows kept apart."""
+    """The best rotation, and the validation loss of the quantized model with it and with the initial one."""
 
     kept_DK: Tensor
     loss: float
@@ -97,7 +97,7 @@ def learn(
 
 
 class _Best(Callback):
-    """The best angles seen so far."""
+    """The best angles so far."""
 
     def __init__(self, loss: float, trained: nn.Parameter, measure: Callable[[], float], steps: int) -> None:
         self.loss, self.angles = loss, trained.detach().clone()
@@ -154,7 +154,7 @@ class _Turn(nn.Module):
 
 
 class _Along(nn.Module):
-    """A parametrization: the parameter in the turned basis along one axis."""
+    """A parametrization: the parameter rotated along one axis."""
 
     def __init__(self, turn: _Turn, axis: int, *, reads: bool) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class _Along(nn.Module):
 
 
 class _Rounded(nn.Module):
-    """A parametrization: the weight as its codes restore it; gradients pass unchanged."""
+    """A parametrization: the fake-quantized weight; gradients pass straight through."""
 
     def __init__(self, scheme: Scheme, *, transposed: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Bits where they matter: a scheme for every site under one budget of stored bits, then any quantizer."""
+"""Mixed precision: a scheme for every site under one budget of bits, then any quantizer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from llmcompress.passes.quantizing import QuantizingPass
 from llmcompress.passes.schemes import OnIndivisible, fitting_notes, resolve_scheme, site_schemes
 from llmcompress.records.rows import SiteReport
 from llmcompress.sensitivity.allocation import bits_of, least_and_most_bits, least_loss
-from llmcompress.sensitivity.fill import kept_table
+from llmcompress.sensitivity.loss_estimators import cached_table
 from llmcompress.sensitivity.table import LossTable
 
 CANDIDATES = (
@@ -39,9 +39,9 @@ WITHIN = 0.01
 """Bits per weight by which the average may stay below `bits`, where the sites' sizes allow it."""
 
 _BACKWARD: Mapping[Sensitivity, Backward | None] = {
-    "gradients": Backward(),
-    "rate": Backward(),
-    "fisher": Backward(copies=2, windows=1),
+    "gradients": Backward(recomputes=True),
+    "rate": Backward(recomputes=True),
+    "fisher": Backward(copies=2, windows=1, recomputes=True),
     "hessian": Backward(copies=4, windows=1),
     "kl": None,
     "output": None,
@@ -51,12 +51,12 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 @PASSES.register("mixed_precision")
 class MixedPrecision(BlockPass):
-    """Decide which of the candidate schemes each site gets, so that the model loses least; then quantize with them.
+    """Choose a candidate scheme for each site so that the model loses least within the budget, then quantize with them.
 
-    What is decided is ordinary `overrides` of the quantizer: `settled` gives that pass, `llmcompress allocate` writes
-    it as a recipe.
+    The decision becomes ordinary `overrides` of the quantizer: `with_decisions` returns that pass, and `llmcompress
+    allocate` writes it as a recipe.
 
-    Source: see `sensitivity.py`. The shares are exact (`numerics/allocation.py`), not rounded from a continuous
+    Source: see `sensitivity.py`. The allocation is exact (`numerics/allocation.py`), not rounded from a continuous
     solution.
     """
 
@@ -65,34 +65,36 @@ class MixedPrecision(BlockPass):
     whole_block: ClassVar[frozenset[str]] = frozenset({"quantizer", "bits", "budget", "sensitivity", "samples", "per"})
 
     quantizer: dict[str, dict[str, Any]] = Field(
-        {"gptq": {}}, description="one quantizing pass with its options but its scheme, e.g. {gptq: {damping: 0.02}}"
+        {"gptq": {}},
+        description="one quantization pass with its options, without its scheme, e.g. {gptq: {damping: 0.02}}",
     )
     schemes: tuple[str, ...] = Field(
-        CANDIDATES, description=f"candidates, each {DESCRIPTION}; many sizes in small steps serve best"
+        CANDIDATES, description=f"candidate schemes, best in many small steps of size; each {DESCRIPTION}"
     )
     bits: float | None = Field(
         None,
         gt=1,
         le=32,
-        description="average bits per selected weight, scales included, codes at their own width as `save.format: "
-        "llmcompress` stores them; stock formats widen 3, 5, 6 and 7 bits (3.5 if no budget)",
+        description="average bits per selected weight, scales included, as `save.format: llmcompress` stores them; "
+        "other formats pad 3, 5, 6 and 7 bits to 4 or 8 (3.5 if there is no budget)",
     )
     budget: str | None = Field(
         None,
         pattern=r"^[1-9][0-9]*(\.[0-9]+)? ?[KMGT]B$",
-        description="instead: bytes of all weights counted so, those that stay dense included, e.g. 1.2GB",
+        description="instead of `bits`: bytes of all weights, dense ones included, e.g. 1.2GB",
     )
     sensitivity: Sensitivity = Field(
         "gradients",
-        description="what a candidate costs. gradients: output errors × squared gradients; rate: the same with errors "
-        "of theory; fisher, hessian: of the weights; kl: one forward each; output: relative errors",
+        description="loss model. gradients: output error × squared gradients; rate: the same with "
+        "the error of rate–distortion theory; fisher, hessian: of the weights; kl: one forward pass each; "
+        "output: relative output error",
     )
     per: Literal["group", "site"] = Field(
         "group",
-        description="group: linears that read the same input (q, k, v; gate, up) get one scheme, as loaders ask that "
-        "fuse them; site: each its own",
+        description="group: linears that share an input (q, k, v; gate, up) get the same scheme, as runtimes that fuse "
+        "them require; site: every linear has its own",
     )
-    samples: int = Field(32, ge=1, description="calibration windows that the decision looks at")
+    samples: int = Field(32, ge=1, description="calibration windows used for the allocation")
 
     @field_validator("schemes", mode="before")
     @classmethod
@@ -103,15 +105,15 @@ class MixedPrecision(BlockPass):
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if not names:
-            raise ValueError("name at least one candidate")
+            raise ValueError("name at least one candidate scheme")
         return tuple(dict.fromkeys(named_scheme(name).name for name in names))
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.bits is not None and self.budget is not None:
-            raise ValueError("give `bits` or `budget`, not both (null takes one back)")
+            raise ValueError("give `bits` or `budget`, not both (set the other to null)")
         if not self.with_decisions({}).quantizes():
-            raise ValueError("the quantizer inside must round: remove `round: false`")
+            raise ValueError("the quantizer must round: remove `round: false`")
         return self
 
     @override
@@ -184,7 +186,7 @@ class MixedPrecision(BlockPass):
         if not candidates:
             return {}
         few = whole.within(whole.context.first_windows(self.samples))
-        table = kept_table(
+        table = cached_table(
             few,
             "scheme-losses",
             lambda: rounding_losses(self.sensitivity, few, candidates, self._quantizers(candidates)),
@@ -253,7 +255,7 @@ class MixedPrecision(BlockPass):
                 f"the candidates take {least / weights:.3f} to {most / weights:.3f} bits per weight on average",
                 where=f"mixed_precision ({wanted}"
                 + (f", which leaves {goal / weights:.3f} bits per weight for these sites)" if self.budget else ")"),
-                fix="change the target, or give other `schemes`",
+                fix="change `bits` or `budget`, or give other `schemes`",
                 exit_code=ExitCode.USAGE,
             )
         return goal, floor

@@ -1,4 +1,4 @@
-"""Mixture of formats: each site gets the number format of one width that suits it best. T = tokens, I = inputs."""
+"""Mixture of formats: each site gets the best number format of a given bit width. T = tokens, I = inputs."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from llmcompress.records.rows import SiteReport
 
 @PASSES.register("mixture_of_formats")
 class MixtureOfFormats(BlockPass):
-    """Quantize each site with every candidate and keep the one with the least error; the first one where equal.
+    """Quantize each site with every candidate and keep the one with the least error; the first one if equal.
 
-    Source: Zhang et al., arXiv 2305.12356 (MoFQ): integers or floats of the same width, by the error of weights where
-    only they are rounded, of outputs where activations are too.
+    Source: Zhang et al., arXiv 2305.12356 (MoFQ): integers or floats of the same width, by the weight error for
+    weight-only schemes and by the output error if activations are quantized too.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"codes"})
     whole_block: ClassVar[frozenset[str]] = frozenset({"quantizer", "error"})
 
     schemes: tuple[str, ...] = Field(
-        ("int4_g32", "fp4_g32"), description=f"candidates of one width, each {DESCRIPTION}"
+        ("int4_g32", "fp4_g32"), description=f"candidate schemes of equal bit width, each {DESCRIPTION}"
     )
     quantizer: dict[str, dict[str, Any]] = Field(
-        {"rtn": {"range": "mse"}}, description="one quantizing pass with its options but its scheme"
+        {"rtn": {"range": "mse"}}, description="one quantization pass with its options, without its scheme"
     )
     error: Literal["weights", "outputs"] | None = Field(
-        None, description="squared error of what; null: outputs if activations are rounded, else weights"
+        None, description="which squared error decides; null: outputs if activations are quantized, else weights"
     )
 
     @field_validator("schemes", mode="before")
@@ -52,7 +52,9 @@ class MixtureOfFormats(BlockPass):
     def _comparable(self) -> Self:
         widths = {named_scheme(name).weights.bits for name in self.schemes}
         if len(widths) != 1:
-            raise ValueError(f"candidates must have one width, not {sorted(widths)}: see `mixed_precision`")
+            raise ValueError(
+                f"candidates must have the same bit width, not {sorted(widths)}; for mixed widths use `mixed_precision`"
+            )
         assert self._quantizers()
         return self
 
@@ -84,7 +86,7 @@ class MixtureOfFormats(BlockPass):
         """Choose site by site."""
         rows = []
         for site in sites:
-            block.context.progress.inside(f"mixture_of_formats {site.info.name}")
+            block.context.progress.substep(f"mixture_of_formats {site.info.name}")
             rows += self.for_site(site.name)._choose(block, site)
         return rows
 

@@ -1,6 +1,6 @@
-"""Outlier Suppression+: shift channels to their middle, then shrink the loudest to one searched threshold.
+"""Outlier Suppression+: shifts channels to their center, then scales the largest down to a searched threshold.
 
-C = channels of a shared input, P = channels of what gives them.
+C = channels of a shared input, P = channels of its producer.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from llmcompress.records.rows import SiteReport
 
 @dataclass(frozen=True)
 class _Candidate:
-    """What happens to the channels that a producer gives."""
+    """Shift and scale of the channels of a producer."""
 
     threshold: float
     shift_P: Tensor
@@ -43,34 +43,37 @@ class _Candidate:
 
 @PASSES.register("outlier_suppression")
 class OutlierSuppression(BlockPass):
-    """Move outliers of activations into weights and biases, as far as the rounded sub-network's output gains by it.
+    """Move activation outliers into weights and biases, as far as it improves the output of the quantized sub-network.
 
-    On every legal fold: each channel is shifted to the middle of its range where the producer and all its readers
-    have biases that take it up (on LayerNorm models), then divided by max(1, its largest magnitude / t). The
-    threshold t is searched against the output of what encloses the readers (attention with its softmax, the FFN),
-    computed with rounded weights and inputs. No change at all, and t = max, are always among the candidates.
+    On every legal fold, each channel is shifted to the center of its range where the producer and all its readers have
+    biases that can absorb the shift (in LayerNorm models), then divided by max(1, its largest magnitude / t). The
+    threshold t is searched on the output of the module that encloses the readers (attention with its softmax, the FFN),
+    computed with quantized weights and activations. No change, and t = max, are always among the candidates.
 
-    Source: Wei et al., arXiv 2304.09145. Differs: thresholds lie on a geometric grid from the largest channel down to
-    the median one; where no module of their own encloses the readers, the output of the block decides, and for the
-    readers of a linear (o_proj, down_proj) their own output.
+    Source: Wei et al., arXiv 2304.09145. Differs: thresholds are on a geometric grid from the largest to the median
+    channel; where no separate module encloses the readers, the block's output decides, and for the readers of a linear
+    (o_proj, down_proj) their own output.
     """
 
     conflicts: ClassVar[Mapping[Trait, str]] = {
-        "ranges": "would shift and scale inputs that are rounded on fixed ranges"
+        "ranges": "would shift and scale inputs that have static quantization ranges"
     }
 
     scheme: str = Field(
-        "int8_channel_a8token", description=f"what the model will be rounded to, activations too: {DESCRIPTION}"
+        "int8_channel_a8token",
+        description=f"the scheme that a later pass quantizes to, activations included: {DESCRIPTION}",
     )
     points: int = Field(20, ge=1, le=200, description="thresholds tried per fold")
-    shift: bool = Field(True, description="also shift channels, where biases can absorb it")
-    batches: int = Field(2, ge=1, description="calibration batches on which candidates are compared")
+    shift: bool = Field(True, description="also shift channels where a bias can absorb the shift")
+    batches: int = Field(2, ge=1, description="calibration batches for comparing candidates")
 
     @field_validator("scheme")
     @classmethod
     def _rounds_activations(cls, name: str) -> str:
         if named_scheme(name).activations is None:
-            raise ValueError(f"{name!r} rounds no activations: use a scheme that does, e.g. int8_channel_a8token")
+            raise ValueError(
+                f"{name!r} does not quantize activations: use a scheme that does, e.g. int8_channel_a8token"
+            )
         return named_scheme(name).name
 
     @override
@@ -87,7 +90,7 @@ class OutlierSuppression(BlockPass):
         """Search and fold, one fold after the other; no fold changes the input of another one's readers."""
         rows = []
         for fold in block.folds_into(sites):
-            block.context.progress.inside(f"outlier_suppression {fold.producer}")
+            block.context.progress.substep(f"outlier_suppression {fold.producer}")
             readers = [block.site(name) for name in fold.consumers]
             if readers[0].statistic(Range).tokens:
                 rows += self.for_site(readers[0].name)._suppress(block, fold, readers)

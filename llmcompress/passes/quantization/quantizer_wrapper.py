@@ -1,4 +1,4 @@
-"""Passes around a quantizer: they need the weights from before it, so it is named inside them. O = outputs."""
+"""Passes that wrap a quantizer, because they need the weights from before quantization. O = outputs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from llmcompress.records.rows import SiteReport
 
 
 class QuantizerWrapper(QuantizingPass):
-    """Quantizes each site with another pass, then improves what it left. `scheme` stands here, not inside.
+    """Quantize each site with another pass, then improve the result. `scheme` is set here, not in the quantizer.
 
-    Such passes can stand inside each other, and inside whatever takes a quantizer.
+    Such passes can be nested, and used wherever a quantizer can.
     """
 
     quantizer: dict[str, dict[str, Any]] = Field(
-        {"gptq": {}}, description="one quantizing pass with its options but its scheme, e.g. {gptq: {damping: 0.02}}"
+        {"gptq": {}},
+        description="one quantization pass with its options, without its scheme, e.g. {gptq: {damping: 0.02}}",
     )
 
     @field_validator("quantizer")
@@ -32,13 +33,13 @@ class QuantizerWrapper(QuantizingPass):
     def _known_quantizer(cls, named: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for options in named.values():
             if "on_indivisible" in options:
-                raise ValueError("'on_indivisible' cannot be set inside `quantizer`: write it beside it")
+                raise ValueError("'on_indivisible' cannot be set inside `quantizer`: set it next to it")
         quantizer_with(named, "int4_channel", sitewise=True)
         return named
 
     @property
     def inner(self) -> QuantizingPass:
-        """The quantizing pass."""
+        """The quantization pass."""
         return self._inner(self.quantizer)
 
     def _inner(self, named: dict[str, dict[str, Any]]) -> QuantizingPass:

@@ -1,4 +1,6 @@
-"""RPTQ: channels of like range stand together, and each cluster is rounded on a fixed grid. O = outputs, I = inputs."""
+"""RPTQ: channels with similar ranges are clustered, and each cluster has a static activation scale. O = outputs, I =
+inputs.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ from llmcompress.records.rows import SiteReport
 
 @dataclass(frozen=True)
 class _Plan:
-    """Sites that read the same input, and how its channels are clustered."""
+    """Sites that share an input, and the clusters of its channels."""
 
     sites: tuple[LinearSite, ...]
     clusters: Clusters
@@ -35,27 +37,31 @@ class _Plan:
 
 @PASSES.register("reorder")
 class Reorder(BlockPass):
-    """Round the inputs of linears with one static scale per cluster of channels; weights stay for a later quantizer.
+    """Quantize activations with one static scale per cluster of channels; weights are left to a later quantizer.
 
-    What gives the channels is permuted where the map proves that nothing else reads them (inside the FFN); elsewhere
-    the module gathers its input, and the order of the residual stream stays. W4A8 is `reorder: {bits: 8}`, then
-    `gptq: {scheme: int4_channel}`, which sees the rounded inputs.
+    The producer of the channels is permuted where the map proves that nothing else reads them (inside the FFN);
+    elsewhere the module gathers its input, and the order of the residual stream does not change. W4A8 is `reorder:
+    {bits: 8}`, then `gptq: {scheme: int4_channel}`, which sees the quantized activations.
 
     Source: Yuan et al. (RPTQ), arXiv 2304.01089. Differs: clusters are grown, not drawn (see `numerics/clusters.py`);
-    ranges are the extremes of the calibration text; queries, keys and the cache are not rounded.
+    ranges are the extremes of the calibration text; queries, keys and the cache are not quantized.
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"ranges"})
     conflicts: ClassVar[Mapping[Trait, str]] = {
         "pattern": "would move columns out of their N:M groups",
-        "ranges": "would round inputs a second time",
+        "ranges": "would quantize activations a second time",
     }
     changes_sites: ClassVar[bool] = True
 
     clusters: int = Field(
-        32, ge=1, description="of every input, each with a scale; sites that share an input use those of the first"
+        32,
+        ge=1,
+        description="channel clusters per input, one scale each; sites that share an input use the first site's",
     )
-    bits: int | None = Field(8, ge=2, le=8, description="of the rounded inputs; null: only reorder, which is exact")
+    bits: int | None = Field(
+        8, ge=2, le=8, description="bits of the quantized inputs; null: only reorder, which is exact"
+    )
 
     @override
     def needs(self) -> tuple[type[Statistic], ...]:
@@ -63,7 +69,7 @@ class Reorder(BlockPass):
 
     @override
     def names_after(self, site: str) -> tuple[str, ...]:
-        """The linear behind the rounding."""
+        """The linear after the quantization."""
         return (f"{site}.kept",)
 
     @override
@@ -103,7 +109,7 @@ class Reorder(BlockPass):
             error_before=None if bits is None else _error(sample_KI, weight_OI, _one(plan), bits, site.storage_dtype),
             tokens=tokens,
             score=float(len(plan.clusters.sizes)),
-            degraded=None if tokens else "no tokens reached it: its inputs are not rounded",
+            degraded=None if tokens else "no tokens reached it: its activations are not quantized",
         )
 
 

@@ -1,4 +1,4 @@
-"""Rotation: the residual stream, heads and FFN inputs in bases without outlier channels, where they round well."""
+"""Rotation: removes outlier channels from the residual stream, heads and FFN inputs, so that they quantize well."""
 
 from __future__ import annotations
 
@@ -36,39 +36,40 @@ STREAM = {"hadamard": spreading_basis, "random": uniform_basis}
 
 @PASSES.register("rotation")
 class Rotation(ModelPass):
-    """Rotate the residual stream by one orthogonal matrix and fold it into all weights: outliers are spread evenly.
+    """Rotate the residual stream by an orthogonal matrix that is folded into all weights, which spreads outliers
+    evenly.
 
-    The model computes what it did; its config stays plain (a tied head gets a weight of its own). A Hadamard matrix
-    spreads best; where the width has none, it is the product of one for the powers of two and a Hartley matrix.
+    The model computes the same, and its config stays plain (a tied head is untied). A Hadamard matrix spreads best; for
+    widths that have none, it is the product of one for the powers of two and a Hartley matrix.
 
     Source: Ashkboos et al. (QuaRot), arXiv 2404.00456; Liu et al. (SpinQuant), arXiv 2405.16406 (`learned`). Differs:
-    where norms subtract the mean the rotation keeps the direction of all ones; queries and keys are not rotated.
+    where norms subtract the mean, the rotation keeps the direction of all ones; queries and keys are not rotated.
     """
 
     conflicts: ClassVar[Mapping[Trait, str]] = {
         "zeros": _MIXED,
         "pattern": _MIXED,
-        "tables": "needs to rotate an embedding and a head that are ordinary tables",
+        "tables": "needs an ordinary embedding and output head to rotate",
     }
 
     basis: Literal["hadamard", "random"] = Field(
         "hadamard", description="hadamard: randomised, spreads outliers best; random: uniform over all bases"
     )
-    stream: bool = Field(True, description="rotate the residual stream; false: only what the other options say")
+    stream: bool = Field(True, description="rotate the residual stream")
     heads: bool = Field(True, description="also rotate the values of every attention head, folded into v and o")
     online: bool | tuple[str, ...] = Field(
         False,
-        description="a Hadamard transform at run time before what reads the inside of the FFN (down_proj); true, or "
-        "globs of such sites; only our plug-in loads the result",
+        description="online Hadamard transform of the input of down_proj; true, or globs of such sites; the result "
+        "loads only with our plug-in",
     )
     learned: LearnedRotation | None = Field(
-        None, description="train the basis of the stream on the loss of the rounded model, e.g. {steps: 100}"
+        None, description="learn the rotation on the loss of the quantized model, e.g. {steps: 100}"
     )
 
     @model_validator(mode="after")
     def _learned_is_the_stream(self) -> Self:
         if self.learned and not self.stream:
-            raise ValueError("`learned` trains the basis of the stream: leave `stream` true")
+            raise ValueError("`learned` trains the rotation of the residual stream: `stream` must be true")
         return self
 
     @field_validator("online", mode="before")
@@ -87,7 +88,7 @@ class Rotation(ModelPass):
 
     @override
     def names_after(self, site: str) -> tuple[str, ...]:
-        """The linear behind an online transform has another name."""
+        """A linear after an online transform has another name."""
         return (f"{site}.kept",) if self._matches(site) else (site,)
 
     @override
@@ -96,7 +97,7 @@ class Rotation(ModelPass):
         if self.online is not False and not self._online_sites(model_map):
             raise CompressError(
                 "rotation.no-sites",
-                "no selected site reads the inside of a feed-forward network",
+                "no selected site reads the hidden activations of an FFN",
                 where="rotation.online",
                 fix=f"select {', '.join(sorted(_inner_sites(model_map))[:1]) or 'nothing: set `online: false`'}",
                 exit_code=ExitCode.USAGE,
@@ -128,7 +129,7 @@ class Rotation(ModelPass):
                 algorithm="rotation",
                 parameters=sum(p.numel() for p in whole.model.get_submodule(info.name).parameters()),
                 score=score,
-                degraded="its heads stay as they are" if self.heads and info.name not in rotated else None,
+                degraded="its heads are not rotated" if self.heads and info.name not in rotated else None,
             )
             for info in whole.map.blocks
         ]

@@ -1,4 +1,4 @@
-"""Round to nearest: the baseline every other quantizer must beat, and the only one that needs no data."""
+"""Round to nearest: the baseline of all quantizers, without data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmcompress.model.site import LinearSite
 from llmcompress.numerics.grid import round_to_codes
 from llmcompress.numerics.ranges import RangeSearch, fit
 from llmcompress.numerics.statistics import Statistic
-from llmcompress.passes.base import PASSES
+from llmcompress.passes.base import PASSES, BlockPass
 from llmcompress.passes.quantizing import QuantizingPass, put_codes, report_row
 from llmcompress.records.rows import SiteReport
 
@@ -23,14 +23,22 @@ class RoundToNearest(QuantizingPass):
     Source: Jacob et al., arXiv 1712.05877.
     """
 
-    range: RangeSearch = Field("minmax", description="mse: shrink each group's range to the least squared error")
+    range: RangeSearch = Field(
+        "minmax",
+        description="mse: clip each group's range to minimize the squared error; joint: also search signs or zero "
+        "points; minmax: cover all values",
+    )
 
     def needs(self) -> tuple[type[Statistic], ...]:
         """Nothing, unless activations are static."""
         return self.activation_statistics()
 
+    def plain(self) -> Sequence[BlockPass]:
+        """It is one."""
+        return (self,)
+
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
-        """Round every site by itself."""
+        """Round every site separately."""
         rows = []
         for site in sites:
             scheme = self.scheme_for(site.name, site.info.inputs)

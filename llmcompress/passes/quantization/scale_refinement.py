@@ -1,4 +1,4 @@
-"""Scale refinement: the codes stay as a quantizer left them, their scales are solved for again."""
+"""Scale refinement: solves for the scales again, with the quantizer's codes fixed."""
 
 from __future__ import annotations
 
@@ -22,20 +22,23 @@ from llmcompress.records.rows import SiteReport
 
 @PASSES.register("scale_refinement")
 class ScaleRefinement(QuantizerWrapper):
-    """After a quantizer, group scales by least squares on the output; no row of a weight gets worse.
+    """Quantize with another pass, then refit group scales by least squares on the output; no row of a weight gets
+    worse.
 
     Source: the scale step of Egiazarian et al., arXiv 2401.06118 (AQLM) and of Nagel et al., arXiv 2106.08295, section
-    3; here in closed form on the Gram matrix, and rounded to the checkpoint's dtype inside the search.
+    3; here in closed form on the Gram matrix, and rounded to the checkpoint's dtype during the search.
     """
 
-    sweeps: int = Field(4, ge=0, le=100, description="rounds in which each scale moves to the best that can be stored")
+    sweeps: int = Field(4, ge=0, le=100, description="rounds of coordinate descent over the scales")
 
     @model_validator(mode="after")
     def _free_scales(self) -> Self:
         for name in self.schemes():
             scales = named_scheme(name).weights.scales
             if scales != STORED or scales.single:
-                raise ValueError(f"scales of {name} are not free: use int…, fp8…, fp4… or nf4 by group or channel")
+                raise ValueError(
+                    f"the scales of {name} cannot be refined: use int…, fp8…, fp4… or nf4 by group or channel"
+                )
         return self
 
     def improve(self, site: LinearSite, weight_OI: Tensor, row: SiteReport) -> SiteReport:

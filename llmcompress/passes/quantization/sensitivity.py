@@ -1,8 +1,9 @@
-"""How much the model loses with each candidate scheme at each site, by several measures. O = outputs, I = inputs.
+"""Sensitivity: how much the model loses with each candidate scheme at each site, by several measures. O = outputs, I =
+inputs.
 
-All are measured on the dense model. What is measured on outputs uses the very quantizer that will do the work; measures
-that need the whole model at once (fisher, hessian, kl) round to nearest in the best ranges instead. Losses of one
-measure have one unit over all sites.
+All are measured on the dense model. Measures on outputs use the actual quantizer; measures that need the whole model at
+once (fisher, hessian, kl) round to nearest with searched ranges instead. Losses of one measure have the same unit for
+all sites.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from llmcompress.numerics.grid import restore, round_to_codes, row_errors
 from llmcompress.numerics.ranges import fit
 from llmcompress.numerics.statistics import Gram
 from llmcompress.passes.quantizing import QuantizingPass
-from llmcompress.sensitivity.fill import Asker, Kinds, fill
 from llmcompress.sensitivity.gradients import GradientObserver, OutputSquares, WeightGradients, oriented
+from llmcompress.sensitivity.loss_estimators import Kinds, LossEstimator, measure_losses
 from llmcompress.sensitivity.table import LossTable, Row
 
 Sensitivity = Literal["gradients", "rate", "fisher", "hessian", "kl", "output"]
@@ -44,8 +45,8 @@ DENSE = "dense"
 
 def rounding_losses(kind: Sensitivity, whole: WholeModel, candidates: Candidates, quantizers: Quantizers) -> LossTable:
     """The loss of every candidate of every site, measured as `kind` says (see below), and its stored bits."""
-    if kind in _ASKERS:
-        (table,) = fill(whole, [_ASKERS[kind](candidates, quantizers)])
+    if kind in _ESTIMATORS:
+        (table,) = measure_losses(whole, [_ESTIMATORS[kind](candidates, quantizers)])
         return table
     losses = {"hessian": hessian, "kl": divergence}[kind](whole, candidates)
     return LossTable(
@@ -63,7 +64,7 @@ def scheme_row(site: LinearSite, schemes: Sequence[Scheme | None], losses: Seque
 
 
 @dataclass
-class _SchemeAsker(Asker):
+class _SchemeEstimator(LossEstimator):
     """Losses of all candidates of every site."""
 
     candidates: Candidates
@@ -77,7 +78,7 @@ class _SchemeAsker(Asker):
     @override
     def rows(self, block: BlockWork, sites: Sequence[LinearSite]) -> Iterator[Row]:
         for site in sites:
-            block.context.progress.inside(f"candidates of {site.name}")
+            block.context.progress.substep(f"candidates of {site.name}")
             yield scheme_row(site, self.candidates[site.name], self.losses(block, site))
 
     @abstractmethod
@@ -86,8 +87,8 @@ class _SchemeAsker(Asker):
 
 
 @dataclass
-class RelativeOutput(_SchemeAsker):
-    """Squared error of each site's output ÷ its squared output: all sites count the same."""
+class RelativeOutput(_SchemeEstimator):
+    """Squared error of each site's output ÷ its squared norm: all sites count equally."""
 
     @property
     @override
@@ -111,10 +112,11 @@ class RelativeOutput(_SchemeAsker):
 
 @dataclass
 class WeightedOutput(RelativeOutput):
-    """Squared error of each output weighed by the squared gradient of the loss along it: its growth to second order.
+    """Squared output error weighted by the squared gradient of the loss: the expected increase of the loss to second
+    order.
 
-    Source: the objective of Young, arXiv 2409.02026 (CVXQ) and arXiv 2505.03031 (Radio). Differs: squared gradients
-    are those of the loss on calibration text, not of projected logits; errors are measured, not modelled (`rate`).
+    Source: the objective of Young, arXiv 2409.02026 (CVXQ) and arXiv 2505.03031 (Radio). Differs: squared gradients are
+    those of the loss on calibration text, not of projected logits; errors are measured, not modelled (`rate`).
     """
 
     def __post_init__(self) -> None:
@@ -133,9 +135,9 @@ class WeightedOutput(RelativeOutput):
 
 @dataclass
 class ModelledRate(WeightedOutput):
-    """The same with errors of theory instead of measured ones: variance · 4^-bits for every weight.
+    """The same with theoretical errors instead of measured ones: variance · 4^-bits for every weight.
 
-    The least sum of these is what B = ½ (log₂ variance + log₂ G² - log₂ λ) asks for, on whole candidates.
+    Minimizing their sum gives the rule B = ½ (log₂ variance + log₂ G² - log₂ λ), on discrete candidates.
     Source: as above, their rule for bit depths.
     """
 
@@ -151,14 +153,14 @@ class ModelledRate(WeightedOutput):
         sensitivity = float(felt_O.sum() * gram.sum_II.diagonal().sum()) / max(gram.tokens, 1)
         variance = float(site.weight_OI.var(correction=0))
         return [
-            0.0 if scheme is None else sensitivity * variance * 4.0**-scheme.weights.bits
+            0.0 if scheme is None else sensitivity * variance * 4.0 ** -float(scheme.weights.own_bits)
             for scheme in self.candidates[site.name]
         ]
 
 
 @dataclass
-class Fisher(_SchemeAsker):
-    """Squared rounding errors weighed by the squared gradient of every weight, window by window."""
+class Fisher(_SchemeEstimator):
+    """Squared rounding errors weighted by the squared gradient of every weight, window by window."""
 
     def __post_init__(self) -> None:
         self.gradients = WeightGradients(list(self.candidates), sums=False, squares=True)
@@ -175,7 +177,7 @@ class Fisher(_SchemeAsker):
         return [float((error_OI.square() * felt_OI).sum(dtype=torch.float64)) for error_OI in errors]
 
 
-_ASKERS: Mapping[Sensitivity, type[_SchemeAsker]] = MappingProxyType(
+_ESTIMATORS: Mapping[Sensitivity, type[_SchemeEstimator]] = MappingProxyType(
     {"gradients": WeightedOutput, "rate": ModelledRate, "fisher": Fisher, "output": RelativeOutput}
 )
 
@@ -267,7 +269,7 @@ def _sites(whole: WholeModel, names: Mapping[str, object]) -> list[LinearSite]:
 def _bits(scheme: Scheme | None, outputs: int, inputs: int, stored: int) -> int:
     if scheme is None:
         return stored * outputs * inputs
-    return scheme.weights.bits * outputs * inputs + scheme.weights.scale_bits(outputs, inputs, stored)
+    return scheme.weights.code_bits(outputs * inputs) + scheme.weights.scale_bits(outputs, inputs, stored)
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""SmoothQuant: move activation outliers into the weights, where they round well. C = channels of a shared input."""
+"""SmoothQuant: moves activation outliers into the weights, where they quantize well. C = channels of a shared input."""
 
 from __future__ import annotations
 
@@ -18,16 +18,20 @@ from llmcompress.records.rows import SiteReport
 
 @PASSES.register("smoothquant")
 class SmoothQuant(BlockPass):
-    """Divide what gives a linear its input and multiply the linear; the block computes what it did before.
+    """Divide the producer of a linear's input and multiply the linear; the block computes the same.
 
-    Source: Xiao et al., arXiv 2211.10438. Differs: works on every fold that the model map proved legal, not only
-    behind norms: the inputs of o_proj and down_proj have outliers too (docs/log.md).
+    Source: Xiao et al., arXiv 2211.10438. Differs: uses every legal fold of the model map, not only norm → linear: the
+    inputs of o_proj and down_proj have outliers too (docs/log.md).
     """
 
     whole_block: ClassVar[frozenset[str]] = frozenset({"folds"})
 
-    strength: float = Field(0.5, ge=0, le=1, description="alpha: how much of the difficulty moves into the weights")
-    folds: Literal["norms", "all"] = Field("all", description="norms: leave out v → o and up → down, as the paper does")
+    strength: float = Field(
+        0.5, ge=0, le=1, description="alpha: how much of the quantization difficulty moves into the weights"
+    )
+    folds: Literal["norms", "all"] = Field(
+        "all", description="norms: only norm → linear, as in the paper; all: v → o and up → down too"
+    )
 
     def needs(self) -> tuple[type[Statistic], ...]:
         """The largest magnitude of every input channel."""
@@ -41,7 +45,7 @@ class SmoothQuant(BlockPass):
             strength = self.for_site(consumers[0].name).strength
             if strength == 0 or (self.folds == "norms" and not fold.producer_is_norm):
                 continue
-            block.context.progress.inside(f"smoothquant {fold.producer}")
+            block.context.progress.substep(f"smoothquant {fold.producer}")
             weight_max_C = torch.stack([site.weight_OI.abs().amax(0) for site in consumers]).amax(0)
             input_max_C = consumers[0].statistic(AbsMax).max_I
             producers = block.producer_channels(fold)

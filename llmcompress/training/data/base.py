@@ -1,4 +1,4 @@
-"""What a training learns from: samples whose order is a function of the seed and the position alone.
+"""Training data: samples whose order is a function of the seed and the position only.
 
 Every process asks for the same order; accelerate gives each its part of every batch. N = windows, T = tokens.
 """
@@ -19,7 +19,7 @@ from llmcompress.training.data.batch import Sample, padded
 
 
 @dataclass(frozen=True)
-class Part:
+class BatchRange:
     """Batches `first` ≤ number < `end`, of `batch` samples each, in the order of `seed`."""
 
     first: int
@@ -29,42 +29,42 @@ class Part:
 
 
 class TrainingData(ABC):
-    """Samples without end: one pass over the data follows the other, each in a new order."""
+    """An endless sequence of samples: epoch after epoch, each in a new order."""
 
     longest: int | None = None
-    """Tokens of the longest sample, where that is known."""
+    """Tokens of the longest sample, if known."""
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """The same for the same samples, so that a training is not resumed with others."""
+        """Identifies the samples, so that a training is not resumed with others."""
 
     @abstractmethod
-    def loader(self, part: Part) -> DataLoader[Any]:
-        """These batches; what lies before them is not tokenised again."""
+    def loader(self, part: BatchRange) -> DataLoader[Any]:
+        """These batches; earlier ones are not tokenised again."""
 
     @abstractmethod
-    def held_out(self, share: float, seed: int) -> tuple[TrainingData, SomeSamples | None]:
+    def held_out(self, share: float, seed: int) -> tuple[TrainingData, IndexedSamples | None]:
         """What to train on, and samples to validate on.
 
         Raises: CompressError where a part cannot be set apart.
         """
 
 
-class SomeSamples(TrainingData, Dataset[Sample]):
-    """Samples that can be asked for by their number, in any order."""
+class IndexedSamples(TrainingData, Dataset[Sample]):
+    """Samples that can be accessed by index."""
 
     def __init__(self) -> None:
         self._chosen: Tensor | None = None
 
     @abstractmethod
     def sample(self, index: int) -> Sample:
-        """One of them, tokenised when it is asked for."""
+        """One sample, tokenised on access."""
 
     @property
     @abstractmethod
     def count(self) -> int:
-        """How many there are before some are held out."""
+        """Their number, including held-out ones."""
 
     def __len__(self) -> int:
         return self.count if self._chosen is None else len(self._chosen)
@@ -72,14 +72,17 @@ class SomeSamples(TrainingData, Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         return self.sample(index if self._chosen is None else int(self._chosen[index]))
 
-    def loader(self, part: Part) -> DataLoader[Any]:
+    def loader(self, part: BatchRange) -> DataLoader[Any]:
         """Batches of fresh permutations, one after the other; a batch may reach from one into the next."""
         # a generator of its own: the loader must not draw its seed from the random numbers of the training
         return DataLoader(
-            self, batch_sampler=Order(len(self), part), collate_fn=padded, generator=torch.Generator().manual_seed(0)
+            self,
+            batch_sampler=SampleOrder(len(self), part),
+            collate_fn=padded,
+            generator=torch.Generator().manual_seed(0),
         )
 
-    def held_out(self, share: float, seed: int) -> tuple[TrainingData, SomeSamples | None]:
+    def held_out(self, share: float, seed: int) -> tuple[TrainingData, IndexedSamples | None]:
         """Split at random."""
         training, validation = held_out(len(self), share=share, seed=seed)
         return self._only(training), self._only(validation) if len(validation) else None
@@ -91,7 +94,7 @@ class SomeSamples(TrainingData, Dataset[Sample]):
         return other
 
 
-class Windows(SomeSamples):
+class Windows(IndexedSamples):
     """Equally long windows of packed text; every token but the first is predicted."""
 
     def __init__(self, windows_NT: Tensor) -> None:
@@ -115,12 +118,12 @@ class Windows(SomeSamples):
         return Sample(self._windows_NT[index])
 
 
-class Order:
+class SampleOrder:
     """Which samples make which batch: a function of the seed and the number of the batch alone."""
 
     drop_last = False
 
-    def __init__(self, count: int, part: Part) -> None:
+    def __init__(self, count: int, part: BatchRange) -> None:
         self._count, self._part = count, part
         self.batch_size = part.batch
 

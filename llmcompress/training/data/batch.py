@@ -23,7 +23,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """What goes through the model together."""
+    """A batch of samples."""
 
     ids_BT: Tensor
     targets_BT: Tensor
@@ -33,7 +33,7 @@ class Batch:
 
     @property
     def predicted(self) -> int:
-        """How many tokens the loss is a mean over."""
+        """Number of tokens in the mean loss."""
         return int((self.targets_BT != IGNORED).sum())
 
     def to(self, device: torch.device) -> Batch:

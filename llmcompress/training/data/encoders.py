@@ -1,4 +1,4 @@
-"""One row → one sample: what is tokenised, and which of its tokens are learned. T = tokens."""
+"""One row → one sample: its tokens, and which of them are learned. T = tokens."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class Chat(Encoder):
         if not self._template:
             raise CompressError(
                 "data.no-chat-template",
-                "the rows are conversations, and the model's tokenizer has no chat template",
+                "the rows are conversations, but the model's tokenizer has no chat template",
                 where=where,
                 fix="set `chat_template` to a Jinja file",
             )
@@ -193,8 +193,8 @@ class Chat(Encoder):
                 answered = self._written(messages[: index + 1])
                 if not whole.startswith(asked) or not whole.startswith(answered):
                     raise BadRow(
-                        "the chat template writes earlier turns differently once later ones follow; "
-                        "mark the assistant's part in it with {% generation %}"
+                        "the chat template renders earlier turns differently when later ones follow; "
+                        "mark the assistant's part with {% generation %}"
                     )
                 cuts += [(len(asked), False), (len(answered), True)]
         cuts.append((len(whole), False))

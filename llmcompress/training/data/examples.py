@@ -1,4 +1,4 @@
-"""From a file, a Hub dataset or rows at hand to samples: packed text, prompts with responses, conversations."""
+"""Samples from a file, a Hub dataset or given rows: packed text, prompts with responses, conversations."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "
 
 
 class Examples(BaseModel):
-    """What to train on."""
+    """Training examples and how to read them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     source: str = Field(min_length=1)
     """A .jsonl, .json, .parquet, .csv or .txt, or a Hub dataset."""
     split: str = Field(default="train", min_length=1)
-    """Which split of a Hub dataset."""
+    """Split of a Hub dataset."""
     config: str | None = None
-    """Which configuration of a Hub dataset."""
+    """Configuration of a Hub dataset."""
     kind: Literal["text", "prompt", "chat"] = "text"
-    """text: documents, packed into full windows; prompt: prompts and responses, only responses are learned; chat:
-    conversations in the model's chat template, only the assistant's turns are learned."""
+    """text: documents, packed into full windows; prompt: prompts and responses, with the loss on responses; chat:
+    conversations in the model's chat template, with the loss on the assistant's turns."""
     columns: dict[Literal["text", "prompt", "response", "messages"], str] = Field(default_factory=dict)
-    """Which columns hold them, where they do not have one of the usual names."""
+    """The columns, if they do not have one of the usual names."""
     tokens: int = Field(default=512, ge=2)
-    """In a window of packed text; the most in any other sample, what is longer is cut at its end."""
+    """Tokens per window of packed text; the maximum of any other sample, longer ones are truncated."""
     streaming: bool = False
-    """Read row by row while training, in the memory of a few; for data that does not fit into memory. The documents of
-    a .txt then are its paragraphs."""
+    """Read row by row during training, for data that does not fit into memory. The paragraphs of a .txt are then its
+    documents."""
     shuffle: int = Field(default=1000, ge=1)
-    """Streaming: rows held in memory, from which the next is drawn."""
+    """Size of the shuffle buffer when streaming, in rows."""
     chat_template: str | None = None
-    """A file with the Jinja chat template to use where the tokenizer has none."""
+    """A Jinja chat template file, for tokenizers that have none."""
 
 
 def training_data(examples: Examples, tokenizer: PreTrainedTokenizerBase, *, where: str = "data") -> TrainingData:
@@ -67,7 +67,7 @@ def read_rows(examples: Examples, *, where: str = "data") -> Any:
     path = from_home(examples.source)
     if not path.is_file():
         if is_text_file(examples.source):
-            what = f"{examples.source}: there is no such file"
+            what = f"{examples.source}: no such file"
             raise CompressError("data.not-found", what, where=where, fix="check the path")
         return hub_dataset(
             examples.source, split=examples.split, config=examples.config, streaming=examples.streaming, where=where
@@ -75,7 +75,7 @@ def read_rows(examples: Examples, *, where: str = "data") -> Any:
     if examples.streaming:
         builder = _BUILDERS.get(path.suffix.lower())
         if builder is None:
-            what = f"{path.name}: rows cannot be streamed from this kind of file"
+            what = f"{path.name}: rows cannot be streamed from this file type"
             raise CompressError("data.file-type", what, where=where, fix=f"use one of {', '.join(_BUILDERS)}")
         options = {"sample_by": "paragraph"} if builder == "text" else {}
         return datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True, **options)
@@ -85,11 +85,11 @@ def read_rows(examples: Examples, *, where: str = "data") -> Any:
             raise CompressError("data.bad-row", f"{label}: {row}", where=where, fix="correct that row")
         rows.append({"text": row} if isinstance(row, str) else {"messages": row} if isinstance(row, list) else row)
     if not rows:
-        raise CompressError("data.empty", f"{path.name}: there are no rows", where=where, fix="use another source")
+        raise CompressError("data.empty", f"{path.name}: the file has no rows", where=where, fix="use another source")
     try:
         return datasets.Dataset.from_list(rows)
     except Exception as failure:  # pyarrow's errors share no type
-        what = f"{path.name}: rows differ in the types of their columns: {failure}"
+        what = f"{path.name}: the columns have different types in different rows: {failure}"
         raise CompressError("data.bad-row", what, where=where, fix="give all rows the same columns") from failure
 
 
@@ -118,7 +118,7 @@ def _encoder(rows: Any, examples: Examples, tokenizer: PreTrainedTokenizerBase, 
     if strange:
         raise CompressError(
             "data.columns",
-            f"`kind: {examples.kind}` has no column {strange[0]!r}",
+            f"`kind: {examples.kind}` does not use a column {strange[0]!r}",
             where=where,
             fix=f"name {' and '.join(wanted.columns)}",
         )
@@ -129,7 +129,7 @@ def _encoder(rows: Any, examples: Examples, tokenizer: PreTrainedTokenizerBase, 
         if name is None:
             raise CompressError(
                 "data.columns",
-                f"no column holds the {part} ({' or '.join(names)}); columns found: {', '.join(there) or 'none'}",
+                f"no column for the {part} ({' or '.join(names)}); columns found: {', '.join(there) or 'none'}",
                 where=where,
                 fix=f"set `columns: {{{part}: NAME}}`",
             )

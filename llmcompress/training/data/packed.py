@@ -1,4 +1,4 @@
-"""Documents joined into full windows of tokens, at once or in a stream. N = windows, T = tokens."""
+"""Documents packed into full token windows, at once or in a stream. N = windows, T = tokens."""
 
 from __future__ import annotations
 

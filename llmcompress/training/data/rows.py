@@ -1,4 +1,4 @@
-"""Rows of `datasets` as samples, tokenised one by one when a batch is made: at any position, or in a stream."""
+"""Rows of `datasets` as samples, tokenised one by one when a batch is made: by index, or in a stream."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from llmcompress.errors import CompressError
-from llmcompress.training.data.base import Part, SomeSamples, TrainingData
+from llmcompress.training.data.base import BatchRange, IndexedSamples, TrainingData
 from llmcompress.training.data.batch import Batch, Sample, padded
 from llmcompress.training.data.encoders import Encoder
 
 Numbered = tuple[int, Mapping[str, Any]]
 
 
-class Rows(SomeSamples):
+class Rows(IndexedSamples):
     """A `datasets.Dataset`: any row can be reached, so a resumed training tokenises nothing twice."""
 
     def __init__(self, rows: Any, encoder: Encoder) -> None:
@@ -57,20 +57,20 @@ class Stream(TrainingData):
         return hashlib.sha256(repr((first, self._shuffle, self._encoder.fingerprint)).encode()).hexdigest()
 
     @override
-    def loader(self, part: Part) -> DataLoader[Any]:
+    def loader(self, part: BatchRange) -> DataLoader[Any]:
         return DataLoader(
-            Taken(self, part),
+            StreamBatches(self, part),
             batch_size=part.batch,
             collate_fn=self.batch,
             generator=torch.Generator().manual_seed(0),
         )
 
     @override
-    def held_out(self, share: float, seed: int) -> tuple[TrainingData, SomeSamples | None]:
+    def held_out(self, share: float, seed: int) -> tuple[TrainingData, IndexedSamples | None]:
         if share:
             raise CompressError(
                 "training.validation",
-                "samples cannot be kept out of a stream",
+                "a stream cannot be split into training and validation samples",
                 where="training.validation",
                 fix="set `validation: 0`, or `streaming: false`",
             )
@@ -102,16 +102,16 @@ def guarded(rows: Any) -> Iterator[Numbered]:
     try:
         yield from enumerate(rows)
     except Exception as failure:  # from one of several libraries, which share no type
-        what = " ".join(f"the stream cannot be read further: {failure.__cause__ or failure}".split())[:300]
+        what = " ".join(f"reading the stream failed: {failure.__cause__ or failure}".split())[:300]
         raise CompressError(
             "data.unreadable", what, fix="correct the file; without `streaming` the error names the line"
         ) from failure
 
 
-class Taken(IterableDataset[Any]):
+class StreamBatches(IterableDataset[Any]):
     """The items of some batches of a stream."""
 
-    def __init__(self, stream: Stream, part: Part) -> None:
+    def __init__(self, stream: Stream, part: BatchRange) -> None:
         self._stream, self._part = stream, part
 
     def __iter__(self) -> Iterator[Any]:

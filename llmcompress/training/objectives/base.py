@@ -1,4 +1,4 @@
-"""What a training minimises: small registered classes, computed over a few rows of logits at a time.
+"""Training objectives: small registered classes, computed on a few rows of logits at a time.
 
 R = rows (positions of all samples of a batch), V = vocabulary.
 """
@@ -23,8 +23,8 @@ PerToken = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One batch as an objective sees it."""
+class ObjectiveInputs:
+    """One batch as an objective receives it."""
 
     step: int
     """1, 2, …; 0 in validation."""
@@ -67,26 +67,26 @@ class Seen:
 
 
 class Objective(ABC):
-    """What is minimised in the place of, or beside, the cross-entropy."""
+    """A training loss, instead of or in addition to the cross-entropy."""
 
     def needs_teacher(self) -> bool:
-        """Whether `Seen.teacher` is read."""
+        """Whether `ObjectiveInputs.teacher` is read."""
         return False
 
     @abstractmethod
-    def loss(self, seen: Seen) -> Tensor:
+    def loss(self, inputs: ObjectiveInputs) -> Tensor:
         """The mean over the tokens to be predicted in this batch."""
 
     def state(self) -> dict[str, Tensor]:
-        """What a killed training must find again, beside weights and random numbers."""
+        """State for resuming, besides weights and random states."""
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 (most have no state)
-        """Go on where `state` was taken."""
+        """Restore what `state` returned."""
 
 
 class TokenObjective(BaseModel, Objective):
-    """A loss that looks at each token alone. The fields are the options."""
+    """A loss computed for each token independently. The fields are the options."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -94,9 +94,9 @@ class TokenObjective(BaseModel, Objective):
     def per_token(self, student_RV: Tensor, targets_R: Tensor, teacher_RV: Tensor | None) -> Tensor:
         """A loss for every row. Rows whose target is `IGNORED` may be given; what is returned for them is dropped."""
 
-    def loss(self, seen: Seen) -> Tensor:
+    def loss(self, inputs: ObjectiveInputs) -> Tensor:
         """The mean of `per_token`."""
-        return seen.mean_over_tokens(self.per_token)
+        return inputs.mean_over_tokens(self.per_token)
 
 
 OBJECTIVES: Registry[Objective] = Registry("objective", "llmcompress.training.objectives")

@@ -1,4 +1,4 @@
-"""Distillation on logits: the divergence between the teacher's and the student's distribution of the next token.
+"""Distillation of logits: the divergence between the teacher's and the student's next-token distributions.
 
 R = rows, V = vocabulary.
 """
@@ -28,9 +28,9 @@ class KL(TokenObjective):
     """forward: KL(teacher ‖ student), covers all that the teacher says; reverse: KL(student ‖ teacher), seeks its
     modes."""
     temperature: float = Field(default=1.0, gt=0)
-    """Divides the logits of both."""
+    """Temperature of both distributions."""
     weight: float = Field(default=1.0, ge=0, le=1)
-    """Share of the divergence; the rest is cross-entropy with the targets."""
+    """Weight of the divergence; the rest is cross-entropy with the targets."""
 
     @override
     def needs_teacher(self) -> bool:
@@ -42,7 +42,7 @@ class KL(TokenObjective):
         if teacher_RV.shape != student_RV.shape:
             raise CompressError(
                 "training.vocabulary",
-                f"the teacher has {teacher_RV.shape[-1]} tokens in its vocabulary, the student {student_RV.shape[-1]}",
+                f"teacher and student vocabularies differ: {teacher_RV.shape[-1]} and {student_RV.shape[-1]} tokens",
                 fix="use a teacher with the same tokenizer",
                 exit_code=ExitCode.USAGE,
             )

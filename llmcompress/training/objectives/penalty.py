@@ -1,4 +1,4 @@
-"""A penalty beside another objective: on gates, on norms of weights, on anything that is not a token."""
+"""A penalty added to another objective: on gates, on weight norms, on anything that is not per token."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from llmcompress.training.objectives.base import Objective, Seen
+from llmcompress.training.objectives.base import Objective, ObjectiveInputs
 
 
 class Penalty(ABC):
-    """Something to add to the loss."""
+    """A term added to the loss."""
 
     @abstractmethod
     def value(self, step: int) -> Tensor:
         """Of step 1, 2, …, with its graph."""
 
     def state(self) -> dict[str, Tensor]:
-        """What a killed training must find again."""
+        """State for resuming."""
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 (most have no state)
-        """Go on where `state` was taken."""
+        """Restore what `state` returned."""
 
 
 class Penalised(Objective):
-    """The sum of an objective and a penalty. In validation (step 0) the penalty is left out."""
+    """The sum of an objective and a penalty. In validation (step 0) there is no penalty."""
 
     def __init__(self, objective: Objective, penalty: Penalty) -> None:
         self._objective, self._penalty = objective, penalty
@@ -41,12 +41,12 @@ class Penalised(Objective):
         return self._objective.needs_teacher()
 
     @override
-    def loss(self, seen: Seen) -> Tensor:
-        plain = self._objective.loss(seen)
-        if not seen.step:
+    def loss(self, inputs: ObjectiveInputs) -> Tensor:
+        plain = self._objective.loss(inputs)
+        if not inputs.step:
             return plain
         with torch.autocast(plain.device.type, enabled=False):
-            return plain + self._penalty.value(seen.step)
+            return plain + self._penalty.value(inputs.step)
 
     @override
     def state(self) -> dict[str, Tensor]:

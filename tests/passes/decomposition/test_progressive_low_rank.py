@@ -67,10 +67,10 @@ def test_ranks_can_be_decided_and_sites_that_stay_dense_say_so() -> None:
 
 
 def test_fewer_steps_than_cuts_are_refused() -> None:
-    with pytest.raises(ValidationError, match="at least as many training steps"):
+    with pytest.raises(ValidationError, match="at least 5 training steps"):
         progressive(cuts=5)
 
 
 def test_globs_that_leave_nothing_are_refused() -> None:
-    with pytest.raises(CompressError, match="leave nothing"):
+    with pytest.raises(CompressError, match="select no linear"):
         progressive(exclude="*").check(map_of("llama"))

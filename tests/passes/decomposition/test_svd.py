@@ -254,7 +254,7 @@ def test_without_data_only_plain_singular_values_work() -> None:
         ({"fraction": 0.2, "rank": 4}, "not both"),
         ({"rank": 4, "ranks": "loss"}, "needs a `fraction`"),
         ({"alpha": 0.5}, "whitening: activation"),
-        ({"overrides": {"*": {"whitening": "none"}}}, "cannot differ from site to site"),
+        ({"overrides": {"*": {"whitening": "none"}}}, "cannot be overridden per site"),
         ({"fraction": 1.0}, "less than 1"),
     ],
     ids=str,

@@ -174,7 +174,7 @@ def test_what_decides_per_input_comes_last() -> None:
     parse_recipe("passes:\n" + late + early, "test")
     with pytest.raises(CompressError) as caught:
         parse_recipe("passes:\n" + early + late, "test")
-    assert caught.value.code == "recipe.order" and "comes last" in caught.value.what
+    assert caught.value.code == "recipe.order" and "must come last" in caught.value.what
     parse_recipe("passes:\n- activation_sparsity: {}\n- layer_skip: {}\n- early_exit: {}\n", "test")
 
 

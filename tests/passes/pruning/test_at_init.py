@@ -16,8 +16,8 @@ from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
-from llmcompress.numerics.flow import flow_scores
-from llmcompress.numerics.masks import due
+from llmcompress.numerics.masks import count_of_zeros
+from llmcompress.numerics.synflow import synflow_scores
 from llmcompress.passes.apply import Compressed, apply_passes
 from llmcompress.passes.base import PASSES, Pass
 from llmcompress.passes.pruning.flow_graph import flow_stages
@@ -59,7 +59,7 @@ def test_exactly_the_asked_share_becomes_zero_and_the_rest_is_untouched(name: st
     rows = compressed(model, family, PASSES[name](sparsity=0.6, **options(name))).rows  # type: ignore[call-arg]
     after = site_weights(model, family)
     zeros = sum(int((each == 0).sum()) for each in after.values())
-    assert zeros == due(0.6, sum(each.numel() for each in after.values()))
+    assert zeros == count_of_zeros(0.6, sum(each.numel() for each in after.values()))
     for site, weight in after.items():
         assert torch.equal(weight[weight != 0], before[site][weight != 0])
     outside = {key for key, each in model.named_parameters() if not torch.equal(each, everything[key])}
@@ -76,7 +76,7 @@ def test_within_layers_every_site_gets_its_share_and_old_zeros_count(name: str) 
     old = model.model.layers[1].mlp.up_proj.weight == 0
     compressed(model, "llama_odd", PASSES[name](sparsity=0.37, comparison="layer", **options(name)))  # type: ignore[call-arg]
     for weight in site_weights(model, "llama_odd").values():
-        assert int((weight == 0).sum()) == due(0.37, weight.numel())
+        assert int((weight == 0).sum()) == count_of_zeros(0.37, weight.numel())
     assert (model.model.layers[1].mlp.up_proj.weight[old] == 0).all()
 
 
@@ -112,7 +112,7 @@ def test_snip_is_the_derivative_of_the_loss_in_connections_that_are_turned_down(
     everything = torch.cat([score.flatten() for score in scores])
     masks = torch.cat([mask.flatten() for mask in found])
     # float32 against float64: only scores next to the threshold may swap sides
-    threshold = everything.kthvalue(due(0.5, len(everything))).values
+    threshold = everything.kthvalue(count_of_zeros(0.5, len(everything))).values
     clear = (everything - threshold).abs() > 1e-3 * threshold
     assert torch.equal(masks[clear], (everything < threshold)[clear]) and clear.float().mean() > 0.95
 
@@ -166,7 +166,7 @@ def test_the_flow_through_every_block_is_conserved_between_its_linears(family: s
     blocks = [flow_stages(info.structure) for info in whole.map.blocks]
     every = {site.name: site.weight_OI.double() for site in whole.sites()}
     weights = [{s.name: every[info.full(s.name)] for s in info.structure.sites} for info in whole.map.blocks]
-    scores = flow_scores(whole.map.hidden_size, blocks, weights)
+    scores = synflow_scores(whole.map.hidden_size, blocks, weights)
     scored = set()
     for stages, block_scores in zip(blocks, scores, strict=True):
         for branch in (branch for stage in stages for branch in stage):

@@ -18,6 +18,7 @@ from llmcompress.model.probe import map_model
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.passes.apply import apply_passes
 from llmcompress.passes.base import PASSES
+from llmcompress.passes.pruning.depth_search import perplexities_without
 from tests.families import FAMILIES, tiny_config, tiny_model, tiny_tokens
 from tests.model.test_depth import random_model, with_blocks_skipped
 
@@ -151,6 +152,59 @@ def test_greedy_perplexity_removes_the_block_without_which_perplexity_is_lowest_
     rows = run(llama(), depth(count=2, score="perplexity", mode="greedy")).rows
     assert removed(rows) == gone
     assert rows[-1].score == pytest.approx(slow_perplexity(model, gone), rel=1e-4)
+
+
+def slow_screened(model, count, screen):
+    """Greedy by perplexity among the few blocks of least influence on what is left."""
+    gone = []
+    for _ in range(count):
+        left = [index for index in range(BLOCKS) if index not in gone]
+        moved = dict(
+            zip(left, (slow_influence(with_blocks_skipped(model, gone))[index] for index in left), strict=True)
+        )
+        values = {
+            index: slow_perplexity(model, [*gone, index]) for index in sorted(left, key=moved.__getitem__)[:screen]
+        }
+        gone.append(min(values, key=values.__getitem__))
+    return gone
+
+
+@pytest.mark.parametrize("screen", [1, 2, 4, 9])
+def test_screened_rounds_try_the_blocks_of_least_influence_alone(screen):
+    rows = run(llama(), depth(count=3, score="perplexity", mode="greedy", screen=screen)).rows
+    assert removed(rows) == slow_screened(llama(), 3, screen)
+
+
+def test_screening_belongs_to_the_greedy_search_by_perplexity():
+    for options in ({"mode": "greedy"}, {"score": "perplexity"}, {"score": "perplexity", "mode": "contiguous"}):
+        with pytest.raises(ValidationError, match="screen"):
+            depth(screen=2, **options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_perplexity_without_blocks_is_that_of_the_whole_model_in_every_family(family):
+    model = tiny_model(family)
+    data = tiny_tokens(family, batch=3, length=10, seed=3)
+    whole = WholeModel(model, map_model(model), RunContext(data, batch=2))
+    blocks = range(len(whole.map.blocks))
+    candidates = [(), *((index,) for index in reversed(blocks))]
+    found = perplexities_without(whole, candidates, lambda _: None)
+    for gone, perplexity in zip(candidates, found, strict=True):
+        logits = with_blocks_skipped(tiny_model(family), gone)(data, use_cache=False).logits.double()
+        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), data[:, 1:].flatten())
+        assert perplexity == pytest.approx(math.exp(float(loss)), rel=1e-4)
+
+
+def test_a_greedy_round_runs_what_its_candidates_share_once_and_tells_how_far_it_is():
+    model = llama()
+    whole = WholeModel(model, map_of_llama(), RunContext(windows(), batch=5))
+    runs, shares = [], []
+    for _, block in find_blocks(model):
+        block.register_forward_hook(lambda _, args, __: runs.append(args[0].shape[1]))
+    perplexities_without(whole, [(index,) for index in range(BLOCKS)], shares.append)
+    assert runs.count(windows().shape[1]) == BLOCKS - 1 + sum(range(BLOCKS))
+    assert shares == sorted(shares) and shares[-1] == pytest.approx(1)
 
 
 def test_perplexity_in_one_shot_ranks_blocks_by_what_each_alone_costs():

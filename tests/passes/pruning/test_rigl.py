@@ -18,7 +18,7 @@ from llmcompress.errors import CompressError
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
 from llmcompress.model.site import LinearSite
-from llmcompress.numerics.masks import due
+from llmcompress.numerics.masks import count_of_zeros
 from llmcompress.numerics.schedule import erk_shares
 from llmcompress.passes.apply import Compressed, apply_passes
 from llmcompress.passes.base import PASSES, Pass
@@ -139,9 +139,9 @@ def test_a_ticket_has_exactly_the_compound_share_of_zeros(comparison: str) -> No
     dropped = 1 - 0.7**3
     if comparison == "global":
         total = sum(weight.numel() for weight in weights)
-        assert sum(int((weight == 0).sum()) for weight in weights) == due(dropped, total)
+        assert sum(int((weight == 0).sum()) for weight in weights) == count_of_zeros(dropped, total)
     else:
-        assert all(int((weight == 0).sum()) == due(dropped, weight.numel()) for weight in weights)
+        assert all(int((weight == 0).sum()) == count_of_zeros(dropped, weight.numel()) for weight in weights)
 
 
 @pytest.mark.parametrize("rewind", [0, 3])

@@ -16,7 +16,7 @@ from llmcompress.errors import CompressError
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
 from llmcompress.model.residual_probe import find_residual
-from llmcompress.model.stock import stock_outline
+from llmcompress.model.stock import stock_model
 from llmcompress.modules.manifest import changes
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.passes.apply import apply_passes
@@ -27,13 +27,13 @@ from tests.families import FAMILIES, VOCABULARY, randomise, tiny_config, tiny_mo
 from tests.reference.slicing import opt_with_shortcuts, parameters
 
 REFUSED = {
-    ("gemma2", "global"): "scales single channels",
-    ("gemma2", "shortcuts"): "scales single channels",
-    ("olmo2", "global"): "norms stand on what is added",
-    ("olmo2", "shortcuts"): "norms stand on what is added",
+    ("gemma2", "global"): "scales individual channels",
+    ("gemma2", "shortcuts"): "scales individual channels",
+    ("olmo2", "global"): "post-norm",
+    ("olmo2", "shortcuts"): "post-norm",
     # experts are summed into a tensor of the shape of their input
-    ("mixtral", "shortcuts"): "`form: global` may do",
-    ("qwen3_moe", "shortcuts"): "`form: global` may do",
+    ("mixtral", "shortcuts"): "try `form: global`",
+    ("qwen3_moe", "shortcuts"): "try `form: global`",
 }
 PLAIN = (
     "llama",
@@ -97,7 +97,7 @@ def test_one_basis_gives_a_stock_model_with_a_plain_config(family):
     text = model.config.get_text_config()
     width = 24 if family == "llama_odd" else 48  # 31 of 42, rounded down to a multiple of 8
     assert text.hidden_size == width
-    assert not changes(model, stock_outline(model))
+    assert not changes(model, stock_model(model))
     # everything is proportional to the width but biases of what reads, and norms inside attention
     dense = tiny_model(family, seed=1)
     head = model.get_output_embeddings().weight
@@ -113,7 +113,7 @@ def test_families_without_a_head_size_keep_their_config_and_describe_the_rest():
     for family in ("gpt2", "gpt_neox", "stablelm"):
         model, _ = sliced(family, fraction=0.25)
         assert model.config.hidden_size == 64
-        assert changes(model, stock_outline(model)).shapes
+        assert changes(model, stock_model(model)).shapes
         assert torch.isfinite(logits(model)).all()
 
 
@@ -136,7 +136,7 @@ def test_embeddings_scaled_by_the_width_make_up_for_the_smaller_width():
         "gemma", model=model, fraction=0.01, round_to=1
     )  # one channel of random directions: hardly a loss
     assert (before, small.config.hidden_size) == (64, 63)
-    assert not changes(small, stock_outline(small))
+    assert not changes(small, stock_model(small))
     assert float((logits(small) - dense).abs().mean() / dense.abs().mean()) < 0.2
 
 
@@ -214,7 +214,7 @@ def test_a_random_basis_needs_no_text():
 def test_what_cannot_be_is_refused():
     with pytest.raises(CompressError, match="round_to"):
         sliced("llama", fraction=0.95)
-    with pytest.raises(ValidationError, match="belong to `form: global`"):
+    with pytest.raises(ValidationError, match="apply to `form: global`"):
         SliceGPT(form="shortcuts", refit=False)
     assert (
         SliceGPT().conflict_with("zeros") and SliceGPT().conflict_with("pattern") and SliceGPT().conflict_with("codes")

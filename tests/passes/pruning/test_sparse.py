@@ -16,7 +16,7 @@ from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.quant_linear import QuantLinear
-from llmcompress.numerics.masks import due
+from llmcompress.numerics.masks import count_of_zeros
 from llmcompress.passes.apply import apply_passes
 from llmcompress.passes.base import PASSES, Pass
 from llmcompress.passes.pruning.sparse import SparsePass, magnitude_mask
@@ -109,7 +109,7 @@ def test_every_site_loses_exactly_its_share_and_the_report_says_so(
     for row in rows:
         weight = weight_at(model, row.site)
         assert torch.equal(weight, weight_at(again, row.site))
-        assert int((weight == 0).sum()) == due(each.target, weight.numel())
+        assert int((weight == 0).sum()) == count_of_zeros(each.target, weight.numel())
         assert row.sparsity == int((weight == 0).sum()) / weight.numel()
         if each.zeros:
             groups = (weight == 0).reshape(len(weight), -1, each.zeros.of)
@@ -210,7 +210,7 @@ def test_one_threshold_for_all_sites_drops_the_smallest_of_all() -> None:
     sites = map_of("llama_gqa").site_names()
     dense = torch.cat([weight_at(tiny_model("llama_gqa", seed=1), site).flatten() for site in sites]).abs()
     kept = torch.cat([weight_at(model, site).flatten() for site in sites]) != 0
-    assert int((~kept).sum()) == due(0.4, dense.numel())
+    assert int((~kept).sum()) == count_of_zeros(0.4, dense.numel())
     assert dense[~kept].max() <= dense[kept].min()
     assert len({share_of_zeros(model, (site,)) for site in sites}) > 3
 
@@ -225,7 +225,7 @@ def test_an_allocation_moves_shares_within_bounds_and_meets_the_target_exactly(n
     model, rows = compressed("llama_gqa", each)
     shared = tuple(row.site for row in rows if "layers.1.mlp.down_proj" not in row.site)
     zeros, weights = share_of_zeros(model, shared)
-    assert zeros == due(0.6, weights)
+    assert zeros == count_of_zeros(0.6, weights)
     found = {row.site: row.sparsity for row in rows}
     assert len(set(found.values())) > 2
     assert all(abs((found[site] or 0.0) - 0.6) < 0.1 + 1e-3 for site in shared)
@@ -243,7 +243,7 @@ def test_a_budget_by_loss_takes_from_where_the_loss_feels_it_least() -> None:
     shares = {site: float(share) for site, share in each.decide(whole).items()}
     weights = {site.name: site.info.outputs * site.info.inputs for site in whole.sites()}
     counts = {name: round(share * weights[name]) for name, share in shares.items()}
-    assert sum(counts.values()) == due(0.3, sum(weights.values()))
+    assert sum(counts.values()) == count_of_zeros(0.3, sum(weights.values()))
     growth = {"uniform": 0.0, "decided": 0.0}
     for name, gradient in squared_gradients(whole, list(weights)).items():
         site = next(site for site in whole.sites() if site.name == name)
@@ -302,12 +302,12 @@ def test_widths_that_no_pattern_fits_are_refused_before_any_work_with_every_way_
     [
         ("{pattern: 2:4, sparsity: 0.6}", "fixes `sparsity`"),
         ("{pattern: 2:4, allocation: outliers}", "must be uniform"),
-        ("{outlier_times: 3}", "belongs to `allocation: outliers`"),
-        ("{within: 0.1}", "belongs to `allocation"),
-        ("{pattern: 4:2}", "not a pattern"),
+        ("{outlier_times: 3}", "applies to `allocation: outliers`"),
+        ("{within: 0.1}", "applies to `allocation"),
+        ("{pattern: 4:2}", "not a sparsity pattern"),
         ("{sparsity: 1.0}", "sparsity"),
         ("{comparison: global, allocation: loss}", "must be uniform"),
-        ("{comparison: row, pattern: 2:4}", "leave `comparison` out"),
+        ("{comparison: row, pattern: 2:4}", "remove `comparison`"),
         ('{overrides: {"*.q_proj": {allocation: loss}}}', "allocation"),
     ],
 )
@@ -324,7 +324,7 @@ def test_a_pattern_needs_no_quotes_in_yaml() -> None:
 
 
 def test_wanda_by_layer_and_a_pattern_contradict() -> None:
-    with pytest.raises(CompressError, match="leave `comparison` out"):
+    with pytest.raises(CompressError, match="remove `comparison`"):
         parse_recipe("model: m\npasses:\n  - wanda: {pattern: 2:4, comparison: layer}\n", "recipe.yaml")
 
 

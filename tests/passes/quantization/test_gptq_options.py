@@ -8,6 +8,7 @@ from torch import Tensor
 
 from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.stream import BlockStream
+from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.scheme import named_scheme
 from llmcompress.numerics.columns import RoundToGrid, inverse_factor, sweep_columns
 from llmcompress.numerics.ranges import RangeSearch
@@ -59,3 +60,19 @@ def test_true_sequential_is_one_pass_for_each_input_after_the_other() -> None:
     assert all(torch.equal(together[site], apart[site]) for site in together)
     at_once = weights_after({})
     assert any(not torch.equal(at_once[site], together[site]) for site in together if ".0." in site)
+
+
+def test_sites_swept_together_own_their_codes_and_another_scheme_among_them_changes_none() -> None:
+    dense = tiny_model(FAMILY, seed=1)
+    gptq = make("gptq", {"scheme": SCHEME})
+    model, _ = apply_passes(dense, map_of(FAMILY, dense), [gptq], RunContext(windows(), batch=4))
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            for tensor in (module.codes_OI, module.scale_OG):
+                assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    mixed = weights_after({"overrides": {"*.0.self_attn.k_proj": {"scheme": "int8_g32"}}})
+    for name in ("q_proj", "v_proj"):
+        site = f"model.layers.0.self_attn.{name}"
+        assert torch.equal(mixed[site], model.get_submodule(site).dense_weight())
+    key = "model.layers.0.self_attn.k_proj"
+    assert not torch.equal(mixed[key], model.get_submodule(key).dense_weight())

@@ -151,7 +151,7 @@ def test_the_chosen_format_has_the_least_error_of_all(family: str, schemes: tupl
 
 
 def test_candidates_of_different_widths_are_refused() -> None:
-    with pytest.raises(ValidationError, match="one width"):
+    with pytest.raises(ValidationError, match="same bit width"):
         block_pass("mixture_of_formats", schemes=("int4_g32", "int8_g32"))
     with pytest.raises(CompressError, match="do not divide"):
         block_pass("mixture_of_formats", schemes=("int4_g40",)).check(map_of("llama"))
@@ -160,11 +160,11 @@ def test_candidates_of_different_widths_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [
-        ("hqq", {"scheme": "fp4_g32"}, "only integers"),
+        ("hqq", {"scheme": "fp4_g32"}, "only integer"),
         ("scale_refinement", {"scheme": "mxfp4"}, "not free"),
         ("scale_refinement", {"quantizer": {"gptq": {"scheme": "int4_g32"}}}, "beside it"),
         ("bias_correction", {"quantizer": {"awq": {}}}, "use one of"),
-        ("cmpq", {"widths": (0, 3)}, "between 1 and 8"),
+        ("cmpq", {"widths": (0, 3)}, "from 1 to 8"),
         ("cmpq", {"widths": ()}, "at least one"),
     ],
     ids=str,

@@ -226,7 +226,7 @@ def test_an_average_outside_the_candidates_is_refused_with_what_they_take(bits: 
         ({"bits": None, "budget": "1"}, "pattern"),
         ({"schemes": ()}, "at least one"),
         ({"schemes": ("int9",)}, "not a quantization scheme"),
-        ({"overrides": {"*": {"bits": 3}}}, "cannot differ"),
+        ({"overrides": {"*": {"bits": 3}}}, "cannot be overridden"),
     ],
     ids=str,
 )

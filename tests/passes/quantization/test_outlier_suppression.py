@@ -108,7 +108,7 @@ def test_it_is_deterministic_and_survives_storage_in_bfloat16() -> None:
 
 
 def test_options_that_round_no_activations_are_refused() -> None:
-    with pytest.raises(ValidationError, match="rounds no activations"):
+    with pytest.raises(ValidationError, match="does not quantize activations"):
         OutlierSuppression(scheme="int4_g128")
     assert OutlierSuppression().conflict_with("ranges") and OutlierSuppression().conflict_with("codes")
     assert OutlierSuppression().conflict_with("zeros") is None

@@ -137,5 +137,5 @@ def test_plain_multiplies_out_what_keeps_its_inputs_and_refuses_what_rounds_them
         stock = AutoModelForCausalLM.from_pretrained(tmp_path / family, dtype=torch.float32).eval()
         torch.testing.assert_close(logits(stock), logits(model), rtol=0, atol=1e-4 * float(logits(model).abs().max()))
     model, _ = compressed("gpt2", "[reorder]")
-    with pytest.raises(CompressError, match="rounds activations"):
+    with pytest.raises(CompressError, match="quantizes activations"):
         save_model(model, tmp_path / "rounded", "plain", storage_dtype=torch.float32, max_shard_size="5GB")

@@ -1,4 +1,4 @@
-"""Scores from what flows through the units on calibration data. O = outputs, I = inputs, U = units."""
+"""Scores from the activations of units on calibration data. O = outputs, I = inputs, U = units."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from llmcompress.numerics.regression import lasso_order
 from llmcompress.numerics.statistics import Gram, Moments, SquaredNorm, Statistic
 from llmcompress.passes.pruning.scores.base import SCORES, Score
 from llmcompress.passes.pruning.scores.gradients import TaylorFirst
-from llmcompress.sensitivity.fill import Kinds
 from llmcompress.sensitivity.gradients import GradientObserver
+from llmcompress.sensitivity.loss_estimators import Kinds
 
 
 class _Activations(Score):
-    """Something computed from a reader's weight and a statistic of its input, added up over the readers."""
+    """Computed from a reading linear's weight and a statistic of its input, summed over the readers."""
 
     statistic: ClassVar[type[Statistic]]
 
@@ -64,9 +64,9 @@ class Activation(_Activations):
 
 @SCORES.register("fluctuation")
 class Fluctuation(_Activations):
-    """Σ var(x) ‖w‖²: how much of the output a constant could not replace.
+    """Σ var(x) ‖w‖²: the part of the output that a constant could not replace.
 
-    Source: An et al., arXiv 2312.11983 (FLAP), eq. 5; goes with `refit: bias`, which adds that constant.
+    Source: An et al., arXiv 2312.11983 (FLAP), eq. 5; use it with `refit: bias`, which adds that constant.
     """
 
     statistic = Moments
@@ -78,9 +78,9 @@ class Fluctuation(_Activations):
 
 @SCORES.register("lasso")
 class Lasso(_Activations):
-    """How long a unit stays in a sparse combination of units that makes the readers' outputs.
+    """How long a unit survives in a sparse regression of the readers' outputs on the units.
 
-    Source: He et al., arXiv 1707.06168; goes with `refit: columns`, its second step.
+    Source: He et al., arXiv 1707.06168; use it with `refit: columns`, its second step.
     """
 
     statistic = Gram
@@ -95,7 +95,7 @@ class Lasso(_Activations):
 
 
 class _Similarity(_Activations):
-    """U×U for every group: how alike the units' activations are."""
+    """U×U for every group: the similarity of the units' activations."""
 
     statistic = Gram
 
@@ -111,10 +111,10 @@ class _Similarity(_Activations):
 
 @SCORES.register("uniqueness")
 class Uniqueness(Score):
-    """`taylor_first`, times one minus the likeness to the most similar unit that matters more.
+    """`taylor_first`, times one minus the similarity to the most similar unit with a higher score.
 
     Source: Santacroce et al., arXiv 2302.03773 (GUM). Differs: sensitivity is measured once on the trained model, not
-    summed up while it is tuned, and uniqueness is a factor, not a regulariser.
+    accumulated during fine-tuning, and uniqueness is a factor, not a regulariser.
     """
 
     estimates_loss: ClassVar[bool] = True

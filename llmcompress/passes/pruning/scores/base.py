@@ -1,4 +1,4 @@
-"""What a score is: one number per unit, greater for units that matter more. U = units."""
+"""The base class of scores: one number per unit, larger for more important units. U = units."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from llmcompress.model.units import UnitGroup
 from llmcompress.numerics.importance import standardised
 from llmcompress.passes.base import Backward
 from llmcompress.registry import Registry
-from llmcompress.sensitivity.fill import Asker, fill, kept_table
+from llmcompress.sensitivity.loss_estimators import LossEstimator, cached_table, measure_losses
 from llmcompress.sensitivity.table import LossTable, Row
 
 Allocate = Callable[[Sequence[Tensor]], list[Tensor]]
 """Priorities per group (greater: keep) → True for the units that stay."""
 
 
-class Score(Asker):
-    """One way to say which units matter. It has no options: what needs some is a pass of its own.
+class Score(LossEstimator):
+    """One importance score. It has no options; a method with options is a pass.
 
-    Its table has a row per group, named after the linear that reads it; the options are units that may go.
+    Its table has a row per group, named after the linear that reads it; the options are the units that can be removed.
     """
 
     needs_data: ClassVar[bool] = True
@@ -66,11 +66,11 @@ class Score(Asker):
 
     def choose(self, whole: WholeModel, allocate: Allocate) -> list[Tensor]:
         """True for the units that stay, on the CPU."""
-        return allocate(self.priorities(kept_table(whole, "unit-losses", lambda: self.measured(whole))))
+        return allocate(self.priorities(cached_table(whole, "unit-losses", lambda: self.measured(whole))))
 
     def measured(self, whole: WholeModel) -> LossTable:
         """The table, measured now."""
-        (table,) = fill(whole, [self])
+        (table,) = measure_losses(whole, [self])
         return table
 
     def priorities(self, table: LossTable) -> list[Tensor]:

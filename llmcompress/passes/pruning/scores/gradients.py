@@ -1,4 +1,4 @@
-"""Scores from the gradient of the loss in the weights or in the units' masks. O = outputs, I = inputs, U = units."""
+"""Scores from the gradient of the loss with respect to weights or unit masks. O = outputs, I = inputs, U = units."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from llmcompress.sensitivity.gradients import GradientObserver, UnitMasks, Weigh
 
 
 class _Taylor(Score):
-    """A sum over the weights of a unit, of what the gradient says about them."""
+    """A sum over the weights of a unit of a Taylor term of the loss."""
 
     estimates_loss: ClassVar[bool] = True
-    backward: ClassVar[Backward | None] = Backward(copies=2)
+    backward: ClassVar[Backward | None] = Backward(copies=2, recomputes=True)
     second: ClassVar[bool] = False
     """Whether squared gradients of single windows are needed: they take as much memory again."""
 
@@ -95,7 +95,7 @@ class TaylorSecond(_Taylor):
     Source: Ma et al., arXiv 2305.11627.
     """
 
-    backward: ClassVar[Backward | None] = Backward(copies=3, windows=1)
+    backward: ClassVar[Backward | None] = Backward(copies=3, windows=1, recomputes=True)
     second: ClassVar[bool] = True
 
     @override
@@ -110,7 +110,7 @@ class TaylorMix(_Taylor):
     Source: Ma et al., arXiv 2305.11627, eq. 5.
     """
 
-    backward: ClassVar[Backward | None] = Backward(copies=3, windows=1)
+    backward: ClassVar[Backward | None] = Backward(copies=3, windows=1, recomputes=True)
     second: ClassVar[bool] = True
 
     @override
@@ -119,10 +119,10 @@ class TaylorMix(_Taylor):
 
 
 class _MaskGradients(Score):
-    """Something computed from the gradients of the units' masks, window by window."""
+    """Computed from the gradients of the units' masks, window by window."""
 
     estimates_loss: ClassVar[bool] = True
-    backward: ClassVar[Backward | None] = Backward(windows=1)
+    backward: ClassVar[Backward | None] = Backward(windows=1, recomputes=True)
 
     def __init__(self, groups: Sequence[UnitGroup]) -> None:
         super().__init__(groups)
@@ -159,7 +159,7 @@ class Fisher(_MaskGradients):
 
 @SCORES.register("group_fisher")
 class GroupFisher(_MaskGradients):
-    """Squared gradients of the masks, window by window, per weight that goes with the unit.
+    """Squared gradients of the masks, window by window, divided by the number of weights that the unit removes.
 
     Source: Liu et al., arXiv 2108.00708. Differs: all units are scored once, instead of one removed at a time.
     """

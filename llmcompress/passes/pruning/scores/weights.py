@@ -1,4 +1,4 @@
-"""Scores that look at the weights only. U = units."""
+"""Scores that use the weights only. U = units."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llmcompress.passes.pruning.scores.base import SCORES, Score
 
 @SCORES.register("random")
 class Random(Score):
-    """Every choice is as good as any other: what the other scores must beat."""
+    """Random scores: what the other scores must beat."""
 
     needs_data: ClassVar[bool] = False
 

@@ -1,0 +1,122 @@
+"""Saves a result as a folder: weights, tokenizer, recipe and report, first in a staging folder, then published in one
+step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from llmcompress.calibration.offloading import InMemory, WeightStore
+from llmcompress.errors import CompressError, ExitCode, without_tokens
+from llmcompress.evaluation.footprint import bytes_on_disk
+from llmcompress.exporters.auxiliary_files import copy_auxiliary_files
+from llmcompress.exporters.base import EXPORTERS, Exporter, Refused, Writing
+from llmcompress.exporters.choose import candidates, choose, holders
+from llmcompress.exporters.contents import contents_in
+from llmcompress.exporters.save import save_model
+from llmcompress.exporters.shards import ShardSizes
+from llmcompress.recipe import Recipe
+from llmcompress.records.measurements import WeightBytes
+from llmcompress.records.report import REPORT, Report
+from llmcompress.storage.folder import publish, staging_folder
+
+RECIPE = "llmcompress_recipe.yaml"
+"""Saved beside the weights and the report: the resolved recipe that makes the same result again."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A compressed model, in float32 on the CPU, and everything that is saved with it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe
+    report: Report
+    storage_dtype: torch.dtype
+    generation_config: GenerationConfig
+    source_folder: Path | None = None
+    """Where tokenizer files, licence and the like are copied from; None: they are written from the objects."""
+    weights_at: WeightStore = field(default_factory=InMemory)
+
+    def exporter_called(self, name: str) -> Exporter:
+        """The exporter of that name, if it holds the model.
+
+        Raises: CompressError naming those that do.
+        """
+        asked, contents = EXPORTERS[name](), contents_in(self.model, self.storage_dtype)
+        able = holders(contents)
+        if name not in able:
+            refused = (answer.why for answer in asked.answers(contents).values() if isinstance(answer, Refused))
+            why = asked.problem(contents) or "; ".join(dict.fromkeys(refused))
+            raise CompressError(
+                "save.format",
+                f"{name} cannot represent this model: {why}",
+                fix=f"export it to {' or '.join(able)}" if able else "compress it with another scheme",
+                saved="the model in memory",
+                exit_code=ExitCode.USAGE,
+            )
+        return candidates(name, contents, self.recipe.save.zero_points)[0]
+
+    def measured(self, bytes_written: int) -> Report:
+        """The report with the bytes of the weight files."""
+        others = [each for each in self.report.measurements if each != _compressed_bytes(self.report)]
+        kept = self.report.model_copy(update={"measurements": tuple(others)})
+        return kept.with_measurements([WeightBytes(of="compressed", bytes=bytes_written)])
+
+
+def publish_result(result: Result, output: Path, *, overwrite: bool, exporter: Exporter | None = None) -> Report:
+    """Fill a staging folder, then move it to `output` in one step; returns the saved report.
+
+    Raises: CompressError if the format cannot represent the model, or `output` cannot be written or replaced.
+    """
+    with staging_folder(output) as staging:
+        finished = fill_folder(result, staging, exporter)
+        publish(staging, output, overwrite=overwrite)
+    return finished
+
+
+def bytes_to_write(result: Result) -> int:
+    """The size of the weight files, packed as for a folder but only counted.
+
+    Raises: CompressError if the format of the recipe cannot represent the model.
+    """
+    sizes = ShardSizes(result.recipe.save.max_shard_size)
+    wanted, contents = result.recipe.save, contents_in(result.model, result.storage_dtype)
+    exporter = choose(wanted.format, contents, zero_points=wanted.zero_points).exporter
+    exporter.write(result.model, Path("unwritten"), Writing(result.storage_dtype, sizes=sizes))
+    return sizes.file_bytes
+
+
+def fill_folder(result: Result, folder: Path, exporter: Exporter | None = None) -> Report:
+    """Write everything into an empty folder, in the recipe's format or with another exporter.
+
+    Raises: CompressError if the format cannot represent the model.
+    """
+    recipe = result.recipe
+    if exporter is None:
+        save_model(
+            result.model,
+            folder,
+            recipe.save.format,
+            storage_dtype=result.storage_dtype,
+            max_shard_size=recipe.save.max_shard_size,
+            zero_points=recipe.save.zero_points,
+            weights_at=result.weights_at,
+        )
+    else:
+        exporter.write(
+            result.model, folder, Writing(result.storage_dtype, recipe.save.max_shard_size, result.weights_at)
+        )
+    copy_auxiliary_files(result.source_folder, folder, result.tokenizer, result.generation_config)
+    finished = result.measured(bytes_on_disk(folder))
+    (folder / RECIPE).write_text(without_tokens(recipe.to_yaml()), encoding="utf-8")
+    (folder / REPORT).write_text(without_tokens(finished.model_dump_json(indent=1)) + "\n", encoding="utf-8")
+    return finished
+
+
+def _compressed_bytes(report: Report) -> WeightBytes | None:
+    return next((each for each in report.of_kind(WeightBytes) if each.of == "compressed"), None)
