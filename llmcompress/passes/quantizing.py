@@ -33,7 +33,8 @@ class QuantizingPass(BlockPass):
     on_indivisible: OnIndivisible = Field(
         "error",
         description="if inputs do not divide into groups. error: refuse; fit: the longest power of two that divides, "
-        "at least 32, otherwise one scale per row; skip: leave dense; channel: one scale per row; pad: shorter last group",
+        "at least 32, otherwise one scale per row; skip: leave dense; channel: one scale per row; pad: shorter last "
+        "group",
     )
 
     @field_validator("scheme")
