@@ -193,7 +193,7 @@ class GSQ(QuantizingPass):
         if self.relaxation == "straight_through":
             return None
         first, last = _SHARPNESS
-        return first * (last / first) ** (step / self.steps)
+        return float(first * (last / first) ** (step / self.steps))
 
 
 class CodesInTraining(nn.Module):
