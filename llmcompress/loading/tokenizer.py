@@ -36,6 +36,7 @@ def read_tokenizer(
             found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 folder, config=config, trust_remote_code=trust_remote_code, local_files_only=True
             )
+            found("a")  # a setting of a wrong type is only noticed when it is used
             return found
     except CompressError:
         raise

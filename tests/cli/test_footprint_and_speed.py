@@ -78,7 +78,7 @@ def test_speed_passes_its_options_on_and_shows_ratios_to_the_first(run, monkeypa
     assert "cpu, 2 threads, float32: prompt of 9 tokens, 4 new, median of 3" in out
     assert re.search(r"b +100\.0 ±5% +40\.0 ±10% +90 ms", out)
     assert re.search(r"times as fast as a *\n.*\nb +1\.00 \(1\.00 to 1\.00\) +2\.00 \(2\.00 to 2\.00\)", out)
-    assert json.loads(run("speed", "a", "--json")[1])["a"] == result(20.0).model_dump()
+    assert json.loads(run("speed", "a", "--json")[1])["a"] == result(20.0).model_dump(mode="json")
 
 
 def test_speed_against_another_model_gives_ratios_turn_by_turn(run, monkeypatch):

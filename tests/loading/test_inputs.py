@@ -77,6 +77,11 @@ def test_an_index_that_names_no_possible_file_is_refused(folder, name):
     assert refused(lambda: preflight(Source(folder, "m"))).code == "model.bad-index"
 
 
+def test_a_tokenizer_with_a_setting_of_a_wrong_type_is_refused_when_it_is_read(folder):
+    edit_json(folder / "tokenizer_config.json", model_max_length="1000")
+    assert refused(lambda: preflight(Source(folder, "m"))).code == "model.bad-tokenizer"
+
+
 def test_a_file_that_cannot_be_opened_is_refused(tmp_path):
     assert "cannot be read" in refused(lambda: read_json(tmp_path)).what
 
