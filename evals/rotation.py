@@ -67,7 +67,22 @@ REORDER = {
     for clusters in (1, 8, 32)
 }
 
-KINDS = {"weights": WEIGHTS, "activations": ACTIVATIONS, "reorder": REORDER}
+FOUR_BITS = {
+    f"{label} {scheme}": f"[{first}{{gptq: {{scheme: {scheme}}}}}]"
+    for scheme in ("int4_channel_a8token", "int4_g64_a8token", "nvfp4_a", "mxfp4_a")
+    for label, first in (
+        ("gptq", ""),
+        ("smoothquant → gptq", "smoothquant, "),
+        ("rotation → gptq", "rotation, "),
+        ("rotation, online → gptq", "{rotation: {online: true}}, "),
+    )
+} | {
+    f"{label}reorder 32 W4A4": f"[{first}{{reorder: {{clusters: 32, bits: 4}}}}, {{gptq: {{scheme: int4_channel}}}}]"
+    for label, first in (("", ""), ("rotation → ", "rotation, "))
+}
+"""Weights of 4 bits, inputs of 8 (`_a8token`) and of 4 (floats in groups, `_a`, and `reorder`)."""
+
+KINDS = {"four_bits": FOUR_BITS, "weights": WEIGHTS, "activations": ACTIVATIONS, "reorder": REORDER}
 
 
 @click.command()
@@ -75,9 +90,18 @@ KINDS = {"weights": WEIGHTS, "activations": ACTIVATIONS, "reorder": REORDER}
 @click.option("--calibration", default="builtin:calibration", show_default=True)
 @click.option("--text", default="builtin:evaluation", show_default=True, help="measured text, held out")
 @click.option("--name", required=True, help="of the result file")
-@click.option("--kind", "kinds", multiple=True, type=click.Choice([*KINDS]), default=tuple(KINDS), show_default=True)
+@click.option(
+    "--kind",
+    "kinds",
+    multiple=True,
+    type=click.Choice([*KINDS]),
+    default=("weights", "activations", "reorder"),
+    show_default=True,
+)
 @click.option("--gain", "gains", multiple=True, type=float, default=(1.0, 30.0), show_default=True, help="1: none")
 @click.option("--seeds", default=1, show_default=True, help="calibration draws")
+@click.option("--samples", default=64, show_default=True, help="calibration windows")
+@click.option("--tokens", default=256, show_default=True, help="of a calibration window")
 @click.option("--window", default=512, show_default=True)
 @click.option("--max-windows", default=100, show_default=True)
 def main(
@@ -88,6 +112,8 @@ def main(
     kinds: tuple[str, ...],
     gains: tuple[float, ...],
     seeds: int,
+    samples: int,
+    tokens: int,
     window: int,
     max_windows: int,
 ) -> None:
@@ -99,7 +125,7 @@ def main(
 
     def measured(passes: str, gain: float, seed: int) -> float:
         loaded = load_for_compression(source, dtype=torch.float32)
-        settings = Calibration(source=calibration, samples=64, tokens=256)
+        settings = Calibration(source=calibration, samples=samples, tokens=tokens)
         data = calibration_windows(settings, loaded.tokenizer, max_positions=window, seed=seed, progress=Silent())
         model_map = map_model(loaded.model)
         if gain != 1:
@@ -123,6 +149,7 @@ def main(
             facts = {
                 "model": name,
                 "text": Path(text).name,
+                "calibration": f"{samples} × {tokens} tokens of {Path(calibration).name}",
                 "window": window,
                 "bos": True,
                 "rows": rows,

@@ -16,7 +16,6 @@ from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.devices import usable_device
 from llmcompress.calibration.in_memory import as_calibration
 from llmcompress.calibration.process_group import own_device, process_group
-from llmcompress.calibration.sources import overlap_warning
 from llmcompress.calibration.token_windows import CalibrationData
 from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
 from llmcompress.compressed_model import (
@@ -30,16 +29,16 @@ from llmcompress.compressed_model import (
     tokenizer_beside,
 )
 from llmcompress.cost import Machine, Offload
-from llmcompress.evaluation.coverage import coverage_warnings
+from llmcompress.evaluation.coverage import coverage_warnings, overlap_warnings
 from llmcompress.evaluation.dense import DenseScores, against_dense, dense_scores
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.evaluation.footprint import bytes_on_disk
+from llmcompress.evaluation.held_out import HeldOut, loss_increase, loss_warnings
 from llmcompress.evaluation.inspection import inspect_folder
 from llmcompress.evaluation.measuring import TaskLike, as_tasks, perplexities
 from llmcompress.evaluation.settings import BUNDLED_TEXT
 from llmcompress.evaluation.speed import SpeedResult, speed_of
 from llmcompress.evaluation.stopwatch import Stopwatch
-from llmcompress.evaluation.texts import EvaluationText
 from llmcompress.loading.borrowed import borrowed, lent, told_if_changed
 from llmcompress.loading.in_memory import required_tokenizer
 from llmcompress.loading.load import load_tokenizer
@@ -128,6 +127,8 @@ def _compress(request: CompressionRequest) -> CompressedModel:
         torch.manual_seed(recipe.seed)
         data = _calibration(request, prepared)
         clock.lap("calibration text")
+        held_out = HeldOut(data.held_out_NT if data else None, prepared.weights_at, request.device)
+        before = held_out.scores(prepared.loaded.model) if processes.is_first else []
         dense = _dense(request, prepared) if processes.is_first else []
         clock.lap("evaluate dense")
         request.progress.stage("compress", steps(recipe.passes, prepared.map))
@@ -139,8 +140,10 @@ def _compress(request: CompressionRequest) -> CompressedModel:
         if processes.is_first:  # it evaluates and writes
             with TorchRunner(model, weights_at=prepared.weights_at, device=request.device) as runner:
                 measured += against_dense(runner, dense, request.progress)
+            measured += loss_increase(before, held_out.scores(model))
             clock.lap("evaluate compressed")
         report = _report(request, prepared, data, rows).with_measurements([*measured, *clock.stages()])
+        report = report.model_copy(update={"warnings": (*report.warnings, *loss_warnings(measured))})
         result = _result(request, prepared, model, report)
         result = replace(result, report=processes.broadcast(_saved(request, result) if processes.is_first else report))
         if run is not None:
@@ -166,6 +169,7 @@ def _context(
 ) -> RunContext:
     return RunContext(
         data.windows_NT if data else torch.zeros(0, 1, dtype=torch.long),
+        held_out_NT=data.held_out_NT if data and request.recipe.guard.fall_back else None,
         batch=request.recipe.calibration.batch,
         device=request.device,
         storage_dtype=prepared.storage_dtype,
@@ -202,7 +206,9 @@ def _report(
     request: CompressionRequest, prepared: Prepared, data: CalibrationData | None, rows: Sequence[SiteReport]
 ) -> Report:
     loaded, texts = prepared.loaded, prepared.texts
-    about_data = [*data.warnings, *_overlaps(data, texts), *coverage_warnings(rows, prepared.map)] if data else []
+    about_data = (
+        [*data.warnings, *overlap_warnings(data, texts), *coverage_warnings(rows, prepared.map)] if data else []
+    )
     about_model = [*loaded.preflight.warnings, *prepared.notes]
     about_texts = [f"{text.name}: {warning}" for text in texts for warning in text.warnings]
     dense_bytes = bytes_on_disk(loaded.folder) if loaded.folder else loaded.preflight.bytes_weights
@@ -335,15 +341,8 @@ def _calibration(request: CompressionRequest, prepared: Prepared) -> Calibration
             model=loaded.model,
             progress=request.progress,
             given=request.given,
+            held_out=recipe.guard.windows,
         )
     rows = loaded.preflight.contents.embedding_rows
     refuse_beyond_embedding(data.windows_NT, loaded.tokenizer, rows, where=f"calibration: {data.source}")
     return data
-
-
-def _overlaps(data: CalibrationData, texts: Sequence[EvaluationText]) -> list[str]:
-    found = (
-        overlap_warning(data.paragraphs, text.paragraphs, calibration_name=data.source, evaluation_name=text.name)
-        for text in texts
-    )
-    return [warning for warning in found if warning]

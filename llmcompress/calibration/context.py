@@ -23,6 +23,8 @@ class RunContext:
 
     windows_NT: Tensor
     """Calibration windows: token ids, all of the same length, without padding. 0×T: nothing is measured."""
+    held_out_NT: Tensor | None = None
+    """Windows that no pass measures, on which finished blocks are compared with their baseline; None: they are not."""
     batch: int = 8
     """Batch size: windows that pass through a block together."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))

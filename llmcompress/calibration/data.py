@@ -6,6 +6,8 @@ import hashlib
 import random
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from llmcompress.calibration.generate import self_generated_text
 from llmcompress.calibration.in_memory import GivenData, TokenRows
 from llmcompress.calibration.packing import pack, sections, windows
@@ -33,8 +35,10 @@ def calibration_windows(
     model: PreTrainedModel | None = None,
     progress: Progress | None = None,
     given: GivenData | None = None,
+    held_out: int = 0,
 ) -> CalibrationData:
-    """Windows of `tokens` tokens, at most `samples`, of the source of `settings` or of what was `given` in its place.
+    """Windows of `tokens` tokens, at most `samples`, of the source of `settings` or of what was `given` in its place;
+    and `held_out` more of a text, behind those.
 
     Documents longer than about two windows are cut at paragraphs; these sections are shuffled by `seed` (so the seed
     samples from the whole text), tokenised once, separated by BOS or EOS, and packed. Windows start with BOS if the
@@ -46,11 +50,11 @@ def calibration_windows(
     progress = progress or Silent()
     length, warnings = _length(settings.tokens, max_positions)
     if settings.source == "self":
-        data = _from_model(settings, length, tokenizer, model, seed, progress, warnings)
+        data = _from_model(settings, length, tokenizer, model, seed, progress, warnings, held_out)
     elif isinstance(given, TokenRows):
         data = windows_of_tokens(given, settings, tokenizer, max_positions=max_positions)
     else:
-        data = _from_text(settings, length, tokenizer, seed, warnings, given)
+        data = _from_text(settings, length, tokenizer, seed, warnings, given, held_out)
     for warning in data.warnings:
         progress.note(f"calibration: {warning}")
     return data
@@ -69,6 +73,7 @@ def _from_text(
     seed: int,
     warnings: list[str],
     given: Texts | None,
+    held_out: int,
 ) -> CalibrationData:
     enough = settings.samples * length * SECTION_CHARACTERS_PER_TOKEN
     texts = given or read_texts(
@@ -90,9 +95,10 @@ def _from_text(
     parts = [part for document in documents for part in sections(document, size)]
     random.Random(seed).shuffle(parts)
     bos = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
-    wanted = settings.samples * (length - len(bos))
-    packed = pack(parts, tokenizer, bos, min_tokens=settings.min_tokens, wanted=wanted)
-    windows_NT = windows(packed, settings, length, bos, name=texts.name)
+    wanted, further = (count * (length - len(bos)) for count in (settings.samples, held_out))
+    packed = pack(parts, tokenizer, bos, min_tokens=settings.min_tokens, wanted=wanted + further)
+    all_NT = windows(packed, settings, length, bos, name=texts.name, held_out=held_out)
+    windows_NT, held_out_NT = all_NT[: settings.samples], all_NT[settings.samples :]
     skipped = texts.skipped + refused
     if skipped:
         warnings.append(f"{skipped} rows of {texts.name} could not be read and were skipped")
@@ -110,6 +116,7 @@ def _from_text(
         documents=len(packed.used),
         dropped_short=len(packed.short),
         skipped_rows=skipped,
+        held_out_NT=held_out_NT if len(held_out_NT) else None,
         bos=bool(bos),
         paragraphs=paragraph_hashes(packed.used),
         warnings=tuple(warnings),
@@ -124,6 +131,7 @@ def _from_model(
     seed: int,
     progress: Progress,
     warnings: list[str],
+    held_out: int,
 ) -> CalibrationData:
     if model is None:
         raise CompressError(
@@ -132,14 +140,19 @@ def _from_model(
             where="calibration.source",
             fix="use another source, such as builtin:calibration",
         )
-    windows_NT = self_generated_text(
-        model, tokenizer, samples=settings.samples, tokens=length, seed=seed, batch=settings.batch, progress=progress
-    )
+
+    def sampled(samples: int, seed: int) -> Tensor:
+        return self_generated_text(
+            model, tokenizer, samples=samples, tokens=length, seed=seed, batch=settings.batch, progress=progress
+        )
+
+    windows_NT = sampled(settings.samples, seed)
     return CalibrationData(
         windows_NT,
         "self",
         hashlib.sha256(windows_NT.numpy().tobytes()).hexdigest(),
         documents=len(windows_NT),
+        held_out_NT=sampled(held_out, seed + 1) if held_out else None,
         bos=starts_with_bos(tokenizer),
         warnings=tuple(warnings),
     )

@@ -93,8 +93,10 @@ def _chunks(parts: Sequence[str]) -> Iterator[Sequence[str]]:
         yield parts[start : start + _ENCODED_TOGETHER]
 
 
-def windows(packed: Packed, settings: Calibration, length: int, bos: list[int], *, name: str) -> Tensor:
-    """The first full windows.
+def windows(
+    packed: Packed, settings: Calibration, length: int, bos: list[int], *, name: str, held_out: int = 0
+) -> Tensor:
+    """The first full windows, at most `samples` and `held_out` more.
 
     Raises: CompressError when there is not one.
     """
@@ -109,7 +111,7 @@ def windows(packed: Packed, settings: Calibration, length: int, bos: list[int], 
             else "use another source",
         )
     content = length - len(bos)
-    count = min(len(packed.tokens) // content, settings.samples) if content else 0
+    count = min(len(packed.tokens) // content, settings.samples + held_out) if content else 0
     if not count:
         raise CompressError(
             "data.too-little",

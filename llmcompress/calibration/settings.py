@@ -39,3 +39,14 @@ class Calibration(BaseModel):
     """Rows with fewer tokens are skipped."""
     skip_bad_rows: bool = False
     """Skip and count rows that cannot be read, instead of stopping."""
+
+
+class Guard(BaseModel):
+    """Windows of the calibration text that no pass measures: what the passes leave is checked on them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    windows: int = Field(default=1, ge=0, le=64)
+    """How many; 0: nothing is checked."""
+    fall_back: bool = True
+    """Whether a block that its passes left worse than plain rounding or magnitude pruning is replaced by that."""

@@ -7,7 +7,7 @@ is several times slower on processors without its instructions, and every statis
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,8 @@ from llmcompress.model.site import LinearSite
 from llmcompress.model.skeleton import BlockCall, find_blocks, record
 from llmcompress.model.surgery import apply_fold
 from llmcompress.numerics.statistics import Statistic
+
+_ALL = slice(None)
 
 
 class BlockWork:
@@ -98,20 +100,8 @@ class BlockWork:
     @torch.no_grad()
     def _few_tokens(self) -> Tensor:
         """The output for the first sequence of the first batch; for the whole batch where its axis cannot be told."""
-        hidden, call = self._inputs[0], self._calls[0]
-        batch, tokens, _ = hidden.shape
-        rows: list[int] = []
-
-        def note(tensor: Tensor) -> Tensor:
-            rows.extend(tensor.shape[:1])
-            return tensor
-
-        call.with_tensors(note)
-        # Bloom and Falcon hand their blocks biases of batch · heads rows
-        if batch != tokens and all(count <= batch or count % batch for count in rows):
-            hidden = hidden[:1]
-            call = call.with_tensors(lambda tensor: tensor[:1] if tensor.shape[:1] == (batch,) else tensor)
-        return self._run(hidden, call)
+        cut = _windows_of(self._inputs[0], self._calls[0], slice(1))
+        return self._run(*(cut or (self._inputs[0], self._calls[0])))
 
     @torch.no_grad()
     def measure(self, sites: Sequence[LinearSite], kinds: Sequence[type[Statistic]]) -> None:
@@ -174,31 +164,27 @@ class BlockWork:
 
         def show(_: nn.Module, args: tuple[Any, ...]) -> None:
             see(args[0])
-            raise _SeenEnough
 
         with ExitStack() as stack:
             stack.callback(module.register_forward_pre_hook(show).remove)
+            stack.enter_context(_ends_at(module))
             for inputs, call in zip(self._inputs, self._calls, strict=True):
                 with suppress(_SeenEnough):
                     self._run(inputs, call)
 
     @torch.no_grad()
-    def side_by_side(self, sites: Sequence[LinearSite], see: Sequence[Callable[[Tensor, Tensor], None]]) -> None:
-        """Show each site's input, T×I in float32, batch by batch: in the dense model, and as it is now."""
-        for dense, inputs, call in zip(self.dense_inputs, self._inputs, self._calls, strict=True):
-            there, here = self._inputs_of(sites, dense, call), self._inputs_of(sites, inputs, call)
-            for show, dense_TI, x_TI in zip(see, there, here, strict=True):
-                show(dense_TI, x_TI)
+    def side_by_side(self, site: LinearSite, dense: nn.Module, see: Callable[[Tensor, Tensor], None]) -> None:
+        """Show a site's input, T×I in float32, batch by batch: in the dense model, and as it is now.
 
-    def _inputs_of(self, sites: Sequence[LinearSite], inputs: Tensor, call: BlockCall) -> list[Tensor]:
-        seen = [LastInput() for _ in sites]
-        with ExitStack() as hooks:
-            for site, into in zip(sites, seen, strict=True):
-                hooks.enter_context(observed_input(site.module, [into]))
-            forward = hooks.enter_context(ending_early(sites))
-            with forward.of(inputs):
-                self._run(inputs, call)
-        return [into.x_TI for into in seen]
+        `dense` is the block as it was before anybody worked on it; both run only that far.
+        """
+        for inputs, dense_inputs, call in zip(self._inputs, self.dense_inputs, self._calls, strict=True):
+            found = [LastInput(), LastInput()]
+            for module, hidden, into in ((dense, dense_inputs, found[0]), (self.module, inputs, found[1])):
+                linear = module.get_submodule(site.info.name)
+                with observed_input(linear, [into]), _ends_at(linear), suppress(_SeenEnough):
+                    self._run_in(module, hidden, call)
+            see(found[0].x_TI, found[1].x_TI)
 
     def replace_module(self, module: nn.Module, outputs: list[Tensor] | None = None) -> None:
         """Another module takes the block's place; `outputs`, where they are known, are fed onward as they are."""
@@ -218,9 +204,14 @@ class BlockWork:
         """Make it the sum of what all processes have."""
         self.context.processes.all_reduce_sum_(tensor)
 
-    def output(self, batch: int) -> Tensor:
-        """The block's output for one of this process's batches, on its device, with gradients where enabled."""
-        return self._run(self._inputs[batch], self._calls[batch])
+    def output(self, batch: int, windows: slice = _ALL) -> Tensor:
+        """The block's output for one of this process's batches, or some of its windows, on its device.
+
+        With gradients where enabled. Where a batch's axis cannot be told, all of it is computed.
+        """
+        hidden, call = self._inputs[batch], self._calls[batch]
+        cut = None if windows == _ALL else _windows_of(hidden, call, windows)
+        return self._run(hidden, call)[windows] if cut is None else self._run(*cut)
 
     @torch.no_grad()
     def outputs(self) -> list[Tensor]:
@@ -239,12 +230,47 @@ class BlockWork:
         return next(self.module.parameters()).device
 
     def _run(self, inputs: Tensor, call: BlockCall) -> Tensor:
+        return self._run_in(self.module, inputs, call)
+
+    def _run_in(self, module: nn.Module, inputs: Tensor, call: BlockCall) -> Tensor:
         there = call.with_tensors(lambda tensor: tensor.to(self._device))
-        return there.run(self.module, inputs.to(self._device))
+        return there.run(module, inputs.to(self._device))
+
+
+def _windows_of(hidden_BTD: Tensor, call: BlockCall, windows: slice) -> tuple[Tensor, BlockCall] | None:
+    """Some windows of a batch, with what belongs to them; None where the arguments do not say which axis is theirs."""
+    batch, tokens, _ = hidden_BTD.shape
+    rows: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        rows.extend(tensor.shape[:1])
+        return tensor
+
+    call.with_tensors(note)
+    # Bloom and Falcon hand their blocks biases of batch · heads rows
+    if batch == tokens or not all(count <= batch or count % batch for count in rows):
+        return None
+    return hidden_BTD[windows], call.with_tensors(
+        lambda tensor: tensor[windows] if tensor.shape[:1] == (batch,) else tensor
+    )
 
 
 class _SeenEnough(Exception):
     """Ends a forward early; private, so it can hide no error of the model's."""
+
+
+@contextmanager
+def _ends_at(module: nn.Module) -> Iterator[None]:
+    """Forwards end when they reach the module; hooks that stand there already see its input."""
+
+    def end(_: nn.Module, args: tuple[Any, ...]) -> None:
+        raise _SeenEnough
+
+    handle = module.register_forward_pre_hook(end)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class BlockStream:

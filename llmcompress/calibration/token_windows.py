@@ -33,6 +33,8 @@ class CalibrationData:
     """Sections left out because they have fewer than `min_tokens` tokens."""
     skipped_rows: int = 0
     """Rows left out because they cannot be read."""
+    held_out_NT: Tensor | None = None
+    """Further windows, which no pass measures; None where none were asked for, or no text was left."""
     bos: bool = False
     """Whether every window starts with a BOS, as the tokenizer's default."""
     paragraphs: frozenset[int] = frozenset()

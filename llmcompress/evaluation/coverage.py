@@ -1,9 +1,12 @@
-"""Warns if calibration did not reach every expert with enough tokens."""
+"""Warns if calibration did not reach every expert with enough tokens, or used paragraphs of the measured text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from llmcompress.calibration.sources import overlap_warning
+from llmcompress.calibration.token_windows import CalibrationData
+from llmcompress.evaluation.texts import EvaluationText
 from llmcompress.model.map import ModelMap
 from llmcompress.records.rows import SiteReport
 
@@ -26,3 +29,12 @@ def coverage_warnings(rows: Iterable[SiteReport], model_map: ModelMap) -> list[s
         "`calibration.experts: all` if the router neglects these experts"
     )
     return [line]
+
+
+def overlap_warnings(data: CalibrationData, texts: Sequence[EvaluationText]) -> list[str]:
+    """One line for every measured text that shares paragraphs with the calibration text."""
+    found = (
+        overlap_warning(data.paragraphs, text.paragraphs, calibration_name=data.source, evaluation_name=text.name)
+        for text in texts
+    )
+    return [warning for warning in found if warning]

@@ -21,6 +21,7 @@ from llmcompress.model.infer_config import with_inferred_config
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
 from llmcompress.passes.base import PASSES, BlockPass, ModelPass, Pass
+from llmcompress.passes.guard import Guard
 from llmcompress.records.rows import SiteReport
 
 
@@ -125,15 +126,23 @@ def _stream(whole: WholeModel, stage: Stage, *, label: str) -> list[SiteReport]:
     decisions = _decisions(whole, stage)
     finished = set(keep.finished_blocks(stage.index)) if keep else set()
     count = len(whole.map.blocks)
+    guard = Guard.of(whole, stage.block_passes, decisions)
     for work in whole.stream(dense=any(each.wants_dense() for each in stage.block_passes)):
         index = work.info.index
+        if guard:
+            guard.begin(work)
         if keep and index in finished:
             block_rows = keep.restore_block(stage.index, index, work.module)
+            if guard:
+                guard.restored(work)
         else:
             before = meta_copy(work.module)
             work.decisions = decisions
+            plain = guard.baseline(work) if guard else None
             block_rows = [row for each in stage.block_passes for row in each.run(work)]
             work.round_to_storage_dtype()
+            if guard and plain:
+                block_rows = guard.judge(work, block_rows, plain)
             whole.context.processes.broadcast_tensors(work.module)
             if keep:
                 keep.save_block(stage.index, index, work.module, before, block_rows)

@@ -247,9 +247,20 @@ class BlockPass(Pass):
         resource estimate."""
         return 1 if self.needs() else 0
 
+    def trained_windows(self) -> int:
+        """How many windows of a block gradients go through, repeated ones counted again: for foresight."""
+        return 0
+
     def wants_dense(self) -> bool:
         """Whether `apply` reads `block.dense_outputs`: one more forward, and the memory of the hidden states again."""
         return False
+
+    def plain(self) -> Sequence[BlockPass] | None:
+        """The baseline of this pass: passes that leave the same traits without data. None where there is none.
+
+        Not asked of a pass that leaves no traits, or before it decided.
+        """
+        return None
 
     def streams(self) -> bool:
         """True unless it changes the blocks' linears; a pass that needs the whole model to decide overrides this."""
@@ -289,3 +300,15 @@ def _matches(site: str, globs: tuple[str, ...]) -> bool:
 
 
 PASSES: Registry[Pass] = Registry("pass", "llmcompress.passes")
+
+
+def with_options_of(each: BlockPass, name: str, options: Sequence[str]) -> BlockPass:
+    """Another registered pass, on the same sites and with these options of `each`, its overrides included."""
+    overrides = {
+        glob: {option: value for option, value in said.items() if option in options}
+        for glob, said in each.overrides.items()
+    }
+    same = {option: getattr(each, option) for option in (*options, "sites", "exclude")}
+    found = PASSES[name].model_validate({**same, "overrides": overrides})
+    assert isinstance(found, BlockPass)
+    return found

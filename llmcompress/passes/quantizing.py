@@ -16,7 +16,7 @@ from llmcompress.modules.rounded_inputs import fixed_scale
 from llmcompress.modules.scheme import DESCRIPTION, Scheme, named_scheme
 from llmcompress.numerics.grid import Fitted, output_error, restore, row_pieces
 from llmcompress.numerics.statistics import AbsMax, Gram, Statistic
-from llmcompress.passes.base import BlockPass, Trait
+from llmcompress.passes.base import BlockPass, Trait, with_options_of
 from llmcompress.passes.schemes import resolve_scheme, site_schemes
 from llmcompress.records.rows import SiteReport
 
@@ -54,6 +54,12 @@ class QuantizingPass(BlockPass):
         Raises: CompressError when its inputs do not divide into groups and the recipe does not say what then.
         """
         return resolve_scheme(self.for_site(site), site, inputs)
+
+    def plain(self) -> Sequence[BlockPass] | None:
+        """Rounding to nearest on the same grids; None where inputs must be measured, or more than codes is left."""
+        if self.leaves != {"codes"} or self.activation_statistics():
+            return None
+        return (with_options_of(self, "rtn", ("scheme", "on_indivisible")),)
 
     def activation_statistics(self) -> tuple[type[Statistic], ...]:
         """Static activation scales need the largest input."""

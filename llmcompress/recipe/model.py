@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from llmcompress.calibration.settings import Calibration
+from llmcompress.calibration.settings import Calibration, Guard
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.settings import BUNDLED_TEXT, TASKS, PerplexityTask
 from llmcompress.passes.base import PASSES, Pass
@@ -57,6 +57,8 @@ class Recipe(BaseModel):
     calibration: Calibration = Calibration()
     passes: Annotated[tuple[Pass, ...], Listed(PASSES)]
     """Passes, applied top to bottom inside each block."""
+    guard: Guard = Guard()
+    """Blocks are compared with their plain baseline, and the model with the dense one, on held-out windows."""
     evaluate: Annotated[tuple[PerplexityTask, ...], Grouped(TASKS), LeavesWeights()] = BUNDLED_TEXT
     """What is evaluated before and after; an empty mapping: nothing."""
     save: Save = Save()

@@ -87,6 +87,24 @@ class Divergence(Record):
         return Estimate(mean=ratio, standard_error=None if error is None else ratio * error)
 
 
+class HeldOutLoss(Record):
+    """Loss on windows of the calibration text that no pass measured, before and after."""
+
+    kind: Literal["held_out_loss"] = "held_out_loss"
+    windows: int
+    tokens: int
+    """Predicted."""
+    dense: float
+    """In nats per token."""
+    compressed: float
+    """The same."""
+
+    @property
+    def ratio(self) -> float:
+        """Compressed ÷ dense perplexity."""
+        return math.exp(min(self.compressed - self.dense, 700.0))
+
+
 class WeightBytes(Record):
     """Bytes of a model's weight files."""
 
@@ -111,7 +129,7 @@ class OtherMeasurement(Record):
     kind: str
 
 
-Known = PerplexityResult | Divergence | WeightBytes | StageSeconds
+Known = PerplexityResult | Divergence | HeldOutLoss | WeightBytes | StageSeconds
 
 _KINDS = frozenset(str(each.model_fields["kind"].default) for each in get_args(Known))
 
@@ -124,6 +142,7 @@ def _tag(value: Any) -> str:
 Measurement = Annotated[
     Annotated[PerplexityResult, Tag("perplexity")]
     | Annotated[Divergence, Tag("divergence")]
+    | Annotated[HeldOutLoss, Tag("held_out_loss")]
     | Annotated[WeightBytes, Tag("weight_bytes")]
     | Annotated[StageSeconds, Tag("seconds")]
     | Annotated[OtherMeasurement, Tag("other")],

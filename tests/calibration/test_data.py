@@ -25,10 +25,14 @@ LINES = [f"This is sentence number {number} of this short text." for number in r
 TEXT = "\n\n".join(LINES)
 
 
-def windows(path: Path | str, tokenizer=None, *, max_positions=None, seed=0, model=None, **options) -> CalibrationData:
+def windows(
+    path: Path | str, tokenizer=None, *, max_positions=None, seed=0, model=None, held_out=0, **options
+) -> CalibrationData:
     settings = Calibration(**{"source": str(path), "samples": 4, "tokens": 16, "min_tokens": 1, **options})
     tokenizer = tokenizer or byte_tokenizer()
-    return calibration_windows(settings, tokenizer, max_positions=max_positions, seed=seed, model=model)
+    return calibration_windows(
+        settings, tokenizer, max_positions=max_positions, seed=seed, model=model, held_out=held_out
+    )
 
 
 def refused(*arguments, **options) -> CompressError:
@@ -54,6 +58,28 @@ def test_windows_are_consecutive_pieces_of_shuffled_documents_joined_by_eos(tmp_
     assert data.windows_NT.flatten().tolist() == stream[: 4 * 16]
     assert data.windows_NT.shape == (4, 16)
     assert not data.bos
+
+
+def test_held_out_windows_follow_the_measured_ones_which_stay_the_same(tmp_path):
+    file = jsonl(tmp_path / "a.jsonl", [{"text": line} for line in LINES])
+    plain, more, data = windows(file), windows(file, samples=6), windows(file, held_out=2)
+    assert plain.held_out_NT is None and data.held_out_NT is not None
+    assert torch.equal(data.windows_NT, plain.windows_NT)
+    assert torch.equal(torch.cat([data.windows_NT, data.held_out_NT]), more.windows_NT)
+
+
+def test_a_text_without_enough_windows_is_all_measured_and_none_held_out(tmp_path):
+    file = jsonl(tmp_path / "a.jsonl", [{"text": LINES[0]}])
+    data = windows(file, samples=50, held_out=2)
+    assert len(data.windows_NT) > 1 and data.held_out_NT is None
+    assert data.warnings == windows(file, samples=50).warnings
+
+
+def test_self_holds_out_texts_that_it_does_not_measure():
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    plain, data = (windows("self", tokenizer, model=model, held_out=count) for count in (0, 2))
+    assert torch.equal(plain.windows_NT, data.windows_NT) and data.held_out_NT is not None
+    assert data.held_out_NT.shape == (2, 16) and not torch.equal(data.held_out_NT, data.windows_NT[:2])
 
 
 def test_each_window_starts_with_bos_exactly_when_the_tokenizer_adds_one(tmp_path):

@@ -14,7 +14,7 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.masks import count_of_zeros, lowest_counts
 from llmcompress.numerics.statistics import Statistic
-from llmcompress.passes.base import PASSES
+from llmcompress.passes.base import PASSES, BlockPass
 from llmcompress.passes.pruning.sparse import SparsePass, magnitude_mask, sparsity
 from llmcompress.passes.pruning.sparse_counts import shares_of
 from llmcompress.records.rows import SiteReport
@@ -66,6 +66,11 @@ class Magnitude(SparsePass):
     def mask(self, weight_OI: Tensor, squares_I: Tensor | None, share: float) -> Tensor:
         """The smallest weights, wherever they are compared."""
         return magnitude_mask(weight_OI, share, self.zeros, by_row=self.comparison == "row")
+
+    @override
+    def plain(self) -> Sequence[BlockPass]:
+        """It is one."""
+        return (self,)
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
         """Zero them."""

@@ -29,7 +29,7 @@ from llmcompress.numerics.masks import (
     named_pattern,
     zeros_first,
 )
-from llmcompress.passes.base import Backward, BlockPass, Trait
+from llmcompress.passes.base import Backward, BlockPass, Trait, with_options_of
 from llmcompress.passes.pruning.sparse_counts import decide_shares
 
 Allocation = Literal["uniform", "outliers", "loss"]
@@ -139,6 +139,11 @@ class SparsePass(BlockPass):
     def with_decisions(self, decisions: Mapping[str, Tensor]) -> Self:
         of_site = {site: {"sparsity": min(float(share), _ALMOST_ALL)} for site, share in decisions.items()}
         return self.with_site_options({"allocation": "uniform", "outlier_times": None, "within": None}, of_site)
+
+    @override
+    def plain(self) -> Sequence[BlockPass]:
+        """The smallest weights of every site, in the same shares and pattern."""
+        return (with_options_of(self, "magnitude", ("sparsity", "pattern")),)
 
     def chosen(self, block: BlockWork, sites: Sequence[LinearSite]) -> Iterator[tuple[Self, LinearSite, float]]:
         """Every site with its options and its sparsity."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from pydantic import Field, field_validator
 from torch import Tensor
+from typing_extensions import override
 
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.model.map import ModelMap
@@ -26,7 +27,7 @@ from llmcompress.numerics.masks import count_of_zeros, lowest, lowest_per_group,
 from llmcompress.numerics.ranges import RangeSearch, fit
 from llmcompress.numerics.repair import repair_kept
 from llmcompress.numerics.statistics import AbsMax, Gram, Statistic
-from llmcompress.passes.base import PASSES, Trait
+from llmcompress.passes.base import PASSES, BlockPass, Trait, with_options_of
 from llmcompress.passes.pruning.sparse import SparsePass, magnitude_mask, sparsity
 from llmcompress.passes.quantizing import put_codes, report_row
 from llmcompress.passes.schemes import OnIndivisible, resolve_scheme, site_schemes
@@ -94,6 +95,13 @@ class SparseGPT(SparsePass):
         schemes = [self.scheme, *(options.get("scheme") for options in self.overrides.values())]
         static = any(name and named_scheme(name).measures_inputs for name in schemes)
         return (Gram, AbsMax) if static else (Gram,)
+
+    @override
+    def plain(self) -> Sequence[BlockPass]:
+        """The smallest weights, then rounding to nearest."""
+        if not self.scheme or AbsMax in self.needs():
+            return super().plain()
+        return (*super().plain(), with_options_of(self, "rtn", ("scheme", "on_indivisible")))
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
         """Prune every site."""

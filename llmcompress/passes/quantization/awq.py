@@ -29,6 +29,11 @@ class AWQ(QuantizingPass):
 
     With `round: false` only the scales are folded in, and the weights stay dense for a later pass (`gptq`).
 
+    Rounding to nearest on better scales: an error is never compensated in other columns, as gptq does it. Where inputs
+    are correlated, as they are in language models, and bits are few, that is most of what can be gained: at 3 bits take
+    `gptq`, or `round: false` and `gptq` behind it (docs/log.md). `awq` alone is for texts so few that gptq fits them
+    too closely, and for runtimes that know its files.
+
     Source: Lin et al., arXiv 2306.00978. Differs: errors are exact, from Gram matrices without forward passes (see
     `numerics/scaling.py`); no scaling is always among the candidates.
     """

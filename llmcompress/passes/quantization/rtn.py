@@ -11,7 +11,7 @@ from llmcompress.model.site import LinearSite
 from llmcompress.numerics.grid import round_to_codes
 from llmcompress.numerics.ranges import RangeSearch, fit
 from llmcompress.numerics.statistics import Statistic
-from llmcompress.passes.base import PASSES
+from llmcompress.passes.base import PASSES, BlockPass
 from llmcompress.passes.quantizing import QuantizingPass, put_codes, report_row
 from llmcompress.records.rows import SiteReport
 
@@ -24,12 +24,18 @@ class RoundToNearest(QuantizingPass):
     """
 
     range: RangeSearch = Field(
-        "minmax", description="mse: clip each group's range to minimize the squared error; minmax: cover all values"
+        "minmax",
+        description="mse: clip each group's range to minimize the squared error; joint: also search signs or zero "
+        "points; minmax: cover all values",
     )
 
     def needs(self) -> tuple[type[Statistic], ...]:
         """Nothing, unless activations are static."""
         return self.activation_statistics()
+
+    def plain(self) -> Sequence[BlockPass]:
+        """It is one."""
+        return (self,)
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
         """Round every site separately."""

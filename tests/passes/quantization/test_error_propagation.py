@@ -81,20 +81,23 @@ def test_the_first_block_has_nothing_to_make_up_for() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("strength", [0.4, 1.0])
-def test_weights_move_as_far_as_the_strength_says(strength: float) -> None:
+@pytest.mark.parametrize("strength", [0.1, 1.0])
+def test_weights_move_at_most_as_far_as_the_strength_says(strength: float) -> None:
     """The second block behind a first one that was rounded: its inputs are seen from outside in both models."""
     first = make("rtn", {"scheme": "int2_g32", "sites": ("*.layers.0.*",)})
     name = "model.layers.1.self_attn.q_proj"
     options = {"scheme": "int8_channel", "sites": (name,), "quantizer": {"rtn": {}}, "strength": strength}
     model, _ = compressed("llama_gqa", first, make("error_propagation", options))
     dense = tiny_model("llama_gqa", seed=1)
-    seen = []
+    seen: list[torch.Tensor] = []
     for each in (dense, model):
         each.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
-        each(windows())
-    drift = Drift(seen[0].shape[1], torch.device("cpu"))
-    drift.add(*seen)
+    drift = Drift(dense.config.hidden_size, torch.device("cpu"))
+    for batch in windows().split(4):
+        seen.clear()
+        dense(batch)
+        model(batch)
+        drift.add(*seen)
     (moved,) = compensated([dense.get_submodule(name).weight], drift, strength=strength, damping=0.1)
     fitted = fit(moved, named_scheme("int8_channel").weights)
     wanted, found = restore(round_to_codes(moved, fitted), fitted), model.get_submodule(name).dense_weight()
