@@ -56,7 +56,7 @@ def main(most: float) -> None:
         panel.annotate(
             point.label,
             (point.megabytes, point.ratio),
-            (point.megabytes + 1.6, y),
+            (point.megabytes + 4, y),
             color=COLOURS[point.who],
             va="center",
             arrowprops={"arrowstyle": "-", "color": COLOURS[point.who], "linewidth": 0.5},
@@ -79,7 +79,7 @@ def points_of(facts: Facts, most: float) -> list[Point]:
         apart = ratio(row, dense, facts, facts["protocol"]["texts"])
         if apart.mean <= most:
             found.append(Point(row.trials[0]["bytes"] / 1e6, apart.mean, apart.error, row.who, label(row)))
-    return sorted(found, key=lambda point: (point.megabytes, point.ratio))
+    return sorted(found, key=lambda point: point.ratio)
 
 
 def label(row: Method) -> str:
@@ -91,11 +91,12 @@ def label(row: Method) -> str:
 
 
 def label_places(points: Sequence[Point], height: float) -> list[float]:
-    """Where labels go up and down, in the order of the points: none nearer to one beside it than they can be read."""
+    """Where labels go up and down, for points from low to high: as far from the ones beside it as can be read."""
     places: list[float] = []
+    step = math.exp(APART * height)
     for index, point in enumerate(points):
         near = [place for other, place in zip(points[:index], places, strict=True) if near_by(other, point)]
-        places.append(max([point.ratio, *(place * math.exp(APART * height) for place in near)]))
+        places.append(max([point.ratio, *(place * step for place in near)]))
     return places
 
 

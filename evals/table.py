@@ -30,7 +30,8 @@ How the seconds of `gptq` and `awq` grow with blocks, width and samples (`python
 
 ![CPU seconds against blocks, width and samples, on logarithmic axes](growth.svg)
 
-A real model, SmolLM2-135M-Instruct, ours and the peers' (`python evals/quality_bytes.py`, from the first tables):
+A real model, SmolLM2-135M-Instruct, ours and the peers' (`python evals/quality_bytes.py`, from the first
+tables; rows beyond ×12 are left out):
 
 ![Perplexity ÷ dense against megabytes of weights](quality-bytes.svg)
 """
