@@ -213,7 +213,7 @@ def _tokens(result: PerplexityResult) -> str:
     whole = result.text_tokens
     # what is given and not predicted is a token of the text: a text measured to its end lacks at most one a window
     partly = whole is not None and whole - result.tokens > whole / result.window + 1
-    return f"{result.tokens:,} of {whole:,}" if partly else f"{result.tokens:,}"
+    return f"{result.tokens} of {whole}" if partly else str(result.tokens)
 
 
 def _worst_sites(report: Report) -> Table:

@@ -121,7 +121,7 @@ def test_every_score_is_deterministic_and_keeps_the_count(score: str) -> None:
     # 1 of 2 KV groups is nearest to 0.3: 6,144 of the 9,216 weights that 0.3 of a block are; 16 channels have the rest
     assert {len(removed) for removed in first.values()} == {1, 16}
     model, rows = pruned("llama_gqa", width)
-    assert model.config.intermediate_size == 67 and model.config.num_key_value_heads == 1
+    assert model.config.intermediate_size == 96 - 16 and model.config.num_key_value_heads == 1
     assert model.config.num_attention_heads == 2 and model.config.head_dim == 16
     for row in rows:
         if row.error is not None and row.error_before is not None:
