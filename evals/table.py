@@ -1,4 +1,4 @@
-"""Writes docs/results.md, and one headline table in the README, from evals/results/*.json.
+"""Writes docs/results.md, and the headline tables in the README, from evals/results/*.json.
 
     python evals/table.py            rewrite docs/results.md and the part of README.md between the `results` markers
     python evals/table.py --check    exit with 1 when one of them is out of date
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tables import cost, pruning, quantization
+from tables import cost, pruning, quantization, real
 from tables.cells import Facts
 from tables.summary import LINES, MODEL, summary
 
@@ -29,6 +29,10 @@ tables are small: measure yours before you decide.
 How the seconds of `gptq` and `awq` grow with blocks, width and samples (`python evals/plots.py`, from the same files):
 
 ![CPU seconds against blocks, width and samples, on logarithmic axes](growth.svg)
+
+A real model, SmolLM2-135M-Instruct, ours and the peers' (`python evals/quality_bytes.py`, from the first tables):
+
+![Perplexity ÷ dense against megabytes of weights](quality-bytes.svg)
 """
 
 
@@ -71,6 +75,7 @@ def with_results(text: str, tables: str) -> str:
 def sections() -> list[Section]:
     """What there is, in the order of the documents."""
     return [
+        Section("A real model, against llm-compressor, GPTQModel and AutoRound", real.everything, "real-*.json"),
         Section("Weight-only quantization", quantization.quantization, "quantization-*.json"),
         Section(
             "Weight-only quantization, against llm-compressor, GPTQModel and AutoRound",
@@ -106,10 +111,11 @@ def sections() -> list[Section]:
 
 
 def headline(folder: Path) -> str:
-    """The one table of the README."""
+    """The tables of the README: the real model beside the peers, and every kind of compression on the bundled one."""
+    (measured,) = read(folder, f"real-{real.MODEL}.json")
     files = {line.file: read(folder, f"{line.file}-{MODEL}.json") for line in LINES}
     known = {name: facts for name, (facts,) in files.items()}
-    return summary(known)
+    return f"{real.short(measured)}\n\n{summary(known)}"
 
 
 def render(folder: Path) -> str:

@@ -42,6 +42,9 @@ _SAVED_OUTPUTS = 2
 """The outputs of linears themselves, and what is computed from them."""
 _BACKWARD_FORWARDS = 3
 """Forward passes that one forward and its gradients cost; one more where blocks are computed again."""
+_LEARNING_COPIES = 12
+"""Of a block's weights while its codes are learned: latent ones with gradient, two moments and the best so far, first
+codes, what codes are relaxed to, the weights these give, and their graph."""
 _SOLVING_PRODUCTS = 40
 """Products ΔW·G of O×I by I×I that solving one site takes in time: AWQ tries about twenty scales and twenty ranges."""
 
@@ -63,14 +66,18 @@ class _Measuring:
     """What a pass measures, asked once and not for every block."""
 
     selects: Callable[[str], bool]
-    forwards: int
+    forwards: float
     wants_dense: bool
     solves: bool
     """Whether Gram matrices are measured, and systems solved with them."""
+    learns: bool
+    """Whether gradients go through single blocks."""
 
     @classmethod
-    def of(cls, each: BlockPass) -> _Measuring:
-        return cls(each.selects, each.forwards(), each.wants_dense(), Gram in each.measures())
+    def of(cls, each: BlockPass, samples: int) -> _Measuring:
+        learning = _BACKWARD_FORWARDS * each.trained_windows() / samples
+        solves, forwards = Gram in each.measures(), each.forwards() + learning
+        return cls(each.selects, forwards, each.wants_dense(), solves, learns=learning > 0)
 
 
 class Machine(NamedTuple):
@@ -113,9 +120,9 @@ def cost(recipe: Recipe, model_map: ModelMap, *, parameters: int, vocabulary: in
 
     `vocabulary` = embedding rows.
     """
-    passes = [_Measuring.of(each) for each in recipe.passes if isinstance(each, BlockPass)]
-    forwards = [1 + sum(each.forwards for each in passes if any(_groups(each, block))) for block in model_map.blocks]
     samples = recipe.calibration.samples
+    passes = [_Measuring.of(each, samples) for each in recipe.passes if isinstance(each, BlockPass)]
+    forwards = [1 + sum(each.forwards for each in passes if any(_groups(each, block))) for block in model_map.blocks]
     through_model = sum(
         (_BACKWARD_FORWARDS + gradients.recomputes) * (gradients.trained_on or samples) / samples
         for each in recipe.passes
@@ -188,6 +195,8 @@ def _working_bytes(each: _Measuring, block: BlockInfo, tokens: int) -> int:
     """
     sites = block.structure.sites
     inside = _FLOAT * tokens * sum(site.outputs for site in sites)
+    if each.learns:
+        inside += _LEARNING_COPIES * _FLOAT * sum(site.outputs * site.inputs for site in sites)
     if not each.solves:
         return inside
     squares = [_inputs(block, group) ** 2 for group in _groups(each, block)]

@@ -28,6 +28,7 @@ BUDGET_SECONDS: dict[str, int] = {
     "tests/passes/pruning/test_width.py": 70,
     "tests/test_quality.py": 80,
     "tests/test_recipe.py": 70,
+    "tests/test_public_face.py": 50,
     "tests/modules/test_dynamic.py": 50,
     "tests/test_offload.py": 50,
     "tests/exporters/test_manifest.py": 40,

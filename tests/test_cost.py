@@ -64,12 +64,14 @@ def test_forwards_and_operations_grow_with_what_a_pass_does() -> None:
 
 @pytest.mark.parametrize(("tokens", "inside"), [(8, False), (512, True)])
 def test_memory_is_the_sum_done_by_hand(tokens: int, inside: bool) -> None:
-    """Of the model; hidden states before and after; Gram matrices; a batch inside a block or what solving takes."""
+    """Of the model; hidden states before and after; Gram matrices; a batch inside a block or what solving takes; the
+    block that the guard compares with."""
     text = f"calibration: {{samples: 2, tokens: {tokens}, batch: 1}}\npasses: [gptq]\nevaluate: {{perplexity: []}}"
     outputs, grams, largest, weight = 64 + 32 + 32 + 64 + 96 + 96 + 64, 3 * 64**2 + 96**2, 96**2, 64 * 96
     in_a_block, solving = tokens * outputs, 2 * largest + 4 * weight
     assert (in_a_block > solving) == inside
-    floats = 10_000 + 2 * 2 * tokens * 64 + grams + max(in_a_block, solving)
+    plain_block = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96
+    floats = 10_000 + 2 * 2 * tokens * 64 + grams + max(in_a_block, solving) + plain_block
     assert cost_of(parse_recipe(text, "test")).peak_bytes == 4 * floats
 
 

@@ -7,7 +7,7 @@ import json
 import logging
 import pkgutil
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -161,7 +161,7 @@ def test_questions_take_names_live_models_and_results(tiny: Path, tmp_path: Path
     assert inspect(given) == inspect(str(tiny)) == inspect(made)
     named, live = plan(str(tiny), UNMEASURED), plan(given, UNMEASURED)
     assert (live.sites, live.output_bytes) == (named.sites, named.output_bytes)
-    sizes = [footprint(each) for each in (made, made.model, tmp_path / "out")]
+    sizes = [footprint(each) for each in (made, compress(str(tiny), UNMEASURED), tmp_path / "out")]
     assert len({each.parameters for each in sizes}) == 1 and len({each.bytes_on_disk for each in sizes}) == 1
     assert footprint(given).format == "plain"
     found = llmcompress.speed([made, given], prompt_tokens=4, new_tokens=2, repeats=1)
@@ -188,7 +188,7 @@ def test_saved_in_another_format_it_says_so_and_an_existing_folder_is_kept(tiny:
 def test_an_export_is_refused_by_what_cannot_hold_it_and_names_what_can(tiny: Path, tmp_path: Path) -> None:
     made = compress(
         str(tiny),
-        {**UNMEASURED, "passes": [{"rtn": {"scheme": "int4_g16"}}, {"embeddings": {"scheme": "int8_channel"}}]},
+        {**UNMEASURED, "passes": [{"svd": {"fraction": 0.3}}]},
     )
     with pytest.raises(CompressError) as refused:
         made.export("bitsandbytes", tmp_path / "bnb")
@@ -196,7 +196,7 @@ def test_an_export_is_refused_by_what_cannot_hold_it_and_names_what_can(tiny: Pa
     assert not (tmp_path / "bnb").exists()
     made.export("llmcompress", tmp_path / "ours")
     assert load(tmp_path / "ours").model
-    with pytest.raises(CompressError, match="no exporter called"):
+    with pytest.raises(CompressError, match="unknown exporter"):
         made.export("gguf9", tmp_path / "x")
 
 
@@ -216,16 +216,10 @@ class Hub:
 
 
 def http_error(status: int) -> HfHubHTTPError:
-    try:
-        import httpx
-
-        return HfHubHTTPError("no", response=httpx.Response(status, request=httpx.Request("POST", "https://h.co")))
-    except TypeError:  # of requests, in older versions
-        import requests
-
-        response = requests.Response()
-        response.status_code = status
-        return HfHubHTTPError("no", response=response)
+    """Its constructor wants a response of whichever network library this version uses."""
+    error = HfHubHTTPError.__new__(HfHubHTTPError)
+    error.args, error.response = ("no",), SimpleNamespace(status_code=status)
+    return error
 
 
 def test_push_uploads_a_whole_private_folder(tiny: Path, tmp_path: Path) -> None:
@@ -277,7 +271,7 @@ def test_a_callback_is_told_everything_and_messages_are_logged(
     assert [(each.step, each.total) for each in blocks] == [(1, 2), (2, 2)]
     assert blocks[0].seconds_left is not None and blocks[1].seconds_left is None
     notes = [event.note for event in events if event.note]
-    assert any("windows cut from 4000" in note for note in notes)
+    assert any("from 4000 to 64 tokens" in note for note in notes)
     warned = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert warned == notes
 

@@ -248,7 +248,7 @@ def test_a_torn_fingerprint_is_refused_with_the_way_out_and_fresh_takes_it(tmp_p
     (tmp_path / "out.run" / "fingerprint.json").write_text(torn)
     with pytest.raises(CompressError) as caught:
         _open(tmp_path / "out")
-    assert caught.value.code == "run.damaged" and "--fresh" in caught.value.fix
+    assert caught.value.code == "run.damaged" and "`fresh=True`" in caught.value.fix
     assert caught.value.exit_code is ExitCode.USAGE
     with _open(tmp_path / "out", fresh=True) as run:
         assert run.finished_blocks(0) == []

@@ -136,7 +136,7 @@ def test_set_leads_into_it(setting, path, value):
 )
 def test_set_names_the_nearest_key_of_it(setting, fix):
     error = refusal(BOTH, setting)
-    assert error.code == "recipe.set" and fix in error.fix and error.where == f"--set {setting}"
+    assert error.code == "recipe.set" and fix in error.fix and error.where == f"setting {setting}"
 
 
 def test_the_hash_covers_it_unless_it_is_marked_as_leaving_the_weights():

@@ -54,7 +54,7 @@ def observed_input(
 
 
 class EarlyEnd:
-    """Ends a forward once some linears have been given all tokens: nobody needs what follows the last of them."""
+    """Ends a forward pass once some linears have received all tokens: nothing after the last of them is needed."""
 
     def __init__(self, linears: int) -> None:
         self._linears, self._tokens = linears, 0

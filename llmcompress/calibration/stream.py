@@ -26,6 +26,8 @@ from llmcompress.model.skeleton import BlockCall, find_blocks, record
 from llmcompress.model.surgery import apply_fold
 from llmcompress.numerics.statistics import Statistic
 
+_ALL = slice(None)
+
 
 class BlockWork:
     """One block during compression: its sites, folds and statistics."""
@@ -98,20 +100,8 @@ class BlockWork:
     @torch.no_grad()
     def _few_tokens(self) -> Tensor:
         """The output for the first sequence of the first batch; for the whole batch where its axis cannot be told."""
-        hidden, call = self._inputs[0], self._calls[0]
-        batch, tokens, _ = hidden.shape
-        rows: list[int] = []
-
-        def note(tensor: Tensor) -> Tensor:
-            rows.extend(tensor.shape[:1])
-            return tensor
-
-        call.with_tensors(note)
-        # Bloom and Falcon hand their blocks biases of batch · heads rows
-        if batch != tokens and all(count <= batch or count % batch for count in rows):
-            hidden = hidden[:1]
-            call = call.with_tensors(lambda tensor: tensor[:1] if tensor.shape[:1] == (batch,) else tensor)
-        return self._run(hidden, call)
+        cut = _windows_of(self._inputs[0], self._calls[0], slice(1))
+        return self._run(*(cut or (self._inputs[0], self._calls[0])))
 
     @torch.no_grad()
     def measure(self, sites: Sequence[LinearSite], kinds: Sequence[type[Statistic]]) -> None:
@@ -214,9 +204,14 @@ class BlockWork:
         """Make it the sum of what all processes have."""
         self.context.processes.all_reduce_sum_(tensor)
 
-    def output(self, batch: int) -> Tensor:
-        """The block's output for one of this process's batches, on its device, with gradients where enabled."""
-        return self._run(self._inputs[batch], self._calls[batch])
+    def output(self, batch: int, windows: slice = _ALL) -> Tensor:
+        """The block's output for one of this process's batches, or some of its windows, on its device.
+
+        With gradients where enabled. Where a batch's axis cannot be told, all of it is computed.
+        """
+        hidden, call = self._inputs[batch], self._calls[batch]
+        cut = None if windows == _ALL else _windows_of(hidden, call, windows)
+        return self._run(hidden, call)[windows] if cut is None else self._run(*cut)
 
     @torch.no_grad()
     def outputs(self) -> list[Tensor]:
@@ -240,6 +235,24 @@ class BlockWork:
     def _run_in(self, module: nn.Module, inputs: Tensor, call: BlockCall) -> Tensor:
         there = call.with_tensors(lambda tensor: tensor.to(self._device))
         return there.run(module, inputs.to(self._device))
+
+
+def _windows_of(hidden_BTD: Tensor, call: BlockCall, windows: slice) -> tuple[Tensor, BlockCall] | None:
+    """Some windows of a batch, with what belongs to them; None where the arguments do not say which axis is theirs."""
+    batch, tokens, _ = hidden_BTD.shape
+    rows: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        rows.extend(tensor.shape[:1])
+        return tensor
+
+    call.with_tensors(note)
+    # Bloom and Falcon hand their blocks biases of batch · heads rows
+    if batch == tokens or not all(count <= batch or count % batch for count in rows):
+        return None
+    return hidden_BTD[windows], call.with_tensors(
+        lambda tensor: tensor[windows] if tensor.shape[:1] == (batch,) else tensor
+    )
 
 
 class _SeenEnough(Exception):

@@ -36,7 +36,7 @@ def passes(name: str | None, as_json: bool) -> None:
     if name not in known.passes:
         raise CompressError(
             "pass.unknown",
-            f"there is no pass called {name!r}",
+            f"unknown pass {name!r}",
             fix=did_you_mean(name, known.passes),
             exit_code=ExitCode.USAGE,
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,9 @@ class CodedSite:
         return self.outputs * self.inputs
 
     @property
-    def code_bits(self) -> int:
+    def code_bits(self) -> Fraction:
         """Bits of one code without padding."""
-        return self.scheme.weights.bits if self.scheme else self.grid.bits
+        return (self.scheme.weights if self.scheme else self.grid).own_bits
 
     @property
     def ideal_bits(self) -> int:
@@ -60,7 +61,7 @@ class CodedSite:
         scale_bits = 8 * scale.dtype.itemsize
         extra = 8 * sum(tensor.bytes for name, tensor in self.tensors.items() if name.startswith("input_"))
         grid = self.scheme.weights if self.scheme else self.grid
-        return self.weights * grid.bits + grid.scale_bits(self.outputs, self.inputs, scale_bits) + extra
+        return grid.code_bits(self.weights) + grid.scale_bits(self.outputs, self.inputs, scale_bits) + extra
 
     def codes(self, read: Tensors) -> Tensor:
         """O×I int16: each code less its zero point (or the code of 0), so 0 is a weight of zero."""

@@ -110,7 +110,8 @@ def footprint(model: str | Path) -> Footprint:
         nonzero += there
         codes.update(_histogram(fields_OI))
         ideal_bits += site.ideal_bits
-        sparse_bits += min(site.ideal_bits, site.ideal_bits - (site.weights - there) * site.code_bits + site.weights)
+        of_zeros = int((site.weights - there) * site.code_bits)
+        sparse_bits += min(site.ideal_bits, site.ideal_bits - of_zeros + site.weights)
     return Footprint(
         model=source.name,
         format=found.format,

@@ -13,7 +13,15 @@ from llmcompress.formats.named import Kind, Named, empty_codes, kinds
 from llmcompress.modules.expression_leaves import Quantized
 from llmcompress.modules.scheme import Scheme
 from llmcompress.numerics.formats import scales_from_bytes, scales_to_bytes
-from llmcompress.numerics.packing import pack_bits, packed_bytes, unpack_bits
+from llmcompress.numerics.grid import Grid
+from llmcompress.numerics.packing import (
+    pack_bits,
+    pack_trits,
+    packed_bytes,
+    packed_trit_bytes,
+    unpack_bits,
+    unpack_trits,
+)
 from llmcompress.numerics.quantized import QuantizedTensor
 
 NAMES = frozenset({"weight", "scale", "zero_point", "shared_scale", "input_scale"})
@@ -27,7 +35,7 @@ def pack(form: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:
     whole byte lie in one row. Float32 numbers are stored as int32: casting a model leaves those alone.
     """
     tensor, grid = form.tensor, form.tensor.grid
-    packed_OB = pack_bits(tensor.codes, grid.bits, grid.low)
+    packed_OB = pack_trits(tensor.codes) if grid.ternary else pack_bits(tensor.codes, grid.bits, grid.low)
     scale = scales_to_bytes(tensor.scale, grid.scales)
     fixed = form.input_scale
     found = {
@@ -43,12 +51,11 @@ def pack(form: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def unpack(found: Named, scheme: Scheme, inputs: int, dtype: torch.dtype) -> Quantized:
     """What was packed, bit for bit; scales that lie in the file as bytes become `dtype`."""
-    grid, bits = scheme.weights, scheme.weights.bits
+    grid = scheme.weights
     scale, shared, fixed = found["scale"], found.get("shared_scale"), found.get("input_scale")
-    outputs = found["weight"].numel() // packed_bytes(inputs, bits)
     return Quantized(
         QuantizedTensor(
-            unpack_bits(found["weight"].reshape(outputs, -1), bits, grid.low, inputs),
+            _codes(found["weight"], grid, inputs),
             scales_from_bytes(scale, grid.scales, dtype),
             found.get("zero_point"),
             None if shared is None else shared.view(torch.float32),
@@ -64,6 +71,12 @@ def unpack(found: Named, scheme: Scheme, inputs: int, dtype: torch.dtype) -> Qua
 def tensors(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype, *, bias: bool) -> dict[str, Kind]:
     """Names, dtypes and shapes of what `pack` gives for a linear of that shape (O, I)."""
     return kinds(pack(empty_codes(shape, scheme, dtype, bias=bias), dtype))
+
+
+def _codes(weight: Tensor, grid: Grid, inputs: int) -> Tensor:
+    if grid.ternary:
+        return unpack_trits(weight.reshape(-1, packed_trit_bytes(inputs)), inputs)
+    return unpack_bits(weight.reshape(-1, packed_bytes(inputs, grid.bits)), grid.bits, grid.low, inputs)
 
 
 def _bits(value: Tensor | None) -> Tensor | None:

@@ -26,12 +26,16 @@ Activations = Literal["token", "tensor", "group"]
 tensor, fixed by calibration; or one per group of inputs, found while running."""
 
 DESCRIPTION = (
-    "int{2…8}_{gN|channel}[_asym|_positive], fp8_{gN|channel|tensor}, fp8e5m2_…, fp4_{gN|channel}, nf4_{gN|channel}, "
-    "mxfp4, mxfp8 or nvfp4; with rounded activations int and fp8 …_a8token or …_a8tensor, mx and nv …_a"
+    "int{2…8}_{gN|channel}[_asym|_positive], ternary_{gN|channel}, fp8_{gN|channel|tensor}, fp8e5m2_…, "
+    "fp4_{gN|channel}, nf4_{gN|channel}, mxfp4, mxfp8 or nvfp4; with rounded activations int, ternary and fp8 "
+    "…_a8token or …_a8tensor, mx and nv …_a"
 )
 """The syntax of `scheme`, for option descriptions and errors."""
 
 _NUMBERS: dict[str, NumberFormat] = {each.name: each for each in (E4M3, E5M2, E2M1, NF4)}
+
+TERNARY = "ternary"
+"""-1, 0 and 1."""
 
 _PER_TENSOR = frozenset({"fp8", "fp8e5m2"})
 """Number formats for which one scale per matrix is supported."""
@@ -44,7 +48,7 @@ _FIXED: dict[str, Grid] = {
 """Formats whose groups and scales are part of their definition."""
 
 _NAME = re.compile(
-    r"(?P<number>int[2-8]|fp8|fp8e5m2|fp4|nf4)_(?:g(?P<group>[1-9]\d*)|(?P<size>channel|tensor))"
+    r"(?P<number>int[2-8]|ternary|fp8|fp8e5m2|fp4|nf4)_(?:g(?P<group>[1-9]\d*)|(?P<size>channel|tensor))"
     r"(?:(?P<asym>_asym)|(?P<positive>_positive))?(?:_a8(?P<a8>token|tensor))?"
 )
 
@@ -64,7 +68,7 @@ class Scheme:
                 return name + ("_a" if self.activations else "")
         grid = self.weights
         size = "tensor" if grid.scales.single else "channel" if grid.group is None else f"g{grid.group}"
-        number = grid.number.name if grid.number else f"int{grid.bits}"
+        number = grid.number.name if grid.number else TERNARY if grid.ternary else f"int{grid.bits}"
         sign = "_positive" if grid.positive_scales else "" if grid.symmetric else "_asym"
         return f"{number}_{size}{sign}" + (f"_a8{self.activations}" if self.activations else "")
 
@@ -91,7 +95,8 @@ class Scheme:
 
     def bits_per_weight(self, outputs: int, inputs: int, scale_bits: int) -> float:
         """Stored bits ÷ weights: codes, scales and (asymmetric) packed zero points."""
-        return self.weights.bits + self.weights.scale_bits(outputs, inputs, scale_bits) / (outputs * inputs)
+        scales = self.weights.scale_bits(outputs, inputs, scale_bits) / (outputs * inputs)
+        return float(self.weights.own_bits) + scales
 
 
 @cache
@@ -108,6 +113,8 @@ def named_scheme(name: str) -> Scheme:
         raise _unknown(name)
     group = int(found["group"]) if found["group"] else None
     activations: Activations | None = found["a8"]  # type: ignore[assignment]
+    if found["number"] == TERNARY:
+        return Scheme(Grid(2, group=group, ternary=True), activations)
     if found["number"] not in _NUMBERS:
         positive = found["positive"] is not None
         grid = Grid(int(found["number"][3:]), symmetric=not found["asym"], group=group, positive_scales=positive)
@@ -121,13 +128,15 @@ def _makes_sense(found: re.Match[str]) -> bool:
     number = found["number"]
     if found["size"] == "tensor" and number not in _PER_TENSOR:
         return False
+    if number == TERNARY:
+        return not found["asym"] and not found["positive"]
     if found["positive"]:  # all other numbers have no negative scales that could be left out
         return number not in (*_NUMBERS, "int8")
     return number not in _NUMBERS or (not found["asym"] and (not found["a8"] or _NUMBERS[number].bits == 8))
 
 
 def _unknown(name: str) -> CompressError:
-    numbers = [f"int{bits}" for bits in range(2, 9)] + [*_NUMBERS]
+    numbers = [f"int{bits}" for bits in range(2, 9)] + [TERNARY, *_NUMBERS]
     sizes = ("channel", "tensor", "g128", "g64", "g32")
     endings = ("", "_asym", "_positive", "_a8token", "_a8tensor")
     tried = (_NAME.fullmatch(f"{each}_{size}{end}") for each in numbers for size in sizes for end in endings)

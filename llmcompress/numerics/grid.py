@@ -6,7 +6,9 @@ formats are defined in `numerics/formats.py`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from llmcompress.numerics.formats import (
     NumberFormat,
     ScaleKind,
 )
+from llmcompress.numerics.packing import TRITS_IN_BYTE
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Grid:
     scales: ScaleKind = STORED
     positive_scales: bool = False
     """Whether a reader of the codes takes no negative scale; only where grids would have some (`mirrors`)."""
+    ternary: bool = False
+    """Only -1, 0 and 1, in fields of two bits."""
 
     @classmethod
     def of(cls, number: NumberFormat, group: int | None = None, scales: ScaleKind = STORED) -> Grid:
@@ -41,19 +46,31 @@ class Grid:
     @property
     def low(self) -> int:
         """Smallest code."""
+        if self.ternary:
+            return -1
         return -(1 << (self.bits - 1)) if self.number is None else self.number.low
 
     @property
     def high(self) -> int:
         """Largest code."""
-        return self.low + (1 << self.bits) - 1
+        return 1 if self.ternary else self.low + (1 << self.bits) - 1
 
     @property
     def mirrors(self) -> bool:
         """Whether scales may be negative: there is one more code below zero than above, and the longer side of a group
         then lies there whichever it is. At 8 bits nothing is gained, and integer kernels expect positive scales.
         """
-        return self.number is None and self.symmetric and self.bits < 8 and not self.positive_scales
+        integers = self.number is None and not self.ternary
+        return integers and self.symmetric and self.bits < 8 and not self.positive_scales
+
+    @property
+    def own_bits(self) -> Fraction:
+        """What a code takes where codes lie at their own width: ternary ones stand five to a byte."""
+        return Fraction(8, TRITS_IN_BYTE) if self.ternary else Fraction(self.bits)
+
+    def code_bits(self, codes: int) -> int:
+        """What so many codes take at their own width, in whole bits."""
+        return math.ceil(codes * self.own_bits)
 
     def groups(self, inputs: int) -> int:
         """Number of scales a row of `inputs` weights has; a ragged last group counts."""

@@ -1,11 +1,16 @@
 """Packs small integers into a bit stream: a row of 3-bit codes takes three bits per code. O = rows, I = codes, B =
 bytes.
+
+Ternary codes are packed five to a byte, as base-3 digits.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+TRITS_IN_BYTE = 5
+"""3⁵ = 243: 1.6 bits per code; log₂ 3 = 1.585 would be the minimum."""
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -58,3 +63,28 @@ def unpack_bits(packed_OB: Tensor, bits: int, low: int, count: int) -> Tensor:
     stream = (packed_OB[..., None] >> places & 1).reshape(rows, -1)[:, : count * bits].reshape(rows, count, bits)
     weights = (2 ** torch.arange(bits, device=packed_OB.device)).to(torch.int16)
     return ((stream.to(torch.int16) * weights).sum(-1, dtype=torch.int16) + low).to(torch.int8)
+
+
+def packed_trit_bytes(count: int) -> int:
+    """Bytes that `count` ternary codes of one row take."""
+    return -(-count // TRITS_IN_BYTE)
+
+
+def pack_trits(codes_OI: Tensor) -> Tensor:
+    """O×B uint8: codes of -1, 0 and 1 plus one as digits to the base 3, the first one the lowest; rows end in zeros."""
+    rows, count = codes_OI.shape
+    missing = packed_trit_bytes(count) * TRITS_IN_BYTE - count
+    digits_OI = torch.nn.functional.pad((codes_OI + 1).to(torch.uint8), (0, missing))
+    digits_OB5 = digits_OI.reshape(rows, packed_trit_bytes(count), TRITS_IN_BYTE)
+    return (digits_OB5 * _powers_of_three(codes_OI.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_trits(packed_OB: Tensor, count: int) -> Tensor:
+    """The int8 codes of which `packed_OB` is the packed form, `count` a row."""
+    powers = _powers_of_three(packed_OB.device)
+    digits_OB5 = packed_OB[..., None].div(powers, rounding_mode="floor") % 3
+    return digits_OB5.flatten(1)[:, :count].to(torch.int8) - 1
+
+
+def _powers_of_three(device: torch.device) -> Tensor:
+    return (3 ** torch.arange(TRITS_IN_BYTE, device=device)).to(torch.uint8)

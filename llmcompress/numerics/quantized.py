@@ -71,7 +71,7 @@ class QuantizedTensor:
     @property
     def bits(self) -> int:
         """Codes without padding, scales in their dtype here, and packed zero points."""
-        return self.weights * self.grid.bits + self.grid.scale_bits(*self.shape, 8 * self.scale.element_size())
+        return self.grid.code_bits(self.weights) + self.grid.scale_bits(*self.shape, 8 * self.scale.element_size())
 
     @property
     def bits_per_weight(self) -> float:

@@ -15,8 +15,9 @@ from torch.nn import functional
 from llmcompress.numerics.formats import E4M3, POWER_OF_TWO, TWO_LEVEL, NumberFormat, power_of_two, shared_scale
 from llmcompress.numerics.grid import Fitted, Grid, grouped, row_pieces
 
-RangeSearch = Literal["minmax", "mse"]
-"""Cover a group's whole range, or the shrunken range whose rounding error is least."""
+RangeSearch = Literal["minmax", "mse", "joint"]
+"""Cover a group's whole range, or the shrunken range with the least rounding error; joint: besides, scales with every
+zero point near the middle, or with either sign."""
 
 
 def fit(
@@ -40,12 +41,22 @@ def fit(
     all, errors of inputs are taken as independent there: ten products with the whole matrix would cost more than all
     else that is done to a site. `shared` is for a part of a matrix whose two-level scales have been begun.
 
-    Source: Jacob et al., arXiv 1712.05877, section 2 (range includes 0, zero is exact);
+    With `search="joint"` thirteen scales are tried after that, each with both signs or with three zero points: two to
+    four times the trials. Grids of floats have neither.
+
+    A ternary grid has no range to cover: its scale is the mean magnitude of what is not zero, and a search widens it.
+
+    Source: Jacob et al., arXiv 1712.05877, section 2 (range includes 0, zero is exact); Ma et al., arXiv 2402.17764
+    (ternary: mean magnitude);
     Lin et al., arXiv 2306.00978 (clipping per row and group).
     """
     grouped_OGN = grouped(weight_OI, grid)
     top_OG = grouped_OGN.amax(-1).clamp_min(0)
     bottom_OG = grouped_OGN.amin(-1).clamp_max(0)
+    if grid.ternary:
+        # zeros are a mask, or fill up a short group
+        top_OG = grouped_OGN.abs().sum(-1) / grouped_OGN.count_nonzero(-1).clamp_min(1)
+        bottom_OG = -top_OG
     if grid.scales.single:
         top_OG, bottom_OG = top_OG.amax(0, keepdim=True), bottom_OG.amin(0, keepdim=True)
     if grid.scales == TWO_LEVEL and shared is None:
@@ -56,12 +67,16 @@ def fit(
         return best
     gram_GNN = None if gram_II is None else _seen_by_groups(gram_II, grid)
     ranges = _Ranges(bottom_OG, top_OG, scale_dtype, shared)
+
+    def searched(weight_OGN: Tensor, ranges: _Ranges, first: Fitted) -> Fitted:
+        found = _search(weight_OGN, ranges, first, gram_GNN)
+        jointly = search == "joint" and grid.number is None
+        return _search_jointly(weight_OGN, ranges, found, gram_GNN) if jointly else found
+
     if grid.scales.single:
-        return _search(grouped_OGN, ranges, best, gram_GNN)
+        return searched(grouped_OGN, ranges, best)
     # rows are independent: in pieces, a trial needs little memory besides the weights
-    found = [
-        _search(grouped_OGN[piece], ranges.rows(piece), best.rows(piece), gram_GNN) for piece in row_pieces(weight_OI)
-    ]
+    found = [searched(grouped_OGN[piece], ranges.rows(piece), best.rows(piece)) for piece in row_pieces(weight_OI)]
     return replace(
         best,
         scale_OG=torch.cat([each.scale_OG for each in found]),
@@ -100,12 +115,17 @@ def _steps(grid: Grid) -> tuple[tuple[float, ...], ...]:
     """What a search adds to the factor of a range: first to 1, then to the best found."""
     if grid.scales == POWER_OF_TWO:
         return ((1.0, -0.5),)
+    if grid.ternary:
+        return _WIDER
     # values of a float lie wide apart at its end: the largest weight may be better off on a smaller one, 4 instead of 6
     return (_COARSE if grid.number is None else (0.5, *_COARSE), _FINE)
 
 
 _COARSE = (-0.15, -0.3, -0.45)
 _FINE = (-0.05, 0.05)
+_WIDER = ((0.25, 0.5, 0.75), (-0.125, 0.125))
+"""Of normal weights the best ternary scale is 1.53 times their mean magnitude."""
+_JOINT_FACTORS = tuple(0.4 + 0.06 * step for step in range(13))
 _WIDE = 256
 _NARROWEST, _WIDEST = 0.5, 2.0
 
@@ -137,6 +157,35 @@ def _search(grouped_OGN: Tensor, ranges: _Ranges, best: Fitted, gram_GNN: Tensor
             factor_OG = torch.where(error_OG < best_error_OG, tried_OG, factor_OG)
             best_error_OG = torch.where(error_OG < best_error_OG, error_OG, best_error_OG)
     return best
+
+
+def _search_jointly(grouped_OGN: Tensor, ranges: _Ranges, best: Fitted, gram_GNN: Tensor | None) -> Fitted:
+    """The best of many scales, each with both signs or with several zero points; or `best`.
+
+    Source: the search of Lin et al., arXiv 2505.17595 (NeUQI). Differs: a fixed list of scales and integer zero points.
+    """
+    full = _from_range(ranges.bottom_OG, ranges.top_OG, best.grid, ranges.scale_dtype, ranges.shared)
+    middle_OG = (grouped_OGN.amax(-1) + grouped_OGN.amin(-1)) / 2
+    best_error_OG = _error(grouped_OGN, best, gram_GNN)
+    for factor in _JOINT_FACTORS:
+        scale_OG = (full.scale_OG * factor).to(ranges.scale_dtype).to(full.scale_OG.dtype)
+        scale_OG = torch.where(scale_OG != 0, scale_OG, full.scale_OG)
+        for trial in _same_scale(replace(full, scale_OG=scale_OG), middle_OG):
+            error_OG = _error(grouped_OGN, trial, gram_GNN)
+            best = lesser(trial, best, error_OG, best_error_OG)
+            best_error_OG = torch.minimum(error_OG, best_error_OG)
+    return best
+
+
+def _same_scale(trial: Fitted, middle_OG: Tensor) -> list[Fitted]:
+    """Grids with that step: the extra code on either side of zero, or zero points around the middle of the weights."""
+    grid = trial.grid
+    if grid.mirrors:
+        return [trial, replace(trial, scale_OG=-trial.scale_OG)]
+    if grid.symmetric:
+        return [trial]
+    centre_OG = ((grid.low + grid.high) / 2 - middle_OG / trial.scale_OG).round()
+    return [replace(trial, zero_OG=(centre_OG + by).clamp(grid.low, grid.high)) for by in (-1, 0, 1)]
 
 
 def _from_range(

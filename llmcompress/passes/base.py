@@ -247,6 +247,10 @@ class BlockPass(Pass):
         resource estimate."""
         return 1 if self.needs() else 0
 
+    def trained_windows(self) -> int:
+        """How many windows of a block gradients go through, repeated ones counted again: for foresight."""
+        return 0
+
     def wants_dense(self) -> bool:
         """Whether `apply` reads `block.dense_outputs`: one more forward, and the memory of the hidden states again."""
         return False

@@ -74,6 +74,7 @@ PASSES: list[tuple[str, dict[str, Any]]] = [
     ("smoothquant", {"strength": 0.5}),
     ("error_propagation", {"scheme": "int3_g32_asym"}),
     ("learned_rounding", {"scheme": "int2_g32", "steps": 6}),
+    ("gsq", {"scheme": "int2_g32", "steps": 6}),
     ("wanda", {"sparsity": 0.5}),
 ]
 

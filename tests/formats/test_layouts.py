@@ -21,6 +21,7 @@ from llmcompress.numerics.quantized import QuantizedTensor
 from llmcompress.numerics.ranges import fit
 
 INTEGERS = [f"int{bits}_{size}{asym}" for bits in range(2, 9) for size in ("channel", "g8") for asym in ("", "_asym")]
+TERNARY = ["ternary_channel", "ternary_g8", "ternary_g8_a8token"]
 ROUNDED = ["int8_channel_a8token", "int8_channel_a8tensor", "int4_g8_asym_a8token", "fp8_tensor_a8tensor"]
 FLOATS = ["fp8_channel", "fp8_g8", "fp8_tensor", "mxfp8", "mxfp4", "nvfp4", "mxfp4_a", "nvfp4_a"]
 OURS = ["fp8e5m2_g8", "fp4_g8", "nf4_channel", "int3_g8_positive", "mxfp8_a"]
@@ -50,7 +51,7 @@ def layouts(name: str) -> list[Layout]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", [*INTEGERS, *ROUNDED, *FLOATS])
+@pytest.mark.parametrize("name", [*INTEGERS, *TERNARY, *ROUNDED, *FLOATS])
 def test_compressed_tensors_there_and_back(name, shape, dtype):
     scheme = named_scheme(name)
     if scheme.weights.bits == 4 and scheme.weights.number:
@@ -71,7 +72,7 @@ def test_compressed_tensors_there_and_back(name, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", [*INTEGERS, *ROUNDED, *FLOATS, *OURS])
+@pytest.mark.parametrize("name", [*INTEGERS, *TERNARY, *ROUNDED, *FLOATS, *OURS])
 def test_our_own_format_there_and_back(name, shape, dtype):
     given = form(name, shape, dtype)
     stored = packed.pack(given, dtype)
@@ -92,7 +93,7 @@ def test_plain_there_and_back(transposed):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", [*INTEGERS, *ROUNDED, *FLOATS, *OURS])
+@pytest.mark.parametrize("name", [*INTEGERS, *TERNARY, *ROUNDED, *FLOATS, *OURS])
 def test_what_is_foretold_is_what_is_packed(name, shape, bias):
     given, dtype = form(name, shape, torch.bfloat16, bias=bias), torch.bfloat16
     scheme = named_scheme(name)

@@ -84,7 +84,16 @@ def codebooks() -> CodebookLinear:
 
 
 def trained_kinds() -> dict[str, Callable[[], CompressedModule]]:
-    schemes = ["int4_g8", "int3_channel", "int2_g8", "int8_channel", "int4_g7", "int4_g8_asym", "int2_channel_asym"]
+    schemes = [
+        "int4_g8",
+        "int3_channel",
+        "int2_g8",
+        "int8_channel",
+        "int4_g7",
+        "int4_g8_asym",
+        "int2_channel_asym",
+        "ternary_g8",
+    ]
     schemes += ["int8_channel_a8token", "int8_channel_a8tensor", "fp8_channel", "fp8_tensor", "fp8e5m2_g8"]
     schemes += ["fp4_g8", "nf4_g8", "mxfp4", "mxfp8", "nvfp4", "nvfp4_a"]
     kinds: dict[str, Callable[[], CompressedModule]] = {

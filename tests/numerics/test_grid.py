@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcompress.numerics.grid import Grid, output_error, restore, round_to_codes
-from llmcompress.numerics.ranges import fit
+from llmcompress.numerics.ranges import RangeSearch, fit
 from tests.reference.grid import round_one_by_one
 
 GRIDS = st.builds(Grid, st.sampled_from([2, 3, 4, 8]), st.booleans(), st.sampled_from([None, 1, 2, 5, 7, 16, 32, 64]))
@@ -104,3 +104,44 @@ def test_more_bits_and_smaller_groups_never_hurt(bits: int) -> None:
 def test_output_error_equals_the_error_on_the_data(inputs: int) -> None:
     difference, x = weights(5, inputs, 1), weights(30, inputs, 2)
     torch.testing.assert_close(output_error(difference, x.T @ x), (x @ difference.T).square().sum())
+
+
+@pytest.mark.parametrize("search", ["minmax", "mse"])
+def test_ternary_weights_are_zero_or_of_one_magnitude_per_group(search: RangeSearch) -> None:
+    weight_OI = torch.randn(5, 43, generator=torch.Generator().manual_seed(0))
+    weight_OI[1, ::2] = 0.0
+    weight_OI[2] = 0.0
+    grid = Grid(2, group=8, ternary=True)
+    fitted = fit(weight_OI, grid, search=search)
+    codes_OI = round_to_codes(weight_OI, fitted)
+    assert set(codes_OI.unique().tolist()) == {-1, 0, 1}
+    assert bool((fitted.scale_OG > 0).all()) and bool((codes_OI[weight_OI == 0] == 0).all())
+
+
+def test_a_searched_ternary_scale_is_the_best_one_of_normal_weights() -> None:
+    weight_OI = torch.randn(1, 1 << 16, generator=torch.Generator().manual_seed(0))
+    found = float(fit(weight_OI, Grid(2, ternary=True), search="mse").scale_OG)
+    assert found == pytest.approx(1.224, rel=0.1)  # Lloyd's quantizer of three levels
+
+
+def test_a_search_of_ranges_may_give_the_extra_code_to_the_shorter_side() -> None:
+    weight_OI = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    grid = Grid(2, group=32)
+    full, found = fit(weight_OI, grid), fit(weight_OI, grid, search="joint")
+    assert 0 < float((full.scale_OG * found.scale_OG < 0).double().mean()) < 0.5
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("with_gram", [True, False])
+def test_a_joint_search_is_never_worse_than_one_of_ranges_group_by_group(symmetric: bool, with_gram: bool) -> None:
+    weight_OI, x_TI = weights(6, 64, 0), weights(100, 64, 1)
+    gram_II = x_TI.T @ x_TI
+    grid, lost = Grid(3, symmetric, 16), {}
+    for search in ("mse", "joint"):
+        fitted = fit(weight_OI, grid, search=search, gram_II=gram_II if with_gram else None)
+        difference_OI = restore(round_to_codes(weight_OI, fitted), fitted) - weight_OI
+        parts = difference_OI.split(16, 1)
+        seen = [gram_II[at : at + 16, at : at + 16] if with_gram else torch.eye(16).double() for at in range(0, 64, 16)]
+        lost[search] = torch.stack([((part @ of) * part).sum(1) for part, of in zip(parts, seen, strict=True)])
+    assert bool((lost["joint"] <= lost["mse"] * (1 + 1e-9)).all())
+    assert float(lost["joint"].sum()) < 0.99 * float(lost["mse"].sum())

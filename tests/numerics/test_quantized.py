@@ -11,6 +11,7 @@ from llmcompress.numerics.quantized import QuantizedTensor
 from llmcompress.numerics.ranges import fit
 
 SCHEMES = ["int2_g8", "int3_channel_asym", "int4_g32_asym", "int8_channel", "fp8_tensor", "nf4_g8", "mxfp4", "nvfp4"]
+SCHEMES += ["ternary_g8"]
 
 
 def rounded(name: str, dtype: torch.dtype = torch.float32) -> tuple[QuantizedTensor, torch.Tensor]:

@@ -27,6 +27,8 @@ QUANTIZERS: list[tuple[str, dict[str, Any]]] = [
     ("awq", {"scheme": "int3_g32_asym"}),
     ("learned_rounding", {"scheme": "int3_g32_asym", "steps": 4}),
     ("error_propagation", {"scheme": "int3_g32_asym"}),
+    ("gsq", {"scheme": "int3_g32_asym", "steps": 4}),
+    ("rtn", {"scheme": "ternary_g32"}),
 ]
 WEAKEST: list[tuple[str, dict[str, Any]]] = [
     ("smoothquant", {"strength": 0.0}),

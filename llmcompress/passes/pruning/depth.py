@@ -67,8 +67,8 @@ class Depth(ModelPass):
     screen: int | None = Field(
         None,
         ge=1,
-        description="greedy by perplexity: each round tries only so many blocks, those of least influence on what is "
-        "left; null: all",
+        description="greedy by perplexity: evaluate only this many blocks per round, those of least influence; "
+        "null: all",
     )
     skip_first_token: bool = Field(
         False, description="leave the first token of each window out of block_influence: its state is often an outlier"

@@ -50,7 +50,9 @@ class Embeddings(ModelPass):
         "untie: one table each",
     )
     range: RangeSearch = Field(
-        "mse", description="mse: clip ranges to minimize the squared error; minmax: cover all values"
+        "mse",
+        description="mse: clip ranges to minimize the squared error; joint: also search signs or zero points; "
+        "minmax: cover all values",
     )
 
     @field_validator("embedding", "head")

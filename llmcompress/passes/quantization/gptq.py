@@ -42,7 +42,9 @@ class GPTQ(QuantizingPass):
         False, description="recalibrate after every group of sites that share an input (true sequential)"
     )
     range: RangeSearch = Field(
-        "mse", description="mse: clip ranges to minimize the output error; minmax: cover all values"
+        "mse",
+        description="mse: clip ranges to minimize the output error; joint: also search signs or zero points; "
+        "minmax: cover all values",
     )
 
     def needs(self) -> tuple[type[Statistic], ...]:
@@ -119,8 +121,8 @@ class GPTQ(QuantizingPass):
             weight_OI, grid, gram.sum_II, visit, scale_dtype=scale_dtype, search=self.range, block=self.block
         )
         raised = visit.factor.damping > self.damping
-        why = f"damping raised from {self.damping:g} to {visit.factor.damping:g}" if raised else None
-        return codes_OI, fitted, why
+        degraded = f"damping raised from {self.damping:g} to {visit.factor.damping:g}" if raised else None
+        return codes_OI, fitted, degraded
 
 
 def _own(fitted: Fitted) -> Fitted:

@@ -24,7 +24,9 @@ class RoundToNearest(QuantizingPass):
     """
 
     range: RangeSearch = Field(
-        "minmax", description="mse: clip each group's range to minimize the squared error; minmax: cover all values"
+        "minmax",
+        description="mse: clip each group's range to minimize the squared error; joint: also search signs or zero "
+        "points; minmax: cover all values",
     )
 
     def needs(self) -> tuple[type[Statistic], ...]:

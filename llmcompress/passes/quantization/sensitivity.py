@@ -153,7 +153,7 @@ class ModelledRate(WeightedOutput):
         sensitivity = float(felt_O.sum() * gram.sum_II.diagonal().sum()) / max(gram.tokens, 1)
         variance = float(site.weight_OI.var(correction=0))
         return [
-            0.0 if scheme is None else sensitivity * variance * 4.0**-scheme.weights.bits
+            0.0 if scheme is None else sensitivity * variance * 4.0 ** -float(scheme.weights.own_bits)
             for scheme in self.candidates[site.name]
         ]
 
@@ -269,7 +269,7 @@ def _sites(whole: WholeModel, names: Mapping[str, object]) -> list[LinearSite]:
 def _bits(scheme: Scheme | None, outputs: int, inputs: int, stored: int) -> int:
     if scheme is None:
         return stored * outputs * inputs
-    return scheme.weights.bits * outputs * inputs + scheme.weights.scale_bits(outputs, inputs, stored)
+    return scheme.weights.code_bits(outputs * inputs) + scheme.weights.scale_bits(outputs, inputs, stored)
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,250 @@
+"""Measures the rows of real_rows.yaml on the real model: our passes and the peers' tools, on texts none of them saw.
+
+    python evals/real_trials.py --calibration wikitext-2/valid.txt --text WikiText-2=wikitext-2/test.txt \\
+        --text books=books/test.txt --validation books-valid=books/valid.txt --environments FOLDER
+
+All tools get the same token ids. Peers work in environments of their own (`peers/venvs.py`) and hand over dense
+weights, which are measured like ours, in float32. Every trial is written to evals/results/real-NAME.json as soon as it
+is done, with the losses of every window, and is not done again: a program that was stopped goes on. Trials of another
+protocol (other texts, windows, model) are refused, not mixed. Set OMP_NUM_THREADS=1: seconds are CPU seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict
+from real_model import NAME, real_model
+from safetensors.torch import load_file, save_file
+from study import Bench, Study, Trial, calibration_draw, rounded_bytes, stored_bytes, tokens_per_window, unused_text
+
+import llmcompress
+from llmcompress.evaluation.environment import machine, versions
+from llmcompress.modules.scheme import named_scheme
+from llmcompress.storage.cache import cache_folder
+
+HERE = Path(__file__).resolve().parent
+UNUSED = "the rest of the calibration file"
+
+
+class Row(BaseModel):
+    """One line of real_rows.yaml."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str
+    settings: tuple[str, ...]
+    who: str = "ours"
+    """Or the name of a peer's environment."""
+    passes: tuple[dict[str, dict[str, Any]], ...] = ()
+    draws: int = 1
+    candidate: bool = False
+    """Whether it is measured on the validation texts, on which methods are chosen."""
+    script: str = ""
+    peer: str = ""
+    """What the peer's script calls the method."""
+    blocks: str = ""
+    """Numbers of the blocks that the peer quantizes; all where there are none."""
+
+
+class Job(NamedTuple):
+    """One trial that may have to be made."""
+
+    row: Row
+    setting: str
+    draw: int
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What it is called in the result file."""
+        return {"setting": self.setting, "who": self.row.who, "method": self.row.method, "draw": self.draw}
+
+    @property
+    def scheme(self) -> str:
+        """The setting without what follows a comma."""
+        return self.setting.partition(",")[0]
+
+
+@click.command()
+@click.option("--model", type=Path, help="folder; default: the one that real_model.py makes")
+@click.option("--name", default=NAME, show_default=True, help="of the result file")
+@click.option("--calibration", type=Path, required=True)
+@click.option("--text", "texts", multiple=True, required=True, help="NAME=FILE, reported")
+@click.option("--validation", multiple=True, help="NAME=FILE, methods are chosen on it")
+@click.option("--rows", type=Path, default=HERE / "real_rows.yaml", show_default=True)
+@click.option("--only", multiple=True, help="who, method, setting, or several of them: ours/gptq/int3_g64")
+@click.option("--environments", type=Path, help="where peers' environments are kept; without it peers are left out")
+@click.option("--handed", type=Path, help="keeps what peers hand over; what is there is measured and not made again")
+@click.option("--minutes", type=float, help="begin no further trial after so many")
+def main(
+    model: Path | None,
+    name: str,
+    calibration: Path,
+    texts: Sequence[str],
+    validation: Sequence[str],
+    rows: Path,
+    only: Sequence[str],
+    environments: Path | None,
+    handed: Path | None,
+    minutes: float | None,
+) -> None:
+    """Do what is missing."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        study = study_of(model or real_model(), calibration, named(texts), named(validation), Path(scratch))
+        results = Results(HERE / "results" / f"real-{name}.json", study)
+        bench = Bench(study)
+        for job in missing(read_rows(rows), results.trials, only, peers=environments is not None):
+            if minutes is not None and time.monotonic() - began > 60 * minutes:
+                break
+            trial = ours(bench, job) if job.row.who == "ours" else theirs(bench, job, environments, handed)
+            results.add(bench, {**job.key, "candidate": job.row.candidate, **trial})
+            click.echo(f"{job.setting:24s} {job.row.who:15s} {job.row.method:18s} {job.draw} {shown(trial)}", err=True)
+    click.echo(str(results.path))
+
+
+def named(pairs: Sequence[str]) -> dict[str, Path]:
+    """NAME=FILE as a table."""
+    return {name: Path(file) for name, _, file in (pair.partition("=") for pair in pairs)}
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Checked against `Row`."""
+    return [Row.model_validate(row) for row in yaml.safe_load(path.read_text(encoding="utf-8"))]
+
+
+def study_of(model: Path, calibration: Path, texts: dict[str, Path], validation: dict[str, Path], to: Path) -> Study:
+    """The texts, and beside the validation texts what no draw used of the calibration file."""
+    study = Study(model, calibration, texts, validation, cache_folder() / "evals")
+    if not validation:
+        return study
+    loaded = study.loaded()
+    draws = (calibration_draw(calibration, loaded, study.samples, study.tokens, draw)[1] for draw in range(3))
+    rest = to / "rest.txt"
+    rest.write_text(unused_text(calibration, frozenset().union(*draws)), encoding="utf-8")
+    return Study(model, calibration, texts, {**validation, UNUSED: rest}, study.cache)
+
+
+def missing(rows: Sequence[Row], done: Sequence[Trial], only: Sequence[str], *, peers: bool) -> Iterator[Job]:
+    """Draw 0 of all rows before draw 1 of any."""
+    known = [{name: trial[name] for name in ("setting", "who", "method", "draw")} for trial in done]
+    for draw in range(max(row.draws for row in rows)):
+        for row in rows:
+            for setting in row.settings if draw < row.draws and (peers or row.who == "ours") else ():
+                words = {setting, row.who, row.method}
+                asked = not only or any(all(part in words for part in each.split("/")) for each in only)
+                job = Job(row, setting, draw)
+                if asked and job.key not in known:
+                    yield job
+
+
+def names_of(bench: Bench, job: Job) -> list[str]:
+    """The texts that a row is measured on."""
+    return [*bench.study.texts, *(bench.study.validation if job.row.candidate else ())]
+
+
+def ours(bench: Bench, job: Job) -> Trial:
+    """Our passes, and what comes out measured."""
+    filled = json.loads(json.dumps(job.row.passes).replace("{scheme}", job.scheme))
+    model, trial = bench.compress(filled, job.draw)
+    texts = bench.measure(model, names_of(bench, job))
+    return {**trial, "bytes": stored_bytes(model), "passes": filled, "texts": texts}
+
+
+def theirs(bench: Bench, job: Job, environments: Path | None, handed: Path | None) -> Trial:
+    """The peer's tool in its environment, and what it hands over measured; a reason where it fails."""
+    assert environments is not None
+    sys.path.append(str(HERE / "peers"))
+    from venvs import run_in
+
+    grid = named_scheme(job.scheme).weights
+    assert grid.symmetric and grid.group
+    with tempfile.TemporaryDirectory() as scratch:
+        label = "-".join((job.setting, job.row.who, job.row.method, str(job.draw))).replace(" ", "_").replace(",", "")
+        out = (handed or Path(scratch)) / f"{label}.safetensors"
+        told = out.with_suffix(".json")
+        if not told.exists():
+            windows = Path(scratch) / "windows.safetensors"
+            save_file({"windows": bench.study.calibration_windows(job.draw).contiguous()}, windows)
+            options = ["--method", job.row.peer, "--bits", str(grid.bits), "--group", str(grid.group)]
+            options += ["--blocks", job.row.blocks] if job.row.blocks else []
+            arguments = [str(bench.study.model), *options, "--windows", str(windows), "--out", str(out)]
+            told.write_text(json.dumps(run_in(job.row.who, job.row.script, arguments, folder=environments)))
+        found, state = json.loads(told.read_text()), load_file(out)
+    model = bench.study.loaded().model
+    dense = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    unexpected = model.load_state_dict(state, strict=False).unexpected_keys
+    assert not unexpected, unexpected
+    return {
+        "cpu_seconds": round(found["cpu_seconds"], 1),
+        "peak_bytes": None,
+        "bytes": rounded_bytes(dense, state, bits=grid.bits, group=grid.group),
+        "parameters": sum(tensor.numel() for tensor in dense.values()),
+        "versions": found["versions"],
+        "texts": bench.measure(model, names_of(bench, job)),
+    }
+
+
+class Results:
+    """The result file: trials and the protocol that they share."""
+
+    def __init__(self, path: Path, study: Study) -> None:
+        """Raises: click.UsageError when the file holds trials of another protocol."""
+        self.path, self._facts = path, {"protocol": study.protocol(), "tokens": {}}
+        self.trials: list[Trial] = []
+        if path.exists():
+            known = json.loads(path.read_text(encoding="utf-8"))
+            ours = json.loads(json.dumps(self._facts["protocol"]))
+            if known["protocol"] != ours:
+                different = [name for name in ours if known["protocol"].get(name) != ours[name]]
+                raise click.UsageError(
+                    f"{path.name} was measured with another {', '.join(different)}: use another --name"
+                )
+            self.trials, self._facts["tokens"] = known["trials"], known["tokens"]
+
+    def add(self, bench: Bench, trial: Trial) -> None:
+        """Write it, one line a trial."""
+        self.trials.append({**trial, "commit": commit()})
+        tokens: dict[str, list[int]] = self._facts["tokens"]
+        tokens.update({name: tokens_per_window(each.text) for name, each in bench.dense.items()})
+        about = {
+            **self._facts,
+            "model": self.path.stem.removeprefix("real-"),
+            "versions": versions(),
+            "machine": machine(),
+        }
+        head = json.dumps(about, indent=1, ensure_ascii=False).removesuffix("\n}")
+        lines = ",\n".join("  " + json.dumps(each, ensure_ascii=False) for each in self.trials)
+        scratch = self.path.with_suffix(".part")
+        scratch.write_text(f'{head},\n "trials": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+        scratch.replace(self.path)
+
+
+def commit() -> str:
+    """The last one that changed the package which is imported; `+`: it was changed since."""
+    package = Path(llmcompress.__file__).parent
+    git, only = ["git", "-C", str(package)], ["--", str(package)]
+    name = subprocess.run([*git, "log", "-1", "--format=%h", *only], capture_output=True, text=True, check=False)
+    changed = subprocess.run([*git, "status", "--porcelain", *only], capture_output=True, text=True, check=False)
+    return name.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def shown(trial: Trial) -> str:
+    """For people who wait: mean loss of every text."""
+    sums = {name: sum(each["nats"]) for name, each in trial["texts"].items()}
+    return f"{trial['cpu_seconds']:.0f} s, nats " + ", ".join(f"{name} {total:.1f}" for name, total in sums.items())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,295 @@
+"""Codes, scales and norm weights learned block by block from another quantizer's codes. O = outputs, I = inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from llmcompress.calibration.stream import BlockWork
+from llmcompress.model.site import LinearSite
+from llmcompress.modules.quant_linear import QuantLinear, codes_of
+from llmcompress.modules.scheme import DESCRIPTION, named_scheme
+from llmcompress.numerics.fake_quant import storable_scales, straight_through
+from llmcompress.numerics.grid import flat, grouped, spread
+from llmcompress.numerics.quantized import QuantizedTensor
+from llmcompress.numerics.relaxed_codes import drawn_offset, logistic_noise
+from llmcompress.numerics.statistics import Statistic
+from llmcompress.passes.base import PASSES
+from llmcompress.passes.nested_quantizer import quantizer_with
+from llmcompress.passes.quantization.block_training import BlockTraining, LeastError
+from llmcompress.passes.quantizing import QuantizingPass
+from llmcompress.records.rows import SiteReport
+
+_SURE = 0.3
+"""A weight that the quantizer moved away from the nearest code begins no nearer to another code than between this and a
+half: at the very border all such weights would change at once."""
+_BORDER = 0.499
+_STRETCH = 0.3
+"""How far a scale may move, as a share of what it was."""
+_SHARPNESS = (12.0, 40.0)
+"""Of the drawn codes, from the first step to the last."""
+_SCALE_RATE, _NORM_RATE = 0.1, 1.0
+"""Rates of scales and of norm weights, as shares of themselves, beside that of codes."""
+_WARM_UP = 1 / 16
+"""Share of the steps in which rates rise: an optimizer that divides by past gradients has seen none at first."""
+
+
+@PASSES.register("gsq")
+class GSQ(QuantizingPass):
+    """Start from another quantizer's codes; learn which of their neighbours, scales and norms serve the block best.
+
+    The block reads what the compressed blocks before it give, and is to give what it gave in the dense model. Of the
+    steps the one stays that errs least on windows kept apart; the start is one of them, so no block gets worse there.
+    The result is an ordinary grid. Errors in the report are the block's, before being those of the first codes.
+
+    Source: arXiv 2604.18556 (GSQ). Differs: gradients pass straight through the rounding; Gumbel noise is an option,
+    which takes more steps; errors of a token are relative to its length; norms that feed nothing else are tuned too.
+    """
+
+    sitewise: ClassVar[bool] = False
+    whole_block: ClassVar[frozenset[str]] = frozenset(
+        {"quantizer", "steps", "windows", "rate", "relaxation", "tune_norms"}
+    )
+
+    quantizer: dict[str, dict[str, Any]] = Field(
+        {"gptq": {}}, description="one quantizing pass with its options but its scheme, e.g. {gptq: {damping: 0.02}}"
+    )
+    steps: int = Field(64, ge=1, description="batches looked at in every block")
+    windows: int = Field(1, ge=1, description="windows in one of these batches")
+    rate: float = Field(0.006, gt=0, le=1, description="how far a step moves a code, in codes, at most")
+    relaxation: Literal["straight_through", "gumbel"] = Field(
+        "straight_through",
+        description="gradients of codes: as if there were no rounding, or of a draw from neighbours, ever more sharply",
+    )
+    tune_norms: bool = Field(True, description="also move the weights of norms that feed nothing but these sites")
+
+    @field_validator("scheme")
+    @classmethod
+    def _integers(cls, name: str) -> str:
+        scheme = named_scheme(name)
+        if scheme.weights.number is not None:
+            raise ValueError(f"codes are learned on integer grids, and {name} is none: {DESCRIPTION}")
+        return scheme.name
+
+    @field_validator("quantizer")
+    @classmethod
+    def _known_quantizer(cls, named: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for options in named.values():
+            if "on_indivisible" in options:
+                raise ValueError("'on_indivisible' cannot be set inside `quantizer`: write it beside it")
+        quantizer_with(named, "int4_channel")
+        return named
+
+    @property
+    def inner(self) -> QuantizingPass:
+        """The quantizer that finds the first codes."""
+        ((name, options),) = self.quantizer.items()
+        return quantizer_with(
+            {name: {**options, "on_indivisible": self.on_indivisible}},
+            self.scheme,
+            sites=self.sites,
+            exclude=self.exclude,
+            overrides=self.overrides,
+        )
+
+    def needs(self) -> tuple[type[Statistic], ...]:
+        """What the quantizer reads."""
+        return self.inner.needs()
+
+    def uses_data(self) -> bool:
+        """Both streams do, whatever the quantizer reads."""
+        return True
+
+    def wants_dense(self) -> bool:
+        """What the block is to give."""
+        return True
+
+    def pools(self) -> bool:
+        """As the quantizer: gradients add up."""
+        return self.inner.pools()
+
+    def trained_windows(self) -> int:
+        """Every step looks at some."""
+        return self.steps * self.windows
+
+    def run(self, block: BlockWork) -> list[SiteReport]:
+        """Quantize as the quantizer does, then learn."""
+        sites = [site for site in block.sites if self.selects(site.name)]
+        return self._learned(block, sites, lambda: self.inner.run(block))
+
+    def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
+        """The same on sites that are measured already."""
+        return self._learned(block, sites, lambda: self.inner.apply(block, sites))
+
+    def _learned(
+        self, block: BlockWork, sites: Sequence[LinearSite], quantize: Callable[[], list[SiteReport]]
+    ) -> list[SiteReport]:
+        folds = block.folds_into(sites) if self.tune_norms else []
+        producers = dict.fromkeys(fold.producer for fold in folds if fold.producer_is_norm)
+        norms = [block.module.get_parameter(f"{name}.weight") for name in producers]
+        weights = {site: site.weight_OI for site in sites}
+        rows = quantize()
+        learning = {
+            site: CodesInTraining(codes_of(site.module), weight_OI, site.storage_dtype)
+            for site, weight_OI in weights.items()
+            if site.is_compressed
+        }
+        if not learning:
+            return rows
+        for site, module in learning.items():
+            site.replace(module)
+        least = self._learn(block, list(learning.values()), norms)
+        learned = {site.name for site in learning}
+        for site, module in learning.items():
+            site.replace(module.settled())
+        told = {"error": least.error, "error_before": least.first}
+        return [
+            row.model_copy(update={"algorithm": f"gsq, {row.algorithm}", **told}) if row.site in learned else row
+            for row in rows
+        ]
+
+    def _learn(self, block: BlockWork, modules: Sequence[CodesInTraining], norms: Sequence[nn.Parameter]) -> LeastError:
+        training = BlockTraining(block, windows=self.windows)
+        frozen = [norm.requires_grad for norm in norms]
+        latents, stretches = [each.latent_OI for each in modules], [each.stretch_OG for each in modules]
+        sizes = [float(norm.detach().abs().mean()) for norm in norms]
+        groups: list[dict[str, Any]] = [
+            {"params": latents, "lr": self.rate},
+            {"params": stretches, "lr": _SCALE_RATE * self.rate},
+            *({"params": [norm], "lr": _NORM_RATE * self.rate * size} for norm, size in zip(norms, sizes, strict=True)),
+        ]
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate((step + 0.5) / self.steps))
+        parameters = [*latents, *stretches, *norms]
+        least = LeastError(parameters, _measured(training, modules, norms))
+        try:
+            for norm in norms:
+                norm.requires_grad_(True)
+            for step, part in training.steps(self.steps, "gsq"):
+                for module in modules:
+                    module.draw(self._sharpness(step), training.generator)
+                for parameter, gradient in zip(parameters, training.gradients(part, parameters), strict=True):
+                    parameter.grad = gradient
+                optimizer.step()
+                schedule.step()
+                for module in modules:
+                    module.confine()
+                if training.looks_after(step, self.steps):
+                    least.see(_measured(training, modules, norms))
+        finally:
+            for norm, required in zip(norms, frozen, strict=True):
+                norm.requires_grad_(required)
+                norm.grad = None
+        least.restore()
+        return least
+
+    def _sharpness(self, step: int) -> float | None:
+        if self.relaxation == "straight_through":
+            return None
+        first, last = _SHARPNESS
+        return float(first * (last / first) ** (step / self.steps))
+
+
+class CodesInTraining(nn.Module):
+    """Stands in for a linear while its codes and scales are learned.
+
+    `latent_OI` says where between the first code's neighbours a weight is: the code that will be stored is the nearest.
+    """
+
+    def __init__(self, module: QuantLinear, weight_OI: Tensor, storage_dtype: torch.dtype) -> None:
+        super().__init__()
+        self._module = (module,)  # in a tuple: its numbers are no part of what is trained
+        fitted = module.quantized.fitted
+        work = torch.float32
+        self._first = replace(fitted, scale_OG=fitted.scale_OG.to(work), zero_OG=fitted.zero_OG.to(work))
+        self._dtype = storage_dtype
+        grid, inputs = fitted.grid, weight_OI.shape[1]
+        self._codes_OI = module.codes_OI.to(work)
+        self._zero_OI = weight_OI == 0
+        exact_OI = weight_OI / spread(self._first.scale_OG, grid, inputs) + spread(self._first.zero_OG, grid, inputs)
+        self.latent_OI = nn.Parameter(_start(exact_OI - self._codes_OI))
+        self.stretch_OG = nn.Parameter(torch.ones_like(self._first.scale_OG))
+        self._drawn: tuple[float, tuple[Tensor, Tensor]] | None = None
+        self.settling = False
+        self.confine()
+
+    def draw(self, sharpness: float | None, generator: torch.Generator) -> None:
+        """New noise for the next forwards; without a sharpness codes are rounded, and gradients pass through."""
+        if sharpness is not None:
+            count, shape, device = self.latent_OI.numel(), self.latent_OI.shape, self.latent_OI.device
+            up, down = (logistic_noise(count, generator).view(shape).to(device) for _ in range(2))
+            self._drawn = (sharpness, (up, down))
+
+    @torch.no_grad()
+    def confine(self) -> None:
+        """Codes stay within reach of the first, zeros of an earlier pass stay zero, scales stay near and keep signs."""
+        self.latent_OI.clamp_(-1.49, 1.49).masked_fill_(self._zero_OI, 0.0)
+        self.stretch_OG.clamp_(1 - _STRETCH, 1 + _STRETCH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the linear computes with the codes as they are drawn, or, when settling, as they would be stored."""
+        return self._module[0].computed(x, self._weight_OI(), self._module[0].bias)
+
+    def _weight_OI(self) -> Tensor:
+        grid = self._first.grid
+        codes_OI = self._codes_OI + self._offset_OI()
+        centred_OGN = grouped(codes_OI.clamp(grid.low, grid.high), grid) - self._first.zero_OG[..., None]
+        return flat(centred_OGN * self._scale_OG()[..., None], codes_OI.shape[1])
+
+    def _offset_OI(self) -> Tensor:
+        if self.settling or self._drawn is None:
+            return straight_through(self.latent_OI, self.latent_OI.detach().round())
+        offset_OI = drawn_offset(self.latent_OI, *self._drawn)
+        return offset_OI.masked_fill(self._zero_OI, 0.0)
+
+    def _scale_OG(self) -> Tensor:
+        return storable_scales(
+            self._first.scale_OG * self.stretch_OG, self._first.scale_OG, self._first.grid.scales, self._dtype, None
+        )
+
+    @torch.no_grad()
+    def settled(self) -> QuantLinear:
+        """The linear with what was learned."""
+        grid, module = self._first.grid, self._module[0]
+        codes_OI = (self._codes_OI + self.latent_OI.round()).clamp(grid.low, grid.high).to(torch.int8)
+        fitted = replace(self._first, scale_OG=self._scale_OG())
+        return module.with_codes(QuantizedTensor.of(codes_OI, fitted), module.bias)
+
+
+def _start(residual_OI: Tensor) -> Tensor:
+    """Where weights begin between their code and its neighbours.
+
+    What the quantizer moved past half a code, to make up for other weights, would all stand on one border, and cross it
+    in one step: these are spread over the last part before it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    even_OI = torch.rand(residual_OI.shape, generator=generator).to(residual_OI.device)
+    before_OI = residual_OI.sign() * (_SURE + (_BORDER - _SURE) * even_OI)
+    return torch.where(residual_OI.abs() < _BORDER, residual_OI, before_OI)
+
+
+def _measured(training: BlockTraining, modules: Sequence[CodesInTraining], norms: Sequence[nn.Parameter]) -> float:
+    """The block's error with everything as it would be stored."""
+    exact = [norm.detach().clone() for norm in norms]
+    with torch.no_grad():
+        for norm in norms:
+            norm.copy_(norm.to(training.storage_dtype))
+        for module in modules:
+            module.settling = True
+        error = training.error()
+        for module in modules:
+            module.settling = False
+        for norm, value in zip(norms, exact, strict=True):
+            norm.copy_(value)
+    return error
+
+
+def _rate(done: float) -> float:
+    """Up in a line, then down to zero as a cosine."""
+    return min(1.0, done / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * done))
