@@ -62,9 +62,8 @@ def allocate(
             loaded.tokenizer,
             max_positions=max_positions(loaded.model.config),
             seed=chosen.seed,
-            model=loaded.model,
             progress=progress,
-            given=given,
+            given=loaded.model if given is None else given,
         )
         windows_NT = data.windows_NT
         rows = loaded.preflight.contents.embedding_rows

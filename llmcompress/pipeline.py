@@ -352,9 +352,8 @@ def _calibration(request: CompressionRequest, prepared: Prepared) -> Calibration
             loaded.tokenizer,
             max_positions=max_positions(loaded.model.config),
             seed=recipe.seed,
-            model=loaded.model,
             progress=request.progress,
-            given=request.given,
+            given=loaded.model if request.given is None else request.given,
             held_out=recipe.guard.windows,
         )
     rows = loaded.preflight.contents.embedding_rows

@@ -32,9 +32,8 @@ def calibration_windows(
     *,
     max_positions: int | None,
     seed: int,
-    model: PreTrainedModel | None = None,
     progress: Progress | None = None,
-    given: GivenData | None = None,
+    given: GivenData | PreTrainedModel | None = None,
     held_out: int = 0,
 ) -> CalibrationData:
     """Windows of `tokens` tokens, at most `samples`, of the source of `settings` or of what was `given` in its place;
@@ -42,7 +41,7 @@ def calibration_windows(
 
     Documents longer than about two windows are cut at paragraphs; these sections are shuffled by `seed` (so the seed
     samples from the whole text), tokenised once, separated by BOS or EOS, and packed. Windows start with BOS if the
-    tokenizer adds one itself. `model` is needed only for `source: self`. Rows of token ids of equal length are used as
+    tokenizer adds one itself. For `source: self` the model is `given`. Rows of token ids of equal length are used as
     windows, in their order; otherwise they are joined and cut like text.
 
     Raises: CompressError `data.*` if there is not one full window, and everything that `read_texts` raises.
@@ -50,11 +49,13 @@ def calibration_windows(
     progress = progress or Silent()
     length, warnings = _length(settings.tokens, max_positions)
     if settings.source == "self":
+        model = None if isinstance(given, TokenRows | Texts) else given
         data = _from_model(settings, length, tokenizer, model, seed, progress, warnings, held_out)
     elif isinstance(given, TokenRows):
         data = windows_of_tokens(given, settings, tokenizer, max_positions=max_positions)
     else:
-        data = _from_text(settings, length, tokenizer, seed, warnings, given, held_out)
+        texts = given if isinstance(given, Texts) else None
+        data = _from_text(settings, length, tokenizer, seed, warnings, texts, held_out)
     for warning in data.warnings:
         progress.note(f"calibration: {warning}")
     return data

@@ -31,7 +31,7 @@ def windows(
     settings = Calibration(**{"source": str(path), "samples": 4, "tokens": 16, "min_tokens": 1, **options})
     tokenizer = tokenizer or byte_tokenizer()
     return calibration_windows(
-        settings, tokenizer, max_positions=max_positions, seed=seed, model=model, held_out=held_out
+        settings, tokenizer, max_positions=max_positions, seed=seed, given=model, held_out=held_out
     )
 
 

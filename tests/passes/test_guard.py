@@ -36,7 +36,7 @@ WINDOWS, HELD_OUT = windows(count=32), windows(seed=7, count=8)
 
 @pytest.fixture
 def ruin(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """From now on gptq turns the weights of the second block upside down first, and folds a factor into all blocks."""
+    """From now on gptq multiplies the weights of the second block by ten first, and folds a factor into all blocks."""
     sound = GPTQ.apply
 
     def ruin(factor: float = 1.0) -> None:
@@ -45,7 +45,7 @@ def ruin(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 block.fold(fold, torch.full((block.producer_channels(fold),), factor))
             if block.info.index == 1:
                 for site in sites:
-                    site.write(-site.weight_OI)
+                    site.write(10 * site.weight_OI)
             return sound(self, block, sites)
 
         monkeypatch.setattr(GPTQ, "apply", apply)
@@ -137,7 +137,7 @@ def test_without_held_out_windows_and_for_plain_passes_nothing_is_compared(ruin:
         ("[{rtn: {scheme: int3_g64, range: mse}}]", "[]"),
         ("[{magnitude: {comparison: row}}]", "[]"),
         ("[{gptq: {scheme: int8_channel_a8tensor}}]", "[]"),
-        ("[{gptq: {scheme: int4_g64}}, {kv_cache: {}}]", "[]"),
+        ("[{gptq: {scheme: int4_g64, sites: '*.q_proj'}}, {svd: {sites: '*.o_proj'}}]", "[]"),
         ("[svd]", "[]"),
     ],
 )  # fmt: skip
