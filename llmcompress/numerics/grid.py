@@ -65,11 +65,11 @@ class Grid:
 
     @property
     def own_bits(self) -> Fraction:
-        """What a code takes where codes lie at their own width: ternary ones stand five to a byte."""
+        """Bits per code without padding; ternary codes are packed five to a byte."""
         return Fraction(8, TRITS_IN_BYTE) if self.ternary else Fraction(self.bits)
 
     def code_bits(self, codes: int) -> int:
-        """What so many codes take at their own width, in whole bits."""
+        """Bits of that many codes without padding."""
         return math.ceil(codes * self.own_bits)
 
     def groups(self, inputs: int) -> int:

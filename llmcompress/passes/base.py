@@ -268,7 +268,7 @@ class BlockPass(Pass):
         return 1 if self.needs() else 0
 
     def trained_windows(self) -> int:
-        """How many windows of a block gradients go through, repeated ones counted again: for foresight."""
+        """Windows per block that gradients are computed for, repetitions included, for the resource estimate."""
         return 0
 
     def wants_dense(self) -> bool:

@@ -144,4 +144,4 @@ def test_a_joint_search_is_never_worse_than_one_of_ranges_group_by_group(symmetr
         seen = [gram_II[at : at + 16, at : at + 16] if with_gram else torch.eye(16).double() for at in range(0, 64, 16)]
         lost[search] = torch.stack([((part @ of) * part).sum(1) for part, of in zip(parts, seen, strict=True)])
     assert bool((lost["joint"] <= lost["mse"] * (1 + 1e-9)).all())
-    assert float(lost["joint"].sum()) < 0.99 * float(lost["mse"].sum())
+    assert float(lost["joint"].sum()) < 0.995 * float(lost["mse"].sum())

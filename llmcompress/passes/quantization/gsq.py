@@ -27,8 +27,8 @@ from llmcompress.passes.quantizing import QuantizingPass
 from llmcompress.records.rows import SiteReport
 
 _SURE = 0.3
-"""A weight that the quantizer moved away from the nearest code begins no nearer to another code than between this and a
-half: at the very border all such weights would change at once."""
+"""Weights that the quantizer rounded away from their nearest code start between this and half a code: at the boundary
+itself all of them would change at once."""
 _BORDER = 0.499
 _STRETCH = 0.3
 """How far a scale may move, as a share of what it was."""
@@ -42,11 +42,12 @@ _WARM_UP = 1 / 16
 
 @PASSES.register("gsq")
 class GSQ(QuantizingPass):
-    """Start from another quantizer's codes; learn which of their neighbours, scales and norms serve the block best.
+    """Start from another quantizer's codes; learn neighbouring codes, scales and norm weights to minimize the block's
+    output error.
 
-    The block reads what the compressed blocks before it give, and is to give what it gave in the dense model. Of the
-    steps the one stays that errs least on windows kept apart; the start is one of them, so no block gets worse there.
-    The result is an ordinary grid. Errors in the report are the block's, before being those of the first codes.
+    The block's inputs come from the compressed blocks before it; its targets are the dense model's outputs. The step
+    with the least error on held-out windows is kept, the start included, so no block gets worse on them. The result is
+    an ordinary grid. Errors in the report are the block's; `error_before` is that of the first codes.
 
     Source: arXiv 2604.18556 (GSQ). Differs: gradients pass straight through the rounding; Gumbel noise is an option,
     which takes more steps; errors of a token are relative to its length; norms that feed nothing else are tuned too.
@@ -60,14 +61,14 @@ class GSQ(QuantizingPass):
     quantizer: dict[str, dict[str, Any]] = Field(
         {"gptq": {}}, description="one quantizing pass with its options but its scheme, e.g. {gptq: {damping: 0.02}}"
     )
-    steps: int = Field(64, ge=1, description="batches looked at in every block")
-    windows: int = Field(1, ge=1, description="windows in one of these batches")
-    rate: float = Field(0.006, gt=0, le=1, description="how far a step moves a code, in codes, at most")
+    steps: int = Field(64, ge=1, description="optimization steps per block")
+    windows: int = Field(1, ge=1, description="windows per step")
+    rate: float = Field(0.006, gt=0, le=1, description="learning rate of codes, in steps of the grid")
     relaxation: Literal["straight_through", "gumbel"] = Field(
         "straight_through",
-        description="gradients of codes: as if there were no rounding, or of a draw from neighbours, ever more sharply",
+        description="straight_through: gradients ignore the rounding; gumbel: codes are sampled from their neighbours",
     )
-    tune_norms: bool = Field(True, description="also move the weights of norms that feed nothing but these sites")
+    tune_norms: bool = Field(True, description="also train the weights of norms whose only consumers are these sites")
 
     @field_validator("scheme")
     @classmethod
@@ -263,10 +264,10 @@ class CodesInTraining(nn.Module):
 
 
 def _start(residual_OI: Tensor) -> Tensor:
-    """Where weights begin between their code and its neighbours.
+    """Initial positions of weights between their code and its neighbours.
 
-    What the quantizer moved past half a code, to make up for other weights, would all stand on one border, and cross it
-    in one step: these are spread over the last part before it.
+    Weights that the quantizer rounded away from their nearest code, to compensate other errors, would all start exactly
+    on a rounding boundary and cross it in the same step: they are spread over the interval before it.
     """
     generator = torch.Generator().manual_seed(0)
     even_OI = torch.rand(residual_OI.shape, generator=generator).to(residual_OI.device)

@@ -23,6 +23,13 @@ from tests.passes.test_laws import compressed, logits, make, map_of, windows
 RELAXATIONS = ["straight_through", "gumbel"]
 
 
+def taught(family: str, name: str, options: dict[str, Any]) -> Any:
+    """The model after a pass that saw enough windows for what is learned to hold on others."""
+    model = tiny_model(family, seed=1)
+    context = RunContext(windows(count=40), batch=8)
+    return apply_passes(model, map_of(family, model), (make(name, options),), context).model
+
+
 def quantized(model: Any) -> dict[str, QuantLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
@@ -40,16 +47,15 @@ def test_blocks_never_end_worse_than_they_began(scheme: str) -> None:
 @pytest.mark.parametrize("relaxation", RELAXATIONS)
 def test_the_whole_model_errs_less_than_the_quantizer_alone(relaxation: str) -> None:
     dense = dense_logits("llama")
-    plain, _ = compressed("llama", make("gptq", {"scheme": "int2_g32"}))
-    options = {"scheme": "int2_g32", "steps": 80, "rate": 0.02, "relaxation": relaxation}
-    learned, _ = compressed("llama", make("gsq", options))
-    assert distance(learned, dense) < 0.9 * distance(plain, dense)
+    plain = taught("llama", "gptq", {"scheme": "int2_g32"})
+    learned = taught("llama", "gsq", {"scheme": "int2_g32", "steps": 120, "rate": 0.01, "relaxation": relaxation})
+    assert distance(learned, dense) < 0.98 * distance(plain, dense)
 
 
 def test_every_code_is_next_to_the_first_and_some_have_moved() -> None:
-    start, _ = compressed("llama_gqa", make("gptq", {"scheme": "int3_g32", "sites": "*.layers.0.*"}))
-    options = {"scheme": "int3_g32", "steps": 40, "rate": 0.02, "sites": "*.layers.0.*"}
-    found, _ = compressed("llama_gqa", make("gsq", options))
+    first_block = {"scheme": "int3_g32", "sites": "*.layers.0.*"}
+    start = taught("llama_gqa", "gptq", first_block)
+    found = taught("llama_gqa", "gsq", {**first_block, "steps": 120, "rate": 0.01})
     first = quantized(start)
     moved = [(module.codes_OI.int() - first[name].codes_OI.int()).abs() for name, module in quantized(found).items()]
     assert len(moved) == 7 and all(int(each.max()) <= 1 for each in moved)
