@@ -132,7 +132,7 @@ def _compress(request: CompressionRequest) -> CompressedModel:
         data = _calibration(request, prepared)
         clock.lap("calibration text")
         held_out = HeldOut(data.held_out_NT if data else None, prepared.weights_at, request.device)
-        before = held_out.scores(prepared.loaded.model) if processes.is_first else []
+        before = held_out.dense_scores(prepared.loaded.model) if processes.is_first else []
         dense = _dense(request, prepared) if processes.is_first else []
         clock.lap("evaluate dense")
         request.progress.stage("compress", steps(recipe.passes, prepared.map))

@@ -248,6 +248,7 @@ def test_too_few_tokens_for_a_gram_matrix_degrade_and_say_so(tiny: Path, tmp_pat
     text = NO_EVALUATION.replace("samples: 6, tokens: 48", "samples: 1, tokens: 8").replace(
         "int4_g16", "int4_g16, damping: 1.0e-12"
     )
+    text += "\nguard: {windows: 0}\n"
     report = compress(str(tiny), recipe(text), tmp_path / "out").report
     assert report.degraded and "damping raised" in str(report.degraded[0].degraded)
     assert torch.isfinite(logits(tmp_path / "out")).all()

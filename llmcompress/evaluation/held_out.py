@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmcompress.calibration.offloading import WeightStore
+from llmcompress.errors import CompressError
 from llmcompress.evaluation.scores import WindowScores, score
 from llmcompress.records.measurements import HeldOutLoss, Measurement
 from llmcompress.runners.torch_runner import TorchRunner
@@ -27,6 +28,13 @@ class HeldOut:
     windows_NT: Tensor | None
     weights_at: WeightStore
     device: torch.device
+
+    def dense_scores(self, model: PreTrainedModel) -> list[WindowScores]:
+        """Those before any work; none where they are not finite, since the first pass names the site that overflows."""
+        try:
+            return self.scores(model)
+        except CompressError:
+            return []
 
     def scores(self, model: PreTrainedModel) -> list[WindowScores]:
         """Log-probabilities of all tokens; none without windows.
