@@ -43,6 +43,7 @@ BUDGET_SECONDS: dict[str, int] = {
     "tests/modules/test_kv_cache.py": 30,
     "tests/passes/pruning/test_slicegpt.py": 30,
     "tests/passes/quantization/test_bitsandbytes.py": 30,
+    "tests/passes/quantization/test_gsq.py": 60,
     "tests/passes/quantization/test_kv_cache.py": 30,
     "tests/passes/quantization/test_low_bit_helpers.py": 30,
     "tests/passes/quantization/test_number_formats.py": 30,
