@@ -15,7 +15,6 @@ from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.devices import usable_device
 from llmcompress.calibration.in_memory import as_calibration
-from llmcompress.calibration.offloading import InMemory
 from llmcompress.calibration.process_group import own_device, process_group
 from llmcompress.calibration.token_windows import CalibrationData
 from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
@@ -29,7 +28,7 @@ from llmcompress.compressed_model import (
     runner_of,
     tokenizer_beside,
 )
-from llmcompress.cost import Machine, Offload, about, this_machine
+from llmcompress.cost import Machine, Offload
 from llmcompress.evaluation.coverage import coverage_warnings, overlap_warnings
 from llmcompress.evaluation.dense import DenseScores, against_dense, dense_scores
 from llmcompress.evaluation.environment import machine, versions
@@ -48,8 +47,8 @@ from llmcompress.model.describe import describe
 from llmcompress.model.probe import map_model, probe
 from llmcompress.passes.apply import apply_passes, steps
 from llmcompress.passes.shared_resume_store import SharedResumeStore
-from llmcompress.planning import Plan, estimated_cost, known_in_memory, make_plan, refused, within_target_limits
-from llmcompress.preparation import CompressionRequest, Prepared, prepare
+from llmcompress.planning import Plan, known_in_memory, make_plan, refused, within_target_limits
+from llmcompress.preparation import CompressionRequest, Prepared, estimate, prepare
 from llmcompress.presets import RecipeLike, as_recipe
 from llmcompress.progress import ProgressLike, Silent, as_progress
 from llmcompress.records.degraded import degraded_warnings
@@ -126,7 +125,7 @@ def _compress(request: CompressionRequest) -> CompressedModel:
     request = replace(request, recipe=prepared.recipe)
     recipe, processes = request.recipe, request.processes
     clock.lap("load")
-    request.progress.note(_estimate(prepared))
+    request.progress.note(estimate(prepared))
     with _opened_run(request, prepared) as run:
         torch.manual_seed(recipe.seed)
         data = _calibration(request, prepared)
@@ -153,16 +152,6 @@ def _compress(request: CompressionRequest) -> CompressedModel:
         if run is not None:
             run.discard()
     return CompressedModel(result, request.device, request.output, offloaded=prepared.loaded.weights is not None)
-
-
-def _estimate(prepared: Prepared) -> str:
-    """How long the run will take here: a measured speed, and the recipe's operations."""
-    offloaded = not isinstance(prepared.weights_at, InMemory)
-    taken = estimated_cost(prepared.recipe, prepared.map, prepared.loaded.preflight, offloaded=offloaded)
-    speed = this_machine().operations_per_second
-    evaluating = taken.evaluation_operations
-    ending = f", and {about(evaluating / speed)} to evaluate" if evaluating else ""
-    return f"estimate for this machine: about {about(taken.operations / speed)} to compress{ending}"
 
 
 def _opened_run(request: CompressionRequest, prepared: Prepared) -> AbstractContextManager[Run | None]:

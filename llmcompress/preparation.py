@@ -13,7 +13,7 @@ from llmcompress.calibration.in_memory import GivenData
 from llmcompress.calibration.offloading import InMemory, OnDisk, WeightStore
 from llmcompress.calibration.process_group import ProcessGroup
 from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
-from llmcompress.cost import Offload
+from llmcompress.cost import Offload, about, this_machine
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.texts import EvaluationText, evaluation_text
 from llmcompress.exporters.loader import loader_of
@@ -27,6 +27,7 @@ from llmcompress.model.probe import map_model
 from llmcompress.planning import (
     check_recipe,
     check_texts,
+    estimated_cost,
     fitted_to_model,
     storage_dtype_of,
     with_weights_placed,
@@ -85,6 +86,16 @@ def prepare(request: CompressionRequest) -> Prepared:
         if request.processes.is_first and request.output is not None:
             remove_unused_run_folder(run_folder(request.output))
         raise
+
+
+def estimate(prepared: Prepared) -> str:
+    """How long the run will take here: a measured speed, and the recipe's operations."""
+    offloaded = not isinstance(prepared.weights_at, InMemory)
+    taken = estimated_cost(prepared.recipe, prepared.map, prepared.loaded.preflight, offloaded=offloaded)
+    speed = this_machine().operations_per_second
+    evaluating = taken.evaluation_operations
+    ending = f", and {about(evaluating / speed)} to evaluate" if evaluating else ""
+    return f"estimate for this machine: about {about(taken.operations / speed)} to compress{ending}"
 
 
 def _prepared(request: CompressionRequest) -> Prepared:

@@ -63,7 +63,7 @@ def refusal(text: str | bytes, *settings: str) -> CompressError:
             "passes: [rtn]\ngptq: {scheme: int4_g32}",
             "recipe.unknown-key",
             "line 2 (gptq)",
-            "below `passes:`, as `  - gptq`",
+            "under `passes:`, as `  - gptq`",
         ),
         ("passes:\n  - rtn: 3", "recipe.type", "r.yaml line 2 (passes.0.rtn)", "`rtn: {option: value}`"),
         ("passes:\n  - rtn:\n    scheme: int8_channel", "recipe.type", "r.yaml line 2", "indent the options"),
