@@ -1,4 +1,4 @@
-"""Writes docs/results.md, and the headline tables in the README, from evals/results/*.json.
+"""Writes docs/results.md, and the headline table in the README, from evals/results/*.json.
 
     python evals/table.py            rewrite docs/results.md and the part of README.md between the `results` markers
     python evals/table.py --check    exit with 1 when one of them is out of date
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     folder = ROOT / "evals" / "results"
     wanted = {
         readme: with_results(readme.read_text(encoding="utf-8"), headline(folder)),
-        results: f"{ABOUT}\n{render(folder)}\n",
+        results: f"{ABOUT}\n## Every kind of compression, on the bundled model\n\n{overview(folder)}\n\n{render(folder)}\n",
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if "--check" in arguments:
@@ -113,11 +113,15 @@ def sections() -> list[Section]:
 
 
 def headline(folder: Path) -> str:
-    """The tables of the README: the real model beside the peers, and every kind of compression on the bundled one."""
+    """The table of the README: the real model, ours beside the peers."""
     (measured,) = read(folder, f"real-{real.MODEL}.json")
+    return real.short(measured)
+
+
+def overview(folder: Path) -> str:
+    """Every kind of compression on the bundled model, each beside its naive baseline."""
     files = {line.file: read(folder, f"{line.file}-{MODEL}.json") for line in LINES}
-    known = {name: facts for name, (facts,) in files.items()}
-    return f"{real.short(measured)}\n\n{summary(known)}"
+    return summary({name: facts for name, (facts,) in files.items()})
 
 
 def render(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""The headline table of the README: the perplexity of each kind of compression, beside that of its naive baseline."""
+"""The overview: the perplexity of each kind of compression, beside that of its naive baseline."""
 
 from __future__ import annotations
 
