@@ -1,4 +1,4 @@
-"""Every preset on a real model: perplexity on two texts, bytes, seconds and memory against what the dry run foretold.
+"""Every preset on a real model: perplexity on two texts, bytes, seconds and memory against what the dry run estimated.
 
     python evals/presets.py --model FOLDER --calibration valid.txt --text wikitext2=test.txt --name NAME --out FOLDER
 
@@ -128,14 +128,14 @@ def run_one(
         "quality": quality,
         "bytes_dense": report.bytes_dense,
         "bytes": report.bytes_compressed,
-        "bytes_foretold": foreseen.output_bytes,
+        "bytes_estimated": foreseen.output_bytes,
         "stages": report.seconds,
         "seconds": time.perf_counter() - started,
         "cpu_seconds": time.process_time() - cpu,
-        "compress_foretold": foreseen.estimated_seconds,
-        "evaluate_foretold": foreseen.evaluation_seconds,
+        "compress_estimated": foreseen.estimated_seconds,
+        "evaluate_estimated": foreseen.evaluation_seconds,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "peak_foretold": foreseen.peak_memory_bytes,
+        "peak_estimated": foreseen.peak_memory_bytes,
         "degraded": len(report.degraded),
         "warnings": list(report.warnings),
     }

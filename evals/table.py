@@ -50,9 +50,10 @@ def main(arguments: Sequence[str]) -> int:
     """Rewrite or check both documents."""
     readme, results = ROOT / "README.md", ROOT / "docs" / "results.md"
     folder = ROOT / "evals" / "results"
+    first = f"## Every kind of compression, on the bundled model\n\n{overview(folder)}"
     wanted = {
         readme: with_results(readme.read_text(encoding="utf-8"), headline(folder)),
-        results: f"{ABOUT}\n## Every kind of compression, on the bundled model\n\n{overview(folder)}\n\n{render(folder)}\n",
+        results: f"{ABOUT}\n{first}\n\n{render(folder)}\n",
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if "--check" in arguments:

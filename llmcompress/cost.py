@@ -159,7 +159,7 @@ def cost(
 
 
 def about(seconds: float) -> str:
-    """As exact as foresight is: `45 s`, `12 min`, `3.5 h`."""
+    """As exact as the estimate is: `45 s`, `12 min`, `3.5 h`."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -65,11 +65,11 @@ REFUSED = {
     "[wanda, svd]": "zeros",
     "[{wanda: {pattern: '2:4'}}, {width: {fraction: 0.25}}]": "",
     "[wanda, slicegpt]": "",
-    "[gptq, wanda]": "codes",
-    "[gptq, svd]": "codes",
-    "[rtn, {width: {fraction: 0.25}}]": "codes",
+    "[gptq, wanda]": "quantized",
+    "[gptq, svd]": "quantized",
+    "[rtn, {width: {fraction: 0.25}}]": "quantized",
     "[svd, svd]": "factor",
-    "[{sparsegpt: {scheme: int4_g16}}, gptq]": "codes",
+    "[{sparsegpt: {scheme: int4_g16}}, gptq]": "quantized",
 }
 
 

@@ -82,7 +82,7 @@ SITEWISE = {
     GPTQ: 0.6,
     "[{gptq: {scheme: int3_g64}}]": 0.6,
     "[{awq: {scheme: int3_g64}}]": 0.8,
-    "[{learned_rounding: {scheme: int3_g32, steps: 15}}]": 0.8,
+    "[{learned_rounding: {scheme: int3_g32, steps: 100}}]": 0.8,
     "[{error_propagation: {scheme: int3_g32}}]": 0.6,
     "[smoothquant, {gptq: {scheme: int3_g32}}]": 0.6,
     "[{awq: {scheme: int3_g64, round: false}}, {gptq: {scheme: int3_g64}}]": 0.6,
@@ -105,7 +105,7 @@ ORDERINGS = {
     "gptq, rtn": (GPTQ, RTN, 0.7),
     "awq, rtn": ("[{awq: {scheme: int3_g64}}]", "[{rtn: {scheme: int3_g64}}]", 0.8),
     "hqq, rtn": ("[{hqq: {scheme: int3_g32}}]", RTN, 0.95),
-    "learned rounding, rtn": ("[{learned_rounding: {scheme: int3_g32, steps: 15}}]", RTN, 0.7),
+    "learned rounding, rtn": ("[{learned_rounding: {scheme: int3_g32, steps: 100}}]", RTN, 0.7),
     "error propagation, rtn": ("[{error_propagation: {scheme: int3_g32}}]", RTN, 0.75),
     "smoothed, gptq, rtn": (
         "[smoothquant, {gptq: {scheme: int3_g32}}]",

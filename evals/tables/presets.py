@@ -1,4 +1,4 @@
-"""The table of presets: what each costs and saves, against what its dry run foretold. Standard library only."""
+"""The table of presets: what each costs and saves, against what its dry run estimated. Standard library only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from tables.cells import Facts, environment, markdown
 
 
 def presets(facts: Facts) -> str:
-    """One line per preset, in the order in which they ran; foretold numbers stand in brackets."""
+    """One line per preset, in the order in which they ran; estimated numbers stand in brackets."""
     texts = facts["texts"]
     done = [row for row in facts["rows"] if "quality" in row]
     head = (
@@ -18,7 +18,7 @@ def presets(facts: Facts) -> str:
             for text in texts
             if done
         )
-        + ". × is the ratio to dense ± one paired standard error over windows; in brackets what the dry run foretold, "
+        + ". × is the ratio to dense ± one paired standard error over windows; in brackets what the dry run estimated, "
         "on the speed that the machine had then. Evaluating is both models, the dense one until its scores are known."
     )
     columns = ["preset", *texts, "MB", "compress, s", "evaluate, s", "peak, GB"]
@@ -33,10 +33,10 @@ def _line(row: Facts, texts: list[str]) -> list[str]:
     return [
         f"`{row['preset']}`",
         *(_ratio(row["quality"][text]) for text in texts),
-        _foretold(row["bytes"] / 1e6, row["bytes_foretold"] / 1e6, "{:.0f}"),
-        _foretold(stages["compress"], row["compress_foretold"], "{:.0f}"),
-        _foretold(evaluating, row["evaluate_foretold"], "{:.0f}"),
-        _foretold(row["peak_bytes"] / 1e9, row["peak_foretold"] / 1e9, "{:.1f}"),
+        _estimated(row["bytes"] / 1e6, row["bytes_estimated"] / 1e6, "{:.0f}"),
+        _estimated(stages["compress"], row["compress_estimated"], "{:.0f}"),
+        _estimated(evaluating, row["evaluate_estimated"], "{:.0f}"),
+        _estimated(row["peak_bytes"] / 1e9, row["peak_estimated"] / 1e9, "{:.1f}"),
     ]
 
 
@@ -45,5 +45,5 @@ def _ratio(found: Facts) -> str:
     return f"{found['compressed']:.2f}, ×{found['compressed'] / found['dense']:.3f}{error}"
 
 
-def _foretold(measured: float, foretold: float | None, form: str) -> str:
-    return form.format(measured) + ("" if foretold is None else f" ({form.format(foretold)})")
+def _estimated(measured: float, estimated: float | None, form: str) -> str:
+    return form.format(measured) + ("" if estimated is None else f" ({form.format(estimated)})")

@@ -71,7 +71,7 @@ def _reported(report: Report) -> list[dict[str, Any]]:
 def _of_codes(site: Any) -> dict[str, Any]:
     """By the files, which know better than the report."""
     scheme = site.scheme if isinstance(site, CodedSite) else None
-    named = {"scheme": scheme.name} if scheme else {"code_bits": site.code_bits}
+    named = {"scheme": scheme.name} if scheme else {"code_bits": float(site.code_bits)}
     bits = round(site.ideal_bits / site.weights, 3)
     return {**named, "bits": bits, "outputs": site.outputs, "inputs": site.inputs}
 

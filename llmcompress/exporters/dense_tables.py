@@ -33,8 +33,8 @@ def dense_tables(choice: Choice, model_map: ModelMap, dtype: torch.dtype) -> lis
     what = "the embedding, which is the head too, stays" if model_map.tied else "embedding and head stay"
     return [
         f"{what} in {8 * dtype.itemsize} bits: {tables / 1e6:.0f} MB of {(blocks + tables) / 1e6:.0f} MB "
-        f"({tables / (blocks + tables):.0%} of the files). Stock loaders read no embedding of codes; a recipe with "
-        "`embeddings` and `save.format: llmcompress` (presets: `--set save.format=llmcompress`) stores 8 bits"
+        f"({tables / (blocks + tables):.0%} of the files). Stock loaders cannot read quantized embeddings; a recipe "
+        "with `embeddings` and `save.format: llmcompress` stores them in 8 bits"
     ]
 
 

@@ -58,7 +58,9 @@ class Guard:
 
     def baseline(self, block: BlockWork) -> _Plain:
         """A copy of the block after the plain passes; the block itself stays as it is."""
-        twin = BlockWork(block.info, copy.deepcopy(block.module), (), (), self._context)
+        # buffers are cloned one by one: a copy of the storage behind them would take what they share with others along
+        cloned = {id(buffer): buffer.clone() for buffer in block.module.buffers()}
+        twin = BlockWork(block.info, copy.deepcopy(block.module, cloned), (), (), self._context)
         rows = [row for each in self._plain for row in each.run(twin)]
         twin.round_to_storage_dtype()
         return _Plain(twin.module, rows, self._stream.through(block.info, twin.module, self._stream.now_NTH))

@@ -72,7 +72,7 @@ def test_decoding_really_uses_the_cache_and_gives_the_greedy_tokens() -> None:
 
 
 def test_models_are_found_by_name() -> None:
-    found = speed_of(["builtin:books-llama"], prompt_tokens=4, new_tokens=2, repeats=1)
+    found = speed_of({"builtin:books-llama": "builtin:books-llama"}, prompt_tokens=4, new_tokens=2, repeats=1)
     assert list(found) == ["builtin:books-llama"] and found["builtin:books-llama"].dtype == "float32"
 
 

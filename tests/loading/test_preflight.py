@@ -366,7 +366,7 @@ def test_only_keys_that_can_choose_code_raise_that_alarm(folder):
     edit_json(folder / "config.json", _model_name_or_path="org/repo", _anything_else="org/repo")
     found = preflight(Source(folder, "tiny"))
     (warning,) = found.warnings
-    assert "_anything_else was dropped" in warning and "code" not in warning
+    assert "_anything_else was ignored" in warning and "code" not in warning
     assert not hasattr(found.config, "_anything_else")
 
 

@@ -187,7 +187,7 @@ def test_what_cannot_be_used_is_said_with_the_columns_there_are(tmp_path: Path) 
 
     problem = refused(rows, kind="prompt")
     assert problem.code == "data.columns" and "frage, antwort" in problem.what and "prompt" in problem.fix
-    assert "no column 'messages'" in refused(rows, kind="prompt", columns={"messages": "frage"}).what
+    assert "does not use a column 'messages'" in refused(rows, kind="prompt", columns={"messages": "frage"}).what
     assert "row 1" in refused(Dataset.from_list([{"prompt": "a", "response": 3}]), kind="prompt").what
     assert "row 1" in refused(Dataset.from_list([{"text": None}]), tokens=4).what
     assert refused(Dataset.from_list([{"text": "x"}]), tokens=64).code == "data.too-little"

@@ -34,7 +34,7 @@ _CHOICE = frozenset({"fraction", "removed", "floor", "round_to"})
 """Options that say what is done with the units that go, and those that say which ones."""
 
 _AS_ASKED = 0.02
-"""How far a share of heads may be from the fraction before anyone is told."""
+"""How far the removed fraction of heads may be from `fraction` without a note."""
 
 
 class WidthPass(BlockPass):

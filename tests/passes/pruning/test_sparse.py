@@ -186,7 +186,7 @@ def test_a_repair_that_ends_worse_is_undone_and_said(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sparsegpt, "sweep_columns", spoil)
     _, rows = compressed("llama_gqa", make("sparsegpt", {}))
     for row in rows:
-        assert row.degraded and "worse" in row.degraded and row.sparsity == 0.5
+        assert row.degraded and ("did not help" in row.degraded or "did worse" in row.degraded) and row.sparsity == 0.5
         assert row.error is not None and row.error_before is not None and row.error <= row.error_before < 1
 
 
@@ -330,6 +330,6 @@ def test_wanda_by_layer_and_a_pattern_contradict() -> None:
 
 def test_pruning_after_rounding_is_refused_and_before_it_is_not() -> None:
     late = "model: builtin:books-llama\npasses:\n  - rtn: {scheme: int4_g32}\n  - wanda: {sparsity: 0.5}\n"
-    with pytest.raises(CompressError, match="codes"):
+    with pytest.raises(CompressError, match="already quantized"):
         parse_recipe(late, "recipe.yaml")
     parse_recipe("model: builtin:books-llama\npasses:\n  - wanda\n  - gptq: {scheme: int4_g32}\n", "recipe.yaml")

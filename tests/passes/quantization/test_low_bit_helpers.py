@@ -161,8 +161,8 @@ def test_candidates_of_different_widths_are_refused() -> None:
     ("name", "options", "reason"),
     [
         ("hqq", {"scheme": "fp4_g32"}, "only integer"),
-        ("scale_refinement", {"scheme": "mxfp4"}, "not free"),
-        ("scale_refinement", {"quantizer": {"gptq": {"scheme": "int4_g32"}}}, "beside it"),
+        ("scale_refinement", {"scheme": "mxfp4"}, "cannot be refined"),
+        ("scale_refinement", {"quantizer": {"gptq": {"scheme": "int4_g32"}}}, "next to it"),
         ("bias_correction", {"quantizer": {"awq": {}}}, "use one of"),
         ("cmpq", {"widths": (0, 3)}, "from 1 to 8"),
         ("cmpq", {"widths": ()}, "at least one"),
@@ -202,7 +202,7 @@ def test_codebooks_get_more_bits_where_inputs_are_large_and_lose_less_with_more(
 
 def test_too_few_bits_for_codebooks_leave_a_site_dense_and_say_so() -> None:
     model, rows = compressed("llama", block_pass("cmpq", bits=1.2))
-    assert all("stays dense" in (row.degraded or "") for row in rows)
+    assert all("kept dense" in (row.degraded or "") for row in rows)
     assert torch.equal(logits(model), logits(tiny_model("llama", seed=1)))
 
 
