@@ -27,7 +27,7 @@ SHAPES = {
     "m1100": {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4},
 }
 RUN = """
-import json, re, sys
+import json, re, sys, torch
 from pathlib import Path
 from llmcompress import compress, plan
 from llmcompress.cost import this_machine
@@ -35,7 +35,8 @@ from llmcompress.recipe import parse_recipe
 model, output, recipe, offload, what = sys.argv[1:]
 recipe = parse_recipe(recipe, "evals")
 if what == "plan":
-    print(json.dumps({"bytes": plan(model, recipe, offload=offload, machine=this_machine()).peak_memory_bytes}))
+    machine = this_machine(torch.device("cpu"))
+    print(json.dumps({"bytes": plan(model, recipe, offload=offload, machine=machine).peak_memory_bytes}))
 else:
     seconds = compress(model, recipe, output, offload=offload).report.seconds
     # not getrusage: its peak is inherited from the process that started this one

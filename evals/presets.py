@@ -109,7 +109,7 @@ def run_one(
         f"evaluate.perplexity={json.dumps(tasks)}",
     ]
     recipe = load_preset(preset, settings=settings)
-    foreseen = plan(model, recipe, machine=this_machine())
+    foreseen = plan(model, recipe, machine=this_machine(torch.device("cpu")))
     cpu, started = time.process_time(), time.perf_counter()
     report = compress(model, recipe, out, overwrite=True)
     quality = {

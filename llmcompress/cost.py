@@ -165,9 +165,8 @@ def about(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def this_machine(size: int = 512, seconds: float = 0.05) -> Machine:
-    """Speed of float32 matrix products here and now, and what this process takes already."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def this_machine(device: torch.device, *, size: int = 512, seconds: float = 0.05) -> Machine:
+    """Speed of float32 matrix products on `device` here and now, and what this process takes already."""
     matrix = torch.ones(size, size, device=device)
     float((matrix @ matrix)[0, 0])  # the first product also starts threads and libraries
     done, started = 0, time.perf_counter()

@@ -125,7 +125,7 @@ def _compress(request: CompressionRequest) -> CompressedModel:
     request = replace(request, recipe=prepared.recipe)
     recipe, processes = request.recipe, request.processes
     clock.lap("load")
-    request.progress.note(estimate(prepared))
+    request.progress.note(estimate(prepared, request.device))
     with _opened_run(request, prepared) as run:
         torch.manual_seed(recipe.seed)
         data = _calibration(request, prepared)

@@ -88,11 +88,11 @@ def prepare(request: CompressionRequest) -> Prepared:
         raise
 
 
-def estimate(prepared: Prepared) -> str:
-    """How long the run will take here: a measured speed, and the recipe's operations."""
+def estimate(prepared: Prepared, device: torch.device) -> str:
+    """How long the run will take on `device`: a measured speed, and the recipe's operations."""
     offloaded = not isinstance(prepared.weights_at, InMemory)
     taken = estimated_cost(prepared.recipe, prepared.map, prepared.loaded.preflight, offloaded=offloaded)
-    speed = this_machine().operations_per_second
+    speed = this_machine(device).operations_per_second
     evaluating = taken.evaluation_operations
     ending = f", and {about(evaluating / speed)} to evaluate" if evaluating else ""
     return f"estimate for this machine: about {about(taken.operations / speed)} to compress{ending}"

@@ -93,9 +93,11 @@ def compress(
         with progress.paused():
             _confirm_remote_code(recipe, yes=yes)
         if dry_run:
+            from llmcompress.calibration.devices import usable_device
             from llmcompress.cost import this_machine
 
-            foreseen = pipeline.plan(recipe.model, recipe, offload=offload, machine=this_machine())
+            here = this_machine(usable_device(device))
+            foreseen = pipeline.plan(recipe.model, recipe, offload=offload, machine=here)
             plan = foreseen.model_dump(mode="json")
         else:
             assert output is not None
