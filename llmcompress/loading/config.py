@@ -177,7 +177,7 @@ def _refuse_other_kinds(data: dict[str, Any], folder: Path) -> None:
 
 
 def _refuse_other_types(raw: dict[str, Any], folder: Path) -> None:
-    """The few keys that are read before transformers checks the rest."""
+    """The few keys that are read before transformers checks the rest, and those that it does not check."""
     wanted: dict[str, tuple[type, str]] = {
         "model_type": (str, "text"),
         "architectures": (list, "a list"),
@@ -186,6 +186,9 @@ def _refuse_other_types(raw: dict[str, Any], folder: Path) -> None:
         "rope_parameters": (dict, "an object"),
         "rope_scaling": (dict, "an object"),
         "text_config": (dict, "an object"),
+        "output_hidden_states": (bool, "true or false"),
+        "output_attentions": (bool, "true or false"),
+        "use_cache": (bool, "true or false"),
     }
     for key, (kind, called) in wanted.items():
         if raw.get(key) is not None and not isinstance(raw[key], kind):

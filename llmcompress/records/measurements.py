@@ -138,7 +138,7 @@ _KINDS = frozenset(str(each.model_fields["kind"].default) for each in get_args(K
 
 def _tag(value: Any) -> str:
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-    return kind if kind in _KINDS else "other"
+    return kind if isinstance(kind, str) and kind in _KINDS else "other"
 
 
 Measurement = Annotated[

@@ -113,6 +113,7 @@ def test_compress_refuses_a_bad_index_and_a_missing_shard_before_it_counts_bytes
         ({"head_dim": 3}, "head_dim = 3"),
         ({"model_type": ["llama"]}, "model_type"),
         ({"architectures": 5}, "architectures"),
+        ({"output_hidden_states": ["a", None]}, "output_hidden_states"),
         ({"text_config": {"a": 1}}, "text_config"),
     ],
 )

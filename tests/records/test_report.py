@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -38,9 +39,10 @@ def test_what_is_written_comes_back_whatever_else_was_measured(tmp_path: Path) -
     assert read_report(tmp_path / REPORT) == found
 
 
-def test_a_known_kind_must_be_what_it_says() -> None:
+@pytest.mark.parametrize("measurement", [{"kind": "weight_bytes", "of": "dense"}, {"kind": ["seconds"]}])
+def test_a_known_kind_must_be_what_it_says_and_a_kind_a_name(measurement: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        Report.model_validate({**report().model_dump(), "measurements": [{"kind": "weight_bytes", "of": "dense"}]})
+        Report.model_validate({**report().model_dump(), "measurements": [measurement]})
 
 
 def test_the_same_measurement_before_and_after_makes_a_pair_and_nothing_else_does() -> None:
