@@ -250,32 +250,19 @@ def _quality_table(report: Report) -> Table:
 
 
 def _divergence_table(divergences: Sequence[Divergence]) -> Table:
-    """Behind ±: one standard error, with windows as the unit that varies.
+    """A column per text. Behind ±: one standard error, with windows as the unit that varies.
 
     KL tells apart the dense model's likely tokens alone, and what probability those have stands beside it.
     """
     rows = [
-        (
-            each.text,
-            _with_error(each.kl, "{:.4f}"),
-            f"{each.top_mass:.1%}",
-            f"{each.kl_99:.3f}",
-            _with_error(each.same_top, "{:.2%}"),
-            _with_error(each.right_to_wrong, "{:.2%}"),
-            _with_error(each.wrong_to_right, "{:.2%}"),
-        )
-        for each in divergences
+        ("KL", *(_with_error(each.kl, "{:.4f}") for each in divergences)),
+        ("KL, 99 %", *(f"{each.kl_99:.3f}" for each in divergences)),
+        ("top-k mass", *(f"{each.top_mass:.1%}" for each in divergences)),
+        ("same top token", *(_with_error(each.same_top, "{:.2%}") for each in divergences)),
+        ("right → wrong", *(_with_error(each.right_to_wrong, "{:.2%}") for each in divergences)),
+        ("wrong → right", *(_with_error(each.wrong_to_right, "{:.2%}") for each in divergences)),
     ]
-    headings = (
-        "against dense",
-        "#KL",
-        "#top-k mass",
-        "#KL, 99 %",
-        "#same top token",
-        "#right → wrong",
-        "#wrong → right",
-    )
-    return plain_table(headings, rows)
+    return plain_table(("against dense", *(f"#{each.text}" for each in divergences)), rows)
 
 
 def _with_error(found: Estimate, form: str) -> str:

@@ -77,7 +77,7 @@ class TerminalProgress:
         self._steps, self._text, self._inside = Pace(self._clock, steps), "", ""
         self._last_line = self._clock()
         if not self._live:
-            self._line(f"{title} ({steps} steps)" if steps else title)
+            self._line(f"{title} ({counted(steps)})" if steps else title)
 
     def step(self, text: str) -> None:
         """One more step is done."""
@@ -129,7 +129,7 @@ class TerminalProgress:
         task, seconds = self._bars.tasks[0], self._steps.elapsed
         if finished and self._steps.done:
             memory = ", ".join(self._memory.texts())
-            self._line(f"{task.description}: {self._steps.done} steps in {duration(seconds)}, {memory}")
+            self._line(f"{task.description}: {counted(self._steps.done)} in {duration(seconds)}, {memory}")
         self._bars.remove_task(self._stage)
         self._stage = None
 
@@ -210,6 +210,11 @@ def _highest_so_far() -> int:
         return 0
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return highest if sys.platform == "darwin" else highest * 1024
+
+
+def counted(steps: int) -> str:
+    """`1 step`, `12 steps`."""
+    return f"{steps} step" + ("" if steps == 1 else "s")
 
 
 def duration(seconds: float) -> str:

@@ -216,7 +216,8 @@ def test_compress_reads_the_preset_and_shows_quality_bytes_and_the_worst_sites(r
     assert (model, recipe.model, recipe.seed, output) == ("m", "m", 3, Path("out"))
     assert options == {"device": "cpu", "overwrite": False, "fresh": False}
     assert re.search(r"builtin:evaluation +20\.000 +21\.000 +1\.050 ±0\.002", out)
-    assert re.search(r"builtin:evaluation +0\.0123 +87\.5% +0\.200 +90\.00% ±0\.40% +3\.12% ±0\.19%", out)
+    assert re.search(r"KL +0\.0123\n", out.replace(" \n", "\n")) and re.search(r"top-k mass +87\.5%", out)
+    assert re.search(r"same top token +90\.00% ±0\.40%", out) and re.search(r"right → wrong +3\.12% ±0\.19%", out)
     assert "dense scores: from the cache" in out
     assert "4.9 MB → 1.5 MB (0.31 of it)" in out
     worst = re.findall(r"model\.layers\.(\d)\.mlp\.up_proj +gptq", out)

@@ -81,7 +81,7 @@ def test_on_a_terminal_the_display_has_two_levels_and_leaves_nothing_behind(monk
         with progress.paused():
             stream.write("a question?")
     assert "block 1/4" in shown and "0:21 left" in shown and "› gptq mlp.up_proj" in shown
-    assert "compress: 1 steps in 0:07" in stream.getvalue()
+    assert "compress: 1 step in 0:07" in stream.getvalue()
 
 
 @pytest.mark.parametrize("width", [80, 60, 40])
