@@ -111,7 +111,7 @@ def run_one(
     recipe = load_preset(preset, settings=settings)
     foreseen = plan(model, recipe, machine=this_machine(torch.device("cpu")))
     cpu, started = time.process_time(), time.perf_counter()
-    report = compress(model, recipe, out, overwrite=True)
+    report = compress(model, recipe, out, overwrite=True).report
     quality = {
         text.partition("=")[0]: {
             "dense": each.dense.perplexity,
