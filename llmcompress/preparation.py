@@ -15,7 +15,7 @@ from llmcompress.calibration.process_group import ProcessGroup
 from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
 from llmcompress.cost import Offload, about, this_machine
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.evaluation.texts import EvaluationText, evaluation_text
+from llmcompress.evaluation.texts import EvaluationText, evaluation_texts
 from llmcompress.exporters.loader import loader_of
 from llmcompress.loading.in_memory import LiveModel, identity_in_memory
 from llmcompress.loading.load import Loaded, load_for_compression
@@ -111,7 +111,7 @@ def _prepared(request: CompressionRequest) -> Prepared:
     storage_dtype = storage_dtype_of(recipe, loaded.preflight)
     notes = check_recipe(recipe, model_map, loader_of(loaded.model.config), storage_dtype).notes
     limit = max_positions(loaded.model.config)
-    texts = tuple(evaluation_text(task, loaded.tokenizer, limit) for task in recipe.evaluate)
+    texts = evaluation_texts(recipe.evaluate, loaded.tokenizer, limit)
     for text in texts:
         refuse_beyond_embedding(
             text.windows, loaded.tokenizer, loaded.preflight.contents.embedding_rows, where=text.name

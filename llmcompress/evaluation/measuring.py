@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from llmcompress.calibration.tokens import refuse_beyond_embedding
 from llmcompress.evaluation.perplexity import measure
 from llmcompress.evaluation.settings import PerplexityTask
-from llmcompress.evaluation.texts import evaluation_text
+from llmcompress.evaluation.texts import evaluation_texts
 from llmcompress.progress import Progress
 from llmcompress.records.measurements import PerplexityResult
 from llmcompress.runners.base import Runner
@@ -36,7 +36,7 @@ def perplexities(
 
     Raises: CompressError when one cannot be read or measured.
     """
-    texts = [evaluation_text(task, tokenizer, runner.max_positions) for task in tasks]
+    texts = evaluation_texts(tasks, tokenizer, runner.max_positions)
     for text in texts:
         refuse_beyond_embedding(text.windows, tokenizer, runner.vocabulary, where=text.name)
     return [measure(runner, text, progress=progress) for text in texts]

@@ -6,7 +6,8 @@ earlier windows. See docs/decisions/0003-perplexity-protocol.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,6 +48,25 @@ class EvaluationText:
     def tokens(self) -> int:
         """Tokens predicted: in every window all but the first."""
         return sum(len(window) - 1 for window in self.windows)
+
+
+def evaluation_texts(
+    tasks: Iterable[PerplexityTask], tokenizer: PreTrainedTokenizerBase, max_positions: int | None
+) -> tuple[EvaluationText, ...]:
+    """The texts of all tasks; different ones of the same name (`wiki/test.txt`, `books/test.txt`) get their hash in it.
+
+    Names are what results are told apart by, and never carry folders.
+
+    Raises: CompressError as `evaluation_text` does.
+    """
+    texts = [evaluation_text(task, tokenizer, max_positions) for task in tasks]
+    contents: dict[str, set[str]] = {}
+    for text in texts:
+        contents.setdefault(text.name, set()).add(text.fingerprint)
+    return tuple(
+        replace(text, name=f"{text.name}:{text.fingerprint[:8]}") if len(contents[text.name]) > 1 else text
+        for text in texts
+    )
 
 
 def evaluation_text(

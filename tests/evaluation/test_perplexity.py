@@ -9,7 +9,7 @@ from llmcompress.errors import CompressError
 from llmcompress.evaluation import scores as module
 from llmcompress.evaluation.perplexity import measure, perplexity
 from llmcompress.evaluation.settings import DEFAULT_TOKENS, PerplexityTask
-from llmcompress.evaluation.texts import evaluation_text
+from llmcompress.evaluation.texts import evaluation_text, evaluation_texts
 from llmcompress.runners.torch_runner import TorchRunner
 from tests.tiny_text import byte_tokenizer, tiny_llama, word_tokenizer
 
@@ -178,3 +178,14 @@ def test_measuring_leaves_the_model_as_it_was(tmp_path):
     perplexity(model, byte_tokenizer(), task(tmp_path))
     assert model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_different_texts_of_one_file_name_are_told_apart_and_no_folder_is_named(tmp_path):
+    tasks = []
+    for folder, text in (("wiki", TEXT), ("books", TEXT[::-1]), ("again", TEXT)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test.txt").write_text(text)
+        tasks.append(PerplexityTask(source=str(tmp_path / folder / "test.txt"), window=16))
+    wiki, books, again = (text.name for text in evaluation_texts(tasks, byte_tokenizer(), None))
+    assert wiki == again != books and all(name.startswith("test.txt:") for name in (wiki, books))
+    assert [text.name for text in evaluation_texts(tasks[:1], byte_tokenizer(), None)] == ["test.txt"]
