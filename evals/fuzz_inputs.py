@@ -1,6 +1,6 @@
 """Damages the files that users bring, runs commands on them, and counts how each ends: exit code 1 is a bug of ours.
 
-python evals/fuzz_inputs.py --count 2000 --seed 0 --rows evals/results/fuzz-inputs.json
+python evals/fuzz_inputs.py --count 2000 --seed 1 --rows evals/results/fuzz-inputs.json
 """
 
 from __future__ import annotations
