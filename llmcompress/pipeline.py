@@ -222,7 +222,7 @@ def _report(
         machine=machine(),
         calibration_tokens=data.tokens if data else 0,
         sites=tuple(rows),
-        refused=refused(prepared.map),
+        refused=refused(prepared.map, rounded={row.site for row in rows}),
         measurements=(WeightBytes(of="dense", bytes=dense_bytes),),
         warnings=tuple(dict.fromkeys([*about_model, *about_data, *about_texts, *degraded_warnings(rows)])),
     )

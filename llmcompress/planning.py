@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
@@ -137,7 +137,7 @@ def make_plan(
         model=known.name,
         family=model_map.family,
         sites=tuple(row.planned() for row in sites),
-        refused=refused(model_map),
+        refused=refused(model_map, rounded=_rounded_tables(recipe, model_map)),
         bytes_dense=checked.bytes_weights,
         output_bytes=_file_bytes(tensors) - sum(row.removed for row in sites),
         offloaded=offloaded,
@@ -262,10 +262,16 @@ def storage_dtype_of(recipe: Recipe, checked: ModelFacts) -> torch.dtype:
     return named.get(recipe.save.dtype, checked.storage_dtype)
 
 
-def refused(model_map: ModelMap) -> dict[str, str]:
-    """Full name → reason of everything that no pass may touch, blocks and all."""
+def refused(model_map: ModelMap, *, rounded: Collection[str] = ()) -> dict[str, str]:
+    """Full name → reason of everything that stays as it is, without the tables that a pass rounds."""
     inside = {block.full(row.name): row.reason for block in model_map.blocks for row in block.structure.refused}
-    return {row.name: row.reason for row in model_map.refused} | inside
+    return {row.name: row.reason for row in model_map.refused if row.name not in rounded} | inside
+
+
+def _rounded_tables(recipe: Recipe, model_map: ModelMap) -> set[str]:
+    if not any(each.rounds_embedding() for each in recipe.passes):
+        return set()
+    return {model_map.embedding, model_map.head} if model_map.tied else {model_map.embedding}
 
 
 @dataclass(frozen=True)

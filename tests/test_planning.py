@@ -31,6 +31,7 @@ from llmcompress.passes.quantization.smoothquant import SmoothQuant
 from llmcompress.passes.schemes import resolve_scheme, site_schemes
 from llmcompress.pipeline import compress
 from llmcompress.planning import Plan, known_model, make_plan, with_weights_placed, within_target_limits
+from llmcompress.recipe import parse_recipe
 from llmcompress.recipe.model import Recipe, Save
 from tests.tiny_folder import write_tiny_llama
 
@@ -190,6 +191,13 @@ def test_no_weight_is_read(tiny, tmp_path):
     ours, theirs = make_plan(Source(folder, "tiny"), recipe), make_plan(tiny, recipe)
     same = {"sites", "output_bytes", "bytes_dense", "refused", "warnings"}
     assert ours.model_dump(include=same) == theirs.model_dump(include=same)
+
+
+@pytest.mark.parametrize("format", ["llmcompress", "auto"])
+def test_a_table_that_is_rounded_is_not_listed_as_kept(tiny, format):
+    passes = "[rtn: {scheme: int4_g16}, embeddings: {required: false}]"
+    recipe = parse_recipe(f"passes: {passes}\nsave: {{format: {format}}}\nevaluate: {{}}", "t")
+    assert ("model.embed_tokens" in make_plan(tiny, within_target_limits(recipe)).refused) == (format == "auto")
 
 
 def test_the_time_of_evaluation_is_foretold_and_bounded(tiny, tmp_path):
