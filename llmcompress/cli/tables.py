@@ -221,7 +221,15 @@ def _worst_sites(report: Report) -> Table:
     last = {row.site: row for row in report.sites if row.error is not None}
     worst = sorted(last.values(), key=lambda row: -(row.error or 0))[:WORST_SITES]
     rows = [
-        (row.site, row.algorithm, row.scheme or "", _percent(row.error), _percent(row.error_before)) for row in worst
+        # of pruned sites the baseline is not rounding
+        (
+            row.site,
+            row.algorithm,
+            row.scheme or "",
+            _percent(row.error),
+            _percent(row.error_before if row.scheme else None),
+        )
+        for row in worst
     ]
     headings = ("site", "by", "scheme", "#output error", "#plain rounding")
     return plain_table(*_with_values(headings, rows), title=f"worst sites of {len(last)}")
