@@ -46,7 +46,7 @@ def written_out(
         return list(texts.documents), 0
     if format == "text":
         return ["\n\n".join(message["content"] for message in messages) for messages in texts.conversations], 0
-    template = None if chat_template is None else _template_file(chat_template, where)
+    template = None if chat_template is None else template_file(chat_template, where)
     if template is None and not tokenizer.chat_template:
         raise CompressError(
             "data.no-chat-template",
@@ -132,7 +132,11 @@ def _template_message(failure: Exception) -> str:
     return str(failure).strip().partition("\n")[0] or type(failure).__name__
 
 
-def _template_file(path: str, where: str) -> str:
+def template_file(path: str, where: str) -> str:
+    """A chat template in a file of its own.
+
+    Raises: CompressError when it cannot be read.
+    """
     try:
         return from_home(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as failure:

@@ -43,6 +43,30 @@ def quantizer_with(
     return cls(**options, sites=sites, exclude=exclude, overrides=dict(overrides or {}), scheme=scheme)
 
 
+def checked(named: dict[str, dict[str, Any]], *, sitewise: bool = False) -> dict[str, dict[str, Any]]:
+    """The same, where such a pass can be had; for the validators of passes that take one.
+
+    Raises: ValueError when there is no such pass, or it is given what the outer pass decides.
+    """
+    for options in named.values():
+        if "on_indivisible" in options:
+            raise ValueError("'on_indivisible' cannot be set inside `quantizer`: set it next to it")
+    quantizer_with(named, "int4_channel", sitewise=sitewise)
+    return named
+
+
+def nested(outer: QuantizingPass, named: Mapping[str, dict[str, Any]]) -> QuantizingPass:
+    """That pass with the scheme, the sites and the overrides of the pass around it."""
+    ((name, options),) = named.items()
+    return quantizer_with(
+        {name: {**options, "on_indivisible": outer.on_indivisible}},
+        outer.scheme,
+        sites=outer.sites,
+        exclude=outer.exclude,
+        overrides=outer.overrides,
+    )
+
+
 def _serving(*, sitewise: bool) -> Collection[str]:
     """Names of the passes that only quantize."""
     found = [(name, PASSES[name]) for name in PASSES]

@@ -15,7 +15,7 @@ from llmcompress.model.site import LinearSite
 from llmcompress.numerics.error_compensation import Drift, compensated
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES, BlockPass
-from llmcompress.passes.nested_quantizer import quantizer_with
+from llmcompress.passes.nested_quantizer import checked, nested
 from llmcompress.passes.quantizing import QuantizingPass
 from llmcompress.records.rows import SiteReport
 
@@ -56,23 +56,12 @@ class ErrorPropagation(QuantizingPass):
     @field_validator("quantizer")
     @classmethod
     def _known_quantizer(cls, named: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        for options in named.values():
-            if "on_indivisible" in options:
-                raise ValueError("'on_indivisible' cannot be set inside `quantizer`: set it next to it")
-        quantizer_with(named, "int4_channel")
-        return named
+        return checked(named)
 
     @property
     def inner(self) -> QuantizingPass:
         """The quantization pass, with this pass's other options."""
-        ((name, options),) = self.quantizer.items()
-        return quantizer_with(
-            {name: {**options, "on_indivisible": self.on_indivisible}},
-            self.scheme,
-            sites=self.sites,
-            exclude=self.exclude,
-            overrides=self.overrides,
-        )
+        return nested(self, self.quantizer)
 
     def needs(self) -> tuple[type[Statistic], ...]:
         """Nothing that could be measured beforehand: every input group waits for the ones before it."""

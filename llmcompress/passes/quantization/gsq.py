@@ -21,7 +21,7 @@ from llmcompress.numerics.quantized import QuantizedTensor
 from llmcompress.numerics.relaxed_codes import drawn_offset, logistic_noise
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES
-from llmcompress.passes.nested_quantizer import quantizer_with
+from llmcompress.passes.nested_quantizer import checked, nested
 from llmcompress.passes.quantization.block_training import BlockTraining, LeastError
 from llmcompress.passes.quantizing import QuantizingPass
 from llmcompress.records.rows import SiteReport
@@ -81,23 +81,12 @@ class GSQ(QuantizingPass):
     @field_validator("quantizer")
     @classmethod
     def _known_quantizer(cls, named: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        for options in named.values():
-            if "on_indivisible" in options:
-                raise ValueError("'on_indivisible' cannot be set inside `quantizer`: write it beside it")
-        quantizer_with(named, "int4_channel")
-        return named
+        return checked(named)
 
     @property
     def inner(self) -> QuantizingPass:
         """The quantizer that finds the first codes."""
-        ((name, options),) = self.quantizer.items()
-        return quantizer_with(
-            {name: {**options, "on_indivisible": self.on_indivisible}},
-            self.scheme,
-            sites=self.sites,
-            exclude=self.exclude,
-            overrides=self.overrides,
-        )
+        return nested(self, self.quantizer)
 
     def needs(self) -> tuple[type[Statistic], ...]:
         """What the quantizer reads."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.model.site import LinearSite
 from llmcompress.numerics.statistics import Gram, Statistic
-from llmcompress.passes.nested_quantizer import quantizer_with
+from llmcompress.passes.nested_quantizer import checked, quantizer_with
 from llmcompress.passes.quantizing import QuantizingPass
 from llmcompress.records.rows import SiteReport
 
@@ -31,11 +31,7 @@ class QuantizerWrapper(QuantizingPass):
     @field_validator("quantizer")
     @classmethod
     def _known_quantizer(cls, named: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        for options in named.values():
-            if "on_indivisible" in options:
-                raise ValueError("'on_indivisible' cannot be set inside `quantizer`: set it next to it")
-        quantizer_with(named, "int4_channel", sitewise=True)
-        return named
+        return checked(named, sitewise=True)
 
     @property
     def inner(self) -> QuantizingPass:

@@ -13,9 +13,9 @@ import torch
 from typing_extensions import override
 
 from llmcompress.calibration.records import CHAT_COLUMNS, TEXT_COLUMNS, BadRow, Message, conversation
+from llmcompress.calibration.templates import template_file
 from llmcompress.calibration.tokens import starts_with_bos, token_lists
 from llmcompress.errors import CompressError
-from llmcompress.storage.paths import from_home
 from llmcompress.training.data.batch import Sample
 
 if TYPE_CHECKING:
@@ -146,7 +146,9 @@ class Chat(Encoder):
         self, tokenizer: PreTrainedTokenizerBase, columns: Mapping[str, str], options: Options, where: str
     ) -> None:
         super().__init__(tokenizer, columns, options, where)
-        self._template = _read(options.chat_template, where) if options.chat_template else tokenizer.chat_template
+        self._template = (
+            template_file(options.chat_template, where) if options.chat_template else tokenizer.chat_template
+        )
         if not self._template:
             raise CompressError(
                 "data.no-chat-template",
@@ -214,11 +216,3 @@ class Chat(Encoder):
         except TemplateError as failure:
             raise BadRow(f"the conversation does not fit the chat template: {failure}") from failure
         return written
-
-
-def _read(path: str, where: str) -> str:
-    try:
-        return from_home(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as failure:
-        what = f"{path}: the chat template cannot be read ({failure})"
-        raise CompressError("data.chat-template", what, where=where, fix="check the path") from failure

@@ -96,7 +96,7 @@ def test_norms_that_feed_other_linears_too_stay() -> None:
 def test_what_it_cannot_learn_is_refused() -> None:
     with pytest.raises(ValueError, match="integer grids"):
         GSQ(scheme="nf4_g64")
-    with pytest.raises(ValueError, match="beside it"):
+    with pytest.raises(ValueError, match="next to it"):
         GSQ(quantizer={"gptq": {"on_indivisible": "pad"}})
 
 
