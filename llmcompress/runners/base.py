@@ -5,7 +5,7 @@ vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from types import TracebackType
 from typing import ClassVar, Self
 
@@ -54,6 +54,15 @@ class Runner(ABC):
 
         Prompts have at least one token and may differ in length; a text ends before the first token of `stop`. Every
         prompt gets what it gets alone, and settings that come with the model (sampling, penalties) are not used.
+        """
+
+    @abstractmethod
+    def stream(self, ids_BT: Tensor, *, max_new_tokens: int) -> Iterator[Tensor]:
+        """Greedy decoding as `generate` does it, step by step: yields the B new tokens of every step.
+
+        The first ones come after the prefill. All sequences are equally long and no token stops a text, so a clock
+        between the steps measures the runtime. On an accelerator the work may still be pending when its tokens are
+        yielded.
         """
 
     def first_not_finite(self, ids_BT: Tensor) -> str | None:

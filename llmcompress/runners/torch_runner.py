@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,6 +16,7 @@ from typing_extensions import override
 from llmcompress.calibration.offloading import WeightStore
 from llmcompress.calibration.tokens import max_positions
 from llmcompress.loading.load import load
+from llmcompress.modules.cache_names import cache_argument, cache_of
 from llmcompress.runners.base import RUNNERS, Runner
 
 
@@ -65,6 +67,23 @@ class TorchRunner(Runner):
         with _generating_by(self._model, settings):
             out_BT = self._model.generate(ids_BT.to(self.device), attention_mask=mask_BT.to(self.device))
         return [_until(stop, new) for new in out_BT[:, ids_BT.shape[1] :].tolist()]
+
+    @override
+    @torch.inference_mode()
+    def stream(self, ids_BT: Tensor, *, max_new_tokens: int) -> Iterator[Tensor]:
+        forward = self._model.forward
+        last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(forward).parameters else {}
+        argument = cache_argument(forward)
+        ids_BT = fed_BT = ids_BT.to(self.device)
+        cache: dict[str, Any] = {}
+        for step in range(max_new_tokens):
+            out: Any = self._model(input_ids=fed_BT, **cache, **last_only, use_cache=True)
+            new_B1 = out.logits[:, -1:].argmax(-1)
+            yield new_B1[:, 0]
+            if argument and (filled := cache_of(out)) is not None:
+                cache, fed_BT = {argument: filled}, new_B1
+            elif step + 1 < max_new_tokens:  # a model without a cache reads its whole text again
+                ids_BT = fed_BT = torch.cat([ids_BT, new_B1], dim=1)
 
     @override
     @torch.inference_mode()
