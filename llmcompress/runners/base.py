@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.registry import Registry
+from llmcompress.runners.work import Work
 
 
 class Runner(ABC):
@@ -64,6 +65,12 @@ class Runner(ABC):
         between the steps measures the runtime. On an accelerator the work may still be pending when its tokens are
         yielded.
         """
+
+    def work(self, ids_BT: Tensor) -> Work | None:
+        """What the prefill of these tokens computes, and what the decode step after it reads; None where a runtime
+        cannot tell.
+        """
+        return None
 
     def first_not_finite(self, ids_BT: Tensor) -> str | None:
         """Which part of the model first computes NaN or Inf on these tokens; None where a runtime cannot tell."""
