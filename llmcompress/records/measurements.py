@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Discriminator, Tag
 
+from llmcompress.records.cost import Cost, MachineLimits
 from llmcompress.records.rows import Record
 
 Which = Literal["model", "dense", "compressed"]
@@ -131,7 +132,7 @@ class OtherMeasurement(Record):
     kind: str
 
 
-Known = PerplexityResult | Divergence | HeldOutLoss | WeightBytes | StageSeconds
+Known = PerplexityResult | Divergence | HeldOutLoss | WeightBytes | StageSeconds | Cost | MachineLimits
 
 _KINDS = frozenset(str(each.model_fields["kind"].default) for each in get_args(Known))
 
@@ -147,6 +148,8 @@ Measurement = Annotated[
     | Annotated[HeldOutLoss, Tag("held_out_loss")]
     | Annotated[WeightBytes, Tag("weight_bytes")]
     | Annotated[StageSeconds, Tag("seconds")]
+    | Annotated[Cost, Tag("cost")]
+    | Annotated[MachineLimits, Tag("machine_limits")]
     | Annotated[OtherMeasurement, Tag("other")],
     Discriminator(_tag),
 ]
