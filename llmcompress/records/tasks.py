@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from llmcompress.records.rows import Record
+from pydantic import Field
 
-Which = Literal["model", "dense", "compressed"]
-"""As in `records/measurements.py`, which imports this file."""
+from llmcompress.records.rows import Record, Which
 
 
 class Interval(Record):
@@ -126,7 +125,7 @@ class GeneratedText(Record):
     tokens: int
     ended: bool
     """Whether the model ended it, not the limit of tokens."""
-    checks: dict[str, bool] = {}
+    checks: dict[str, bool] = Field(default_factory=dict)
     """Verifiable instructions of this prompt, and whether the text follows them."""
 
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from llmcompress.errors import CompressError, ExitCode
+from llmcompress.errors import CompressError
 from llmcompress.evaluation.paired import interval
-from llmcompress.evaluation.tasks.definitions import WHERE, load_tasks, require_lm_eval
+from llmcompress.evaluation.settings.tasks import TaskSettings
+from llmcompress.evaluation.tasks.definitions import WHERE, first_line
 from llmcompress.evaluation.tasks.observation import Answer, TaskAnswers, TaskObservation, main_metric
-from llmcompress.evaluation.tasks.settings import TaskSettings
 from llmcompress.progress import Progress
 from llmcompress.records.tasks import TaskScore
 from llmcompress.runners.base import Runner
@@ -29,25 +29,24 @@ SEED, OTHER_SEED = 0, 1234
 """lm-eval's own: Python's generator; numpy's, torch's and that of the few-shot examples."""
 
 
-def answer_tasks(
+def answer(
     runner: Runner,
     tokenizer: PreTrainedTokenizerBase,
+    loaded: Mapping[str, Any],
     settings: TaskSettings,
     *,
     progress: Progress,
     edit: Edit | None = None,
 ) -> TaskObservation:
-    """Answers of a model to all tasks, scored by lm-eval. `edit` changes each prompt before the model reads it.
+    """Answers of a model to loaded tasks, scored by lm-eval. `edit` changes each prompt before the model reads it.
 
-    Raises: CompressError as `load_tasks` does, or when a task cannot be run on this model.
+    Raises: CompressError when a task cannot be run on this model.
     """
-    require_lm_eval()
     from lm_eval import evaluator
 
     from llmcompress.evaluation.tasks.adapter import RunnerLM
 
-    with _seeded():
-        loaded = load_tasks(settings.tasks, data=settings.data)
+    with seeded():
         for task in loaded["tasks"].values():
             _set_shots(task, settings.shots)
         try:
@@ -61,24 +60,26 @@ def answer_tasks(
             )
         except CompressError:
             raise
-        except ValueError as problem:  # a task that runs code from its data, or needs images
-            what = f"lm-eval refuses: {' '.join(str(problem).split())[:300]}"
+        except ValueError as problem:  # a task that runs code from its data, needs images, has no examples to show
+            what = f"lm-eval refuses {settings.task}: {first_line(problem)}"
             raise CompressError("tasks.refused", what, where=WHERE, fix="leave this task out") from problem
-    answers = tuple(
-        _task_answers(name, task, results, settings) for name, task in sorted(loaded["tasks"].items())
-    )
-    groups = {name: tuple(sorted(each.task_name for each in group.get_all_tasks())) for name, group in
-              (loaded.get("groups") or {}).items()}
-    return TaskObservation(tasks=answers, groups=groups)
+    answers = tuple(_task_answers(name, task, results, settings) for name, task in sorted(loaded["tasks"].items()))
+    return TaskObservation(tasks=answers, groups=groups_of(loaded))
+
+
+def groups_of(loaded: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Groups of tasks, by the names of their tasks."""
+    found = loaded.get("groups") or {}
+    return {name: tuple(sorted(each.task_name for each in group.get_all_tasks())) for name, group in found.items()}
 
 
 def _set_shots(task: Any, shots: int | None) -> None:
-    """As lm-eval's `simple_evaluate` does: a task that says 0 stays at 0.
-
-    Raises: CompressError when there are no examples to show.
-    """
+    """As lm-eval's `simple_evaluate` does: a task that says 0 stays at 0."""
     own = task.get_config("num_fewshot")
-    task.set_config(key="num_fewshot", value=own if own == 0 or (shots is None and own) else shots or 0)
+    if own != 0 and shots is not None:
+        task.set_config(key="num_fewshot", value=shots)
+    elif own is None:
+        task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=OTHER_SEED)
 
 
@@ -106,7 +107,7 @@ def _task_answers(name: str, task: Any, results: Mapping[str, Any], settings: Ta
         )
     if not scores:
         what = f"{name}: lm-eval computed no number for this task"
-        raise CompressError("tasks.no-score", what, where=WHERE, fix="leave this task out", exit_code=ExitCode.REFUSED)
+        raise CompressError("tasks.no-score", what, where=WHERE, fix="leave this task out")
     holds = {each.metric: all(a.scores.get(each.metric) in (0.0, 1.0) for a in answers) for each in scores}
     return TaskAnswers(
         task=name,
@@ -169,21 +170,15 @@ def _place(gold: Any, choices: Sequence[str]) -> int:
 
 
 @contextmanager
-def _seeded() -> Iterator[None]:
-    """lm-eval's seeds, the caller's random numbers afterwards, and no bars for files that are read."""
-    import datasets
-
+def seeded() -> Iterator[None]:
+    """lm-eval's seeds, and the caller's random numbers afterwards."""
     python, numpy, pytorch = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    bars = datasets.is_progress_bar_enabled()
     random.seed(SEED)
     np.random.seed(OTHER_SEED)
     torch.manual_seed(OTHER_SEED)
-    datasets.disable_progress_bars()
     try:
         yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(pytorch)
-        if bars:
-            datasets.enable_progress_bars()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from llmcompress.errors import CompressError, ExitCode, did_you_mean, near_names
+from llmcompress.evaluation.settings.tasks import TASK_FILES
 from llmcompress.storage.paths import from_home
 
 WHERE = "evaluate.tasks"
@@ -48,32 +50,41 @@ def bundled_tasks() -> dict[str, Path]:
     return found
 
 
-def load_tasks(names: Sequence[str], *, data: str | None) -> dict[str, Any]:
-    """The tasks by name, as lm-eval's `TaskManager.load` gives them.
+class TaskLoader:
+    """Loads tasks of several settings; lm-eval's own index is read once, and only where a name needs it."""
 
-    A name is one of `bundled_tasks`, a path to a task file, or a task, group or tag of lm-eval. `data` is the folder
-    that relative data files of task files are in; without it they are looked for beside the task file.
+    def __init__(self) -> None:
+        require_lm_eval()
+        self._managers: dict[bool, Any] = {}
 
-    Raises: CompressError for an unknown name, a damaged task file, or data that are missing or cannot be fetched.
-    """
-    require_lm_eval()
-    from lm_eval.tasks import TaskManager
+    def load(self, name: str, *, data: str | None) -> dict[str, Any]:
+        """A task by name, as lm-eval's `TaskManager.load` gives it: `tasks` and `groups`.
 
-    specs = [_spec(name, data) for name in names]
-    hub = [spec for spec in specs if isinstance(spec, str)]
-    # lm-eval reads 14,000 task files to know its names: seconds that only its own tasks need
-    manager = TaskManager(include_defaults=bool(hub))
-    for name in hub:
-        if name not in manager.task_index:
-            raise _unknown(name, manager.all_tasks)
-    return _loaded(manager, specs)
+        A name is one of `bundled_tasks`, a path to a task file, or a task, group or tag of lm-eval. `data` is the
+        folder that relative data files of task files are in; without it they are looked for beside the task file.
+
+        Raises: CompressError for an unknown name, a damaged task file, or data that are missing or cannot be fetched.
+        """
+        spec = _spec(name, data)
+        manager = self._manager(isinstance(spec, str))
+        if isinstance(spec, str) and spec not in manager.task_index:
+            raise _unknown(spec, manager.all_tasks)
+        return _loaded(manager, spec, name)
+
+    def _manager(self, of_lm_eval: bool) -> Any:
+        """lm-eval reads 14,000 task files to know its names: seconds that only its own tasks need."""
+        from lm_eval.tasks import TaskManager
+
+        if of_lm_eval not in self._managers:
+            self._managers[of_lm_eval] = TaskManager(include_defaults=of_lm_eval)
+        return self._managers[of_lm_eval]
 
 
 def _spec(name: str, data: str | None) -> Spec:
     bundled = bundled_tasks()
     if name in bundled:
         return _definition(bundled[name], data)
-    if name.endswith((".yaml", ".yml")):
+    if name.endswith(TASK_FILES):
         file = from_home(name)
         if not file.is_file():
             what = f"there is no task file {name}"
@@ -92,7 +103,7 @@ def _definition(file: Path, data: str | None) -> dict[str, Any]:
     try:
         found: dict[str, Any] = load_yaml(file)
     except Exception as problem:  # YAML, includes and functions of the file's own
-        what = f"{file.name} is not a task file: {' '.join(str(problem).split())[:300]}"
+        what = f"{file.name} is not a task file: {first_line(problem)}"
         fix = "see lm-eval's guide to new tasks"
         raise CompressError("tasks.bad-file", what, where=str(file), fix=fix) from problem
     if not ("task" in found or "group" in found):
@@ -147,19 +158,38 @@ def _unknown(name: str, lm_eval_names: Iterable[str]) -> CompressError:
     return CompressError("tasks.unknown", f"unknown task {name!r}", where=WHERE, fix=fix, exit_code=ExitCode.USAGE)
 
 
-def _loaded(manager: Any, specs: list[Spec]) -> dict[str, Any]:
+def _loaded(manager: Any, spec: Spec, name: str) -> dict[str, Any]:
     """Reads the data, which may be on the Hub; never with `trust_remote_code`."""
     import datasets
 
-    names = ", ".join(each if isinstance(each, str) else str(each.get("task", each.get("group"))) for each in specs)
     try:
-        found: dict[str, Any] = manager.load(specs)
+        with _without_bars():
+            found: dict[str, Any] = manager.load([spec])
     except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as problem:
-        what = f"the data of {names} cannot be read: {' '.join(str(problem).split())[:300]}"
+        what = f"the data of {name} cannot be read: {first_line(problem)}"
         fix = "check the network and HF_HUB_OFFLINE; builtin_word_order needs no network"
         raise CompressError("tasks.data", what, where=WHERE, fix=fix, exit_code=ExitCode.HUB) from problem
     except (ValueError, KeyError, TypeError, ImportError) as problem:
-        what = f"{names}: lm-eval cannot load this: {' '.join(str(problem).split())[:300]}"
+        what = f"lm-eval cannot load {name}: {first_line(problem)}"
         fix = "correct the task file, or install what the task needs"
         raise CompressError("tasks.cannot-load", what, where=WHERE, fix=fix) from problem
     return found
+
+
+def first_line(problem: Exception) -> str:
+    """Of a message of another library."""
+    return " ".join(str(problem).split())[:300]
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """`datasets` shows one for every small file that it reads."""
+    import datasets
+
+    bars = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if bars:
+            datasets.enable_progress_bars()

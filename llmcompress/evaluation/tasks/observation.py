@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from llmcompress.records.rows import Record
 from llmcompress.records.tasks import TaskScore
 
@@ -44,7 +46,7 @@ class TaskObservation(Record):
     """What was observed on one model."""
 
     tasks: tuple[TaskAnswers, ...]
-    groups: dict[str, tuple[str, ...]] = {}
+    groups: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Groups of tasks, by the names of their tasks."""
 
 
