@@ -8,9 +8,15 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import ConfigDict, Discriminator, Tag
 
 from llmcompress.records.rows import Record
-
-Which = Literal["model", "dense", "compressed"]
-"""Before or after compression; `model` if only one model was measured."""
+from llmcompress.records.rows import Which as Which
+from llmcompress.records.tasks import (
+    GenerationComparison,
+    GenerationsResult,
+    RobustnessComparison,
+    RobustnessResult,
+    TaskComparison,
+    TaskResult,
+)
 
 
 class Estimate(Record):
@@ -131,7 +137,19 @@ class OtherMeasurement(Record):
     kind: str
 
 
-Known = PerplexityResult | Divergence | HeldOutLoss | WeightBytes | StageSeconds
+Known = (
+    PerplexityResult
+    | Divergence
+    | HeldOutLoss
+    | WeightBytes
+    | StageSeconds
+    | TaskResult
+    | TaskComparison
+    | RobustnessResult
+    | RobustnessComparison
+    | GenerationsResult
+    | GenerationComparison
+)
 
 _KINDS = frozenset(str(each.model_fields["kind"].default) for each in get_args(Known))
 
@@ -147,6 +165,12 @@ Measurement = Annotated[
     | Annotated[HeldOutLoss, Tag("held_out_loss")]
     | Annotated[WeightBytes, Tag("weight_bytes")]
     | Annotated[StageSeconds, Tag("seconds")]
+    | Annotated[TaskResult, Tag("task")]
+    | Annotated[TaskComparison, Tag("task_comparison")]
+    | Annotated[RobustnessResult, Tag("robustness")]
+    | Annotated[RobustnessComparison, Tag("robustness_comparison")]
+    | Annotated[GenerationsResult, Tag("generations")]
+    | Annotated[GenerationComparison, Tag("generation_comparison")]
     | Annotated[OtherMeasurement, Tag("other")],
     Discriminator(_tag),
 ]
