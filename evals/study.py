@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import yaml
+from llmcompress.evaluation.dense import DenseScores, dense_scores
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,12 +22,11 @@ from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.settings import Calibration
 from llmcompress.calibration.sources import paragraph_hashes
 from llmcompress.calibration.tokens import max_positions
-from llmcompress.evaluation.dense import DenseScores, dense_scores
 from llmcompress.evaluation.environment import versions
 from llmcompress.evaluation.footprint import ideal_bytes, parameters
 from llmcompress.evaluation.reductions import divergences
 from llmcompress.evaluation.scores import WindowScores, score
-from llmcompress.evaluation.settings import PerplexityTask
+from llmcompress.evaluation.settings.perplexity import PerplexityTask
 from llmcompress.evaluation.texts import EvaluationText, evaluation_text
 from llmcompress.loading.load import Loaded, load_for_compression
 from llmcompress.loading.source import find_source

@@ -16,20 +16,24 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompress.calibration.offloading import InMemory
+from llmcompress.calibration.tokens import max_positions
 from llmcompress.errors import CompressError, ExitCode, did_you_mean
+from llmcompress.evaluation.beside import EvaluatedModel, evaluation_of
+from llmcompress.evaluation.environment import numeric_versions
 from llmcompress.evaluation.footprint import Footprint
 from llmcompress.evaluation.footprint import footprint as footprint_of_folder
-from llmcompress.evaluation.measuring import TaskLike, as_tasks, perplexities
+from llmcompress.evaluation.measuring import TaskLike, as_tasks
+from llmcompress.evaluation.metrics.base import Subject
 from llmcompress.exporters.save import save_model
 from llmcompress.hub_upload import HubApi, upload
 from llmcompress.loading.borrowed import borrowed, is_loaded_quantized
-from llmcompress.loading.in_memory import LiveModel, whole_model
+from llmcompress.loading.in_memory import LiveModel, identity_in_memory, required_tokenizer, whole_model
 from llmcompress.loading.load import ModelAndTokenizer, load
 from llmcompress.loading.source import IN_MEMORY
 from llmcompress.modules.base import CompressedModule
 from llmcompress.progress import ProgressLike, as_progress
 from llmcompress.recipe import Recipe, Save
-from llmcompress.records.measurements import PerplexityResult
+from llmcompress.records.evaluation import Evaluation
 from llmcompress.records.report import Report
 from llmcompress.runners.torch_runner import TorchRunner
 from llmcompress.saving import Result, fill_folder, publish_result
@@ -82,16 +86,16 @@ class CompressedModel:
 
     def evaluate(
         self, tasks: TaskLike | Sequence[TaskLike] | None = None, *, progress: ProgressLike = None
-    ) -> list[PerplexityResult]:
-        """Perplexity on texts such as `"wikitext2:test"` or `"my.txt"`; None: those of the recipe.
+    ) -> Evaluation:
+        """Perplexity on texts such as `"wikitext2:test"` or `"my.txt"`, or any other metric; None: those of the recipe.
 
         Computed in float32, like the report's numbers.
 
         Raises: CompressError if a text cannot be read.
         """
-        chosen, model = as_tasks(self.recipe.evaluate if tasks is None else tasks), self.model
-        with borrowed(model), runner_of(model, self.device) as runner:
-            return perplexities(runner, self.tokenizer, chosen, as_progress(progress))
+        chosen = as_tasks(self.recipe.evaluate if tasks is None else tasks)
+        with evaluated_in_memory(self.model, self.tokenizer, self.device) as evaluated:
+            return evaluation_of(evaluated, chosen, as_progress(progress), baseline=None)
 
     def generate(self, prompt: str | Sequence[dict[str, str]], *, max_new_tokens: int = 64) -> str:
         """The greedy continuation of a text, or the answer to chat messages, up to the end-of-text token.
@@ -244,6 +248,26 @@ def runner_of(model: PreTrainedModel, device: torch.device) -> TorchRunner:
     return (
         TorchRunner(model) if is_loaded_quantized(model) else TorchRunner(model, weights_at=InMemory(), device=device)
     )
+
+
+@contextmanager
+def evaluated_in_memory(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, device: torch.device
+) -> Iterator[EvaluatedModel]:
+    """A model in memory, to be evaluated; it is where and as it was afterwards.
+
+    Raises: CompressError without a tokenizer.
+    """
+    reader, config = required_tokenizer(tokenizer), model.config
+    about = {**numeric_versions(), "runner": "torch", "dtype": "float32", "device": device.type}
+    with borrowed(model):
+        yield EvaluatedModel(
+            f"{IN_MEMORY}{type(model).__name__}",
+            Subject(reader, max_positions(config), config.get_text_config().vocab_size),
+            {**identity_in_memory(model), **about},
+            "torch",
+            lambda: runner_of(model, device),
+        )
 
 
 def tokenizer_beside(model: object) -> PreTrainedTokenizerBase | None:

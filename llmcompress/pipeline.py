@@ -25,23 +25,18 @@ from llmcompress.compressed_model import (
     is_dense,
     live_model,
     named_models,
-    runner_of,
-    tokenizer_beside,
 )
 from llmcompress.cost import Machine, Offload
+from llmcompress.evaluation.beside import score_cache, text_warnings
 from llmcompress.evaluation.coverage import coverage_warnings, overlap_warnings
-from llmcompress.evaluation.dense import DenseScores, against_dense, dense_scores
-from llmcompress.evaluation.environment import machine, versions
+from llmcompress.evaluation.environment import machine, numeric_versions, versions
 from llmcompress.evaluation.footprint import bytes_on_disk
 from llmcompress.evaluation.held_out import HeldOut, loss_increase, loss_warnings
 from llmcompress.evaluation.inspection import inspect_folder
-from llmcompress.evaluation.measuring import TaskLike, as_tasks, perplexities
-from llmcompress.evaluation.settings import BUNDLED_TEXT
+from llmcompress.evaluation.measuring import Observed, comparisons, observe, results
 from llmcompress.evaluation.speed import SpeedResult, speed_of
 from llmcompress.evaluation.stopwatch import Stopwatch
-from llmcompress.loading.borrowed import borrowed, lent, told_if_changed
-from llmcompress.loading.in_memory import required_tokenizer
-from llmcompress.loading.load import load_tokenizer
+from llmcompress.loading.borrowed import lent, told_if_changed
 from llmcompress.loading.source import IN_MEMORY, find_source
 from llmcompress.model.describe import describe
 from llmcompress.model.probe import map_model, probe
@@ -52,14 +47,12 @@ from llmcompress.preparation import CompressionRequest, Prepared, estimate, prep
 from llmcompress.presets import RecipeLike, as_recipe
 from llmcompress.progress import ProgressLike, Silent, as_progress
 from llmcompress.records.degraded import degraded_warnings
-from llmcompress.records.measurements import Measurement, PerplexityResult, WeightBytes
+from llmcompress.records.measurements import Measurement, WeightBytes
 from llmcompress.records.report import Report
 from llmcompress.records.rows import SiteReport
 from llmcompress.run import Run
-from llmcompress.runners.base import RUNNERS
 from llmcompress.runners.torch_runner import TorchRunner
 from llmcompress.saving import Result, bytes_to_write, publish_result
-from llmcompress.storage.cache import TensorCache, cache_folder
 
 
 def compress(
@@ -139,10 +132,9 @@ def _compress(request: CompressionRequest) -> CompressedModel:
         with told_if_changed(request.live is not None):
             model, rows = apply_passes(prepared.loaded.model, prepared.map, recipe.passes, context)
         clock.lap("compress")
-        measured: list[Measurement] = [each.perplexity() for each in dense]
+        measured = results(dense, "dense")
         if processes.is_first:  # it evaluates and writes
-            with TorchRunner(model, weights_at=prepared.weights_at, device=request.device) as runner:
-                measured += against_dense(runner, dense, request.progress)
+            measured += _compared(request, prepared, model, dense)
             measured += loss_increase(before, held_out.scores(model))
             clock.lap("evaluate compressed")
         report = _report(request, prepared, data, rows).with_measurements([*measured, *clock.stages()])
@@ -187,33 +179,43 @@ def _context(
     )
 
 
-def _dense(request: CompressionRequest, prepared: Prepared) -> list[DenseScores]:
-    """What the model says of every text before anything is done to it."""
-    known = versions()
-    return dense_scores(
-        prepared.texts,
+def _dense(request: CompressionRequest, prepared: Prepared) -> list[Observed]:
+    """What the metrics see of the model before anything is done to it."""
+    # offloaded weights compute in float32, whatever the files hold
+    about = {**numeric_versions(), "runner": "torch", "dtype": "float32", "device": request.device.type}
+    return observe(
+        prepared.metrics,
         lambda: TorchRunner(prepared.loaded.model, weights_at=prepared.weights_at, device=request.device),
-        # offloaded weights compute in float32, whatever the files hold
-        model={
-            **prepared.identity,
-            "dtype": "float32",
-            "device": request.device.type,
-            **{name: known[name] for name in ("torch", "transformers")},
-        },
-        cache=TensorCache(cache_folder() / "scores"),
+        model={**prepared.identity, **about},
+        cache=score_cache(),
         progress=request.progress,
     )
+
+
+def _compared(
+    request: CompressionRequest, prepared: Prepared, model: PreTrainedModel, dense: Sequence[Observed]
+) -> list[Measurement]:
+    """What they see of the compressed model, and how it differs."""
+    found = observe(
+        prepared.metrics,
+        lambda: TorchRunner(model, weights_at=prepared.weights_at, device=request.device),
+        model=None,
+        cache=score_cache(),
+        progress=request.progress,
+        dense=dense,
+    )
+    return [*results(found, "compressed"), *comparisons(dense, found)]
 
 
 def _report(
     request: CompressionRequest, prepared: Prepared, data: CalibrationData | None, rows: Sequence[SiteReport]
 ) -> Report:
-    loaded, texts = prepared.loaded, prepared.texts
+    loaded, texts = prepared.loaded, [text for metric in prepared.metrics for text in metric.texts]
     about_data = (
         [*data.warnings, *overlap_warnings(data, texts), *coverage_warnings(rows, prepared.map)] if data else []
     )
+    about_texts = text_warnings(prepared.metrics)
     about_model = [*loaded.preflight.warnings, *prepared.notes]
-    about_texts = [f"{text.name}: {warning}" for text in texts for warning in text.warnings]
     dense_bytes = bytes_on_disk(loaded.folder) if loaded.folder else loaded.preflight.bytes_weights
     return Report(
         model=loaded.name,
@@ -224,7 +226,9 @@ def _report(
         sites=tuple(rows),
         refused=refused(prepared.map, rounded={row.site for row in rows}),
         measurements=(WeightBytes(of="dense", bytes=dense_bytes),),
-        warnings=tuple(dict.fromkeys([*about_model, *about_data, *about_texts, *degraded_warnings(rows)])),
+        warnings=tuple(
+            dict.fromkeys([*about_model, *about_data, *text_warnings(prepared.metrics), *degraded_warnings(rows)])
+        ),
     )
 
 
@@ -279,31 +283,6 @@ def inspect(model: ModelLike) -> dict[str, Any]:
     if live is not None:
         return describe(probe(live.config, unfuse=True) if is_dense(live) else map_model(live))
     return inspect_folder(find_source(str(model)).folder)
-
-
-def evaluate(
-    model: ModelLike,
-    tasks: TaskLike | Sequence[TaskLike] = BUNDLED_TEXT,
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    runner: str = "torch",
-    device: str = "auto",
-    progress: ProgressLike = None,
-) -> list[PerplexityResult]:
-    """Measure a dense or compressed model on every text of `tasks` (the bundled one), run by any runtime.
-
-    A model in memory needs its `tokenizer`, is run by torch in float32, and is then where and as it was.
-
-    Raises: CompressError when the model or a text cannot be read, or there is no such runtime.
-    """
-    live, where = in_memory(model), usable_device(device)
-    if live is not None:
-        known = required_tokenizer(tokenizer or tokenizer_beside(model))
-        with borrowed(live), runner_of(live, where) as opened:
-            return perplexities(opened, known, as_tasks(tasks), as_progress(progress))
-    known = load_tokenizer(find_source(str(model)))
-    with RUNNERS[runner].open(str(model), device=where, dtype=torch.float32) as running:
-        return perplexities(running, known, as_tasks(tasks), as_progress(progress))
 
 
 def speed(

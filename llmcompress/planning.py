@@ -170,8 +170,8 @@ def check_texts(recipe: Recipe, *, given: bool = False) -> None:
     """
     if not given and any(each.uses_data() for each in recipe.passes) and recipe.calibration.source != "self":
         check_source(recipe.calibration.source, where="calibration.source")
-    for task in recipe.evaluate:
-        check_source(task.source, where=f"evaluate.perplexity: {task.source}")
+    for source, where in (each for settings in recipe.evaluate for each in settings.sources()):
+        check_source(source, where=where)
 
 
 def check_recipe(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,13 @@ import torch
 from llmcompress.calibration.in_memory import GivenData
 from llmcompress.calibration.offloading import InMemory, OnDisk, WeightStore
 from llmcompress.calibration.process_group import ProcessGroup
-from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
+from llmcompress.calibration.tokens import max_positions
 from llmcompress.cost import Offload, about, this_machine
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.evaluation.texts import EvaluationText, evaluation_texts
+from llmcompress.evaluation.measuring import prepared
+from llmcompress.evaluation.metrics.base import Metric, Subject
 from llmcompress.exporters.loader import loader_of
+from llmcompress.loading.identity import identity_of_folder
 from llmcompress.loading.in_memory import LiveModel, identity_in_memory
 from llmcompress.loading.load import Loaded, load_for_compression
 from llmcompress.loading.preflight import preflight
@@ -34,7 +35,6 @@ from llmcompress.planning import (
 )
 from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
-from llmcompress.storage.disk import sha256
 from llmcompress.storage.folder import check_output, run_folder
 from llmcompress.storage.ownership import begin_run_folder, remove_unused_run_folder
 from llmcompress.storage.paths import from_home
@@ -69,7 +69,8 @@ class Prepared:
     weights_at: WeightStore
     map: ModelMap
     notes: tuple[str, ...]
-    texts: tuple[EvaluationText, ...]
+    metrics: tuple[Metric, ...]
+    """What the dense and the compressed model are evaluated on, read and checked."""
     storage_dtype: torch.dtype
     identity: Mapping[str, str]
     """Hashes of what decides what the model computes; empty where nothing is kept under them."""
@@ -111,18 +112,15 @@ def _prepared(request: CompressionRequest) -> Prepared:
     storage_dtype = storage_dtype_of(recipe, loaded.preflight)
     notes = check_recipe(recipe, model_map, loader_of(loaded.model.config), storage_dtype).notes
     limit = max_positions(loaded.model.config)
-    texts = evaluation_texts(recipe.evaluate, loaded.tokenizer, limit)
-    for text in texts:
-        refuse_beyond_embedding(
-            text.windows, loaded.tokenizer, loaded.preflight.contents.embedding_rows, where=text.name
-        )
+    subject = Subject(loaded.tokenizer, limit, loaded.preflight.contents.embedding_rows)
+    metrics = prepared(recipe.evaluate, subject)
     return Prepared(
         fitted_to_model(recipe, model_map),
         loaded,
         InMemory() if loaded.weights is None else OnDisk(loaded.weights),
         model_map,
         tuple(notes),
-        texts,
+        metrics,
         storage_dtype,
         _identity(loaded) if processes.is_first and (recipe.evaluate or request.output) else {},
     )
@@ -170,11 +168,4 @@ def _needs_memory(what: str, fix: str) -> CompressError:
 
 def _identity(loaded: Loaded) -> dict[str, str]:
     """Hashes of the weights, and of the config with the code that comes with it."""
-    if loaded.folder is None:
-        return identity_in_memory(loaded.model)
-    weights, config = hashlib.sha256(), hashlib.sha256()
-    for path in sorted(loaded.folder.glob("*.safetensors")):
-        weights.update(bytes.fromhex(sha256(path)))
-    for path in [loaded.folder / "config.json", *sorted(loaded.folder.rglob("*.py"))]:
-        config.update(path.read_bytes())
-    return {"weights": weights.hexdigest(), "config": config.hexdigest()}
+    return identity_in_memory(loaded.model) if loaded.folder is None else identity_of_folder(loaded.folder)

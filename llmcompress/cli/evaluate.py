@@ -66,19 +66,19 @@ def evaluate(
     quiet_libraries()
     from llmcompress.cli.tables import perplexity_table
     from llmcompress.cli.terminal import TerminalProgress
-    from llmcompress.evaluation.settings import PerplexityTask
+    from llmcompress.evaluation.settings.perplexity import PerplexityTask
 
     if not all(sources):
         raise click.BadParameter("it is empty", param_hint="--perplexity")
     common = {"window": window, "bos": bos, "max_windows": "all" if whole_text else max_windows}
     tasks = [PerplexityTask.model_validate({**PerplexityTask.from_text(source), **common}) for source in sources]
     refuse_missing_models(model)
-    refuse_missing_texts(task.source for task in tasks)
+    refuse_missing_texts(tasks)
     with TerminalProgress() as progress:
         with loading_libraries(progress):
-            from llmcompress import pipeline
-        results = pipeline.evaluate(model, tasks, runner=runner, device=device, progress=progress)
+            from llmcompress import evaluate as evaluate_model
+        found = evaluate_model(model, tasks, runner=runner, device=device, progress=progress)
     if as_json:
-        print_json([result.model_dump(mode="json") for result in results])
+        print_json(found.model_dump(mode="json"))
     else:
-        print_tables(perplexity_table(results))
+        print_tables(perplexity_table(found.perplexities))

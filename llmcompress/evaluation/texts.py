@@ -17,7 +17,7 @@ from llmcompress.calibration.sources import JOINER, TextSource, paragraph_hashes
 from llmcompress.calibration.templates import written_out
 from llmcompress.calibration.tokens import starts_with_bos, unknown_warning
 from llmcompress.errors import CompressError
-from llmcompress.evaluation.settings import PerplexityTask
+from llmcompress.evaluation.settings.perplexity import PerplexityTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from llmcompress.evaluation.settings import TASKS
+from llmcompress.evaluation.settings.base import METRIC_SETTINGS
 from llmcompress.recipe.schema import Schema, alternatives
 from llmcompress.recipe.stages import Grouped, Listed
 from llmcompress.registry import Registry
@@ -34,7 +34,7 @@ def stand_in(schema: Schema) -> type[BaseModel]:
     named = schema["properties"]["passes"]["items"]["anyOf"][0]["properties"]
     for name, options in named.items():
         passes.register(name)(_model(name, options, schema))
-    stages = {"passes": Listed(passes), "evaluate": Grouped(TASKS)}
+    stages = {"passes": Listed(passes), "evaluate": Grouped(METRIC_SETTINGS)}
     written: dict[str, Any] = {
         name: (Annotated[tuple[BaseModel, ...], stage], ... if name in schema["required"] else None)
         for name, stage in stages.items()

@@ -1,13 +1,16 @@
-"""The settings under `evaluate:` in a recipe."""
+"""`perplexity:` a text on which models are evaluated."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+from typing_extensions import override
 
-from llmcompress.registry import Registry
+from llmcompress.calibration.sources import bytes_of_text
+from llmcompress.evaluation.settings.base import METRIC_SETTINGS, EvaluatedTokens, LocalSource, MetricSettings
 
 _WITH_SPLIT = re.compile(r"(?!builtin:)(?P<source>.+):(?P<split>[A-Za-z][\w-]*(\[[^]]*\])?)")
 
@@ -16,15 +19,13 @@ LONGEST_DEFAULT_WINDOW = 2048
 DEFAULT_TOKENS = 16_384
 """Measured of a text where nothing else is asked for, dense and compressed alike: docs/decisions/0029."""
 
-TASKS: Registry[PerplexityTask] = Registry("measurement", "llmcompress.evaluation.settings")
-"""Name of a metric → its settings in a recipe."""
+BYTES_PER_TOKEN = 4.0
+"""Of ordinary text: a guess, for estimates of time alone."""
 
 
-@TASKS.register("perplexity")
-class PerplexityTask(BaseModel):
+@METRIC_SETTINGS.register("perplexity")
+class PerplexityTask(MetricSettings):
     """A text on which the dense and the compressed model are evaluated."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     source: str = Field(min_length=1)
     """`builtin:evaluation`, a local .txt/.jsonl/.parquet/.csv, or a Hub dataset id."""
@@ -51,6 +52,18 @@ class PerplexityTask(BaseModel):
         if self.max_windows == "all":
             return None
         return max(1, DEFAULT_TOKENS // window) if self.max_windows is None else self.max_windows
+
+    @override
+    def sources(self) -> Iterator[LocalSource]:
+        yield LocalSource(self.source, f"evaluate.perplexity: {self.source}")
+
+    @override
+    def evaluated_tokens(self, max_positions: int | None) -> Iterator[EvaluatedTokens]:
+        window = self.window_for(max_positions)
+        size, most = bytes_of_text(self.source), self.most_windows(window)
+        known = [size / BYTES_PER_TOKEN] if size is not None else []
+        bounded = [float(most * window)] if most is not None else []
+        yield EvaluatedTokens(window, min([*known, *bounded], default=None))
 
     @classmethod
     def from_text(cls, text: str) -> dict[str, Any]:

@@ -1,0 +1,74 @@
+"""`evaluate`: any model, dense or compressed, in any runtime, alone or beside its dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from llmcompress.calibration.devices import usable_device
+from llmcompress.calibration.tokens import max_positions
+from llmcompress.compressed_model import ModelLike, evaluated_in_memory, in_memory, tokenizer_beside
+from llmcompress.evaluation.beside import EvaluatedModel, evaluation_of
+from llmcompress.evaluation.environment import numeric_versions
+from llmcompress.evaluation.measuring import TaskLike, as_tasks
+from llmcompress.evaluation.metrics.base import Subject
+from llmcompress.evaluation.settings.perplexity import BUNDLED_TEXT
+from llmcompress.loading.config import read_config
+from llmcompress.loading.identity import identity_of_files, identity_of_folder
+from llmcompress.loading.source import find_source
+from llmcompress.loading.tokenizer import read_tokenizer
+from llmcompress.progress import ProgressLike, as_progress
+from llmcompress.records.evaluation import Evaluation
+from llmcompress.runners.base import RUNNERS
+
+
+def evaluate(
+    model: ModelLike,
+    tasks: TaskLike | Sequence[TaskLike] = BUNDLED_TEXT,
+    *,
+    baseline: ModelLike | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    runner: str = "torch",
+    device: str = "auto",
+    progress: ProgressLike = None,
+) -> Evaluation:
+    """Measure a dense or compressed model on everything in `tasks` (the bundled text), run by any runtime.
+
+    With `baseline`, the dense model, also how far predictions and answers moved, paired item by item; torch runs it.
+    What a model showed is cached, so the same call goes on after whatever stopped it, and nothing is computed twice. A
+    model in memory needs its `tokenizer`, is run by torch in float32, and is then where and as it was.
+
+    Raises: CompressError when a model or a text cannot be read, there is no such runtime, or the two models read the
+    texts as different tokens.
+    """
+    where, told, settings = usable_device(device), as_progress(progress), as_tasks(tasks)
+    with _opened(model, tokenizer, runner, where) as ours:
+        if baseline is None:
+            return evaluation_of(ours, settings, told, baseline=None)
+        with _opened(baseline, tokenizer, "torch", where) as theirs:
+            return evaluation_of(ours, settings, told, baseline=theirs)
+
+
+@contextmanager
+def _opened(
+    model: ModelLike, tokenizer: PreTrainedTokenizerBase | None, runner: str, device: torch.device
+) -> Iterator[EvaluatedModel]:
+    """A model in memory is borrowed for as long as this lasts; one in files is loaded when it must run."""
+    live = in_memory(model)
+    if live is not None:
+        with evaluated_in_memory(live, tokenizer or tokenizer_beside(model), device) as evaluated:
+            yield evaluated
+        return
+    kind, source = RUNNERS[runner], find_source(str(model))
+    config, _ = read_config(source.folder, may_be_quantized=True)
+    identity = identity_of_folder if runner == "torch" else identity_of_files
+    yield EvaluatedModel(
+        str(model),
+        Subject(read_tokenizer(source.folder, config), max_positions(config), config.get_text_config().vocab_size),
+        {**identity(source.folder), **numeric_versions(), "runner": runner, "dtype": "float32", "device": device.type},
+        runner,
+        lambda: kind.open(str(model), device=device, dtype=torch.float32),
+    )
