@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from llmcompress.formats.named import Kind, Named, empty_codes
-from llmcompress.modules.expression_leaves import Quantized
 from llmcompress.modules.scheme import Scheme
 from llmcompress.numerics.formats import E2M1, POWER_OF_TWO, scales_from_bytes, scales_to_bytes
 from llmcompress.numerics.grid import Grid
@@ -44,8 +43,8 @@ class BlockType:
         return self.block * self.bits // 8 + scale * (2 if self.has_minimum else 1)
 
     @property
-    def row_bits(self) -> float:
-        """Per weight."""
+    def bits_per_weight(self) -> float:
+        """With scales and minima."""
         return 8 * self.bytes / self.block
 
 
@@ -144,7 +143,7 @@ def minima(tensor: QuantizedTensor, kind: BlockType) -> Tensor:
     return -(tensor.zero_point.float() + kind.offset) * tensor.scale.float()
 
 
-def is_same(found: Blocks, tensor: QuantizedTensor) -> tuple[int, int]:
+def differing(found: Blocks, tensor: QuantizedTensor) -> tuple[int, int]:
     """How many codes, and how many scales and minima of blocks, are not bit for bit those of the matrix."""
     again = unpack(pack(tensor, found.type), found.type)
     codes = int((found.codes != tensor.codes).sum())
@@ -176,12 +175,6 @@ def tensors(shape: tuple[int, int], scheme: Scheme, kind: BlockType, *, bias: bo
     packed: Named = {"weight": pack(empty_codes(shape, scheme, torch.float16, bias=False).tensor, kind)}
     found: dict[str, Kind] = {name: (each.dtype, tuple(each.shape)) for name, each in packed.items()}
     return {**found, "bias": (torch.float32, (shape[0],))} if bias else found
-
-
-def codes_in(form: Quantized) -> QuantizedTensor:
-    """The matrix of a leaf; GGUF has no place for how inputs are rounded."""
-    assert form.activations is None
-    return form.tensor
 
 
 def _fits(grid: Grid, inputs: int, kind: BlockType) -> bool:
