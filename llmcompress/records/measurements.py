@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Discriminator, Tag
 
+from llmcompress.records.gate import GateResult, NotFinite
+from llmcompress.records.inside import Distribution, TokenDivergences
 from llmcompress.records.rows import Record
 
 Which = Literal["model", "dense", "compressed"]
@@ -131,7 +133,17 @@ class OtherMeasurement(Record):
     kind: str
 
 
-Known = PerplexityResult | Divergence | HeldOutLoss | WeightBytes | StageSeconds
+Known = (
+    PerplexityResult
+    | Divergence
+    | HeldOutLoss
+    | WeightBytes
+    | StageSeconds
+    | GateResult
+    | NotFinite
+    | Distribution
+    | TokenDivergences
+)
 
 _KINDS = frozenset(str(each.model_fields["kind"].default) for each in get_args(Known))
 
@@ -147,6 +159,10 @@ Measurement = Annotated[
     | Annotated[HeldOutLoss, Tag("held_out_loss")]
     | Annotated[WeightBytes, Tag("weight_bytes")]
     | Annotated[StageSeconds, Tag("seconds")]
+    | Annotated[GateResult, Tag("gate")]
+    | Annotated[NotFinite, Tag("not_finite")]
+    | Annotated[Distribution, Tag("distribution")]
+    | Annotated[TokenDivergences, Tag("token_divergences")]
     | Annotated[OtherMeasurement, Tag("other")],
     Discriminator(_tag),
 ]
