@@ -3,8 +3,9 @@
     python evals/speed_repeat.py --name cpu
     python evals/speed_repeat.py --name busy --clock processor --threads 1
 
-The claim is of an idle machine: medians agree within 5 %. How idle it was is measured before each run, and stored with the
-result; the exit code is 1 where an idle machine does not agree with itself. Writes evals/results/speed-repeat-NAME.json.
+The claim is of an idle machine: medians agree within 5 %. How idle it was is measured before each run and stored with
+the result; the exit code is 1 where an idle machine does not agree with itself. Writes
+evals/results/speed-repeat-NAME.json.
 """
 
 from __future__ import annotations
