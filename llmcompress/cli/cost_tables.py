@@ -54,8 +54,8 @@ def _speed(rows: Sequence[Cost]) -> RenderableType:
         )
         for row in rows
     ]
-    unit = "tokens/s" if rows[0].speed.clock == "wall" else "tokens/CPU s"
-    return _table(cells, (f"#prefill {unit}", f"#decode {unit}", "#first token"))
+    unit = "tokens per second" if rows[0].speed.clock == "wall" else "tokens per CPU second"
+    return _table(cells, ("#prefill", "#decode", "#first token"), title=unit)
 
 
 def _memory(rows: Sequence[Cost]) -> list[RenderableType]:
