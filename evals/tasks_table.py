@@ -81,7 +81,7 @@ def main(model: str, task_data: str, calibration: str, limit: int | None, own_li
         for task, (asked, loaded) in settings.items():
             short = asked.model_copy(update={"limit": own_limit})
             found["against_lm_eval"][task] = _against_lm_eval(runner, bundle, loaded, short)
-            seconds, dense[task] = _timed(lambda: answer(runner, bundle.tokenizer, loaded, asked, progress=Silent()))
+            seconds, dense[task] = _timed(_answers, runner, bundle, loaded, asked)
             found["tasks"][task] = {"dense": _row(task, dense[task].tasks[0]), "dense_seconds": seconds}
             _write(file, found)
     for label, passes in PASSES.items():
@@ -90,7 +90,7 @@ def main(model: str, task_data: str, calibration: str, limit: int | None, own_li
         small = llmcompress.compress(model, recipe)
         with TorchRunner(small.model.float()) as runner:
             for task, (asked, loaded) in settings.items():
-                own = answer(runner, bundle.tokenizer, loaded, asked, progress=Silent())
+                own = _answers(runner, bundle, loaded, asked)
                 (comparison,) = task_comparisons(dense[task], own)
                 found["tasks"][task][label] = {**_row(task, own.tasks[0]), "against_dense": comparison.model_dump()}
                 _write(file, found)
@@ -101,9 +101,9 @@ def _against_lm_eval(runner: TorchRunner, bundle: Any, loaded: Any, asked: TaskS
     theirs_lm = HFLM(pretrained=bundle.model, tokenizer=bundle.tokenizer, batch_size=1)
     ours_seconds, theirs_seconds = [], []
     for _ in range(2):
-        seconds, ours = _timed(lambda: answer(runner, bundle.tokenizer, loaded, asked, progress=Silent()))
+        seconds, ours = _timed(_answers, runner, bundle, loaded, asked)
         ours_seconds.append(seconds)
-        seconds, theirs = _timed(lambda: evaluate_by_lm_eval(theirs_lm, loaded, limit=asked.limit, bootstrap_iters=0))
+        seconds, theirs = _timed(evaluate_by_lm_eval, theirs_lm, loaded, limit=asked.limit, bootstrap_iters=0)
         theirs_seconds.append(seconds)
     samples = theirs["samples"][asked.task]
     answers = ours.tasks[0].answers
@@ -138,9 +138,13 @@ def _row(task: str, found: TaskAnswers) -> dict[str, Any]:
     }
 
 
-def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+def _answers(runner: TorchRunner, bundle: Any, loaded: Any, asked: TaskSettings) -> TaskObservation:
+    return answer(runner, bundle.tokenizer, loaded, asked, progress=Silent())
+
+
+def _timed(work: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[float, Any]:
     start = time.process_time()
-    found = work()
+    found = work(*arguments, **options)
     return time.process_time() - start, found
 
 
