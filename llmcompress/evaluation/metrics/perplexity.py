@@ -63,7 +63,7 @@ class PerplexityMetric(Metric):
     @override
     def observe(self, runner: Runner, progress: Progress, *, dense: Observation | None) -> Observation:
         """The most likely tokens are those of the dense model where there is one, so that both looked at the same."""
-        reference = None if dense is None else self._windows(dense)
+        reference = None if dense is None else self.windows(dense)
         title = f"scores on {self.name}" if dense is None else f"perplexity on {self.name}"
         scored = score(runner, self.text.windows, top=TOP, reference=reference, name=self.name)
         return Observation(_joined(watched(scored, self.text, title, progress)))
@@ -71,17 +71,17 @@ class PerplexityMetric(Metric):
     @override
     def results(self, found: Observation, of: Which) -> list[Measurement]:
         perplexity = Perplexity(self.text, of=of, from_cache=found.from_cache)
-        feed(self._windows(found), perplexity)
+        feed(self.windows(found), perplexity)
         return [perplexity.result()]
 
     @override
     def compared(self, dense: Observation, found: Observation) -> list[Measurement]:
-        compared = AgainstDense(self.text, self._windows(dense))
-        feed(self._windows(found), compared)
+        compared = AgainstDense(self.text, self.windows(dense))
+        feed(self.windows(found), compared)
         return [compared.result()]
 
-    def _windows(self, found: Observation) -> list[WindowScores]:
-        """The scores of every window."""
+    def windows(self, found: Observation) -> list[WindowScores]:
+        """The scores of every window that were observed."""
         lengths = [len(window) - 1 for window in self.text.windows]
         split = {name: torch.split(found.tensors[name], lengths) for name in _TENSORS}
         return [WindowScores(index, **{name: split[name][index] for name in _TENSORS}) for index in range(len(lengths))]
