@@ -103,7 +103,9 @@ def _against_lm_eval(runner: TorchRunner, bundle: Any, loaded: Any, asked: TaskS
     for _ in range(2):
         seconds, ours = _timed(_answers, runner, bundle, loaded, asked)
         ours_seconds.append(seconds)
-        seconds, theirs = _timed(evaluate_by_lm_eval, theirs_lm, loaded, limit=asked.limit, bootstrap_iters=0)
+        seconds, theirs = _timed(
+            evaluate_by_lm_eval, theirs_lm, {"tasks": dict(loaded.tasks)}, limit=asked.limit, bootstrap_iters=0
+        )
         theirs_seconds.append(seconds)
     samples = theirs["samples"][asked.task]
     answers = ours.tasks[0].answers

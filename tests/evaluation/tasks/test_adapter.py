@@ -33,7 +33,7 @@ def both(request):
     model.lm_head.weight.data *= 8
     tokenizer = byte_tokenizer(bos_habit=request.param == "with BOS")
     tokenizer.pad_token = "</s>"
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = tokenizer.eos_token_id
     with TorchRunner(model) as runner:
         yield (
             HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1),
@@ -94,7 +94,7 @@ def test_scores_of_a_task_on_the_bundled_model_equal_those_of_lm_eval():
         (ours,) = answer(runner, bundled.tokenizer, loaded, settings, progress=Silent()).tasks
     theirs = evaluate(
         HFLM(pretrained=bundled.model, tokenizer=bundled.tokenizer, batch_size=1),
-        TaskLoader().load(settings.task, data=None),
+        {"tasks": dict(TaskLoader().load(settings.task, data=None).tasks)},
         limit=24,
         bootstrap_iters=1,
     )

@@ -39,8 +39,8 @@ def test_bundled_tasks_find_their_data_in_the_folder_given(name, tmp_path):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text(json.dumps(row) + "\n")
     found = TaskLoader().load(name, data=str(tmp_path))
-    assert len(found["tasks"]) == len(files_of(definition)) and set(found["groups"]) <= {name}
-    task = next(iter(found["tasks"].values()))
+    assert len(found.tasks) == len(files_of(definition)) and set(found.groups) <= {name}
+    task = next(iter(found.tasks.values()))
     (document,) = task.eval_docs
     request = task.construct_requests(
         document, task.doc_to_text(document) if name != "local_winogrande" else ["A", "B"]
@@ -63,7 +63,7 @@ def test_a_task_file_with_its_data_beside_it_needs_no_folder(tmp_path):
     definition = yaml.safe_load(bundled_tasks()["builtin_word_order"].read_text())
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**definition, "task": "mine"}))
     (tmp_path / "builtin_word_order.jsonl").write_text(TASK.read_text())
-    assert list(TaskLoader().load(str(tmp_path / "mine.yaml"), data=None)["tasks"]) == ["mine"]
+    assert list(TaskLoader().load(str(tmp_path / "mine.yaml"), data=None).tasks) == ["mine"]
 
 
 @pytest.mark.parametrize(("text", "code"), [("a: [", "tasks.bad-file"), ("doc_to_text: x", "tasks.bad-file")])
