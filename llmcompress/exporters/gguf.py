@@ -49,6 +49,12 @@ class GgufExporter(Exporter):
     runtime: ClassVar[str] = "llama_cpp"
     fix: ClassVar[str] = "set the option `instead` (`dense`, or a type of ggml to which it is rounded a second time)"
 
+    language: ClassVar[str] = "sh"
+    how_to_run: ClassVar[str] = f"""llama-cli -m {FILE} -p "The"        # any build of llama.cpp
+llama-server -m {FILE}               # an OpenAI-compatible server and a chat page
+pip install llmcompress[llamacpp]       # or from Python, without building anything
+llmcompress evaluate . --runner llama_cpp"""
+
     instead: Literal["refuse", "dense", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"] = "refuse"
     """What happens to a linear that no type of GGUF holds. `dense`: it is dequantized to ordinary weights; a type: it is
     rounded a second time, to that type, by the `gguf` package."""
