@@ -28,6 +28,8 @@ from llmcompress.records.report import REPORT, read_report
 from llmcompress.saving import RECIPE
 
 _BESIDE = (RECIPE, REPORT)
+_LOADED_QUANTIZED = ("hf_quantizer", "is_quantized", "quantization_method")
+"""Attributes by which transformers marks a model that a quantizer loaded."""
 
 
 def reopen(model: str) -> Exportable:
@@ -62,7 +64,8 @@ def _opened(stored: StoredCodes, config: PretrainedConfig) -> PreTrainedModel:
             fix="compress the dense model with another pass, such as gptq, and export that",
         )
     model = load(stored.folder, dtype=torch.float32).model
-    model.hf_quantizer = None  # ours, which only reads: what it built are ordinary modules now
+    for mark in _LOADED_QUANTIZED:  # by our own quantizer, which only reads: what it built are modules of ours
+        model.__dict__.pop(mark, None)
     model.config.__dict__.pop("quantization_config", None)
     return model
 
