@@ -62,7 +62,7 @@ def _opened(
         with evaluated_in_memory(live, tokenizer or tokenizer_beside(model), device) as evaluated:
             yield evaluated
         return
-    kind, source = RUNNERS[runner], find_source(str(model))
+    kind, source = RUNNERS[runner], find_source(str(model), as_it_is=runner != "torch")
     config, _ = read_config(source.folder, may_be_quantized=True)
     identity = identity_of_folder if runner == "torch" else identity_of_files
     yield EvaluatedModel(

@@ -16,9 +16,7 @@ def gguf_file(model: str) -> Path:
     Raises: CompressError when there is none, or there are several.
     """
     path = from_home(model)
-    if path.is_file() and path.suffix == SUFFIX:
-        return path
-    found = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else []
+    found = _in_folder(path)
     if len(found) == 1:
         return found[0]
     there = ", ".join(each.name for each in found)
@@ -28,3 +26,18 @@ def gguf_file(model: str) -> Path:
         fix="name the file itself" if found else f"export the model first: `llmcompress export {model} --to gguf -o OUT`",
         exit_code=ExitCode.USAGE,
     )
+
+
+def lone_gguf(place: Path) -> Path | None:
+    """The file itself, or the only GGUF file of a folder without other weights; None: this is another kind of model."""
+    if place.is_dir() and any(place.glob("*.safetensors")):
+        return None
+    found = _in_folder(place)
+    return found[0] if len(found) == 1 else None
+
+
+def _in_folder(place: Path) -> list[Path]:
+    """The file itself, or all in the folder."""
+    if place.is_dir():
+        return sorted(place.glob(f"*{SUFFIX}"))
+    return [place] if place.is_file() and place.suffix == SUFFIX else []
