@@ -22,6 +22,7 @@ from llmcompress.evaluation.beside import EvaluatedModel, evaluation_of
 from llmcompress.evaluation.environment import numeric_versions
 from llmcompress.evaluation.footprint import Footprint
 from llmcompress.evaluation.footprint import footprint as footprint_of_folder
+from llmcompress.evaluation.gate import gate_failure
 from llmcompress.evaluation.measuring import TaskLike, as_tasks
 from llmcompress.evaluation.metrics.base import Subject
 from llmcompress.exporters.save import save_model
@@ -166,8 +167,12 @@ class CompressedModel:
 
         Uses the login of `hf auth login` or HF_TOKEN. `api` replaces `huggingface_hub.HfApi()`.
 
-        Raises: CompressError (exit code 5) for any error of the Hub or the network.
+        Raises: CompressError (exit code 5) for any error of the Hub or the network; exit code 6 if the recipe's quality
+        gate was not kept.
         """
+        failure = gate_failure(self.report, saved="the model, not published")
+        if failure is not None:
+            raise failure
         if self.folder is not None:
             return upload(self.folder, repo_id, private=private, message=message, api=api)
         with tempfile.TemporaryDirectory(prefix="llmcompress-") as scratch:

@@ -31,6 +31,7 @@ from llmcompress.evaluation.beside import score_cache, text_warnings
 from llmcompress.evaluation.coverage import coverage_warnings, overlap_warnings
 from llmcompress.evaluation.environment import machine, numeric_versions, versions
 from llmcompress.evaluation.footprint import bytes_on_disk
+from llmcompress.evaluation.gate import gate_of, judged
 from llmcompress.evaluation.held_out import HeldOut, loss_increase, loss_warnings
 from llmcompress.evaluation.inspection import inspect_folder
 from llmcompress.evaluation.measuring import Observed, comparisons, observe, results
@@ -136,6 +137,7 @@ def _compress(request: CompressionRequest) -> CompressedModel:
         if processes.is_first:  # it evaluates and writes
             measured += _compared(request, prepared, model, dense)
             measured += loss_increase(before, held_out.scores(model))
+            measured += judged(recipe.evaluate, measured)
             clock.lap("evaluate compressed")
         report = _report(request, prepared, data, rows).with_measurements([*measured, *clock.stages()])
         report = report.model_copy(update={"warnings": (*report.warnings, *loss_warnings(measured))})
@@ -183,26 +185,31 @@ def _dense(request: CompressionRequest, prepared: Prepared) -> list[Observed]:
     """What the metrics see of the model before anything is done to it."""
     # offloaded weights compute in float32, whatever the files hold
     about = {**numeric_versions(), "runner": "torch", "dtype": "float32", "device": request.device.type}
-    return observe(
+    found = observe(
         prepared.metrics,
         lambda: TorchRunner(prepared.loaded.model, weights_at=prepared.weights_at, device=request.device),
         model={**prepared.identity, **about},
         cache=score_cache(),
         progress=request.progress,
     )
+    return list(found)
 
 
 def _compared(
     request: CompressionRequest, prepared: Prepared, model: PreTrainedModel, dense: Sequence[Observed]
 ) -> list[Measurement]:
     """What they see of the compressed model, and how it differs."""
-    found = observe(
-        prepared.metrics,
-        lambda: TorchRunner(model, weights_at=prepared.weights_at, device=request.device),
-        model=None,
-        cache=score_cache(),
-        progress=request.progress,
-        dense=dense,
+    gate = gate_of(request.recipe.evaluate)
+    found = list(
+        observe(
+            prepared.metrics,
+            lambda: TorchRunner(model, weights_at=prepared.weights_at, device=request.device),
+            model=None,
+            cache=score_cache(),
+            progress=request.progress,
+            dense=dense,
+            keep_not_finite=gate is not None and bool(gate.finite),
+        )
     )
     return [*results(found, "compressed"), *comparisons(dense, found)]
 

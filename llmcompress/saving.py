@@ -21,8 +21,9 @@ from llmcompress.exporters.save import save_model
 from llmcompress.exporters.shards import ShardSizes
 from llmcompress.exporting import Exportable
 from llmcompress.recipe import Recipe
+from llmcompress.records.evaluation import Compression
 from llmcompress.records.measurements import WeightBytes
-from llmcompress.records.report import REPORT, Report
+from llmcompress.records.report import REPORT, Report, read_report
 from llmcompress.storage.folder import publish, staging_folder
 
 RECIPE = "llmcompress_recipe.yaml"
@@ -109,6 +110,16 @@ def fill_folder(result: Result, folder: Path) -> Report:
     (folder / RECIPE).write_text(without_tokens(recipe.to_yaml()), encoding="utf-8")
     (folder / REPORT).write_text(without_tokens(finished.model_dump_json(indent=1)) + "\n", encoding="utf-8")
     return finished
+
+
+def saved_compression(folder: Path) -> Compression | None:
+    """How the model in a folder was made; None where no readable report says so."""
+    try:
+        report = read_report(folder)
+    except CompressError:
+        return None
+    recipe = folder / RECIPE
+    return report.compression(recipe.read_text(encoding="utf-8") if recipe.is_file() else None)
 
 
 def _compressed_bytes(report: Report) -> WeightBytes | None:

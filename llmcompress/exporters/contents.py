@@ -104,9 +104,7 @@ def planned_contents(
         if block.full(site.name) in schemes
     )
     experts = tuple(site.name for site in sites if EXPERTS in site.name) if loader.merges_experts else ()
-    return Contents(
-        sites, model_map.site_names(), loader.merges_experts, experts, storage_dtype, config=loader.config
-    )
+    return Contents(sites, model_map.site_names(), loader.merges_experts, experts, storage_dtype, config=loader.config)
 
 
 def contents_in(model: PreTrainedModel, storage_dtype: torch.dtype) -> Contents:

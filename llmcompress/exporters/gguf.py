@@ -179,7 +179,9 @@ def _wider(site: CodedLinear) -> str | None:
     grid, kind = site.scheme.weights, gguf.block_type(site.scheme.weights, site.inputs)
     if kind is None or grid.bits == kind.bits or (grid.ternary and kind is gguf.TQ2_0):
         return None
-    return f"{site.scheme.name}: codes are stored as {kind.name}, {kind.bits_per_weight:.1f} bits per weight with scales"
+    return (
+        f"{site.scheme.name}: codes are stored as {kind.name}, {kind.bits_per_weight:.1f} bits per weight with scales"
+    )
 
 
 def _general(config: Mapping[str, Any], writing: Writing) -> dict[str, Setting]:

@@ -164,7 +164,9 @@ def _windows_problem(found: Architecture, config: Config) -> str | None:
     every = found.full_every
     if every is None:
         return None
-    expected = ["full_attention" if (block + 1) % every == 0 else "sliding_attention" for block in range(len(_windows(config)))]
+    expected = [
+        "full_attention" if (block + 1) % every == 0 else "sliding_attention" for block in range(len(_windows(config)))
+    ]
     stated = config.get("layer_types")
     if stated is not None and list(stated) != expected:
         return f"llama.cpp expects every {every}th block of {found.name} to attend to everything, and these do not"

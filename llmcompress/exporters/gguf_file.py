@@ -26,7 +26,11 @@ _ROWS = 4096
 
 
 def write_file(
-    path: Path, settings: Mapping[str, Setting], tensors: Sequence[FileTensor], model: nn.Module, weights_at: WeightStore
+    path: Path,
+    settings: Mapping[str, Setting],
+    tensors: Sequence[FileTensor],
+    model: nn.Module,
+    weights_at: WeightStore,
 ) -> int:
     """Write it; the bytes of all tensors. Weights of a block are offloaded again once they are written."""
     package = gguf_package()

@@ -144,9 +144,7 @@ def _codes(name: str, source: str, tensor: QuantizedTensor, kind: BlockType, row
     def make() -> Tensor:
         return gguf.pack(ordered(), kind)
 
-    return FileTensor(
-        name, kind.name, source, tensor.shape, make, ordered, lambda: gguf.unpack(make(), kind).dense()
-    )
+    return FileTensor(name, kind.name, source, tensor.shape, make, ordered, lambda: gguf.unpack(make(), kind).dense())
 
 
 def _ordinary(model: PreTrainedModel, name: str, placement: Placement) -> FileTensor:

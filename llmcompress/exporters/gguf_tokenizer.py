@@ -143,7 +143,9 @@ def _scores(tokens: Sequence[str], merges: Sequence[Any]) -> list[float]:
 def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, Setting]:
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     numbers = {key: getattr(tokenizer, f"{name}_token_id") for name, key in names.items()}
-    found: dict[str, Setting] = {f"ggml.{key}_token_id": int(number) for key, number in numbers.items() if number is not None}
+    found: dict[str, Setting] = {
+        f"ggml.{key}_token_id": int(number) for key, number in numbers.items() if number is not None
+    }
     ids = tokenizer("a")["input_ids"]
     found["ggml.add_bos_token"] = bool(ids) and ids[0] == tokenizer.bos_token_id
     found["ggml.add_eos_token"] = bool(ids) and ids[-1] == tokenizer.eos_token_id
