@@ -97,8 +97,8 @@ def _opened(
         {**identity(source.folder), **numeric_versions(), "runner": runner, "dtype": "float32", "device": device.type},
         runner,
         lambda: kind.open(str(model), device=device, dtype=torch.float32),
-        bytes_on_disk(source.folder) or None,
-        saved_compression(source.folder),
+        bytes_on_disk(source.gguf or source.folder) or None,
+        saved_compression(source.gguf.parent if source.gguf else source.folder),
     )
 
 

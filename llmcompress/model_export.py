@@ -77,9 +77,7 @@ def export(
     return made
 
 
-def _exportable(
-    model: ModelLike, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[Exportable, PreTrainedModel]:
+def _exportable(model: ModelLike, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Exportable, PreTrainedModel]:
     """The model, and the same to be borrowed while it is written."""
     if isinstance(model, CompressedModel):
         found = model.exportable

@@ -1,6 +1,6 @@
-"""Opens a saved folder so that it can be exported: every quantized linear holds its codes and scales again, bit for bit.
+"""Opens a saved folder for an export: every quantized linear holds its codes and scales again, bit for bit.
 
-Stock loaders restore weights from compressed-tensors; here the codes are put back instead. O = outputs, G = groups.
+Stock loaders restore weights from compressed-tensors; here the codes are put back instead.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from llmcompress.evaluation.checkpoint_codes import CodedSite, StoredCodes, code
 from llmcompress.exporting import Exportable
 from llmcompress.loading.config import read_config
 from llmcompress.loading.generation import read_generation_config
+from llmcompress.loading.gguf_conversion import LOADED_QUANTIZED
 from llmcompress.loading.load import load
 from llmcompress.loading.quiet import quiet_transformers
 from llmcompress.loading.source import find_source
@@ -28,8 +29,6 @@ from llmcompress.records.report import REPORT, read_report
 from llmcompress.saving import RECIPE
 
 _BESIDE = (RECIPE, REPORT)
-_LOADED_QUANTIZED = ("hf_quantizer", "is_quantized", "quantization_method")
-"""Attributes by which transformers marks a model that a quantizer loaded."""
 
 
 def reopen(model: str) -> Exportable:
@@ -64,7 +63,7 @@ def _opened(stored: StoredCodes, config: PretrainedConfig) -> PreTrainedModel:
             fix="compress the dense model with another pass, such as gptq, and export that",
         )
     model = load(stored.folder, dtype=torch.float32).model
-    for mark in _LOADED_QUANTIZED:  # by our own quantizer, which only reads: what it built are modules of ours
+    for mark in LOADED_QUANTIZED:  # by our own quantizer, which only reads: what it built are modules of ours
         model.__dict__.pop(mark, None)
     model.config.__dict__.pop("quantization_config", None)
     return model

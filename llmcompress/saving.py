@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompress.calibration.offloading import InMemory, WeightStore
-from llmcompress.errors import without_tokens
+from llmcompress.errors import CompressError, without_tokens
 from llmcompress.evaluation.footprint import bytes_on_disk
 from llmcompress.exporters.auxiliary_files import copy_auxiliary_files
 from llmcompress.exporters.base import Writing

@@ -45,8 +45,8 @@ def export(
 ) -> None:
     """Write MODEL, a folder that `compress` saved, for another runtime.
 
-    Codes and scales are carried as they are, never rounded a second time. What was written is decoded again and compared
-    with the model before the folder appears.
+    Codes and scales are carried as they are, never rounded a second time. What was written is decoded again and
+    compared with the model before the folder appears.
 
     \b
     Examples:

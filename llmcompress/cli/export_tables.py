@@ -13,7 +13,16 @@ from llmcompress.records.export_report import ExportReport
 def export_table(made: Mapping[str, ExportReport]) -> Table:
     """A row per target; the last columns are empty where it was not run."""
     table = Table(box=None, pad_edge=False)
-    for title in ("target", "MB", "codes read back", "differing", "perplexity", "runtime ÷ PyTorch", "same top", "decode tok/s"):
+    for title in (
+        "target",
+        "MB",
+        "codes read back",
+        "differing",
+        "perplexity",
+        "runtime ÷ PyTorch",
+        "same top",
+        "decode tok/s",
+    ):
         table.add_column(title, justify="left" if title == "target" else "right")
     for name, report in made.items():
         codes = sum(row.values for row in report.read_back if row.codes_differing is not None)

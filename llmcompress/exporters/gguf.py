@@ -57,8 +57,8 @@ pip install llmcompress[llamacpp]       # or from Python, without building anyth
 llmcompress evaluate . --runner llama_cpp"""
 
     instead: Literal["refuse", "dense", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"] = "refuse"
-    """What happens to a linear that no type of GGUF holds. `dense`: it is dequantized to ordinary weights; a type: it is
-    rounded a second time, to that type, by the `gguf` package."""
+    """What happens to a linear that no type of GGUF holds. `dense`: it is dequantized to ordinary weights; a type: it
+    is rounded a second time, to that type, by the `gguf` package."""
 
     @override
     def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:

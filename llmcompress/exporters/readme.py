@@ -12,11 +12,11 @@ README = "README.md"
 
 def readme(report: ExportReport, exporter: Exporter) -> str:
     """Markdown."""
-    name = report.model.rpartition("/")[2]
+    name = report.model.rstrip("/").rpartition("/")[2]  # of a path, nothing that only this computer knows
     lines = [
         f"# {name}, {report.target}",
         "",
-        f"`{report.model}` as compressed and exported by llmcompress for the target `{report.target}`: "
+        f"`{name}` as compressed and exported by llmcompress for the target `{report.target}`: "
         f"{report.bytes / 1e6:.1f} MB of weights{_types(report)}.",
         "",
         "```" + exporter.language,
@@ -45,14 +45,14 @@ def _checked(report: ExportReport) -> list[str]:
     if report.read_back:
         codes = sum(row.values for row in coded)
         found.append(
-            f"After writing, {len(report.read_back)} tensors were decoded again: of {codes:,} codes none differs from the "
-            f"model's, nor does any scale ({EXPORT_REPORT})."
+            f"After writing, {len(report.read_back)} tensors were decoded again: of {codes:,} codes none differs from "
+            f"the model's, nor does any scale ({EXPORT_REPORT})."
         )
     proof = report.runtime
     if proof is not None:
         found.append(
             f"{proof.runtime} computes perplexity {proof.perplexity_runtime:.3f} where the model in PyTorch computes "
-            f"{proof.perplexity_model:.3f} ({proof.tokens} tokens of {proof.text}, window {proof.window}); both hold the "
-            f"same token most likely at {proof.same_top:.1%} of the positions."
+            f"{proof.perplexity_model:.3f} ({proof.tokens} tokens of {proof.text}, window {proof.window}, without BOS); "
+            f"both hold the same token most likely at {proof.same_top:.1%} of the positions."
         )
     return [*found, ""] if found else []

@@ -1,4 +1,4 @@
-"""A GGUF file as an ordinary folder, read once by transformers and kept in the cache: everything else then works with it.
+"""A GGUF file as an ordinary folder, read once by transformers and kept in the cache; all else works with that.
 
 Weights are those of the file, multiplied out: float32 holds every product of its codes and scales. Config and tokenizer
 are those beside the file where there are some; what the file says of them is less (docs/decisions/0033).
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from llmcompress.errors import CompressError, is_out_of_memory
@@ -24,6 +25,8 @@ from llmcompress.storage.cache import cache_folder
 _KEPT = 3
 """Converted files; those that were not used for longest go first."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+LOADED_QUANTIZED = ("hf_quantizer", "is_quantized", "quantization_method")
+"""Attributes by which transformers marks a model that a quantizer loaded."""
 _UNREAD = ("rope_freqs.weight", ".rope.scaling.type")
 """Of the file's tensors and keys, what transformers drops in silence: with them, positions are others."""
 
@@ -34,7 +37,9 @@ def converted_folder(file: Path) -> Path:
     Raises: CompressError where transformers cannot read the file, or would read another model from it.
     """
     facts = file.stat()
-    beside = [path.stat().st_mtime_ns for name in ("config.json", *_TOKENIZER_FILES) if (path := file.parent / name).is_file()]
+    beside = [
+        path.stat().st_mtime_ns for name in ("config.json", *_TOKENIZER_FILES) if (path := file.parent / name).is_file()
+    ]
     known = f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns} {beside} {TRANSFORMERS_MAJOR}"
     kept = cache_folder() / "gguf"
     folder = kept / hashlib.sha256(known.encode()).hexdigest()[:16]
@@ -60,7 +65,12 @@ def _convert(file: Path, folder: Path) -> None:
     try:
         with quiet_transformers():
             model, found = AutoModelForCausalLM.from_pretrained(
-                file.parent, config=config, dtype=_dtype(types), output_loading_info=True, **options
+                file.parent,
+                config=config,
+                dtype=_dtype(types),
+                output_loading_info=True,
+                **options,
+                **_multiplied_out(),
             )
             beside = any((file.parent / name).is_file() for name in _TOKENIZER_FILES)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **({} if beside else options))
@@ -71,8 +81,18 @@ def _convert(file: Path, folder: Path) -> None:
     if found["missing_keys"]:
         names = sorted(map(str, found["missing_keys"]))
         raise _unreadable(file, f"{len(names)} tensors are missing, such as {names[0]}")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    for mark in LOADED_QUANTIZED:  # it is an ordinary model now
+        model.__dict__.pop(mark, None)
+    model.config.__dict__.pop("quantization_config", None)
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _multiplied_out() -> dict[str, Any]:
+    """transformers 5 can keep blocks packed, for its own kernels; 4 always multiplies them out."""
+    settings = getattr(transformers, "GgufConfig", None)
+    return {} if settings is None else {"quantization_config": settings(dequantize=True)}
 
 
 def _config(file: Path, keys: dict[str, Any]) -> PretrainedConfig:
@@ -115,7 +135,9 @@ def _contents(file: Path) -> tuple[dict[str, Any], set[str]]:
     except (ValueError, OSError, IndexError) as problem:
         raise _unreadable(file, str(problem)) from problem
     keys = {name: field.contents() if len(field.data) == 1 else None for name, field in reader.fields.items()}
-    return {**{str(each.name): None for each in reader.tensors}, **keys}, {each.tensor_type.name for each in reader.tensors}
+    return {**{str(each.name): None for each in reader.tensors}, **keys}, {
+        each.tensor_type.name for each in reader.tensors
+    }
 
 
 def _dtype(types: set[str]) -> torch.dtype:

@@ -42,12 +42,11 @@ class Source:
 def find_source(
     model: str, *, revision: str | None = None, trust_remote_code: bool = False, as_it_is: bool = False
 ) -> Source:
-    """Find the files of `builtin:NAME`, a local folder or GGUF file, `org/name` or `org/name@revision`; download them if
-    needed.
+    """Find the files of `builtin:NAME`, a local folder or GGUF file, `org/name` or `org/name@revision`.
 
-    Of a GGUF file, the folder is what transformers reads from it; `as_it_is`: the file's own folder, where config and
-    tokenizer lie beside it. Pickled weights are never downloaded. Python files are only with `trust_remote_code`, which for a Hub model needs
-    a full commit: what was reviewed is then what runs.
+    What is on the Hub is downloaded if needed: never pickled weights, and Python files only with `trust_remote_code`,
+    which for a Hub model needs a full commit, so that what was reviewed is what runs. Of a GGUF file, the folder is what
+    transformers reads from it; `as_it_is`: the file's own folder, where config and tokenizer lie beside it.
 
     Raises: CompressError when there is no such model or it cannot be downloaded.
     """
@@ -85,7 +84,9 @@ def local_source(model: str, *, revision: str | None = None) -> Source | None:
     place = from_home(model)
     if place.is_dir() or (place.is_file() and place.suffix == SUFFIX):
         if revision:
-            raise _usage("revision", f"{model} is on this computer and has no revision {revision!r}", "remove `revision`")
+            raise _usage(
+                "revision", f"{model} is on this computer and has no revision {revision!r}", "remove `revision`"
+            )
         return Source(place if place.is_dir() else place.parent, model, gguf=lone_gguf(place))
     _check_id(model, model.partition("@")[0])
     return None

@@ -83,7 +83,8 @@ class QuantizedTensor:
 def unfolded(tensor: QuantizedTensor, grid: Grid) -> QuantizedTensor:
     """Codes from which zero points were subtracted, with zero points again: the same weights on the asymmetric `grid`.
 
-    Which zero points were subtracted cannot be known where a group does not use all codes; the lowest that fit are taken.
+    Which zero points were subtracted cannot be known where a group does not use all codes; the lowest that fit are
+    taken.
     """
     inputs = tensor.shape[1]
     smallest_OG = _smallest(tensor.codes, grid)
