@@ -5,14 +5,20 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import ConfigDict, Discriminator, Tag
+from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from llmcompress.records.gate import GateResult, NotFinite
 from llmcompress.records.inside import Distribution, TokenDivergences
 from llmcompress.records.rows import Record
-
-Which = Literal["model", "dense", "compressed"]
-"""Before or after compression; `model` if only one model was measured."""
+from llmcompress.records.rows import Which as Which
+from llmcompress.records.tasks import (
+    GenerationComparison,
+    GenerationsResult,
+    RobustnessComparison,
+    RobustnessResult,
+    TaskComparison,
+    TaskResult,
+)
 
 
 class Estimate(Record):
@@ -139,6 +145,12 @@ Known = (
     | HeldOutLoss
     | WeightBytes
     | StageSeconds
+    | TaskResult
+    | TaskComparison
+    | RobustnessResult
+    | RobustnessComparison
+    | GenerationsResult
+    | GenerationComparison
     | GateResult
     | NotFinite
     | Distribution
@@ -150,20 +162,11 @@ _KINDS = frozenset(str(each.model_fields["kind"].default) for each in get_args(K
 
 def _tag(value: Any) -> str:
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-    return kind if isinstance(kind, str) and kind in _KINDS else "other"
+    return "known" if isinstance(kind, str) and kind in _KINDS else "other"
 
 
 Measurement = Annotated[
-    Annotated[PerplexityResult, Tag("perplexity")]
-    | Annotated[Divergence, Tag("divergence")]
-    | Annotated[HeldOutLoss, Tag("held_out_loss")]
-    | Annotated[WeightBytes, Tag("weight_bytes")]
-    | Annotated[StageSeconds, Tag("seconds")]
-    | Annotated[GateResult, Tag("gate")]
-    | Annotated[NotFinite, Tag("not_finite")]
-    | Annotated[Distribution, Tag("distribution")]
-    | Annotated[TokenDivergences, Tag("token_divergences")]
-    | Annotated[OtherMeasurement, Tag("other")],
+    Annotated[Annotated[Known, Field(discriminator="kind")], Tag("known")] | Annotated[OtherMeasurement, Tag("other")],
     Discriminator(_tag),
 ]
-"""Any of them. A new kind is a class here and a line in this union; other versions preserve unknown kinds."""
+"""Any of them. A new kind is a class and a line in `Known`; other versions preserve unknown kinds."""

@@ -1,4 +1,4 @@
-"""Numbers of an evaluation, each before and after with the difference: what every table, card and verdict is made of."""
+"""Numbers of an evaluation, before and after with the difference: what every table, card and verdict is made of."""
 
 from __future__ import annotations
 

@@ -100,9 +100,7 @@ def measure_costs(
         memory = {
             name: _memory(each, device, dtypes[name], pinning, chosen) for name, each in candidates.items()
         }  # before any model is in this process, whose memory they share
-        runners = {
-            name: stack.enter_context(_open(each, device, dtypes[name])) for name, each in candidates.items()
-        }
+        runners = {name: stack.enter_context(_open(each, device, dtypes[name])) for name, each in candidates.items()}
         for name, runner in runners.items():
             _refuse_long(name, runner, chosen)
         bench = _Bench(candidates, runners, memory, pinning, chosen)
@@ -137,9 +135,7 @@ class _Bench:
         for name, runner in self.runners.items():
             computed = runner.logits(prompts[name][:1, :1]).dtype
             if "limits" not in self.settings.skip:
-                self.limits[name] = machine_limits(
-                    runner.device, computed, self.pinning.threads, self.settings.clock
-                )
+                self.limits[name] = machine_limits(runner.device, computed, self.pinning.threads, self.settings.clock)
             yield Cost(
                 model=name,
                 runtime=self.candidates[name].runtime,

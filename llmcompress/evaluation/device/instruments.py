@@ -32,7 +32,7 @@ class Instrument(Protocol):
         """
 
 
-class Unreadable(Exception):  # noqa: N818
+class Unreadable(Exception):
     """No counter can be read; the message is the reason that the record tells."""
 
 
