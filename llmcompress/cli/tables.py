@@ -9,8 +9,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from llmcompress.cli.terminal import duration, size
 from llmcompress.records.degraded import degraded_warnings
+from llmcompress.report.forms import duration, size
 
 if TYPE_CHECKING:
     from llmcompress.evaluation.footprint import Footprint

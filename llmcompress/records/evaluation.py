@@ -97,3 +97,13 @@ class Evaluation(Measured):
     def perplexities(self) -> list[PerplexityResult]:
         """Of the model itself, text by text."""
         return [each for each in self.of_kind(PerplexityResult) if each.of != "dense"]
+
+
+class Comparison(Record):
+    """Several models, each evaluated against the same dense one."""
+
+    version: Literal[1] = VERSION
+    base: str
+    evaluations: tuple[Evaluation, ...]
+    command: str | None = None
+    """What was typed."""
