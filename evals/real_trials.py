@@ -82,7 +82,7 @@ class Job(NamedTuple):
 @click.option("--text", "texts", multiple=True, required=True, help="NAME=FILE, reported")
 @click.option("--validation", multiple=True, help="NAME=FILE, methods are chosen on it")
 @click.option("--rows", type=Path, default=HERE / "real_rows.yaml", show_default=True)
-@click.option("--only", multiple=True, help="who, method, setting, or several of them: ours/gptq/int3_g64")
+@click.option("--only", multiple=True, help="who, method, setting, draw, or several: ours/gptq/int3_g64/draw 0")
 @click.option("--environments", type=Path, help="where peers' environments are kept; without it peers are left out")
 @click.option("--handed", type=Path, help="keeps what peers hand over; what is there is measured and not made again")
 @click.option("--minutes", type=float, help="begin no further trial after so many")
@@ -141,7 +141,7 @@ def missing(rows: Sequence[Row], done: Sequence[Trial], only: Sequence[str], *, 
     for draw in range(max(row.draws for row in rows)):
         for row in rows:
             for setting in row.settings if draw < row.draws and (peers or row.who == "ours") else ():
-                words = {setting, row.who, row.method}
+                words = {setting, row.who, row.method, f"draw {draw}"}
                 asked = not only or any(all(part in words for part in each.split("/")) for each in only)
                 job = Job(row, setting, draw)
                 if asked and job.key not in known:
