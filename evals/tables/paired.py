@@ -35,8 +35,9 @@ class Method(NamedTuple):
         return self.who == "ours" and all(trial["candidate"] for trial in self.trials)
 
     def windows(self, text: str, what: str) -> list[float]:
-        """Sums of every window, means over the draws."""
-        return [mean(each) for each in zip(*(trial["texts"][text][what] for trial in self.trials), strict=True)]
+        """Sums of every window, means over the draws that were measured on the text."""
+        drawn = [trial["texts"][text][what] for trial in self.trials if text in trial["texts"]]
+        return [mean(each) for each in zip(*drawn, strict=True)]
 
     def perplexities(self, text: str, tokens: Sequence[int]) -> list[float]:
         """Of every draw."""
