@@ -60,7 +60,7 @@ class Row(BaseModel):
     average: float | None = None
     """Bits per weight that the peer's choice of bits is to come to."""
     allocation: str = ""
-    """Method of the peer's row with the same setting whose bits our pass takes as {overrides}."""
+    """Method of AutoRound's row with the same setting, whose bits our pass takes as overrides."""
 
 
 class Job(NamedTuple):
@@ -161,16 +161,16 @@ def names_of(bench: Bench, job: Job) -> list[str]:
 
 def ours(bench: Bench, job: Job, handed: Path | None) -> Trial:
     """Our passes, and what comes out measured."""
-    text = json.dumps(job.row.passes).replace("{scheme}", job.scheme)
+    filled = json.loads(json.dumps(job.row.passes).replace("{scheme}", job.scheme))
+    given: dict[str, Any] = {}
     if job.row.allocation:
         assert handed is not None, "an allocation is read from what its peer handed over: give --handed"
         told = json.loads((handed / f"{label(job, 'auto-round', job.row.allocation)}.json").read_text())
-        bits = {name: {"scheme": f"int{bits}_g{GROUP}"} for name, bits in told["bits"].items()}
-        text = text.replace('"{overrides}"', json.dumps(bits))
-    filled = json.loads(text)
-    model, trial = bench.compress(filled, job.draw)
+        given = {name: {"scheme": f"int{bits}_g{GROUP}"} for name, bits in told["bits"].items()}
+    compressing = [{name: {**options, "overrides": given}} for each in filled for name, options in each.items()]
+    model, trial = bench.compress(compressing if given else filled, job.draw)
     texts = bench.measure(model, names_of(bench, job))
-    return {**trial, "bytes": stored_bytes(model), "passes": job.row.passes, "texts": texts}
+    return {**trial, "bytes": stored_bytes(model), "passes": filled, "texts": texts}
 
 
 def label(job: Job, who: str, method: str) -> str:
