@@ -24,7 +24,7 @@ from llmcompress.calibration.sources import paragraph_hashes
 from llmcompress.calibration.tokens import max_positions
 from llmcompress.evaluation.environment import versions
 from llmcompress.evaluation.footprint import ideal_bytes, parameters
-from llmcompress.evaluation.reductions import divergences
+from llmcompress.evaluation.divergence import divergences
 from llmcompress.evaluation.scores import WindowScores, score
 from llmcompress.evaluation.settings.perplexity import PerplexityTask
 from llmcompress.evaluation.texts import EvaluationText, evaluation_text

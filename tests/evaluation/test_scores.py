@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from llmcompress.evaluation import scores as module
-from llmcompress.evaluation.reductions import AgainstDense, Perplexity, divergences, estimate, feed
+from llmcompress.evaluation.bootstrap import estimate
+from llmcompress.evaluation.divergence import AgainstDense, divergences
+from llmcompress.evaluation.reductions import Perplexity, feed
 from llmcompress.evaluation.scores import WindowScores, score
 from llmcompress.evaluation.texts import EvaluationText
 from llmcompress.runners.torch_runner import TorchRunner

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
 import torch
 from typing_extensions import override
 
 from llmcompress.calibration.tokens import refuse_beyond_embedding
+from llmcompress.evaluation.divergence import AgainstDense
 from llmcompress.evaluation.metrics.base import METRICS, Metric, Observation, Subject
 from llmcompress.evaluation.perplexity import watched
-from llmcompress.evaluation.reductions import AgainstDense, Perplexity, feed
+from llmcompress.evaluation.reductions import Perplexity, feed
 from llmcompress.evaluation.scores import WindowScores, score
 from llmcompress.evaluation.settings.perplexity import PerplexityTask
 from llmcompress.evaluation.texts import EvaluationText, evaluation_texts
+from llmcompress.evaluation.worst_tokens import position_profile, worst_tokens
 from llmcompress.progress import Progress
 from llmcompress.records.measurements import Measurement, Which
 from llmcompress.runners.base import Runner
 
-TOP = 64
-"""Likely tokens that are kept of every distribution, with 8 bytes each: 524 bytes per token of text."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _TENSORS = tuple(field.name for field in fields(WindowScores) if field.name != "window")
 
@@ -32,6 +35,9 @@ class PerplexityMetric(Metric):
     """A text as token windows; observed are the scores of every token."""
 
     text: EvaluationText
+    top: int
+    tokenizer: PreTrainedTokenizerBase = field(repr=False, compare=False)
+    """Writes tokens out."""
 
     @classmethod
     @override
@@ -39,7 +45,7 @@ class PerplexityMetric(Metric):
         texts = evaluation_texts(settings, subject.tokenizer, subject.max_positions)
         for text in texts:
             refuse_beyond_embedding(text.windows, subject.tokenizer, subject.embedding_rows, where=text.name)
-        return [cls(text) for text in texts]
+        return [cls(text, task.top, subject.tokenizer) for task, text in zip(settings, texts, strict=True)]
 
     @property
     @override
@@ -55,9 +61,10 @@ class PerplexityMetric(Metric):
     @override
     def fingerprint(self) -> str:
         """The tokens identify text, tokenizer, window, BOS and number of windows."""
-        tokens = hashlib.sha256(f"top {TOP}".encode())
-        for window_W in self.text.windows:
-            tokens.update(len(window_W).to_bytes(8, "little") + window_W.to(torch.int64).numpy().tobytes())
+        tokens = hashlib.sha256(f"top {self.top}".encode())
+        for window_W, skipped in zip(self.text.windows, self.text.skips, strict=True):
+            tokens.update(len(window_W).to_bytes(8, "little") + skipped.to_bytes(8, "little"))
+            tokens.update(window_W.to(torch.int64).numpy().tobytes())
         return tokens.hexdigest()
 
     @override
@@ -65,7 +72,8 @@ class PerplexityMetric(Metric):
         """The most likely tokens are those of the dense model where there is one, so that both looked at the same."""
         reference = None if dense is None else self._windows(dense)
         title = f"scores on {self.name}" if dense is None else f"perplexity on {self.name}"
-        scored = score(runner, self.text.windows, top=TOP, reference=reference, name=self.name)
+        windows, skipped = self.text.windows, self.text.skipped
+        scored = score(runner, windows, skipped=skipped, top=self.top, reference=reference, name=self.name)
         return Observation(_joined(watched(scored, self.text, title, progress)))
 
     @override
@@ -76,13 +84,18 @@ class PerplexityMetric(Metric):
 
     @override
     def compared(self, dense: Observation, found: Observation) -> list[Measurement]:
-        compared = AgainstDense(self.text, self._windows(dense))
-        feed(self._windows(found), compared)
-        return [compared.result()]
+        before, after = self._windows(dense), self._windows(found)
+        compared = AgainstDense(self.text, before)
+        feed(after, compared)
+        return [
+            compared.result(),
+            position_profile(self.text, before, after),
+            worst_tokens(self.text, before, after, self.tokenizer),
+        ]
 
     def _windows(self, found: Observation) -> list[WindowScores]:
         """The scores of every window."""
-        lengths = [len(window) - 1 for window in self.text.windows]
+        lengths = self.text.lengths
         split = {name: torch.split(found.tensors[name], lengths) for name in _TENSORS}
         return [WindowScores(index, **{name: split[name][index] for name in _TENSORS}) for index in range(len(lengths))]
 
