@@ -20,6 +20,7 @@ from typing import Any
 
 import click
 import torch
+from llmcompress.evaluation.speed import compare_speed
 from speed import CLOCKS, SHAPES, llama
 from transformers import PreTrainedModel
 from trial import Setting, Trial, run_trial
@@ -27,7 +28,6 @@ from trial import Setting, Trial, run_trial
 from llmcompress.calibration.context import RunContext
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.evaluation.perplexity import perplexity
-from llmcompress.evaluation.speed import compare_speed
 from llmcompress.model.probe import map_model
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.modules.dynamic import DynamicBlock, tallied

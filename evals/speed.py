@@ -20,13 +20,13 @@ from typing import Any
 
 import click
 import torch
+from llmcompress.evaluation.speed import SpeedResult, compare_speed
 from torch import nn
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from llmcompress.calibration.context import RunContext
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.evaluation.footprint import parameters
-from llmcompress.evaluation.speed import SpeedResult, compare_speed
 from llmcompress.model.probe import map_model
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.modules.low_rank import LowRankLinear

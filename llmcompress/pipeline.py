@@ -226,9 +226,7 @@ def _report(
         sites=tuple(rows),
         refused=refused(prepared.map, rounded={row.site for row in rows}),
         measurements=(WeightBytes(of="dense", bytes=dense_bytes),),
-        warnings=tuple(
-            dict.fromkeys([*about_model, *about_data, *text_warnings(prepared.metrics), *degraded_warnings(rows)])
-        ),
+        warnings=tuple(dict.fromkeys([*about_model, *about_data, *about_texts, *degraded_warnings(rows)])),
     )
 
 

@@ -51,9 +51,7 @@ class HubPart:
     revision: str | None = None
 
 
-def hub_rows(
-    source: str, part: HubPart, *, max_characters: int | None, where: str
-) -> Iterator[tuple[str, Any]]:
+def hub_rows(source: str, part: HubPart, *, max_characters: int | None, where: str) -> Iterator[tuple[str, Any]]:
     """Labelled rows of a Hub dataset, a short name of `ALIASES`, or a local dataset folder.
 
     With `max_characters` only what the caller takes is downloaded, unless the dataset is small or the machine offline.

@@ -34,7 +34,10 @@ def position_profile(
     width = -(-(last - first + 1) // RANGES)
     range_N = (before_N - first) // width
     values_3N = torch.stack(
-        [_divergences(dense, compressed), *(-torch.cat([each.logprob_P.double() for each in of]) for of in (dense, compressed))]
+        [
+            _divergences(dense, compressed),
+            *(-torch.cat([each.logprob_P.double() for each in of]) for of in (dense, compressed)),
+        ]
     )
     count = int(range_N.max()) + 1
     tokens = torch.bincount(range_N, minlength=count)
@@ -67,9 +70,7 @@ def worst_tokens(
     for number in kl_N.topk(min(WORST, len(kl_N))).indices.tolist():
         index = int((ends <= number).sum())
         place = number - (int(ends[index - 1]) if index else 0)
-        found.append(
-            _worst_token(text, (dense[index], compressed[index]), place, tokenizer, kl=float(kl_N[number]))
-        )
+        found.append(_worst_token(text, (dense[index], compressed[index]), place, tokenizer, kl=float(kl_N[number])))
     return WorstTokens(text=text.name, protocol=text.protocol, tokens=tuple(found))
 
 

@@ -6,11 +6,11 @@ import json
 import re
 
 import pytest
+from llmcompress.evaluation.speed import SpeedResult
 
 from llmcompress import pipeline
 from llmcompress.cli.main import main
 from llmcompress.errors import ExitCode
-from llmcompress.evaluation.speed import SpeedResult
 from tests.tiny_text import tiny_llama
 
 BOOKS = "builtin:books-llama"

@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 import torch
+from llmcompress.evaluation.speed import SpeedResult, compare_speed, measure_speed, speed_of
 from torch import nn
 
 from llmcompress.evaluation import speed as speed_module
-from llmcompress.evaluation.speed import SpeedResult, compare_speed, measure_speed, speed_of
 from tests.families import tiny_model
 
 

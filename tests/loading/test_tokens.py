@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from llmcompress import compress, evaluate
 from llmcompress.errors import CompressError
-from llmcompress.pipeline import compress, evaluate
 from llmcompress.recipe import parse_recipe
 from tests.tiny_folder import SENTENCE, with_a_far_token, write_tiny_llama
 

@@ -70,7 +70,7 @@ class PerplexityMetric(Metric):
     @override
     def observe(self, runner: Runner, progress: Progress, *, dense: Observation | None) -> Observation:
         """The most likely tokens are those of the dense model where there is one, so that both looked at the same."""
-        reference = None if dense is None else self._windows(dense)
+        reference = None if dense is None else self.windows(dense)
         title = f"scores on {self.name}" if dense is None else f"perplexity on {self.name}"
         windows, skipped = self.text.windows, self.text.skipped
         scored = score(runner, windows, skipped=skipped, top=self.top, reference=reference, name=self.name)
@@ -79,12 +79,12 @@ class PerplexityMetric(Metric):
     @override
     def results(self, found: Observation, of: Which) -> list[Measurement]:
         perplexity = Perplexity(self.text, of=of, from_cache=found.from_cache)
-        feed(self._windows(found), perplexity)
+        feed(self.windows(found), perplexity)
         return [perplexity.result()]
 
     @override
     def compared(self, dense: Observation, found: Observation) -> list[Measurement]:
-        before, after = self._windows(dense), self._windows(found)
+        before, after = self.windows(dense), self.windows(found)
         compared = AgainstDense(self.text, before)
         feed(after, compared)
         return [
@@ -93,8 +93,8 @@ class PerplexityMetric(Metric):
             worst_tokens(self.text, before, after, self.tokenizer),
         ]
 
-    def _windows(self, found: Observation) -> list[WindowScores]:
-        """The scores of every window."""
+    def windows(self, found: Observation) -> list[WindowScores]:
+        """The scores of every window that were observed."""
         lengths = self.text.lengths
         split = {name: torch.split(found.tensors[name], lengths) for name in _TENSORS}
         return [WindowScores(index, **{name: split[name][index] for name in _TENSORS}) for index in range(len(lengths))]
