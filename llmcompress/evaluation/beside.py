@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from llmcompress.errors import CompressError, ExitCode
+from llmcompress.evaluation.corpora import corpus_warnings
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.evaluation.measuring import comparisons, observe, prepared, results
 from llmcompress.evaluation.metrics.base import Metric, Subject
@@ -57,7 +58,7 @@ def evaluation_of(
         versions=versions(),
         machine=machine(),
         measurements=tuple(measurements),
-        warnings=text_warnings(metrics),
+        warnings=(*text_warnings(metrics), *corpus_warnings(measurements)),
     )
 
 

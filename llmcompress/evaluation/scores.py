@@ -99,9 +99,10 @@ def logits_in_pieces(
     rows = max(1, PIECE_BYTES // (4 * runner.vocabulary))
     for first, windows_BW in _batches(windows, batch, runner.vocabulary):
         logits_BWV = runner.logits(windows_BW[:, :-1])
-        for index, (logits_WV, tokens_W) in enumerate(zip(logits_BWV, windows_BW.to(logits_BWV.device)), start=first):
+        targets_BW = windows_BW[:, 1:].to(logits_BWV.device)
+        for index, (logits_WV, targets_W) in enumerate(zip(logits_BWV, targets_BW, strict=True), start=first):
             start, skip = 0, skipped[index]
-            for logits_RV, targets_R in zip(logits_WV[skip:].split(rows), tokens_W[1 + skip :].split(rows)):
+            for logits_RV, targets_R in zip(logits_WV[skip:].split(rows), targets_W[skip:].split(rows), strict=True):
                 yield Piece(index, start, targets_R, logits_RV.float())
                 start += len(targets_R)
 
@@ -118,7 +119,7 @@ def _looked_at(piece: Piece, top: int, reference: Sequence[WindowScores] | None)
         ids_RK = piece.targets_R.new_zeros(count, 0)
     target_R, looked_RK = logits_RV.gather(-1, piece.targets_R[:, None])[:, 0], logits_RV.gather(-1, ids_RK)
     # nothing reads the logits any more
-    sum_R = log_sum_exp(logits_RV, largest_R, scratch_RV=logits_RV)
+    sum_R = log_sum_exp(logits_RV, largest_R)
     return target_R - sum_R, best_R, largest_R - sum_R, ids_RK, looked_RK - sum_R[:, None]
 
 

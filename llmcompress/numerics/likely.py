@@ -35,7 +35,6 @@ def top_tokens(logits_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values_RK, candidates_RN.gather(-1, places_RK)
 
 
-def log_sum_exp(logits_RV: Tensor, largest_R: Tensor, *, scratch_RV: Tensor) -> Tensor:
-    """log Σ exp of every row, given its largest logit; `scratch_RV` is overwritten, and may be the logits themselves."""
-    torch.sub(logits_RV, largest_R[:, None], out=scratch_RV)
-    return scratch_RV.exp_().sum(-1).log() + largest_R
+def log_sum_exp(logits_RV: Tensor, largest_R: Tensor) -> Tensor:
+    """log Σ exp of every row, given its largest logit. The logits are overwritten: a copy would leave the cache."""
+    return logits_RV.sub_(largest_R[:, None]).exp_().sum(-1).log() + largest_R

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import ConfigDict, Discriminator, Tag
+from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from llmcompress.records.quality import PositionProfile, WorstTokens
 from llmcompress.records.rows import Record
@@ -89,7 +89,7 @@ class Divergence(Record):
     """The 90th percentile."""
     kl_99: float
     kl_999: float | None = None
-    kl_intervals: dict[str, tuple[float, float]] = {}
+    kl_intervals: dict[str, tuple[float, float]] = Field(default_factory=dict)
     """95 % intervals of the quantiles, by the names of their fields."""
     loss_increase: Estimate
     """In nats per token: the logarithm of the ratio of perplexities."""

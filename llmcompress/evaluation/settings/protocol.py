@@ -1,4 +1,4 @@
-"""Published evaluation protocols by name: `evals/protocols` of a checkout, `llmcompress/protocols` of an installed wheel.
+"""Published evaluation protocols by name: `evals/protocols` of a checkout, `llmcompress/protocols` of a wheel.
 
 A protocol is the values of some options of `perplexity:`; whatever a recipe writes beside its name counts more.
 """
