@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llmcompress.calibration.sources import paragraph_hashes
-from llmcompress.evaluation.reductions import estimate
+from llmcompress.evaluation.bootstrap import estimate
 from llmcompress.recipe import parse_recipe
 from tests.tiny_folder import write_tiny_llama
 
