@@ -324,14 +324,14 @@ def is_dense(model: nn.Module) -> bool:
     return not any(isinstance(module, CompressedModule) for module in model.modules())
 
 
-def named_models(models: ModelLike | Sequence[ModelLike]) -> dict[str, str | nn.Module]:
+def named_models(models: ModelLike | Sequence[ModelLike]) -> list[tuple[str, str | PreTrainedModel]]:
     """One or several, with names for a table; models in memory are called by their class and place in the list."""
     one = isinstance(models, str | Path | nn.Module | CompressedModel | ModelAndTokenizer)
     several = cast(Sequence[ModelLike], [models] if one else models)
-    found: dict[str, str | nn.Module] = {}
+    found: list[tuple[str, str | PreTrainedModel]] = []
     for number, each in enumerate(several, start=1):
         live = in_memory(each)
-        found[str(each) if live is None else f"{number}: {type(live).__name__}"] = str(each) if live is None else live
+        found.append((str(each), str(each)) if live is None else (f"{number}: {type(live).__name__}", live))
     return found
 
 

@@ -24,7 +24,7 @@ from llmcompress.loading.identity import identity_of_files, identity_of_folder
 from llmcompress.loading.source import find_source
 from llmcompress.loading.tokenizer import read_tokenizer
 from llmcompress.progress import ProgressLike, as_progress
-from llmcompress.records.evaluation import Compression, Evaluation
+from llmcompress.records.evaluation import Comparison, Compression, Evaluation
 from llmcompress.runners.base import RUNNERS
 from llmcompress.saving import saved_compression
 
@@ -76,6 +76,23 @@ def evaluations(
             return
         with _opened(baseline, tokenizer, "torch", where) as theirs:
             yield from stepwise(ours, settings, told, baseline=theirs)
+
+
+def compare(
+    base: ModelLike,
+    models: Sequence[ModelLike],
+    tasks: TaskLike | Sequence[TaskLike] = BUNDLED_TEXT,
+    *,
+    runner: str = "torch",
+    device: str = "auto",
+    progress: ProgressLike = None,
+) -> Comparison:
+    """Every model against the same dense one, which is run once.
+
+    Raises: CompressError like `evaluate`.
+    """
+    found = [evaluate(each, tasks, baseline=base, runner=runner, device=device, progress=progress) for each in models]
+    return Comparison(base=str(found[0].baseline), evaluations=tuple(found))
 
 
 @contextmanager

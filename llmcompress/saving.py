@@ -23,11 +23,8 @@ from llmcompress.exporting import Exportable
 from llmcompress.recipe import Recipe
 from llmcompress.records.evaluation import Compression
 from llmcompress.records.measurements import WeightBytes
-from llmcompress.records.report import REPORT, Report, read_report
+from llmcompress.records.report import RECIPE, REPORT, Report, read_report
 from llmcompress.storage.folder import publish, staging_folder
-
-RECIPE = "llmcompress_recipe.yaml"
-"""Saved beside the weights and the report: the resolved recipe that makes the same result again."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from llmcompress.errors import did_you_mean
 
 COMMANDS = (
     "allocate",
+    "compare",
     "compress",
     "evaluate",
     "export",
@@ -26,6 +27,7 @@ COMMANDS = (
     "inspect",
     "passes",
     "recipes",
+    "report",
     "schema",
     "speed",
     "targets",

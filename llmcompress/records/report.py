@@ -16,6 +16,9 @@ from llmcompress.storage.json_file import read_json
 REPORT = "llmcompress_report.json"
 """Its file, saved with the weights."""
 
+RECIPE = "llmcompress_recipe.yaml"
+"""Saved beside the weights and the report: the resolved recipe that makes the same result again."""
+
 VERSION: Literal[1] = 1
 """Increases when a field or a kind of measurement changes its meaning; new kinds do not change it."""
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
+from llmcompress.records.cost import Cost, Rate
 from llmcompress.records.evaluation import Measured
 from llmcompress.records.measurements import Divergence, PerplexityResult, WeightBytes
 from llmcompress.report.forms import FORMS, signed
@@ -70,6 +72,8 @@ class Line:
     change: Change | None = None
     spread: tuple[float, float] | None = None
     """95 % interval of `value`."""
+    protocol: str = ""
+    """How it was measured, as far as that decides the number."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -176,9 +180,52 @@ def _one(name: str, on: str, form: str, better: Literal["lower", "higher"], foun
     return Line("divergence", name, on, form, better, value=found.mean, spread=interval_of(found))
 
 
+def _costs(measured: Measured) -> Iterable[Line]:
+    found = measured.of_kind(Cost)
+    dense = {each.setting: each for each in found if each.of == "dense"}
+    many = len({each.setting for each in found}) > 1
+    for each in found:
+        if each.of == "dense":
+            continue
+        on = f"batch {each.batch}, context {each.context}" if many else ""
+        protocol = f"{each.device}, {each.threads} threads, {each.dtype}, batch {each.batch}, context {each.context}"
+        before = dense.get(each.setting)
+        told = partial(Line, "cost", on=on, protocol=protocol)
+        for name in ("prefill", "decode"):
+            rate: Rate = getattr(each.speed, name)
+            base: Rate | None = getattr(before.speed, name) if before else None
+            yield told(
+                f"{name}, tokens/s",
+                form="rate",
+                better="higher",
+                dense=base.median if base else None,
+                value=rate.median,
+                change=_speed_up(rate, base) if base else None,
+            )
+        for title, form, find in _OTHER_COSTS:
+            value, base_value = find(each), find(before) if before else None
+            if value is not None:
+                yield told(title, form=form, better="lower", dense=base_value, value=value)
+
+
+def _speed_up(rate: Rate, base: Rate) -> Change | None:
+    """Turn by turn; the interval is that of all turns."""
+    if len(rate.turns) != len(base.turns):
+        return None
+    ratio = rate.ratio(base)
+    return Change(ratio.median, ratio.lowest, ratio.highest, is_ratio=True)
+
+
+_OTHER_COSTS: tuple[tuple[str, str, Callable[[Cost], float | None]], ...] = (
+    ("time to first token", "seconds", lambda each: each.speed.seconds_to_first_token),
+    ("peak memory", "bytes", lambda each: each.memory.running),
+    ("energy per new token", "joules", lambda each: each.energy.decode_joules_per_token),
+)
+
 LINES: Mapping[str, Callable[[Measured], Iterable[Line]]] = {
     "weight_bytes": _sizes,
     "perplexity": _perplexities,
     "divergence": _divergences,
+    "cost": _costs,
 }
 """Kind of measurement → its lines, in the order of reports. A new kind of measurement is one entry."""

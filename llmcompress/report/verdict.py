@@ -11,6 +11,9 @@ from llmcompress.report.lines import Line, changed, lines
 SAME_SIZE = 0.02
 """Two files that differ by less are called equally large."""
 
+FASTER = 0.03
+"""A runtime that is faster by less is not called faster: two runs of one model differ by as much."""
+
 
 def verdict(measured: Measured) -> str:
     """What compression gained and cost; empty where nothing is compared."""
@@ -38,7 +41,16 @@ def _size(measured: Measured) -> str:
 
 
 def _speeds(measured: Measured) -> list[str]:
-    return []
+    """Of decoding, with one sequence and the shortest context that was measured."""
+    found = [line for line in lines(measured) if line.kind == "cost" and line.name.startswith("decode") and line.change]
+    if not found:
+        return []
+    change = found[0].change
+    assert change is not None
+    if change.low is not None and change.low > 1 + FASTER:
+        return [f"decode {change.value:.1f}× as fast"]
+    word = "slower" if change.high is not None and change.high < 1 - FASTER else "not faster"
+    return [f"decode {change.value:.1f}×: {word} on this runtime"]
 
 
 def _broken(measured: Measured) -> str:
