@@ -43,7 +43,7 @@ from llmcompress.model.probe import map_model, probe
 from llmcompress.passes.apply import apply_passes, steps
 from llmcompress.passes.shared_resume_store import SharedResumeStore
 from llmcompress.planning import Plan, known_in_memory, make_plan, refused, within_target_limits
-from llmcompress.preparation import CompressionRequest, Prepared, estimate, prepare
+from llmcompress.preparation import CompressionRequest, Prepared, estimate, prepare, teachers_of
 from llmcompress.presets import RecipeLike, as_recipe
 from llmcompress.progress import ProgressLike, Silent, as_progress
 from llmcompress.records.degraded import degraded_warnings
@@ -176,6 +176,7 @@ def _context(
         if request.output is not None and request.processes.count > 1
         else run,
         progress=request.progress,
+        teachers=teachers_of(request),
     )
 
 

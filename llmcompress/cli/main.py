@@ -17,7 +17,18 @@ from llmcompress import __version__
 from llmcompress.cli.failures import report_failure
 from llmcompress.errors import did_you_mean
 
-COMMANDS = ("allocate", "compress", "evaluate", "footprint", "inspect", "passes", "recipes", "schema", "speed")
+COMMANDS = (
+    "allocate",
+    "compress",
+    "distill",
+    "evaluate",
+    "footprint",
+    "inspect",
+    "passes",
+    "recipes",
+    "schema",
+    "speed",
+)
 
 
 class LazyGroup(click.Group):
