@@ -15,6 +15,7 @@ from llmcompress.calibration.process_group import ProcessGroup
 from llmcompress.calibration.tokens import max_positions
 from llmcompress.cost import Offload, about, this_machine
 from llmcompress.errors import CompressError, ExitCode
+from llmcompress.evaluation.gate import check_gate
 from llmcompress.evaluation.measuring import prepared
 from llmcompress.evaluation.metrics.base import Metric, Subject
 from llmcompress.exporters.loader import loader_of
@@ -108,6 +109,7 @@ def _prepared(request: CompressionRequest) -> Prepared:
         check_output(request.output, overwrite=request.overwrite, source=named)
     request.progress.stage("load", 1)
     check_texts(recipe, given=request.given is not None)
+    check_gate(recipe.evaluate, compares=True)
     recipe, loaded = _loaded(request) if request.live is None else (recipe, _in_memory(request, request.live))
     unfuse_experts(loaded.model, loaded.weights)
     model_map = map_model(loaded.model)

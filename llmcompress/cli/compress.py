@@ -11,7 +11,7 @@ import click
 
 from llmcompress.cli.early import refuse_mistakes
 from llmcompress.cli.libraries import loading_libraries, quiet_libraries
-from llmcompress.cli.output import device_option, json_option, print_json, print_tables
+from llmcompress.cli.output import device_option, fail_by_gate, json_option, print_json, print_tables, track_option
 from llmcompress.errors import NOTHING_SAVED, CompressError, ExitCode, saved_of
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Offload weights to disk, one block in memory (auto: if the model does not fit). Same result.",
 )
+@track_option
 @device_option
 @json_option
 def compress(
@@ -57,6 +58,7 @@ def compress(
     fresh: bool,
     yes: bool,
     offload: Offload,
+    tracker: str | None,
     device: str,
     as_json: bool,
 ) -> None:
@@ -84,6 +86,10 @@ def compress(
     # of several processes (torchrun) only the first may touch what lies at the output, and it is not known yet
     written = None if dry_run or "RANK" in os.environ else output
     refuse_mistakes(file, settings, model=model, output=written, overwrite=overwrite)
+    if tracker is not None:
+        from llmcompress.report.tracking import check_tracker
+
+        check_tracker(tracker)
     with TerminalProgress() as progress:
         with loading_libraries(progress):
             from llmcompress import pipeline
@@ -116,11 +122,17 @@ def compress(
                 raise interrupted(output, saved_of(interrupt)) from None
     if dry_run:
         print_json(plan) if as_json else print_tables(*plan_tables(plan))
-    elif as_json:
+        return
+    if tracker is not None:
+        from llmcompress.report.tracking import track
+
+        track(done.report, tracker, settings={"recipe": done.report.recipe_hash})
+    if as_json:
         print_json({"output": str(output), **done.report.model_dump(mode="json")})
     else:
         print_tables(*report_tables(done.report))
         click.echo(f"saved to {output}", err=True)
+    fail_by_gate(done.report, as_json=as_json, saved=str(output))
 
 
 def _confirm_remote_code(recipe: Recipe, *, yes: bool) -> None:

@@ -19,15 +19,19 @@ from llmcompress.errors import did_you_mean
 
 COMMANDS = (
     "allocate",
+    "compare",
     "compress",
     "distill",
     "evaluate",
+    "export",
     "footprint",
     "inspect",
     "passes",
     "recipes",
+    "report",
     "schema",
     "speed",
+    "targets",
 )
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from llmcompress.errors import NOTHING_SAVED, CompressError, ExitCode
-from llmcompress.exporters.base import EXPORTERS, Answer, Exact, Exporter, Refused
+from llmcompress.exporters.base import EXPORTERS, Answer, Converted, Exact, Exporter, Refused
 from llmcompress.exporters.bitsandbytes import BitsAndBytesExporter
 from llmcompress.exporters.compressed_tensors import CompressedTensorsExporter
 from llmcompress.exporters.contents import CodedLinear, Contents
@@ -34,7 +34,9 @@ class Choice:
 
     def tensors(self, site: CodedLinear, storage_dtype: torch.dtype) -> dict[str, Kind]:
         """What the files will hold of a linear, by last name."""
-        writer = self.exporter if isinstance(self.answers.get(site.name), Exact) else PlainExporter()
+        answer = self.answers.get(site.name)
+        holds_codes = isinstance(answer, Exact) or (isinstance(answer, Converted) and answer.keeps_codes)
+        writer = self.exporter if holds_codes else PlainExporter()
         return writer.tensors(site, storage_dtype)
 
 

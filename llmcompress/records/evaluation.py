@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Self, TypeVar
 
 from llmcompress.records.measurements import Divergence, Measurement, PerplexityResult
-from llmcompress.records.rows import Record
+from llmcompress.records.rows import Record, SiteReport
 
 VERSION: Literal[1] = 1
 """Increases when a field changes its meaning."""
@@ -42,14 +42,14 @@ class Measured(Record):
 
     @property
     def quality(self) -> tuple[Quality, ...]:
-        """One entry for every text on which both models were measured with the same protocol."""
+        """One entry for every text on which both models were measured with the same conditions."""
         measured = self.of_kind(PerplexityResult)
-        after = {each.protocol: each for each in measured if each.of == "compressed"}
-        divergences = {each.protocol: each for each in self.of_kind(Divergence)}
+        after = {each.conditions: each for each in measured if each.of == "compressed"}
+        divergences = {each.conditions: each for each in self.of_kind(Divergence)}
         return tuple(
-            Quality(each, after[each.protocol], divergences.get(each.protocol))
+            Quality(each, after[each.conditions], divergences.get(each.conditions))
             for each in measured
-            if each.of == "dense" and each.protocol in after
+            if each.of == "dense" and each.conditions in after
         )
 
     def of_kind(self, kind: type[T]) -> list[T]:
@@ -59,6 +59,20 @@ class Measured(Record):
     def with_measurements(self, more: Iterable[Measurement]) -> Self:
         """The same with more measurements appended."""
         return self.model_copy(update={"measurements": (*self.measurements, *more)})
+
+
+class Compression(Record):
+    """How a model was made, as the report beside its weights says."""
+
+    model: str
+    """The dense model."""
+    recipe: str | None
+    """The resolved recipe, YAML; None: it is not there."""
+    calibration_tokens: int
+    sites: tuple[SiteReport, ...]
+    refused: dict[str, str]
+    """What was not compressed, and why."""
+    warnings: tuple[str, ...]
 
 
 class Evaluation(Measured):
@@ -73,8 +87,23 @@ class Evaluation(Measured):
     versions: dict[str, str]
     machine: dict[str, str]
     warnings: tuple[str, ...] = ()
+    unfinished: tuple[str, ...] = ()
+    """What was asked for and not measured, because the evaluation was stopped."""
+    command: str | None = None
+    """What was typed."""
+    compression: Compression | None = None
 
     @property
     def perplexities(self) -> list[PerplexityResult]:
         """Of the model itself, text by text."""
         return [each for each in self.of_kind(PerplexityResult) if each.of != "dense"]
+
+
+class Comparison(Record):
+    """Several models, each evaluated against the same dense one."""
+
+    version: Literal[1] = VERSION
+    base: str
+    evaluations: tuple[Evaluation, ...]
+    command: str | None = None
+    """What was typed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -61,6 +62,30 @@ class Candidate:
     runtime: str = "torch"
 
 
+def as_candidates(models: Sequence[tuple[str, str | PreTrainedModel]], runtimes: Sequence[str]) -> dict[str, Candidate]:
+    """By the names of the table: a model that is measured in several runtimes is called by both.
+
+    Raises: CompressError unless there is one runtime for all or one for each.
+    """
+    if len(runtimes) not in (1, len(models)):
+        raise CompressError(
+            "speed.runners",
+            f"{len(models)} models, but {len(runtimes)} runners",
+            fix="name one runner for all models, or one for each in their order",
+            exit_code=ExitCode.USAGE,
+        )
+    given = list(runtimes) * len(models) if len(runtimes) == 1 else list(runtimes)
+    pairs = dict.fromkeys((name, runtime) for (name, _), runtime in zip(models, given, strict=True))
+    often = {name for name, count in Counter(name for name, _ in pairs).items() if count > 1}
+    live = dict(models)
+    return {f"{name} ({runtime})" if name in often else name: Candidate(live[name], runtime) for name, runtime in pairs}
+
+
+def several(value: int | Sequence[int]) -> Sequence[int]:
+    """One number is a list of one."""
+    return [value] if isinstance(value, int) else value
+
+
 @dataclass(frozen=True)
 class CostTable:
     """All rows, model by model within one setting, and what they are measured against."""
@@ -100,9 +125,7 @@ def measure_costs(
         memory = {
             name: _memory(each, device, dtypes[name], pinning, chosen) for name, each in candidates.items()
         }  # before any model is in this process, whose memory they share
-        runners = {
-            name: stack.enter_context(_open(each, device, dtypes[name])) for name, each in candidates.items()
-        }
+        runners = {name: stack.enter_context(_open(each, device, dtypes[name])) for name, each in candidates.items()}
         for name, runner in runners.items():
             _refuse_long(name, runner, chosen)
         bench = _Bench(candidates, runners, memory, pinning, chosen)
@@ -137,9 +160,7 @@ class _Bench:
         for name, runner in self.runners.items():
             computed = runner.logits(prompts[name][:1, :1]).dtype
             if "limits" not in self.settings.skip:
-                self.limits[name] = machine_limits(
-                    runner.device, computed, self.pinning.threads, self.settings.clock
-                )
+                self.limits[name] = machine_limits(runner.device, computed, self.pinning.threads, self.settings.clock)
             yield Cost(
                 model=name,
                 runtime=self.candidates[name].runtime,
@@ -180,8 +201,8 @@ def _traffic(work: Work | None, prompt_BT: Tensor, speed: Speed, limits: Machine
         prefill_flops=work.prefill_flops,
         weight_bytes=work.weight_bytes,
         cache_bytes=work.cache_bytes,
-        matrix_rate_fraction=limits and prefills * work.prefill_flops / limits.flops_per_second,
-        bandwidth_fraction=limits and steps * moved / limits.bytes_per_second,
+        matrix_rate_fraction=prefills * work.prefill_flops / limits.flops_per_second if limits else None,
+        bandwidth_fraction=steps * moved / limits.bytes_per_second if limits else None,
     )
 
 
