@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llmcompress.modules.cache_names import cache_of, with_cache
 from llmcompress.training.data.batch import Sample
 
 
@@ -32,9 +33,10 @@ class _Reader:
     def probabilities(self, ids_BT: Tensor) -> Tensor:
         """B×V of the next token in float32; all of the text is given every time."""
         new_BT = ids_BT if self._cache is None else ids_BT[:, -1:]
-        said = self._model(input_ids=new_BT, past_key_values=self._cache, use_cache=True)
-        self._cache = getattr(said, "past_key_values", None)
-        return said.logits[:, -1, : self._vocabulary].float().softmax(-1)
+        said = self._model(input_ids=new_BT, use_cache=True, **with_cache(self._model.forward, self._cache))
+        self._cache = cache_of(said)
+        logits_BV: Tensor = said.logits[:, -1, : self._vocabulary]
+        return logits_BV.float().softmax(-1)
 
 
 @torch.no_grad()

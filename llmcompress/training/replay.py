@@ -38,7 +38,7 @@ class ReplayBuffer:
         """What `state` returned."""
         self._texts.clear()
         lengths = state["lengths"].tolist()
-        texts = state["ids"].split([length for length, _ in lengths]) if lengths else ()
+        texts = torch.split(state["ids"], [length for length, _ in lengths]) if lengths else ()
         for ids_T, (length, prompt) in zip(texts, lengths, strict=True):
             self._texts.append(Sample(ids_T, torch.arange(length) >= prompt))
 

@@ -80,7 +80,7 @@ def test_skew_tends_to_the_plain_divergence_and_never_exceeds_it() -> None:
     for direction in ("forward", "reverse"):
         plain = KL(direction=direction).per_token(student, TARGETS, teacher)
         torch.testing.assert_close(
-            SkewKL(direction=direction, skew=1e-9).per_token(student, TARGETS, teacher), plain, atol=0, rtol=1e-7
+            SkewKL(direction=direction, skew=1e-9).per_token(student, TARGETS, teacher), plain, atol=0, rtol=1e-5
         )
         for skew in (0.1, 0.5, 0.9):
             assert (SkewKL(direction=direction, skew=skew).per_token(student, TARGETS, teacher) < plain).all()

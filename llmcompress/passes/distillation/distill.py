@@ -50,7 +50,7 @@ class Distill(Retraining):
         "Bayesian model averaging",
     )
     objective: dict[str, dict[str, Any]] = Field(
-        default_factory=lambda: {"kl": {}}, description="objectives with their options, which are added up"
+        {"kl": {}}, description="objectives with their options, which are added up"
     )
     stored: Stored | None = Field(
         None, description="store the teacher's distributions on disk and read them from there"

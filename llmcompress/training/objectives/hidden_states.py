@@ -53,10 +53,9 @@ class HiddenStates(FeatureObjective):
 
     @override
     def value(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
-        numbers = [of for of, _ in layer_pairs(self.layers, len(student.hidden), len(teacher.hidden))]
-        pairs = self.pairs(student.hidden, teacher.hidden)
         losses = [
-            self._distance(self._projected(at, mine), theirs) for at, (mine, theirs) in zip(numbers, pairs, strict=True)
+            self._distance(self._projected(layer, mine), theirs)
+            for layer, mine, theirs in self.pairs(student.hidden, teacher.hidden)
         ]
         return mean_over_predicting(torch.stack(losses).mean(0), batch)
 
