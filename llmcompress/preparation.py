@@ -171,10 +171,8 @@ def _in_memory(request: CompressionRequest, live: LiveModel) -> Loaded:
 def teachers_of(request: CompressionRequest) -> TeacherFiles:
     """Where passes find the models they learn from; `original` is in files unless it was handed over in memory."""
     recipe = request.recipe
-    if request.live is not None:
-        return TeacherFiles()
-    source = find_source(str(recipe.model), revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
-    return TeacherFiles(source, trust_remote_code=recipe.trust_remote_code)
+    name = None if request.live is not None else recipe.model
+    return TeacherFiles(name, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
 
 
 def check_teachers(recipe: Recipe, teachers: TeacherFiles, tokenizer: PreTrainedTokenizerBase) -> None:

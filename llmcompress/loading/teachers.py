@@ -34,8 +34,10 @@ class Teachers(Protocol):
 class TeacherFiles:
     """Teachers in files. Every call reads anew: a model is not kept longer than its user keeps it."""
 
-    def __init__(self, original: Source | None = None, *, trust_remote_code: bool = False) -> None:
-        self._original, self._trust = original, trust_remote_code
+    def __init__(
+        self, original: str | None = None, *, revision: str | None = None, trust_remote_code: bool = False
+    ) -> None:
+        self._original, self._revision, self._trust = original, revision, trust_remote_code
 
     def model(self, name: str) -> PreTrainedModel:
         """Raises: CompressError for any fault of the model."""
@@ -86,4 +88,5 @@ class TeacherFiles:
                 fix="name the teacher's folder or Hub id, or compress from a folder",
                 exit_code=ExitCode.USAGE,
             )
-        return self._original, self._trust
+        source = find_source(self._original, revision=self._revision, trust_remote_code=self._trust)
+        return source, self._trust

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from typing_extensions import override
 
 from llmcompress.training.data.batch import IGNORED, Batch
@@ -38,7 +39,7 @@ class ActivationMaps(FeatureObjective):
 
 def _map(hidden_BTD: Tensor, counts_BT: Tensor) -> Tensor:
     squares_BT = hidden_BTD.square().mean(-1).where(counts_BT, 0.0)
-    return squares_BT / squares_BT.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    return functional.normalize(squares_BT, dim=-1)
 
 
 def _distance(mine_BT: Tensor, theirs_BT: Tensor) -> Tensor:

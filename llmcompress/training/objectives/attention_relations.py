@@ -70,7 +70,7 @@ def _split(vectors_BHTD: Tensor, heads: int) -> Tensor:
     joined_BTC = vectors_BHTD.transpose(1, 2).flatten(2)
     if joined_BTC.shape[-1] % heads:
         raise _heads(f"{joined_BTC.shape[-1]} channels do not divide into {heads} relation heads")
-    return joined_BTC.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return joined_BTC.view(*joined_BTC.shape[:-1], heads, -1).transpose(1, 2)
 
 
 def _log_rows(query_BHTD: Tensor, key_BHTD: Tensor, scaling: float) -> Tensor:
