@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import product
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -246,8 +245,10 @@ def _dtype(candidate: Candidate, device: torch.device, dtype: str) -> torch.dtyp
 def _on_disk(candidate: Candidate) -> int | None:
     if not isinstance(candidate.model, str):
         return None
-    folder = find_source(candidate.model).folder
-    return bytes_on_disk(folder) or sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+    source = find_source(candidate.model)
+    known = bytes_on_disk(source.gguf or source.folder)
+    # a format that is no checkpoint: everything in its folder
+    return known or sum(file.stat().st_size for file in source.folder.rglob("*") if file.is_file())
 
 
 def _refuse_long(name: str, runner: Runner, settings: CostSettings) -> None:
