@@ -24,6 +24,7 @@ from llmcompress.evaluation.footprint import bytes_on_disk
 from llmcompress.loading.config import read_config
 from llmcompress.loading.source import find_source
 from llmcompress.records.cost import Cost, Energy, MachineLimits, Memory, RateRatio, Speed, Traffic
+from llmcompress.records.rows import Which
 from llmcompress.runners.base import RUNNERS, Runner
 from llmcompress.runners.torch_runner import TorchRunner
 from llmcompress.runners.work import Work
@@ -59,6 +60,8 @@ class Candidate:
     model: str | PreTrainedModel
     """A Hub id, a folder, `builtin:...`; or a live one, which is measured where and as it is."""
     runtime: str = "torch"
+    of: Which = "model"
+    """What the record says it is; reports compare with what is `dense`."""
 
 
 def as_candidates(models: Sequence[tuple[str, str | PreTrainedModel]], runtimes: Sequence[str]) -> dict[str, Candidate]:
@@ -161,6 +164,7 @@ class _Bench:
             if "limits" not in self.settings.skip:
                 self.limits[name] = machine_limits(runner.device, computed, self.pinning.threads, self.settings.clock)
             yield Cost(
+                of=self.candidates[name].of,
                 model=name,
                 runtime=self.candidates[name].runtime,
                 device=device_name(runner.device),
