@@ -129,7 +129,7 @@ def compress(
                     progress=progress,
                 )
             except KeyboardInterrupt as interrupt:
-                raise _interrupted(output, saved_of(interrupt)) from None
+                raise interrupted(output, saved_of(interrupt)) from None
     if dry_run:
         print_json(plan) if as_json else print_tables(*plan_tables(plan))
         return
@@ -160,8 +160,8 @@ def _confirm_remote_code(recipe: Recipe, *, yes: bool) -> None:
     )
 
 
-def _interrupted(output: Path, saved: str | None) -> CompressError:
-    """`saved`: what the run said; None where it had not begun."""
+def interrupted(output: Path, saved: str | None) -> CompressError:
+    """The error for Ctrl-C. `saved`: what the run said; None where it had not begun."""
     run = output.absolute().with_name(output.absolute().name + ".run")
     if saved is None and (run / "journal.jsonl").exists():
         saved = f"what an earlier run saved in {run}: run the same command again to resume"
