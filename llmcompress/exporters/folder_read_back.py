@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from llmcompress.evaluation.checkpoint_codes import CodedSite, codes_in
 from llmcompress.exporters.contents import compressed_modules
 from llmcompress.loading.tensors import Tensors
+from llmcompress.modules.base import CompressedModule
 from llmcompress.modules.quant_linear import quantized_linears
 from llmcompress.numerics.quantized import QuantizedTensor
 from llmcompress.records.export_report import ReadBack
@@ -27,10 +28,10 @@ def read_folder_back(model: PreTrainedModel, folder: Path, storage_dtype: torch.
         if isinstance(site, CodedSite) and site.name in codes:
             found = {name: read(each) for name, each in site.tensors.items() if not name.startswith("input_")}
             rows.append(_codes(site, site.unpack(site, found), codes[site.name].quantized, storage_dtype))
-    own = model.state_dict()
+    own, modules = model.state_dict(), compressed_modules(model)
     for header in stored.dense:
         found_there = read(header)
-        expected = _expected(model, own, header.name, found_there.shape, storage_dtype)
+        expected = _expected(modules, own, header.name, found_there.shape, storage_dtype)
         if expected is not None:
             kind, differing = str(header.dtype).removeprefix("torch."), int((found_there != expected).sum())
             rows.append(
@@ -55,14 +56,14 @@ def _codes(site: CodedSite, found: QuantizedTensor, ours: QuantizedTensor, dtype
 
 
 def _expected(
-    model: PreTrainedModel, own: Mapping[str, Tensor], name: str, shape: torch.Size, dtype: torch.dtype
+    modules: Mapping[str, CompressedModule], own: Mapping[str, Tensor], name: str, shape: torch.Size, dtype: torch.dtype
 ) -> Tensor | None:
     """What the file must hold under that name; None where the model has nothing of that name and shape.
 
     A replaced module is there with tensors of its own, or dequantized; a Conv1D is stored the other way round.
     """
     owner, _, leaf = name.rpartition(".")
-    module = compressed_modules(model).get(owner)
+    module = modules.get(owner)
     value = own.get(name)
     if module is not None and (value is None or value.shape != shape) and leaf in ("weight", "bias"):
         value = module.dense_weight() if leaf == "weight" else module.dense_bias()
