@@ -1,4 +1,4 @@
-"""Intervals by resampling windows: how often they hold the truth; calibration error and lost tokens against plain loops."""
+"""Intervals by resampling windows: how often they hold the truth; what is counted per token, against plain loops."""
 
 from __future__ import annotations
 
