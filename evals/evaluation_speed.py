@@ -61,7 +61,7 @@ def share_of(bare: Callable[[], object], measured: Callable[[], object], pairs: 
 @click.option("--name", required=True)
 def main(model: str, text: str, window: int, windows: int, pairs: int, name: str) -> None:
     """Time perplexity and KL of one model against its own forward passes."""
-    loaded = load(model)
+    loaded = load(model, dtype=torch.float32)
     rows = loaded.model.config.get_text_config().vocab_size
     task = PerplexityTask(source=text, window=window, max_windows=windows)
     (metric,) = PerplexityMetric.prepare([task], Subject(loaded.tokenizer, None, rows))

@@ -13,7 +13,7 @@ from torch import Tensor
 from llmcompress.calibration.sources import paragraph_hashes
 from llmcompress.calibration.tokens import starts_with_bos
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.evaluation.scores import WindowScores, logits_in_pieces, score
+from llmcompress.evaluation.scores import WindowScores, log_probabilities, score
 from llmcompress.evaluation.settings.perplexity import PerplexityTask
 from llmcompress.evaluation.texts import EvaluationText
 from llmcompress.progress import Progress
@@ -100,7 +100,7 @@ def save_kl_base(path: Path, runner: Runner, text: EvaluationText, progress: Pro
 
 def _logits(runner: Runner, text: EvaluationText, progress: Progress) -> Iterator[Tensor]:
     progress.stage(f"scores on {text.name}", len(text.windows))
-    for piece in logits_in_pieces(runner, text.windows, text.skips):
-        yield piece.logits_RV
+    for piece in log_probabilities(runner, text.windows, text.skips):
+        yield piece.logprobs_RV
         if piece.start + len(piece.targets_R) == text.lengths[piece.window]:
             progress.step(f"window {piece.window + 1}/{len(text.windows)}")
