@@ -189,12 +189,15 @@ def stored_bytes(model: PreTrainedModel) -> int:
     return ideal_bytes(model.to(torch.bfloat16))
 
 
-def rounded_bytes(dense: Mapping[str, Tensor], found: Mapping[str, Tensor], *, bits: int, group: int) -> int:
+def rounded_bytes(
+    dense: Mapping[str, Tensor], found: Mapping[str, Tensor], *, bits: int | Mapping[str, int], group: int
+) -> int:
     """The same of dense weights that symmetric codes stand for: those that differ from the dense model are codes."""
     total = 0
     for name, tensor in dense.items():
         coded = name in found and not torch.equal(tensor, found[name].to(tensor.dtype))
-        total += tensor.numel() * bits // 8 + tensor.numel() // group * 2 if coded else tensor.numel() * 2
+        own = bits if isinstance(bits, int) else bits.get(name, 16)
+        total += tensor.numel() * own // 8 + tensor.numel() // group * 2 if coded else tensor.numel() * 2
     return total
 
 

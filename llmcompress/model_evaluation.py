@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from llmcompress.calibration.devices import usable_device
 from llmcompress.calibration.tokens import max_positions
-from llmcompress.compressed_model import ModelLike, evaluated_in_memory, in_memory, tokenizer_beside
-from llmcompress.evaluation.beside import EvaluatedModel, evaluation_of
+from llmcompress.compressed_model import CompressedModel, ModelLike, evaluated_in_memory, in_memory, tokenizer_beside
+from llmcompress.evaluation.beside import EvaluatedModel
+from llmcompress.evaluation.beside import evaluations as stepwise
 from llmcompress.evaluation.environment import numeric_versions
+from llmcompress.evaluation.footprint import bytes_on_disk
 from llmcompress.evaluation.measuring import TaskLike, as_tasks
 from llmcompress.evaluation.metrics.base import Subject
 from llmcompress.evaluation.settings.perplexity import BUNDLED_TEXT
@@ -21,8 +24,9 @@ from llmcompress.loading.identity import identity_of_files, identity_of_folder
 from llmcompress.loading.source import find_source
 from llmcompress.loading.tokenizer import read_tokenizer
 from llmcompress.progress import ProgressLike, as_progress
-from llmcompress.records.evaluation import Evaluation
+from llmcompress.records.evaluation import Comparison, Compression, Evaluation
 from llmcompress.runners.base import RUNNERS
+from llmcompress.saving import saved_compression
 
 
 def evaluate(
@@ -44,12 +48,51 @@ def evaluate(
     Raises: CompressError when a model or a text cannot be read, there is no such runtime, or the two models read the
     texts as different tokens.
     """
+    stages = evaluations(
+        model, tasks, baseline=baseline, tokenizer=tokenizer, runner=runner, device=device, progress=progress
+    )
+    *_, last = stages
+    return last
+
+
+def evaluations(
+    model: ModelLike,
+    tasks: TaskLike | Sequence[TaskLike] = BUNDLED_TEXT,
+    *,
+    baseline: ModelLike | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    runner: str = "torch",
+    device: str = "auto",
+    progress: ProgressLike = None,
+) -> Iterator[Evaluation]:
+    """The same step by step: what is found so far, after every metric; the last one has everything.
+
+    Raises: CompressError like `evaluate`.
+    """
     where, told, settings = usable_device(device), as_progress(progress), as_tasks(tasks)
     with _opened(model, tokenizer, runner, where) as ours:
         if baseline is None:
-            return evaluation_of(ours, settings, told, baseline=None)
+            yield from stepwise(ours, settings, told, baseline=None)
+            return
         with _opened(baseline, tokenizer, "torch", where) as theirs:
-            return evaluation_of(ours, settings, told, baseline=theirs)
+            yield from stepwise(ours, settings, told, baseline=theirs)
+
+
+def compare(
+    base: ModelLike,
+    models: Sequence[ModelLike],
+    tasks: TaskLike | Sequence[TaskLike] = BUNDLED_TEXT,
+    *,
+    runner: str = "torch",
+    device: str = "auto",
+    progress: ProgressLike = None,
+) -> Comparison:
+    """Every model against the same dense one, which is run once.
+
+    Raises: CompressError like `evaluate`.
+    """
+    found = [evaluate(each, tasks, baseline=base, runner=runner, device=device, progress=progress) for each in models]
+    return Comparison(base=str(found[0].baseline), evaluations=tuple(found))
 
 
 @contextmanager
@@ -60,9 +103,9 @@ def _opened(
     live = in_memory(model)
     if live is not None:
         with evaluated_in_memory(live, tokenizer or tokenizer_beside(model), device) as evaluated:
-            yield evaluated
+            yield replace(evaluated, compression=_made_in_memory(model))
         return
-    kind, source = RUNNERS[runner], find_source(str(model))
+    kind, source = RUNNERS[runner], find_source(str(model), as_it_is=runner != "torch")
     config, _ = read_config(source.folder, may_be_quantized=True)
     identity = identity_of_folder if runner == "torch" else identity_of_files
     yield EvaluatedModel(
@@ -71,4 +114,10 @@ def _opened(
         {**identity(source.folder), **numeric_versions(), "runner": runner, "dtype": "float32", "device": device.type},
         runner,
         lambda: kind.open(str(model), device=device, dtype=torch.float32),
+        bytes_on_disk(source.gguf or source.folder) or None,
+        saved_compression(source.gguf.parent if source.gguf else source.folder),
     )
+
+
+def _made_in_memory(model: ModelLike) -> Compression | None:
+    return model.report.compression(model.recipe.to_yaml()) if isinstance(model, CompressedModel) else None

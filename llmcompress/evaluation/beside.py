@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.corpora import corpus_warnings
 from llmcompress.evaluation.environment import machine, versions
-from llmcompress.evaluation.measuring import comparisons, observe, prepared, results
+from llmcompress.evaluation.gate import check_gate, gate_of, judged
+from llmcompress.evaluation.measuring import Observed, comparisons, observe, prepared, results
 from llmcompress.evaluation.metrics.base import Metric, Subject
 from llmcompress.evaluation.settings.base import MetricSettings
 from llmcompress.progress import Progress
-from llmcompress.records.evaluation import Evaluation
+from llmcompress.records.evaluation import Compression, Evaluation
+from llmcompress.records.measurements import Measurement, WeightBytes, Which
 from llmcompress.runners.base import Runner
 from llmcompress.storage.cache import TensorCache, cache_folder
 
@@ -28,6 +30,10 @@ class EvaluatedModel:
     runner: str
     """The name of the runtime."""
     open_runner: Callable[[], Runner]
+    bytes_on_disk: int | None = None
+    """Of its weight files; None: it is in memory."""
+    compression: Compression | None = None
+    """How it was made, where that is known."""
 
 
 def score_cache() -> TensorCache:
@@ -42,24 +48,68 @@ def evaluation_of(
 
     Raises: CompressError as the metrics do, and when the two models read the data as different tokens.
     """
-    metrics, cache = prepared(settings, model.subject), score_cache()
-    if baseline is None:
-        found = observe(metrics, model.open_runner, model=model.identity, cache=cache, progress=progress)
-        measurements = results(found, "model")
-    else:
+    *_, last = evaluations(model, settings, progress, baseline=baseline)
+    return last
+
+
+def evaluations(
+    model: EvaluatedModel, settings: Sequence[MetricSettings], progress: Progress, *, baseline: EvaluatedModel | None
+) -> Iterator[Evaluation]:
+    """The same, after every metric of every model what is found so far; the last one has everything.
+
+    Raises: CompressError like `evaluation_of`.
+    """
+    check_gate(settings, compares=baseline is not None)
+    metrics, cache, gate = prepared(settings, model.subject), score_cache(), gate_of(settings)
+    dense: list[Observed] = []
+    found: list[Observed] = []
+
+    def so_far(*, finished: bool = False) -> Evaluation:
+        measured = _measurements(model, found, dense, baseline)
+        left = () if finished else tuple(metric.name for metric in metrics[len(found) :])
+        return Evaluation(
+            model=model.name,
+            baseline=baseline.name if baseline else None,
+            runner=model.runner,
+            versions=versions(),
+            machine=machine(),
+            measurements=tuple(measured + (judged(settings, measured) if finished else [])),
+            warnings=(*text_warnings(metrics), *corpus_warnings(measured)),
+            unfinished=left,
+            compression=model.compression,
+        )
+
+    if baseline is not None:
         _refuse_other_tokens(metrics, prepared(settings, baseline.subject), model.name, baseline.name)
-        dense = observe(metrics, baseline.open_runner, model=baseline.identity, cache=cache, progress=progress)
-        found = observe(metrics, model.open_runner, model=model.identity, cache=cache, progress=progress, dense=dense)
-        measurements = [*results(dense, "dense"), *results(found, "compressed"), *comparisons(dense, found)]
-    return Evaluation(
-        model=model.name,
-        baseline=baseline.name if baseline else None,
-        runner=model.runner,
-        versions=versions(),
-        machine=machine(),
-        measurements=tuple(measurements),
-        warnings=(*text_warnings(metrics), *corpus_warnings(measurements)),
-    )
+        for each in observe(metrics, baseline.open_runner, model=baseline.identity, cache=cache, progress=progress):
+            dense.append(each)
+            yield so_far()
+    for each in observe(
+        metrics,
+        model.open_runner,
+        model=model.identity,
+        cache=cache,
+        progress=progress,
+        dense=None if baseline is None else dense,
+        keep_not_finite=gate is not None and bool(gate.finite),
+    ):
+        found.append(each)
+        yield so_far()
+    yield so_far(finished=True)
+
+
+def _measurements(
+    model: EvaluatedModel, found: Sequence[Observed], dense: Sequence[Observed], baseline: EvaluatedModel | None
+) -> list[Measurement]:
+    """What is known of both models, and of their difference."""
+    of: Which = "model" if baseline is None else "compressed"
+    both: tuple[tuple[Which, EvaluatedModel | None], ...] = (("dense", baseline), (of, model))
+    sizes = [
+        WeightBytes(of=whose, bytes=each.bytes_on_disk)
+        for whose, each in both
+        if each is not None and each.bytes_on_disk is not None
+    ]
+    return [*sizes, *results(dense, "dense"), *results(found, of), *comparisons(dense, found)]
 
 
 def text_warnings(metrics: Iterable[Metric]) -> tuple[str, ...]:

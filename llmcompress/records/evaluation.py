@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Self, TypeVar
 
 from llmcompress.records.measurements import Divergence, Measurement, PerplexityResult
-from llmcompress.records.rows import Record
+from llmcompress.records.rows import Record, SiteReport
 
 VERSION: Literal[1] = 1
 """Increases when a field changes its meaning."""
@@ -61,6 +61,20 @@ class Measured(Record):
         return self.model_copy(update={"measurements": (*self.measurements, *more)})
 
 
+class Compression(Record):
+    """How a model was made, as the report beside its weights says."""
+
+    model: str
+    """The dense model."""
+    recipe: str | None
+    """The resolved recipe, YAML; None: it is not there."""
+    calibration_tokens: int
+    sites: tuple[SiteReport, ...]
+    refused: dict[str, str]
+    """What was not compressed, and why."""
+    warnings: tuple[str, ...]
+
+
 class Evaluation(Measured):
     """One model, measured by one runtime; with a baseline, also what it lost against that."""
 
@@ -73,8 +87,23 @@ class Evaluation(Measured):
     versions: dict[str, str]
     machine: dict[str, str]
     warnings: tuple[str, ...] = ()
+    unfinished: tuple[str, ...] = ()
+    """What was asked for and not measured, because the evaluation was stopped."""
+    command: str | None = None
+    """What was typed."""
+    compression: Compression | None = None
 
     @property
     def perplexities(self) -> list[PerplexityResult]:
         """Of the model itself, text by text."""
         return [each for each in self.of_kind(PerplexityResult) if each.of != "dense"]
+
+
+class Comparison(Record):
+    """Several models, each evaluated against the same dense one."""
+
+    version: Literal[1] = VERSION
+    base: str
+    evaluations: tuple[Evaluation, ...]
+    command: str | None = None
+    """What was typed."""

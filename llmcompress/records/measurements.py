@@ -7,11 +7,20 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
+from llmcompress.records.cost import Cost, MachineLimits
+from llmcompress.records.gate import GateResult, NotFinite
+from llmcompress.records.inside import Distribution, TokenDivergences
 from llmcompress.records.quality import PositionProfile, WorstTokens
 from llmcompress.records.rows import Record
-
-Which = Literal["model", "dense", "compressed"]
-"""Before or after compression; `model` if only one model was measured."""
+from llmcompress.records.rows import Which as Which
+from llmcompress.records.tasks import (
+    GenerationComparison,
+    GenerationsResult,
+    RobustnessComparison,
+    RobustnessResult,
+    TaskComparison,
+    TaskResult,
+)
 
 
 class Estimate(Record):
@@ -162,25 +171,38 @@ class OtherMeasurement(Record):
     kind: str
 
 
-Known = PerplexityResult | Divergence | PositionProfile | WorstTokens | HeldOutLoss | WeightBytes | StageSeconds
+Known = (
+    PerplexityResult
+    | Divergence
+    | PositionProfile
+    | WorstTokens
+    | HeldOutLoss
+    | WeightBytes
+    | StageSeconds
+    | TaskResult
+    | TaskComparison
+    | RobustnessResult
+    | RobustnessComparison
+    | GenerationsResult
+    | GenerationComparison
+    | GateResult
+    | NotFinite
+    | Distribution
+    | TokenDivergences
+    | Cost
+    | MachineLimits
+)
 
 _KINDS = frozenset(str(each.model_fields["kind"].default) for each in get_args(Known))
 
 
 def _tag(value: Any) -> str:
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-    return kind if isinstance(kind, str) and kind in _KINDS else "other"
+    return "known" if isinstance(kind, str) and kind in _KINDS else "other"
 
 
 Measurement = Annotated[
-    Annotated[PerplexityResult, Tag("perplexity")]
-    | Annotated[Divergence, Tag("divergence")]
-    | Annotated[PositionProfile, Tag("position_profile")]
-    | Annotated[WorstTokens, Tag("worst_tokens")]
-    | Annotated[HeldOutLoss, Tag("held_out_loss")]
-    | Annotated[WeightBytes, Tag("weight_bytes")]
-    | Annotated[StageSeconds, Tag("seconds")]
-    | Annotated[OtherMeasurement, Tag("other")],
+    Annotated[Annotated[Known, Field(discriminator="kind")], Tag("known")] | Annotated[OtherMeasurement, Tag("other")],
     Discriminator(_tag),
 ]
-"""Any of them. A new kind is a class here and a line in this union; other versions preserve unknown kinds."""
+"""Any of them. A new kind is a class and a line in `Known`; other versions preserve unknown kinds."""

@@ -8,13 +8,16 @@ from typing import Literal
 from pydantic import ValidationError
 
 from llmcompress.errors import CompressError
-from llmcompress.records.evaluation import Measured
+from llmcompress.records.evaluation import Compression, Measured
 from llmcompress.records.measurements import StageSeconds, WeightBytes, Which
 from llmcompress.records.rows import SiteReport
 from llmcompress.storage.json_file import read_json
 
 REPORT = "llmcompress_report.json"
 """Its file, saved with the weights."""
+
+RECIPE = "llmcompress_recipe.yaml"
+"""Saved beside the weights and the report: the resolved recipe that makes the same result again."""
 
 VERSION: Literal[1] = 1
 """Increases when a field or a kind of measurement changes its meaning; new kinds do not change it."""
@@ -52,6 +55,17 @@ class Report(Measured):
     def seconds(self) -> dict[str, float]:
         """Wall seconds by stage."""
         return {each.stage: each.seconds for each in self.of_kind(StageSeconds)}
+
+    def compression(self, recipe: str | None) -> Compression:
+        """What it says of how the model was made; `recipe`: as YAML."""
+        return Compression(
+            model=self.model,
+            recipe=recipe,
+            calibration_tokens=self.calibration_tokens,
+            sites=self.sites,
+            refused=self.refused,
+            warnings=self.warnings,
+        )
 
     def _weight_bytes(self, of: Which) -> int:
         return next((each.bytes for each in self.of_kind(WeightBytes) if each.of == of), 0)

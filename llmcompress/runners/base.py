@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmcompress.registry import Registry
 from llmcompress.runners.work import Work
@@ -74,6 +74,10 @@ class Runner(ABC):
 
     def first_not_finite(self, ids_BT: Tensor) -> str | None:
         """Which part of the model first computes NaN or Inf on these tokens; None where a runtime cannot tell."""
+        return None
+
+    def torch_module(self) -> nn.Module | None:
+        """The model as modules of this process, to be looked at; None where the runtime has none."""
         return None
 
     @abstractmethod

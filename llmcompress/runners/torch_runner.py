@@ -113,6 +113,10 @@ class TorchRunner(Runner):
         return found[0] if found else None
 
     @override
+    def torch_module(self) -> nn.Module:
+        return self._model
+
+    @override
     def close(self) -> None:
         self._undo.close()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -29,6 +29,9 @@ class MetricSettings(BaseModel):
     """The settings of one metric; `evaluation/metrics` has, under the same name, what measures it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    only_one: ClassVar[bool] = False
+    """Whether a recipe has at most one, written without a list."""
 
     def sources(self) -> Iterator[LocalSource]:
         """What is read, so that a missing file is told before any work."""
