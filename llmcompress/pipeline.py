@@ -61,7 +61,7 @@ from llmcompress.records.report import Report
 from llmcompress.records.rows import SiteReport
 from llmcompress.run import Run
 from llmcompress.runners.torch_runner import TorchRunner
-from llmcompress.saving import Result, bytes_to_write, publish_result
+from llmcompress.saving import Result, bytes_to_write, publish_run
 
 
 def compress(
@@ -263,10 +263,7 @@ def _saved(request: CompressionRequest, result: Result) -> Report:
     """Written to the output, or counted how much that would be: the report with the bytes."""
     if request.output is None:
         return result.measured(bytes_to_write(result))
-    request.progress.stage("save", 1)
-    report = publish_result(result, request.output, overwrite=request.overwrite)
-    request.progress.step(request.output.name)
-    return report
+    return publish_run(result, request.output, overwrite=request.overwrite, progress=request.progress)
 
 
 def plan(

@@ -19,6 +19,7 @@ from llmcompress.evaluation.gate import check_gate
 from llmcompress.evaluation.measuring import prepared
 from llmcompress.evaluation.metrics.base import Metric, Subject
 from llmcompress.exporters.loader import loader_of
+from llmcompress.exporting import export_folders
 from llmcompress.loading.identity import identity_of_folder
 from llmcompress.loading.in_memory import LiveModel, identity_in_memory
 from llmcompress.loading.load import Loaded, load_for_compression
@@ -106,7 +107,8 @@ def _prepared(request: CompressionRequest) -> Prepared:
     recipe, processes = request.recipe, request.processes
     if processes.is_first and request.output is not None:
         named = None if request.live else from_home(str(recipe.model))
-        check_output(request.output, overwrite=request.overwrite, source=named)
+        for folder in (request.output, *export_folders(request.output, recipe.export).values()):
+            check_output(folder, overwrite=request.overwrite, source=named)
     request.progress.stage("load", 1)
     check_texts(recipe, given=request.given is not None)
     check_gate(recipe.evaluate, compares=True)
