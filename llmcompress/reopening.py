@@ -27,7 +27,7 @@ from llmcompress.modules.quant_linear import QuantLinear, as_bits
 from llmcompress.modules.scheme import Scheme
 from llmcompress.numerics.quantized import QuantizedTensor, unfolded
 from llmcompress.records.report import REPORT, read_report
-from llmcompress.saving import RECIPE
+from llmcompress.storage.names import RECIPE
 
 _BESIDE = (RECIPE, REPORT)
 
