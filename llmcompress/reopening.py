@@ -26,8 +26,7 @@ from llmcompress.model.skeleton import put_module
 from llmcompress.modules.quant_linear import QuantLinear, as_bits
 from llmcompress.modules.scheme import Scheme
 from llmcompress.numerics.quantized import QuantizedTensor, unfolded
-from llmcompress.records.report import REPORT, read_report
-from llmcompress.storage.names import RECIPE
+from llmcompress.records.report import RECIPE, REPORT, read_report
 
 _BESIDE = (RECIPE, REPORT)
 
