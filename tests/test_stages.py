@@ -179,7 +179,7 @@ def test_every_preset_is_valid_by_the_json_schema(short):
         "passes: [gptq: {damping: -1}]",
         "passes: [gptq: {overrides: {'*.a': {blok: 2}}}]",
         "passes: [{gptq: {}, rtn: {}}]",
-        "passes: [rtn]\nevaluate: {perplexity: [{split: x}]}",
+        "passes: [rtn]\nevaluate: {perplexity: [{window: 1}]}",
         "passes: [rtn]\nsave: {format: plian}",
         "passes: [rtn]\nsave: {max_shard_size: 5Gb}",
         "seed: 1",
