@@ -36,6 +36,7 @@ from llmcompress.runners.torch_runner import TorchRunner
 HERE = Path(__file__).resolve().parent
 WINDOW = 512
 PROMPT, NEW, TURNS = 128, 64, 3
+OURS = "llmcompress gptq int4_g64, table int8"
 CPU = torch.device("cpu")
 
 
@@ -51,7 +52,7 @@ class Candidate:
 @click.option("--compressed", required=True, help="A folder that `compress` saved.")
 @click.option("--dense", required=True, help="The dense model that it was made of.")
 @click.option("--text", required=True, metavar="NAME=FILE")
-@click.option("--windows", default=24, show_default=True)
+@click.option("--windows", default=16, show_default=True)
 @click.option("--name", default="SmolLM2-135M-Instruct", show_default=True)
 def main(compressed: str, dense: str, text: str, windows: int, name: str) -> None:
     """Measure and write."""
@@ -89,7 +90,7 @@ def made(compressed: str, dense: str, scratch: Path) -> list[Candidate]:
 
     export(compressed, "gguf", scratch / "ours", run=False)
     export(dense, "gguf", scratch / "dense", run=False)
-    found = [Candidate("llmcompress gptq int4_g64, table int8", scratch / "ours" / "model.gguf")]
+    found = [Candidate(OURS, scratch / "ours" / "model.gguf")]
     for title, kind, table in (
         ("llama.cpp Q4_0", "MOSTLY_Q4_0", None),
         ("llama.cpp Q4_0, table Q8_0", "MOSTLY_Q4_0", "Q8_0"),
@@ -102,7 +103,7 @@ def made(compressed: str, dense: str, scratch: Path) -> list[Candidate]:
         file = scratch / f"{len(found)}.gguf"
         llama_cpp.model_quantize(str(scratch / "dense" / "model.gguf"), str(file), settings)
         found.append(Candidate(title, file))
-    return [*found, Candidate("dense, BF16", scratch / "dense" / "model.gguf")]
+    return found
 
 
 def measured(candidate: Candidate, plain: Tensor, reference: Tensor, opened: Exportable) -> dict[str, object]:
@@ -111,20 +112,27 @@ def measured(candidate: Candidate, plain: Tensor, reference: Tensor, opened: Exp
         found = losses(runner, plain)
         apart = (found - reference).mean(1)
         error = float(apart.std() / math.sqrt(len(apart)))
-        bos = opened.tokenizer.bos_token_id
-        begins = opened.tokenizer("a")["input_ids"][0] == bos
-        begun = plain.clone()
-        if begins:
-            begun[:, 0] = bos
-        halves = losses(runner, begun) if begins else found
+        halves = second_half(runner, plain, opened) if candidate.name == OURS else {}
     return {
         "bytes": candidate.file.stat().st_size,
         "perplexity": math.exp(float(found.mean())),
         "ratio_to_torch": math.exp(float(apart.mean())),
         "standard_error": error,
-        "second_half": math.exp(float(halves[:, WINDOW // 2 - 1 :].mean())),
-        "second_half_bos": begins,
+        **halves,
     }
+
+
+def second_half(runner: Runner, plain: Tensor, opened: Exportable) -> dict[str, object]:
+    """By the protocol of llama-perplexity, in llama.cpp and in PyTorch."""
+    bos = opened.tokenizer.bos_token_id
+    begins = opened.tokenizer("a")["input_ids"][0] == bos
+    begun = plain.clone()
+    if begins:
+        begun[:, 0] = bos
+    with TorchRunner(opened.model) as reference:
+        both = {"second_half": losses(runner, begun), "second_half_torch": losses(reference, begun)}
+    means = {name: float(each[:, WINDOW // 2 - 1 :].mean()) for name, each in both.items()}
+    return {"second_half_bos": begins, **{name: math.exp(mean) for name, mean in means.items()}}
 
 
 def losses(runner: Runner, windows_BT: Tensor) -> Tensor:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmcompress.evaluation.checkpoint_codes import CodedSite, codes_in
 from llmcompress.exporters.contents import compressed_modules
 from llmcompress.loading.tensors import Tensors
+from llmcompress.modules.base import CompressedModule
 from llmcompress.modules.quant_linear import quantized_linears
 from llmcompress.numerics.quantized import QuantizedTensor
 from llmcompress.records.export_report import ReadBack
@@ -26,13 +28,12 @@ def read_folder_back(model: PreTrainedModel, folder: Path, storage_dtype: torch.
         if isinstance(site, CodedSite) and site.name in codes:
             found = {name: read(each) for name, each in site.tensors.items() if not name.startswith("input_")}
             rows.append(_codes(site, site.unpack(site, found), codes[site.name].quantized, storage_dtype))
+    own, modules = model.state_dict(), compressed_modules(model)
     for header in stored.dense:
-        expected = _expected(model, header.name, storage_dtype)
+        found_there = read(header)
+        expected = _expected(modules, own, header.name, found_there.shape, storage_dtype)
         if expected is not None:
-            found_there = read(header)
-            expected = expected.T if expected.shape != found_there.shape else expected  # a Conv1D
-            differing = int((found_there.to(expected.dtype) != expected).sum())
-            kind = str(header.dtype).removeprefix("torch.")
+            kind, differing = str(header.dtype).removeprefix("torch."), int((found_there != expected).sum())
             rows.append(
                 ReadBack(source=header.name, stored_as=kind, values=expected.numel(), weights_differing=differing)
             )
@@ -54,15 +55,19 @@ def _codes(site: CodedSite, found: QuantizedTensor, ours: QuantizedTensor, dtype
     )
 
 
-def _expected(model: PreTrainedModel, name: str, dtype: torch.dtype) -> Tensor | None:
-    """What the file must hold under that name; None where the model has nothing of that name."""
+def _expected(
+    modules: Mapping[str, CompressedModule], own: Mapping[str, Tensor], name: str, shape: torch.Size, dtype: torch.dtype
+) -> Tensor | None:
+    """What the file must hold under that name; None where the model has nothing of that name and shape.
+
+    A replaced module is there with tensors of its own, or dequantized; a Conv1D is stored the other way round.
+    """
     owner, _, leaf = name.rpartition(".")
-    module = compressed_modules(model).get(owner)
-    if module is not None and leaf in ("weight", "bias"):
+    module = modules.get(owner)
+    value = own.get(name)
+    if module is not None and (value is None or value.shape != shape) and leaf in ("weight", "bias"):
         value = module.dense_weight() if leaf == "weight" else module.dense_bias()
-        return None if value is None else value.to(dtype)
-    try:
-        parameter = model.get_parameter(name)
-    except AttributeError:
+        value = value.T if value is not None and value.shape != shape else value
+    if value is None or value.shape != shape:
         return None
-    return parameter.to(dtype) if isinstance(parameter, nn.Parameter) and parameter.is_floating_point() else None
+    return value.to(dtype) if value.is_floating_point() and value.itemsize > 1 else value

@@ -137,12 +137,12 @@ def _sizes(measured: Measured) -> Iterable[Line]:
 
 def _perplexities(measured: Measured) -> Iterable[Line]:
     found = measured.of_kind(PerplexityResult)
-    dense = {each.protocol: each for each in found if each.of == "dense"}
-    compared = {each.protocol: each for each in measured.of_kind(Divergence)}
+    dense = {each.conditions: each for each in found if each.of == "dense"}
+    compared = {each.conditions: each for each in measured.of_kind(Divergence)}
     for each in found:
         if each.of == "dense":
             continue
-        before, other = dense.get(each.protocol), compared.get(each.protocol)
+        before, other = dense.get(each.conditions), compared.get(each.conditions)
         ratio = changed(other.perplexity_ratio, is_ratio=True) if other else None
         yield Line(
             "perplexity",

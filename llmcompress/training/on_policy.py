@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llmcompress.errors import CompressError, ExitCode
 from llmcompress.training.data.batch import IGNORED, Batch, Sample, padded
 from llmcompress.training.generation import Share, drawn
 from llmcompress.training.replay import ReplayBuffer
@@ -156,8 +157,17 @@ class AdaptiveSampler:
         return step % self._writer.settings.validate_every == 0
 
     def validated(self, loss: float | None) -> None:
-        """Raise φ when the loss has grown."""
-        assert loss is not None, "the caller sees to validation samples"
+        """Raise φ when the loss has grown.
+
+        Raises: CompressError where there is no validation.
+        """
+        if loss is None:
+            raise CompressError(
+                "training.validation",
+                "the adaptive share of generated text follows the validation loss, and there are no validation samples",
+                fix="set `training.validation` above 0",
+                exit_code=ExitCode.USAGE,
+            )
         if self._reference != self._reference:  # the first: not a number yet
             self._reference = loss
         elif loss >= self._reference + 0.1:

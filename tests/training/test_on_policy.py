@@ -210,6 +210,17 @@ def test_a_training_on_its_own_text_learns_and_killed_and_resumed_equals_uninter
     assert all(torch.equal(each, through[name]) for name, each in again.items())
 
 
+def test_an_adaptive_share_needs_validation_samples() -> None:
+    job = Job("train", sampler=AdaptiveSampler(writer(), steps=1))
+    teacher = ModelTeacher(tiny_model("llama", seed=1), CPU)
+    with pytest.raises(CompressError) as caught:
+        train(
+            tiny_model("llama"), Windows(IDS), Training(steps=1, batch=2), RunContext(IDS), objective=KL(),
+            teacher=teacher, job=job,
+        )  # fmt: skip
+    assert caught.value.code == "training.validation"
+
+
 def test_text_of_the_teacher_needs_a_model_in_memory() -> None:
     with pytest.raises(CompressError) as caught:
         Writer(OnPolicy(by="teacher"), None).write(padded([Sample(IDS[0])]), tiny_model("llama"))
