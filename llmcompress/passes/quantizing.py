@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from llmcompress.calibration.stream import BlockWork
 from llmcompress.model.map import ModelMap
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.quant_linear import QuantLinear
@@ -70,6 +71,22 @@ class QuantizingPass(BlockPass):
     def activation_statistics(self) -> tuple[type[Statistic], ...]:
         """Static activation scales need the largest input."""
         return (AbsMax,) if any(named_scheme(name).measures_inputs for name in self.schemes()) else ()
+
+
+_MANY_ZEROS = 1e-3
+
+
+def note_zeros(block: BlockWork, sites: Sequence[LinearSite]) -> None:
+    """Tell, at the first block, what becomes of exact zeros that the checkpoint brought along."""
+    if block.info.index or block.context.zeros_are_masks:
+        return
+    weights = sum(site.weight_OI.numel() for site in sites)
+    zeros = sum(int((site.weight_OI == 0).sum()) for site in sites)
+    pruned = sum(int(site.pruned_OI.sum()) for site in sites)
+    if zeros > _MANY_ZEROS * weights:
+        what = "pruned, so they stay zero" if pruned else "a level of the grid of a quantized checkpoint, not a mask"
+        share = f"{zeros / weights:.1%} of the weights of {block.info.name}"
+        block.context.progress.note(f"{share} are exactly zero: {what}")
 
 
 def put_codes(site: LinearSite, scheme: Scheme, codes_OI: Tensor, fitted: Fitted) -> None:

@@ -18,7 +18,7 @@ from llmcompress.numerics.grid import Fitted, Grid, round_to_codes
 from llmcompress.numerics.ranges import RangeSearch, fit
 from llmcompress.numerics.statistics import Gram, Statistic
 from llmcompress.passes.base import PASSES
-from llmcompress.passes.quantizing import QuantizingPass, put_codes, relative_errors, report_row
+from llmcompress.passes.quantizing import QuantizingPass, note_zeros, put_codes, relative_errors, report_row
 from llmcompress.records.rows import SiteReport
 
 
@@ -72,18 +72,20 @@ class GPTQ(QuantizingPass):
         """Quantize every site; those that share an input are swept together."""
         rows: list[SiteReport] = []
         # sites that share an input stand together and share its matrix: it is ordered and factored once for all of them
-        known: tuple[tuple[Gram, float, bool], Visit] | None = None
+        known: tuple[tuple[Gram, float, bool, int], Visit] | None = None
+        note_zeros(block, sites)
         for here, scheme, members in self._together(sites):
             block.context.progress.substep(f"gptq {', '.join(site.info.name for site in members)}")
             gram = members[0].statistic(Gram)
-            key = (gram, here.damping, here.act_order)
+            key = (gram, here.damping, here.act_order, here.block)
             if known is None or known[0] != key:
-                known = (key, Visit.of(gram.sum_II, damping=here.damping, act_order=here.act_order))
+                visit = Visit.of(gram.sum_II, damping=here.damping, act_order=here.act_order, block=here.block)
+                known = (key, visit)
             # not before the factorisation, which is what takes the most memory
             weights = [site.weight_OI for site in members]
             weight_OI = weights[0] if len(weights) == 1 else torch.cat(weights)
-            dtype = members[0].storage_dtype
-            codes_OI, fitted, degraded = here._codes(weight_OI, scheme.weights, gram, known[1], dtype)
+            pruned_OI = torch.cat([site.pruned_OI for site in members])
+            codes_OI, fitted, degraded = here._codes(members[0], scheme.weights, known[1], weight_OI, pruned_OI)
             start = 0
             for site, own_OI in zip(members, weights, strict=True):
                 piece = slice(start, start + len(own_OI))
@@ -110,15 +112,16 @@ class GPTQ(QuantizingPass):
             yield previous
 
     def _codes(
-        self, weight_OI: Tensor, grid: Grid, gram: Gram, visit: Visit, scale_dtype: torch.dtype
+        self, site: LinearSite, grid: Grid, visit: Visit, weight_OI: Tensor, pruned_OI: Tensor
     ) -> tuple[Tensor, Fitted, str | None]:
-        """Codes, grid and, when a fallback was needed, why."""
+        """Codes, grid and, when a fallback was needed, why; of this site and its neighbours, whose weights follow."""
+        gram, scale_dtype = site.statistic(Gram), site.storage_dtype
         if visit.factor is None:
             fitted = fit(weight_OI, grid, scale_dtype=scale_dtype)
             cause = "no tokens reached it" if gram.tokens == 0 else "its Gram matrix is singular"
             return round_to_codes(weight_OI, fitted), fitted, f"{cause}: rounded to nearest"
         codes_OI, fitted = swept_codes(
-            weight_OI, grid, gram.sum_II, visit, scale_dtype=scale_dtype, search=self.range, block=self.block
+            weight_OI, grid, gram.sum_II, visit, scale_dtype=scale_dtype, search=self.range, pruned_OI=pruned_OI
         )
         raised = visit.factor.damping > self.damping
         degraded = f"damping raised from {self.damping:g} to {visit.factor.damping:g}" if raised else None
