@@ -43,6 +43,16 @@ class Visit:
         return cls(order_I, visit_I, inverse_factor(gram_II, damping, order_I), block)
 
 
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep leaves of a matrix."""
+
+    codes_OI: Tensor
+    fitted: Fitted
+    loss_O: Tensor
+    """For every output Σ ΔW (G + ridge) ΔWᵀ."""
+
+
 def swept_codes(
     weight_OI: Tensor,
     grid: Grid,
@@ -52,7 +62,7 @@ def swept_codes(
     scale_dtype: torch.dtype,
     search: RangeSearch = "mse",
     pruned_OI: Tensor | None = None,
-) -> tuple[Tensor, Fitted]:
+) -> Swept:
     """Codes and their grid, every error pushed onto the columns still to come; `visit` has a factor.
 
     What is `pruned_OI` stays zero, whatever the errors of other columns would make of it.
@@ -67,5 +77,5 @@ def swept_codes(
     if pruned_OI is not None and bool(pruned_OI.any()):
         treat = DropWeights(pruned_OI.T[visit_I], rounding)
     lazy = visit.block if order_I is not None else block_length(grid.group, visit.block)
-    sweep_columns_(visited_IO, factor.upper_II, treat, block=lazy)
-    return rounding.codes_IO.T.contiguous(), rounding.fitted
+    loss_O = sweep_columns_(visited_IO, factor.upper_II, treat, block=lazy)
+    return Swept(rounding.codes_IO.T.contiguous(), rounding.fitted, loss_O)

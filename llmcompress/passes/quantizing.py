@@ -131,16 +131,18 @@ def report_row(
 
 def relative_error(weight_OI: Tensor, codes_OI: Tensor, fitted: Fitted, gram: Gram) -> float:
     """Squared output error of the codes ÷ squared output, on what `gram` saw; 0 when that was nothing."""
-    return relative_errors(weight_OI, [(codes_OI, fitted)], gram)[0]
+    signal = output_energy(weight_OI, gram)
+    return output_noise(weight_OI, codes_OI, fitted, gram) / signal if signal > 0 else 0.0
 
 
-def relative_errors(weight_OI: Tensor, tried: Sequence[tuple[Tensor, Fitted]], gram: Gram) -> list[float]:
-    """The same for several codes of one weight, whose own output is squared once."""
-    signal, noise = 0.0, [0.0] * len(tried)
-    for rows in row_pieces(weight_OI):
-        part_OI = weight_OI[rows]
-        signal += float(output_error(part_OI, gram.sum_II))
-        for index, (codes_OI, fitted) in enumerate(tried):
-            difference_OI = restore(codes_OI[rows], fitted.rows(rows)).sub_(part_OI)
-            noise[index] += float(output_error(difference_OI, gram.sum_II))
-    return [each / signal if signal > 0 else 0.0 for each in noise]
+def output_energy(weight_OI: Tensor, gram: Gram) -> float:
+    """Squared output on what `gram` saw."""
+    return sum(float(output_error(weight_OI[rows], gram.sum_II)) for rows in row_pieces(weight_OI))
+
+
+def output_noise(weight_OI: Tensor, codes_OI: Tensor, fitted: Fitted, gram: Gram) -> float:
+    """Squared output error of the codes on what `gram` saw."""
+    return sum(
+        float(output_error(restore(codes_OI[rows], fitted.rows(rows)).sub_(weight_OI[rows]), gram.sum_II))
+        for rows in row_pieces(weight_OI)
+    )
