@@ -9,9 +9,10 @@ from llmcompress.records.evaluation import Comparison, Evaluation
 from llmcompress.records.inside import TokenDivergences
 from llmcompress.report import plots
 from llmcompress.report.document import Block, Code, Document, Paragraph, Plot, Section, Table
-from llmcompress.report.lines import Line, lines
+from llmcompress.report.kinds import lines
+from llmcompress.report.lines import Line
 from llmcompress.report.plots import Point, pareto
-from llmcompress.report.sections import moved
+from llmcompress.report.sections import texts
 from llmcompress.report.verdict import got_worse, verdict
 
 SIZE, QUALITY, SPEED = "weight files", "perplexity", "decode, tokens/s"
@@ -54,7 +55,9 @@ def as_comparison(found: Sequence[Evaluation | Comparison]) -> Comparison:
 def names_of(found: Sequence[Evaluation]) -> list[str]:
     """The models, told apart by their runtime or number where two have the same name."""
     names = [each.model for each in found]
-    told = [name if names.count(name) == 1 else f"{name} ({each.runner})" for name, each in zip(names, found, strict=True)]
+    told = [
+        name if names.count(name) == 1 else f"{name} ({each.runner})" for name, each in zip(names, found, strict=True)
+    ]
     return [name if told.count(name) == 1 else f"{name} {number}" for number, name in enumerate(told, start=1)]
 
 
@@ -73,7 +76,8 @@ def comparison_table(found: Comparison) -> Table:
             if key not in first or (first[key].dense is None and line.dense is not None):
                 first[key] = line
     rows = [
-        (line.title, line.written(line.dense), *(_cell(its.get(key)) for its in by_model)) for key, line in first.items()
+        (line.title, line.written(line.dense), *(_cell(its.get(key)) for its in by_model))
+        for key, line in first.items()
     ]
     return Table(("", f"#{found.base}", *(f"#{name}" for name in names_of(found.evaluations))), rows)
 
@@ -117,7 +121,9 @@ def _fronts(found: Comparison) -> list[Block]:
 
 def _shared(found: Comparison, name: str) -> tuple[str, str] | None:
     """The first line of that name that every model has."""
-    keys = [[line.key for line in lines(each) if line.name == name and line.value is not None] for each in found.evaluations]
+    keys = [
+        [line.key for line in lines(each) if line.name == name and line.value is not None] for each in found.evaluations
+    ]
     return next((key for key in keys[0] if all(key in its for its in keys)), None) if keys else None
 
 
@@ -137,9 +143,8 @@ def _texts(found: Comparison) -> list[Block]:
     blocks: list[Block] = []
     number = 0
     for name, each in zip(names_of(found.evaluations), found.evaluations, strict=True):
-        for its in each.of_kind(TokenDivergences):
-            blocks += moved(its, number, of=name)
-            number += 1
+        blocks += texts(each, of=name, first=number)
+        number += len(each.of_kind(TokenDivergences))
     return blocks
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import cast
 
 import torch
 from typing_extensions import override
 
 from llmcompress.calibration.tokens import refuse_beyond_embedding
 from llmcompress.evaluation.metrics.base import METRICS, Metric, Observation, Subject
+from llmcompress.evaluation.moved_tokens import moved_tokens
 from llmcompress.evaluation.perplexity import watched
 from llmcompress.evaluation.reductions import AgainstDense, Perplexity, feed
 from llmcompress.evaluation.scores import WindowScores, score
@@ -32,6 +34,8 @@ class PerplexityMetric(Metric):
     """A text as token windows; observed are the scores of every token."""
 
     text: EvaluationText
+    decode: Callable[[list[int]], str]
+    """Token ids → text."""
 
     @classmethod
     @override
@@ -39,7 +43,8 @@ class PerplexityMetric(Metric):
         texts = evaluation_texts(settings, subject.tokenizer, subject.max_positions)
         for text in texts:
             refuse_beyond_embedding(text.windows, subject.tokenizer, subject.embedding_rows, where=text.name)
-        return [cls(text) for text in texts]
+        decode = cast(Callable[[list[int]], str], subject.tokenizer.decode)
+        return [cls(text, decode) for text in texts]
 
     @property
     @override
@@ -76,9 +81,10 @@ class PerplexityMetric(Metric):
 
     @override
     def compared(self, dense: Observation, found: Observation) -> list[Measurement]:
-        compared = AgainstDense(self.text, self.windows(dense))
-        feed(self.windows(found), compared)
-        return [compared.result()]
+        before, after = self.windows(dense), self.windows(found)
+        compared = AgainstDense(self.text, before)
+        feed(after, compared)
+        return [compared.result(), moved_tokens(self.name, self.text.windows, before, after, self.decode)]
 
     def windows(self, found: Observation) -> list[WindowScores]:
         """The scores of every window that were observed."""
