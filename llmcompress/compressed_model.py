@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import html
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from llmcompress.evaluation.gate import gate_failure
 from llmcompress.evaluation.measuring import TaskLike, as_tasks
 from llmcompress.evaluation.metrics.base import Subject
 from llmcompress.exporters.save import save_model
+from llmcompress.exporting import Exportable, export, exporter_called
 from llmcompress.hub_upload import HubApi, upload
 from llmcompress.loading.borrowed import borrowed, is_loaded_quantized
 from llmcompress.loading.in_memory import LiveModel, identity_in_memory, required_tokenizer, whole_model
@@ -139,15 +140,19 @@ class CompressedModel:
             publish_result(replace(result, recipe=recipe), Path(folder), overwrite=overwrite)
         return Path(folder)
 
-    def export(self, to: str, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Save it with the exporter of that name; refused if the target cannot represent it exactly.
+    def export(
+        self, to: str, folder: str | Path, *, options: Mapping[str, Any] | None = None, overwrite: bool = False
+    ) -> Path:
+        """Write it for one target (`llmcompress targets`), read it back and compare; `options` are the target's own.
 
-        Raises: CompressError naming the exporters that can.
+        The folder appears complete or not at all, with a README.md and `export_report.json`.
+
+        Raises: CompressError naming the targets that hold it, if this one does not.
         """
+        exporter = exporter_called(to, options)
         check_output(Path(folder), overwrite=overwrite)
         with self._lent() as result:
-            exporter = result.exporter_called(to)
-            publish_result(result, Path(folder), overwrite=overwrite, exporter=exporter)
+            export(result.exportable, exporter, Path(folder), overwrite=overwrite)
         return Path(folder)
 
     def push(
@@ -174,6 +179,15 @@ class CompressedModel:
             with self._lent() as result:
                 fill_folder(result, Path(scratch))
             return upload(Path(scratch), repo_id, private=private, message=message, api=api)
+
+    @property
+    def exportable(self) -> Exportable:
+        """What `llmcompress.export` writes.
+
+        Raises: CompressError where the weights were offloaded: they are in the folder alone.
+        """
+        with self._lent() as result:
+            return result.exportable
 
     def __repr__(self) -> str:
         return f"CompressedModel({', '.join(f'{name}: {text}' for name, text in self._summary())})"
@@ -310,14 +324,14 @@ def is_dense(model: nn.Module) -> bool:
     return not any(isinstance(module, CompressedModule) for module in model.modules())
 
 
-def named_models(models: ModelLike | Sequence[ModelLike]) -> dict[str, str | nn.Module]:
+def named_models(models: ModelLike | Sequence[ModelLike]) -> list[tuple[str, str | PreTrainedModel]]:
     """One or several, with names for a table; models in memory are called by their class and place in the list."""
     one = isinstance(models, str | Path | nn.Module | CompressedModel | ModelAndTokenizer)
     several = cast(Sequence[ModelLike], [models] if one else models)
-    found: dict[str, str | nn.Module] = {}
+    found: list[tuple[str, str | PreTrainedModel]] = []
     for number, each in enumerate(several, start=1):
         live = in_memory(each)
-        found[str(each) if live is None else f"{number}: {type(live).__name__}"] = str(each) if live is None else live
+        found.append((str(each), str(each)) if live is None else (f"{number}: {type(live).__name__}", live))
     return found
 
 

@@ -105,7 +105,7 @@ def _opened(
         with evaluated_in_memory(live, tokenizer or tokenizer_beside(model), device) as evaluated:
             yield replace(evaluated, compression=_made_in_memory(model))
         return
-    kind, source = RUNNERS[runner], find_source(str(model))
+    kind, source = RUNNERS[runner], find_source(str(model), as_it_is=runner != "torch")
     config, _ = read_config(source.folder, may_be_quantized=True)
     identity = identity_of_folder if runner == "torch" else identity_of_files
     yield EvaluatedModel(
@@ -114,8 +114,8 @@ def _opened(
         {**identity(source.folder), **numeric_versions(), "runner": runner, "dtype": "float32", "device": device.type},
         runner,
         lambda: kind.open(str(model), device=device, dtype=torch.float32),
-        bytes_on_disk(source.folder) or None,
-        saved_compression(source.folder),
+        bytes_on_disk(source.gguf or source.folder) or None,
+        saved_compression(source.gguf.parent if source.gguf else source.folder),
     )
 
 

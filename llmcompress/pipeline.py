@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -29,13 +29,20 @@ from llmcompress.compressed_model import (
 from llmcompress.cost import Machine, Offload
 from llmcompress.evaluation.beside import score_cache, text_warnings
 from llmcompress.evaluation.coverage import coverage_warnings, overlap_warnings
+from llmcompress.evaluation.device.cost import (
+    CostSettings,
+    CostTable,
+    Skipped,
+    as_candidates,
+    measure_costs,
+    several,
+)
 from llmcompress.evaluation.environment import machine, numeric_versions, versions
 from llmcompress.evaluation.footprint import bytes_on_disk
 from llmcompress.evaluation.gate import gate_of, judged
 from llmcompress.evaluation.held_out import HeldOut, loss_increase, loss_warnings
 from llmcompress.evaluation.inspection import inspect_folder
 from llmcompress.evaluation.measuring import Observed, comparisons, observe, results
-from llmcompress.evaluation.speed import SpeedResult, speed_of
 from llmcompress.evaluation.stopwatch import Stopwatch
 from llmcompress.loading.borrowed import lent, told_if_changed
 from llmcompress.loading.source import IN_MEMORY, find_source
@@ -295,24 +302,31 @@ def speed(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    prompt_tokens: int = 128,
+    runner: str | Sequence[str] = "torch",
+    batch: int | Sequence[int] = 1,
+    context: int | Sequence[int] = 128,
     new_tokens: int = 32,
     repeats: int = 5,
-) -> dict[str, SpeedResult]:
-    """Tokens per second of dense or compressed models, measured in turns; `dtype` auto: float32 on a CPU.
+    threads: int | None = None,
+    skip: Collection[Skipped] = (),
+) -> CostTable:
+    """What dense or compressed models cost on this device: tokens per second, memory, bytes read, energy, in turns.
 
-    Models in memory are measured where and as they are.
+    `dtype` auto: float32 on a CPU. One `runner` for all, or one for each. Models in memory are measured where and as
+    they are.
 
     Raises: CompressError when a model cannot be read.
     """
-    return speed_of(
-        named_models(models),
-        device=usable_device(device),
-        dtype=dtype,
-        prompt_tokens=prompt_tokens,
+    settings = CostSettings(
+        batches=several(batch),
+        contexts=several(context),
         new_tokens=new_tokens,
         repeats=repeats,
+        threads=threads,
+        skip=skip,
     )
+    candidates = as_candidates(named_models(models), [runner] if isinstance(runner, str) else runner)
+    return measure_costs(candidates, device=usable_device(device), dtype=dtype, settings=settings)
 
 
 def _calibration(request: CompressionRequest, prepared: Prepared) -> CalibrationData | None:

@@ -164,8 +164,8 @@ def test_questions_take_names_live_models_and_results(tiny: Path, tmp_path: Path
     sizes = [footprint(each) for each in (made, compress(str(tiny), UNMEASURED), tmp_path / "out")]
     assert len({each.parameters for each in sizes}) == 1 and len({each.bytes_on_disk for each in sizes}) == 1
     assert footprint(given).format == "plain"
-    found = llmcompress.speed([made, given], prompt_tokens=4, new_tokens=2, repeats=1)
-    assert len(found) == 2 and all(each.decode_tokens_per_second > 0 for each in found.values())
+    found = llmcompress.speed([made, given], context=4, new_tokens=2, repeats=1, skip=("limits", "energy"))
+    assert len(found.rows) == 2 and all(row.speed.decode.median > 0 for row in found.rows)
     tasks = made.recipe.evaluate or [llmcompress.PerplexityTask(source="builtin:evaluation", window=48, max_windows=2)]
     loaded = load(tmp_path / "out", dtype=torch.float32)
     assert evaluate(loaded, tasks).perplexities[0].perplexity == pytest.approx(

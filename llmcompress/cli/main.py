@@ -22,6 +22,7 @@ COMMANDS = (
     "compare",
     "compress",
     "evaluate",
+    "export",
     "footprint",
     "inspect",
     "passes",
@@ -29,6 +30,7 @@ COMMANDS = (
     "report",
     "schema",
     "speed",
+    "targets",
 )
 
 

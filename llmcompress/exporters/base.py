@@ -98,6 +98,14 @@ class Exporter(BaseModel, ABC):
     """Name of the runner that opens the folder."""
     fix: ClassVar[str]
     """What a user can do about a refusal."""
+    language: ClassVar[str] = "python"
+    """Of `how_to_run`."""
+    how_to_run: ClassVar[str] = """from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(".")
+ids = tokenizer("The", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))"""
+    """At most five lines, run in the exported folder; stands in its README.md."""
 
     @abstractmethod
     def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:

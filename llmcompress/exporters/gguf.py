@@ -34,6 +34,7 @@ FILE = "model.gguf"
 _MOST_STEPS = 1 / 16
 """Float16 scales may move a weight by this share of a step; more is refused. Rounding itself moves it by up to 1/2."""
 _BLOCK = 32
+_MINIMA = "minima are rounded to float16, which moves a weight by about 1/250 of a step at most"
 
 
 @EXPORTERS.register("gguf")
@@ -49,16 +50,23 @@ class GgufExporter(Exporter):
     runtime: ClassVar[str] = "llama_cpp"
     fix: ClassVar[str] = "set the option `instead` (`dense`, or a type of ggml to which it is rounded a second time)"
 
+    language: ClassVar[str] = "sh"
+    how_to_run: ClassVar[str] = f"""llama-cli -m {FILE} -p "The"        # any build of llama.cpp
+llama-server -m {FILE}               # an OpenAI-compatible server and a chat page
+pip install llmcompress[llamacpp]       # or from Python, without building anything
+llmcompress evaluate . --runner llama_cpp"""
+
     instead: Literal["refuse", "dense", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"] = "refuse"
-    """What happens to a linear that no type of GGUF holds. `dense`: it is dequantized to ordinary weights; a type: it is
-    rounded a second time, to that type, by the `gguf` package."""
+    """What happens to a linear that no type of GGUF holds. `dense`: it is dequantized to ordinary weights; a type: it
+    is rounded a second time, to that type, by the `gguf` package."""
 
     @override
     def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:
         """By its grid and its sizes; what scales and minima are is only known of a live model."""
         why = self._problem(site.scheme, site.inputs)
         if why is None:
-            return Exact()
+            kind = gguf.block_type(site.scheme.weights, site.inputs)
+            return Converted(_MINIMA, keeps_codes=True) if kind is not None and kind.has_minimum else Exact()
         if self.instead == "refuse" or site.scheme.activations:
             return Refused(why, nearest(site.scheme, site.inputs))
         return Converted(f"{why}; {self._instead()}")
@@ -71,9 +79,9 @@ class GgufExporter(Exporter):
             module = contents.modules.get(site.name)
             table = None if module is None else code_table(module.expression())
             kind = gguf.block_type(site.scheme.weights, site.inputs)
-            if table is None or kind is None or not isinstance(found[site.name], Exact):
+            if table is None or kind is None or isinstance(found[site.name], Refused):
                 continue
-            steps = gguf.error_in_steps(table.tensor, kind)
+            steps, found[site.name] = gguf.error_in_steps(table.tensor, kind), Exact()
             if steps > _MOST_STEPS:
                 why = f"float16 scales would move its weights by {steps:.2g} steps"
                 found[site.name] = Refused(f"{why}; set `save.dtype: bfloat16` or `float16` and compress again")
@@ -155,11 +163,13 @@ def nearest(scheme: Scheme, inputs: int) -> Scheme | None:
     """Integers of the same width in whole blocks, zero points given up last; None where rows are no whole blocks."""
     grid = scheme.weights
     wanted = grid.group or inputs
-    groups = sorted(range(_BLOCK, inputs + 1, _BLOCK), key=lambda group: (inputs % group != 0, abs(group - wanted)))
+    multiples = range(_BLOCK, inputs, _BLOCK)
+    groups = sorted(multiples, key=lambda group: (inputs % group != 0, abs(group - wanted)))
+    sizes = [None, *groups] if grid.group is None else [*groups, None]
     tried = (
         Scheme(Grid(grid.bits, symmetric, group))
         for symmetric in dict.fromkeys((grid.symmetric, True))
-        for group in groups
+        for group in sizes
     )
     return next((each for each in tried if gguf.block_type(each.weights, inputs) is not None), None)
 

@@ -138,8 +138,8 @@ def notes_of(config: Config) -> list[str]:
     if min(windows) >= int(config["max_position_embeddings"]):
         return []
     return [
-        f"llama.cpp computes no sliding window for {found.name}: the file states a context of {min(windows)} tokens, the "
-        "length up to which both are the same"
+        f"llama.cpp computes no sliding window for {found.name}: the file states a context of {min(windows)} tokens, "
+        "the length up to which both are the same"
     ]
 
 

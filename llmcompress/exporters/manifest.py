@@ -33,6 +33,8 @@ class ManifestExporter(Exporter):
     limits: ClassVar[TargetLimits] = TargetLimits(rounded_embedding=True)
     fix: ClassVar[str] = 'exclude the experts with `exclude: "*.experts.*"`, or use integer or fp8 schemes for them'
 
+    how_to_run: ClassVar[str] = f"import llmcompress\n{Exporter.how_to_run}"
+
     @override
     def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:
         """Every grid that there is."""

@@ -1,7 +1,10 @@
-"""The blocks of GGUF: how codes, scales and minima of a matrix lie in bytes. O = outputs, I = inputs, B = blocks of a row.
+"""The blocks of GGUF: how codes, scales and minima of a matrix lie in bytes.
+
+O = outputs, I = inputs, G = groups of inputs, B = blocks of a row, N = inputs of a block, C = bytes.
 
 A row is cut into blocks of 32 (ternary: 256) inputs, each with its own scale; a group of more inputs is several blocks
-with one scale. Nothing is rounded here but scales and minima, to float16; `error_in_steps` says how far that moves a weight.
+with one scale. Nothing is rounded here but scales and minima, to float16; `error_in_steps` says how far that moves a
+weight.
 
 Source: ggml-quants.c and ggml-common.h of ggml; the `gguf` package decodes the same bytes (tests compare the two).
 """

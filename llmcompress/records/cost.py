@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Literal, Self
 
-from llmcompress.records.rows import Record
+from llmcompress.records.rows import Record, Which
 
 
 class Rate(Record):
@@ -107,7 +107,7 @@ class Cost(Record):
     """One model in one runtime with one batch size and context; a row of the table."""
 
     kind: Literal["cost"] = "cost"
-    of: Literal["model", "dense", "compressed"] = "model"
+    of: Which = "model"
     model: str
     runtime: str
     device: str

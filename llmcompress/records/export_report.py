@@ -32,16 +32,45 @@ class ReadBack(Record):
         return not (self.codes_differing or self.scales_differing or self.weights_differing)
 
 
+class RuntimeProof(Record):
+    """The exported files as their own runtime computes them, beside the same model in PyTorch."""
+
+    runtime: str
+    text: str
+    window: int
+    """Tokens; every window is a text of its own, without BOS."""
+    tokens: int
+    """Predicted."""
+    largest_logit_difference: float
+    mean_logit_difference: float
+    same_top: float
+    """Fraction of positions at which both hold the same token most likely."""
+    kl: float
+    """KL(PyTorch ‖ runtime) over the whole vocabulary, mean in nats per token."""
+    perplexity_model: float
+    perplexity_runtime: float
+    greedy_tokens: int
+    """Generated greedily by both."""
+    greedy_same: int
+    """Of those, how many are equal before the first that is not."""
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+
+
 class ExportReport(Record):
     """Written into the folder of every export."""
 
     target: str
+    model: str
+    """What the user calls it."""
     bytes: int
     """Of the weight files."""
     read_back: tuple[ReadBack, ...]
     converted: dict[str, str]
     """Linears that are stored in another form, and why."""
     notes: tuple[str, ...] = ()
+    runtime: RuntimeProof | None = None
+    """None: it was not run, or its runtime is not installed."""
 
     @property
     def differing(self) -> tuple[ReadBack, ...]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
+from llmcompress.records.cost import Cost, MachineLimits
 from llmcompress.records.gate import GateResult, NotFinite
 from llmcompress.records.inside import Distribution, TokenDivergences
 from llmcompress.records.rows import Record
@@ -155,6 +156,8 @@ Known = (
     | NotFinite
     | Distribution
     | TokenDivergences
+    | Cost
+    | MachineLimits
 )
 
 _KINDS = frozenset(str(each.model_fields["kind"].default) for each in get_args(Known))

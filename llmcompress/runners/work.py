@@ -37,21 +37,21 @@ def flop_counter() -> FlopCounterMode:
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 def _grouped_flops(rows: Any, matrices: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return int(2 * rows[0] * matrices[-2] * matrices[-1])
 
 
-class WeightsRead(TorchDispatchMode):  # type: ignore[misc]
+class WeightsRead(TorchDispatchMode):  # type: ignore[misc, no-untyped-call]
     """Notes which weights of a model the operations inside read.
 
     A weight that several operations read counts once; views read nothing.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         held = (*model.parameters(), *model.buffers())
         self._storages = {each.untyped_storage().data_ptr() for each in held if each.numel()}
         self._whole: dict[tuple[int, int, int], int] = {}
@@ -74,7 +74,7 @@ class WeightsRead(TorchDispatchMode):  # type: ignore[misc]
                 self._rows += part(out, *args, **(kwargs or {}))
             else:
                 for each in weights:
-                    place = (each.untyped_storage().data_ptr(), each.storage_offset(), each.nbytes)
+                    place = (each.untyped_storage().data_ptr(), int(each.storage_offset()), each.nbytes)
                     self._whole[place] = min(each.nbytes, each.untyped_storage().nbytes())
         return out
 
@@ -92,7 +92,7 @@ def _groups_read(out: Tensor, rows: Tensor, matrices: Tensor, offs: Tensor | Non
         return matrices.nbytes
     ends = offs.tolist()
     used = sum(end > start for start, end in zip([0, *ends[:-1]], ends, strict=True))
-    return used * matrices[0].nbytes
+    return int(used * matrices[0].nbytes)
 
 
 _PARTLY: Mapping[str, Callable[..., int]] = {

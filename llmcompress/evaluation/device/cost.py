@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -59,6 +60,30 @@ class Candidate:
     model: str | PreTrainedModel
     """A Hub id, a folder, `builtin:...`; or a live one, which is measured where and as it is."""
     runtime: str = "torch"
+
+
+def as_candidates(models: Sequence[tuple[str, str | PreTrainedModel]], runtimes: Sequence[str]) -> dict[str, Candidate]:
+    """By the names of the table: a model that is measured in several runtimes is called by both.
+
+    Raises: CompressError unless there is one runtime for all or one for each.
+    """
+    if len(runtimes) not in (1, len(models)):
+        raise CompressError(
+            "speed.runners",
+            f"{len(models)} models, but {len(runtimes)} runners",
+            fix="name one runner for all models, or one for each in their order",
+            exit_code=ExitCode.USAGE,
+        )
+    given = list(runtimes) * len(models) if len(runtimes) == 1 else list(runtimes)
+    pairs = dict.fromkeys((name, runtime) for (name, _), runtime in zip(models, given, strict=True))
+    often = {name for name, count in Counter(name for name, _ in pairs).items() if count > 1}
+    live = dict(models)
+    return {f"{name} ({runtime})" if name in often else name: Candidate(live[name], runtime) for name, runtime in pairs}
+
+
+def several(value: int | Sequence[int]) -> Sequence[int]:
+    """One number is a list of one."""
+    return [value] if isinstance(value, int) else value
 
 
 @dataclass(frozen=True)
@@ -176,8 +201,8 @@ def _traffic(work: Work | None, prompt_BT: Tensor, speed: Speed, limits: Machine
         prefill_flops=work.prefill_flops,
         weight_bytes=work.weight_bytes,
         cache_bytes=work.cache_bytes,
-        matrix_rate_fraction=limits and prefills * work.prefill_flops / limits.flops_per_second,
-        bandwidth_fraction=limits and steps * moved / limits.bytes_per_second,
+        matrix_rate_fraction=prefills * work.prefill_flops / limits.flops_per_second if limits else None,
+        bandwidth_fraction=steps * moved / limits.bytes_per_second if limits else None,
     )
 
 

@@ -73,11 +73,7 @@ class NvmlCounter:
         """
         if torch.version.hip and nvml is None:
             raise Unreadable("NVML is of NVIDIA GPUs; no counter of AMD GPUs is supported")
-        if nvml is None:
-            try:
-                import pynvml as nvml
-            except ImportError:
-                raise Unreadable("NVML: install its package with `pip install llmcompress[energy]`") from None
+        nvml = _nvml() if nvml is None else nvml
         try:
             nvml.nvmlInit()
             uuid = str(torch.cuda.get_device_properties(device).uuid)
@@ -178,6 +174,14 @@ class BatteryCounter:
             return float(_read(self.folder / "energy_now", "battery")) * _JOULES_PER_MICROWATT_HOUR
         volts = float(_read(self.folder / "voltage_now", "battery")) / 1e6
         return float(_read(self.folder / "charge_now", "battery")) * volts * _JOULES_PER_MICROWATT_HOUR
+
+
+def _nvml() -> Any:
+    try:
+        import pynvml
+    except ImportError:
+        raise Unreadable("NVML: install its package with `pip install llmcompress[energy]`") from None
+    return pynvml
 
 
 def _named(zone: Path) -> str:

@@ -60,7 +60,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, side: int, clock: Cloc
 
 def fastest(kernel: Callable[[], Tensor], device: torch.device, clock: Clock) -> float:
     """Seconds of the shortest repeat after a warm-up: a limit is what an undisturbed machine reaches."""
-    took = []
+    took: list[float] = []
     begun = time.perf_counter()
     while len(took) <= _LEAST_REPEATS or time.perf_counter() - begun < _SECONDS:
         start = clock()

@@ -21,7 +21,7 @@ Clock = Callable[[], float]
 ClockName = Literal["wall", "processor"]
 
 CLOCKS: Mapping[ClockName, Clock] = {"wall": time.perf_counter, "processor": time.process_time}
-"""Processor time, for a machine that is not idle, adds up what all threads of this process took: one thread is right."""
+"""Processor time, for a machine that is not idle, adds up what all threads of this process took: use one thread."""
 
 
 def compare_speed(
@@ -32,10 +32,9 @@ def compare_speed(
     repeats: int = 5,
     clock: ClockName | Clock = "wall",
 ) -> dict[str, Speed]:
-    """Several runners in turns, each with its prompt B×T, so that what else happens on the machine happens to all alike.
+    """Several runners in turns, each with its prompt B×T: what else happens on the machine happens to all alike.
 
-    The first turn of each warms it up and is not counted. A runner that runs on the processor of this one is compared
-    by processor time only if it computes in this process.
+    The first turn of each warms it up and is not counted. Processor time is for runners that compute in this process.
     """
     assert new_tokens > 1 and repeats > 0
     name, read = (clock, CLOCKS[clock]) if isinstance(clock, str) else ("wall", clock)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from llmcompress.evaluation.settings.perplexity import PerplexityTask
 from llmcompress.evaluation.settings.robustness import RobustnessSettings
 from llmcompress.evaluation.settings.tasks import TaskSettings
 from llmcompress.evaluation.tasks.answering import answer
-from llmcompress.evaluation.tasks.definitions import TaskLoader
+from llmcompress.evaluation.tasks.definitions import LoadedTasks, TaskLoader
 from llmcompress.evaluation.texts import EvaluationText, evaluation_text
 from llmcompress.progress import Progress
 from llmcompress.records.measurements import Measurement, Which
@@ -125,7 +125,7 @@ class _OfTask(RobustnessMetric):
     """Prompts of a task; the number is its main metric."""
 
     asked: TaskSettings
-    loaded: Mapping[str, Any]
+    loaded: LoadedTasks
     higher_is_better: ClassVar[bool] = True
 
     @property

@@ -17,7 +17,7 @@ from llmcompress.evaluation.metrics.base import METRICS, Metric, Observation, Su
 from llmcompress.evaluation.settings.tasks import TaskSettings
 from llmcompress.evaluation.tasks.answering import answer
 from llmcompress.evaluation.tasks.comparing import task_comparisons, task_results
-from llmcompress.evaluation.tasks.definitions import WHERE, TaskLoader
+from llmcompress.evaluation.tasks.definitions import WHERE, LoadedTasks, TaskLoader
 from llmcompress.evaluation.tasks.observation import TaskObservation
 from llmcompress.progress import Progress
 from llmcompress.records.measurements import Measurement, Which
@@ -39,8 +39,7 @@ class TaskMetric(Metric):
     """A task or group, with its documents read; observed are the answers to all of them."""
 
     settings: TaskSettings
-    loaded: Mapping[str, Any]
-    """`tasks` and `groups`, as lm-eval has them."""
+    loaded: LoadedTasks
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
 
@@ -82,13 +81,13 @@ def refuse_chat_without_template(tokenizer: PreTrainedTokenizerBase, wanted: boo
         raise CompressError("data.no-chat-template", what, where=where, fix="set `chat_template: false`")
 
 
-def fingerprint_of(loaded: Mapping[str, Any], settings: TaskSettings, tokenizer: PreTrainedTokenizerBase) -> str:
+def fingerprint_of(loaded: LoadedTasks, settings: TaskSettings, tokenizer: PreTrainedTokenizerBase) -> str:
     """Of the documents that are asked, how they are asked, and how they are tokenised."""
     found = hashlib.sha256()
     template = tokenizer.chat_template if settings.chat_template else None
     facts = [settings.limit, settings.shots, template, metadata.version("lm-eval")]
     found.update(json.dumps(facts, sort_keys=True, default=str).encode())
-    for name, task in sorted(loaded["tasks"].items()):
+    for name, task in sorted(loaded.tasks.items()):
         config = {key: value for key, value in task.dump_config().items() if key not in _PLACES}
         found.update(json.dumps([name, config], sort_keys=True, default=str).encode())
         for number, document in enumerate(_documents(task, settings.limit)):

@@ -109,9 +109,12 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no type informa
 
     @override
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        edited = self._edit(context) if self._edit else context
-        pair: tuple[list[int], list[int]] = super()._encode_pair(edited, continuation)
+        pair: tuple[list[int], list[int]] = super()._encode_pair(self._edited(context), continuation)
         return pair
+
+    def _edited(self, context: str) -> str:
+        """Never empty: a text without a context is another question."""
+        return (self._edit(context) or context) if self._edit else context
 
     @override
     def _loglikelihood_tokens(
@@ -185,11 +188,10 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no type informa
                 f"the task generates up to {most} tokens, and the model holds {self.max_length} in all",
                 fix="leave this task out, or use a model with a longer context",
             )
-        edited = [self._edit(context) if self._edit else context for context in contexts]
         texts = generate_until_strings(
             self._runner,
             self.tokenizer,
-            [self.tok_encode(context)[-room:] or [self.prefix_token_id] for context in edited],
+            [self.tok_encode(self._edited(context))[-room:] or [self.prefix_token_id] for context in contexts],
             until=until,
             max_new_tokens=most,
             progress=self._progress,

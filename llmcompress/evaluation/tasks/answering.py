@@ -14,7 +14,7 @@ import torch
 from llmcompress.errors import CompressError
 from llmcompress.evaluation.paired import interval
 from llmcompress.evaluation.settings.tasks import TaskSettings
-from llmcompress.evaluation.tasks.definitions import WHERE, first_line
+from llmcompress.evaluation.tasks.definitions import WHERE, LoadedTasks, first_line
 from llmcompress.evaluation.tasks.observation import Answer, TaskAnswers, TaskObservation, main_metric
 from llmcompress.progress import Progress
 from llmcompress.records.tasks import TaskScore
@@ -32,7 +32,7 @@ SEED, OTHER_SEED = 0, 1234
 def answer(
     runner: Runner,
     tokenizer: PreTrainedTokenizerBase,
-    loaded: Mapping[str, Any],
+    loaded: LoadedTasks,
     settings: TaskSettings,
     *,
     progress: Progress,
@@ -47,12 +47,12 @@ def answer(
     from llmcompress.evaluation.tasks.adapter import RunnerLM
 
     with seeded():
-        for task in loaded["tasks"].values():
+        for task in loaded.tasks.values():
             _set_shots(task, settings.shots)
         try:
             results = evaluator.evaluate(
                 lm=RunnerLM(runner, tokenizer, progress=progress, edit=edit),
-                task_dict=loaded,
+                task_dict={"tasks": dict(loaded.tasks)},
                 limit=settings.limit,
                 bootstrap_iters=0,  # lm-eval would start processes and print; means get their errors below
                 apply_chat_template=settings.chat_template,
@@ -63,14 +63,8 @@ def answer(
         except ValueError as problem:  # a task that runs code from its data, needs images, has no examples to show
             what = f"lm-eval refuses {settings.task}: {first_line(problem)}"
             raise CompressError("tasks.refused", what, where=WHERE, fix="leave this task out") from problem
-    answers = tuple(_task_answers(name, task, results, settings) for name, task in sorted(loaded["tasks"].items()))
-    return TaskObservation(tasks=answers, groups=groups_of(loaded))
-
-
-def groups_of(loaded: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Groups of tasks, by the names of their tasks."""
-    found = loaded.get("groups") or {}
-    return {name: tuple(sorted(each.task_name for each in group.get_all_tasks())) for name, group in found.items()}
+    answers = tuple(_task_answers(name, task, results, settings) for name, task in sorted(loaded.tasks.items()))
+    return TaskObservation(tasks=answers, groups=dict(loaded.groups))
 
 
 def _set_shots(task: Any, shots: int | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ WHERE = "evaluate.tasks"
 
 _PACKAGE = Path(__file__).parent.parent.parent
 
-Spec = str | dict[str, Any]
-"""What lm-eval's TaskManager loads: a name that it knows, or a definition."""
+_OF_GROUPS = ("group", "group_alias", "task", "tag", "aggregate_metric_list")
+"""Keys of a group's file that say nothing of its tasks."""
 
 
 def require_lm_eval() -> None:
@@ -50,6 +51,16 @@ def bundled_tasks() -> dict[str, Path]:
     return found
 
 
+@dataclass(frozen=True)
+class LoadedTasks:
+    """Tasks with their documents read."""
+
+    tasks: Mapping[str, Any]
+    """lm-eval's objects by name."""
+    groups: Mapping[str, tuple[str, ...]]
+    """Groups of tasks, by the names of their tasks."""
+
+
 class TaskLoader:
     """Loads tasks of several settings; lm-eval's own index is read once, and only where a name needs it."""
 
@@ -57,21 +68,31 @@ class TaskLoader:
         require_lm_eval()
         self._managers: dict[bool, Any] = {}
 
-    def load(self, name: str, *, data: str | None) -> dict[str, Any]:
-        """A task by name, as lm-eval's `TaskManager.load` gives it: `tasks` and `groups`.
+    def load(self, name: str, *, data: str | None) -> LoadedTasks:
+        """A task by name, with all its documents.
 
         A name is one of `bundled_tasks`, a path to a task file, or a task, group or tag of lm-eval. `data` is the
         folder that relative data files of task files are in; without it they are looked for beside the task file.
 
         Raises: CompressError for an unknown name, a damaged task file, or data that are missing or cannot be fetched.
         """
-        spec = _spec(name, data)
-        manager = self._manager(isinstance(spec, str))
-        if isinstance(spec, str) and spec not in manager.task_index:
-            raise _unknown(spec, manager.all_tasks)
-        return _loaded(manager, spec, name)
+        file = _file(name)
+        if file is not None:
+            specs = _definitions(file, data)
+            found = _loaded(self._manager(of_lm_eval=False), specs, name)
+            names = tuple(str(each["task"]) for each in specs)
+            return LoadedTasks(found["tasks"], {} if len(names) == 1 else {_group_of(file): names})
+        manager = self._manager(of_lm_eval=True)
+        if name not in manager.task_index:
+            raise _unknown(name, manager.all_tasks)
+        found = _loaded(manager, [name], name)
+        groups = {
+            group: tuple(sorted(each.task_name for each in holder.get_all_tasks()))
+            for group, holder in (found.get("groups") or {}).items()
+        }
+        return LoadedTasks(found["tasks"], groups)
 
-    def _manager(self, of_lm_eval: bool) -> Any:
+    def _manager(self, *, of_lm_eval: bool) -> Any:
         """lm-eval reads 14,000 task files to know its names: seconds that only its own tasks need."""
         from lm_eval.tasks import TaskManager
 
@@ -80,50 +101,57 @@ class TaskLoader:
         return self._managers[of_lm_eval]
 
 
-def _spec(name: str, data: str | None) -> Spec:
+def _file(name: str) -> Path | None:
+    """The task file of that name; None for what can only be a name of lm-eval."""
     bundled = bundled_tasks()
     if name in bundled:
-        return _definition(bundled[name], data)
-    if name.endswith(TASK_FILES):
-        file = from_home(name)
-        if not file.is_file():
-            what = f"there is no task file {name}"
-            raise CompressError("tasks.no-file", what, where=WHERE, fix="check the path", exit_code=ExitCode.USAGE)
-        return _definition(file, data)
-    return name
+        return bundled[name]
+    if not name.endswith(TASK_FILES):
+        return None
+    file = from_home(name)
+    if not file.is_file():
+        what = f"there is no task file {name}"
+        raise CompressError("tasks.no-file", what, where=WHERE, fix="check the path", exit_code=ExitCode.USAGE)
+    return file
 
 
-def _definition(file: Path, data: str | None) -> dict[str, Any]:
-    """What a task file says, with the paths of its data resolved.
+def _definitions(file: Path, data: str | None) -> list[dict[str, Any]]:
+    """The task of a file, or the tasks of a group that it defines, with the paths of their data resolved.
 
     Raises: CompressError when it is no task file, or its data are missing.
     """
     from lm_eval.tasks._yaml_loader import load_yaml
 
     try:
-        found: dict[str, Any] = load_yaml(file)
+        written: dict[str, Any] = load_yaml(file)
     except Exception as problem:  # YAML, includes and functions of the file's own
-        what = f"{file.name} is not a task file: {first_line(problem)}"
-        fix = "see lm-eval's guide to new tasks"
-        raise CompressError("tasks.bad-file", what, where=str(file), fix=fix) from problem
-    if not ("task" in found or "group" in found):
-        what = f"{file.name} is not a task file: it has neither `task` nor `group`"
-        raise CompressError("tasks.bad-file", what, where=str(file), fix="see lm-eval's guide to new tasks")
-    for holder in _with_data_files(found):
-        files = holder["data_files"]
-        holder["data_files"] = _mapped(files, lambda written: _data_file(written, file, data))
-    return found
+        raise _bad_file(file, first_line(problem)) from problem
+    members = written.get("task")
+    if isinstance(members, str):
+        return [_with_data(written, file, data)]
+    if not isinstance(members, list) or not all(isinstance(each, dict) and "task" in each for each in members):
+        raise _bad_file(file, "`task` must be a name, or in a group a list of tasks, each with its own `task`")
+    group = str(written.get("group", file.stem))
+    shared = {key: value for key, value in written.items() if key not in _OF_GROUPS}
+    tasks = [{**shared, **each, "task": f"{group}_{each['task']}"} for each in members]
+    return [_with_data(task, file, data) for task in tasks]
 
 
-def _with_data_files(definition: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The `dataset_kwargs` of a task, or of every task that a group defines."""
-    arguments = definition.get("dataset_kwargs")
-    if isinstance(arguments, dict) and "data_files" in arguments:
-        yield arguments
-    members = definition.get("task")
-    for member in members if isinstance(members, list) else []:
-        if isinstance(member, dict):
-            yield from _with_data_files(member)
+def _bad_file(file: Path, problem: str) -> CompressError:
+    what, fix = f"{file.name} is not a task file: {problem}", "see lm-eval's guide to new tasks, and evals/tasks"
+    return CompressError("tasks.bad-file", what, where=str(file), fix=fix)
+
+
+def _group_of(file: Path) -> str:
+    return next((name for name, known in bundled_tasks().items() if known == file), file.stem)
+
+
+def _with_data(task: dict[str, Any], file: Path, data: str | None) -> dict[str, Any]:
+    arguments = task.get("dataset_kwargs")
+    if not isinstance(arguments, dict) or "data_files" not in arguments:
+        return task
+    files = _mapped(arguments["data_files"], lambda written: _data_file(written, file, data))
+    return {**task, "dataset_kwargs": {**arguments, "data_files": files}}
 
 
 def _mapped(files: Any, change: Callable[[str], str]) -> Any:
@@ -158,13 +186,13 @@ def _unknown(name: str, lm_eval_names: Iterable[str]) -> CompressError:
     return CompressError("tasks.unknown", f"unknown task {name!r}", where=WHERE, fix=fix, exit_code=ExitCode.USAGE)
 
 
-def _loaded(manager: Any, spec: Spec, name: str) -> dict[str, Any]:
+def _loaded(manager: Any, specs: list[Any], name: str) -> dict[str, Any]:
     """Reads the data, which may be on the Hub; never with `trust_remote_code`."""
     import datasets
 
     try:
         with _without_bars():
-            found: dict[str, Any] = manager.load([spec])
+            found: dict[str, Any] = manager.load(specs)
     except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as problem:
         what = f"the data of {name} cannot be read: {first_line(problem)}"
         fix = "check the network and HF_HUB_OFFLINE; builtin_word_order needs no network"
