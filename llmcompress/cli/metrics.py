@@ -47,8 +47,8 @@ _OPTIONS = (
         "limits",
         metavar="KEY=VALUE",
         multiple=True,
-        help="A limit of the quality gate (kl_mean=0.05), or a YAML file with several. Repeatable. Exit code 6 if it is "
-        "not kept.",
+        help="A limit of the quality gate (kl_mean=0.05), or a YAML file with several. Repeatable. Exit code 6 if a "
+        "limit is not kept.",
     ),
 )
 

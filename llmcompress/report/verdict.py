@@ -6,7 +6,7 @@ from llmcompress.records.evaluation import Measured
 from llmcompress.records.gate import GateResult, NotFinite
 from llmcompress.records.measurements import Divergence, WeightBytes
 from llmcompress.records.tasks import TaskComparison, TaskResult
-from llmcompress.report.forms import share
+from llmcompress.report.forms import share, signed
 from llmcompress.report.kinds import lines
 from llmcompress.report.lines import Line, changed
 
@@ -86,8 +86,8 @@ def _text(measured: Measured) -> str:
     rise = ratio.value - 1
     same = f"{share(worst.same_top.mean)} of the most likely next tokens are the same"
     if ratio.low is not None and ratio.high is not None and ratio.low <= 1 <= ratio.high:
-        half = (ratio.high - ratio.low) / 2
-        return f"perplexity on {worst.text} no different ({rise:+.1%} ± {half:.1%}); {same}".replace("%", " %")
+        half = share((ratio.high - ratio.low) / 2)
+        return f"perplexity on {worst.text} no different ({signed(rise, 'share')} ± {half}); {same}"
     half_text = "" if ratio.low is None or ratio.high is None else f" ± {share((ratio.high - ratio.low) / 2)}"
     word = "higher" if rise > 0 else "lower"
     return f"perplexity on {worst.text} {share(abs(rise))}{half_text} {word}; {same}"
