@@ -6,7 +6,7 @@
 A gate is a file of evals/gates: `passes` as in a recipe, and `at_most`, the largest ratio of compressed to dense
 perplexity by name of model. Few windows, one draw: a gate tells a broken default from a sound one, not the better of
 two. Measured on validation text, since defaults are chosen by it. Exit code 1 where a gate is not kept. Writes
-evals/results/gates-NAME.json after every gate, with what had no limit for this model.
+evals/results/gates-NAME.json after every gate, with what had no limit for this model; `--only` renews some of its rows.
 """
 
 from __future__ import annotations
@@ -92,6 +92,17 @@ def measure(
     return found / dense, sum(bool(row.degraded) for row in rows), seconds
 
 
+def write(path: Path, facts: dict[str, Any], row: Measured) -> None:
+    """Put the row into the file, in the place of an older one; rows of gates that are gone, or that were measured on
+    other text, leave."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"gates": []}
+    same = all(known.get(name) == facts[name] for name in ("model", "calibration", "dense"))
+    rows = {each["gate"]: each for each in known["gates"] if same and each["gate"] in gates()}
+    rows[row.gate] = row.model_dump(mode="json")
+    told = {**facts, "gates": [rows[name] for name in sorted(rows)]}
+    path.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 @click.command()
 @click.option("--model", default="builtin:books-llama", show_default=True)
 @click.option("--name", default="books-llama", show_default=True, help="of the model in the gates, and of the result")
@@ -111,6 +122,14 @@ def main(
     dense = perplexity(loaded.model, loaded.tokenizer, task, device=torch.device("cpu"), progress=Silent())
     settings = Calibration(source=calibration, samples=samples, tokens=tokens)
     data = calibration_windows(settings, loaded.tokenizer, max_positions=512, seed=0, progress=Silent())
+    facts = {
+        "model": name,
+        "calibration": f"{samples} × {tokens} tokens of {Path(calibration).name}",
+        "dense": dense.model_dump(mode="json"),
+        "versions": versions(),
+        "machine": machine(),
+    }
+    path = EVALS / "results" / f"gates-{name}.json"
     measured: list[Measured] = []
     for each, gate in gates(only).items():
         ratio, degraded, seconds = measure(each, gate, loaded, model_map, data, task, dense.perplexity)
@@ -120,18 +139,7 @@ def main(
         )
         told = "no limit" if limit is None else f"at most {limit:g}{'' if measured[-1].kept else ': NOT KEPT'}"
         click.echo(f"{each:36} ×{ratio:.3f}  {told}  {seconds:.0f} s", err=True)
-        facts = {
-            "model": name,
-            "calibration": f"{samples} × {tokens} tokens of {Path(calibration).name}",
-            "dense": dense.model_dump(mode="json"),
-            "gates": [row.model_dump(mode="json") for row in measured],
-            "versions": versions(),
-            "machine": machine(),
-        }
-        if not only:
-            (EVALS / "results" / f"gates-{name}.json").write_text(
-                json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
-            )
+        write(path, facts, measured[-1])
     sys.exit(int(not all(row.kept for row in measured)))
 
 

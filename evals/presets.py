@@ -11,7 +11,6 @@ evals/results/presets-NAME.json after every preset, and goes on where it was sto
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from study import resident_bytes
 
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.presets import load_preset, preset_names
@@ -134,7 +134,7 @@ def run_one(
         "cpu_seconds": time.process_time() - cpu,
         "compress_estimated": foreseen.estimated_seconds,
         "evaluate_estimated": foreseen.evaluation_seconds,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": resident_bytes("VmHWM"),
         "peak_estimated": foreseen.peak_memory_bytes,
         "degraded": len(report.degraded),
         "warnings": list(report.warnings),

@@ -35,6 +35,8 @@ from llmcompress.storage.cache import cache_folder
 
 HERE = Path(__file__).resolve().parent
 UNUSED = "the rest of the calibration file"
+GROUP = 64
+"""Inputs that share a scale, in the rows of peers."""
 
 
 class Row(BaseModel):
@@ -49,12 +51,16 @@ class Row(BaseModel):
     passes: tuple[dict[str, dict[str, Any]], ...] = ()
     draws: int = 1
     candidate: bool = False
-    """Whether it is measured on the validation texts, on which methods are chosen."""
+    """Whether draw 0 is measured on the validation texts, on which methods are chosen."""
     script: str = ""
     peer: str = ""
     """What the peer's script calls the method."""
     blocks: str = ""
     """Numbers of the blocks that the peer quantizes; all where there are none."""
+    average: float | None = None
+    """Bits per weight that the peer's choice of bits is to come to."""
+    allocation: str = ""
+    """Method of AutoRound's row with the same setting, whose bits our pass takes as overrides."""
 
 
 class Job(NamedTuple):
@@ -82,7 +88,7 @@ class Job(NamedTuple):
 @click.option("--text", "texts", multiple=True, required=True, help="NAME=FILE, reported")
 @click.option("--validation", multiple=True, help="NAME=FILE, methods are chosen on it")
 @click.option("--rows", type=Path, default=HERE / "real_rows.yaml", show_default=True)
-@click.option("--only", multiple=True, help="who, method, setting, or several of them: ours/gptq/int3_g64")
+@click.option("--only", multiple=True, help="who, method, setting, draw, or several: ours/gptq/int3_g64/draw 0")
 @click.option("--environments", type=Path, help="where peers' environments are kept; without it peers are left out")
 @click.option("--handed", type=Path, help="keeps what peers hand over; what is there is measured and not made again")
 @click.option("--minutes", type=float, help="begin no further trial after so many")
@@ -107,7 +113,7 @@ def main(
         for job in missing(read_rows(rows), results.trials, only, peers=environments is not None):
             if minutes is not None and time.monotonic() - began > 60 * minutes:
                 break
-            trial = ours(bench, job) if job.row.who == "ours" else theirs(bench, job, environments, handed)
+            trial = ours(bench, job, handed) if job.row.who == "ours" else theirs(bench, job, environments, handed)
             results.add(bench, {**job.key, "candidate": job.row.candidate, **trial})
             click.echo(f"{job.setting:24s} {job.row.who:15s} {job.row.method:18s} {job.draw} {shown(trial)}", err=True)
     click.echo(str(results.path))
@@ -141,7 +147,7 @@ def missing(rows: Sequence[Row], done: Sequence[Trial], only: Sequence[str], *, 
     for draw in range(max(row.draws for row in rows)):
         for row in rows:
             for setting in row.settings if draw < row.draws and (peers or row.who == "ours") else ():
-                words = {setting, row.who, row.method}
+                words = {setting, row.who, row.method, f"draw {draw}"}
                 asked = not only or any(all(part in words for part in each.split("/")) for each in only)
                 job = Job(row, setting, draw)
                 if asked and job.key not in known:
@@ -149,16 +155,27 @@ def missing(rows: Sequence[Row], done: Sequence[Trial], only: Sequence[str], *, 
 
 
 def names_of(bench: Bench, job: Job) -> list[str]:
-    """The texts that a row is measured on."""
-    return [*bench.study.texts, *(bench.study.validation if job.row.candidate else ())]
+    """The texts that a row is measured on. Methods are chosen on draw 0."""
+    return [*bench.study.texts, *(bench.study.validation if job.row.candidate and job.draw == 0 else ())]
 
 
-def ours(bench: Bench, job: Job) -> Trial:
+def ours(bench: Bench, job: Job, handed: Path | None) -> Trial:
     """Our passes, and what comes out measured."""
     filled = json.loads(json.dumps(job.row.passes).replace("{scheme}", job.scheme))
-    model, trial = bench.compress(filled, job.draw)
+    given: dict[str, Any] = {}
+    if job.row.allocation:
+        assert handed is not None, "an allocation is read from what its peer handed over: give --handed"
+        told = json.loads((handed / f"{label(job, 'auto-round', job.row.allocation)}.json").read_text())
+        given = {name: {"scheme": f"int{bits}_g{GROUP}"} for name, bits in told["bits"].items()}
+    compressing = [{name: {**options, "overrides": given}} for each in filled for name, options in each.items()]
+    model, trial = bench.compress(compressing if given else filled, job.draw)
     texts = bench.measure(model, names_of(bench, job))
     return {**trial, "bytes": stored_bytes(model), "passes": filled, "texts": texts}
+
+
+def label(job: Job, who: str, method: str) -> str:
+    """Of the files that a peer hands over."""
+    return "-".join((job.setting, who, method, str(job.draw))).replace(" ", "_").replace(",", "")
 
 
 def theirs(bench: Bench, job: Job, environments: Path | None, handed: Path | None) -> Trial:
@@ -167,32 +184,38 @@ def theirs(bench: Bench, job: Job, environments: Path | None, handed: Path | Non
     sys.path.append(str(HERE / "peers"))
     from venvs import run_in
 
-    grid = named_scheme(job.scheme).weights
-    assert grid.symmetric and grid.group
     with tempfile.TemporaryDirectory() as scratch:
-        label = "-".join((job.setting, job.row.who, job.row.method, str(job.draw))).replace(" ", "_").replace(",", "")
-        out = (handed or Path(scratch)) / f"{label}.safetensors"
+        out = (handed or Path(scratch)) / f"{label(job, job.row.who, job.row.method)}.safetensors"
         told = out.with_suffix(".json")
         if not told.exists():
             windows = Path(scratch) / "windows.safetensors"
             save_file({"windows": bench.study.calibration_windows(job.draw).contiguous()}, windows)
-            options = ["--method", job.row.peer, "--bits", str(grid.bits), "--group", str(grid.group)]
-            options += ["--blocks", job.row.blocks] if job.row.blocks else []
-            arguments = [str(bench.study.model), *options, "--windows", str(windows), "--out", str(out)]
+            arguments = [str(bench.study.model), *options(job), "--windows", str(windows), "--out", str(out)]
             told.write_text(json.dumps(run_in(job.row.who, job.row.script, arguments, folder=environments)))
         found, state = json.loads(told.read_text()), load_file(out)
     model = bench.study.loaded().model
     dense = {name: tensor.clone() for name, tensor in model.named_parameters()}
     unexpected = model.load_state_dict(state, strict=False).unexpected_keys
     assert not unexpected, unexpected
+    bits = {f"{name}.weight": each for name, each in found.get("bits", {}).items()}
     return {
         "cpu_seconds": round(found["cpu_seconds"], 1),
         "peak_bytes": None,
-        "bytes": rounded_bytes(dense, state, bits=grid.bits, group=grid.group),
+        "bytes": rounded_bytes(dense, state, bits=bits or named_scheme(job.scheme).weights.bits, group=GROUP),
         "parameters": sum(tensor.numel() for tensor in dense.values()),
         "versions": found["versions"],
         "texts": bench.measure(model, names_of(bench, job)),
     }
+
+
+def options(job: Job) -> list[str]:
+    """What the peer's script is told."""
+    told = ["--method", job.row.peer, "--group", str(GROUP)]
+    if job.row.average is not None:
+        return [*told, "--average", str(job.row.average)]
+    grid = named_scheme(job.scheme).weights
+    assert grid.symmetric and grid.group == GROUP
+    return [*told, "--bits", str(grid.bits), *(["--blocks", job.row.blocks] if job.row.blocks else [])]
 
 
 class Results:

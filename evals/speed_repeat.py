@@ -5,7 +5,7 @@
 
 The claim is of an idle machine: medians agree within 5 %. How idle it was is measured before each run and stored with
 the result; the exit code is 1 where an idle machine does not agree with itself. Writes
-evals/results/speed-repeat-NAME.json.
+evals/results/repeat-speed-NAME.json.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main(
         "versions": versions(),
         "machine": machine(),
     }
-    path = Path(__file__).parent / "results" / f"speed-repeat-{name}.json"
+    path = Path(__file__).parent / "results" / f"repeat-speed-{name}.json"
     path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     click.echo(f"{path}: {'idle' if idle else 'not idle'}, medians differ by up to {worst:.1%}")
     sys.exit(1 if idle and worst > CLAIM else 0)

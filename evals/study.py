@@ -21,11 +21,11 @@ from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.settings import Calibration
 from llmcompress.calibration.sources import paragraph_hashes
 from llmcompress.calibration.tokens import max_positions
+from llmcompress.evaluation.divergence import divergences
 from llmcompress.evaluation.environment import versions
 from llmcompress.evaluation.footprint import ideal_bytes, parameters
 from llmcompress.evaluation.measuring import observe
 from llmcompress.evaluation.metrics.perplexity import PerplexityMetric
-from llmcompress.evaluation.reductions import divergences
 from llmcompress.evaluation.scores import WindowScores, score
 from llmcompress.evaluation.settings.perplexity import PerplexityTask
 from llmcompress.evaluation.texts import EvaluationText, evaluation_text
@@ -131,7 +131,7 @@ class Bench:
             identity = {"weights": sha256(study.model / "model.safetensors"), "torch": versions()["torch"]}
             cache = TensorCache(study.cache)
             runner: Callable[[], TorchRunner] = lambda: TorchRunner(loaded.model)  # noqa: E731
-            metric = PerplexityMetric(text)
+            metric = PerplexityMetric(text, task.top, loaded.tokenizer)
             (seen,) = observe([metric], runner, model=identity, cache=cache, progress=Silent())
             self.dense[name] = DenseScores(text, metric.windows(seen.found))
         return self.dense[name]
@@ -189,12 +189,15 @@ def stored_bytes(model: PreTrainedModel) -> int:
     return ideal_bytes(model.to(torch.bfloat16))
 
 
-def rounded_bytes(dense: Mapping[str, Tensor], found: Mapping[str, Tensor], *, bits: int, group: int) -> int:
+def rounded_bytes(
+    dense: Mapping[str, Tensor], found: Mapping[str, Tensor], *, bits: int | Mapping[str, int], group: int
+) -> int:
     """The same of dense weights that symmetric codes stand for: those that differ from the dense model are codes."""
     total = 0
     for name, tensor in dense.items():
         coded = name in found and not torch.equal(tensor, found[name].to(tensor.dtype))
-        total += tensor.numel() * bits // 8 + tensor.numel() // group * 2 if coded else tensor.numel() * 2
+        own = bits if isinstance(bits, int) else bits.get(name, 16)
+        total += tensor.numel() * own // 8 + tensor.numel() // group * 2 if coded else tensor.numel() * 2
     return total
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llmcompress.fixed_recipe import allocate
     from llmcompress.loading.load import load
     from llmcompress.model_evaluation import evaluate
+    from llmcompress.model_export import export
     from llmcompress.pipeline import compress, inspect, plan, speed
     from llmcompress.progress import ProgressEvent
     from llmcompress.recipe import Recipe
@@ -40,6 +41,7 @@ _HOMES = {
     "allocate": "llmcompress.fixed_recipe",
     "compress": "llmcompress.pipeline",
     "evaluate": "llmcompress.model_evaluation",
+    "export": "llmcompress.model_export",
     "footprint": "llmcompress.compressed_model",
     "inspect": "llmcompress.pipeline",
     "load": "llmcompress.loading.load",
@@ -60,6 +62,7 @@ __all__ = [
     "allocate",
     "compress",
     "evaluate",
+    "export",
     "footprint",
     "inspect",
     "load",

@@ -28,6 +28,7 @@ from llmcompress.compressed_model import (
 )
 from llmcompress.cost import Machine, Offload
 from llmcompress.evaluation.beside import score_cache, text_warnings
+from llmcompress.evaluation.corpora import corpus_warnings
 from llmcompress.evaluation.coverage import coverage_warnings, overlap_warnings
 from llmcompress.evaluation.device.cost import (
     CostSettings,
@@ -147,7 +148,8 @@ def _compress(request: CompressionRequest) -> CompressedModel:
             measured += judged(recipe.evaluate, measured)
             clock.lap("evaluate compressed")
         report = _report(request, prepared, data, rows).with_measurements([*measured, *clock.stages()])
-        report = report.model_copy(update={"warnings": (*report.warnings, *loss_warnings(measured))})
+        told = (*report.warnings, *loss_warnings(measured), *corpus_warnings(measured))
+        report = report.model_copy(update={"warnings": told})
         result = _result(request, prepared, model, report)
         result = replace(result, report=processes.broadcast(_saved(request, result) if processes.is_first else report))
         if run is not None:

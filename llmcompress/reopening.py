@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from llmcompress.errors import CompressError
 from llmcompress.evaluation.checkpoint_codes import CodedSite, StoredCodes, codes_in
@@ -17,6 +17,7 @@ from llmcompress.loading.config import read_config
 from llmcompress.loading.generation import read_generation_config
 from llmcompress.loading.gguf_conversion import LOADED_QUANTIZED
 from llmcompress.loading.load import load
+from llmcompress.loading.match import empty_model
 from llmcompress.loading.quiet import quiet_transformers
 from llmcompress.loading.source import find_source
 from llmcompress.loading.tensors import Tensors
@@ -79,7 +80,8 @@ def _with_codes(stored: StoredCodes, config: PretrainedConfig) -> PreTrainedMode
     codes = {site.name: _codes(site, read) for site in sites}
     weights = {f"{name}.weight": linear.dense_weight() for name, linear in codes.items()}
     with quiet_transformers():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        kind = type(empty_model(plain))
+        model: PreTrainedModel = kind.from_pretrained(
             None, config=plain, state_dict={**state, **weights}, dtype=torch.float32
         )
     for name, linear in codes.items():
@@ -105,7 +107,7 @@ def _codes(site: CodedSite, read: Tensors) -> QuantLinear:
     if fixed is not None:
         fixed = as_bits(fixed) if scheme.activations == "group" else fixed.float()
     shared = None if tensor.shared_scale is None else as_bits(tensor.shared_scale)
-    return QuantLinear(scheme, tensor.codes, tensor.scale, tensor.zero_point, None, fixed, shared)
+    return QuantLinear(scheme, tensor.codes, tensor.scale.float(), tensor.zero_point, None, fixed, shared)
 
 
 def _on_grid(tensor: QuantizedTensor, scheme: Scheme) -> QuantizedTensor:

@@ -35,8 +35,9 @@ class Method(NamedTuple):
         return self.who == "ours" and all(trial["candidate"] for trial in self.trials)
 
     def windows(self, text: str, what: str) -> list[float]:
-        """Sums of every window, means over the draws."""
-        return [mean(each) for each in zip(*(trial["texts"][text][what] for trial in self.trials), strict=True)]
+        """Sums of every window, means over the draws that were measured on the text."""
+        drawn = [trial["texts"][text][what] for trial in self.trials if text in trial["texts"]]
+        return [mean(each) for each in zip(*drawn, strict=True)]
 
     def perplexities(self, text: str, tokens: Sequence[int]) -> list[float]:
         """Of every draw."""
@@ -61,6 +62,24 @@ def difference(first: Method, second: Method, facts: Facts, texts: Iterable[str]
     return estimate(apart, tokens)
 
 
+def on_common_draws(first: Method, second: Method) -> tuple[Method, Method]:
+    """Both with the calibration draws that both have: what a draw does to every method drops out too."""
+    mine, other = ({trial["draw"]: trial for trial in each.trials} for each in (first, second))
+    both = sorted(mine.keys() & other.keys())
+    taken = (tuple(trials[draw] for draw in both) for trials in (mine, other))
+    one, two = (each._replace(trials=trials) for each, trials in zip((first, second), taken, strict=True))
+    return one, two
+
+
+def between_draws(first: Method, second: Method, facts: Facts, texts: Iterable[str]) -> list[float]:
+    """The difference of their losses in every draw that both have."""
+    names, apart = list(texts), list[float]()
+    for one, two in zip(*(each.trials for each in on_common_draws(first, second)), strict=True):
+        pair = (first._replace(trials=(one,)), second._replace(trials=(two,)))
+        apart.append(difference(*pair, facts, names).mean)
+    return apart
+
+
 def ratio(first: Method, second: Method, facts: Facts, texts: Iterable[str]) -> Estimate:
     """Of their perplexities; the error is that of a first-order expansion of exp."""
     apart = difference(first, second, facts, texts)
@@ -68,7 +87,7 @@ def ratio(first: Method, second: Method, facts: Facts, texts: Iterable[str]) -> 
 
 
 def estimate(sums: Sequence[float], tokens: Sequence[int]) -> Estimate:
-    """Mean per token, and the linearised error of a ratio of sums; as `evaluation/reductions.py` has it.
+    """Mean per token, and the linearised error of a ratio of sums; as `evaluation/bootstrap.py` has it.
 
     Source: Cochran, Sampling Techniques, 3rd edition, section 6.3.
     """

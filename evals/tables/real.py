@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import mean
 
 from tables.cells import Facts, environment, markdown, protocol
-from tables.paired import Method, chosen, difference, methods, ratio
+from tables.paired import Method, between_draws, chosen, difference, methods, on_common_draws, ratio
 
 MODEL = "SmolLM2-135M-Instruct"
 """The one in the README."""
@@ -17,8 +17,9 @@ FEWER_BITS = ("int4_g64", "int3_g64", "int2_g64")
 COLUMNS = (
     "Perplexity: mean (lowest–highest) over calibration draws, × dense ± standard error over windows. KL: from the "
     "dense model, nats per token over all texts. Loss − ours: nats per token over all texts, minus those of the row in "
-    "bold, ± standard error of the paired difference; in bold is the best of ours on validation texts. MB: codes "
-    "without padding, their scales, all else in 16 bits; the token embedding is 57 MB of that unless a row rounds it."
+    "bold, ± standard error of the paired difference, in the draws that both have (lowest to highest of them); in bold "
+    "is the best of ours on validation texts. MB: codes without padding, their scales, all else in 16 bits; the token "
+    "embedding is 57 MB of that unless a row rounds it."
 )
 
 
@@ -54,8 +55,10 @@ def line(row: Method, rows: Sequence[Method], facts: Facts, best: Method | None)
     dense, texts = dense_of(rows), facts["protocol"]["texts"]
     against = "–"
     if best is not None and row != best:
-        apart = difference(row, best, facts, texts)
-        against = f"{apart.mean:+.3f} ± {apart.error:.3f}"
+        apart = difference(*on_common_draws(row, best), facts, texts)
+        drawn = between_draws(row, best, facts, texts)
+        between = f" ({min(drawn):+.3f} to {max(drawn):+.3f})" if len(drawn) > 1 else ""
+        against = f"{apart.mean:+.3f} ± {apart.error:.3f}{between}"
     kl = difference(row, dense, facts, texts, "kl")
     peaks = [trial["peak_bytes"] for trial in row.trials if trial["peak_bytes"]]
     name = f"**{row.name}**" if row == best else row.name

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from llmcompress.errors import CompressError, ExitCode
+from llmcompress.evaluation.corpora import corpus_warnings
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.evaluation.gate import check_gate, gate_of, judged
 from llmcompress.evaluation.measuring import Observed, comparisons, observe, prepared, results
@@ -73,7 +74,7 @@ def evaluations(
             versions=versions(),
             machine=machine(),
             measurements=tuple(measured + (judged(settings, measured) if finished else [])),
-            warnings=text_warnings(metrics),
+            warnings=(*text_warnings(metrics), *corpus_warnings(measured)),
             unfinished=left,
             compression=model.compression,
         )

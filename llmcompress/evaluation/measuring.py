@@ -22,7 +22,7 @@ from llmcompress.records.measurements import Measurement, Which
 from llmcompress.runners.base import Runner
 from llmcompress.storage.cache import TensorCache
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Increases when observations change their meaning, which invalidates earlier caches."""
 
 TaskLike = MetricSettings | str

@@ -51,7 +51,7 @@ def measure(
     """
     progress = progress or Silent()
     found = Perplexity(text)
-    scores = score(runner, text.windows, batch=batch, name=text.name)
+    scores = score(runner, text.windows, skipped=text.skipped, batch=batch, name=text.name)
     feed(watched(scores, text, f"perplexity on {text.name}", progress), found)
     return found.result()
 

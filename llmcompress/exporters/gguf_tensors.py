@@ -153,7 +153,8 @@ def _ordinary(model: PreTrainedModel, name: str, placement: Placement) -> FileTe
     rows_O = placement.rows(in_file, len(parameter))
 
     def values() -> Tensor:
-        return model.get_parameter(name).detach().to(placement.dtype)[rows_O]
+        stored: Tensor = model.get_parameter(name).detach().to(placement.dtype)
+        return stored[rows_O]
 
     if parameter.dim() == 1:
         offset = placement.row.norm_offset if in_file.endswith("norm.weight") else 0.0

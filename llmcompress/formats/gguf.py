@@ -204,23 +204,23 @@ def _unnibbled(packed_OBH: Tensor) -> Tensor:
 def _high_bits(fields_OBN: Tensor) -> Tensor:
     """Bit 4 of the 32 fields of a block, as a little-endian word."""
     weights = 2 ** torch.arange(8, device=fields_OBN.device)
-    bits = (fields_OBN >> 4).unflatten(-1, (4, 8)) * weights
-    return bits.sum(-1).to(torch.uint8)
+    bits = (fields_OBN >> 4).reshape(*fields_OBN.shape[:-1], 4, 8) * weights
+    packed_OB4: Tensor = bits.sum(-1).to(torch.uint8)
+    return packed_OB4
 
 
 def _pairs(fields_OBN: Tensor) -> Tensor:
     """Two bits each: of every 128 fields, those 32 apart share a byte."""
-    four_OBH4W = fields_OBN.unflatten(-1, (-1, 4, 32))
-    found = four_OBH4W[..., 0, :]
-    for place in range(1, 4):
-        found = found | four_OBH4W[..., place, :] << (2 * place)
-    return found.flatten(-2)
+    four = fields_OBN.reshape(*fields_OBN.shape[:-1], -1, 4, 32)
+    packed = four[..., 0, :] | four[..., 1, :] << 2 | four[..., 2, :] << 4 | four[..., 3, :] << 6
+    return packed.flatten(-2)
 
 
 def _unpaired(packed_OBC: Tensor) -> Tensor:
-    halves = packed_OBC.unflatten(-1, (-1, 1, 32))
+    halves = packed_OBC.reshape(*packed_OBC.shape[:-1], -1, 1, 32)
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed_OBC.device)[:, None]
-    return (halves >> shifts & 3).flatten(-3)
+    fields_OBN: Tensor = (halves >> shifts & 3).flatten(-3)
+    return fields_OBN
 
 
 def _bytes(value_OB: Tensor) -> Tensor:

@@ -42,14 +42,14 @@ class Measured(Record):
 
     @property
     def quality(self) -> tuple[Quality, ...]:
-        """One entry for every text on which both models were measured with the same protocol."""
+        """One entry for every text on which both models were measured with the same conditions."""
         measured = self.of_kind(PerplexityResult)
-        after = {each.protocol: each for each in measured if each.of == "compressed"}
-        divergences = {each.protocol: each for each in self.of_kind(Divergence)}
+        after = {each.conditions: each for each in measured if each.of == "compressed"}
+        divergences = {each.conditions: each for each in self.of_kind(Divergence)}
         return tuple(
-            Quality(each, after[each.protocol], divergences.get(each.protocol))
+            Quality(each, after[each.conditions], divergences.get(each.conditions))
             for each in measured
-            if each.of == "dense" and each.protocol in after
+            if each.of == "dense" and each.conditions in after
         )
 
     def of_kind(self, kind: type[T]) -> list[T]:

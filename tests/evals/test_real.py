@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llmcompress.calibration.sources import paragraph_hashes
-from llmcompress.evaluation.reductions import estimate
+from llmcompress.evaluation.bootstrap import estimate
 from llmcompress.recipe import parse_recipe
 from tests.tiny_folder import write_tiny_llama
 
@@ -210,8 +210,9 @@ def test_methods_are_chosen_on_validation_text_and_compared_in_pairs():
     rows = paired.methods(facts)
     best = paired.chosen(rows, "int3_g64", facts)
     assert best is not None and best.name == "b" and len(best.trials) == 2
-    apart = paired.difference(rows[-1], best, facts, ["one"])
-    assert apart == pytest.approx((0.3, 0.0)), "what windows share drops out"
+    apart = paired.difference(*paired.on_common_draws(rows[-1], best), facts, ["one"])
+    assert apart == pytest.approx((0.4, 0.0)), "what windows and draws share drops out"
+    assert paired.between_draws(best, best, facts, ["one"]) == [0, 0]
     assert paired.ratio(best, rows[0], facts, ["one"]).mean == pytest.approx(math.exp(0.5))
 
 
@@ -220,6 +221,6 @@ def test_tables_state_the_protocol_and_mark_the_row_that_was_chosen():
     assert "dense perplexity 12.18 on one (20 tokens); non-overlapping windows of 11, each with BOS" in shown
     low, high = (math.exp(2.5 + nats / 10) for nats in (4, 6))
     assert f"| ours | **b** | 10 | {(low + high) / 2:.2f} ({low:.2f}–{high:.2f}), ×1.649 ± 0.000 |" in shown
-    assert "| peer | c | 10 | 27.11, ×2.226 ± 0.000 | 0.800 ± 0.000 | +0.300 ± 0.000 | 5 | – | 1 |" in shown
+    assert "| peer | c | 10 | 27.11, ×2.226 ± 0.000 | 0.800 ± 0.000 | +0.400 ± 0.000 | 5 | – | 1 |" in shown
     assert "Peers: peer 1.2. Measured at commit abc." in shown
     assert "| `int3_g64` | peer: c | 10 | 27.11, ×2.23 ± 0.00 | 0.800 |" in real.short(made_up())

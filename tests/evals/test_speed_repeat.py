@@ -21,7 +21,7 @@ def test_two_runs_differ_by_a_share_of_the_slower_one(medians: tuple[float, floa
     assert found["difference"] == 0.04 and found["medians"] == list(medians)
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("speed-repeat-*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("repeat-speed-*.json")), ids=lambda path: path.stem)
 def test_a_stored_result_claims_only_what_was_measured_on_an_idle_machine(path: Path) -> None:
     found = json.loads(path.read_text())
     assert found["idle"] == (max(found["used_by_others"]) <= IDLE)

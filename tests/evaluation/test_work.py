@@ -54,7 +54,7 @@ def test_the_cache_holds_keys_and_values_of_the_prompt(family: str, heads: int) 
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", ["llama_gqa", "phi", "opt"])
+@pytest.mark.parametrize("family", ["llama_gqa", "phi", "mistral"])
 def test_a_prefill_is_its_matrix_products(family: str, attention: str) -> None:
     model = tiny_model(family)
     model.set_attn_implementation(attention)

@@ -7,7 +7,6 @@ kinds below are verified; lm-eval's task `ifeval` has all of them.
 from __future__ import annotations
 
 import json
-import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,10 +31,9 @@ def checks_of(kinds: Sequence[str], arguments: Sequence[Mapping[str, Any] | None
     return tuple(Check(kind, each or {}) for kind, each in zip(kinds, padded, strict=False) if kind in _KINDS)
 
 
-def _compares(count: int, relation: object, wanted: object) -> bool:
+def _compares(count: int, relation: str, wanted: int) -> bool:
     """IFEval knows two relations."""
-    compare = operator.lt if relation == "less than" else operator.ge
-    return bool(compare(count, wanted))
+    return count < wanted if relation == "less than" else count >= wanted
 
 
 def _has_word(text: str, word: str) -> bool:

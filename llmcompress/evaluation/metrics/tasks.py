@@ -41,7 +41,8 @@ class TaskMetric(Metric):
     settings: TaskSettings
     loaded: LoadedTasks
     tokenizer: PreTrainedTokenizerBase
-    fingerprint: str
+    digest: str
+    """Of what is asked and how: see `fingerprint_of`."""
 
     @classmethod
     @override
@@ -58,6 +59,11 @@ class TaskMetric(Metric):
     @override
     def name(self) -> str:
         return self.settings.task
+
+    @property
+    @override
+    def fingerprint(self) -> str:
+        return self.digest
 
     @override
     def observe(self, runner: Runner, progress: Progress, *, dense: Observation | None) -> Observation:

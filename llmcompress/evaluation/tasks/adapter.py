@@ -54,7 +54,8 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no type informa
     @property
     @override
     def eot_token_id(self) -> int | None:
-        return self.tokenizer.eos_token_id
+        end: int | None = self.tokenizer.eos_token_id
+        return end
 
     @property
     @override

@@ -124,7 +124,7 @@ def _answers(logits_TV: Tensor, asked: Sequence[tuple[int, Continuation]]) -> It
         logprob_N[here_N] = logprobs_RV[row_M, targets_M]
         greedy_N[here_N] = logprobs_RV.argmax(-1)[row_M] == targets_M
     lengths = [len(each.targets) for _, each in asked]
-    parts = zip(asked, logprob_N.cpu().split(lengths), greedy_N.cpu().split(lengths), strict=True)
+    parts = zip(asked, torch.split(logprob_N.cpu(), lengths), torch.split(greedy_N.cpu(), lengths), strict=True)
     for (index, _), logprob_C, greedy_C in parts:
         yield index, Likelihood(float(logprob_C.sum()), bool(greedy_C.all()))
 

@@ -31,6 +31,7 @@ def both(request):
     model = tiny_llama()
     # generation of a random model is a lottery between almost equal logits: these are far apart
     model.lm_head.weight.data *= 8
+    model.lm_head.weight.data[:3] = 0  # no text ends early
     tokenizer = byte_tokenizer(bos_habit=request.param == "with BOS")
     tokenizer.pad_token = "</s>"
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = tokenizer.eos_token_id
@@ -69,13 +70,13 @@ def test_generated_answers_are_the_same_whatever_their_length_and_end(both):
     asked = requests(
         "generate_until",
         ("The quick", {"until": [], "max_gen_toks": 40}),
-        ("The quick", {"until": [free[20:23]], "max_gen_toks": 40}),
+        ("The quick", {"until": [free[8:10]], "max_gen_toks": 40}),
         (STORY * 2, {"until": [free[3:4]], "max_gen_toks": 12}),
         ("fox", {"until": "\n\n", "max_gen_toks": 33, "do_sample": False, "temperature": 0.0}),
     )
     wanted, found = theirs.generate_until(asked, disable_tqdm=True), ours.generate_until(asked)
     assert found == wanted
-    assert len(found[0]) > 20 and len(found[1]) <= 20 and free[20:23] not in found[1]
+    assert len(found[0]) > 10 and len(found[1]) <= 8 and free[8:10] not in found[1]
 
 
 def test_a_task_that_samples_or_writes_more_than_fits_is_refused(both):
