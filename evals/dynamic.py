@@ -20,7 +20,6 @@ from typing import Any
 
 import click
 import torch
-from llmcompress.evaluation.speed import compare_speed
 from speed import CLOCKS, SHAPES, llama
 from transformers import PreTrainedModel
 from trial import Setting, Trial, run_trial

@@ -19,7 +19,6 @@ from typing import Any
 
 import click
 import torch
-from llmcompress.evaluation.speed import compare_speed
 from torch import nn
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 

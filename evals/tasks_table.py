@@ -24,7 +24,12 @@ from lm_eval.models.huggingface import HFLM
 
 import llmcompress
 from llmcompress.evaluation.environment import machine, versions
+from llmcompress.evaluation.metrics.base import Metric, Subject
+from llmcompress.evaluation.metrics.generations import GenerationMetric
+from llmcompress.evaluation.metrics.robustness import RobustnessMetric
 from llmcompress.evaluation.paired import interval
+from llmcompress.evaluation.settings.generations import GenerationSettings
+from llmcompress.evaluation.settings.robustness import RobustnessSettings
 from llmcompress.evaluation.settings.tasks import TaskSettings
 from llmcompress.evaluation.tasks.answering import answer
 from llmcompress.evaluation.tasks.comparing import task_comparisons
@@ -44,6 +49,9 @@ PUBLISHED = {
 """Of SmolLM2-135M-Instruct by lm-eval, 0-shot, from the original bfloat16 weights."""
 
 PASSES = {"gptq int4_g64": [{"gptq": {"scheme": "int4_g64"}}]}
+
+_TEXTS = {"texts": {"__all__": {"prompt"}}}
+"""Of the generated texts the prompts are in evals/prompts."""
 
 SAMPLES, TOKENS = 32, 512
 """Calibration windows and their length."""
@@ -73,6 +81,7 @@ def main(model: str, task_data: str, calibration: str, limit: int | None, own_li
         "versions": {**versions(), "lm-eval": _lm_eval_version()},
         "machine": machine(),
         "tasks": {},
+        "behaviour": {},
         "against_lm_eval": {},
     }
     bundle = load(model, dtype=torch.float32, device=torch.device("cpu"))
@@ -82,8 +91,13 @@ def main(model: str, task_data: str, calibration: str, limit: int | None, own_li
             short = asked.model_copy(update={"limit": own_limit})
             found["against_lm_eval"][task] = _against_lm_eval(runner, bundle, loaded, short)
             seconds, dense[task] = _timed(_answers, runner, bundle, loaded, asked)
-            found["tasks"][task] = {"dense": _row(task, dense[task].tasks[0]), "dense_seconds": seconds}
+            answers = dense[task].tasks[0]
+            found["tasks"][task] = {
+                "dense": {**_row(answers), "published": _published(task, answers), "cpu_seconds": seconds}
+            }
             _write(file, found)
+        others = _others(task_data, bundle)
+        observed = [metric.observe(runner, Silent(), dense=None) for metric in others]
     for label, passes in PASSES.items():
         recipe = {"passes": passes, "evaluate": {}}
         recipe["calibration"] = {"source": calibration, "samples": SAMPLES, "tokens": TOKENS}
@@ -92,7 +106,14 @@ def main(model: str, task_data: str, calibration: str, limit: int | None, own_li
             for task, (asked, loaded) in settings.items():
                 own = _answers(runner, bundle, loaded, asked)
                 (comparison,) = task_comparisons(dense[task], own)
-                found["tasks"][task][label] = {**_row(task, own.tasks[0]), "against_dense": comparison.model_dump()}
+                found["tasks"][task][label] = {**_row(own.tasks[0]), "against_dense": comparison.model_dump()}
+                _write(file, found)
+            found["behaviour"][label] = []
+            for metric, before in zip(others, observed, strict=True):
+                after = metric.observe(runner, Silent(), dense=before)
+                records = [*metric.results(before, "dense"), *metric.results(after, "compressed")]
+                records += metric.compared(before, after)
+                found["behaviour"][label] += [each.model_dump(mode="json", exclude=_TEXTS) for each in records]
                 _write(file, found)
 
 
@@ -123,21 +144,32 @@ def _against_lm_eval(runner: TorchRunner, bundle: Any, loaded: Any, asked: TaskS
     }
 
 
-def _row(task: str, found: TaskAnswers) -> dict[str, Any]:
-    """All scores; the published one with whether it lies within 95 % of ours."""
-    metric, published = PUBLISHED[task]
-    ours = interval(found.values(metric) or [])
-    assert ours.low is not None and ours.high is not None
+def _row(found: TaskAnswers) -> dict[str, Any]:
     return {
         "documents": len(found.answers),
         "scores": {each.metric: [each.value, each.standard_error] for each in found.scores},
-        "published": {
-            "metric": metric,
-            "value": published,
-            "ours": ours.model_dump(),
-            "within": ours.low <= published <= ours.high,
-        },
     }
+
+
+def _published(task: str, found: TaskAnswers) -> dict[str, Any]:
+    """Whether it lies within the 95 % interval of ours."""
+    metric, published = PUBLISHED[task]
+    ours = interval(found.values(metric) or [])
+    assert ours.low is not None and ours.high is not None
+    within = ours.low <= published <= ours.high
+    return {"metric": metric, "value": published, "ours": ours.model_dump(), "within": within}
+
+
+def _others(task_data: str, bundle: Any) -> list[Metric]:
+    """Robustness and generated texts: few items, for the order of magnitude."""
+    config = bundle.model.config
+    subject = Subject(bundle.tokenizer, config.max_position_embeddings, config.vocab_size)
+    robustness = [
+        RobustnessSettings(task="local_arc_easy", data=task_data, limit=20, prompts=()),
+        RobustnessSettings(text="builtin:evaluation", limit=8),
+    ]
+    generations = [GenerationSettings(max_new_tokens=48)]
+    return [*RobustnessMetric.prepare(robustness, subject), *GenerationMetric.prepare(generations, subject)]
 
 
 def _answers(runner: TorchRunner, bundle: Any, loaded: Any, asked: TaskSettings) -> TaskObservation:

@@ -145,8 +145,6 @@ class CompressedModel:
     ) -> Path:
         """Write it for one target (`llmcompress targets`), read it back and compare; `options` are the target's own.
 
-        The folder appears complete or not at all, with a README.md and `export_report.json`.
-
         Raises: CompressError naming the targets that hold it, if this one does not.
         """
         exporter = exporter_called(to, options)
@@ -182,10 +180,7 @@ class CompressedModel:
 
     @property
     def exportable(self) -> Exportable:
-        """What `llmcompress.export` writes.
-
-        Raises: CompressError where the weights were offloaded: they are in the folder alone.
-        """
+        """What `llmcompress.export` writes; refused where weights were offloaded: they are in the folder alone."""
         with self._lent() as result:
             return result.exportable
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from llmcompress.calibration.offloading import InMemory, WeightStore
 from llmcompress.errors import CompressError, ExitCode, without_tokens
 from llmcompress.exporters.auxiliary_files import copy_auxiliary_files
-from llmcompress.exporters.base import EXPORTERS, Converted, Exporter, Refused, Writing
-from llmcompress.exporters.choose import holders
+from llmcompress.exporters.base import EXPORTERS, Converted, Exporter, Writing
+from llmcompress.exporters.choose import check_export
 from llmcompress.exporters.contents import Contents, contents_in
 from llmcompress.exporters.readme import README, readme
+from llmcompress.exporters.runtime_proof import runtime_proof
+from llmcompress.progress import Progress
 from llmcompress.records.export_report import EXPORT_REPORT, ExportReport, RuntimeProof
 from llmcompress.storage.folder import publish, set_aside, staging_folder
 
@@ -78,32 +81,9 @@ def exporter_called(name: str, options: Mapping[str, Any] | None = None) -> Expo
         ) from problem
 
 
-def check_export(exporter: Exporter, contents: Contents) -> None:
-    """That the target holds all of the model.
-
-    Raises: CompressError with every reason, the nearest schemes, and the targets that do hold it.
-    """
-    refused = {name: each for name, each in exporter.answers(contents).items() if isinstance(each, Refused)}
-    problem = exporter.problem(contents)
-    if problem is None and not refused:
-        return
-    why = problem or "; ".join(dict.fromkeys(each.why for each in refused.values()))
-    nearest = dict.fromkeys(each.nearest.name for each in refused.values() if each.nearest)
-    able = holders(contents)
-    name = EXPORTERS.name_of(type(exporter))
-    ways = [
-        f"export it to {' or '.join(able)}" if able else "",
-        f"compress it with {' or '.join(nearest)}" if nearest else "",
-        exporter.fix if refused and problem is None else "",
-    ]
-    raise CompressError(
-        "save.format",
-        f"{name} cannot represent this model: {why}",
-        where="; ".join(list(refused)[:5]) + (f"; and {len(refused) - 5} more" if len(refused) > 5 else ""),
-        fix=", or ".join(way for way in ways if way) or "compress it with another scheme",
-        saved="the model in memory",
-        exit_code=ExitCode.USAGE,
-    )
+def export_folders(output: Path, exporters: Sequence[Exporter]) -> dict[Exporter, Path]:
+    """Where a recipe's exports go: beside the output, under its name and the target's."""
+    return {each: output.with_name(f"{output.name}-{EXPORTERS.name_of(type(each))}") for each in exporters}
 
 
 def export(
@@ -117,7 +97,7 @@ def export(
     model: the faulty folder is kept beside `output`.
     """
     contents = exportable.contents
-    check_export(exporter, contents)
+    check_export(exporter, contents, saved=_IN_MEMORY)
     target, answers = EXPORTERS.name_of(type(exporter)), exporter.answers(contents)
     with staging_folder(output) as staging:
         writing = exportable.writing
@@ -143,6 +123,26 @@ def export(
             (staging / name).write_text(without_tokens(text), encoding="utf-8")
         publish(staging, output, overwrite=overwrite)
     return report
+
+
+def export_beside(
+    exportable: Exportable, exporters: Sequence[Exporter], output: Path, *, overwrite: bool, progress: Progress
+) -> None:
+    """For every target of a recipe; what is in memory is also run in the target's own runtime.
+
+    Raises: CompressError as `export` does.
+    """
+    folders = export_folders(output, exporters)
+    if folders:
+        progress.stage("export", len(folders))
+    for exporter, folder in folders.items():
+        in_memory = isinstance(exportable.weights_at, InMemory)
+        proof = partial(runtime_proof, exportable.model, exportable.tokenizer, exporter) if in_memory else None
+        export(exportable, exporter, folder, overwrite=overwrite, proof=proof)
+        progress.step(folder.name)
+
+
+_IN_MEMORY = "the model in memory"
 
 
 def _mismatch(report: ExportReport, aside: Path) -> CompressError:

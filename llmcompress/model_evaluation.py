@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -16,9 +17,11 @@ from llmcompress.evaluation.beside import EvaluatedModel
 from llmcompress.evaluation.beside import evaluations as stepwise
 from llmcompress.evaluation.environment import numeric_versions
 from llmcompress.evaluation.footprint import bytes_on_disk
+from llmcompress.evaluation.kl_base import save_kl_base
 from llmcompress.evaluation.measuring import TaskLike, as_tasks
 from llmcompress.evaluation.metrics.base import Subject
-from llmcompress.evaluation.settings.perplexity import BUNDLED_TEXT
+from llmcompress.evaluation.settings.perplexity import BUNDLED_TEXT, PerplexityTask
+from llmcompress.evaluation.texts import evaluation_text
 from llmcompress.loading.config import read_config
 from llmcompress.loading.identity import identity_of_files, identity_of_folder
 from llmcompress.loading.source import find_source
@@ -93,6 +96,28 @@ def compare(
     """
     found = [evaluate(each, tasks, baseline=base, runner=runner, device=device, progress=progress) for each in models]
     return Comparison(base=str(found[0].baseline), evaluations=tuple(found))
+
+
+def write_kl_base(
+    model: ModelLike,
+    path: Path,
+    text: PerplexityTask,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    runner: str = "torch",
+    device: str = "auto",
+    progress: ProgressLike = None,
+) -> None:
+    """Write a model's log-probabilities on a text as a KL base file of llama-perplexity.
+
+    Such a file is a text of `evaluate`, with the scores of the dense model in it.
+
+    Raises: CompressError like `evaluate`, and for a text that is not read by the protocol `llama-cpp`.
+    """
+    with _opened(model, tokenizer, runner, usable_device(device)) as opened:
+        read = evaluation_text(text, opened.subject.tokenizer, opened.subject.max_positions)
+        with opened.open_runner() as running:
+            save_kl_base(path, running, read, as_progress(progress))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompress.compressed_model import CompressedModel, ModelLike, in_memory, tokenizer_beside
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.exporters.base import Exporter
+from llmcompress.exporters.choose import check_export
 from llmcompress.exporters.runtime_proof import runtime_proof
-from llmcompress.exporting import Exportable, check_export, exporter_called
+from llmcompress.exporting import Exportable, exporter_called
 from llmcompress.exporting import export as export_one
 from llmcompress.loading.borrowed import borrowed, is_loaded_quantized
 from llmcompress.loading.in_memory import required_tokenizer
 from llmcompress.loading.source import IN_MEMORY
 from llmcompress.progress import ProgressLike, as_progress
-from llmcompress.records.export_report import ExportReport, RuntimeProof
+from llmcompress.records.export_report import ExportReport
 from llmcompress.reopening import reopen
 from llmcompress.storage.folder import check_output
 from llmcompress.storage.paths import from_home
@@ -66,13 +67,8 @@ def export(
             check_export(exporter, exportable.contents)
         shown.stage("export", len(targets))
         for name, exporter in exporters.items():
-
-            def proof(folder: Path, exporter: Exporter = exporter) -> RuntimeProof | None:
-                return runtime_proof(exportable.model, exportable.tokenizer, exporter, folder)
-
-            made[name] = export_one(
-                exportable, exporter, folders[name], overwrite=overwrite, proof=proof if run else None
-            )
+            proof = partial(runtime_proof, exportable.model, exportable.tokenizer, exporter) if run else None
+            made[name] = export_one(exportable, exporter, folders[name], overwrite=overwrite, proof=proof)
             shown.step(name)
     return made
 

@@ -50,9 +50,9 @@ from llmcompress.loading.source import IN_MEMORY, find_source
 from llmcompress.model.describe import describe
 from llmcompress.model.probe import map_model, probe
 from llmcompress.passes.apply import apply_passes, steps
-from llmcompress.passes.shared_resume_store import SharedResumeStore
+from llmcompress.passes.shared_resume_store import shared
 from llmcompress.planning import Plan, known_in_memory, make_plan, refused, within_target_limits
-from llmcompress.preparation import CompressionRequest, Prepared, estimate, prepare
+from llmcompress.preparation import CompressionRequest, Prepared, estimate, prepare, teachers_of
 from llmcompress.presets import RecipeLike, as_recipe
 from llmcompress.progress import ProgressLike, Silent, as_progress
 from llmcompress.records.degraded import degraded_warnings
@@ -61,7 +61,7 @@ from llmcompress.records.report import Report
 from llmcompress.records.rows import SiteReport
 from llmcompress.run import Run
 from llmcompress.runners.torch_runner import TorchRunner
-from llmcompress.saving import Result, bytes_to_write, publish_result
+from llmcompress.saving import Result, bytes_to_write, publish_run
 
 
 def compress(
@@ -183,10 +183,9 @@ def _context(
         weights_at=prepared.weights_at,
         experts=request.recipe.calibration.experts,
         processes=request.processes,
-        keep=SharedResumeStore(run, request.processes)
-        if request.output is not None and request.processes.count > 1
-        else run,
+        keep=run if request.output is None else shared(run, request.processes),
         progress=request.progress,
+        teachers=teachers_of(request),
     )
 
 
@@ -264,10 +263,7 @@ def _saved(request: CompressionRequest, result: Result) -> Report:
     """Written to the output, or counted how much that would be: the report with the bytes."""
     if request.output is None:
         return result.measured(bytes_to_write(result))
-    request.progress.stage("save", 1)
-    report = publish_result(result, request.output, overwrite=request.overwrite)
-    request.progress.step(request.output.name)
-    return report
+    return publish_run(result, request.output, overwrite=request.overwrite, progress=request.progress)
 
 
 def plan(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from llmcompress.calibration.in_memory import GivenData
 from llmcompress.calibration.offloading import InMemory, OnDisk, WeightStore
@@ -18,11 +19,13 @@ from llmcompress.evaluation.gate import check_gate
 from llmcompress.evaluation.measuring import prepared
 from llmcompress.evaluation.metrics.base import Metric, Subject
 from llmcompress.exporters.loader import loader_of
+from llmcompress.exporting import export_folders
 from llmcompress.loading.identity import identity_of_folder
 from llmcompress.loading.in_memory import LiveModel, identity_in_memory
 from llmcompress.loading.load import Loaded, load_for_compression
 from llmcompress.loading.preflight import preflight
 from llmcompress.loading.source import find_source
+from llmcompress.loading.teachers import TeacherFiles
 from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
@@ -104,7 +107,8 @@ def _prepared(request: CompressionRequest) -> Prepared:
     recipe, processes = request.recipe, request.processes
     if processes.is_first and request.output is not None:
         named = None if request.live else from_home(str(recipe.model))
-        check_output(request.output, overwrite=request.overwrite, source=named)
+        for folder in (request.output, *export_folders(request.output, recipe.export).values()):
+            check_output(folder, overwrite=request.overwrite, source=named)
     request.progress.stage("load", 1)
     check_texts(recipe, given=request.given is not None)
     check_gate(recipe.evaluate, compares=True)
@@ -133,6 +137,7 @@ def _loaded(request: CompressionRequest) -> tuple[Recipe, Loaded]:
     recipe, output, processes = request.recipe, request.output, request.processes
     source = find_source(str(recipe.model), revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     checked = preflight(source, trust_remote_code=recipe.trust_remote_code, progress=request.progress)
+    check_teachers(recipe, teachers_of(request), checked.tokenizer)
     weight_bytes = checked.bytes_weights
     # a finished folder is no larger than the model; better refused now than when it is written
     if processes.is_first and output is not None:
@@ -157,11 +162,28 @@ def _in_memory(request: CompressionRequest, live: LiveModel) -> Loaded:
         raise _needs_memory(
             "the model is in memory already", "set offload to never, or name the folder or id of the model"
         )
+    check_teachers(request.recipe, teachers_of(request), live.tokenizer)
     for warning in live.facts.warnings:
         request.progress.note(warning)
     if request.processes.is_first and request.output is not None:
         check_output(request.output, overwrite=request.overwrite, needed_bytes=live.facts.bytes_weights)
     return Loaded(live.model, live.tokenizer, live.name, None, live.facts)
+
+
+def teachers_of(request: CompressionRequest) -> TeacherFiles:
+    """Where passes find the models they learn from; `original` is in files unless it was handed over in memory."""
+    recipe = request.recipe
+    name = None if request.live is not None else recipe.model
+    return TeacherFiles(name, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+
+
+def check_teachers(recipe: Recipe, teachers: TeacherFiles, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Every teacher is there and has the student's vocabulary.
+
+    Raises: CompressError otherwise.
+    """
+    for name in dict.fromkeys(name for each in recipe.passes for name in each.teachers()):
+        teachers.check(name, tokenizer)
 
 
 def _needs_memory(what: str, fix: str) -> CompressError:

@@ -13,13 +13,15 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from llmcompress.calibration.offloading import InMemory, WeightStore
 from llmcompress.errors import CompressError, without_tokens
 from llmcompress.evaluation.footprint import bytes_on_disk
+from llmcompress.evaluation.gate import gate_failure
 from llmcompress.exporters.auxiliary_files import copy_auxiliary_files
 from llmcompress.exporters.base import Writing
 from llmcompress.exporters.choose import choose
 from llmcompress.exporters.contents import contents_in
 from llmcompress.exporters.save import save_model
 from llmcompress.exporters.shards import ShardSizes
-from llmcompress.exporting import Exportable
+from llmcompress.exporting import Exportable, export_beside
+from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
 from llmcompress.records.evaluation import Compression
 from llmcompress.records.measurements import WeightBytes
@@ -73,6 +75,19 @@ def publish_result(result: Result, output: Path, *, overwrite: bool) -> Report:
         finished = fill_folder(result, staging)
         publish(staging, output, overwrite=overwrite)
     return finished
+
+
+def publish_run(result: Result, output: Path, *, overwrite: bool, progress: Progress) -> Report:
+    """The folder, and the exports that the recipe asks for: unless its quality gate was not kept.
+
+    Raises: CompressError as `publish_result` and `export` do.
+    """
+    progress.stage("save", 1)
+    report = publish_result(result, output, overwrite=overwrite)
+    progress.step(output.name)
+    if gate_failure(report, saved=str(output)) is None:
+        export_beside(result.exportable, result.recipe.export, output, overwrite=overwrite, progress=progress)
+    return report
 
 
 def bytes_to_write(result: Result) -> int:

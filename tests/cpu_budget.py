@@ -37,6 +37,7 @@ BUDGET_SECONDS: dict[str, int] = {
     "tests/test_composition.py": 40,
     "tests/calibration/test_data.py": 30,
     "tests/evaluation/device/test_speed.py": 30,
+    "tests/evaluation/test_protocols.py": 60,
     "tests/model/test_depth.py": 30,
     "tests/model/test_map.py": 30,
     "tests/model/test_residual.py": 30,

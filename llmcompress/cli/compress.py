@@ -33,6 +33,13 @@ if TYPE_CHECKING:
     multiple=True,
     help="Change the recipe, e.g. --set calibration.samples=64 --set passes.gptq.scheme=int3_g32. Repeatable.",
 )
+@click.option(
+    "--export",
+    "targets",
+    metavar="TARGET",
+    multiple=True,
+    help="Export the result too, into DIR-TARGET (see `llmcompress targets`). Repeatable.",
+)
 @click.option("--dry-run", is_flag=True, help="Only show the plan: sites, bytes, memory and time. Reads no weights.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output, once the new one is complete.")
 @click.option("--fresh", is_flag=True, help="Start over instead of resuming an interrupted run.")
@@ -53,6 +60,7 @@ def compress(
     recipe_file: Path | None,
     output: Path | None,
     settings: tuple[str, ...],
+    targets: tuple[str, ...],
     dry_run: bool,
     overwrite: bool,
     fresh: bool,
@@ -82,6 +90,8 @@ def compress(
     from llmcompress.cli.terminal import TerminalProgress
     from llmcompress.presets import preset_path
 
+    if targets:
+        settings = (*settings, f"export=[{', '.join(targets)}]")
     file = recipe_file or preset_path(str(preset))
     # of several processes (torchrun) only the first may touch what lies at the output, and it is not known yet
     written = None if dry_run or "RANK" in os.environ else output
@@ -119,7 +129,7 @@ def compress(
                     progress=progress,
                 )
             except KeyboardInterrupt as interrupt:
-                raise _interrupted(output, saved_of(interrupt)) from None
+                raise interrupted(output, saved_of(interrupt)) from None
     if dry_run:
         print_json(plan) if as_json else print_tables(*plan_tables(plan))
         return
@@ -150,8 +160,8 @@ def _confirm_remote_code(recipe: Recipe, *, yes: bool) -> None:
     )
 
 
-def _interrupted(output: Path, saved: str | None) -> CompressError:
-    """`saved`: what the run said; None where it had not begun."""
+def interrupted(output: Path, saved: str | None) -> CompressError:
+    """The error for Ctrl-C. `saved`: what the run said; None where it had not begun."""
     run = output.absolute().with_name(output.absolute().name + ".run")
     if saved is None and (run / "journal.jsonl").exists():
         saved = f"what an earlier run saved in {run}: run the same command again to resume"

@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from llmcompress.cli.tables import plain_table
-from llmcompress.cli.terminal import size
+from llmcompress.report.forms import size
 
 if TYPE_CHECKING:
     from llmcompress.evaluation.device.cost import CostTable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,14 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Write report.html, report.md and report.json there.",
 )
+@click.option(
+    "--write-kl-base",
+    "kl_base",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Only write MODEL's log-probabilities on one text to FILE, as llama-perplexity --kl-divergence-base does. Such "
+    "a file is a SOURCE of --perplexity, with its dense model in it.",
+)
 @track_option
 @device_option
 @json_option
@@ -48,6 +57,7 @@ def evaluate(
     baseline: str | None,
     runner: str,
     output: Path | None,
+    kl_base: Path | None,
     tracker: str | None,
     device: str,
     as_json: bool,
@@ -62,8 +72,12 @@ def evaluate(
       llmcompress evaluate builtin:books-llama
       llmcompress evaluate out --baseline builtin:books-llama --suite quick -o report
       llmcompress evaluate out --perplexity wikitext2:test --window 2048 --json
+      llmcompress evaluate builtin:books-llama --write-kl-base dense.kld
     """
     quiet_libraries()
+    if kl_base is not None:
+        _write_kl_base(model, kl_base, Words(**words), runner=runner, device=device)
+        return
     from llmcompress.cli.evaluation_tables import evaluation_tables
     from llmcompress.cli.terminal import TerminalProgress
 
@@ -96,6 +110,24 @@ def evaluate(
         if output is not None:
             click.echo(f"report written to {output}", err=True)
     fail_by_gate(found, as_json=as_json, saved=str(output) if output else "what was measured")
+
+
+def _write_kl_base(model: str, file: Path, words: Words, *, runner: str, device: str) -> None:
+    """By the protocol `llama-cpp`, unless another one is named; a text is needed, and is the bundled one by default."""
+    from llmcompress.cli.terminal import TerminalProgress
+    from llmcompress.evaluation.settings.perplexity import BUNDLED_TEXT, PerplexityTask
+
+    named = replace(words, protocol=words.protocol or "llama-cpp", sources=words.sources or (BUNDLED_TEXT[0].source,))
+    texts = [each for each in settings_of(named) if isinstance(each, PerplexityTask)]
+    if len(texts) != 1:
+        raise click.UsageError("--write-kl-base writes one text: name one with --perplexity.")
+    refuse_missing_models(model)
+    refuse_missing_texts(texts)
+    with TerminalProgress() as progress:
+        with loading_libraries(progress):
+            from llmcompress.model_evaluation import write_kl_base
+        write_kl_base(model, file, texts[0], runner=runner, device=device, progress=progress)
+    click.echo(f"log-probabilities written to {file}", err=True)
 
 
 def _check_places(settings: Any, baseline: str | None, output: Path | None, tracker: str | None) -> None:

@@ -21,6 +21,7 @@ COMMANDS = (
     "allocate",
     "compare",
     "compress",
+    "distill",
     "evaluate",
     "export",
     "footprint",

@@ -43,5 +43,4 @@ def calibration_error(sums: Tensor) -> Tensor:
 
 def calibration_change(sums: Tensor) -> Tensor:
     """Of the sums of two models side by side: the second one's error minus the first one's."""
-    first, second = sums.split(BINS + 1, -1)
-    return calibration_error(second) - calibration_error(first)
+    return calibration_error(sums[..., BINS + 1 :]) - calibration_error(sums[..., : BINS + 1])

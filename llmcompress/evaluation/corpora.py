@@ -12,8 +12,8 @@ MUCH_MORE = 1.5
 
 def corpus_warnings(measured: Sequence[Measurement]) -> tuple[str, ...]:
     """One for every text on which the loss rises much more than on the first, by intervals that do not overlap."""
-    first, *others = [each for each in measured if isinstance(each, Divergence)] or [None]
-    return () if first is None else tuple(_warning(first, other) for other in others if other and _apart(first, other))
+    found = [each for each in measured if isinstance(each, Divergence)]
+    return tuple(_warning(found[0], other) for other in found[1:] if _apart(found[0], other))
 
 
 def _apart(first: Divergence, other: Divergence) -> bool:

@@ -16,6 +16,8 @@ from llmcompress.evaluation.scores import WindowScores
 from llmcompress.evaluation.texts import EvaluationText
 from llmcompress.records.measurements import Divergence
 
+QUANTILES = {"kl_median": 0.5, "kl_90": 0.9, "kl_99": 0.99, "kl_999": 0.999}
+
 LEAST_TAIL = 2.0**-23
 """Probability of all tokens that were not looked at, at least: below, it is the rounding of float32."""
 
@@ -43,8 +45,7 @@ class AgainstDense:
         delta_p = [own.logprob_P.double().exp() - dense.logprob_P.double().exp() for dense, own in pairs]
         right = [(dense.best_P == dense.targets_P, own.best_P == own.targets_P) for dense, own in pairs]
         calibration = torch.cat([calibration_sums([pair[side] for pair in pairs]) for side in (0, 1)], -1)
-        names = {"kl_median": 0.5, "kl_90": 0.9, "kl_99": 0.99, "kl_999": 0.999}
-        quantiles = {name: samples.quantile(kl, share) for name, share in names.items()}
+        quantiles = {name: samples.quantile(kl, share) for name, share in QUANTILES.items()}
         return Divergence(
             text=text.name,
             protocol=text.protocol,
@@ -54,7 +55,10 @@ class AgainstDense:
             top=pairs[0][0].logprobs_PK.shape[-1],
             top_mass=samples.mean([dense.logprobs_PK.double().exp().sum(-1) for dense, _ in pairs]).mean,
             kl=samples.mean(kl),
-            **{name: value for name, (value, _) in quantiles.items()},
+            kl_median=quantiles["kl_median"][0],
+            kl_90=quantiles["kl_90"][0],
+            kl_99=quantiles["kl_99"][0],
+            kl_999=quantiles["kl_999"][0],
             kl_intervals={name: interval for name, (_, interval) in quantiles.items() if interval is not None},
             loss_increase=samples.mean([dense.logprob_P.double() - own.logprob_P.double() for dense, own in pairs]),
             same_top=samples.mean([own.best_P == dense.best_P for dense, own in pairs]),

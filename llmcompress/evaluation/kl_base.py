@@ -13,7 +13,7 @@ from torch import Tensor
 from llmcompress.calibration.sources import paragraph_hashes
 from llmcompress.calibration.tokens import starts_with_bos
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.evaluation.scores import WindowScores, logits_in_pieces, score
+from llmcompress.evaluation.scores import WindowScores, log_probabilities, score
 from llmcompress.evaluation.settings.perplexity import PerplexityTask
 from llmcompress.evaluation.texts import EvaluationText
 from llmcompress.progress import Progress
@@ -52,6 +52,15 @@ def kl_base_text(
             fix="write the file with the dense model that this one was made from",
             exit_code=ExitCode.USAGE,
         )
+    changed = task.protocol_name not in (PerplexityTask().protocol_name, own := _protocol(base.chunk))
+    if changed or (task.window is not None and task.window != base.chunk) or task.bos not in ("auto", "replace"):
+        raise CompressError(
+            "evaluate.protocol",
+            f"{path.name} was written by the protocol {own}, and can be measured by no other",
+            where=f"evaluate.perplexity: {path.name}",
+            fix="give the file alone, at most with `max_windows` and `top`",
+            exit_code=ExitCode.USAGE,
+        )
     most = task.max_windows if isinstance(task.max_windows, int) else base.chunks
     windows_CW = base.tokens_CW[:most].long()
     bos = starts_with_bos(tokenizer)
@@ -70,8 +79,12 @@ def kl_base_text(
         paragraph_hashes(tokenizer.decode(chunk[1:]) for chunk in chunks),
         base.chunks * base.chunk,
         skipped=(skipped,) * len(windows_CW),
-        protocol=PerplexityTask(protocol="llama-cpp", window=base.chunk).protocol_name,
+        protocol=own,
     )
+
+
+def _protocol(chunk: int) -> str:
+    return PerplexityTask(protocol="llama-cpp", window=chunk).protocol_name
 
 
 def kl_base_scores(path: Path, text: EvaluationText, *, top: int) -> list[WindowScores]:
@@ -100,7 +113,7 @@ def save_kl_base(path: Path, runner: Runner, text: EvaluationText, progress: Pro
 
 def _logits(runner: Runner, text: EvaluationText, progress: Progress) -> Iterator[Tensor]:
     progress.stage(f"scores on {text.name}", len(text.windows))
-    for piece in logits_in_pieces(runner, text.windows, text.skips):
-        yield piece.logits_RV
+    for piece in log_probabilities(runner, text.windows, text.skips):
+        yield piece.logprobs_RV
         if piece.start + len(piece.targets_R) == text.lengths[piece.window]:
             progress.step(f"window {piece.window + 1}/{len(text.windows)}")

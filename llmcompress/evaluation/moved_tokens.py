@@ -1,6 +1,6 @@
 """KL by position, and the tokens in their context at which the compressed model departs most from the dense one.
 
-P = predicted tokens of a window.
+P = predictions of a window that count.
 """
 
 from __future__ import annotations
@@ -10,74 +10,83 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from llmcompress.evaluation.reductions import divergences
+from llmcompress.evaluation.divergence import divergences
 from llmcompress.evaluation.scores import WindowScores
+from llmcompress.evaluation.texts import EvaluationText
 from llmcompress.records.inside import MovedToken, PositionDivergence, TokenDivergences
 
-SHOWN = 12
+SHOWN = 20
 """Tokens that are told."""
 
-CONTEXT = 24
-"""Tokens before each."""
+CONTEXT, AFTER = 24, 8
+"""Tokens before and after each."""
 
 BINS = 32
 """Groups of positions, at most."""
 
 
 def moved_tokens(
-    name: str,
-    windows: Sequence[Tensor],
+    text: EvaluationText,
     dense: Sequence[WindowScores],
     found: Sequence[WindowScores],
     decode: Callable[[list[int]], str],
 ) -> TokenDivergences:
     """From the scores of the same windows; `decode`: token ids → text."""
     kl = [divergences(before.logprobs_PK, after.logprobs_PK) for before, after in zip(dense, found, strict=True)]
-    places = [(int(each.argmax()), index) for index, each in enumerate(kl)]
-    worst = sorted(places, key=lambda place: -float(kl[place[1]][place[0]]))[:SHOWN]
+    kl_N = torch.cat(kl)
+    ends = torch.tensor([len(each) for each in kl]).cumsum(0)
+    worst = []
+    for number in kl_N.topk(min(SHOWN, len(kl_N))).indices.tolist():
+        index = int((ends <= number).sum())
+        place = number - int(ends[index]) + len(kl[index])
+        worst.append(_token(text, (dense[index], found[index]), place, float(kl_N[number]), decode))
     return TokenDivergences(
-        text=name,
-        positions=tuple(_by_position(kl)),
-        worst=tuple(
-            _token(windows[index], dense[index], found[index], position, float(kl[index][position]), decode)
-            for position, index in worst
-        ),
+        text=text.name, protocol=text.protocol, positions=tuple(_by_position(kl, text.skips)), worst=tuple(worst)
     )
 
 
-def _by_position(kl: Sequence[Tensor]) -> list[PositionDivergence]:
-    """Means over all windows that reach a position, in groups of equally many positions."""
-    longest = max(len(each) for each in kl)
-    sums_P, counts_P = torch.zeros(longest, dtype=torch.float64), torch.zeros(longest, dtype=torch.float64)
-    for each in kl:
-        sums_P[: len(each)] += each
-        counts_P[: len(each)] += 1
-    step = -(-longest // BINS)
+def _by_position(kl: Sequence[Tensor], skips: Sequence[int]) -> list[PositionDivergence]:
+    """Means over all windows that predict at a position, in groups of equally many positions."""
+    positions_N = torch.cat([torch.arange(len(each)) + skip for each, skip in zip(kl, skips, strict=True)])
+    first, last = int(positions_N.min()), int(positions_N.max())
+    step = -(-(last - first + 1) // BINS)
+    bins_N = (positions_N - first) // step
+    counts = torch.bincount(bins_N)
+    sums = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, bins_N, torch.cat(list(kl)))
     return [
         PositionDivergence(
-            first=first,
-            last=min(first + step, longest) - 1,
-            kl=float(sums_P[first : first + step].sum() / counts_P[first : first + step].sum()),
+            first=first + step * number,
+            last=min(first + step * (number + 1) - 1, last),
+            kl=float(sums[number] / counts[number]),
         )
-        for first in range(0, longest, step)
+        for number in range(len(counts))
+        if counts[number]
     ]
 
 
 def _token(
-    window_W: Tensor,
-    dense: WindowScores,
-    found: WindowScores,
-    position: int,
+    text: EvaluationText,
+    pair: tuple[WindowScores, WindowScores],
+    place: int,
     kl: float,
     decode: Callable[[list[int]], str],
 ) -> MovedToken:
-    read = window_W[max(0, position + 1 - CONTEXT) : position + 1].tolist()
+    dense, found = pair
+    window = text.windows[found.window].tolist()
+    position = place + text.skips[found.window] + 1
     return MovedToken(
-        before=decode(read),
-        actual=decode([int(dense.targets_P[position])]),
-        dense=decode([int(dense.best_P[position])]),
-        compressed=decode([int(found.best_P[position])]),
+        before=decode(window[max(0, position - CONTEXT) : position]),
+        actual=decode([window[position]]),
+        after=decode(window[position + 1 : position + 1 + AFTER]),
+        dense=decode([int(dense.best_P[place])]),
+        compressed=decode([int(found.best_P[place])]),
         kl=kl,
-        dense_probability=float(dense.logprob_P[position].exp()),
-        compressed_probability=float(found.logprob_P[position].exp()),
+        dense_probability=_probability(dense.logprob_P[place]),
+        compressed_probability=_probability(found.logprob_P[place]),
+        dense_best_probability=_probability(dense.best_logprob_P[place]),
+        compressed_best_probability=_probability(found.best_logprob_P[place]),
     )
+
+
+def _probability(logprob: Tensor) -> float:
+    return float(logprob.double().exp())

@@ -14,24 +14,24 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import CompressError
-from llmcompress.numerics.likely import best_tokens, log_sum_exp, top_tokens
+from llmcompress.numerics.likely import best_tokens, top_tokens
 from llmcompress.numerics.loss import windows_at_once
 from llmcompress.runners.base import Runner
 
-PIECE_BYTES = 2**20
-"""Float32 logits processed at a time: they are read several times, and must stay in a processor's cache."""
+PIECE_BYTES = 2**21
+"""Float32 logits processed at a time: they are read several times, and should stay in a processor's cache."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some neighbouring positions of one window, and their logits over the whole vocabulary."""
+    """Some neighbouring positions of one window, and the whole distribution at each."""
 
     window: int
     start: int
     """The first position, counted in predictions that count."""
     targets_R: Tensor
-    logits_RV: Tensor
-    """Float32, on the runner's device; may be overwritten."""
+    logprobs_RV: Tensor
+    """Float32, on the runner's device."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def score(
     Raises: CompressError `numerics.not-finite` naming the window, when a log-probability is not finite.
     """
     skips = skipped or (0,) * len(windows)
-    pieces = logits_in_pieces(runner, windows, skips, batch=batch)
+    pieces = log_probabilities(runner, windows, skips, batch=batch)
     for index, its in groupby(pieces, key=lambda piece: piece.window):
         parts = [_looked_at(piece, top, reference) for piece in its]
         logprob_P, best_P, best_logprob_P, ids_PK, logprobs_PK = (
@@ -88,10 +88,10 @@ def score(
 
 
 @torch.inference_mode()
-def logits_in_pieces(
+def log_probabilities(
     runner: Runner, windows: Sequence[Tensor], skipped: Sequence[int], *, batch: int | None = None
 ) -> Iterator[Piece]:
-    """The logits of all predictions that count, window after window, in pieces of `PIECE_BYTES`.
+    """The distributions of all predictions that count, window after window, in pieces of `PIECE_BYTES`.
 
     The last token of a window is not run: nothing is predicted from it. Float32 copies of a whole batch's logits never
     exist, only of one piece's.
@@ -103,24 +103,22 @@ def logits_in_pieces(
         for index, (logits_WV, targets_W) in enumerate(zip(logits_BWV, targets_BW, strict=True), start=first):
             start, skip = 0, skipped[index]
             for logits_RV, targets_R in zip(logits_WV[skip:].split(rows), targets_W[skip:].split(rows), strict=True):
-                yield Piece(index, start, targets_R, logits_RV.float())
+                yield Piece(index, start, targets_R, torch.log_softmax(logits_RV.float(), -1))
                 start += len(targets_R)
 
 
 def _looked_at(piece: Piece, top: int, reference: Sequence[WindowScores] | None) -> tuple[Tensor, ...]:
     """Log-probabilities of the targets, the most likely tokens with theirs, tokens looked at with theirs."""
-    logits_RV, count = piece.logits_RV, len(piece.targets_R)
-    largest_R, best_R = best_tokens(logits_RV)
+    logprobs_RV, count = piece.logprobs_RV, len(piece.targets_R)
+    best_logprob_R, best_R = best_tokens(logprobs_RV)
     if reference is not None:
-        ids_RK = reference[piece.window].ids_PK[piece.start : piece.start + count].to(logits_RV.device).long()
+        ids_RK = reference[piece.window].ids_PK[piece.start : piece.start + count].to(logprobs_RV.device).long()
     elif top:
-        ids_RK = top_tokens(logits_RV, top)[1]
+        ids_RK = top_tokens(logprobs_RV, top)[1]
     else:
         ids_RK = piece.targets_R.new_zeros(count, 0)
-    target_R, looked_RK = logits_RV.gather(-1, piece.targets_R[:, None])[:, 0], logits_RV.gather(-1, ids_RK)
-    # nothing reads the logits any more
-    sum_R = log_sum_exp(logits_RV, largest_R)
-    return target_R - sum_R, best_R, largest_R - sum_R, ids_RK, looked_RK - sum_R[:, None]
+    target_R = logprobs_RV.gather(-1, piece.targets_R[:, None])[:, 0]
+    return target_R, best_R, best_logprob_R, ids_RK, logprobs_RV.gather(-1, ids_RK)
 
 
 def _batches(windows: Sequence[Tensor], batch: int | None, vocabulary: int) -> Iterator[tuple[int, Tensor]]:

@@ -74,6 +74,43 @@ def candidates(wanted: str, contents: Contents, zero_points: ZeroPoints) -> tupl
     return (EXPORTERS[wanted](),)
 
 
+def check_export(exporter: Exporter, contents: Contents, *, saved: str = NOTHING_SAVED) -> None:
+    """That the target holds all of the model.
+
+    Raises: CompressError with every reason, the nearest schemes, and the targets that do hold it.
+    """
+    refused = {name: each for name, each in exporter.answers(contents).items() if isinstance(each, Refused)}
+    problem = exporter.problem(contents)
+    if problem is None and not refused:
+        return
+    nearest = dict.fromkeys(each.nearest.name for each in refused.values() if each.nearest)
+    able = holders(contents)
+    ways = [
+        f"export it to {' or '.join(able)}" if able else "",
+        f"compress it with {' or '.join(nearest)}" if nearest else "",
+        exporter.fix if refused and problem is None else "",
+    ]
+    why = problem or "; ".join(dict.fromkeys(each.why for each in refused.values()))
+    raise CompressError(
+        "save.format",
+        f"{EXPORTERS.name_of(type(exporter))} cannot represent this model: {why}",
+        where="; ".join(list(refused)[:5]) + (f"; and {len(refused) - 5} more" if len(refused) > 5 else ""),
+        fix=", or ".join(way for way in ways if way) or "compress it with another scheme",
+        saved=saved,
+        exit_code=ExitCode.USAGE,
+    )
+
+
+def export_notes(exporter: Exporter, contents: Contents) -> list[str]:
+    """What the user should know about an export, one line each.
+
+    Raises: CompressError as `check_export` does.
+    """
+    check_export(exporter, contents)
+    name = EXPORTERS.name_of(type(exporter))
+    return [f"{name}: {note}" for note in exporter.notes(contents, exporter.answers(contents))]
+
+
 def holders(contents: Contents) -> tuple[str, ...]:
     """Names of the exporters that can hold a model."""
     found = ((name, EXPORTERS[name]()) for name in EXPORTERS)

@@ -14,7 +14,6 @@ import torch
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from llmcompress import __version__
 from llmcompress.exporters.base import EXPORTERS, Answer, Converted, Exact, Exporter, Refused, Saved, Writing
 from llmcompress.exporters.config import portable_config
 from llmcompress.exporters.contents import CodedLinear, Contents
@@ -191,5 +190,5 @@ def _general(config: Mapping[str, Any], writing: Writing) -> dict[str, Setting]:
         "general.architecture": row.name,
         "general.type": "model",
         "general.name": Path(writing.model_name.partition("@")[0]).name.removeprefix("builtin:"),
-        "general.quantized_by": f"llmcompress {__version__}",
+        "general.quantized_by": "llmcompress",
     }

@@ -100,10 +100,11 @@ def config_problem(config: Config) -> str | None:
 
     Everything checked here is what no key of the file can say: silently wrong otherwise.
     """
-    found = architecture_of(str(config["model_type"]))
+    family = str(config.get("model_type"))
+    found = architecture_of(family)
     if found is None:
         known = ", ".join(name for each in ARCHITECTURES for name in each.model_types)
-        return f"there is no row for `{config['model_type']}` among its architectures ({known})"
+        return f"`{family}` is none of the architectures that are written ({known})"
     activation = config.get("hidden_activation") or config.get("hidden_act")
     if activation != found.activation:
         return f"llama.cpp computes {found.name} with `{found.activation}`, and this config says `{activation}`"
@@ -132,7 +133,8 @@ def settings_of(config: Config) -> dict[str, Setting]:
 
 def notes_of(config: Config) -> list[str]:
     """What the user should know about how the model is described."""
-    found, windows = architecture_of(str(config["model_type"])), [each for each in _windows(config) if each]
+    found = architecture_of(str(config.get("model_type")))
+    windows = [] if found is None else [each for each in _windows(config) if each]
     if found is None or not windows or found.full_every is not None:
         return []
     if min(windows) >= int(config["max_position_embeddings"]):

@@ -52,7 +52,7 @@ def _checked(report: ExportReport) -> list[str]:
     if proof is not None:
         found.append(
             f"{proof.runtime} computes perplexity {proof.perplexity_runtime:.3f} where the model in PyTorch computes "
-            f"{proof.perplexity_model:.3f} ({proof.tokens} tokens of {proof.text}, window {proof.window}, without BOS); "
+            f"{proof.perplexity_model:.3f} ({proof.tokens} tokens of {proof.text}, window {proof.window}, no BOS); "
             f"both hold the same token most likely at {proof.same_top:.1%} of the positions."
         )
     return [*found, ""] if found else []

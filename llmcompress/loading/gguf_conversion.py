@@ -1,6 +1,6 @@
 """A GGUF file as an ordinary folder, read once by transformers and kept in the cache; all else works with that.
 
-Weights are those of the file, multiplied out: float32 holds every product of its codes and scales. Config and tokenizer
+Weights are those of the file, dequantized: float32 holds every product of its codes and scales. Config and tokenizer
 are those beside the file where there are some; what the file says of them is less (docs/decisions/0033).
 """
 
@@ -70,7 +70,7 @@ def _convert(file: Path, folder: Path) -> None:
                 dtype=_dtype(types),
                 output_loading_info=True,
                 **options,
-                **_multiplied_out(),
+                **_dequantized(),
             )
             beside = any((file.parent / name).is_file() for name in _TOKENIZER_FILES)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **({} if beside else options))
@@ -89,8 +89,8 @@ def _convert(file: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _multiplied_out() -> dict[str, Any]:
-    """transformers 5 can keep blocks packed, for its own kernels; 4 always multiplies them out."""
+def _dequantized() -> dict[str, Any]:
+    """transformers 5 can keep blocks packed, for its own kernels; 4 always dequantizes them."""
     settings = getattr(transformers, "GgufConfig", None)
     return {} if settings is None else {"quantization_config": settings(dequantize=True)}
 

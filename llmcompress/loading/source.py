@@ -45,8 +45,8 @@ def find_source(
     """Find the files of `builtin:NAME`, a local folder or GGUF file, `org/name` or `org/name@revision`.
 
     What is on the Hub is downloaded if needed: never pickled weights, and Python files only with `trust_remote_code`,
-    which for a Hub model needs a full commit, so that what was reviewed is what runs. Of a GGUF file, the folder is what
-    transformers reads from it; `as_it_is`: the file's own folder, where config and tokenizer lie beside it.
+    which for a Hub model needs a full commit, so that what was reviewed is what runs. Of a GGUF file, the folder is
+    what transformers reads from it; `as_it_is`: the file's own folder, where config and tokenizer lie beside it.
 
     Raises: CompressError when there is no such model or it cannot be downloaded.
     """

@@ -13,6 +13,7 @@ from llmcompress.calibration.settings import Calibration, Guard
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.settings.base import METRIC_SETTINGS, MetricSettings
 from llmcompress.evaluation.settings.perplexity import BUNDLED_TEXT
+from llmcompress.exporters.base import EXPORTERS, Exporter
 from llmcompress.passes.base import PASSES, Pass
 from llmcompress.recipe.checking import check_document, plain_data
 from llmcompress.recipe.document import Document, read_document, read_json_object, write_yaml
@@ -63,6 +64,9 @@ class Recipe(BaseModel):
     evaluate: Annotated[tuple[MetricSettings, ...], Grouped(METRIC_SETTINGS), LeavesWeights()] = BUNDLED_TEXT
     """What is evaluated before and after; an empty mapping: nothing."""
     save: Save = Save()
+    export: Annotated[tuple[Exporter, ...], Listed(EXPORTERS)] = ()
+    """Targets for which the result is exported too, each into a folder beside the output (`OUTPUT-gguf`). Quantizers
+    respect their limits, and what one of them cannot represent is refused before any work."""
 
     @field_validator("passes")
     @classmethod

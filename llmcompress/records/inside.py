@@ -31,7 +31,7 @@ class PositionDivergence(Record):
     """Some neighbouring positions of the windows."""
 
     first: int
-    """Counted in predicted tokens, from 0."""
+    """Counted in predicted tokens of a window, from 0, with those that are context alone."""
     last: int
     kl: float
     """Mean, in nats per token."""
@@ -51,6 +51,11 @@ class MovedToken(Record):
     dense_probability: float
     """Of the actual token."""
     compressed_probability: float
+    after: str = ""
+    """The beginning of what follows it."""
+    dense_best_probability: float | None = None
+    """Of the dense model's most likely token."""
+    compressed_best_probability: float | None = None
 
 
 class TokenDivergences(Record):
@@ -58,6 +63,7 @@ class TokenDivergences(Record):
 
     kind: Literal["token_divergences"] = "token_divergences"
     text: str
+    protocol: str = "default"
     positions: tuple[PositionDivergence, ...]
     worst: tuple[MovedToken, ...]
-    """By KL; one per window at most."""
+    """Those of largest KL, falling."""

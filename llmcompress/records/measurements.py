@@ -10,7 +10,6 @@ from pydantic import ConfigDict, Discriminator, Field, Tag
 from llmcompress.records.cost import Cost, MachineLimits
 from llmcompress.records.gate import GateResult, NotFinite
 from llmcompress.records.inside import Distribution, TokenDivergences
-from llmcompress.records.quality import PositionProfile, WorstTokens
 from llmcompress.records.rows import Record
 from llmcompress.records.rows import Which as Which
 from llmcompress.records.tasks import (
@@ -174,8 +173,6 @@ class OtherMeasurement(Record):
 Known = (
     PerplexityResult
     | Divergence
-    | PositionProfile
-    | WorstTokens
     | HeldOutLoss
     | WeightBytes
     | StageSeconds

@@ -28,12 +28,12 @@ def _sizes(measured: Measured) -> Iterable[Line]:
 
 def _perplexities(measured: Measured) -> Iterable[Line]:
     found = measured.of_kind(PerplexityResult)
-    dense = {each.protocol: each for each in found if each.of == "dense"}
-    compared = {each.protocol: each for each in measured.of_kind(Divergence)}
+    dense = {each.conditions: each for each in found if each.of == "dense"}
+    compared = {each.conditions: each for each in measured.of_kind(Divergence)}
     for each in found:
         if each.of == "dense":
             continue
-        before, other = dense.get(each.protocol), compared.get(each.protocol)
+        before, other = dense.get(each.conditions), compared.get(each.conditions)
         ratio = changed(other.perplexity_ratio, is_ratio=True) if other else None
         yield Line(
             "perplexity",
@@ -62,7 +62,10 @@ def _perplexities(measured: Measured) -> Iterable[Line]:
 def _divergences(measured: Measured) -> Iterable[Line]:
     for each in measured.of_kind(Divergence):
         yield _one("KL from dense, nats per token", each.text, "nats", "lower", each.kl)
-        yield Line("divergence", "KL from dense, 99 % quantile", each.text, "nats", "lower", value=each.kl_99)
+        for name, value in (("median", each.kl_median), ("90 % quantile", each.kl_90), ("99 % quantile", each.kl_99)):
+            yield Line("divergence", f"KL from dense, {name}", each.text, "nats", "lower", value=value)
+        if each.delta_p_rms is not None:
+            yield _one("RMS of Δp", each.text, "share", "lower", each.delta_p_rms)
         yield _one("same top token", each.text, "share", "higher", each.same_top)
         yield _one("tokens right → wrong", each.text, "share", "lower", each.right_to_wrong)
         yield _one("tokens wrong → right", each.text, "share", "higher", each.wrong_to_right)
@@ -75,7 +78,8 @@ def _one(name: str, on: str, form: str, better: Better, found: Estimated) -> Lin
 
 def _read(found: PerplexityResult) -> str:
     """How the text was read."""
-    return f"window {found.window}, {'' if found.bos else 'no '}BOS, {found.tokens:,} tokens"
+    named = "" if found.protocol == "default" else f"{found.protocol}, "
+    return f"{named}window {found.window}, {'' if found.bos else 'no '}BOS, {found.tokens:,} tokens"
 
 
 def _costs(measured: Measured) -> Iterable[Line]:

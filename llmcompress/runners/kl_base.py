@@ -115,7 +115,7 @@ def row_words(vocabulary: int) -> int:
 
 
 def encoded_rows(logits_RV: Tensor) -> Tensor:
-    """Rows as 16-bit words: codes in equal steps from the lowest logit (at most 16 below the largest) to the largest."""
+    """Rows as 16-bit words: codes in equal steps from the lowest logit, at most 16 below the largest, to that one."""
     logits_RV = logits_RV.float().cpu()
     largest_R1 = logits_RV.amax(-1, keepdim=True)
     lowest_R1 = logits_RV.amin(-1, keepdim=True).maximum(largest_R1 - LEAST)

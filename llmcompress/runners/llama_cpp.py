@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from llmcompress.errors import CompressError, ExitCode
+from llmcompress.errors import CompressError
 from llmcompress.loading.gguf_files import gguf_file
 from llmcompress.runners.base import RUNNERS, Runner
 
@@ -28,8 +28,9 @@ _ERROR = 4
 
 @RUNNERS.register("llama_cpp")
 class LlamaCppRunner(Runner):
-    """A GGUF file on the CPU, with the threads that PyTorch has. Activations are rounded to 8 bits and keys and values
-    stored in float16, as llama.cpp does by default.
+    """A GGUF file on the CPU, whatever device is asked for, with as many threads as PyTorch has.
+
+    Activations are rounded to 8 bits and keys and values stored in float16, as llama.cpp does by default.
     """
 
     name = "llama.cpp"
@@ -48,13 +49,6 @@ class LlamaCppRunner(Runner):
     @classmethod
     @override
     def open(cls, model: str, *, device: torch.device, dtype: torch.dtype) -> Self:
-        if device.type != "cpu":
-            raise CompressError(
-                "runner.device",
-                f"the runner llama_cpp computes on the CPU, not on {device}",
-                fix="set `device` to cpu",
-                exit_code=ExitCode.USAGE,
-            )
         path, library = gguf_file(model), _library()
         said: list[str] = []
         library.set_log_callback(partial(_note_error, said))

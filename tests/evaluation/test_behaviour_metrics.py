@@ -95,6 +95,10 @@ def test_robustness_of_a_text_is_its_loss_per_byte_of_the_same_windows():
     assert [text.name for text in metric.texts] == ["builtin:evaluation"]
 
 
+def test_reports_name_task_files_and_never_their_folders():
+    assert (TaskSettings(task="/home/me/mine.yaml").name, TaskSettings(task="arc_easy").name) == ("mine", "arc_easy")
+
+
 @pytest.mark.parametrize("options", [{}, {"task": "a", "text": "b"}])
 def test_robustness_is_of_one_task_or_one_text(options):
     with pytest.raises(ValueError, match="either"):

@@ -1,4 +1,4 @@
-"""Intervals by resampling windows: how often they hold the truth; calibration error and lost tokens against plain loops."""
+"""Intervals by resampling windows: how often they hold the truth; what is counted per token, against plain loops."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from llmcompress.evaluation.bootstrap import MOST_UNITS, Bootstrap, estimate
 from llmcompress.evaluation.confidence import BINS, calibration_error, calibration_sums
 from llmcompress.evaluation.corpora import corpus_warnings
 from llmcompress.evaluation.divergence import AgainstDense, divergences
+from llmcompress.evaluation.moved_tokens import BINS as BINS_OF_POSITIONS
+from llmcompress.evaluation.moved_tokens import SHOWN, moved_tokens
 from llmcompress.evaluation.reductions import feed
 from llmcompress.evaluation.scores import WindowScores, score
 from llmcompress.evaluation.texts import EvaluationText
-from llmcompress.evaluation.worst_tokens import RANGES, WORST, position_profile, worst_tokens
 from llmcompress.records.measurements import Divergence, Estimate
 from llmcompress.runners.torch_runner import TorchRunner
 from tests.tiny_text import byte_tokenizer, tiny_llama
@@ -114,26 +115,30 @@ def test_changes_of_the_actual_tokens_probability_equal_a_loop_over_tokens() -> 
     assert ratio.low is not None and ratio.high is not None and ratio.low < ratio.mean < ratio.high
 
 
-def test_the_profile_and_the_worst_tokens_name_positions_in_the_window() -> None:
+def test_positions_and_the_tokens_that_moved_most_are_counted_in_the_window() -> None:
     before, after = pair()
-    profile = position_profile(TEXT, before, after)
+    tokenizer = byte_tokenizer()
+    found = moved_tokens(TEXT, before, after, tokenizer.decode)
     kl = [divergences(one.logprobs_PK, other.logprobs_PK) for one, other in zip(before, after, strict=True)]
-    assert len(profile.ranges) <= RANGES and sum(each.tokens for each in profile.ranges) == TEXT.tokens
-    assert (profile.ranges[0].first, profile.ranges[-1].last) == (21, 39)
-    assert profile.ranges[0].kl == pytest.approx(float(torch.stack(kl)[:, 0].mean()))
-
-    worst = worst_tokens(TEXT, before, after, byte_tokenizer()).tokens
-    assert len(worst) == WORST
+    assert (found.positions[0].first, found.positions[-1].last) == (20, 38) and len(
+        found.positions
+    ) <= BINS_OF_POSITIONS
+    assert found.positions[0].kl == pytest.approx(float(torch.stack(kl)[:, 0].mean()))
     every = torch.cat(kl).sort(descending=True).values
-    assert [each.kl for each in worst] == pytest.approx(every[:WORST].tolist())
-    for each in worst:
-        window, place = WINDOWS[each.window], each.position - 21
-        assert each.kl == pytest.approx(float(kl[each.window][place]))
-        tokenizer = byte_tokenizer()
-        assert each.actual == tokenizer.decode([int(window[each.position])])
-        assert each.before == tokenizer.decode(window[max(0, each.position - 24) : each.position].tolist())
-        assert each.compressed_top == tokenizer.decode([int(after[each.window].best_P[place])])
-        assert each.dense_top_probability >= each.dense_probability
+    assert [each.kl for each in found.worst] == pytest.approx(every[:SHOWN].tolist())
+    for each in found.worst:
+        window, place = next(
+            (window, place)
+            for window, its in enumerate(kl)
+            for place in range(len(its))
+            if float(its[place]) == each.kl
+        )
+        tokens, position = WINDOWS[window], place + 21
+        assert each.actual == tokenizer.decode([int(tokens[position])])
+        assert each.before == tokenizer.decode(tokens[max(0, position - 24) : position].tolist())
+        assert each.after == tokenizer.decode(tokens[position + 1 : position + 9].tolist())
+        assert each.compressed == tokenizer.decode([int(after[window].best_P[place])])
+        assert each.dense_best_probability is not None and each.dense_best_probability >= each.dense_probability
 
 
 def divergence(text: str, mean: float, half: float | None) -> Divergence:

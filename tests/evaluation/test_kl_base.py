@@ -10,7 +10,7 @@ import torch
 
 from llmcompress.errors import CompressError
 from llmcompress.evaluation.kl_base import kl_base_path, kl_base_scores, save_kl_base
-from llmcompress.evaluation.metrics.base import Observation, Subject
+from llmcompress.evaluation.metrics.base import Subject
 from llmcompress.evaluation.metrics.perplexity import PerplexityMetric
 from llmcompress.evaluation.scores import score
 from llmcompress.evaluation.settings.perplexity import PerplexityTask
@@ -63,6 +63,8 @@ def test_rows_are_those_that_llama_perplexity_writes(vocabulary: int) -> None:
 @pytest.mark.parametrize("habit", [True, False])
 def test_a_file_stands_in_for_the_dense_model(tmp_path, habit: bool) -> None:
     dense, other, tokenizer = tiny_llama(), tiny_llama(), byte_tokenizer(bos_habit=habit)
+    for model in (dense, other):
+        model.lm_head.weight.data *= 0.3  # no token is more than 16 nats below the best one, where a file ends
     other.lm_head.weight.data += 0.05 * torch.randn(259, 16, generator=torch.Generator().manual_seed(1))
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     task = PerplexityTask(protocol="llama-cpp", source=str(tmp_path / "text.txt"), window=32)
@@ -85,7 +87,7 @@ def test_a_file_stands_in_for_the_dense_model(tmp_path, habit: bool) -> None:
         math.exp(-float(torch.cat([each.logprob_P for each in live]).double().mean())), rel=1e-4
     )
     # what llama-perplexity would print for the other model
-    with TorchRunner(other) as runner, torch.no_grad():
+    with torch.no_grad():
         rows = [
             kl_of_llama_cpp(row_of_llama_cpp(p.tolist()), q.tolist())
             for window in text.windows
@@ -102,14 +104,13 @@ def test_a_file_stands_in_for_the_dense_model(tmp_path, habit: bool) -> None:
     assert isinstance(whole, Divergence) and isinstance(divergence, Divergence)
     assert whole.kl.mean == pytest.approx(sum(rows) / len(rows), rel=0.01)
     assert divergence.kl.mean <= whole.kl.mean + 1e-6
-    assert isinstance(found, Observation)
 
 
 def test_what_is_no_complete_file_is_refused(tmp_path) -> None:
     file = tmp_path / "dense.kld"
     for content, what in (
         (b"_logits_", "does not begin"),
-        (b"_logits_" + struct.pack("<iii", 8, 9, 2), "of 628 bytes"),
+        (b"_logits_" + struct.pack("<iii", 8, 9, 2), "of 252 bytes"),
     ):
         file.write_bytes(content)
         assert kl_base_path(str(file)) == file

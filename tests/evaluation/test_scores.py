@@ -61,7 +61,7 @@ def test_batches_and_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 def test_no_float32_copy_of_a_whole_batch_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PIECE_BYTES", 4 * 259 * 5)
     with TorchRunner(tiny_llama()) as runner:
-        pieces = list(module.logits_in_pieces(runner, WINDOWS, (0,) * len(WINDOWS)))
+        pieces = list(module.log_probabilities(runner, WINDOWS, (0,) * len(WINDOWS)))
     assert max(len(piece.targets_R) for piece in pieces) == 5
     assert sum(len(piece.targets_R) for piece in pieces) == TEXT.tokens
 

@@ -141,7 +141,7 @@ def test_a_config_that_llama_cpp_computes_differently_is_refused(name: str, chan
 
 
 def test_a_family_without_a_row_is_refused_by_name() -> None:
-    assert "`gpt2`" in str(config_problem({"model_type": "gpt2"}))
+    assert "`gpt2` is none of" in str(config_problem({"model_type": "gpt2"}))
 
 
 def test_a_window_that_llama_cpp_does_not_compute_limits_the_context() -> None:
@@ -221,3 +221,12 @@ def test_a_saved_folder_holds_its_codes_again_and_exports_them(save: str, tmp_pa
     } <= names
     assert json.loads((tmp_path / "gguf" / "export_report.json").read_text())["target"] == "gguf"
     assert str(tmp_path) not in (tmp_path / "gguf" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("target", ["plain", "compressed-tensors", "llmcompress"])
+def test_folders_for_transformers_are_read_back_too(target: str, tmp_path: Path) -> None:
+    model = tiny_quantized("llama_tied_biased", ["int4_g32", "int3_g32_asym", "int8_channel", "fp8_channel"])
+    report = export(model, target, tmp_path / "out", tokenizer=tokenizer(), run=False)[target]
+    assert report.read_back and not report.differing
+    coded = [row for row in report.read_back if row.codes_differing is not None]
+    assert len(coded) == (0 if target == "plain" else 14)

@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import product
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -25,6 +24,7 @@ from llmcompress.evaluation.footprint import bytes_on_disk
 from llmcompress.loading.config import read_config
 from llmcompress.loading.source import find_source
 from llmcompress.records.cost import Cost, Energy, MachineLimits, Memory, RateRatio, Speed, Traffic
+from llmcompress.records.rows import Which
 from llmcompress.runners.base import RUNNERS, Runner
 from llmcompress.runners.torch_runner import TorchRunner
 from llmcompress.runners.work import Work
@@ -60,6 +60,8 @@ class Candidate:
     model: str | PreTrainedModel
     """A Hub id, a folder, `builtin:...`; or a live one, which is measured where and as it is."""
     runtime: str = "torch"
+    of: Which = "model"
+    """What the record says it is; reports compare with what is `dense`."""
 
 
 def as_candidates(models: Sequence[tuple[str, str | PreTrainedModel]], runtimes: Sequence[str]) -> dict[str, Candidate]:
@@ -162,6 +164,7 @@ class _Bench:
             if "limits" not in self.settings.skip:
                 self.limits[name] = machine_limits(runner.device, computed, self.pinning.threads, self.settings.clock)
             yield Cost(
+                of=self.candidates[name].of,
                 model=name,
                 runtime=self.candidates[name].runtime,
                 device=device_name(runner.device),
@@ -246,8 +249,10 @@ def _dtype(candidate: Candidate, device: torch.device, dtype: str) -> torch.dtyp
 def _on_disk(candidate: Candidate) -> int | None:
     if not isinstance(candidate.model, str):
         return None
-    folder = find_source(candidate.model).folder
-    return bytes_on_disk(folder) or sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+    source = find_source(candidate.model)
+    known = bytes_on_disk(source.gguf or source.folder)
+    # a format that is no checkpoint: everything in its folder
+    return known or sum(file.stat().st_size for file in source.folder.rglob("*") if file.is_file())
 
 
 def _refuse_long(name: str, runner: Runner, settings: CostSettings) -> None:

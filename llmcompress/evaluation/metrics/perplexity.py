@@ -15,12 +15,12 @@ from llmcompress.calibration.tokens import refuse_beyond_embedding
 from llmcompress.evaluation.divergence import AgainstDense
 from llmcompress.evaluation.kl_base import kl_base_path, kl_base_scores, kl_base_text
 from llmcompress.evaluation.metrics.base import METRICS, Metric, Observation, Subject
+from llmcompress.evaluation.moved_tokens import moved_tokens
 from llmcompress.evaluation.perplexity import watched
 from llmcompress.evaluation.reductions import Perplexity, feed
 from llmcompress.evaluation.scores import WindowScores, score
 from llmcompress.evaluation.settings.perplexity import PerplexityTask
 from llmcompress.evaluation.texts import EvaluationText, evaluation_texts
-from llmcompress.evaluation.worst_tokens import position_profile, worst_tokens
 from llmcompress.progress import Progress
 from llmcompress.records.measurements import Measurement, Which
 from llmcompress.runners.base import Runner
@@ -107,8 +107,12 @@ class PerplexityMetric(Metric):
     def _compared(self, dense: Sequence[WindowScores], own: Sequence[WindowScores]) -> list[Measurement]:
         compared = AgainstDense(self.text, dense)
         feed(own, compared)
-        profile, worst = position_profile(self.text, dense, own), worst_tokens(self.text, dense, own, self.tokenizer)
-        return [compared.result(), profile, worst]
+        return [compared.result(), moved_tokens(self.text, dense, own, self._written)]
+
+    def _written(self, tokens: list[int]) -> str:
+        """As text, special tokens written out."""
+        text: str = self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        return text
 
     def _base_scores(self) -> list[WindowScores] | None:
         return None if self.base is None else kl_base_scores(self.base, self.text, top=self.top)

@@ -131,7 +131,7 @@ class _OfTask(RobustnessMetric):
     @property
     @override
     def subject(self) -> str:
-        return f"task:{self.asked.task}"
+        return f"task:{self.asked.name}"
 
     @property
     @override

@@ -58,7 +58,7 @@ class TaskMetric(Metric):
     @property
     @override
     def name(self) -> str:
-        return self.settings.task
+        return self.settings.name
 
     @property
     @override

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import PurePath
 from typing import Any
 
 from pydantic import Field
@@ -29,6 +30,11 @@ class TaskSettings(MetricSettings):
     """Solved examples in the prompt; None: as the task says."""
     chat_template: bool = False
     """Whether prompts are written with the tokenizer's chat template."""
+
+    @property
+    def name(self) -> str:
+        """What reports call it: of a file its name, never its folder."""
+        return PurePath(self.task).stem if self.task.endswith(TASK_FILES) else self.task
 
     @override
     def sources(self) -> Iterator[LocalSource]:

@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jinja2 import TemplateError
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from typing_extensions import override
 
+from llmcompress.calibration.tokens import refuse_beyond_embedding
 from llmcompress.errors import CompressError
 from llmcompress.evaluation.tasks.continuations import Continuation, likelihoods
 from llmcompress.evaluation.tasks.generating import generate_until_strings
@@ -122,6 +124,8 @@ class RunnerLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no type informa
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         asked = [self._continuation(context, continuation) for _, context, continuation in requests]
+        tokens = (torch.tensor(each.inputs + each.targets) for each in asked)
+        refuse_beyond_embedding(tokens, self.tokenizer, self._runner.vocabulary, where="a task's prompt")
         answers = likelihoods(self._runner, asked, progress=self._progress, title="answers of tasks")
         return [(each.log_likelihood, each.is_greedy) for each in answers]
 

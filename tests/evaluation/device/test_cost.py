@@ -39,9 +39,10 @@ def test_every_batch_size_with_every_context_is_a_row_per_model(
     tmp_path: Path, memory_requests: list[MemoryRequest]
 ) -> None:
     folder = str(write_tiny_llama(tmp_path / "model"))
-    table = measure_costs({"a": Candidate(folder), "b": Candidate(folder)}, device=CPU, settings=QUICK)
+    table = measure_costs({"a": Candidate(folder, of="dense"), "b": Candidate(folder)}, device=CPU, settings=QUICK)
     settings = [(1, 4), (1, 8), (2, 4), (2, 8)]
     assert [(row.model, row.setting) for row in table.rows] == [(name, each) for each in settings for name in "ab"]
+    assert {(row.model, row.of) for row in table.rows} == {("a", "dense"), ("b", "model")}
     assert [request.settings for request in memory_requests] == [tuple(settings)] * 2
     assert [row.memory.running for row in table.rows if row.model == "b"] == [0, 1, 2, 3]
     first, last = table.rows[0], table.rows[-1]

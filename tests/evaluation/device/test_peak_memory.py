@@ -36,7 +36,7 @@ def test_the_high_water_mark_is_read_from_the_kernel_and_reset_before_every_row(
     assert "does not reset it" in (measure(request(folder, (1, 4)), proc=proc)[0].instrument or "")
 
 
-def test_a_fresh_process_answers_in_a_file_and_a_smaller_batch_after_a_larger_one_takes_less(
+def test_a_fresh_process_answers_in_a_file_and_a_larger_batch_takes_at_least_its_hidden_states_more(
     folder: Path, our_python: WarmPython
 ) -> None:
     def run(command: list[str], **options: object) -> Done:
@@ -44,8 +44,8 @@ def test_a_fresh_process_answers_in_a_file_and_a_smaller_batch_after_a_larger_on
         program = f"import sys\nfrom {module.__name__} import main\nmain(sys.argv[1:])"
         return our_python.run(program, *command[4:], imports_us=True)
 
-    asked = request(folder, (2048, 48), (1, 4))
-    large, small = peak_memory(asked, run=run)
+    asked = request(folder, (1, 4), (2048, 48))
+    small, large = peak_memory(asked, run=run)
     assert large.unavailable is None and large.libraries is not None and large.running and small.running
     hidden_bytes = 2048 * 48 * 32 * 4
     assert large.running - small.running > hidden_bytes

@@ -79,6 +79,22 @@ def test_generated_answers_are_the_same_whatever_their_length_and_end(both):
     assert len(found[0]) > 10 and len(found[1]) <= 8 and free[8:10] not in found[1]
 
 
+def test_chat_prompts_are_the_same_with_and_without_a_system_message(both, monkeypatch):
+    theirs, ours = both
+    refuses = "{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    turns = f"{{% for m in messages %}}{refuses}[{{{{ m.role }}}}]{{{{ m.content }}}}{{% endfor %}}"
+    monkeypatch.setattr(ours.tokenizer, "chat_template", turns + "{% if add_generation_prompt %}[assistant]{% endif %}")
+    user, start = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "I am"}
+    for chat, prompted in (
+        ([user], True),
+        ([{"role": "system", "content": "Be kind."}, user], True),
+        ([user, start], False),
+    ):
+        wanted = theirs.apply_chat_template(chat, add_generation_prompt=prompted)
+        assert ours.apply_chat_template(chat, add_generation_prompt=prompted) == wanted
+    assert wanted == "[user]Hi[assistant]I am"
+
+
 def test_a_task_that_samples_or_writes_more_than_fits_is_refused(both):
     _, ours = both
     for settings, code in (({"do_sample": True}, "tasks.sampling"), ({"max_gen_toks": 64}, "tasks.too-long")):
