@@ -27,6 +27,12 @@ _OPTIONS = (
         "of the suite's texts. [default without a suite: builtin:evaluation]",
     ),
     click.option(
+        "--protocol",
+        metavar="NAME",
+        help="A published protocol of perplexity: gptq, gptq-c4, gptq-ptb, llm-pruner, wanda, llama-cpp, "
+        "lm-eval-rolling. Without --perplexity also its text.",
+    ),
+    click.option(
         "--window", type=click.IntRange(min=2), help="Tokens per window [default: the model's limit, at most 2048]."
     ),
     click.option("--bos", metavar="WHERE", help="Where the BOS token stands: auto, always, never."),
@@ -59,6 +65,7 @@ class Words:
 
     suite: str | None
     sources: tuple[str, ...]
+    protocol: str | None
     window: int | None
     bos: str | None
     max_windows: int | None
@@ -121,12 +128,14 @@ def _all_changed(
 
 def _suite(words: Words) -> Sequence[MetricSettings]:
     """Its metrics; without one the bundled text, unless something else was named."""
-    from llmcompress.evaluation.settings.perplexity import BUNDLED_TEXT
+    from llmcompress.evaluation.settings.perplexity import BUNDLED_TEXT, PerplexityTask
 
     if words.suite is not None:
         from llmcompress.suites import load_suite
 
         return load_suite(words.suite)
+    if words.protocol is not None and not words.sources:
+        return (PerplexityTask.model_validate(_checked_protocol(words.protocol)),)
     return () if words.sources or words.tasks else BUNDLED_TEXT
 
 
@@ -143,8 +152,21 @@ def _of_texts(words: Words) -> dict[str, Any]:
     if words.whole_text and words.max_windows is not None:
         raise click.UsageError("--whole-text and --max-windows exclude each other.")
     windows = "all" if words.whole_text else words.max_windows
-    found = {"window": words.window, "bos": words.bos, "max_windows": windows}
+    found = {**_checked_protocol(words.protocol), "window": words.window, "bos": words.bos, "max_windows": windows}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _checked_protocol(name: str | None) -> dict[str, str]:
+    """As an option of a text; nothing without a name.
+
+    Raises: CompressError naming the nearest protocol.
+    """
+    from llmcompress.evaluation.settings.protocol import protocol_options
+
+    if name is None:
+        return {}
+    protocol_options(name)
+    return {"protocol": name}
 
 
 def _changed(settings: MetricSettings, changes: dict[str, Any]) -> MetricSettings:
