@@ -90,10 +90,10 @@ def evaluate(
             from llmcompress.model_evaluation import evaluations
         found: Evaluation | None = None
         try:
-            for found in evaluations(
+            for so_far in evaluations(
                 model, settings, baseline=baseline, runner=runner, device=device, progress=progress
             ):
-                pass
+                found = so_far
         except BaseException as failure:
             _tell_unfinished(found, failure, output)
             raise
