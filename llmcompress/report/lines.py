@@ -117,5 +117,5 @@ def interval_of(found: Estimated) -> tuple[float, float] | None:
 
 def changed(found: Estimated, *, is_ratio: bool = False) -> Change:
     """An estimate of a difference or ratio as a change."""
-    interval = interval_of(found)
-    return Change(found.mean, *(interval or (None, None)), is_ratio=is_ratio)
+    low, high = interval_of(found) or (None, None)
+    return Change(found.mean, low, high, is_ratio=is_ratio)
