@@ -23,8 +23,8 @@ def headline(facts: Facts) -> str:
 def _about(facts: Facts) -> str:
     speed, calibration = facts["speed"], facts["calibration"]
     return (
-        f"**{facts['model']}**: perplexity ({protocol(facts['window'], facts['bos'])}) and × dense ± standard error; KL in "
-        f"nats per token and equal top tokens, means over the texts; tasks: mean over {_tasks_of(facts)}, "
+        f"**{facts['model']}**: perplexity ({protocol(facts['window'], facts['bos'])}) and × dense ± standard error; "
+        f"KL in nats per token and equal top tokens, means over the texts; tasks: mean over {_tasks_of(facts)}, "
         f"{facts['limit']} documents each, change from dense with its 95 % interval. Calibrated on "
         f"{calibration['samples']} × {calibration['tokens']} tokens of {calibration['source']}. Tokens/s: prompt of "
         f"{speed['prompt']}, {speed['new']} new, median of {speed['turns']} turns, {speed['threads']} thread"
