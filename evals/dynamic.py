@@ -25,15 +25,16 @@ from transformers import PreTrainedModel
 from trial import Setting, Trial, run_trial
 
 from llmcompress.calibration.context import RunContext
+from llmcompress.evaluation.device.speed import compare_speed
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.evaluation.perplexity import perplexity
-from llmcompress.evaluation.speed import compare_speed
 from llmcompress.model.probe import map_model
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.modules.dynamic import DynamicBlock, tallied
 from llmcompress.passes.apply import apply_passes
 from llmcompress.progress import Silent
 from llmcompress.recipe import parse_recipe
+from llmcompress.runners.torch_runner import TorchRunner
 
 QUALITY = {
     "dense": "",
@@ -130,9 +131,14 @@ def speed(name: str, clock: str, new_tokens: int, repeats: int) -> None:
     for method, passes in SPEED.items():
         models = {"dense": dense, method: made_dynamic(passes)}
         with tallied(models[method]) as counts:
-            compare_speed({method: models[method]}, prompt_1T=prompt_1T[:, -1:], new_tokens=2 * new_tokens, repeats=1)
+            alone = {method: TorchRunner(models[method])}
+            compare_speed(alone, {method: prompt_1T[:, -1:]}, new_tokens=2 * new_tokens, repeats=1)
         results = compare_speed(
-            models, prompt_1T=prompt_1T, new_tokens=new_tokens, repeats=repeats, clock=CLOCKS[clock]
+            {name: TorchRunner(each) for name, each in models.items()},
+            dict.fromkeys(models, prompt_1T),
+            new_tokens=new_tokens,
+            repeats=repeats,
+            clock=CLOCKS[clock],
         )
         one, two = results["dense"], results[method]
         rows.append(
@@ -143,10 +149,10 @@ def speed(name: str, clock: str, new_tokens: int, repeats: int) -> None:
                     {key: count.share for key, count in counts.items()},
                     SHAPES["m110"]["num_hidden_layers"],
                 ),
-                "decode_ratio": round(two.decode_tokens_per_second / one.decode_tokens_per_second, 3),
-                "decode_spread": round(two.decode_spread, 3),
-                "prefill_ratio": round(two.prefill_tokens_per_second / one.prefill_tokens_per_second, 3),
-                "dense_decode": round(one.decode_tokens_per_second, 2),
+                "decode_ratio": round(two.decode.median / one.decode.median, 3),
+                "decode_spread": round(two.decode.spread, 3),
+                "prefill_ratio": round(two.prefill.median / one.prefill.median, 3),
+                "dense_decode": round(one.decode.median, 2),
             }
         )
         click.echo(str(rows[-1]), err=True)

@@ -12,7 +12,6 @@ evals/results/speed-NAME.json.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -24,14 +23,16 @@ from torch import nn
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from llmcompress.calibration.context import RunContext
+from llmcompress.evaluation.device.speed import ClockName, compare_speed, random_prompt
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.evaluation.footprint import parameters
-from llmcompress.evaluation.speed import SpeedResult, compare_speed
 from llmcompress.model.probe import map_model
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.modules.low_rank import LowRankLinear
 from llmcompress.passes.apply import apply_passes
 from llmcompress.recipe import parse_recipe
+from llmcompress.records.cost import Speed
+from llmcompress.runners.torch_runner import TorchRunner
 
 SHAPES: dict[str, dict[str, Any]] = {
     "m110": {
@@ -73,7 +74,7 @@ BY_PASS = {
 FEWER = 0.25
 """Share of all parameters that every structured method has to remove."""
 
-CLOCKS: dict[str, Callable[[], float]] = {"cpu": time.process_time, "wall": time.perf_counter}
+CLOCKS: dict[str, ClockName] = {"cpu": "processor", "wall": "wall"}
 
 
 def llama(**sizes: Any) -> PreTrainedModel:
@@ -203,8 +204,14 @@ def main(
         for method in dict.fromkeys(["dense again", *only] if only else chosen):
             model = chosen[method]()
             models = {"dense": dense, method: model}
+            runners = {name: TorchRunner(each) for name, each in models.items()}
+            prompt_1T = random_prompt(32000, tokens=prompt_tokens)
             results = compare_speed(
-                models, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, clock=CLOCKS[clock]
+                runners,
+                dict.fromkeys(models, prompt_1T),
+                new_tokens=new_tokens,
+                repeats=repeats,
+                clock=CLOCKS[clock],
             )
             rows.append(_row(shape, method, models, results))
             click.echo(str(rows[-1]), err=True)
@@ -224,25 +231,23 @@ def main(
     click.echo(str(path))
 
 
-def _row(
-    shape: str, method: str, models: dict[str, PreTrainedModel], results: dict[str, SpeedResult]
-) -> dict[str, Any]:
+def _row(shape: str, method: str, models: dict[str, PreTrainedModel], results: dict[str, Speed]) -> dict[str, Any]:
     """Rates, and their ratios to dense; `faster` is what the spread of the repeats allows to say."""
     result, dense = results[method], results["dense"]
-    decode = result.decode_tokens_per_second / dense.decode_tokens_per_second
-    noise = (result.decode_spread + dense.decode_spread) / 2
+    decode = result.decode.median / dense.decode.median
+    noise = (result.decode.spread + dense.decode.spread) / 2
     return {
         "shape": shape,
         "method": method,
         "parameters": parameters(models[method]),
         "share": round(parameters(models[method]) / parameters(models["dense"]), 4),
-        "decode": round(result.decode_tokens_per_second, 2),
-        "decode_dense": round(dense.decode_tokens_per_second, 2),
+        "decode": round(result.decode.median, 2),
+        "decode_dense": round(dense.decode.median, 2),
         "decode_ratio": round(decode, 3),
-        "decode_spread": round(result.decode_spread, 3),
-        "prefill": round(result.prefill_tokens_per_second, 1),
-        "prefill_ratio": round(result.prefill_tokens_per_second / dense.prefill_tokens_per_second, 3),
-        "prefill_spread": round(result.prefill_spread, 3),
+        "decode_spread": round(result.decode.spread, 3),
+        "prefill": round(result.prefill.median, 1),
+        "prefill_ratio": round(result.prefill.median / dense.prefill.median, 3),
+        "prefill_spread": round(result.prefill.spread, 3),
         "faster": bool(decode > 1 + min(noise, 0.1)),
     }
 

@@ -21,12 +21,13 @@ from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.settings import Calibration
 from llmcompress.calibration.sources import paragraph_hashes
 from llmcompress.calibration.tokens import max_positions
-from llmcompress.evaluation.dense import DenseScores, dense_scores
+from llmcompress.evaluation.divergence import divergences
 from llmcompress.evaluation.environment import versions
 from llmcompress.evaluation.footprint import ideal_bytes, parameters
-from llmcompress.evaluation.reductions import divergences
+from llmcompress.evaluation.measuring import observe
+from llmcompress.evaluation.metrics.perplexity import PerplexityMetric
 from llmcompress.evaluation.scores import WindowScores, score
-from llmcompress.evaluation.settings import PerplexityTask
+from llmcompress.evaluation.settings.perplexity import PerplexityTask
 from llmcompress.evaluation.texts import EvaluationText, evaluation_text
 from llmcompress.loading.load import Loaded, load_for_compression
 from llmcompress.loading.source import find_source
@@ -99,6 +100,14 @@ def unused_text(path: Path, used: frozenset[int]) -> str:
     return "\n".join(line for line in lines if (known := paragraph_hashes([line])) and not known & used)
 
 
+@dataclass(frozen=True)
+class DenseScores:
+    """What the dense model says of a text."""
+
+    text: EvaluationText
+    windows: Sequence[WindowScores]
+
+
 @dataclass
 class Bench:
     """A study with what is computed once: the model's map, the texts' tokens, the dense model's scores."""
@@ -122,7 +131,9 @@ class Bench:
             identity = {"weights": sha256(study.model / "model.safetensors"), "torch": versions()["torch"]}
             cache = TensorCache(study.cache)
             runner: Callable[[], TorchRunner] = lambda: TorchRunner(loaded.model)  # noqa: E731
-            (self.dense[name],) = dense_scores([text], runner, model=identity, cache=cache, progress=Silent())
+            metric = PerplexityMetric(text, task.top, loaded.tokenizer)
+            (seen,) = observe([metric], runner, model=identity, cache=cache, progress=Silent())
+            self.dense[name] = DenseScores(text, metric.windows(seen.found))
         return self.dense[name]
 
     def compress(self, passes: Sequence[Any], draw: int) -> tuple[PreTrainedModel, Trial]:

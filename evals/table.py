@@ -106,6 +106,7 @@ def sections() -> list[Section]:
         Section("Pruning at initialization and during training", pruning.at_init, "at-init-*.json"),
         Section("Dynamic inference", cost.dynamic, "dynamic-*.json"),
         Section("Tokens per second", cost.speed, "speed-*.json"),
+        Section("Two runs of `llmcompress speed`", cost.repeated_speed, "repeat-speed-*.json"),
         Section("Tokens per second, dynamic inference", cost.dynamic_speed, "dynamic-speed-*.json"),
         Section("Compression time, against llm-compressor", cost.seconds, "seconds.json"),
         Section("Memory of a run with weight offloading", cost.memory, "memory-*.json"),

@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from llmcompress.calibration.settings import Calibration
     from llmcompress.compressed_model import CompressedModel, footprint
     from llmcompress.errors import CompressError
-    from llmcompress.evaluation.settings import PerplexityTask
+    from llmcompress.evaluation.settings.perplexity import PerplexityTask
     from llmcompress.fixed_recipe import allocate
     from llmcompress.loading.load import load
-    from llmcompress.pipeline import compress, evaluate, inspect, plan, speed
+    from llmcompress.model_evaluation import evaluate
+    from llmcompress.model_export import export
+    from llmcompress.pipeline import compress, inspect, plan, speed
     from llmcompress.progress import ProgressEvent
     from llmcompress.recipe import Recipe
+    from llmcompress.records.evaluation import Evaluation
     from llmcompress.records.report import Report
 
 __version__ = "0.1.0"
@@ -30,13 +33,15 @@ _HOMES = {
     "Calibration": "llmcompress.calibration.settings",
     "CompressError": "llmcompress.errors",
     "CompressedModel": "llmcompress.compressed_model",
-    "PerplexityTask": "llmcompress.evaluation.settings",
+    "Evaluation": "llmcompress.records.evaluation",
+    "PerplexityTask": "llmcompress.evaluation.settings.perplexity",
     "ProgressEvent": "llmcompress.progress",
     "Recipe": "llmcompress.recipe",
     "Report": "llmcompress.records.report",
     "allocate": "llmcompress.fixed_recipe",
     "compress": "llmcompress.pipeline",
-    "evaluate": "llmcompress.pipeline",
+    "evaluate": "llmcompress.model_evaluation",
+    "export": "llmcompress.model_export",
     "footprint": "llmcompress.compressed_model",
     "inspect": "llmcompress.pipeline",
     "load": "llmcompress.loading.load",
@@ -48,6 +53,7 @@ __all__ = [
     "Calibration",
     "CompressError",
     "CompressedModel",
+    "Evaluation",
     "PerplexityTask",
     "ProgressEvent",
     "Recipe",
@@ -56,6 +62,7 @@ __all__ = [
     "allocate",
     "compress",
     "evaluate",
+    "export",
     "footprint",
     "inspect",
     "load",

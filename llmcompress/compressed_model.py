@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import html
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompress.calibration.offloading import InMemory
+from llmcompress.calibration.tokens import max_positions
 from llmcompress.errors import CompressError, ExitCode, did_you_mean
+from llmcompress.evaluation.beside import EvaluatedModel, evaluation_of
+from llmcompress.evaluation.environment import numeric_versions
 from llmcompress.evaluation.footprint import Footprint
 from llmcompress.evaluation.footprint import footprint as footprint_of_folder
-from llmcompress.evaluation.measuring import TaskLike, as_tasks, perplexities
+from llmcompress.evaluation.gate import gate_failure
+from llmcompress.evaluation.measuring import TaskLike, as_tasks
+from llmcompress.evaluation.metrics.base import Subject
 from llmcompress.exporters.save import save_model
+from llmcompress.exporting import Exportable, export, exporter_called
 from llmcompress.hub_upload import HubApi, upload
 from llmcompress.loading.borrowed import borrowed, is_loaded_quantized
-from llmcompress.loading.in_memory import LiveModel, whole_model
+from llmcompress.loading.in_memory import LiveModel, identity_in_memory, required_tokenizer, whole_model
 from llmcompress.loading.load import ModelAndTokenizer, load
 from llmcompress.loading.source import IN_MEMORY
 from llmcompress.modules.base import CompressedModule
 from llmcompress.progress import ProgressLike, as_progress
 from llmcompress.recipe import Recipe, Save
-from llmcompress.records.measurements import PerplexityResult
+from llmcompress.records.evaluation import Evaluation
 from llmcompress.records.report import Report
 from llmcompress.runners.torch_runner import TorchRunner
 from llmcompress.saving import Result, fill_folder, publish_result
@@ -82,16 +88,16 @@ class CompressedModel:
 
     def evaluate(
         self, tasks: TaskLike | Sequence[TaskLike] | None = None, *, progress: ProgressLike = None
-    ) -> list[PerplexityResult]:
-        """Perplexity on texts such as `"wikitext2:test"` or `"my.txt"`; None: those of the recipe.
+    ) -> Evaluation:
+        """Perplexity on texts such as `"wikitext2:test"` or `"my.txt"`, or any other metric; None: those of the recipe.
 
         Computed in float32, like the report's numbers.
 
         Raises: CompressError if a text cannot be read.
         """
-        chosen, model = as_tasks(self.recipe.evaluate if tasks is None else tasks), self.model
-        with borrowed(model), runner_of(model, self.device) as runner:
-            return perplexities(runner, self.tokenizer, chosen, as_progress(progress))
+        chosen = as_tasks(self.recipe.evaluate if tasks is None else tasks)
+        with evaluated_in_memory(self.model, self.tokenizer, self.device) as evaluated:
+            return evaluation_of(evaluated, chosen, as_progress(progress), baseline=None)
 
     def generate(self, prompt: str | Sequence[dict[str, str]], *, max_new_tokens: int = 64) -> str:
         """The greedy continuation of a text, or the answer to chat messages, up to the end-of-text token.
@@ -134,15 +140,17 @@ class CompressedModel:
             publish_result(replace(result, recipe=recipe), Path(folder), overwrite=overwrite)
         return Path(folder)
 
-    def export(self, to: str, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Save it with the exporter of that name; refused if the target cannot represent it exactly.
+    def export(
+        self, to: str, folder: str | Path, *, options: Mapping[str, Any] | None = None, overwrite: bool = False
+    ) -> Path:
+        """Write it for one target (`llmcompress targets`), read it back and compare; `options` are the target's own.
 
-        Raises: CompressError naming the exporters that can.
+        Raises: CompressError naming the targets that hold it, if this one does not.
         """
+        exporter = exporter_called(to, options)
         check_output(Path(folder), overwrite=overwrite)
         with self._lent() as result:
-            exporter = result.exporter_called(to)
-            publish_result(result, Path(folder), overwrite=overwrite, exporter=exporter)
+            export(result.exportable, exporter, Path(folder), overwrite=overwrite)
         return Path(folder)
 
     def push(
@@ -157,14 +165,24 @@ class CompressedModel:
 
         Uses the login of `hf auth login` or HF_TOKEN. `api` replaces `huggingface_hub.HfApi()`.
 
-        Raises: CompressError (exit code 5) for any error of the Hub or the network.
+        Raises: CompressError (exit code 5) for any error of the Hub or the network; exit code 6 if the recipe's quality
+        gate was not kept.
         """
+        failure = gate_failure(self.report, saved="the model, not published")
+        if failure is not None:
+            raise failure
         if self.folder is not None:
             return upload(self.folder, repo_id, private=private, message=message, api=api)
         with tempfile.TemporaryDirectory(prefix="llmcompress-") as scratch:
             with self._lent() as result:
                 fill_folder(result, Path(scratch))
             return upload(Path(scratch), repo_id, private=private, message=message, api=api)
+
+    @property
+    def exportable(self) -> Exportable:
+        """What `llmcompress.export` writes; refused where weights were offloaded: they are in the folder alone."""
+        with self._lent() as result:
+            return result.exportable
 
     def __repr__(self) -> str:
         return f"CompressedModel({', '.join(f'{name}: {text}' for name, text in self._summary())})"
@@ -246,6 +264,26 @@ def runner_of(model: PreTrainedModel, device: torch.device) -> TorchRunner:
     )
 
 
+@contextmanager
+def evaluated_in_memory(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, device: torch.device
+) -> Iterator[EvaluatedModel]:
+    """A model in memory, to be evaluated; it is where and as it was afterwards.
+
+    Raises: CompressError without a tokenizer.
+    """
+    reader, config = required_tokenizer(tokenizer), model.config
+    about = {**numeric_versions(), "runner": "torch", "dtype": "float32", "device": device.type}
+    with borrowed(model):
+        yield EvaluatedModel(
+            f"{IN_MEMORY}{type(model).__name__}",
+            Subject(reader, max_positions(config), config.get_text_config().vocab_size),
+            {**identity_in_memory(model), **about},
+            "torch",
+            lambda: runner_of(model, device),
+        )
+
+
 def tokenizer_beside(model: object) -> PreTrainedTokenizerBase | None:
     """What came with it."""
     return model.tokenizer if isinstance(model, CompressedModel | ModelAndTokenizer) else None
@@ -281,14 +319,14 @@ def is_dense(model: nn.Module) -> bool:
     return not any(isinstance(module, CompressedModule) for module in model.modules())
 
 
-def named_models(models: ModelLike | Sequence[ModelLike]) -> dict[str, str | nn.Module]:
+def named_models(models: ModelLike | Sequence[ModelLike]) -> list[tuple[str, str | PreTrainedModel]]:
     """One or several, with names for a table; models in memory are called by their class and place in the list."""
     one = isinstance(models, str | Path | nn.Module | CompressedModel | ModelAndTokenizer)
     several = cast(Sequence[ModelLike], [models] if one else models)
-    found: dict[str, str | nn.Module] = {}
+    found: list[tuple[str, str | PreTrainedModel]] = []
     for number, each in enumerate(several, start=1):
         live = in_memory(each)
-        found[str(each) if live is None else f"{number}: {type(live).__name__}"] = str(each) if live is None else live
+        found.append((str(each), str(each)) if live is None else (f"{number}: {type(live).__name__}", live))
     return found
 
 

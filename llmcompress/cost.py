@@ -17,7 +17,6 @@ from typing import Literal, NamedTuple
 import psutil
 import torch
 
-from llmcompress.calibration.sources import bytes_of_text
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.model.map import BlockInfo, InputGroup, ModelMap
 from llmcompress.numerics.loss import LOGITS_BYTES, LOGITS_COPIES, windows_at_once
@@ -48,8 +47,6 @@ _LEARNING_COPIES = 12
 codes, what codes are relaxed to, the weights these give, and their graph."""
 _EVALUATED_MODELS = 2
 """The dense one, unless its scores are known already, and the compressed one."""
-BYTES_PER_TOKEN = 4
-"""Of ordinary text in the vocabularies of large models."""
 _SOLVING_PRODUCTS = 40
 """Products ΔW·G of O×I by I×I that solving one site takes in time: AWQ tries about twenty scales and twenty ranges."""
 
@@ -224,13 +221,9 @@ def _evaluation(recipe: Recipe, model_map: ModelMap, vocabulary: int, max_positi
         site.outputs * site.inputs for block in model_map.blocks for site in block.structure.sites
     )
     total = 0.0
-    for task in recipe.evaluate:
-        window = task.window_for(max_positions)
-        size, most = bytes_of_text(task.source), task.most_windows(window)
-        if size is None and most is None:
+    for window, tokens in (each for settings in recipe.evaluate for each in settings.evaluated_tokens(max_positions)):
+        if tokens is None:
             return None
-        known = [size / BYTES_PER_TOKEN] if size is not None else []
-        tokens = min([*known, *([most * window] if most is not None else [])])
         attention = 4.0 * window * model_map.hidden_size * len(model_map.blocks)
         total += _EVALUATED_MODELS * tokens * (2.0 * weights + attention)
     return total

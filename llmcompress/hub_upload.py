@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from llmcompress.errors import CompressError, ExitCode
+from llmcompress.evaluation.gate import gate_failure
+from llmcompress.records.report import REPORT, read_report
 
 
 class HubApi(Protocol):
@@ -24,8 +26,10 @@ def upload(folder: Path, repo_id: str, *, private: bool, message: str, api: HubA
     The token is that of `hf auth login` or HF_TOKEN; there is no argument for one, so that it cannot be written
     anywhere.
 
-    Raises: CompressError (exit code 5) for any error of the Hub or the network.
+    Raises: CompressError (exit code 5) for any error of the Hub or the network; exit code 6 for a result that its
+    quality gate does not let pass.
     """
+    refuse_failed_gate(folder)
     import huggingface_hub
     from huggingface_hub import constants, errors
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported lazily
@@ -50,6 +54,17 @@ def upload(folder: Path, repo_id: str, *, private: bool, message: str, api: HubA
         what = f"the upload to {repo_id} was interrupted ({type(problem).__name__})"
         raise _failed("network", what, "check the network and try again") from problem
     return f"{constants.ENDPOINT}/{repo_id}"
+
+
+def refuse_failed_gate(folder: Path) -> None:
+    """What is worse than its recipe allows stays where it is.
+
+    Raises: CompressError (exit code 6) naming the limits.
+    """
+    if (folder / REPORT).is_file():
+        failure = gate_failure(read_report(folder), saved=f"{folder}, not published")
+        if failure is not None:
+            raise failure
 
 
 def _refused(problem: Exception, repo_id: str) -> CompressError:

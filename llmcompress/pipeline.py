@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -25,41 +25,43 @@ from llmcompress.compressed_model import (
     is_dense,
     live_model,
     named_models,
-    runner_of,
-    tokenizer_beside,
 )
 from llmcompress.cost import Machine, Offload
+from llmcompress.evaluation.beside import score_cache, text_warnings
+from llmcompress.evaluation.corpora import corpus_warnings
 from llmcompress.evaluation.coverage import coverage_warnings, overlap_warnings
-from llmcompress.evaluation.dense import DenseScores, against_dense, dense_scores
-from llmcompress.evaluation.environment import machine, versions
+from llmcompress.evaluation.device.cost import (
+    CostSettings,
+    CostTable,
+    Skipped,
+    as_candidates,
+    measure_costs,
+    several,
+)
+from llmcompress.evaluation.environment import machine, numeric_versions, versions
 from llmcompress.evaluation.footprint import bytes_on_disk
+from llmcompress.evaluation.gate import gate_of, judged
 from llmcompress.evaluation.held_out import HeldOut, loss_increase, loss_warnings
 from llmcompress.evaluation.inspection import inspect_folder
-from llmcompress.evaluation.measuring import TaskLike, as_tasks, perplexities
-from llmcompress.evaluation.settings import BUNDLED_TEXT
-from llmcompress.evaluation.speed import SpeedResult, speed_of
+from llmcompress.evaluation.measuring import Observed, comparisons, observe, results
 from llmcompress.evaluation.stopwatch import Stopwatch
-from llmcompress.loading.borrowed import borrowed, lent, told_if_changed
-from llmcompress.loading.in_memory import required_tokenizer
-from llmcompress.loading.load import load_tokenizer
+from llmcompress.loading.borrowed import lent, told_if_changed
 from llmcompress.loading.source import IN_MEMORY, find_source
 from llmcompress.model.describe import describe
 from llmcompress.model.probe import map_model, probe
 from llmcompress.passes.apply import apply_passes, steps
-from llmcompress.passes.shared_resume_store import SharedResumeStore
+from llmcompress.passes.shared_resume_store import shared
 from llmcompress.planning import Plan, known_in_memory, make_plan, refused, within_target_limits
-from llmcompress.preparation import CompressionRequest, Prepared, estimate, prepare
+from llmcompress.preparation import CompressionRequest, Prepared, estimate, prepare, teachers_of
 from llmcompress.presets import RecipeLike, as_recipe
 from llmcompress.progress import ProgressLike, Silent, as_progress
 from llmcompress.records.degraded import degraded_warnings
-from llmcompress.records.measurements import Measurement, PerplexityResult, WeightBytes
+from llmcompress.records.measurements import Measurement, WeightBytes
 from llmcompress.records.report import Report
 from llmcompress.records.rows import SiteReport
 from llmcompress.run import Run
-from llmcompress.runners.base import RUNNERS
 from llmcompress.runners.torch_runner import TorchRunner
-from llmcompress.saving import Result, bytes_to_write, publish_result
-from llmcompress.storage.cache import TensorCache, cache_folder
+from llmcompress.saving import Result, bytes_to_write, publish_run
 
 
 def compress(
@@ -98,7 +100,7 @@ def compress(
     """
     live = live_model(model, tokenizer)
     chosen = as_recipe(recipe).for_model(live.name if live else None if model is None else str(model))
-    settings, given = as_calibration(calibration, chosen.calibration)
+    settings, given = as_calibration(calibration, chosen.calibration, held_out=chosen.guard.windows)
     chosen = within_target_limits(chosen.model_copy(update={"calibration": settings}))
     where = own_device(usable_device(device))
     with process_group(where) as processes, lent(live.model if live else None) as give_back:
@@ -139,14 +141,15 @@ def _compress(request: CompressionRequest) -> CompressedModel:
         with told_if_changed(request.live is not None):
             model, rows = apply_passes(prepared.loaded.model, prepared.map, recipe.passes, context)
         clock.lap("compress")
-        measured: list[Measurement] = [each.perplexity() for each in dense]
+        measured = results(dense, "dense")
         if processes.is_first:  # it evaluates and writes
-            with TorchRunner(model, weights_at=prepared.weights_at, device=request.device) as runner:
-                measured += against_dense(runner, dense, request.progress)
+            measured += _compared(request, prepared, model, dense)
             measured += loss_increase(before, held_out.scores(model))
+            measured += judged(recipe.evaluate, measured)
             clock.lap("evaluate compressed")
         report = _report(request, prepared, data, rows).with_measurements([*measured, *clock.stages()])
-        report = report.model_copy(update={"warnings": (*report.warnings, *loss_warnings(measured))})
+        told = (*report.warnings, *loss_warnings(measured), *corpus_warnings(measured))
+        report = report.model_copy(update={"warnings": told})
         result = _result(request, prepared, model, report)
         result = replace(result, report=processes.broadcast(_saved(request, result) if processes.is_first else report))
         if run is not None:
@@ -180,40 +183,54 @@ def _context(
         weights_at=prepared.weights_at,
         experts=request.recipe.calibration.experts,
         processes=request.processes,
-        keep=SharedResumeStore(run, request.processes)
-        if request.output is not None and request.processes.count > 1
-        else run,
+        keep=run if request.output is None else shared(run, request.processes),
         progress=request.progress,
+        teachers=teachers_of(request),
     )
 
 
-def _dense(request: CompressionRequest, prepared: Prepared) -> list[DenseScores]:
-    """What the model says of every text before anything is done to it."""
-    known = versions()
-    return dense_scores(
-        prepared.texts,
+def _dense(request: CompressionRequest, prepared: Prepared) -> list[Observed]:
+    """What the metrics see of the model before anything is done to it."""
+    # offloaded weights compute in float32, whatever the files hold
+    about = {**numeric_versions(), "runner": "torch", "dtype": "float32", "device": request.device.type}
+    found = observe(
+        prepared.metrics,
         lambda: TorchRunner(prepared.loaded.model, weights_at=prepared.weights_at, device=request.device),
-        # offloaded weights compute in float32, whatever the files hold
-        model={
-            **prepared.identity,
-            "dtype": "float32",
-            "device": request.device.type,
-            **{name: known[name] for name in ("torch", "transformers")},
-        },
-        cache=TensorCache(cache_folder() / "scores"),
+        model={**prepared.identity, **about},
+        cache=score_cache(),
         progress=request.progress,
     )
+    return list(found)
+
+
+def _compared(
+    request: CompressionRequest, prepared: Prepared, model: PreTrainedModel, dense: Sequence[Observed]
+) -> list[Measurement]:
+    """What they see of the compressed model, and how it differs."""
+    gate = gate_of(request.recipe.evaluate)
+    found = list(
+        observe(
+            prepared.metrics,
+            lambda: TorchRunner(model, weights_at=prepared.weights_at, device=request.device),
+            model=None,
+            cache=score_cache(),
+            progress=request.progress,
+            dense=dense,
+            keep_not_finite=gate is not None and bool(gate.finite),
+        )
+    )
+    return [*results(found, "compressed"), *comparisons(dense, found)]
 
 
 def _report(
     request: CompressionRequest, prepared: Prepared, data: CalibrationData | None, rows: Sequence[SiteReport]
 ) -> Report:
-    loaded, texts = prepared.loaded, prepared.texts
+    loaded, texts = prepared.loaded, [text for metric in prepared.metrics for text in metric.texts]
     about_data = (
         [*data.warnings, *overlap_warnings(data, texts), *coverage_warnings(rows, prepared.map)] if data else []
     )
+    about_texts = text_warnings(prepared.metrics)
     about_model = [*loaded.preflight.warnings, *prepared.notes]
-    about_texts = [f"{text.name}: {warning}" for text in texts for warning in text.warnings]
     dense_bytes = bytes_on_disk(loaded.folder) if loaded.folder else loaded.preflight.bytes_weights
     return Report(
         model=loaded.name,
@@ -246,10 +263,7 @@ def _saved(request: CompressionRequest, result: Result) -> Report:
     """Written to the output, or counted how much that would be: the report with the bytes."""
     if request.output is None:
         return result.measured(bytes_to_write(result))
-    request.progress.stage("save", 1)
-    report = publish_result(result, request.output, overwrite=request.overwrite)
-    request.progress.step(request.output.name)
-    return report
+    return publish_run(result, request.output, overwrite=request.overwrite, progress=request.progress)
 
 
 def plan(
@@ -281,54 +295,36 @@ def inspect(model: ModelLike) -> dict[str, Any]:
     return inspect_folder(find_source(str(model)).folder)
 
 
-def evaluate(
-    model: ModelLike,
-    tasks: TaskLike | Sequence[TaskLike] = BUNDLED_TEXT,
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    runner: str = "torch",
-    device: str = "auto",
-    progress: ProgressLike = None,
-) -> list[PerplexityResult]:
-    """Measure a dense or compressed model on every text of `tasks` (the bundled one), run by any runtime.
-
-    A model in memory needs its `tokenizer`, is run by torch in float32, and is then where and as it was.
-
-    Raises: CompressError when the model or a text cannot be read, or there is no such runtime.
-    """
-    live, where = in_memory(model), usable_device(device)
-    if live is not None:
-        known = required_tokenizer(tokenizer or tokenizer_beside(model))
-        with borrowed(live), runner_of(live, where) as opened:
-            return perplexities(opened, known, as_tasks(tasks), as_progress(progress))
-    known = load_tokenizer(find_source(str(model)))
-    with RUNNERS[runner].open(str(model), device=where, dtype=torch.float32) as running:
-        return perplexities(running, known, as_tasks(tasks), as_progress(progress))
-
-
 def speed(
     models: ModelLike | Sequence[ModelLike],
     *,
     device: str = "auto",
     dtype: str = "auto",
-    prompt_tokens: int = 128,
+    runner: str | Sequence[str] = "torch",
+    batch: int | Sequence[int] = 1,
+    context: int | Sequence[int] = 128,
     new_tokens: int = 32,
     repeats: int = 5,
-) -> dict[str, SpeedResult]:
-    """Tokens per second of dense or compressed models, measured in turns; `dtype` auto: float32 on a CPU.
+    threads: int | None = None,
+    skip: Collection[Skipped] = (),
+) -> CostTable:
+    """What dense or compressed models cost on this device: tokens per second, memory, bytes read, energy, in turns.
 
-    Models in memory are measured where and as they are.
+    `dtype` auto: float32 on a CPU. One `runner` for all, or one for each. Models in memory are measured where and as
+    they are.
 
     Raises: CompressError when a model cannot be read.
     """
-    return speed_of(
-        named_models(models),
-        device=usable_device(device),
-        dtype=dtype,
-        prompt_tokens=prompt_tokens,
+    settings = CostSettings(
+        batches=several(batch),
+        contexts=several(context),
         new_tokens=new_tokens,
         repeats=repeats,
+        threads=threads,
+        skip=skip,
     )
+    candidates = as_candidates(named_models(models), [runner] if isinstance(runner, str) else runner)
+    return measure_costs(candidates, device=usable_device(device), dtype=dtype, settings=settings)
 
 
 def _calibration(request: CompressionRequest, prepared: Prepared) -> CalibrationData | None:

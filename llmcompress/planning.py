@@ -15,7 +15,7 @@ from llmcompress.calibration.sources import check_source
 from llmcompress.calibration.tokens import max_positions
 from llmcompress.cost import Cost, Machine, Offload, cost, must_offload
 from llmcompress.errors import CompressError
-from llmcompress.exporters.choose import Choice, choose, limits_of
+from llmcompress.exporters.choose import Choice, choose, export_notes, limits_of
 from llmcompress.exporters.contents import planned_contents
 from llmcompress.exporters.dense_tables import bytes_of, dense_tables
 from llmcompress.exporters.loader import Loader, loader_of
@@ -170,8 +170,8 @@ def check_texts(recipe: Recipe, *, given: bool = False) -> None:
     """
     if not given and any(each.uses_data() for each in recipe.passes) and recipe.calibration.source != "self":
         check_source(recipe.calibration.source, where="calibration.source")
-    for task in recipe.evaluate:
-        check_source(task.source, where=f"evaluate.perplexity: {task.source}")
+    for source, where in (each for settings in recipe.evaluate for each in settings.sources()):
+        check_source(source, where=where)
 
 
 def check_recipe(
@@ -196,6 +196,7 @@ def check_recipe(
     if any(each.rounds_embedding() for each in recipe.passes):
         contents = replace(contents, rounded_embedding=model_map.embedding)
     choice = choose(recipe.save.format, contents, zero_points=recipe.save.zero_points)
+    notes += [note for exporter in recipe.export for note in export_notes(exporter, contents)]
     dtype = storage_dtype or torch.bfloat16
     return replace(choice, notes=tuple(dict.fromkeys([*notes, *choice.notes, *dense_tables(choice, model_map, dtype)])))
 
@@ -215,13 +216,14 @@ def _on_this_model(passes: Sequence[Pass]) -> list[Pass]:
 
 
 def within_target_limits(recipe: Recipe) -> Recipe:
-    """The same recipe, with quantizers that respect the limits of the named target from the start.
+    """The same recipe, with quantizers that respect the limits of the named targets from the start.
 
     Optional passes (`required: false`) that the target cannot hold are left out.
     """
-    limits = limits_of(recipe.save.format)
-    limited_passes = tuple(within_limits(each, limits) for each in recipe.passes)
-    limited = recipe.model_copy(update={"passes": limited_passes})
+    limits, passes = limits_of(recipe.save.format), recipe.passes
+    for target in (limits, *(exporter.limits for exporter in recipe.export)):
+        passes = tuple(within_limits(each, target) for each in passes)
+    limited = recipe.model_copy(update={"passes": passes})
     return limited if limits.rounded_embedding else _without_optional(limited)
 
 

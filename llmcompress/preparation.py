@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from llmcompress.calibration.in_memory import GivenData
 from llmcompress.calibration.offloading import InMemory, OnDisk, WeightStore
 from llmcompress.calibration.process_group import ProcessGroup
-from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
+from llmcompress.calibration.tokens import max_positions
 from llmcompress.cost import Offload, about, this_machine
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.evaluation.texts import EvaluationText, evaluation_texts
+from llmcompress.evaluation.gate import check_gate
+from llmcompress.evaluation.measuring import prepared
+from llmcompress.evaluation.metrics.base import Metric, Subject
 from llmcompress.exporters.loader import loader_of
+from llmcompress.exporting import export_folders
+from llmcompress.loading.identity import identity_of_folder
 from llmcompress.loading.in_memory import LiveModel, identity_in_memory
 from llmcompress.loading.load import Loaded, load_for_compression
 from llmcompress.loading.preflight import preflight
 from llmcompress.loading.source import find_source
+from llmcompress.loading.teachers import TeacherFiles
 from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
@@ -34,7 +39,6 @@ from llmcompress.planning import (
 )
 from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
-from llmcompress.storage.disk import sha256
 from llmcompress.storage.folder import check_output, run_folder
 from llmcompress.storage.ownership import begin_run_folder, remove_unused_run_folder
 from llmcompress.storage.paths import from_home
@@ -69,7 +73,8 @@ class Prepared:
     weights_at: WeightStore
     map: ModelMap
     notes: tuple[str, ...]
-    texts: tuple[EvaluationText, ...]
+    metrics: tuple[Metric, ...]
+    """What the dense and the compressed model are evaluated on, read and checked."""
     storage_dtype: torch.dtype
     identity: Mapping[str, str]
     """Hashes of what decides what the model computes; empty where nothing is kept under them."""
@@ -102,27 +107,26 @@ def _prepared(request: CompressionRequest) -> Prepared:
     recipe, processes = request.recipe, request.processes
     if processes.is_first and request.output is not None:
         named = None if request.live else from_home(str(recipe.model))
-        check_output(request.output, overwrite=request.overwrite, source=named)
+        for folder in (request.output, *export_folders(request.output, recipe.export).values()):
+            check_output(folder, overwrite=request.overwrite, source=named)
     request.progress.stage("load", 1)
     check_texts(recipe, given=request.given is not None)
+    check_gate(recipe.evaluate, compares=True)
     recipe, loaded = _loaded(request) if request.live is None else (recipe, _in_memory(request, request.live))
     unfuse_experts(loaded.model, loaded.weights)
     model_map = map_model(loaded.model)
     storage_dtype = storage_dtype_of(recipe, loaded.preflight)
     notes = check_recipe(recipe, model_map, loader_of(loaded.model.config), storage_dtype).notes
     limit = max_positions(loaded.model.config)
-    texts = evaluation_texts(recipe.evaluate, loaded.tokenizer, limit)
-    for text in texts:
-        refuse_beyond_embedding(
-            text.windows, loaded.tokenizer, loaded.preflight.contents.embedding_rows, where=text.name
-        )
+    subject = Subject(loaded.tokenizer, limit, loaded.preflight.contents.embedding_rows)
+    metrics = prepared(recipe.evaluate, subject)
     return Prepared(
         fitted_to_model(recipe, model_map),
         loaded,
         InMemory() if loaded.weights is None else OnDisk(loaded.weights),
         model_map,
         tuple(notes),
-        texts,
+        metrics,
         storage_dtype,
         _identity(loaded) if processes.is_first and (recipe.evaluate or request.output) else {},
     )
@@ -133,6 +137,7 @@ def _loaded(request: CompressionRequest) -> tuple[Recipe, Loaded]:
     recipe, output, processes = request.recipe, request.output, request.processes
     source = find_source(str(recipe.model), revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     checked = preflight(source, trust_remote_code=recipe.trust_remote_code, progress=request.progress)
+    check_teachers(recipe, teachers_of(request), checked.tokenizer)
     weight_bytes = checked.bytes_weights
     # a finished folder is no larger than the model; better refused now than when it is written
     if processes.is_first and output is not None:
@@ -157,11 +162,28 @@ def _in_memory(request: CompressionRequest, live: LiveModel) -> Loaded:
         raise _needs_memory(
             "the model is in memory already", "set offload to never, or name the folder or id of the model"
         )
+    check_teachers(request.recipe, teachers_of(request), live.tokenizer)
     for warning in live.facts.warnings:
         request.progress.note(warning)
     if request.processes.is_first and request.output is not None:
         check_output(request.output, overwrite=request.overwrite, needed_bytes=live.facts.bytes_weights)
     return Loaded(live.model, live.tokenizer, live.name, None, live.facts)
+
+
+def teachers_of(request: CompressionRequest) -> TeacherFiles:
+    """Where passes find the models they learn from; `original` is in files unless it was handed over in memory."""
+    recipe = request.recipe
+    name = None if request.live is not None else recipe.model
+    return TeacherFiles(name, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+
+
+def check_teachers(recipe: Recipe, teachers: TeacherFiles, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Every teacher is there and has the student's vocabulary.
+
+    Raises: CompressError otherwise.
+    """
+    for name in dict.fromkeys(name for each in recipe.passes for name in each.teachers()):
+        teachers.check(name, tokenizer)
 
 
 def _needs_memory(what: str, fix: str) -> CompressError:
@@ -170,11 +192,4 @@ def _needs_memory(what: str, fix: str) -> CompressError:
 
 def _identity(loaded: Loaded) -> dict[str, str]:
     """Hashes of the weights, and of the config with the code that comes with it."""
-    if loaded.folder is None:
-        return identity_in_memory(loaded.model)
-    weights, config = hashlib.sha256(), hashlib.sha256()
-    for path in sorted(loaded.folder.glob("*.safetensors")):
-        weights.update(bytes.fromhex(sha256(path)))
-    for path in [loaded.folder / "config.json", *sorted(loaded.folder.rglob("*.py"))]:
-        config.update(path.read_bytes())
-    return {"weights": weights.hexdigest(), "config": config.hexdigest()}
+    return identity_in_memory(loaded.model) if loaded.folder is None else identity_of_folder(loaded.folder)

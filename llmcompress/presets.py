@@ -21,7 +21,7 @@ _PACKAGE = Path(__file__).parent
 
 def preset_names() -> tuple[str, ...]:
     """`w4`, `w8a8`, ... and, for trying things out in seconds, `tiny/rtn`, ..."""
-    folder = _configs()
+    folder = configs_folder()
     names = [path.stem for path in sorted((folder / "recipes").glob("*.yaml"))]
     return (*names, *(f"tiny/{path.stem}" for path in sorted((folder / "tiny").glob("*.yaml"))))
 
@@ -40,7 +40,7 @@ def preset_path(name: str) -> Path:
             exit_code=ExitCode.USAGE,
         )
     folder, _, stem = name.rpartition("/")
-    return _configs() / (folder or "recipes") / f"{stem}.yaml"
+    return configs_folder() / (folder or "recipes") / f"{stem}.yaml"
 
 
 def preset_summary(name: str) -> str:
@@ -90,7 +90,7 @@ def _written(recipe: str | Path, settings: Sequence[str]) -> Recipe:
     return load_preset(recipe, settings=settings)
 
 
-def _configs() -> Path:
+def configs_folder() -> Path:
     """The wheel's copy where there is one, otherwise the checkout's."""
     inside, beside = _PACKAGE / "configs", _PACKAGE.parent / "configs"
     return inside if inside.is_dir() else beside

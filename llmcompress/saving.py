@@ -11,21 +11,22 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompress.calibration.offloading import InMemory, WeightStore
-from llmcompress.errors import CompressError, ExitCode, without_tokens
+from llmcompress.errors import CompressError, without_tokens
 from llmcompress.evaluation.footprint import bytes_on_disk
+from llmcompress.evaluation.gate import gate_failure
 from llmcompress.exporters.auxiliary_files import copy_auxiliary_files
-from llmcompress.exporters.base import EXPORTERS, Exporter, Refused, Writing
-from llmcompress.exporters.choose import candidates, choose, holders
+from llmcompress.exporters.base import Writing
+from llmcompress.exporters.choose import choose
 from llmcompress.exporters.contents import contents_in
 from llmcompress.exporters.save import save_model
 from llmcompress.exporters.shards import ShardSizes
+from llmcompress.exporting import Exportable, export_beside
+from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
+from llmcompress.records.evaluation import Compression
 from llmcompress.records.measurements import WeightBytes
-from llmcompress.records.report import REPORT, Report
+from llmcompress.records.report import RECIPE, REPORT, Report, read_report
 from llmcompress.storage.folder import publish, staging_folder
-
-RECIPE = "llmcompress_recipe.yaml"
-"""Saved beside the weights and the report: the resolved recipe that makes the same result again."""
 
 
 @dataclass(frozen=True)
@@ -42,24 +43,21 @@ class Result:
     """Where tokenizer files, licence and the like are copied from; None: they are written from the objects."""
     weights_at: WeightStore = field(default_factory=InMemory)
 
-    def exporter_called(self, name: str) -> Exporter:
-        """The exporter of that name, if it holds the model.
-
-        Raises: CompressError naming those that do.
-        """
-        asked, contents = EXPORTERS[name](), contents_in(self.model, self.storage_dtype)
-        able = holders(contents)
-        if name not in able:
-            refused = (answer.why for answer in asked.answers(contents).values() if isinstance(answer, Refused))
-            why = asked.problem(contents) or "; ".join(dict.fromkeys(refused))
-            raise CompressError(
-                "save.format",
-                f"{name} cannot represent this model: {why}",
-                fix=f"export it to {' or '.join(able)}" if able else "compress it with another scheme",
-                saved="the model in memory",
-                exit_code=ExitCode.USAGE,
-            )
-        return candidates(name, contents, self.recipe.save.zero_points)[0]
+    @property
+    def exportable(self) -> Exportable:
+        """The same for any target, with the recipe and the report beside it."""
+        beside = {RECIPE: self.recipe.to_yaml(), REPORT: self.report.model_dump_json(indent=1) + "\n"}
+        return Exportable(
+            model=self.model,
+            tokenizer=self.tokenizer,
+            name=self.report.model,
+            storage_dtype=self.storage_dtype,
+            generation_config=self.generation_config,
+            source_folder=self.source_folder,
+            weights_at=self.weights_at,
+            beside=beside,
+            max_shard_size=self.recipe.save.max_shard_size,
+        )
 
     def measured(self, bytes_written: int) -> Report:
         """The report with the bytes of the weight files."""
@@ -68,15 +66,28 @@ class Result:
         return kept.with_measurements([WeightBytes(of="compressed", bytes=bytes_written)])
 
 
-def publish_result(result: Result, output: Path, *, overwrite: bool, exporter: Exporter | None = None) -> Report:
+def publish_result(result: Result, output: Path, *, overwrite: bool) -> Report:
     """Fill a staging folder, then move it to `output` in one step; returns the saved report.
 
     Raises: CompressError if the format cannot represent the model, or `output` cannot be written or replaced.
     """
     with staging_folder(output) as staging:
-        finished = fill_folder(result, staging, exporter)
+        finished = fill_folder(result, staging)
         publish(staging, output, overwrite=overwrite)
     return finished
+
+
+def publish_run(result: Result, output: Path, *, overwrite: bool, progress: Progress) -> Report:
+    """The folder, and the exports that the recipe asks for: unless its quality gate was not kept.
+
+    Raises: CompressError as `publish_result` and `export` do.
+    """
+    progress.stage("save", 1)
+    report = publish_result(result, output, overwrite=overwrite)
+    progress.step(output.name)
+    if gate_failure(report, saved=str(output)) is None:
+        export_beside(result.exportable, result.recipe.export, output, overwrite=overwrite, progress=progress)
+    return report
 
 
 def bytes_to_write(result: Result) -> int:
@@ -91,31 +102,36 @@ def bytes_to_write(result: Result) -> int:
     return sizes.file_bytes
 
 
-def fill_folder(result: Result, folder: Path, exporter: Exporter | None = None) -> Report:
-    """Write everything into an empty folder, in the recipe's format or with another exporter.
+def fill_folder(result: Result, folder: Path) -> Report:
+    """Write everything into an empty folder, in the recipe's format.
 
     Raises: CompressError if the format cannot represent the model.
     """
     recipe = result.recipe
-    if exporter is None:
-        save_model(
-            result.model,
-            folder,
-            recipe.save.format,
-            storage_dtype=result.storage_dtype,
-            max_shard_size=recipe.save.max_shard_size,
-            zero_points=recipe.save.zero_points,
-            weights_at=result.weights_at,
-        )
-    else:
-        exporter.write(
-            result.model, folder, Writing(result.storage_dtype, recipe.save.max_shard_size, result.weights_at)
-        )
+    save_model(
+        result.model,
+        folder,
+        recipe.save.format,
+        storage_dtype=result.storage_dtype,
+        max_shard_size=recipe.save.max_shard_size,
+        zero_points=recipe.save.zero_points,
+        weights_at=result.weights_at,
+    )
     copy_auxiliary_files(result.source_folder, folder, result.tokenizer, result.generation_config)
     finished = result.measured(bytes_on_disk(folder))
     (folder / RECIPE).write_text(without_tokens(recipe.to_yaml()), encoding="utf-8")
     (folder / REPORT).write_text(without_tokens(finished.model_dump_json(indent=1)) + "\n", encoding="utf-8")
     return finished
+
+
+def saved_compression(folder: Path) -> Compression | None:
+    """How the model in a folder was made; None where no readable report says so."""
+    try:
+        report = read_report(folder)
+    except CompressError:
+        return None
+    recipe = folder / RECIPE
+    return report.compression(recipe.read_text(encoding="utf-8") if recipe.is_file() else None)
 
 
 def _compressed_bytes(report: Report) -> WeightBytes | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from llmcompress import evaluate
-from llmcompress.evaluation.settings import PerplexityTask
+from llmcompress.evaluation.settings.perplexity import PerplexityTask
 
 
 @click.command()
@@ -22,7 +22,7 @@ def main(models: tuple[str, ...], texts: tuple[str, ...]) -> None:
     """Print one line per model and text."""
     tasks = [PerplexityTask.model_validate(PerplexityTask.from_text(text)) for text in texts]
     for model in models:
-        for result in evaluate(model, tasks):
+        for result in evaluate(model, tasks).perplexities:
             print(f"{model}  {result.text}  {result.perplexity:.3f}  ({result.tokens} tokens)")
 
 

@@ -75,7 +75,7 @@ def test_the_quickstart_runs_on_the_bundled_model_in_a_few_lines(tmp_path: Path)
     report = compress("builtin:books-llama", "tiny/rtn", tmp_path / "out").report
     quality = report.quality[0]
     assert 1.0 < quality.ratio < 1.2
-    measured = evaluate(str(tmp_path / "out"), load_preset("tiny/rtn").evaluate)
+    measured = evaluate(str(tmp_path / "out"), load_preset("tiny/rtn").evaluate).perplexities
     assert measured[0].perplexity == pytest.approx(quality.compressed.perplexity, rel=1e-5)
     assert measured[0].tokens == quality.compressed.tokens
 

@@ -149,9 +149,9 @@ def test_the_result_is_measured_again_as_the_report_has_it(tiny: Path) -> None:
     given = in_memory(tiny, dtype=torch.bfloat16)
     made = compress(recipe=RECIPE, **given)
     expected = made.report.quality[0].compressed.perplexity
-    assert made.evaluate()[0].perplexity == expected
-    assert evaluate(made, made.recipe.evaluate)[0].perplexity == expected
-    assert evaluate(made.model, made.recipe.evaluate, tokenizer=made.tokenizer)[0].perplexity == expected
+    assert made.evaluate().perplexities[0].perplexity == expected
+    assert evaluate(made, made.recipe.evaluate).perplexities[0].perplexity == expected
+    assert evaluate(made.model, made.recipe.evaluate, tokenizer=made.tokenizer).perplexities[0].perplexity == expected
     assert made.model.dtype is torch.bfloat16
     assert isinstance(made.generate("the quick", max_new_tokens=3), str)
 
@@ -164,11 +164,13 @@ def test_questions_take_names_live_models_and_results(tiny: Path, tmp_path: Path
     sizes = [footprint(each) for each in (made, compress(str(tiny), UNMEASURED), tmp_path / "out")]
     assert len({each.parameters for each in sizes}) == 1 and len({each.bytes_on_disk for each in sizes}) == 1
     assert footprint(given).format == "plain"
-    found = llmcompress.speed([made, given], prompt_tokens=4, new_tokens=2, repeats=1)
-    assert len(found) == 2 and all(each.decode_tokens_per_second > 0 for each in found.values())
+    found = llmcompress.speed([made, given], context=4, new_tokens=2, repeats=1, skip=("limits", "energy"))
+    assert len(found.rows) == 2 and all(row.speed.decode.median > 0 for row in found.rows)
     tasks = made.recipe.evaluate or [llmcompress.PerplexityTask(source="builtin:evaluation", window=48, max_windows=2)]
     loaded = load(tmp_path / "out", dtype=torch.float32)
-    assert evaluate(loaded, tasks)[0].perplexity == pytest.approx(evaluate(made, tasks)[0].perplexity, rel=1e-5)
+    assert evaluate(loaded, tasks).perplexities[0].perplexity == pytest.approx(
+        evaluate(made, tasks).perplexities[0].perplexity, rel=1e-5
+    )
 
 
 def test_saved_in_another_format_it_says_so_and_an_existing_folder_is_kept(tiny: Path, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_its_things_are_read_and_written_back():
     assert read(found.to_yaml()) == found
     assert Longer.model_validate(found.model_dump()) == Longer.model_validate_json(found.model_dump_json()) == found
     assert Longer(passes=found.passes, recover=[NormsOnly()]).recover == (NormsOnly(),)
-    assert list(stages_of(Longer)) == ["passes", "evaluate", "recover", "publish"]
+    assert list(stages_of(Longer)) == ["passes", "evaluate", "export", "recover", "publish"]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_every_preset_is_valid_by_the_json_schema(short):
         "passes: [gptq: {damping: -1}]",
         "passes: [gptq: {overrides: {'*.a': {blok: 2}}}]",
         "passes: [{gptq: {}, rtn: {}}]",
-        "passes: [rtn]\nevaluate: {perplexity: [{split: x}]}",
+        "passes: [rtn]\nevaluate: {perplexity: [{window: 1}]}",
         "passes: [rtn]\nsave: {format: plian}",
         "passes: [rtn]\nsave: {max_shard_size: 5Gb}",
         "seed: 1",

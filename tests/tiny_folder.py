@@ -18,16 +18,7 @@ SENTENCE = "the quick brown fox jumps over the lazy dog and the small model lear
 
 def write_tiny_llama(folder: Path, *, dtype: torch.dtype = torch.bfloat16, shard: str = "5GB", **options: Any) -> Path:
     """Two layers, hidden 32, grouped-query attention, untied head."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<s>", "</s>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=280, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([SENTENCE], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer(), bos_token="<s>", eos_token="</s>")
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -46,6 +37,20 @@ def write_tiny_llama(folder: Path, *, dtype: torch.dtype = torch.bfloat16, shard
     model.save_pretrained(folder, max_shard_size=shard)
     fast.save_pretrained(folder)
     return folder
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """280 byte-level tokens, of which two are special."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=280, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([SENTENCE], trainer)
+    return tokenizer
 
 
 def edit_json(file: Path, **changes: Any) -> None:

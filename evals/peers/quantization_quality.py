@@ -32,7 +32,7 @@ from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.settings import Calibration
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.evaluation.perplexity import perplexity
-from llmcompress.evaluation.settings import PerplexityTask
+from llmcompress.evaluation.settings.perplexity import PerplexityTask
 from llmcompress.loading.load import load_for_compression
 from llmcompress.loading.source import find_source
 from llmcompress.model.probe import map_model

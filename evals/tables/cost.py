@@ -138,3 +138,26 @@ def speed(facts: Facts) -> str:
     )
     header = ["method", "parameters", "decode", "prefill", "faster"]
     return "\n\n".join([head, markdown(header, rows), environment(facts)])
+
+
+def repeated_speed(facts: Facts) -> str:
+    """Medians of two runs, and what they may claim."""
+    rows = [
+        [
+            row["model"],
+            row["phase"],
+            " and ".join(f"{median:.1f}" for median in row["medians"]),
+            f"{100 * row['difference']:.1f} %",
+            " and ".join(f"{100 * spread:.0f} %" for spread in row["spreads"]),
+        ]
+        for row in facts["rows"]
+    ]
+    others = " and ".join(f"{100 * share:.0f} %" for share in facts["used_by_others"])
+    claim = f"the claim of {100 * facts['claim']:.0f} % "
+    claim += "is about an idle machine" if facts["holds"] is None else "holds" if facts["holds"] else "does not hold"
+    head = (
+        f"Median of {facts['repeats']} turns of {facts['new_tokens']} tokens, {facts['rows'][0]['threads']} thread(s), "
+        f"{facts['clock']} time. Other programs used {others} of the cores just before: {claim}."
+    )
+    header = ["model", "", "tokens/s", "difference", "spread of the turns"]
+    return "\n\n".join([head, markdown(header, rows), environment(facts)])

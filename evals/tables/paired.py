@@ -87,7 +87,7 @@ def ratio(first: Method, second: Method, facts: Facts, texts: Iterable[str]) -> 
 
 
 def estimate(sums: Sequence[float], tokens: Sequence[int]) -> Estimate:
-    """Mean per token, and the linearised error of a ratio of sums; as `evaluation/reductions.py` has it.
+    """Mean per token, and the linearised error of a ratio of sums; as `evaluation/bootstrap.py` has it.
 
     Source: Cochran, Sampling Techniques, 3rd edition, section 6.3.
     """

@@ -14,6 +14,7 @@ from llmcompress.calibration.offloading import InMemory, WeightStore
 from llmcompress.calibration.process_group import ALONE, ProcessGroup
 from llmcompress.calibration.resume_store import ResumeStore
 from llmcompress.calibration.settings import Experts
+from llmcompress.loading.teachers import TeacherFiles, Teachers
 from llmcompress.progress import Progress, Silent
 
 
@@ -35,6 +36,8 @@ class RunContext:
     """Random seed."""
     weights_at: WeightStore = field(default_factory=InMemory)
     """Where weights are stored while they are not in use."""
+    zeros_are_masks: bool = True
+    """Whether every exact zero was left by pruning; otherwise those that lie on a grid are weights like others."""
     experts: Experts = "routed"
     """Tokens on which the experts of a mixture are measured."""
     processes: ProcessGroup = ALONE
@@ -44,6 +47,8 @@ class RunContext:
     stage: int = 0
     """Number of the running stage, under which its work is saved."""
     progress: Progress = field(default_factory=Silent)
+    teachers: Teachers = field(default_factory=TeacherFiles)
+    """Models that a pass may learn from."""
     state: str | None = None
     """Name of the model's current state, the key of cached measurements.
     None: it may change at any time."""

@@ -27,20 +27,31 @@ class Alias:
     """Read from the start as far as needed, instead of downloading all of it."""
     articles: bool = False
     """Rows are lines; an article begins at a heading `= Title =`."""
+    revision: str | None = None
+    """Where the rows are, if not on the main branch."""
 
 
 ALIASES = {
     "wikitext2": Alias("Salesforce/wikitext", "wikitext-2-raw-v1", streamed=False, articles=True),
     "wikitext103": Alias("Salesforce/wikitext", "wikitext-103-raw-v1", articles=True),
     "c4": Alias("allenai/c4", "en"),
+    # published as a script; the Hub's own conversion holds the same rows
+    "ptb": Alias("ptb-text-only/ptb_text_only", "penn_treebank", streamed=False, revision="refs/convert/parquet"),
     "pile": Alias("mit-han-lab/pile-val-backup"),
     "fineweb_edu": Alias("HuggingFaceFW/fineweb-edu", "sample-10BT"),
 }
 
 
-def hub_rows(
-    source: str, *, split: str, config: str | None, max_characters: int | None, where: str
-) -> Iterator[tuple[str, Any]]:
+@dataclass(frozen=True)
+class HubPart:
+    """Which rows of a dataset: its split, and where they are not the usual ones, its configuration and revision."""
+
+    split: str
+    config: str | None = None
+    revision: str | None = None
+
+
+def hub_rows(source: str, part: HubPart, *, max_characters: int | None, where: str) -> Iterator[tuple[str, Any]]:
     """Labelled rows of a Hub dataset, a short name of `ALIASES`, or a local dataset folder.
 
     With `max_characters` only what the caller takes is downloaded, unless the dataset is small or the machine offline.
@@ -59,7 +70,7 @@ def hub_rows(
             exit_code=ExitCode.USAGE,
         )
     streaming = alias.streamed and max_characters is not None and not local and not offline
-    rows = _load(alias.path, config or alias.config, split, streaming=streaming, where=where)
+    rows = _load(alias, part, streaming=streaming, where=where)
     rows = _guarded(rows, alias.path, where)
     if alias.articles:
         return _articles(row["text"] for row in rows)
@@ -73,7 +84,7 @@ def hub_dataset(source: str, *, split: str, config: str | None, streaming: bool,
     """
     alias = ALIASES.get(source, Alias(source))
     _offline(source, alias, where)
-    return _load(alias.path, config or alias.config, split, streaming=streaming, where=where)
+    return _load(alias, HubPart(split, config), streaming=streaming, where=where)
 
 
 def _offline(source: str, alias: Alias, where: str) -> bool:
@@ -115,11 +126,15 @@ def _in_cache(path: str) -> bool:
     return (Path(config.HF_DATASETS_CACHE) / path.replace("/", "___")).is_dir()
 
 
-def _load(path: str, config: str | None, split: str, *, streaming: bool, where: str) -> Iterable[dict[str, Any]]:
+def _load(alias: Alias, part: HubPart, *, streaming: bool, where: str) -> Iterable[dict[str, Any]]:
     import datasets
 
+    path, revision = alias.path, part.revision or alias.revision
+    chosen = {} if revision is None else {"revision": revision}
     try:
-        rows: Iterable[dict[str, Any]] = datasets.load_dataset(path, config, split=split, streaming=streaming)
+        rows: Iterable[dict[str, Any]] = datasets.load_dataset(
+            path, part.config or alias.config, split=part.split, streaming=streaming, **chosen
+        )
         return rows
     except FileNotFoundError as failure:
         raise _not_found(path, "gated" in str(failure), where) from failure

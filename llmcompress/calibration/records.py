@@ -13,7 +13,7 @@ Message = dict[str, str]
 
 Format = Literal["auto", "text", "chat"]
 
-TEXT_COLUMNS = ("text", "content")
+TEXT_COLUMNS = ("text", "content", "sentence")
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 PAIR = "prompt+completion"
 

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from llmcompress.calibration.hub_datasets import hub_rows
+from llmcompress.calibration.hub_datasets import HubPart, hub_rows
 from llmcompress.calibration.local_files import is_text_file, rows_of_file
 from llmcompress.calibration.records import Contents, Format, Message, contents_of
 from llmcompress.errors import CompressError, ExitCode
@@ -54,6 +54,8 @@ class TextSource:
     config: str | None = None
     column: str | None = None
     """The column with the text; None: found by its usual names."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub dataset; None: its newest, or that of the short name."""
 
 
 def read_texts(
@@ -70,7 +72,7 @@ def read_texts(
 
     Raises: CompressError when the source cannot be found or read, or holds nothing (`data.empty`).
     """
-    rows, name, limit = _rows(source.name, source.split, source.config, max_characters, where)
+    rows, name, limit = _rows(source, max_characters, where)
     row_where = f"{where}: {source.name}" if where else source.name
     found = contents_of(
         rows, column=source.column, format=format, skip_bad_rows=skip_bad_rows, where=row_where, max_characters=limit
@@ -140,17 +142,18 @@ def overlap_warning(
 
 
 def _rows(
-    source: str, split: str, config: str | None, max_characters: int | None, where: str
+    source: TextSource, max_characters: int | None, where: str
 ) -> tuple[Iterator[tuple[str, Any]], str, int | None]:
     """Labelled rows, a name for reports, and the limit that applies."""
-    if source.startswith("builtin:"):
-        return iter([("the text", _builtin(source.removeprefix("builtin:"), where))]), source, None
-    check_source(source, where=where)
-    path = from_home(source)
+    if source.name.startswith("builtin:"):
+        return iter([("the text", _builtin(source.name.removeprefix("builtin:"), where))]), source.name, None
+    check_source(source.name, where=where)
+    path = from_home(source.name)
     if path.is_file():
         return rows_of_file(path, where=where), path.name, None
-    rows = hub_rows(source, split=split, config=config, max_characters=max_characters, where=where)
-    return rows, f"{path.name if path.is_dir() else source}:{split}", max_characters
+    part = HubPart(source.split, source.config, source.revision)
+    rows = hub_rows(source.name, part, max_characters=max_characters, where=where)
+    return rows, f"{path.name if path.is_dir() else source.name}:{source.split}", max_characters
 
 
 def _looks_like_a_path(source: str) -> bool:

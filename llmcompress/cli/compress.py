@@ -11,7 +11,7 @@ import click
 
 from llmcompress.cli.early import refuse_mistakes
 from llmcompress.cli.libraries import loading_libraries, quiet_libraries
-from llmcompress.cli.output import device_option, json_option, print_json, print_tables
+from llmcompress.cli.output import device_option, fail_by_gate, json_option, print_json, print_tables, track_option
 from llmcompress.errors import NOTHING_SAVED, CompressError, ExitCode, saved_of
 
 if TYPE_CHECKING:
@@ -33,6 +33,13 @@ if TYPE_CHECKING:
     multiple=True,
     help="Change the recipe, e.g. --set calibration.samples=64 --set passes.gptq.scheme=int3_g32. Repeatable.",
 )
+@click.option(
+    "--export",
+    "targets",
+    metavar="TARGET",
+    multiple=True,
+    help="Export the result too, into DIR-TARGET (see `llmcompress targets`). Repeatable.",
+)
 @click.option("--dry-run", is_flag=True, help="Only show the plan: sites, bytes, memory and time. Reads no weights.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output, once the new one is complete.")
 @click.option("--fresh", is_flag=True, help="Start over instead of resuming an interrupted run.")
@@ -44,6 +51,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Offload weights to disk, one block in memory (auto: if the model does not fit). Same result.",
 )
+@track_option
 @device_option
 @json_option
 def compress(
@@ -52,11 +60,13 @@ def compress(
     recipe_file: Path | None,
     output: Path | None,
     settings: tuple[str, ...],
+    targets: tuple[str, ...],
     dry_run: bool,
     overwrite: bool,
     fresh: bool,
     yes: bool,
     offload: Offload,
+    tracker: str | None,
     device: str,
     as_json: bool,
 ) -> None:
@@ -80,10 +90,16 @@ def compress(
     from llmcompress.cli.terminal import TerminalProgress
     from llmcompress.presets import preset_path
 
+    if targets:
+        settings = (*settings, f"export=[{', '.join(targets)}]")
     file = recipe_file or preset_path(str(preset))
     # of several processes (torchrun) only the first may touch what lies at the output, and it is not known yet
     written = None if dry_run or "RANK" in os.environ else output
     refuse_mistakes(file, settings, model=model, output=written, overwrite=overwrite)
+    if tracker is not None:
+        from llmcompress.report.tracking import check_tracker
+
+        check_tracker(tracker)
     with TerminalProgress() as progress:
         with loading_libraries(progress):
             from llmcompress import pipeline
@@ -113,14 +129,20 @@ def compress(
                     progress=progress,
                 )
             except KeyboardInterrupt as interrupt:
-                raise _interrupted(output, saved_of(interrupt)) from None
+                raise interrupted(output, saved_of(interrupt)) from None
     if dry_run:
         print_json(plan) if as_json else print_tables(*plan_tables(plan))
-    elif as_json:
+        return
+    if tracker is not None:
+        from llmcompress.report.tracking import track
+
+        track(done.report, tracker, settings={"recipe": done.report.recipe_hash})
+    if as_json:
         print_json({"output": str(output), **done.report.model_dump(mode="json")})
     else:
         print_tables(*report_tables(done.report))
         click.echo(f"saved to {output}", err=True)
+    fail_by_gate(done.report, as_json=as_json, saved=str(output))
 
 
 def _confirm_remote_code(recipe: Recipe, *, yes: bool) -> None:
@@ -138,8 +160,8 @@ def _confirm_remote_code(recipe: Recipe, *, yes: bool) -> None:
     )
 
 
-def _interrupted(output: Path, saved: str | None) -> CompressError:
-    """`saved`: what the run said; None where it had not begun."""
+def interrupted(output: Path, saved: str | None) -> CompressError:
+    """The error for Ctrl-C. `saved`: what the run said; None where it had not begun."""
     run = output.absolute().with_name(output.absolute().name + ".run")
     if saved is None and (run / "journal.jsonl").exists():
         saved = f"what an earlier run saved in {run}: run the same command again to resume"

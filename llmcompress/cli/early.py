@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llmcompress.evaluation.settings.base import MetricSettings
 
 
 def refuse_missing_models(*models: str) -> None:
@@ -17,15 +21,15 @@ def refuse_missing_models(*models: str) -> None:
         local_source(model)
 
 
-def refuse_missing_texts(sources: Iterable[str]) -> None:
-    """Texts on this computer that are not there.
+def refuse_missing_texts(settings: Iterable[MetricSettings]) -> None:
+    """Texts on this computer that are named and not there.
 
     Raises: CompressError naming the first.
     """
     from llmcompress.calibration.sources import check_source
 
-    for source in sources:
-        check_source(source, where=f"evaluate.perplexity: {source}")
+    for source, where in (each for its in settings for each in its.sources()):
+        check_source(source, where=where)
 
 
 def refuse_mistakes(
@@ -48,4 +52,4 @@ def refuse_mistakes(
         check_output(output, overwrite=overwrite, source=from_home(name) if name else None)
     if name:
         refuse_missing_models(name)
-    refuse_missing_texts(task.source for task in written.evaluate or ())
+    refuse_missing_texts(written.evaluate or ())

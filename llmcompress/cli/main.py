@@ -17,7 +17,22 @@ from llmcompress import __version__
 from llmcompress.cli.failures import report_failure
 from llmcompress.errors import did_you_mean
 
-COMMANDS = ("allocate", "compress", "evaluate", "footprint", "inspect", "passes", "recipes", "schema", "speed")
+COMMANDS = (
+    "allocate",
+    "compare",
+    "compress",
+    "distill",
+    "evaluate",
+    "export",
+    "footprint",
+    "inspect",
+    "passes",
+    "recipes",
+    "report",
+    "schema",
+    "speed",
+    "targets",
+)
 
 
 class LazyGroup(click.Group):

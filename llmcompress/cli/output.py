@@ -14,6 +14,8 @@ from llmcompress.errors import without_tokens
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from llmcompress.records.evaluation import Measured
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 WIDTH_OF_PIPES = 120
@@ -29,6 +31,32 @@ def json_option(command: F) -> F:
 def device_option(command: F) -> F:
     """`--device`."""
     return click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 or mps.")(command)
+
+
+def track_option(command: F) -> F:
+    """`--track`."""
+    return click.option(
+        "--track",
+        "tracker",
+        metavar="NAME",
+        help="Log every number to trackio, wandb, tensorboard or mlflow [default: nothing is sent].",
+    )(command)
+
+
+def fail_by_gate(measured: Measured, *, as_json: bool, saved: str) -> None:
+    """End with exit code 6 if the quality gate is not kept; the result stands on stdout already.
+
+    Raises: CompressError, which is told on stderr; with `as_json` stdout has its one value, and only the code is given.
+    """
+    from llmcompress.evaluation.gate import gate_failure
+
+    failure = gate_failure(measured, saved=f"{saved}; it is not published")
+    if failure is None:
+        return
+    if as_json:
+        click.echo(str(failure), err=True)
+        click.get_current_context().exit(int(failure.exit_code))
+    raise failure
 
 
 def print_json(value: Any) -> None:

@@ -9,12 +9,11 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from llmcompress.cli.terminal import duration, size
 from llmcompress.records.degraded import degraded_warnings
+from llmcompress.report.forms import duration, size
 
 if TYPE_CHECKING:
     from llmcompress.evaluation.footprint import Footprint
-    from llmcompress.evaluation.speed import SpeedRatio, SpeedResult
     from llmcompress.records.measurements import Divergence, Estimate, PerplexityResult
     from llmcompress.records.report import Report
 
@@ -129,35 +128,6 @@ def footprint_tables(found: Sequence[Footprint], compared: dict[str, float] | No
     ]
     title = "in theory: no file here is stored so"
     return [plain_table(("", *names, *ratio[1:]), facts), plain_table(("", *names), theory, title=title)]
-
-
-def speed_tables(results: dict[str, SpeedResult], ratios: dict[str, dict[str, SpeedRatio]]) -> list[RenderableType]:
-    """One row per model; ratios to one of them with the lowest and highest of all turns."""
-    first = next(iter(results.values()))
-    rows = [
-        (
-            name,
-            f"{each.prefill_tokens_per_second:.1f} ±{each.prefill_spread / 2:.0%}",
-            f"{each.decode_tokens_per_second:.1f} ±{each.decode_spread / 2:.0%}",
-            f"{each.seconds_to_first_token * 1000:.0f} ms",
-        )
-        for name, each in results.items()
-    ]
-    title = (
-        f"{first.device}, {first.threads} threads, {first.dtype}: prompt of {first.prompt_tokens} tokens, "
-        f"{first.new_tokens} new, median of {first.repeats}"
-    )
-    headings = ("", "#prefill tokens/s", "#decode tokens/s", "#first token")
-    tables: list[RenderableType] = [Text(title, style="bold"), plain_table(headings, rows)]
-    if ratios:
-        reference = next(name for name in results if name not in ratios)
-        cells = [(name, _times(each["prefill"]), _times(each["decode"])) for name, each in ratios.items()]
-        tables.append(plain_table(("", "#prefill", "#decode"), cells, title=f"times as fast as {reference}"))
-    return tables
-
-
-def _times(ratio: SpeedRatio) -> str:
-    return f"{ratio.median:.2f} ({ratio.lowest:.2f} to {ratio.highest:.2f})"
 
 
 def map_tables(found: dict[str, Any]) -> list[RenderableType]:

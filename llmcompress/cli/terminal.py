@@ -18,6 +18,7 @@ from rich.text import Text
 
 from llmcompress.errors import without_tokens
 from llmcompress.progress import Pace
+from llmcompress.report.forms import duration, size
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -215,19 +216,3 @@ def _highest_so_far() -> int:
 def counted(steps: int) -> str:
     """`1 step`, `12 steps`."""
     return f"{steps} step" + ("" if steps == 1 else "s")
-
-
-def duration(seconds: float) -> str:
-    """`0:42`, `12:05`, `3:07:20`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def size(count: float) -> str:
-    """`4.9 MB`: decimal units, as disks and the Hub count."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"

@@ -15,6 +15,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
 
 
+def numeric_versions() -> dict[str, str]:
+    """Of the packages that decide the last digits of a logit."""
+    return {name: _version(name) for name in ("torch", "transformers")}
+
+
 def machine() -> dict[str, str]:
     """Processor, cores this process may use, memory, GPUs, operating system."""
     import psutil

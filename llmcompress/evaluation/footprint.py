@@ -144,6 +144,8 @@ def bytes_on_disk(folder: Path | str) -> int:
     Left-over files (a second format, shards of an older save) do not count. Files were checked: every shard is there.
     """
     folder = Path(folder)
+    if folder.is_file():  # of a format that is one file
+        return folder.stat().st_size
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return sum((folder / name).stat().st_size for name in set(read_index(index).values()))

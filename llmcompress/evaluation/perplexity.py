@@ -10,7 +10,7 @@ import torch
 from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
 from llmcompress.evaluation.reductions import Perplexity, feed
 from llmcompress.evaluation.scores import WindowScores, score
-from llmcompress.evaluation.settings import PerplexityTask
+from llmcompress.evaluation.settings.perplexity import PerplexityTask
 from llmcompress.evaluation.texts import EvaluationText, evaluation_text
 from llmcompress.progress import Progress, Silent
 from llmcompress.records.measurements import PerplexityResult
@@ -51,7 +51,7 @@ def measure(
     """
     progress = progress or Silent()
     found = Perplexity(text)
-    scores = score(runner, text.windows, batch=batch, name=text.name)
+    scores = score(runner, text.windows, skipped=text.skipped, batch=batch, name=text.name)
     feed(watched(scores, text, f"perplexity on {text.name}", progress), found)
     return found.result()
 

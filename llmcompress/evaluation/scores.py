@@ -1,7 +1,7 @@
 """Token scores: the one loop over a text from which all quality metrics are computed.
 
-B = windows in a batch, W = tokens of a window, P = predicted tokens of a window (all but the first), R = some of those,
-V = vocabulary, K = top tokens.
+B = windows in a batch, W = tokens of a window, P = predictions of a window that count, R = some of those, V =
+vocabulary, K = top tokens.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import CompressError
+from llmcompress.numerics.likely import best_tokens, top_tokens
 from llmcompress.numerics.loss import windows_at_once
 from llmcompress.runners.base import Runner
 
-PIECE_BYTES = 2**22
-"""Float32 logits processed at a time: about the size of a processor's cache."""
+PIECE_BYTES = 2**21
+"""Float32 logits processed at a time: they are read several times, and should stay in a processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Piece:
 
     window: int
     start: int
-    """The first position, counted in predicted tokens."""
+    """The first position, counted in predictions that count."""
     targets_R: Tensor
     logprobs_RV: Tensor
     """Float32, on the runner's device."""
@@ -44,6 +45,8 @@ class WindowScores:
     """Log-probabilities of the actual tokens."""
     best_P: Tensor
     """The most likely tokens, int32."""
+    best_logprob_P: Tensor
+    """Theirs."""
     ids_PK: Tensor
     """Additional scored tokens, int32."""
     logprobs_PK: Tensor
@@ -55,6 +58,7 @@ def score(
     runner: Runner,
     windows: Sequence[Tensor],
     *,
+    skipped: Sequence[int] = (),
     batch: int | None = None,
     top: int = 0,
     reference: Sequence[WindowScores] | None = None,
@@ -63,49 +67,58 @@ def score(
     """Every window's scores, in order; what is computed of the next one is computed when it is asked for.
 
     Besides the actual token, the `top` most likely ones are scored, or those that a `reference` scored in the
-    same window. `batch`: windows that go through the model together (None: by the size of their logits); changes no
-    result. `name` is what errors call the text.
+    same window. `skipped`: predictions at the beginning of every window that are context alone (empty: none). `batch`:
+    windows that go through the model together (None: by the size of their logits); changes no result. `name` is what
+    errors call the text.
 
     Raises: CompressError `numerics.not-finite` naming the window, when a log-probability is not finite.
     """
-    for index, pieces in groupby(log_probabilities(runner, windows, batch=batch), key=lambda piece: piece.window):
-        parts = [_looked_at(piece, top, reference) for piece in pieces]
-        logprob_P, best_P, ids_PK, logprobs_PK = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    skips = skipped or (0,) * len(windows)
+    pieces = log_probabilities(runner, windows, skips, batch=batch)
+    for index, its in groupby(pieces, key=lambda piece: piece.window):
+        parts = [_looked_at(piece, top, reference) for piece in its]
+        logprob_P, best_P, best_logprob_P, ids_PK, logprobs_PK = (
+            torch.cat(part).cpu() for part in zip(*parts, strict=True)
+        )
         if not logprob_P.isfinite().all():
-            raise _not_finite(runner, windows[index], logprob_P, f"window {index + 1} of {name}")
-        targets_P = windows[index][1:].to("cpu", torch.int32)
-        yield WindowScores(index, targets_P, logprob_P, best_P.int(), ids_PK.int(), logprobs_PK)
+            where = f"window {index + 1} of {name}"
+            raise _not_finite(runner, windows[index], logprob_P, skips[index], where)
+        targets_P = windows[index][1 + skips[index] :].to("cpu", torch.int32)
+        yield WindowScores(index, targets_P, logprob_P, best_P.int(), best_logprob_P, ids_PK.int(), logprobs_PK)
 
 
 @torch.inference_mode()
-def log_probabilities(runner: Runner, windows: Sequence[Tensor], *, batch: int | None = None) -> Iterator[Piece]:
-    """The distributions over the whole vocabulary, window after window, in pieces of `PIECE_BYTES`.
+def log_probabilities(
+    runner: Runner, windows: Sequence[Tensor], skipped: Sequence[int], *, batch: int | None = None
+) -> Iterator[Piece]:
+    """The distributions of all predictions that count, window after window, in pieces of `PIECE_BYTES`.
 
-    Float32 copies of a whole batch's logits never exist, only of one piece's.
+    The last token of a window is not run: nothing is predicted from it. Float32 copies of a whole batch's logits never
+    exist, only of one piece's.
     """
     rows = max(1, PIECE_BYTES // (4 * runner.vocabulary))
     for first, windows_BW in _batches(windows, batch, runner.vocabulary):
-        logits_BWV = runner.logits(windows_BW)
-        for offset, (logits_WV, tokens_W) in enumerate(zip(logits_BWV, windows_BW.to(logits_BWV.device), strict=True)):
-            start = 0
-            for logits_RV, targets_R in zip(logits_WV[:-1].split(rows), tokens_W[1:].split(rows), strict=True):
-                yield Piece(first + offset, start, targets_R, torch.log_softmax(logits_RV.float(), -1))
+        logits_BWV = runner.logits(windows_BW[:, :-1])
+        targets_BW = windows_BW[:, 1:].to(logits_BWV.device)
+        for index, (logits_WV, targets_W) in enumerate(zip(logits_BWV, targets_BW, strict=True), start=first):
+            start, skip = 0, skipped[index]
+            for logits_RV, targets_R in zip(logits_WV[skip:].split(rows), targets_W[skip:].split(rows), strict=True):
+                yield Piece(index, start, targets_R, torch.log_softmax(logits_RV.float(), -1))
                 start += len(targets_R)
 
 
-def _looked_at(
-    piece: Piece, top: int, reference: Sequence[WindowScores] | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities of the targets, the most likely tokens, tokens looked at and their log-probabilities."""
+def _looked_at(piece: Piece, top: int, reference: Sequence[WindowScores] | None) -> tuple[Tensor, ...]:
+    """Log-probabilities of the targets, the most likely tokens with theirs, tokens looked at with theirs."""
     logprobs_RV, count = piece.logprobs_RV, len(piece.targets_R)
+    best_logprob_R, best_R = best_tokens(logprobs_RV)
     if reference is not None:
         ids_RK = reference[piece.window].ids_PK[piece.start : piece.start + count].to(logprobs_RV.device).long()
     elif top:
-        ids_RK = logprobs_RV.topk(min(top, logprobs_RV.shape[-1]), -1).indices
+        ids_RK = top_tokens(logprobs_RV, top)[1]
     else:
         ids_RK = piece.targets_R.new_zeros(count, 0)
-    target_R = logprobs_RV.gather(-1, piece.targets_R[:, None]).squeeze(-1)
-    return target_R, logprobs_RV.argmax(-1), ids_RK, logprobs_RV.gather(-1, ids_RK)
+    target_R = logprobs_RV.gather(-1, piece.targets_R[:, None])[:, 0]
+    return target_R, best_R, best_logprob_R, ids_RK, logprobs_RV.gather(-1, ids_RK)
 
 
 def _batches(windows: Sequence[Tensor], batch: int | None, vocabulary: int) -> Iterator[tuple[int, Tensor]]:
@@ -119,15 +132,15 @@ def _batches(windows: Sequence[Tensor], batch: int | None, vocabulary: int) -> I
         first += len(same)
 
 
-def _not_finite(runner: Runner, window_W: Tensor, logprob_P: Tensor, where: str) -> CompressError:
+def _not_finite(runner: Runner, window_W: Tensor, logprob_P: Tensor, skipped: int, where: str) -> CompressError:
     """Names the part of the model that overflows, if the runtime can tell."""
-    token = int((~logprob_P.isfinite()).nonzero()[0]) + 1
-    part = runner.first_not_finite(window_W[None])
+    place = int((~logprob_P.isfinite()).nonzero()[0])
+    part = runner.first_not_finite(window_W[None, :-1])
     found = f"; the first part of the model to compute NaN or Inf is {part}" if part else ""
     return CompressError(
         "numerics.not-finite",
-        f"the log-probability of a token is {float(logprob_P[token - 1])}{found}",
-        where=f"{where}, token {token}",
+        f"the log-probability of a token is {float(logprob_P[place])}{found}",
+        where=f"{where}, token {place + skipped + 1}",
         fix="use float32 or bfloat16 (float16 overflows at 65504); if it persists, a weight is damaged: measure the "
         "dense model alone with `llmcompress evaluate`",
     )

@@ -1,11 +1,12 @@
-"""Evaluation texts as token windows, by one protocol for all models.
+"""Evaluation texts as token windows, by the default protocol or a published one.
 
-The text is tokenised once and cut into non-overlapping windows; the last one may be shorter. A window does not see
-earlier windows. See docs/decisions/0003-perplexity-protocol.md.
+By default the text is tokenised once and cut into non-overlapping windows; the last one may be shorter. A window does
+not see earlier windows. See docs/decisions/0003-perplexity-protocol.md and docs/evaluation.md.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmcompress.calibration.sources import JOINER, TextSource, paragraph_hashes, read_texts
+from llmcompress.calibration.sources import TextSource, paragraph_hashes, read_texts
 from llmcompress.calibration.templates import written_out
 from llmcompress.calibration.tokens import starts_with_bos, unknown_warning
 from llmcompress.errors import CompressError
-from llmcompress.evaluation.settings import PerplexityTask
+from llmcompress.evaluation.settings.perplexity import DEFAULT_PROTOCOL, PerplexityTask
+from llmcompress.evaluation.windows import Span, spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,21 +35,60 @@ class EvaluationText:
     name: str
     fingerprint: str
     windows: tuple[Tensor, ...]
-    """All of `window` tokens, except that the last may be shorter."""
+    """The last token of each is only predicted."""
     window: int
     bos: bool
+    """Whether every window starts with the BOS token."""
     predicted_bytes: int
-    """Bytes of the UTF-8 text whose tokens are predicted."""
+    """Bytes of the UTF-8 text whose tokens are predicted, and count."""
     paragraphs: frozenset[int]
     """For the overlap check with the calibration text."""
     text_tokens: int | None = None
     """Of the whole text; None: only a beginning of it was read."""
     warnings: tuple[str, ...] = ()
+    skipped: tuple[int, ...] = ()
+    """Predictions at the beginning of each window that do not count; empty: all count."""
+    protocol: str = DEFAULT_PROTOCOL
+    words: int | None = None
+    """Separated by white space; None: not all of the text is predicted."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Predictions that count, window by window."""
+        return [len(window) - 1 - skip for window, skip in zip(self.windows, self.skips, strict=True)]
+
+    @property
+    def skips(self) -> tuple[int, ...]:
+        """`skipped`, written out."""
+        return self.skipped or (0,) * len(self.windows)
 
     @property
     def tokens(self) -> int:
-        """Tokens predicted: in every window all but the first."""
-        return sum(len(window) - 1 for window in self.windows)
+        """Predictions that count."""
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True)
+class _Document:
+    """One text as tokens: what is cut into windows."""
+
+    tokens: list[int]
+    byte_ends: list[int]
+    """For k = 0 … tokens the bytes of the text that the first k tokens stand for."""
+
+
+@dataclass(frozen=True)
+class _Bos:
+    """Where the BOS stands, for one tokenizer."""
+
+    each: tuple[int, ...] = ()
+    """Before every window."""
+    replaces: tuple[int, ...] = ()
+    """In place of the first token of every window."""
+    first: tuple[int, ...] = ()
+    """Before every document."""
+    by_tokenizer: bool = False
+    """Whether documents are tokenised with what the tokenizer adds."""
 
 
 def evaluation_texts(
@@ -83,74 +124,98 @@ def evaluation_text(
     most = task.most_windows(window)
     enough = None if most is None else most * window * CHARACTERS_PER_TOKEN
     where = f"evaluate.perplexity: {task.source}"
-    source = TextSource(task.source, task.split, task.config, task.column)
+    source = TextSource(task.source, task.split, task.config, task.column, task.revision)
     texts = read_texts(source, max_characters=enough, where=where)
-    text = JOINER.join(written_out(texts, tokenizer, where=where)[0])
-    tokens, ends = _tokens_and_byte_ends(text, tokenizer)
-    unknown = unknown_warning(tokenizer, [text], [tokens])
-    length = window - len(bos)
-    starts = range(0, len(tokens), length)[:most]
-    pieces = [tokens[start : start + length] for start in starts]
-    if not bos and pieces and len(pieces[-1]) == 1:
-        pieces.pop()  # nothing comes before this token, so it cannot be predicted
-    if not pieces:
+    written = written_out(texts, tokenizer, where=where)[0]
+    contents = written if task.joiner is None else [task.joiner.join(written)]
+    documents = [_document(content, tokenizer, bos) for content in contents]
+    unknown = unknown_warning(tokenizer, contents, [document.tokens for document in documents])
+    cut = [
+        (document, span)
+        for document in documents
+        for span in spans(len(document.tokens), task, window, own_bos=bool(bos.each))
+    ][:most]
+    if not cut:
         what = f"{texts.name}: there is no token to predict"
         raise CompressError("data.too-little", what, where=where, fix="use more text")
-    last = starts[len(pieces) - 1] + len(pieces[-1])
-    # without a BOS the first token of each window is given, not predicted: its bytes do not count
-    given = [] if bos else starts[: len(pieces)]
-    predicted_bytes = ends[last] - sum(ends[start + 1] - ends[start] for start in given)
+    predicted_bytes = sum(document.byte_ends[span.end] - document.byte_ends[span.scored_from] for document, span in cut)
+    whole = not texts.bounded and predicted_bytes == sum(document.byte_ends[-1] for document in documents)
     return EvaluationText(
         texts.name,
         texts.fingerprint,
-        tuple(torch.tensor(bos + piece) for piece in pieces),
+        tuple(_window_tokens(document, span, bos) for document, span in cut),
         window,
-        bool(bos),
+        bool(bos.each or bos.replaces),
         predicted_bytes,
-        paragraph_hashes([text]),
-        None if texts.bounded else len(tokens),
+        paragraph_hashes(contents),
+        None if texts.bounded else sum(len(document.tokens) - len(bos.first) for document in documents),
         tuple(warnings + ([unknown] if unknown else [])),
+        tuple(span.skipped for _, span in cut) if any(span.skipped for _, span in cut) else (),
+        task.protocol_name,
+        sum(len(re.split(r"\s+", content)) for content in contents) if whole else None,
     )
+
+
+def _window_tokens(document: _Document, span: Span, bos: _Bos) -> Tensor:
+    kept = document.tokens[span.start + len(bos.replaces) : span.end]
+    return torch.tensor([*bos.each, *bos.replaces, *kept])
 
 
 def _window(task: PerplexityTask, limit: int | None) -> tuple[int, list[str]]:
     window = task.window_for(limit)
-    if task.window is not None and window < task.window:
+    if isinstance(task.window, int) and window < task.window:
         return window, [f"windows shortened from {task.window} to {window} tokens, the model's maximum"]
     return window, []
 
 
-def _bos(task: PerplexityTask, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens at the start of every window."""
-    if task.bos == "never" or (task.bos == "auto" and not starts_with_bos(tokenizer)):
-        return []
-    if tokenizer.bos_token_id is None:
-        what = "`bos: always`, but the tokenizer has no BOS token"
+def _bos(task: PerplexityTask, tokenizer: PreTrainedTokenizerBase) -> _Bos:
+    """Raises: CompressError when a token is asked for that the tokenizer does not have."""
+    number = tokenizer.bos_token_id
+    if task.bos == "prefix":
+        first = tokenizer.eos_token_id if number is None else number
+        return _Bos(first=_present(first, "prefix", "neither a BOS nor an EOS token"), by_tokenizer=True)
+    if task.bos == "always":
+        return _Bos(each=_present(number, "always", "no BOS token"))
+    if task.bos == "text":
+        return _Bos(by_tokenizer=True)
+    if task.bos == "never" or not starts_with_bos(tokenizer):
+        return _Bos()
+    return _Bos(each=(number,)) if task.bos == "auto" else _Bos(replaces=(number,), first=(number,))
+
+
+def _present(number: int | None, rule: str, lacks: str) -> tuple[int, ...]:
+    if number is None:
+        what = f"`bos: {rule}`, but the tokenizer has {lacks}"
         raise CompressError("data.no-bos", what, where="evaluate.perplexity", fix="use `bos: auto`")
-    return [tokenizer.bos_token_id]
+    return (number,)
 
 
-def _tokens_and_byte_ends(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The tokens of `text`, and for k = 0 … tokens the bytes of the text that the first k tokens stand for.
+def _document(text: str, tokenizer: PreTrainedTokenizerBase, bos: _Bos) -> _Document:
+    """Its tokens. What stands between two tokens belongs to the later one, and a character of several tokens to its
+    first; special tokens stand for nothing.
 
-    What stands between two tokens belongs to the later one, and a character of several tokens to its first.
     Tokenizers in Python do not say where tokens stand: each then counts the same share of the text.
     """
+    # lm-eval's rule: a text that begins with the BOS gets no second one
+    written_bos = bos.by_tokenizer and bool(bos.first) and text.startswith(tokenizer.decode(list(bos.first)))
     encoded = tokenizer(
         text,
-        add_special_tokens=False,
+        add_special_tokens=bos.by_tokenizer and not written_bos,
         return_attention_mask=False,
         return_offsets_mapping=tokenizer.is_fast,
         verbose=False,
     )
-    tokens: list[int] = encoded["input_ids"]
+    tokens: list[int] = [*bos.first, *encoded["input_ids"]]
     if not tokenizer.is_fast:
-        size = len(text.encode())
-        return tokens, [round(size * k / max(len(tokens), 1)) for k in range(len(tokens) + 1)]
-    ends, characters = [0], 0
+        return _Document(tokens, _equal_shares(len(text.encode()), len(tokens)))
+    ends, characters = [0] * (len(bos.first) + 1), 0
     for _, end in encoded["offset_mapping"]:
         end = max(end, characters)
         ends.append(ends[-1] + len(text[characters:end].encode()))
         characters = end
     ends[-1] += len(text[characters:].encode())
-    return tokens, ends
+    return _Document(tokens, ends)
+
+
+def _equal_shares(size: int, tokens: int) -> list[int]:
+    return [round(size * k / max(tokens, 1)) for k in range(tokens + 1)]

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompress.calibration.offloading import InMemory, WeightStore
 from llmcompress.exporters.contents import CodedLinear, Contents
@@ -19,6 +19,7 @@ from llmcompress.formats import plain
 from llmcompress.formats.named import Kind
 from llmcompress.modules.limits import TargetLimits
 from llmcompress.modules.scheme import Scheme
+from llmcompress.records.export_report import ReadBack
 from llmcompress.registry import Registry
 from llmcompress.runners.base import RUNNERS, Runner
 
@@ -34,9 +35,11 @@ class Exact:
 
 @dataclass(frozen=True)
 class Converted:
-    """Stored in another form that computes the same: dequantized to ordinary weights."""
+    """Stored in another form: dequantized to ordinary weights, or with scales of another precision."""
 
     why: str
+    keeps_codes: bool = False
+    """Whether it still is codes and scales in the target's own layout."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,10 @@ class Writing:
     """Where weights go again, block after block, when they are written."""
     sizes: ShardSizes | None = None
     """What counts the bytes in the place of writing files; None: files are written."""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """Of the model: some targets hold it in the file of the weights."""
+    model_name: str = "model"
+    """What the user called the source, for targets that name the model in the file."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,14 @@ class Exporter(BaseModel, ABC):
     """Name of the runner that opens the folder."""
     fix: ClassVar[str]
     """What a user can do about a refusal."""
+    language: ClassVar[str] = "python"
+    """Of `how_to_run`."""
+    how_to_run: ClassVar[str] = """from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(".")
+ids = tokenizer("The", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))"""
+    """At most five lines, run in the exported folder; stands in its README.md."""
 
     @abstractmethod
     def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:
@@ -115,6 +130,10 @@ class Exporter(BaseModel, ABC):
     def runner(self) -> type[Runner]:
         """The runtime that opens the folder, as its users will."""
         return RUNNERS[self.runtime]
+
+    def read_back(self, model: PreTrainedModel, folder: Path, writing: Writing) -> list[ReadBack]:
+        """Decode what `write` wrote and compare it with the model; empty: the target has no way to."""
+        return []
 
     @abstractmethod
     def write(self, model: PreTrainedModel, folder: Path, writing: Writing) -> Saved:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,11 @@ def _tensors_on_disk(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the checkpoint, converted one block at a time; of tied tensors only the first name."""
     begun: set[str] = set()
-    repeated = _repeated(model)
-    for prefix, names in groupby(list(model.state_dict()), key=_block_of):
+    repeated = repeated_tensors(model)
+    for prefix, names in groupby(list(model.state_dict()), key=block_of):
         block: dict[str, Tensor] = {}
         for name in names:
-            owner = _owner(name, replaced)
+            owner = owner_of(name, replaced)
             if owner is not None:
                 if owner not in begun:
                     begun.add(owner)
@@ -69,7 +69,7 @@ def _tensors_on_disk(
             weights_at.leave(prefix.removesuffix("."), model.get_submodule(prefix.removesuffix(".")))
 
 
-def _repeated(model: nn.Module) -> set[str]:
+def repeated_tensors(model: nn.Module) -> set[str]:
     """Names of tensors that are in the same memory as an earlier one."""
     seen: set[tuple[int, torch.Size]] = set()
     found = set()
@@ -89,7 +89,7 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
     return found
 
 
-def _owner(name: str, replaced: Replaced) -> str | None:
+def owner_of(name: str, replaced: Container[str]) -> str | None:
     """The replaced module that a tensor belongs to, however deep inside."""
     while "." in name:
         name = name.rpartition(".")[0]
@@ -98,7 +98,8 @@ def _owner(name: str, replaced: Replaced) -> str | None:
     return None
 
 
-def _block_of(name: str) -> str:
+def block_of(name: str) -> str:
+    """The beginning of a name that ends with a block's number and a dot; empty outside of blocks."""
     found = _BLOCK.match(name)
     return found[0] if found else ""
 

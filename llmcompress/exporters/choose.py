@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from llmcompress.errors import NOTHING_SAVED, CompressError, ExitCode
-from llmcompress.exporters.base import EXPORTERS, Answer, Exact, Exporter, Refused
+from llmcompress.exporters.base import EXPORTERS, Answer, Converted, Exact, Exporter, Refused
 from llmcompress.exporters.bitsandbytes import BitsAndBytesExporter
 from llmcompress.exporters.compressed_tensors import CompressedTensorsExporter
 from llmcompress.exporters.contents import CodedLinear, Contents
@@ -34,7 +34,9 @@ class Choice:
 
     def tensors(self, site: CodedLinear, storage_dtype: torch.dtype) -> dict[str, Kind]:
         """What the files will hold of a linear, by last name."""
-        writer = self.exporter if isinstance(self.answers.get(site.name), Exact) else PlainExporter()
+        answer = self.answers.get(site.name)
+        holds_codes = isinstance(answer, Exact) or (isinstance(answer, Converted) and answer.keeps_codes)
+        writer = self.exporter if holds_codes else PlainExporter()
         return writer.tensors(site, storage_dtype)
 
 
@@ -70,6 +72,43 @@ def candidates(wanted: str, contents: Contents, zero_points: ZeroPoints) -> tupl
     if wanted == "compressed-tensors":
         return (CompressedTensorsExporter(zero_points=zero_points),)
     return (EXPORTERS[wanted](),)
+
+
+def check_export(exporter: Exporter, contents: Contents, *, saved: str = NOTHING_SAVED) -> None:
+    """That the target holds all of the model.
+
+    Raises: CompressError with every reason, the nearest schemes, and the targets that do hold it.
+    """
+    refused = {name: each for name, each in exporter.answers(contents).items() if isinstance(each, Refused)}
+    problem = exporter.problem(contents)
+    if problem is None and not refused:
+        return
+    nearest = dict.fromkeys(each.nearest.name for each in refused.values() if each.nearest)
+    able = holders(contents)
+    ways = [
+        f"export it to {' or '.join(able)}" if able else "",
+        f"compress it with {' or '.join(nearest)}" if nearest else "",
+        exporter.fix if refused and problem is None else "",
+    ]
+    why = problem or "; ".join(dict.fromkeys(each.why for each in refused.values()))
+    raise CompressError(
+        "save.format",
+        f"{EXPORTERS.name_of(type(exporter))} cannot represent this model: {why}",
+        where="; ".join(list(refused)[:5]) + (f"; and {len(refused) - 5} more" if len(refused) > 5 else ""),
+        fix=", or ".join(way for way in ways if way) or "compress it with another scheme",
+        saved=saved,
+        exit_code=ExitCode.USAGE,
+    )
+
+
+def export_notes(exporter: Exporter, contents: Contents) -> list[str]:
+    """What the user should know about an export, one line each.
+
+    Raises: CompressError as `check_export` does.
+    """
+    check_export(exporter, contents)
+    name = EXPORTERS.name_of(type(exporter))
+    return [f"{name}: {note}" for note in exporter.notes(contents, exporter.answers(contents))]
 
 
 def holders(contents: Contents) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from llmcompress.exporters.cache_scheme import stock_attention
 from llmcompress.exporters.checkpoint import name_on_disk, write_model
 from llmcompress.exporters.config import portable_config
 from llmcompress.exporters.contents import EXPERTS, CodedLinear, Contents, contents_in
+from llmcompress.exporters.folder_read_back import read_folder_back
 from llmcompress.exporters.loader import linears_of_loader
 from llmcompress.exporters.quantization_config import NamedCodes, numbered, quantization_config
 from llmcompress.formats import compressed_tensors, plain
@@ -32,6 +33,7 @@ from llmcompress.modules.base import CompressedModule
 from llmcompress.modules.expression_leaves import Quantized
 from llmcompress.modules.limits import TargetLimits, group_of
 from llmcompress.modules.quant_linear import quantized_linears
+from llmcompress.records.export_report import ReadBack
 
 _MIXED = "transformers 5 supports one scheme for all experts, and these use several"
 _MERGED = "transformers 5 loads no compressed-tensors model unless all experts are integers or fp8 of one scheme"
@@ -99,6 +101,11 @@ class CompressedTensorsExporter(Exporter):
         """Codes, scales, zero points and bias."""
         shape, layout = (site.outputs, site.inputs), self._layout(site)
         return compressed_tensors.tensors(shape, site.scheme, layout, storage_dtype, bias=site.has_bias)
+
+    @override
+    def read_back(self, model: PreTrainedModel, folder: Path, writing: Writing) -> list[ReadBack]:
+        """Through the readers of checkpoints."""
+        return read_folder_back(model, folder, writing.storage_dtype)
 
     @override
     def write(self, model: PreTrainedModel, folder: Path, writing: Writing) -> Saved:

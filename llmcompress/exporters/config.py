@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from llmcompress.loading.rotary import rotary_as_in_4
 
@@ -21,10 +21,16 @@ def portable_config(model: PreTrainedModel, storage_dtype: torch.dtype) -> dict[
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.tie_word_embeddings = head_is_tied(model)
-    data: dict[str, Any] = config.to_dict()
+    data = spelled_for_both(config)
     for private in ("quantization_config", "_name_or_path"):
         data.pop(private, None)  # the latter is a path on this machine
     data["dtype"] = data["torch_dtype"] = str(storage_dtype).removeprefix("torch.")
+    return data
+
+
+def spelled_for_both(config: PretrainedConfig) -> dict[str, Any]:
+    """A configuration as JSON data, in the names of transformers 4 and of 5."""
+    data: dict[str, Any] = config.to_dict()
     aliases = {old: data[new] for old, new in config.attribute_map.items() if new in data}
     return {**aliases, **rotary_as_in_4(data.get("rope_parameters")), **data}
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from llmcompress.exporters.cache_scheme import cache_scheme
+from llmcompress.exporters.config import spelled_for_both
 from llmcompress.exporters.loader import Loader, linears_of_loader, merges_on_load
 from llmcompress.model.map import ModelMap
 from llmcompress.model.stock import stock_model
@@ -57,6 +59,8 @@ class Contents:
     """Modules that replace a stock module, without their parts. Not known to a plan either."""
     named_caches: frozenset[str] = frozenset()
     """Attentions with a quantized KV cache that compressed-tensors can represent."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The model's, with every setting spelled for both majors of transformers."""
     rounded_embedding: str | None = None
     """Its name, where a plan rounds it; found in a model it is among the differences."""
 
@@ -100,7 +104,7 @@ def planned_contents(
         if block.full(site.name) in schemes
     )
     experts = tuple(site.name for site in sites if EXPERTS in site.name) if loader.merges_experts else ()
-    return Contents(sites, model_map.site_names(), loader.merges_experts, experts, storage_dtype)
+    return Contents(sites, model_map.site_names(), loader.merges_experts, experts, storage_dtype, config=loader.config)
 
 
 def contents_in(model: PreTrainedModel, storage_dtype: torch.dtype) -> Contents:
@@ -121,6 +125,7 @@ def contents_in(model: PreTrainedModel, storage_dtype: torch.dtype) -> Contents:
         found,
         _outermost(model),
         frozenset(caches.attentions if caches else ()),
+        spelled_for_both(model.config),
     )
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from llmcompress.exporters.config import spelled_for_both
 from llmcompress.loading.versions import TRANSFORMERS_MAJOR
 
 
@@ -21,6 +24,8 @@ class Loader:
     """It joins experts of the checkpoint into banks, and loads no compressed-tensors folder then."""
     subclassed: frozenset[str] = frozenset()
     """Linears of a class derived from `nn.Linear`, which version 5 cannot load packed."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The configuration, with every setting spelled for both majors."""
 
 
 def loader_of(config: PretrainedConfig) -> Loader:
@@ -29,7 +34,7 @@ def loader_of(config: PretrainedConfig) -> Loader:
         skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     linears = _linears(skeleton)
     subclassed = (name for name, kind in linears.items() if issubclass(kind, nn.Linear) and kind is not nn.Linear)
-    return Loader(merges_on_load(skeleton), frozenset(subclassed))
+    return Loader(merges_on_load(skeleton), frozenset(subclassed), spelled_for_both(config))
 
 
 def linears_of_loader(model: PreTrainedModel) -> dict[str, type[nn.Module]]:

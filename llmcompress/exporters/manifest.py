@@ -16,11 +16,13 @@ from llmcompress.exporters.base import EXPORTERS, Answer, Exact, Exporter, Saved
 from llmcompress.exporters.checkpoint import write_model
 from llmcompress.exporters.config import portable_config
 from llmcompress.exporters.contents import CodedLinear, Contents, contents_in
+from llmcompress.exporters.folder_read_back import read_folder_back
 from llmcompress.formats import packed
 from llmcompress.formats.named import Kind
 from llmcompress.modules.expression_leaves import Quantized
 from llmcompress.modules.limits import TargetLimits
 from llmcompress.modules.quant_linear import QuantLinear, quantized_linears
+from llmcompress.records.export_report import ReadBack
 
 METHOD = "llmcompress"
 VERSION = 1
@@ -32,6 +34,8 @@ class ManifestExporter(Exporter):
 
     limits: ClassVar[TargetLimits] = TargetLimits(rounded_embedding=True)
     fix: ClassVar[str] = 'exclude the experts with `exclude: "*.experts.*"`, or use integer or fp8 schemes for them'
+
+    how_to_run: ClassVar[str] = f"import llmcompress\n{Exporter.how_to_run}"
 
     @override
     def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:
@@ -54,6 +58,11 @@ class ManifestExporter(Exporter):
     def tensors(self, site: CodedLinear, storage_dtype: torch.dtype) -> dict[str, Kind]:
         """Codes, scales, zero points and bias."""
         return packed.tensors((site.outputs, site.inputs), site.scheme, storage_dtype, bias=site.has_bias)
+
+    @override
+    def read_back(self, model: PreTrainedModel, folder: Path, writing: Writing) -> list[ReadBack]:
+        """Through the readers of checkpoints."""
+        return read_folder_back(model, folder, writing.storage_dtype)
 
     @override
     def write(self, model: PreTrainedModel, folder: Path, writing: Writing) -> Saved:

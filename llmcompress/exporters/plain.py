@@ -17,9 +17,11 @@ from llmcompress.exporters.base import EXPORTERS, Answer, Converted, Exporter, R
 from llmcompress.exporters.checkpoint import write_model
 from llmcompress.exporters.config import portable_config
 from llmcompress.exporters.contents import CodedLinear, Contents, contents_in
+from llmcompress.exporters.folder_read_back import read_folder_back
 from llmcompress.exporters.loader import linears_of_loader
 from llmcompress.formats import plain
 from llmcompress.modules.limits import TargetLimits
+from llmcompress.records.export_report import ReadBack
 
 
 @EXPORTERS.register("plain")
@@ -48,6 +50,11 @@ class PlainExporter(Exporter):
         others = {name: module for name, module in contents.modules.items() if name not in sites}
         rounding = [name for name, module in others.items() if not module.expression().is_linear]
         return f"{rounding[0]} quantizes activations or depends on them (dynamic inference)" if rounding else None
+
+    @override
+    def read_back(self, model: PreTrainedModel, folder: Path, writing: Writing) -> list[ReadBack]:
+        """Through the readers of checkpoints."""
+        return read_folder_back(model, folder, writing.storage_dtype)
 
     @override
     def write(self, model: PreTrainedModel, folder: Path, writing: Writing) -> Saved:

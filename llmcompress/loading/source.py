@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.loading.download import download
+from llmcompress.loading.gguf_files import SUFFIX, lone_gguf
 from llmcompress.storage.paths import from_home
 
 IN_MEMORY = "memory:"
@@ -26,6 +27,8 @@ class Source:
     revision: str | None = None
     """Commit on the Hub; None for a folder of the user's own."""
     is_builtin: bool = False
+    gguf: Path | None = None
+    """The file, of a model that is one; `folder` is then what transformers read from it, or where the file lies."""
 
     @property
     def how_to_get_again(self) -> str:
@@ -36,17 +39,20 @@ class Source:
         return "delete it and copy it again; for a model from the Hub: `hf download ORG/NAME --force-download`"
 
 
-def find_source(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Source:
-    """Find the files of `builtin:NAME`, a local folder, `org/name` or `org/name@revision`; download them if needed.
+def find_source(
+    model: str, *, revision: str | None = None, trust_remote_code: bool = False, as_it_is: bool = False
+) -> Source:
+    """Find the files of `builtin:NAME`, a local folder or GGUF file, `org/name` or `org/name@revision`.
 
-    Pickled weights are never downloaded. Python files are only with `trust_remote_code`, which for a Hub model needs
-    a full commit: what was reviewed is then what runs.
+    What is on the Hub is downloaded if needed: never pickled weights, and Python files only with `trust_remote_code`,
+    which for a Hub model needs a full commit, so that what was reviewed is what runs. Of a GGUF file, the folder is
+    what transformers reads from it; `as_it_is`: the file's own folder, where config and tokenizer lie beside it.
 
     Raises: CompressError when there is no such model or it cannot be downloaded.
     """
     local = local_source(model, revision=revision)
     if local is not None:
-        return local
+        return local if as_it_is and (local.folder / "config.json").is_file() else _readable(local)
     repo, _, named_revision = model.partition("@")
     if revision and named_revision and revision != named_revision:
         raise _usage(
@@ -66,7 +72,7 @@ def find_source(model: str, *, revision: str | None = None, trust_remote_code: b
 
 
 def local_source(model: str, *, revision: str | None = None) -> Source | None:
-    """What needs no network: `builtin:NAME` or a folder; None for what can only be an id of the Hub.
+    """What needs no network: `builtin:NAME`, a folder or a GGUF file; None for what can only be an id of the Hub.
 
     Raises: CompressError for what cannot be either.
     """
@@ -75,13 +81,24 @@ def local_source(model: str, *, revision: str | None = None) -> Source | None:
     if model.startswith(IN_MEMORY):
         what = f"{model} was handed over in Python: it is in no folder"
         raise _usage("in-memory", what, "hand the model over again, or name its folder or its id on the Hub")
-    folder = from_home(model)
-    if folder.is_dir():
+    place = from_home(model)
+    if place.is_dir() or (place.is_file() and place.suffix == SUFFIX):
         if revision:
-            raise _usage("revision", f"{model} is a local folder and has no revision {revision!r}", "remove `revision`")
-        return Source(folder, model)
+            raise _usage(
+                "revision", f"{model} is on this computer and has no revision {revision!r}", "remove `revision`"
+            )
+        return Source(place if place.is_dir() else place.parent, model, gguf=lone_gguf(place))
     _check_id(model, model.partition("@")[0])
     return None
+
+
+def _readable(source: Source) -> Source:
+    """What transformers loads: of a GGUF file, its reading of it."""
+    if source.gguf is None:
+        return source
+    from llmcompress.loading.gguf_conversion import converted_folder  # which imports PyTorch
+
+    return replace(source, folder=converted_folder(source.gguf))
 
 
 def _builtin(model: str, revision: str | None) -> Source:

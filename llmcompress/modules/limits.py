@@ -26,6 +26,8 @@ class TargetLimits:
     """Supported bit widths."""
     groups: frozenset[int] | None = None
     """Supported group sizes, other than the whole row."""
+    group_multiple: int | None = None
+    """Group sizes, and whole rows, must be multiples of it."""
     whole_rows: bool = True
     """A row may be one group."""
     ragged_groups: bool = True
@@ -57,6 +59,11 @@ class TargetLimits:
             return "it does not support one scale per row"
         if group is not None and self.groups is not None and group not in self.groups:
             return f"it does not support groups of {group}"
+        if self.group_multiple and (group or inputs) % self.group_multiple:
+            what = f"groups of {group}" if group else f"rows of {inputs} inputs"
+            return f"it does not support {what}, only multiples of {self.group_multiple}"
+        if self.group_multiple and inputs % self.group_multiple:
+            return f"it does not support rows of {inputs} inputs, only multiples of {self.group_multiple}"
         if group is not None and not self.ragged_groups and inputs % group:
             return f"{inputs} inputs do not divide into groups of {group}, and it does not support a shorter last group"
         if not self.rounded_inputs and scheme.activations:

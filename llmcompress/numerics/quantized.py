@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from llmcompress.numerics.grid import Fitted, Grid, restore
+from llmcompress.numerics.grid import Fitted, Grid, restore, spread
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,3 +78,29 @@ class QuantizedTensor:
     def bits_per_weight(self) -> float:
         """`bits` ÷ weights."""
         return self.bits / self.weights
+
+
+def unfolded(tensor: QuantizedTensor, grid: Grid) -> QuantizedTensor:
+    """Codes from which zero points were subtracted, with zero points again: the same weights on the asymmetric `grid`.
+
+    Which zero points were subtracted cannot be known where a group does not use all codes; the lowest that fit are
+    taken.
+    """
+    inputs = tensor.shape[1]
+    smallest_OG = _smallest(tensor.codes, grid)
+    zero_OG = (grid.low - smallest_OG).clamp(grid.low, grid.high)
+    codes_OI = tensor.codes.to(torch.int16) + spread(zero_OG, grid, inputs)
+    assert codes_OI.min() >= grid.low and codes_OI.max() <= grid.high, "these codes are not on that grid"
+    return QuantizedTensor(codes_OI.to(torch.int8), tensor.scale, zero_OG.to(torch.int8), None, grid)
+
+
+def _smallest(codes_OI: Tensor, grid: Grid) -> Tensor:
+    """O×G int16: the smallest code of every group; a ragged last group is as long as it is."""
+    outputs, inputs = codes_OI.shape
+    length = grid.length(inputs)
+    padded_OI = functional.pad(codes_OI.to(torch.int16), (0, grid.groups(inputs) * length - inputs), value=_LARGE)
+    return padded_OI.reshape(outputs, -1, length).amin(-1)
+
+
+_LARGE = 2**14
+"""More than any code."""

@@ -143,6 +143,10 @@ class Pass(BaseModel, ABC):
     def uses_data(self) -> bool:
         """Whether calibration windows are needed."""
 
+    def teachers(self) -> tuple[str, ...]:
+        """Models that it learns from: `original`, Hub ids or folders. Their tokenizers are compared before any work."""
+        return ()
+
     def streams(self) -> bool:
         """Whether it needs only one block in memory, so that weights can be offloaded to disk."""
         return False

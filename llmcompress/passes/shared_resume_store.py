@@ -17,6 +17,11 @@ from llmcompress.passes.apply import meta_copy
 from llmcompress.records.rows import SiteReport
 
 
+def shared(keep: ResumeStore | None, processes: ProcessGroup) -> ResumeStore | None:
+    """The store of all these processes; of one alone its own."""
+    return SharedResumeStore(keep, processes) if processes.count > 1 else keep
+
+
 class SharedResumeStore(ResumeStore):
     """`keep` is the store of the first process; the others have none."""
 

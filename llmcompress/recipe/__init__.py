@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmcompress.calibration.settings import Calibration
-    from llmcompress.evaluation.settings import PerplexityTask
+    from llmcompress.evaluation.settings.perplexity import PerplexityTask
     from llmcompress.recipe.model import Recipe, Save
     from llmcompress.recipe.order import check_order, check_sites
     from llmcompress.recipe.reading import json_schema, parse_recipe, read_recipe
@@ -26,7 +26,7 @@ __all__ = [
 
 _HOMES = {
     "Calibration": "llmcompress.calibration.settings",
-    "PerplexityTask": "llmcompress.evaluation.settings",
+    "PerplexityTask": "llmcompress.evaluation.settings.perplexity",
     "Recipe": "llmcompress.recipe.model",
     "Save": "llmcompress.recipe.model",
     "check_order": "llmcompress.recipe.order",

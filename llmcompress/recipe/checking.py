@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from llmcompress.errors import CompressError, ExitCode
+from llmcompress.exporters.base import EXPORTERS, Exporter
 from llmcompress.passes.base import PASSES, Pass
 from llmcompress.recipe.document import MAX_DEPTH, Document
 from llmcompress.recipe.order import check_order_of_globs
@@ -46,6 +47,8 @@ def plain_data(value: Any, *, where: str = "recipe", depth: int = 0) -> Any:
         )
     if isinstance(value, Pass):
         return {PASSES.name_of(type(value)): value.model_dump(mode="json")}
+    if isinstance(value, Exporter):
+        return {EXPORTERS.name_of(type(value)): value.model_dump(mode="json")}
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if isinstance(value, Mapping):

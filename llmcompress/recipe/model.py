@@ -11,7 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from llmcompress.calibration.settings import Calibration, Guard
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.evaluation.settings import BUNDLED_TEXT, TASKS, PerplexityTask
+from llmcompress.evaluation.settings.base import METRIC_SETTINGS, MetricSettings
+from llmcompress.evaluation.settings.perplexity import BUNDLED_TEXT
+from llmcompress.exporters.base import EXPORTERS, Exporter
 from llmcompress.passes.base import PASSES, Pass
 from llmcompress.recipe.checking import check_document, plain_data
 from llmcompress.recipe.document import Document, read_document, read_json_object, write_yaml
@@ -59,9 +61,12 @@ class Recipe(BaseModel):
     """Passes, applied top to bottom inside each block."""
     guard: Guard = Guard()
     """Blocks are compared with their plain baseline, and the model with the dense one, on held-out windows."""
-    evaluate: Annotated[tuple[PerplexityTask, ...], Grouped(TASKS), LeavesWeights()] = BUNDLED_TEXT
+    evaluate: Annotated[tuple[MetricSettings, ...], Grouped(METRIC_SETTINGS), LeavesWeights()] = BUNDLED_TEXT
     """What is evaluated before and after; an empty mapping: nothing."""
     save: Save = Save()
+    export: Annotated[tuple[Exporter, ...], Listed(EXPORTERS), LeavesWeights()] = ()  # limits change the passes instead
+    """Targets for which the result is exported too, each into a folder beside the output (`OUTPUT-gguf`). Quantizers
+    respect their limits, and what one of them cannot represent is refused before any work."""
 
     @field_validator("passes")
     @classmethod

@@ -11,7 +11,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError, ValidationInfo
 from pydantic_core import CoreSchema, InitErrorDetails, core_schema
@@ -31,6 +31,13 @@ class HasShortForm(Protocol):
     @classmethod
     def from_text(cls, text: str) -> dict[str, Any]:
         """The options of a short form."""
+
+
+@runtime_checkable
+class OnlyOne(Protocol):
+    """A class of which there is at most one: its options stand under its name, without a list."""
+
+    only_one: ClassVar[bool]
 
 
 @dataclass(frozen=True)
@@ -137,7 +144,10 @@ class Listed(Stage):
 
 
 class Grouped(Stage):
-    """A mapping of names to lists, without order: `perplexity: [wikitext2:test, book.txt]`."""
+    """A mapping of names to lists, without order: `perplexity: [wikitext2:test, book.txt]`.
+
+    What there is only one of stands there itself: `gate: {kl_mean: 0.05}`.
+    """
 
     def expanded(self, written: Any) -> Any:
         """A text becomes the options that it stands for."""
@@ -161,6 +171,8 @@ class Grouped(Stage):
         for name, items in expanded.items():
             if name not in self.registry:
                 problems.append(InitErrorDetails(type="extra_forbidden", loc=(name,), input=items))
+            elif _only_one(self.registry[name]):
+                yield Entry((name,), name, items)
             elif not isinstance(items, list):
                 problems.append(InitErrorDetails(type="list_type", loc=(name,), input=items))
             else:
@@ -168,16 +180,20 @@ class Grouped(Stage):
 
     def written(self, things: Sequence[BaseModel]) -> Any:
         """The things of each name, each with all its options."""
-        names = [self.registry.name_of(type(each)) for each in things]
-        return {
-            name: [each.model_dump(mode="json") for each, its in zip(things, names, strict=True) if its == name]
-            for name in dict.fromkeys(names)
-        }
+        found: dict[str, list[Any]] = {}
+        for each in things:
+            found.setdefault(self.registry.name_of(type(each)), []).append(each.model_dump(mode="json"))
+        return {name: its[-1] if _only_one(self.registry[name]) else its for name, its in found.items()}
 
     def schema(self, options: dict[str, Any]) -> dict[str, Any]:
-        """A list for every name."""
-        lists = {name: {"type": "array", "items": self._item(name, options[name])} for name in options}
-        return {"type": "object", "properties": lists, "additionalProperties": False}
+        """A list for every name, or the one thing."""
+        found = {
+            name: options[name]
+            if _only_one(self.registry[name])
+            else {"type": "array", "items": self._item(name, options[name])}
+            for name in options
+        }
+        return {"type": "object", "properties": found, "additionalProperties": False}
 
     def _item(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
         cls = self.registry[name]
@@ -232,6 +248,10 @@ def _validated(
             at, about = (*path, *each["loc"]), each.get("ctx", {})
             problems.append(InitErrorDetails(type=each["type"], loc=at, input=each["input"], ctx=about))
     return None
+
+
+def _only_one(cls: type[BaseModel]) -> bool:
+    return isinstance(cls, OnlyOne) and cls.only_one
 
 
 def _with_options(item: Any) -> Any:

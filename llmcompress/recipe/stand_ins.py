@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from llmcompress.evaluation.settings import TASKS
+from llmcompress.evaluation.settings.base import METRIC_SETTINGS
 from llmcompress.recipe.schema import Schema, alternatives
 from llmcompress.recipe.stages import Grouped, Listed
 from llmcompress.registry import Registry
@@ -30,16 +30,24 @@ _LIMITS = {
 
 def stand_in(schema: Schema) -> type[BaseModel]:
     """A class that reads a recipe as `Recipe` does."""
-    passes: Registry[BaseModel] = Registry("pass", __name__)
-    named = schema["properties"]["passes"]["items"]["anyOf"][0]["properties"]
-    for name, options in named.items():
-        passes.register(name)(_model(name, options, schema))
-    stages = {"passes": Listed(passes), "evaluate": Grouped(TASKS)}
+    stages = {
+        "passes": Listed(_registry("pass", schema["properties"]["passes"], schema)),
+        "evaluate": Grouped(METRIC_SETTINGS),
+        "export": Listed(_registry("exporter", schema["properties"]["export"], schema)),
+    }
     written: dict[str, Any] = {
         name: (Annotated[tuple[BaseModel, ...], stage], ... if name in schema["required"] else None)
         for name, stage in stages.items()
     }
     return _model("Recipe", schema, schema, **written)
+
+
+def _registry(kind: str, stage: Schema, root: Schema) -> Registry[BaseModel]:
+    """Of what may stand in a list of names with options."""
+    found: Registry[BaseModel] = Registry(kind, __name__)
+    for name, options in stage["items"]["anyOf"][0]["properties"].items():
+        found.register(name)(_model(name, options, root))
+    return found
 
 
 def _model(name: str, schema: Schema, root: Schema, **given: Any) -> type[BaseModel]:

@@ -5,20 +5,33 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import ConfigDict, Discriminator, Tag
+from pydantic import ConfigDict, Discriminator, Field, Tag
 
+from llmcompress.records.cost import Cost, MachineLimits
+from llmcompress.records.gate import GateResult, NotFinite
+from llmcompress.records.inside import Distribution, TokenDivergences
 from llmcompress.records.rows import Record
-
-Which = Literal["model", "dense", "compressed"]
-"""Before or after compression; `model` if only one model was measured."""
+from llmcompress.records.rows import Which as Which
+from llmcompress.records.tasks import (
+    GenerationComparison,
+    GenerationsResult,
+    RobustnessComparison,
+    RobustnessResult,
+    TaskComparison,
+    TaskResult,
+)
 
 
 class Estimate(Record):
-    """A mean over tokens, and how far it is expected to be off because the text is a sample."""
+    """A mean over tokens (or what the field's name says), and how far it may be off because the text is a sample."""
 
     mean: float
     standard_error: float | None
     """Standard error over windows, since tokens of one window are not independent; None with fewer than two windows."""
+    low: float | None = None
+    """Where its 95 % bootstrap interval over windows begins; None: not known, as with fewer than two windows."""
+    high: float | None = None
+    """Where it ends."""
 
 
 class PerplexityResult(Record):
@@ -28,23 +41,37 @@ class PerplexityResult(Record):
     of: Which = "model"
     text: str
     """Where the text came from (`builtin:evaluation`, `wikitext:test`)."""
+    protocol: str = "default"
+    """Which tokens are predicted from what: a published protocol (`gptq`, `llama-cpp`), and what of it was changed."""
     window: int
-    """Tokens per non-overlapping window, the BOS included."""
+    """Tokens per window, the BOS included."""
     bos: bool
     """Whether every window starts with the BOS token (which is never predicted)."""
     tokens: int
-    """Tokens predicted."""
+    """Predicted tokens that count."""
     text_tokens: int | None = None
     """Of the whole text; None: not known, because only its beginning was read."""
     perplexity: float
     bits_per_byte: float
+    word_perplexity: float | None = None
+    """Per word between white space, as lm-eval reports it; None unless the whole text is predicted."""
+    loss: Estimate | None = None
+    """In nats per token: the logarithm of the perplexity."""
+    calibration_error: Estimate | None = None
+    """Expected calibration error of the most likely token, with 15 bins of equally many tokens: mean difference between
+    its probability and how often it is right."""
     from_cache: bool = False
     """Whether its scores were cached by an earlier run, so that the model was not run."""
 
     @property
-    def protocol(self) -> tuple[str, int, bool, int]:
-        """The settings that two results must share to be comparable."""
-        return self.text, self.window, self.bos, self.tokens
+    def conditions(self) -> tuple[str, str, int, bool, int]:
+        """What two results must share to be comparable."""
+        return self.text, self.protocol, self.window, self.bos, self.tokens
+
+    @property
+    def byte_perplexity(self) -> float:
+        """Per byte, as lm-eval reports it."""
+        return float(2**self.bits_per_byte)
 
 
 class Divergence(Record):
@@ -56,6 +83,7 @@ class Divergence(Record):
 
     kind: Literal["divergence"] = "divergence"
     text: str
+    protocol: str = "default"
     window: int
     bos: bool
     tokens: int
@@ -68,6 +96,9 @@ class Divergence(Record):
     kl_90: float
     """The 90th percentile."""
     kl_99: float
+    kl_999: float | None = None
+    kl_intervals: dict[str, tuple[float, float]] = Field(default_factory=dict)
+    """95 % intervals of the quantiles, by the names of their fields."""
     loss_increase: Estimate
     """In nats per token: the logarithm of the ratio of perplexities."""
     same_top: Estimate
@@ -76,17 +107,25 @@ class Divergence(Record):
     """Fraction of tokens that only the dense model predicted correctly."""
     wrong_to_right: Estimate
     """Fraction of tokens that only the compressed model predicted correctly."""
+    delta_p: Estimate | None = None
+    """Change of the actual token's probability."""
+    delta_p_rms: Estimate | None = None
+    """Root of the mean square of that change, over tokens."""
+    calibration_error_change: Estimate | None = None
+    """The compressed model's expected calibration error minus the dense one's."""
 
     @property
-    def protocol(self) -> tuple[str, int, bool, int]:
+    def conditions(self) -> tuple[str, str, int, bool, int]:
         """As in `PerplexityResult`."""
-        return self.text, self.window, self.bos, self.tokens
+        return self.text, self.protocol, self.window, self.bos, self.tokens
 
     @property
     def perplexity_ratio(self) -> Estimate:
-        """Compressed ÷ dense; the error is that of a first-order expansion of exp."""
-        ratio, error = math.exp(self.loss_increase.mean), self.loss_increase.standard_error
-        return Estimate(mean=ratio, standard_error=None if error is None else ratio * error)
+        """Compressed ÷ dense; the error is that of a first-order expansion of exp, the interval exp of its ends."""
+        increase = self.loss_increase
+        ratio, error = math.exp(increase.mean), increase.standard_error
+        low, high = (None if end is None else math.exp(end) for end in (increase.low, increase.high))
+        return Estimate(mean=ratio, standard_error=None if error is None else ratio * error, low=low, high=high)
 
 
 class HeldOutLoss(Record):
@@ -131,23 +170,36 @@ class OtherMeasurement(Record):
     kind: str
 
 
-Known = PerplexityResult | Divergence | HeldOutLoss | WeightBytes | StageSeconds
+Known = (
+    PerplexityResult
+    | Divergence
+    | HeldOutLoss
+    | WeightBytes
+    | StageSeconds
+    | TaskResult
+    | TaskComparison
+    | RobustnessResult
+    | RobustnessComparison
+    | GenerationsResult
+    | GenerationComparison
+    | GateResult
+    | NotFinite
+    | Distribution
+    | TokenDivergences
+    | Cost
+    | MachineLimits
+)
 
 _KINDS = frozenset(str(each.model_fields["kind"].default) for each in get_args(Known))
 
 
 def _tag(value: Any) -> str:
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-    return kind if isinstance(kind, str) and kind in _KINDS else "other"
+    return "known" if isinstance(kind, str) and kind in _KINDS else "other"
 
 
 Measurement = Annotated[
-    Annotated[PerplexityResult, Tag("perplexity")]
-    | Annotated[Divergence, Tag("divergence")]
-    | Annotated[HeldOutLoss, Tag("held_out_loss")]
-    | Annotated[WeightBytes, Tag("weight_bytes")]
-    | Annotated[StageSeconds, Tag("seconds")]
-    | Annotated[OtherMeasurement, Tag("other")],
+    Annotated[Annotated[Known, Field(discriminator="kind")], Tag("known")] | Annotated[OtherMeasurement, Tag("other")],
     Discriminator(_tag),
 ]
-"""Any of them. A new kind is a class here and a line in this union; other versions preserve unknown kinds."""
+"""Any of them. A new kind is a class and a line in `Known`; other versions preserve unknown kinds."""

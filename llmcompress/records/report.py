@@ -2,55 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from pydantic import ValidationError
 
 from llmcompress.errors import CompressError
-from llmcompress.records.measurements import (
-    Divergence,
-    Measurement,
-    PerplexityResult,
-    StageSeconds,
-    WeightBytes,
-    Which,
-)
-from llmcompress.records.rows import Record, SiteReport
+from llmcompress.records.evaluation import Compression, Measured
+from llmcompress.records.measurements import StageSeconds, WeightBytes, Which
+from llmcompress.records.rows import SiteReport
 from llmcompress.storage.json_file import read_json
 
 REPORT = "llmcompress_report.json"
 """Its file, saved with the weights."""
 
+RECIPE = "llmcompress_recipe.yaml"
+"""Saved beside the weights and the report: the resolved recipe that makes the same result again."""
+
 VERSION: Literal[1] = 1
 """Increases when a field or a kind of measurement changes its meaning; new kinds do not change it."""
 
-T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class Quality:
-    """The same measurement on the dense and on the compressed model."""
-
-    dense: PerplexityResult
-    compressed: PerplexityResult
-    divergence: Divergence | None
-    """The token-by-token comparison, if measured."""
-
-    @property
-    def ratio(self) -> float:
-        """Compressed ÷ dense perplexity."""
-        return self.compressed.perplexity / self.dense.perplexity
-
-    @property
-    def ratio_error(self) -> float | None:
-        """Paired standard error of the ratio; None if unknown."""
-        return self.divergence.perplexity_ratio.standard_error if self.divergence else None
-
-
-class Report(Record):
+class Report(Measured):
     """Saved as `llmcompress_report.json` with the weights."""
 
     version: Literal[1] = VERSION
@@ -61,25 +34,12 @@ class Report(Record):
     calibration_tokens: int
     sites: tuple[SiteReport, ...]
     refused: dict[str, str]
-    measurements: tuple[Measurement, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
     def degraded(self) -> tuple[SiteReport, ...]:
         """Sites where a fallback was used."""
         return tuple(row for row in self.sites if row.degraded)
-
-    @property
-    def quality(self) -> tuple[Quality, ...]:
-        """One entry for every text on which both models were measured with the same protocol."""
-        measured = self.of_kind(PerplexityResult)
-        after = {each.protocol: each for each in measured if each.of == "compressed"}
-        divergences = {each.protocol: each for each in self.of_kind(Divergence)}
-        return tuple(
-            Quality(each, after[each.protocol], divergences.get(each.protocol))
-            for each in measured
-            if each.of == "dense" and each.protocol in after
-        )
 
     @property
     def bytes_dense(self) -> int:
@@ -96,13 +56,16 @@ class Report(Record):
         """Wall seconds by stage."""
         return {each.stage: each.seconds for each in self.of_kind(StageSeconds)}
 
-    def of_kind(self, kind: type[T]) -> list[T]:
-        """All measurements of one class, in order."""
-        return [each for each in self.measurements if isinstance(each, kind)]
-
-    def with_measurements(self, more: Iterable[Measurement]) -> Report:
-        """The same report with more measurements appended."""
-        return self.model_copy(update={"measurements": (*self.measurements, *more)})
+    def compression(self, recipe: str | None) -> Compression:
+        """What it says of how the model was made; `recipe`: as YAML."""
+        return Compression(
+            model=self.model,
+            recipe=recipe,
+            calibration_tokens=self.calibration_tokens,
+            sites=self.sites,
+            refused=self.refused,
+            warnings=self.warnings,
+        )
 
     def _weight_bytes(self, of: Which) -> int:
         return next((each.bytes for each in self.of_kind(WeightBytes) if each.of == of), 0)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict
+
+Which = Literal["model", "dense", "compressed"]
+"""Before or after compression; `model` if only one model was measured."""
 
 
 class Record(BaseModel):

@@ -5,14 +5,15 @@ vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from types import TracebackType
 from typing import ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmcompress.registry import Registry
+from llmcompress.runners.work import Work
 
 
 class Runner(ABC):
@@ -56,8 +57,27 @@ class Runner(ABC):
         prompt gets what it gets alone, and settings that come with the model (sampling, penalties) are not used.
         """
 
+    @abstractmethod
+    def stream(self, ids_BT: Tensor, *, max_new_tokens: int) -> Iterator[Tensor]:
+        """Greedy decoding as `generate` does it, step by step: yields the B new tokens of every step.
+
+        The first ones come after the prefill. All sequences are equally long and no token stops a text, so a clock
+        between the steps measures the runtime. On an accelerator the work may still be pending when its tokens are
+        yielded.
+        """
+
+    def work(self, ids_BT: Tensor) -> Work | None:
+        """What the prefill of these tokens computes, and what the decode step after it reads; None where a runtime
+        cannot tell.
+        """
+        return None
+
     def first_not_finite(self, ids_BT: Tensor) -> str | None:
         """Which part of the model first computes NaN or Inf on these tokens; None where a runtime cannot tell."""
+        return None
+
+    def torch_module(self) -> nn.Module | None:
+        """The model as modules of this process, to be looked at; None where the runtime has none."""
         return None
 
     @abstractmethod

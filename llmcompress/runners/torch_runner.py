@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,7 +16,9 @@ from typing_extensions import override
 from llmcompress.calibration.offloading import WeightStore
 from llmcompress.calibration.tokens import max_positions
 from llmcompress.loading.load import load
+from llmcompress.modules.cache_names import cache_argument, cache_of, with_cache
 from llmcompress.runners.base import RUNNERS, Runner
+from llmcompress.runners.work import WeightsRead, Work, cache_bytes, flop_counter
 
 
 @RUNNERS.register("torch")
@@ -68,6 +71,38 @@ class TorchRunner(Runner):
 
     @override
     @torch.inference_mode()
+    def stream(self, ids_BT: Tensor, *, max_new_tokens: int) -> Iterator[Tensor]:
+        argument, last_only = cache_argument(self._model.forward), self._last_only()
+        ids_BT = fed_BT = ids_BT.to(self.device)
+        cache: dict[str, Any] = {}
+        for step in range(max_new_tokens):
+            out: Any = self._model(input_ids=fed_BT, **cache, **last_only, use_cache=True)
+            new_B1 = out.logits[:, -1:].argmax(-1)
+            yield new_B1[:, 0]
+            if argument and (filled := cache_of(out)) is not None:
+                cache, fed_BT = {argument: filled}, new_B1
+            elif step + 1 < max_new_tokens:  # a model without a cache reads its whole text again
+                ids_BT = fed_BT = torch.cat([ids_BT, new_B1], dim=1)
+
+    @override
+    @torch.no_grad()  # in inference mode, torch hides what its compound operations consist of
+    def work(self, ids_BT: Tensor) -> Work:
+        ids_BT, last_only = ids_BT.to(self.device), self._last_only()
+        with flop_counter() as counter:
+            out: Any = self._model(input_ids=ids_BT, **last_only, use_cache=True)
+        cache = cache_of(out)
+        prompt_bytes = cache_bytes(cache)
+        with WeightsRead(self._model) as read:
+            new_B1 = out.logits[:, -1:].argmax(-1)
+            self._model(input_ids=new_B1, **with_cache(self._model.forward, cache), **last_only, use_cache=True)
+        return Work(counter.get_total_flops(), read.bytes, prompt_bytes)
+
+    def _last_only(self) -> dict[str, int]:
+        """The argument with which a forward computes the logits of the last position alone, if it has one."""
+        return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self._model.forward).parameters else {}
+
+    @override
+    @torch.inference_mode()
     def first_not_finite(self, ids_BT: Tensor) -> str | None:
         found: list[str] = []
         with ExitStack() as undo:
@@ -76,6 +111,10 @@ class TorchRunner(Runner):
                     undo.callback(module.register_forward_hook(partial(_note_not_finite, found, name)).remove)
             self.logits(ids_BT)
         return found[0] if found else None
+
+    @override
+    def torch_module(self) -> nn.Module:
+        return self._model
 
     @override
     def close(self) -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
-from llmcompress.storage.atomic import replacing
+from llmcompress.storage.checked_tensors import load_checked, save_checked
 from llmcompress.storage.paths import from_home
 
 LIMIT_BYTES = 2**32
@@ -21,8 +19,6 @@ LIMIT_BYTES = 2**32
 
 _ABANDONED_SECONDS = 3600
 """A file that is still being written after so long belongs to a process that was killed."""
-
-_DIGEST = "digest"
 
 
 def cache_folder() -> Path:
@@ -47,17 +43,13 @@ class TensorCache:
     def get(self, key: str) -> dict[str, Tensor] | None:
         """What was put there, mapped from its file: it takes memory only where it is read. None: nothing of use."""
         path = self._path(key)
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-                intact = (file.metadata() or {}).get(_DIGEST) == _digest(tensors)
-            if intact:
+        tensors = load_checked(path)
+        with suppress(OSError):
+            if tensors is None:
+                path.unlink(missing_ok=True)
+            else:
                 os.utime(path)  # the files used last stay longest
-                return tensors
-            path.unlink(missing_ok=True)
-        except (OSError, SafetensorError):
-            pass
-        return None
+        return tensors
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> bool:
         """Keep them; whether that worked. Too much for the cache's limit is not kept."""
@@ -65,8 +57,7 @@ class TensorCache:
             return False
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with replacing(self._path(key), shared=True) as part:
-                save_file(dict(tensors), part, metadata={_DIGEST: _digest(tensors)})
+            save_checked(self._path(key), tensors)
             self._shrink()
         except (OSError, SafetensorError):
             return False
@@ -85,15 +76,6 @@ class TensorCache:
         for part in self._folder.glob("*.part"):
             if time.time() - _last_used(part) > _ABANDONED_SECONDS:
                 part.unlink(missing_ok=True)
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, types, shapes and every byte."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def _last_used(path: Path) -> float:

@@ -9,6 +9,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -141,6 +142,15 @@ def publish(staging: Path, output: Path, *, overwrite: bool) -> dict[str, str]:
         os.rename(staging, output)
         sync(output.parent)
     return hashes
+
+
+def set_aside(staging: Path, output: Path) -> Path:
+    """Keep a folder that must not be published, under a visible name beside `output`; that name."""
+    output = output.absolute()
+    names = (output.with_name(f"{output.name}.faulty{'' if number == 1 else f'-{number}'}") for number in count(1))
+    aside = next(name for name in names if not name.exists())
+    os.rename(staging, aside)
+    return aside
 
 
 _NEW = "choose a folder that does not exist yet"

@@ -103,6 +103,13 @@ def require_whole_parameters(
 
     Raises: CompressError.
     """
+    if job.sampler is not None and accelerator.num_processes > 1:
+        raise CompressError(
+            "training.on-policy",
+            "generated text: not supported with several processes",
+            fix="start without `torchrun`, or remove `on_policy`",
+            exit_code=ExitCode.USAGE,
+        )
     if accelerator.distributed_type not in _SHARDED:
         return
     pruned = any(bool((each == 0).any()) for each in trained if each.dim() > 1)

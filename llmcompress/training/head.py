@@ -30,6 +30,12 @@ class Predictions:
     logits: Change
     """Rows of `values_RX` → float32 logits R×V."""
 
+    def cut(self, vocabulary: int | None) -> Predictions:
+        """Without the logits of padding tokens behind that number; None: all."""
+        if vocabulary is None:
+            return self
+        return Predictions(self.values_RX, lambda values_RX: self.logits(values_RX)[:, :vocabulary])
+
 
 @dataclass(frozen=True)
 class Head:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from llmcompress.training.masks import Masks
+from llmcompress.training.on_policy import Sampler
 from llmcompress.training.optimizer import ParameterGroup
 
 
@@ -38,6 +39,8 @@ class Job:
     masks: Masks | None = None
     """Masks of sparse weights; None: exact zeros of matrices stay zero."""
     callback: Callback | None = None
+    sampler: Sampler | None = None
+    """Text that a model writes in place of the given samples, or beside them; None: the given samples."""
     start: int = 0
     """Number of steps to skip: batches and learning rates are those of later steps."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -40,14 +41,18 @@ def train(
 
     Raises: CompressError when the loss or its gradient is no longer finite; the model then is what was saved last.
     """
-    task = Task(model, data, settings, context, objective or CrossEntropy(), teacher, job or Job())
-    if task.objective.needs_teacher() and teacher is None:
+    objective, job = objective or CrossEntropy(), job or Job()
+    if objective.needs_teacher() and teacher is None:
         raise CompressError(
             "training.no-teacher",
-            f"the objective {task.objective!r} needs a teacher, and none was given",
+            f"the objective {objective!r} needs a teacher, and none was given",
             fix="set `teacher`, or use cross_entropy",
             exit_code=ExitCode.USAGE,
         )
+    own = objective.begin(model, teacher)
+    if own:
+        job = replace(job, parameters=[*(model.parameters() if job.parameters is None else job.parameters), *own])
+    task = Task(model, data, settings, context, objective, teacher, job)
     with _surroundings(task) as accelerator:
         return Session(task, accelerator).run()
 

@@ -108,6 +108,8 @@ class Session:
             self._reached = replace(self._reached, validation=before)
         torch.manual_seed(self._task.context.seed)
         self._restore()
+        if self._task.job.sampler and not self._reached.step:
+            self._task.job.sampler.validated(before)
         if not self._reached.finished:
             self._steps()
         after = None if self._kept_out is None else self._validation_loss(self._kept_out)
@@ -121,6 +123,8 @@ class Session:
             text = f"{job.title}: step {number}/{settings.steps}, loss {loss:.3f}"
             context.progress.substep(text, done=number, total=settings.steps)
             stop = bool(job.callback and job.callback.after_step(number))
+            if job.sampler and job.sampler.validates(number) and self._kept_out is not None:
+                job.sampler.validated(self._validation_loss(self._kept_out))
             losses = (*self._reached.losses, loss)
             finished = stop or number == settings.steps
             self._reached = replace(
@@ -133,8 +137,8 @@ class Session:
 
     def _one_step(self, number: int, batches: Iterator[Batch]) -> tuple[float, int]:
         """The loss before the step, and how many tokens it is a mean over."""
-        device, accelerator = self._task.context.device, self._accelerator
-        mine = [next(batches) for _ in range(self._pieces)]
+        accelerator = self._accelerator
+        mine = [self._batch(number, next(batches)) for _ in range(self._pieces)]
         tokens = round(self._sum(sum(batch.predicted for batch in mine)))
         if not tokens:
             raise CompressError(
@@ -149,7 +153,7 @@ class Session:
             # accelerate divides by the pieces, and takes the mean over processes: what is left is a mean over tokens
             weight = batch.predicted * self._pieces * accelerator.num_processes / tokens
             with accelerator.accumulate(self._step):
-                part = self._step(batch.to(device), number) * weight
+                part = self._step(batch, number) * weight
                 accelerator.backward(part)
             loss += float(part.detach()) / (self._pieces * accelerator.num_processes)
         loss = self._sum(loss)
@@ -161,6 +165,11 @@ class Session:
         self._rates.step()
         self._masks.after_step(number, self._optimizer)
         return loss, tokens
+
+    def _batch(self, number: int, given: Batch) -> Batch:
+        """On the device; what the sampler makes of it, where there is one."""
+        sampler, given = self._task.job.sampler, given.to(self._task.context.device)
+        return sampler.batch(number, given, self._task.model) if sampler else given
 
     def _clipped(self) -> float:
         """The gradient norm before clipping; DeepSpeed clips by itself and may not report it."""
@@ -227,6 +236,8 @@ class Session:
         parts: dict[str, Stateful] = {"mask": self._masks, "objective": self._task.objective}
         if job.callback:
             parts["callback"] = job.callback
+        if job.sampler:
+            parts["sampler"] = job.sampler
         path = context.keep.training_file(context.stage, job.name)
         return Checkpoint(path, self._fingerprint(step), trained, optimizer, parts)
 
@@ -235,7 +246,8 @@ class Session:
         task = self._task
         settings = task.settings.model_dump_json(exclude={"save_every"})
         start = [(name, tuple(each.shape), _bits(each)) for name, each in step.named_parameters()]
-        facts = (settings, task.context.seed, task.job.start, task.data.fingerprint, repr(task.objective), start)
+        how = (repr(task.objective), repr(task.job.sampler))
+        facts = (settings, task.context.seed, task.job.start, task.data.fingerprint, how, start)
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def _save(self, keep: Checkpoint) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.training.data.batch import Batch
+from llmcompress.training.features import observed
 from llmcompress.training.head import Head, predictions, rows_at_once
 from llmcompress.training.objectives.base import Objective, ObjectiveInputs
 from llmcompress.training.teacher import Teacher
@@ -38,11 +39,16 @@ class Step(nn.Module):
         """The loss of step 1, 2, …; 0 in validation."""
         most = rows_at_once(self.model.config.get_text_config().vocab_size)
         head = self._head[0] if batch.ids_BT.numel() > most else None
-        student = predictions(self.model, batch, head)
-        teacher = self._teacher.predictions(batch) if self._teacher and self._objective.needs_teacher() else None
+        wanted = self._objective.observes()
+        with observed(self.model, wanted) as features:
+            student = predictions(self.model, batch, head)
+        teacher = None
+        if self._teacher and self._objective.needs_teacher():
+            teacher = self._teacher.predictions(batch, wanted)
+            student = student.cut(self._teacher.vocabulary)
         if head is None:
             most = batch.ids_BT.numel()
-        return self._objective.loss(ObjectiveInputs(step, batch, student, teacher, most))
+        return self._objective.loss(ObjectiveInputs(step, batch, student, teacher, most, features))
 
 
 @contextmanager

@@ -4,45 +4,85 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llmcompress.errors import CompressError, ExitCode
 from llmcompress.training.data.batch import Batch
-from llmcompress.training.head import Head, Predictions, find_head, predictions, rows_at_once
+from llmcompress.training.features import Features, Wanted, observed
+from llmcompress.training.head import Head, find_head, predictions, rows_at_once
+from llmcompress.training.targets import TeacherRows
+
+
+@dataclass(frozen=True)
+class TeacherPredictions:
+    """What a teacher says at every position of a batch, without a graph."""
+
+    values_RX: Tensor
+    """From which `rows` computes."""
+    rows: Callable[[Tensor], TeacherRows]
+    """Some of the values → logits in float32, or stored rows."""
+    features: Features | None = None
 
 
 class Teacher(Protocol):
-    """Gives target distributions: a model, or logits stored on disk."""
+    """Gives target distributions: a model, several of them, or what was stored of one."""
 
-    def predictions(self, batch: Batch) -> Predictions:
-        """For every position of the batch, without a graph; logits are computed when and where they are needed."""
+    @property
+    def vocabulary(self) -> int | None:
+        """Tokens that its rows are cut to, where it and the student pad one vocabulary to different sizes; None: no
+        cut."""
+
+    def predictions(self, batch: Batch, wanted: Wanted) -> TeacherPredictions:
+        """For every position of the batch; logits are computed when and where they are needed."""
 
 
 class ModelTeacher:
     """A model, in its own dtype and in eval mode; with a callable in its place it is loaded at its first use."""
 
-    def __init__(self, model: PreTrainedModel | Callable[[], PreTrainedModel], device: torch.device) -> None:
-        self._given, self._device = model, device
+    def __init__(
+        self,
+        model: PreTrainedModel | Callable[[], PreTrainedModel],
+        device: torch.device,
+        *,
+        vocabulary: int | None = None,
+    ) -> None:
+        self._given, self._device, self._vocabulary = model, device, vocabulary
         self._model: PreTrainedModel | None = None
         self._head: Head | None = None
 
-    def predictions(self, batch: Batch) -> Predictions:
+    @property
+    def vocabulary(self) -> int | None:
+        """What logits are cut to."""
+        return self._vocabulary
+
+    def predictions(self, batch: Batch, wanted: Wanted = Wanted()) -> TeacherPredictions:  # noqa: B008 (frozen)
         """One forward pass; with a head that can be used alone, logits of a few rows at a time."""
-        model = self._loaded()
+        model = self.model
         most = rows_at_once(model.config.get_text_config().vocab_size)
         with self._as_it_is():
             if batch.ids_BT.numel() > most and self._head is None:
                 self._head = find_head(model, batch.ids_BT)
-            found = predictions(model, batch, self._head if batch.ids_BT.numel() > most else None)
+            with observed(model, wanted) as features:
+                found = predictions(model, batch, self._head if batch.ids_BT.numel() > most else None)
 
-        def logits(values_RX: Tensor) -> Tensor:
+        def rows(values_RX: Tensor) -> Tensor:
             with self._as_it_is():
-                return found.logits(values_RX)
+                return found.logits(values_RX)[:, : self._vocabulary]
 
-        return Predictions(found.values_RX, logits)
+        return TeacherPredictions(found.values_RX, rows, features)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """On the device and frozen; loaded now if it was not."""
+        if self._model is None:
+            model = self._given if isinstance(self._given, PreTrainedModel) else self._given()
+            self._model = model.to(self._device).eval().requires_grad_(False)
+        return self._model
 
     @contextmanager
     def _as_it_is(self) -> Iterator[None]:
@@ -50,8 +90,18 @@ class ModelTeacher:
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             yield
 
-    def _loaded(self) -> PreTrainedModel:
-        if self._model is None:
-            model = self._given if isinstance(self._given, PreTrainedModel) else self._given()
-            self._model = model.to(self._device).eval().requires_grad_(False)
-        return self._model
+
+def live(teacher: Teacher | None, what: str) -> ModelTeacher:
+    """The teacher, where `what` needs a model and not only its predictions.
+
+    Raises: CompressError for any other.
+    """
+    if isinstance(teacher, ModelTeacher):
+        return teacher
+    raise CompressError(
+        "training.live-teacher",
+        f"{what} needs one teacher model in memory, and the teacher is "
+        + ("missing" if teacher is None else "an ensemble or stored on disk"),
+        fix="use one teacher, without `stored`",
+        exit_code=ExitCode.USAGE,
+    )

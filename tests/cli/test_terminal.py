@@ -6,7 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
-from llmcompress.cli.terminal import TerminalProgress, duration, size
+from llmcompress.cli.terminal import TerminalProgress
+from llmcompress.report.forms import duration, size
 
 
 class Clock:

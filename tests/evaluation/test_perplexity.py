@@ -8,7 +8,7 @@ import torch
 from llmcompress.errors import CompressError
 from llmcompress.evaluation import scores as module
 from llmcompress.evaluation.perplexity import measure, perplexity
-from llmcompress.evaluation.settings import DEFAULT_TOKENS, PerplexityTask
+from llmcompress.evaluation.settings.perplexity import DEFAULT_TOKENS, PerplexityTask
 from llmcompress.evaluation.texts import evaluation_text, evaluation_texts
 from llmcompress.runners.torch_runner import TorchRunner
 from tests.tiny_text import byte_tokenizer, tiny_llama, word_tokenizer

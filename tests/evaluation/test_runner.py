@@ -64,6 +64,31 @@ def test_a_text_ends_before_the_first_stop_token() -> None:
         assert tokens == before[:end]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_steps_are_the_greedy_tokens_of_whole_forwards(family: str) -> None:
+    model = tiny_model(family)
+    ids_BT = tiny_tokens(family, batch=2, length=5)
+    with TorchRunner(model) as runner:
+        steps = list(runner.stream(ids_BT, max_new_tokens=4))
+    assert [step.shape for step in steps] == [(2,)] * 4
+    assert torch.stack(steps, dim=1).tolist() == [greedy(model, prompt, 4) for prompt in ids_BT.tolist()]
+
+
+def test_a_streamed_model_reads_its_prompt_once_and_then_one_token_a_step() -> None:
+    model = tiny_llama()
+    read: list[int] = []
+    note = model.register_forward_pre_hook(
+        lambda _, __, given: read.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    with TorchRunner(model) as runner:
+        steps = runner.stream(torch.tensor([PROMPTS[0]]), max_new_tokens=3)
+        assert read == [], "nothing is computed ahead"
+        for count, _ in enumerate(steps, start=1):
+            assert len(read) == count
+    note.remove()
+    assert read == [6, 1, 1]
+
+
 def test_settings_that_come_with_the_model_are_not_used_and_come_back() -> None:
     model = tiny_model("llama")
     own = GenerationConfig(do_sample=True, temperature=5.0, repetition_penalty=9.0, max_length=3, eos_token_id=[2])

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from llmcompress.evaluation import scores as module
-from llmcompress.evaluation.reductions import AgainstDense, Perplexity, divergences, estimate, feed
+from llmcompress.evaluation.bootstrap import estimate
+from llmcompress.evaluation.divergence import AgainstDense, divergences
+from llmcompress.evaluation.reductions import Perplexity, feed
 from llmcompress.evaluation.scores import WindowScores, score
 from llmcompress.evaluation.texts import EvaluationText
 from llmcompress.runners.torch_runner import TorchRunner
@@ -40,6 +42,7 @@ def test_every_window_gets_its_own_scores_in_order() -> None:
         wanted_P = logprobs_PV.gather(-1, targets_P[:, None])[:, 0]
         torch.testing.assert_close(found.logprob_P.double(), wanted_P, rtol=0, atol=1e-5)
         assert torch.equal(found.best_P.long(), logprobs_PV.argmax(-1))
+        torch.testing.assert_close(found.best_logprob_P.double(), logprobs_PV.amax(-1), rtol=0, atol=1e-5)
         assert torch.equal(found.ids_PK.long(), logprobs_PV.topk(4).indices)
         torch.testing.assert_close(found.logprobs_PK.double(), logprobs_PV.topk(4).values, rtol=0, atol=1e-5)
 
@@ -58,9 +61,19 @@ def test_batches_and_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 def test_no_float32_copy_of_a_whole_batch_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PIECE_BYTES", 4 * 259 * 5)
     with TorchRunner(tiny_llama()) as runner:
-        pieces = list(module.log_probabilities(runner, WINDOWS))
+        pieces = list(module.log_probabilities(runner, WINDOWS, (0,) * len(WINDOWS)))
     assert max(len(piece.targets_R) for piece in pieces) == 5
     assert sum(len(piece.targets_R) for piece in pieces) == TEXT.tokens
+
+
+def test_skipped_predictions_are_context_alone() -> None:
+    skipped = (3, 0, 10, 4, 5, 6)
+    whole = scored(tiny_llama(), top=3)
+    for index, found in enumerate(scored(tiny_llama(), top=3, skipped=skipped)):
+        for name in ("targets_P", "logprob_P", "best_P", "best_logprob_P", "ids_PK", "logprobs_PK"):
+            wanted = getattr(whole[index], name)[skipped[index] :]
+            torch.testing.assert_close(getattr(found, name), wanted, rtol=0, atol=1e-5)
+            assert len(getattr(found, name)) == len(WINDOWS[index]) - 1 - skipped[index]
 
 
 @pytest.mark.parametrize("top", [1, 4, 259, 1000])

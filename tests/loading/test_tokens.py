@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from llmcompress import compress, evaluate
 from llmcompress.errors import CompressError
-from llmcompress.pipeline import compress, evaluate
 from llmcompress.recipe import parse_recipe
 from tests.tiny_folder import SENTENCE, with_a_far_token, write_tiny_llama
 
@@ -45,7 +45,7 @@ def test_a_text_without_such_tokens_is_compressed_and_measured(folder, tmp_path)
     recipe = parse_recipe(f"{GPTQ.replace('TEXT', str(near))}evaluate: {{perplexity: ['{near}']}}", "r")
     report = compress(str(folder), recipe, tmp_path / "out", device="cpu").report
     assert any("13 tokens of the tokenizer have none" in warning for warning in report.warnings)
-    assert evaluate(str(tmp_path / "out"), recipe.evaluate, device="cpu")[0].perplexity > 1
+    assert evaluate(str(tmp_path / "out"), recipe.evaluate, device="cpu").perplexities[0].perplexity > 1
 
 
 def test_evaluating_a_text_with_such_a_token_is_refused_too(folder, tmp_path):

@@ -19,7 +19,10 @@ from llmcompress.training.head import find_head
 from llmcompress.training.loop import train
 from llmcompress.training.objectives.base import OBJECTIVES, Objective, TokenObjective
 from llmcompress.training.objectives.cross_entropy import CrossEntropy
+from llmcompress.training.objectives.jsd import JSD
 from llmcompress.training.objectives.kl import KL
+from llmcompress.training.objectives.skew_kl import SkewKL
+from llmcompress.training.objectives.total_variation import TotalVariation
 from llmcompress.training.settings import Training
 from llmcompress.training.step import Step
 from llmcompress.training.teacher import ModelTeacher
@@ -62,7 +65,9 @@ def gradients(family: str, objective: Objective, *, chunked: bool) -> tuple[floa
 
 @pytest.mark.parametrize("family", ["llama_gqa", "gemma2", "cohere", "opt"])
 @pytest.mark.parametrize(
-    "objective", [CrossEntropy(), KL(temperature=2.0, weight=0.7), KL(direction="reverse")], ids=repr
+    "objective",
+    [CrossEntropy(), KL(temperature=2.0, weight=0.7), KL(direction="reverse"), JSD(), SkewKL(), TotalVariation()],
+    ids=repr,
 )
 def test_a_loss_in_parts_and_its_gradient_equal_the_whole_one(
     family: str, objective: Objective, monkeypatch: pytest.MonkeyPatch
@@ -192,8 +197,8 @@ def test_a_teacher_computes_in_its_own_dtype_whatever_the_students_precision() -
         def needs_teacher(self) -> bool:
             return True
 
-        def per_token(self, student_RV: Any, targets_R: Any, teacher_RV: Any) -> Any:
-            found.extend([student_RV.detach(), teacher_RV])
+        def per_token(self, student_RV: Any, targets_R: Any, teacher: Any) -> Any:
+            found.extend([student_RV.detach(), teacher])
             return student_RV.square().sum(-1)
 
     ids, settings = tiny_tokens("llama", batch=2), Training(steps=1, batch=2, mixed_precision="bf16")

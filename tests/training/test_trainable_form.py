@@ -193,7 +193,7 @@ evaluate: {perplexity: [{source: 'builtin:evaluation', window: 48, max_windows: 
     model, _ = load(tmp_path / "out", dtype=torch.float32)
     branches = [each for each in model.modules() if isinstance(each, CorrectedLinear)]
     assert len(branches) == 14 and all(isinstance(each.base, QuantLinear) for each in branches)
-    measured = evaluate(str(tmp_path / "out"), parse_recipe(text, "test").evaluate)
+    measured = evaluate(str(tmp_path / "out"), parse_recipe(text, "test").evaluate).perplexities
     assert measured[0].perplexity == pytest.approx(report.quality[0].compressed.perplexity, rel=1e-4)
 
 

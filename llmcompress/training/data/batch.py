@@ -30,6 +30,14 @@ class Batch:
     """The token that each position has to predict; `IGNORED` where there is none, as at the last position."""
     attention_BT: Tensor | None = None
     """1 for tokens, 0 for padding; None where nothing is padded."""
+    generated_B: Tensor | None = None
+    """Which samples the student wrote itself; None: none."""
+
+    @property
+    def generated_R(self) -> Tensor:
+        """The same for every position of all samples."""
+        own_B = torch.zeros(len(self.ids_BT), dtype=torch.bool) if self.generated_B is None else self.generated_B
+        return own_B.to(self.ids_BT.device)[:, None].expand_as(self.ids_BT).flatten()
 
     @property
     def predicted(self) -> int:
@@ -39,7 +47,8 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
         attention_BT = None if self.attention_BT is None else self.attention_BT.to(device)
-        return Batch(self.ids_BT.to(device), self.targets_BT.to(device), attention_BT)
+        generated_B = None if self.generated_B is None else self.generated_B.to(device)
+        return Batch(self.ids_BT.to(device), self.targets_BT.to(device), attention_BT, generated_B)
 
 
 def padded(samples: Sequence[Sample]) -> Batch:

@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from llmcompress.training.data.batch import IGNORED
 from llmcompress.training.objectives.base import OBJECTIVES, TokenObjective
+from llmcompress.training.targets import TeacherRows
 
 
 @OBJECTIVES.register("cross_entropy")
@@ -15,5 +16,5 @@ class CrossEntropy(TokenObjective):
     """-log p(target), in nats."""
 
     @override
-    def per_token(self, student_RV: Tensor, targets_R: Tensor, teacher_RV: Tensor | None) -> Tensor:
+    def per_token(self, student_RV: Tensor, targets_R: Tensor, teacher: TeacherRows | None) -> Tensor:
         return functional.cross_entropy(student_RV, targets_R, ignore_index=IGNORED, reduction="none")

@@ -1,0 +1,159 @@
+"""The headline: presets on a real model, each with its bytes, quality, tasks and cost, from the commands users run.
+
+    python evals/headline.py --model FOLDER --calibration wikitext-2/valid.txt --text WikiText-2=wikitext-2/test.txt \\
+        --text books=books/test.txt --task-data FOLDER --folders SCRATCH
+
+Every preset is compressed into a folder below `--folders` (kept: a second run goes on), evaluated beside the dense
+model, and timed in turns with it; where a target is named, the folder is also exported and its runtime is evaluated
+and timed. Calibration text is none of the measured texts. Zero-shot tasks, `--limit` documents of each. Written to
+evals/results/headline-NAME.json after every row.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+import llmcompress
+from llmcompress.evaluation.environment import machine, versions
+from llmcompress.evaluation.settings.base import MetricSettings
+from llmcompress.evaluation.settings.perplexity import PerplexityTask
+from llmcompress.evaluation.settings.tasks import TaskSettings
+from llmcompress.presets import load_preset
+from llmcompress.records.evaluation import Evaluation
+from llmcompress.records.tasks import TaskComparison, TaskResult
+
+EVALS = Path(__file__).resolve().parent
+WINDOW, WINDOWS = 512, 10
+SAMPLES, TOKENS = 16, 512
+TASKS = ("local_arc_easy", "local_piqa", "local_openbookqa", "local_winogrande")
+PROMPT, NEW, TURNS = 128, 48, 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """A preset, and the target whose runtime runs it beside torch."""
+
+    preset: str
+    target: str | None = None
+    runner: str = "torch"
+
+
+ROWS = (
+    Row("w8"),
+    Row("w4"),
+    Row("w4", "gguf", "llama_cpp"),
+    Row("w3"),
+    Row("w2"),
+)
+
+
+@click.command()
+@click.option("--model", required=True, help="Folder of the dense model.")
+@click.option("--calibration", required=True)
+@click.option("--text", "texts", multiple=True, required=True, metavar="NAME=FILE")
+@click.option("--task-data", required=True)
+@click.option("--folders", required=True, type=click.Path(path_type=Path))
+@click.option("--limit", default=200, show_default=True, help="Documents of each task.")
+@click.option("--name", default="SmolLM2-135M-Instruct", show_default=True)
+def main(
+    model: str, calibration: str, texts: tuple[str, ...], task_data: str, folders: Path, limit: int, name: str
+) -> None:
+    """Measure every row that is not in the result file yet."""
+    torch.set_num_threads(1)
+    path = EVALS / "results" / f"headline-{name}.json"
+    facts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    facts |= {
+        "model": name,
+        "calibration": {"source": Path(calibration).name, "samples": SAMPLES, "tokens": TOKENS},
+        "window": WINDOW,
+        "bos": True,
+        "texts": [text.partition("=")[0] for text in texts],
+        "limit": limit,
+        "speed": {"prompt": PROMPT, "new": NEW, "turns": TURNS, "threads": 1},
+        "versions": versions(),
+        "machine": machine(),
+    }
+    metrics = _metrics(texts, task_data, limit)
+    done = {(row["preset"], row["runner"]) for row in facts["rows"]}
+    for row in ROWS:
+        if (row.preset, row.runner) in done:
+            continue
+        facts["rows"].append(_measured(row, model, calibration, metrics, folders))
+        path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(json.dumps(facts["rows"][-1])[:400], file=sys.stderr)
+
+
+def _metrics(texts: tuple[str, ...], task_data: str, limit: int) -> list[MetricSettings]:
+    files = [text.partition("=")[2] for text in texts]
+    perplexities = [PerplexityTask(source=file, window=WINDOW, bos="always", max_windows=WINDOWS) for file in files]
+    return [*perplexities, *(TaskSettings(task=task, data=task_data, limit=limit) for task in TASKS)]
+
+
+def _measured(row: Row, model: str, calibration: str, metrics: list[MetricSettings], folders: Path) -> dict[str, Any]:
+    folder, cpu = folders / row.preset, None
+    if not folder.exists():
+        settings = [
+            f"calibration.source={calibration}",
+            f"calibration.samples={SAMPLES}",
+            f"calibration.tokens={TOKENS}",
+            "evaluate={}",
+        ]
+        began = time.process_time()
+        llmcompress.compress(model, load_preset(row.preset, settings=settings), folder)
+        cpu = round(time.process_time() - began, 1)
+    place = folder
+    if row.target:
+        place = folders / f"{row.preset}-{row.target}"
+        if not place.exists():
+            llmcompress.export(folder, row.target, place, run=False)
+        place = place / row.target if (place / row.target).exists() else place
+    found = llmcompress.evaluate(place, metrics, baseline=model, runner=row.runner)
+    table = llmcompress.speed(
+        [model, str(place)],
+        runner=["torch", row.runner],
+        context=PROMPT,
+        new_tokens=NEW,
+        repeats=TURNS,
+        threads=1,
+    )
+    return {
+        "preset": row.preset,
+        "runner": row.runner,
+        "target": row.target,
+        "compress_cpu_seconds": cpu,
+        "quality": _quality(found),
+        "tasks": _tasks(found),
+        "cost": [each.model_dump(mode="json") for each in table.rows],
+    }
+
+
+def _quality(found: Evaluation) -> list[dict[str, Any]]:
+    return [
+        {
+            "dense": each.dense.perplexity,
+            "compressed": each.compressed.perplexity,
+            "ratio_error": each.ratio_error,
+            "tokens": each.dense.tokens,
+            "divergence": None if each.divergence is None else each.divergence.model_dump(mode="json"),
+        }
+        for each in found.quality
+    ]
+
+
+def _tasks(found: Evaluation) -> dict[str, Any]:
+    return {
+        "results": [each.model_dump(mode="json") for each in found.of_kind(TaskResult)],
+        "comparisons": [each.model_dump(mode="json") for each in found.of_kind(TaskComparison)],
+    }
+
+
+if __name__ == "__main__":
+    main()

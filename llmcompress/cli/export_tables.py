@@ -1,0 +1,57 @@
+"""Tables of exports: what was written and found when it was read back, and which target holds what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.table import Table
+
+from llmcompress.exporters.targets import TargetAnswer
+from llmcompress.records.export_report import ExportReport
+
+
+def export_table(made: Mapping[str, ExportReport]) -> Table:
+    """A row per target; the last columns are empty where it was not run."""
+    table = Table(box=None, pad_edge=False)
+    for title in (
+        "target",
+        "MB",
+        "codes read back",
+        "differing",
+        "perplexity",
+        "runtime ÷ PyTorch",
+        "same top",
+        "decode tok/s",
+    ):
+        table.add_column(title, justify="left" if title == "target" else "right")
+    for name, report in made.items():
+        codes = sum(row.values for row in report.read_back if row.codes_differing is not None)
+        run = report.runtime
+        ran = (
+            [
+                f"{run.perplexity_runtime:.3f}",
+                f"{run.perplexity_runtime / run.perplexity_model:.4f}",
+                f"{run.same_top:.1%}",
+                f"{run.decode_tokens_per_second:.1f}",
+            ]
+            if run
+            else [""] * 4
+        )
+        table.add_row(name, f"{report.bytes / 1e6:.1f}", f"{codes:,}", str(len(report.differing)), *ran)
+    return table
+
+
+def targets_table(found: Sequence[TargetAnswer]) -> Table:
+    """Schemes × targets, and below each refusal the nearest scheme."""
+    table = Table(box=None, pad_edge=False)
+    names = list(dict.fromkeys(row.target for row in found))
+    for title in ("scheme", *names):
+        table.add_column(title)
+    cells = {(row.scheme, row.target): row for row in found}
+    for scheme in dict.fromkeys(row.scheme for row in found):
+        table.add_row(scheme, *(_cell(cells[scheme, name]) for name in names))
+    return table
+
+
+def _cell(row: TargetAnswer) -> str:
+    return f"refused ({row.nearest})" if row.answer == "refused" and row.nearest else row.answer

@@ -1,0 +1,88 @@
+"""Writes a report as a folder with report.html, report.md and report.json, complete or not at all; and reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from llmcompress.errors import CompressError, ExitCode, without_tokens
+from llmcompress.records.evaluation import Comparison, Evaluation
+from llmcompress.report.comparing import comparison_document
+from llmcompress.report.html import as_html
+from llmcompress.report.markdown import as_markdown
+from llmcompress.report.sections import document_of
+from llmcompress.report.svg import require_plots
+from llmcompress.storage.folder import check_output, publish, staging_folder
+from llmcompress.storage.json_file import read_json
+from llmcompress.storage.names import FILES
+
+HTML, MARKDOWN, JSON = "report.html", "report.md", "report.json"
+
+Reported = Evaluation | Comparison
+
+
+def check_report_folder(folder: Path) -> None:
+    """Before any work: that a report can be written there. An earlier report is replaced without asking.
+
+    Raises: CompressError for a folder with anything else in it, or a missing library.
+    """
+    require_plots()
+    check_output(folder, overwrite=_holds_a_report_only(folder))
+
+
+def write_report(found: Reported, folder: Path) -> Path:
+    """Write the three files; the folder appears in one step, in the place of an earlier report.
+
+    Raises: CompressError as `check_report_folder` does, or for a full disk.
+    """
+    check_report_folder(folder)
+    document = document_of(found) if isinstance(found, Evaluation) else comparison_document(found)
+    texts = {
+        HTML: as_html(document),
+        MARKDOWN: as_markdown(document),
+        JSON: found.model_dump_json(indent=1) + "\n",
+    }
+    with staging_folder(folder) as staging:
+        for name, text in texts.items():
+            (staging / name).write_text(shareable(text), encoding="utf-8")
+        publish(staging, folder, overwrite=True)
+    return folder
+
+
+def read_reported(path: Path) -> Reported:
+    """The evaluation or comparison in a report.json, or in a folder that has one.
+
+    Raises: CompressError when there is none, or it is damaged.
+    """
+    file = path / JSON if path.is_dir() else path
+    fix = "give a folder that `evaluate` or `compare` wrote with an output"
+    data = read_json(file, code="report.unreadable", fix=fix)
+    try:
+        found: Reported = TypeAdapter(Reported).validate_python(data)
+    except ValidationError as problem:
+        what = f"{file.name} is not a report of this version of llmcompress: {problem.errors()[0]['msg']}"
+        raise CompressError("report.unreadable", what, where=str(file), fix="evaluate the model again") from problem
+    return found
+
+
+def is_report(path: Path) -> bool:
+    """Whether something is a saved report, and not a model."""
+    return path.is_file() and path.suffix == ".json" if not path.is_dir() else (path / JSON).is_file()
+
+
+def shareable(text: str) -> str:
+    """Without access tokens, and without the path of the user's home."""
+    home = str(Path.home())
+    return without_tokens(text.replace(home, "~") if len(home) > 1 else text)
+
+
+def _holds_a_report_only(folder: Path) -> bool:
+    try:
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    except OSError as problem:
+        raise CompressError(
+            "report.unreadable", f"the folder cannot be read: {problem.strerror}", where=str(folder),
+            fix="choose another folder", exit_code=ExitCode.USAGE,
+        ) from problem  # fmt: skip
+    return bool(names) and names <= {HTML, MARKDOWN, JSON, FILES}

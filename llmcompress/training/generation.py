@@ -1,0 +1,88 @@
+"""Text drawn from a student, a teacher, or a mixture of both, token by token. B = samples, V = vocabulary."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmcompress.modules.cache_names import cache_of, with_cache
+from llmcompress.training.data.batch import Sample
+
+
+@dataclass(frozen=True)
+class Share:
+    """A model and its share in the distribution that tokens are drawn from."""
+
+    model: PreTrainedModel
+    share: float
+
+
+class _Reader:
+    """A model that reads on: the cache holds what it has read."""
+
+    def __init__(self, model: PreTrainedModel, vocabulary: int | None) -> None:
+        self._model, self._vocabulary = model, vocabulary
+        self._cache: Any = None
+
+    def probabilities(self, ids_BT: Tensor) -> Tensor:
+        """B×V of the next token in float32; all of the text is given every time."""
+        new_BT = ids_BT if self._cache is None else ids_BT[:, -1:]
+        said = self._model(input_ids=new_BT, use_cache=True, **with_cache(self._model.forward, self._cache))
+        self._cache = cache_of(said)
+        logits_BV: Tensor = said.logits[:, -1, : self._vocabulary]
+        return logits_BV.float().softmax(-1)
+
+
+@torch.no_grad()
+def drawn(
+    prompts: Sequence[Tensor],
+    shares: Sequence[Share],
+    *,
+    tokens: int,
+    stop: frozenset[int] = frozenset(),
+    vocabulary: int | None = None,
+) -> list[Sample]:
+    """The prompts continued by up to `tokens` tokens, in their order; what was written is learned, prompts are not.
+
+    Tokens are drawn at temperature 1 from the mixture of the distributions, and a text ends with a token in `stop`.
+    Prompts of different lengths are continued apart, so that nothing is padded.
+    """
+    groups: dict[int, list[int]] = defaultdict(list)
+    for number, prompt_T in enumerate(prompts):
+        groups[len(prompt_T)].append(number)
+    found: dict[int, Sample] = {}
+    for numbers in groups.values():
+        ids_BT = torch.stack([prompts[number] for number in numbers])
+        texts = _continued(ids_BT, shares, tokens, stop, vocabulary)
+        found |= dict(zip(numbers, texts, strict=True))
+    return [found[number] for number in range(len(prompts))]
+
+
+def _continued(
+    ids_BT: Tensor, shares: Sequence[Share], tokens: int, stop: frozenset[int], vocabulary: int | None
+) -> list[Sample]:
+    """Prompts of equal length."""
+    readers = [(_Reader(each.model, vocabulary), each.share) for each in shares if each.share > 0]
+    begun, ends = ids_BT.shape[1], torch.tensor(sorted(stop), device=ids_BT.device, dtype=torch.long)
+    running_B = torch.ones(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
+    lengths_B = torch.full_like(running_B, begun, dtype=torch.long)
+    for _ in range(tokens):
+        mixed_BV = sum(share * reader.probabilities(ids_BT) for reader, share in readers)
+        assert isinstance(mixed_BV, Tensor), "a text needs a model that writes it"
+        next_B1 = torch.multinomial(mixed_BV, 1)
+        ids_BT = torch.cat([ids_BT, next_B1], 1)
+        lengths_B += running_B
+        running_B &= ~torch.isin(next_B1[:, 0], ends)
+        if not bool(running_B.any()):
+            break
+    learned_T = torch.arange(ids_BT.shape[1]) >= begun
+    return [
+        Sample(text_T[:length].cpu(), learned_T[:length])
+        for text_T, length in zip(ids_BT, lengths_B.tolist(), strict=True)
+    ]
