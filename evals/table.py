@@ -78,7 +78,7 @@ def sections() -> list[Section]:
     """What there is, in the order of the documents."""
     return [
         Section("Presets on a real model", presets.presets, "presets-*.json"),
-        Section("A real model, against llm-compressor", real.everything, "real-*.json"),
+        Section("A real model, against llm-compressor and AutoRound", real.everything, "real-*.json"),
         Section("Weight-only quantization", quantization.quantization, "quantization-*.json"),
         Section(
             "Weight-only quantization, against llm-compressor, GPTQModel and AutoRound",
