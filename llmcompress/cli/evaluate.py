@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     "kl_base",
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Only write MODEL's log-probabilities on one text to FILE, as llama-perplexity --kl-divergence-base does. Such "
-    "a file is a SOURCE of --perplexity, with its dense model in it.",
+    help="Only write MODEL's log-probabilities on one text to FILE, as llama-perplexity --kl-divergence-base does. "
+    "Such a file is a SOURCE of --perplexity, with its dense model in it.",
 )
 @track_option
 @device_option
