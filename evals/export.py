@@ -24,7 +24,6 @@ import click
 import torch
 from torch import Tensor
 
-from llmcompress.calibration.sources import JOINER, TextSource, read_texts
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.exporting import Exportable
 from llmcompress.model_export import export
@@ -59,7 +58,7 @@ def main(compressed: str, dense: str, text: str, windows: int, name: str) -> Non
     torch.set_num_threads(1)
     label, _, path = text.partition("=")
     opened = reopen(compressed)
-    content = JOINER.join(read_texts(TextSource(path), max_characters=windows * WINDOW * 8, where="--text"))
+    content = Path(path).read_text(encoding="utf-8")[: windows * WINDOW * 8]
     ids = opened.tokenizer(content, add_special_tokens=False)["input_ids"]
     plain = torch.tensor(ids[: windows * WINDOW]).view(windows, WINDOW)
     found: dict[str, object] = {"versions": versions(), "machine": machine(), "text": label, "window": WINDOW}

@@ -225,18 +225,23 @@ class Results:
         """Raises: click.UsageError when the file holds trials of another protocol."""
         self.path, self._facts = path, {"protocol": study.protocol(), "tokens": {}}
         self.trials: list[Trial] = []
-        if path.exists():
-            known = json.loads(path.read_text(encoding="utf-8"))
+        self._read()
+
+    def _read(self) -> None:
+        """What is there by now."""
+        if self.path.exists():
+            known = json.loads(self.path.read_text(encoding="utf-8"))
             ours = json.loads(json.dumps(self._facts["protocol"]))
             if known["protocol"] != ours:
                 different = [name for name in ours if known["protocol"].get(name) != ours[name]]
                 raise click.UsageError(
-                    f"{path.name} was measured with another {', '.join(different)}: use another --name"
+                    f"{self.path.name} was measured with another {', '.join(different)}: use another --name"
                 )
             self.trials, self._facts["tokens"] = known["trials"], known["tokens"]
 
     def add(self, bench: Bench, trial: Trial) -> None:
-        """Write it, one line a trial."""
+        """Write it, one line a trial, beside what another process may have measured meanwhile."""
+        self._read()
         self.trials.append({**trial, "commit": commit()})
         tokens: dict[str, list[int]] = self._facts["tokens"]
         tokens.update({name: tokens_per_window(each.text) for name, each in bench.dense.items()})

@@ -45,7 +45,7 @@ def allocate(
     """
     progress = as_progress(progress)
     chosen = as_recipe(recipe).for_model(None if model is None else str(model))
-    settings, given = as_calibration(calibration, chosen.calibration)
+    settings, given = as_calibration(calibration, chosen.calibration, held_out=chosen.guard.windows)
     chosen = within_target_limits(chosen.model_copy(update={"calibration": settings}))
     check_texts(chosen, given=given is not None)
     progress.stage("load", 1)

@@ -15,7 +15,7 @@ from llmcompress.evaluation.checkpoint_codes import CodedSite, StoredCodes, code
 from llmcompress.exporting import Exportable
 from llmcompress.loading.config import read_config
 from llmcompress.loading.generation import read_generation_config
-from llmcompress.loading.gguf_conversion import LOADED_QUANTIZED
+from llmcompress.loading.gguf_conversion import as_ordinary
 from llmcompress.loading.load import load
 from llmcompress.loading.match import empty_model
 from llmcompress.loading.quiet import quiet_transformers
@@ -26,8 +26,7 @@ from llmcompress.model.skeleton import put_module
 from llmcompress.modules.quant_linear import QuantLinear, as_bits
 from llmcompress.modules.scheme import Scheme
 from llmcompress.numerics.quantized import QuantizedTensor, unfolded
-from llmcompress.records.report import REPORT, read_report
-from llmcompress.saving import RECIPE
+from llmcompress.records.report import RECIPE, REPORT, read_report
 
 _BESIDE = (RECIPE, REPORT)
 
@@ -64,9 +63,7 @@ def _opened(stored: StoredCodes, config: PretrainedConfig) -> PreTrainedModel:
             fix="compress the dense model with another pass, such as gptq, and export that",
         )
     model = load(stored.folder, dtype=torch.float32).model
-    for mark in LOADED_QUANTIZED:  # by our own quantizer, which only reads: what it built are modules of ours
-        model.__dict__.pop(mark, None)
-    model.config.__dict__.pop("quantization_config", None)
+    as_ordinary(model)  # our quantizer only reads: what it built are modules of ours
     return model
 
 

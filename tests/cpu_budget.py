@@ -36,7 +36,7 @@ BUDGET_SECONDS: dict[str, int] = {
     "tests/passes/pruning/test_sparse.py": 40,
     "tests/test_composition.py": 40,
     "tests/calibration/test_data.py": 30,
-    "tests/evaluation/device/test_speed.py": 30,
+    "tests/cli/test_footprint_and_speed.py": 40,
     "tests/evaluation/test_protocols.py": 60,
     "tests/model/test_depth.py": 30,
     "tests/model/test_map.py": 30,

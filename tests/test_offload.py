@@ -31,6 +31,7 @@ RECIPES = {
     "gptq": "passes: [{gptq: {scheme: int4_g16}}]",
     "two stages": "passes: [{wanda: {sparsity: 0.5, allocation: outliers}}, {gptq: {scheme: int8_channel_a8token}}]",
     "plain": "passes: [{sparsegpt: {sparsity: 0.5}}]",
+    "a block that falls back": "passes: [{wanda: {sparsity: 0.5}}]",
 }
 SETTINGS = """
 calibration: {samples: 6, tokens: 48, batch: 4}
@@ -64,6 +65,8 @@ def test_offloaded_equals_resident_bit_for_bit(
     assert weights_hash(tmp_path / "here") == weights_hash(tmp_path / "there")
     assert (tmp_path / "here" / "config.json").read_text() == (tmp_path / "there" / "config.json").read_text()
     assert here.quality == there.quality and here.sites == there.sites
+    replaced = any("replaced by magnitude" in (row.degraded or "") for row in there.sites)
+    assert replaced or name != "a block that falls back"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -25,11 +25,13 @@ SETTINGS = """
 calibration: {samples: 6, tokens: 48, batch: 2}
 evaluate: {perplexity: [{source: 'builtin:evaluation', window: 48, max_windows: 3}]}
 """
+FALLS_BACK = "a block that is replaced by its baseline"
 RECIPES = {
     "gptq": "passes: [{gptq: {scheme: int4_g16}}]",
     "awq": "passes: [{awq: {scheme: int4_g16_asym}}]",
     "smooth, eight bits": "passes: [{smoothquant: {}}, {gptq: {scheme: int8_channel_a8tensor}}]",
     "zeros, then codes": "passes: [{wanda: {sparsity: 0.5}}, {rtn: {scheme: int8_channel}}]",
+    FALLS_BACK: "passes: [{wanda: {sparsity: 0.5}}]",
 }
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 PROGRAM = """
@@ -111,6 +113,11 @@ def test_two_processes_equal_one(name: str, tiny: Path, tmp_path: Path, our_pyth
     assert measured[0] == pytest.approx(report.quality[0].compressed.perplexity, rel=1e-3)
     assert_alike(tmp_path / "out", tmp_path / "one")
     assert not (tmp_path / "out.run").exists()
+    if name == FALLS_BACK:
+        told = json.loads((tmp_path / "out" / "llmcompress_report.json").read_text())["sites"]
+        replaced = [{"site": row.site, "degraded": row.degraded} for row in report.sites if row.degraded]
+        assert replaced == [{key: row[key] for key in ("site", "degraded")} for row in told if row.get("degraded")]
+        assert any("replaced by magnitude" in str(row["degraded"]) for row in replaced)
 
 
 def test_two_processes_killed_and_started_again_go_on(tiny: Path, tmp_path: Path, our_python: WarmPython) -> None:

@@ -243,3 +243,20 @@ CHECKS: dict[str, Any] = {
         lambda value, anything: [],
     ),
 }  # fmt: skip
+
+
+@PLACES.register("account")
+class Account(Thing):
+    """There is one, so it is written without a list."""
+
+    only_one: ClassVar[bool] = True
+    name: str = "me"
+
+
+def test_what_there_is_one_of_is_written_without_a_list():
+    found = read("passes: [rtn]\npublish: {account: {name: you}, hub: [me/small]}\n", "publish.account.name=us")
+    assert found.publish == (Account(name="us"), Hub(repository="me/small"))
+    assert found.to_dict()["publish"]["account"] == {"name": "us"} and read(found.to_yaml()) == found
+    assert json_schema(Longer)["properties"]["publish"]["properties"]["account"]["type"] == "object"
+    assert "must be a mapping" in str(refusal("passes: [rtn]\npublish: {account: [{name: you}]}"))
+    assert "`name`" in refusal("passes: [rtn]\npublish: {account: {nam: you}}").fix

@@ -36,6 +36,8 @@ class RunContext:
     """Random seed."""
     weights_at: WeightStore = field(default_factory=InMemory)
     """Where weights are stored while they are not in use."""
+    zeros_are_masks: bool = True
+    """Whether every exact zero was left by pruning; otherwise those that lie on a grid are weights like others."""
     experts: Experts = "routed"
     """Tokens on which the experts of a mixture are measured."""
     processes: ProcessGroup = ALONE

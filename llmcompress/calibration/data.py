@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -37,7 +38,7 @@ def calibration_windows(
     held_out: int = 0,
 ) -> CalibrationData:
     """Windows of `tokens` tokens, at most `samples`, of the source of `settings` or of what was `given` in its place;
-    and `held_out` more of a text, behind those.
+    and `held_out` more, behind those, as far as there are any.
 
     Documents longer than about two windows are cut at paragraphs; these sections are shuffled by `seed` (so the seed
     samples from the whole text), tokenised once, separated by BOS or EOS, and packed. Windows start with BOS if the
@@ -52,10 +53,13 @@ def calibration_windows(
         model = None if isinstance(given, TokenRows | Texts) else given
         data = _from_model(settings, length, tokenizer, model, seed, progress, warnings, held_out)
     elif isinstance(given, TokenRows):
-        data = windows_of_tokens(given, settings, tokenizer, max_positions=max_positions)
+        data = windows_of_tokens(given, settings, tokenizer, max_positions=max_positions, held_out=held_out)
     else:
         texts = given if isinstance(given, Texts) else None
         data = _from_text(settings, length, tokenizer, seed, warnings, texts, held_out)
+    if held_out and data.held_out_NT is None:
+        what = "no text is left behind the windows that are measured: nothing is held out to check the result on"
+        data = replace(data, warnings=(*data.warnings, what))
     for warning in data.warnings:
         progress.note(f"calibration: {warning}")
     return data

@@ -37,8 +37,10 @@ class TokenRows:
 GivenData = Texts | TokenRows
 
 
-def as_calibration(given: Any, settings: Calibration) -> tuple[Calibration, GivenData | None]:
+def as_calibration(given: Any, settings: Calibration, *, held_out: int = 0) -> tuple[Calibration, GivenData | None]:
     """What the user gave as calibration, over the recipe's settings: settings, and the data if they are in memory.
+
+    Of batches of token ids as many windows are read as are measured, and `held_out` more.
 
     None: the recipe's. A dictionary changes single settings, a text or path the source. Lists are read whole; of a
     dataset, a DataLoader or a generator only as much as is needed is taken, from the beginning. The source of data in
@@ -62,7 +64,7 @@ def as_calibration(given: Any, settings: Calibration) -> tuple[Calibration, Give
         given = [given]
     if not isinstance(given, Iterable):
         raise _unusable(given)
-    data = _read(given, settings)
+    data = _read(given, settings, held_out)
     return _changed(settings, {"source": data.name}), data
 
 
@@ -78,7 +80,7 @@ def _changed(settings: Calibration, changes: dict[str, Any]) -> Calibration:
         raise _refused("recipe.value", f"calibration: {key}: {first['msg']}", f"use the settings {known}") from None
 
 
-def _read(given: Iterable[Any], settings: Calibration) -> GivenData:
+def _read(given: Iterable[Any], settings: Calibration, held_out: int) -> GivenData:
     """Texts or tokens: the first item says which."""
     items = iter(given)
     first = next(items, None)
@@ -88,7 +90,7 @@ def _read(given: Iterable[Any], settings: Calibration) -> GivenData:
     if _is_message(first) and isinstance(given, list | tuple):
         return _texts(iter([list(given)]), kind, settings, whole=True)  # one conversation
     if _holds_ids(first):
-        return _tokens(chain([first], items), settings)
+        return _tokens(chain([first], items), settings.samples + held_out, settings.tokens)
     if not isinstance(first, str | dict | list):
         raise _unusable(first)
     return _texts(chain([first], items), kind, settings, whole=isinstance(given, list | tuple))
@@ -107,10 +109,10 @@ def _texts(rows: Iterator[Any], kind: str, settings: Calibration, *, whole: bool
     return replace(texts, name=f"{texts.name}:{texts.fingerprint[:16]}")
 
 
-def _tokens(batches: Iterator[Any], settings: Calibration) -> TokenRows:
+def _tokens(batches: Iterator[Any], windows: int, tokens: int) -> TokenRows:
     rows: list[tuple[int, ...]] = []
     masked = True
-    total, wanted = 0, settings.samples * settings.tokens
+    total = 0
     for batch in batches:
         ids_BT, mask_BT = _ids(batch)
         masked &= mask_BT is not None
@@ -118,7 +120,7 @@ def _tokens(batches: Iterator[Any], settings: Calibration) -> TokenRows:
             kept = ids if mask_BT is None else _unpadded(ids, mask_BT[row], len(rows) + 1)
             rows.append(tuple(kept.tolist()))
             total += len(rows[-1])
-        if total >= wanted or (len(rows) >= settings.samples and len(set(map(len, rows))) == 1):
+        if total >= windows * tokens or (len(rows) >= windows and len(set(map(len, rows))) == 1):
             break
     digest = hashlib.sha256(repr(rows).encode()).hexdigest()
     return TokenRows(f"{IN_MEMORY}tokens:{digest[:16]}", tuple(rows), digest, masked)

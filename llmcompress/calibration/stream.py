@@ -92,7 +92,13 @@ class BlockWork:
 
     def _name_sites(self) -> None:
         self._by_name = {
-            site.name: LinearSite(self.info.full(site.name), site, self.module, self.context.storage_dtype)
+            site.name: LinearSite(
+                self.info.full(site.name),
+                site,
+                self.module,
+                self.context.storage_dtype,
+                zeros_are_masks=self.context.zeros_are_masks,
+            )
             for site in self.info.structure.sites
         }
         self.sites = tuple(self._by_name.values())

@@ -65,7 +65,7 @@ def written_out(
             if not skip_bad_rows:
                 raise CompressError(
                     "data.bad-row",
-                    f"{texts.name}: conversation {number} does not fit the chat template: {_template_message(failure)}",
+                    f"{texts.name}: conversation {number} does not fit the chat template: {template_message(failure)}",
                     where=where,
                     fix="correct it, or set `skip_bad_rows: true` to skip and count such rows",
                 ) from failure
@@ -74,9 +74,16 @@ def written_out(
 
 
 def _rendered(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
-    with _bounded_memory(), _bounded_lines():
+    with within_limits():
         text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, chat_template=template)
     return text
+
+
+@contextmanager
+def within_limits() -> Iterator[None]:
+    """What a template does meanwhile is bounded; one that does more ends with a ValueError."""
+    with _bounded_memory(), _bounded_lines():
+        yield
 
 
 @contextmanager
@@ -128,7 +135,8 @@ def _bounded_lines() -> Iterator[None]:
         sys.settrace(before)
 
 
-def _template_message(failure: Exception) -> str:
+def template_message(failure: Exception) -> str:
+    """What a template raised, in one line."""
     return str(failure).strip().partition("\n")[0] or type(failure).__name__
 
 

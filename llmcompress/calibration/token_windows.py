@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,9 +48,16 @@ class CalibrationData:
 
 
 def windows_of_tokens(
-    given: TokenRows, settings: Calibration, tokenizer: PreTrainedTokenizerBase, *, max_positions: int | None
+    given: TokenRows,
+    settings: Calibration,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_positions: int | None,
+    held_out: int = 0,
 ) -> CalibrationData:
     """Rows of one length are windows as they are, in their order; others are joined and cut like text.
+
+    What is held out stands behind the `samples` that are measured.
 
     Raises: CompressError when rows seem to be padded and no mask says where, or there is not one full window.
     """
@@ -60,40 +67,39 @@ def windows_of_tokens(
     lengths = {len(row) for row in given.rows}
     longest = max_positions or max(lengths)
     if len(lengths) == 1 and 2 <= max(lengths) <= longest:
-        windows_NT, used = torch.tensor(given.rows[: settings.samples]), list(given.rows[: settings.samples])
-        return _data(given, windows_NT, used, tokenizer, warnings=_too_few(len(windows_NT), settings, given))
+        used = list(given.rows[: settings.samples + held_out])
+        return _data(given, torch.tensor(used), used, tokenizer, settings)
     length = min(settings.tokens, longest)
     packed, used = Packed(), []
     for row in given.rows:
         before = len(packed.used)
         packed.add(list(row), bos, separator_of(tokenizer, bos), min_tokens=settings.min_tokens, text="")
         used += [row] * (len(packed.used) - before)
-    windows_NT = windows(packed, settings, length, bos, name=given.name)
+    all_NT = windows(packed, settings, length, bos, name=given.name, held_out=held_out)
     why = "differ in length" if len(lengths) > 1 else "are longer than the model has positions"
-    told = [f"the rows of token ids {why}: they were joined and cut into windows of {length} tokens"]
-    told += _too_few(len(windows_NT), settings, given)
-    return _data(given, windows_NT, used, tokenizer, warnings=told, dropped_short=len(packed.short))
+    told = f"the rows of token ids {why}: they were joined and cut into windows of {length} tokens"
+    data = _data(given, all_NT, used, tokenizer, settings)
+    return replace(data, warnings=(told, *data.warnings), dropped_short=len(packed.short))
 
 
 def _data(
     given: TokenRows,
-    windows_NT: Tensor,
+    all_NT: Tensor,
     used: list[tuple[int, ...]],
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    warnings: list[str],
-    dropped_short: int = 0,
+    settings: Calibration,
 ) -> CalibrationData:
+    windows_NT, held_out_NT = all_NT[: settings.samples], all_NT[settings.samples :]
     begins = tokenizer.bos_token_id is not None and bool((windows_NT[:, 0] == tokenizer.bos_token_id).all())
     return CalibrationData(
         windows_NT,
         given.name,
         given.fingerprint,
         documents=len(used),
-        dropped_short=dropped_short,
+        held_out_NT=held_out_NT if len(held_out_NT) else None,
         bos=begins,
         paragraphs=paragraph_hashes(tokenizer.decode(list(row), skip_special_tokens=True) for row in used),
-        warnings=tuple(warnings),
+        warnings=tuple(_too_few(len(windows_NT), settings, given)),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -12,7 +11,6 @@ from transformers import PreTrainedModel
 
 from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.stream import BlockStream, BlockWork
-from llmcompress.errors import CompressError
 from llmcompress.model.map import ModelMap
 from llmcompress.model.site import LinearSite
 from llmcompress.model.skeleton import find_blocks
@@ -78,25 +76,6 @@ class WholeModel:
     def loss(self, ids_BT: Tensor) -> Tensor:
         """Mean negative log-likelihood of the next token in nats; the model must be resident."""
         return next_token_loss(self.model(input_ids=ids_BT, use_cache=False).logits, ids_BT)
-
-    @torch.no_grad()
-    def perplexity(self) -> float:
-        """Over all calibration windows; the model must be resident.
-
-        Raises: CompressError when it is not a number: the model overflows.
-        """
-        tokens, total = 0, 0.0
-        for ids_BT in self.batches():
-            count = ids_BT[:, 1:].numel()
-            total += float(self.loss(ids_BT)) * count
-            tokens += count
-        if not math.isfinite(total):
-            raise CompressError(
-                "numerics.not-finite",
-                "the model computes NaN or Inf on the calibration data",
-                fix="check the checkpoint with a plain forward pass; try another calibration text",
-            )
-        return math.exp(min(total / max(tokens, 1), 80.0))
 
     def replace_model(self, model: PreTrainedModel) -> None:
         """The model was replaced by another object; it is mapped again after the pass."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,6 @@ def _saved(paths: tuple[str, ...], words: Words) -> Comparison:
     from llmcompress.report.comparing import as_comparison
     from llmcompress.report.folder import read_reported
 
-    if any((words.suite, words.sources, words.window, words.bos, words.max_windows, words.whole_text, words.limits)):
+    if any(astuple(words)):
         raise click.UsageError("Saved reports are compared as they are: leave out what says what to measure.")
     return as_comparison([read_reported(Path(each)) for each in paths])

@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     "kl_base",
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Only write MODEL's log-probabilities on one text to FILE, as llama-perplexity --kl-divergence-base does. Such "
-    "a file is a SOURCE of --perplexity, with its dense model in it.",
+    help="Only write MODEL's log-probabilities on one text to FILE, as llama-perplexity --kl-divergence-base does. "
+    "Such a file is a SOURCE of --perplexity, with its dense model in it.",
 )
 @track_option
 @device_option
@@ -90,10 +90,10 @@ def evaluate(
             from llmcompress.model_evaluation import evaluations
         found: Evaluation | None = None
         try:
-            for found in evaluations(
+            for so_far in evaluations(
                 model, settings, baseline=baseline, runner=runner, device=device, progress=progress
             ):
-                pass
+                found = so_far
         except BaseException as failure:
             _tell_unfinished(found, failure, output)
             raise

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from llmcompress.cli.tables import plain_table
 from llmcompress.report.comparing import comparison_table, names_of, worse_table
-from llmcompress.report.lines import lines
+from llmcompress.report.kinds import lines
 from llmcompress.report.sections import lines_table
 from llmcompress.report.verdict import verdict
 

@@ -23,8 +23,8 @@ _OPTIONS = (
         "sources",
         metavar="SOURCE",
         multiple=True,
-        help="builtin:evaluation, a text file, or a dataset with its split (wikitext2:test). Repeatable. In the place of "
-        "the suite's texts. [default without a suite: builtin:evaluation]",
+        help="builtin:evaluation, a text file, or a dataset with its split (wikitext2:test). Repeatable. In the place "
+        "of the suite's texts. [default without a suite: builtin:evaluation]",
     ),
     click.option(
         "--protocol",
@@ -41,11 +41,20 @@ _OPTIONS = (
     ),
     click.option("--whole-text", is_flag=True, help="Evaluate all windows."),
     click.option(
+        "--tasks",
+        "tasks",
+        metavar="NAMES",
+        help="Tasks of lm-eval, bundled ones or task files, separated by commas. In the place of the suite's tasks.",
+    ),
+    click.option("--task-data", metavar="DIR", help="The folder with the data of bundled tasks and task files."),
+    click.option("--limit", type=click.IntRange(min=1), help="Only the first documents of every task and prompts."),
+    click.option(
         "--gate",
         "limits",
         metavar="KEY=VALUE",
         multiple=True,
-        help="A limit of the quality gate (kl_mean=0.05), or a YAML file with several. Repeatable. Exit code 6 if broken.",
+        help="A limit of the quality gate (kl_mean=0.05), or a YAML file with several. Repeatable. Exit code 6 if a "
+        "limit is not kept.",
     ),
 )
 
@@ -61,6 +70,9 @@ class Words:
     bos: str | None
     max_windows: int | None
     whole_text: bool
+    tasks: str | None
+    task_data: str | None
+    limit: int | None
     limits: tuple[str, ...]
 
 
@@ -76,22 +88,42 @@ def settings_of(words: Words) -> tuple[MetricSettings, ...]:
 
     Raises: CompressError or click's UsageError for words that make no sense, alone or together.
     """
+    from llmcompress.evaluation.settings.generations import GenerationSettings
     from llmcompress.evaluation.settings.perplexity import PerplexityTask
+    from llmcompress.evaluation.settings.robustness import RobustnessSettings
+    from llmcompress.evaluation.settings.tasks import TaskSettings
 
     chosen = list(_suite(words))
     if words.sources:
-        chosen = [each for each in chosen if not isinstance(each, PerplexityTask)]
-        chosen[:0] = [_text(each) for each in words.sources]
-    changes = _of_texts(words)
-    if changes and not any(isinstance(each, PerplexityTask) for each in chosen):
-        raise click.UsageError(
-            f"Nothing is measured that {_flags(changes)} would change: name a text with --perplexity."
-        )
-    chosen = [_changed(each, changes) if isinstance(each, PerplexityTask) else each for each in chosen]
+        chosen = [*map(_text, words.sources), *_without(chosen, PerplexityTask)]
+    if words.tasks is not None:
+        named = [name.strip() for name in words.tasks.split(",") if name.strip()]
+        chosen = [*_without(chosen, TaskSettings), *(TaskSettings(task=name) for name in named)]
+    chosen = _all_changed(chosen, (PerplexityTask,), _of_texts(words), "a text with --perplexity")
+    data = {} if words.task_data is None else {"data": words.task_data}
+    chosen = _all_changed(chosen, (TaskSettings, RobustnessSettings), data, "tasks with --tasks")
+    limit = {} if words.limit is None else {"limit": words.limit}
+    kinds = (TaskSettings, RobustnessSettings, GenerationSettings)
+    chosen = _all_changed(chosen, kinds, limit, "tasks with --tasks, or a suite")
     gate = _gate(words.limits)
-    if gate is not None:
-        chosen = [*(each for each in chosen if not isinstance(each, type(gate))), gate]
-    return tuple(chosen)
+    return tuple(chosen) if gate is None else (*_without(chosen, type(gate)), gate)
+
+
+def _without(settings: Sequence[MetricSettings], kind: type[MetricSettings]) -> list[MetricSettings]:
+    return [each for each in settings if not isinstance(each, kind)]
+
+
+def _all_changed(
+    settings: Sequence[MetricSettings], kinds: tuple[type[MetricSettings], ...], changes: dict[str, Any], missing: str
+) -> list[MetricSettings]:
+    """Those of these kinds with the changes.
+
+    Raises: click's UsageError if there are none.
+    """
+    if changes and not any(isinstance(each, kinds) for each in settings):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in changes).replace("--data", "--task-data")
+        raise click.UsageError(f"Nothing is measured that {flags} would change: name {missing}.")
+    return [_changed(each, changes) if changes and isinstance(each, kinds) else each for each in settings]
 
 
 def _suite(words: Words) -> Sequence[MetricSettings]:
@@ -104,7 +136,7 @@ def _suite(words: Words) -> Sequence[MetricSettings]:
         return load_suite(words.suite)
     if words.protocol is not None and not words.sources:
         return (PerplexityTask.model_validate(_checked_protocol(words.protocol)),)
-    return () if words.sources else BUNDLED_TEXT
+    return () if words.sources or words.tasks else BUNDLED_TEXT
 
 
 def _text(source: str) -> MetricSettings:
@@ -148,10 +180,6 @@ def _changed(settings: MetricSettings, changes: dict[str, Any]) -> MetricSetting
         first = problem.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else ", ".join(changes)
         raise click.BadParameter(str(first["msg"]), param_hint=f"--{name.replace('_', '-')}") from problem
-
-
-def _flags(changes: dict[str, Any]) -> str:
-    return ", ".join(f"--{name.replace('_', '-')}" for name in changes)
 
 
 def _gate(limits: Sequence[str]) -> MetricSettings | None:

@@ -18,7 +18,7 @@ def corpus_warnings(measured: Sequence[Measurement]) -> tuple[str, ...]:
 
 def _apart(first: Divergence, other: Divergence) -> bool:
     ours, theirs = first.loss_increase, other.loss_increase
-    if ours.high is None or theirs.low is None:
+    if first.text == other.text or ours.high is None or theirs.low is None:
         return False
     return ours.high < theirs.low and theirs.mean > MUCH_MORE * max(ours.mean, 0.0)
 

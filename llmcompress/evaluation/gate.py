@@ -11,6 +11,7 @@ from llmcompress.evaluation.settings.gate import Gate
 from llmcompress.records.evaluation import Measured
 from llmcompress.records.gate import GateLimit, GateResult, NotFinite
 from llmcompress.records.measurements import Divergence, Measurement
+from llmcompress.records.tasks import GenerationsResult, TaskComparison
 
 
 class Found(NamedTuple):
@@ -30,19 +31,29 @@ class Source(NamedTuple):
     find: Callable[[Measured], list[Found]]
 
 
+def _of_text(find: Callable[[Divergence], float]) -> Callable[[Measured], list[Found]]:
+    return lambda measured: [Found(find(each), each.text) for each in measured.of_kind(Divergence)]
+
+
 def _flips(measured: Measured) -> list[Found]:
-    return [
-        Found(each.right_to_wrong.mean + each.wrong_to_right.mean, each.text) for each in measured.of_kind(Divergence)
-    ]
+    """Of answers; without tasks, of predicted tokens."""
+    answers = [Found(each.flips, each.task) for each in measured.of_kind(TaskComparison)]
+    return answers or _of_text(lambda each: each.right_to_wrong.mean + each.wrong_to_right.mean)(measured)
+
+
+def _repetition(measured: Measured) -> list[Found]:
+    """Of the compressed model, or the only one."""
+    found = measured.of_kind(GenerationsResult)
+    return [Found(each.repetition.mean, each.source) for each in found if each.of != "dense"]
 
 
 SOURCES: Mapping[str, Source] = {
-    "perplexity_ratio": Source(
-        ("perplexity",), True, lambda it: [Found(d.perplexity_ratio.mean, d.text) for d in it.of_kind(Divergence)]
-    ),
-    "kl_mean": Source(("perplexity",), True, lambda it: [Found(d.kl.mean, d.text) for d in it.of_kind(Divergence)]),
-    "flips": Source(("perplexity",), True, _flips),
+    "perplexity_ratio": Source(("perplexity",), True, _of_text(lambda each: each.perplexity_ratio.mean)),
+    "kl_mean": Source(("perplexity",), True, _of_text(lambda each: each.kl.mean)),
+    "flips": Source(("tasks", "perplexity"), True, _flips),
+    "repetition": Source(("generations",), False, _repetition),
 }
+"""Limit → where its number comes from."""
 
 
 def gate_of(settings: Iterable[MetricSettings]) -> Gate | None:

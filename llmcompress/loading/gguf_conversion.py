@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from llmcompress.errors import CompressError, is_out_of_memory
 from llmcompress.loading.quiet import loader_message, quiet_transformers
@@ -25,8 +32,9 @@ from llmcompress.storage.cache import cache_folder
 _KEPT = 3
 """Converted files; those that were not used for longest go first."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-LOADED_QUANTIZED = ("hf_quantizer", "is_quantized", "quantization_method")
-"""Attributes by which transformers marks a model that a quantizer loaded."""
+_MODEL_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
+_CONFIG_MARKS = ("quantization_config", "_pre_quantization_dtype")
+"""Attributes by which transformers marks a model that a quantizer loaded, and its config."""
 _UNREAD = ("rope_freqs.weight", ".rope.scaling.type")
 """Of the file's tensors and keys, what transformers drops in silence: with them, positions are others."""
 
@@ -81,12 +89,26 @@ def _convert(file: Path, folder: Path) -> None:
     if found["missing_keys"]:
         names = sorted(map(str, found["missing_keys"]))
         raise _unreadable(file, f"{len(names)} tensors are missing, such as {names[0]}")
-    for mark in LOADED_QUANTIZED:  # it is an ordinary model now
-        model.__dict__.pop(mark, None)
-    model.config.__dict__.pop("quantization_config", None)
+    _obey_bos(tokenizer, keys)
+    as_ordinary(model)
     with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def as_ordinary(model: PreTrainedModel) -> None:
+    """Take off the marks of a quantizer that only read the files: its result is an ordinary model."""
+    for mark in _MODEL_MARKS:
+        model.__dict__.pop(mark, None)
+    for mark in _CONFIG_MARKS:
+        model.config.__dict__.pop(mark, None)
+
+
+def _obey_bos(tokenizer: PreTrainedTokenizerBase, keys: dict[str, Any]) -> None:
+    """Whether texts begin with BOS is said by the file; transformers 4 goes by the tokenizer's class."""
+    stated = keys.get("tokenizer.ggml.add_bos_token")
+    if stated is not None and hasattr(tokenizer, "add_bos_token"):
+        tokenizer.add_bos_token = tokenizer.init_kwargs["add_bos_token"] = bool(stated)
 
 
 def _dequantized() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from llmcompress.model.map import SiteInfo
 from llmcompress.modules.base import CompressedModule
+from llmcompress.numerics.masks import lie_on_a_grid
 from llmcompress.numerics.statistics import Statistic
 
 S = TypeVar("S", bound=Statistic)
@@ -17,10 +18,13 @@ S = TypeVar("S", bound=Statistic)
 class LinearSite:
     """A live linear of one block: read and write its weight as float32 O×I, or replace it."""
 
-    def __init__(self, name: str, info: SiteInfo, block: nn.Module, storage_dtype: torch.dtype) -> None:
+    def __init__(
+        self, name: str, info: SiteInfo, block: nn.Module, storage_dtype: torch.dtype, *, zeros_are_masks: bool = True
+    ) -> None:
         self.name = name
         self.info = info
         self.storage_dtype = storage_dtype
+        self._zeros_are_masks = zeros_are_masks
         self._block = block
         self._statistics: dict[type[Statistic], Statistic] = {}
 
@@ -43,6 +47,16 @@ class LinearSite:
         weight = module.weight
         assert isinstance(weight, Tensor)
         return (weight.T if self.info.transposed else weight).detach().float().clone()
+
+    @property
+    def pruned_OI(self) -> Tensor:
+        """True where a weight is zero because it was pruned, and so stays zero.
+
+        Zeros of a checkpoint that was dequantized are none, unless a pass of this recipe leaves zeros.
+        """
+        weight_OI = self.weight_OI
+        zero_OI = weight_OI == 0
+        return zero_OI if self._zeros_are_masks or not lie_on_a_grid(weight_OI) else torch.zeros_like(zero_OI)
 
     @property
     def bias_O(self) -> Tensor | None:

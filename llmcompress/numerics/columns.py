@@ -30,6 +30,8 @@ class InverseFactor:
 
     upper_II: Tensor
     damping: float
+    ridge: float
+    """What was added to the diagonal."""
 
 
 def inverse_factor(gram_II: Tensor, damping: float, order_I: Tensor | None = None) -> InverseFactor | None:
@@ -60,7 +62,7 @@ def inverse_factor(gram_II: Tensor, damping: float, order_I: Tensor | None = Non
             del lower_II
             invert_upper_(upper_II)
             if bool(torch.isfinite(upper_II.diagonal()).all()) and bool(torch.isfinite(upper_II.sum())):
-                return InverseFactor(upper_II, damping)
+                return InverseFactor(upper_II, damping, damping * mean)
         damping *= 10
     return None
 
@@ -103,9 +105,13 @@ def sweep_columns(weight_OI: Tensor, upper_II: Tensor, treat: ColumnTreatment, *
     return weight_IO.T.contiguous()
 
 
-def sweep_columns_(weight_IO: Tensor, upper_II: Tensor, treat: ColumnTreatment, *, block: int = 128) -> None:
-    """The same in place, on the transposed weight."""
+def sweep_columns_(weight_IO: Tensor, upper_II: Tensor, treat: ColumnTreatment, *, block: int = 128) -> Tensor:
+    """The same in place, on the transposed weight.
+
+    Returns for every output Σ ΔW (G + ridge) ΔWᵀ: the squares of all columns' errors add up to it.
+    """
     inputs = len(weight_IO)
+    loss_O = torch.zeros_like(weight_IO[0])
     for start in range(0, inputs, block):
         stop = min(start + block, inputs)
         block_BO = weight_IO[start:stop]
@@ -122,6 +128,8 @@ def sweep_columns_(weight_IO: Tensor, upper_II: Tensor, treat: ColumnTreatment, 
             weight_O.copy_(new_O)
             block_BO[j + 1 :].addr_(upper_B[j + 1 :], error_O, alpha=-1)
         weight_IO[stop:].addmm_(upper_II[start:stop, stop:].T, errors_BO, alpha=-1)
+        loss_O += errors_BO.square_().sum(0)
+    return loss_O
 
 
 class RoundToGrid:

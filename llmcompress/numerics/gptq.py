@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.numerics.columns import (
+    ColumnTreatment,
     DropWeights,
     InverseFactor,
     RoundToGrid,
@@ -30,14 +31,26 @@ class Visit:
     visit_I: Tensor
     factor: InverseFactor | None
     """None where the Gram matrix has no inverse."""
+    block: int = 128
+    """Columns of a lazy update."""
 
     @classmethod
-    def of(cls, gram_II: Tensor, *, damping: float, act_order: bool) -> Visit:
+    def of(cls, gram_II: Tensor, *, damping: float, act_order: bool, block: int = 128) -> Visit:
         """By falling input energy with `act_order`."""
         diagonal_I = gram_II.diagonal()
         order_I = diagonal_I.argsort(descending=True, stable=True) if act_order else None
         visit_I = torch.arange(len(diagonal_I), device=diagonal_I.device) if order_I is None else order_I
-        return cls(order_I, visit_I, inverse_factor(gram_II, damping, order_I))
+        return cls(order_I, visit_I, inverse_factor(gram_II, damping, order_I), block)
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep leaves of a matrix."""
+
+    codes_OI: Tensor
+    fitted: Fitted
+    loss_O: Tensor
+    """For every output Σ ΔW (G + ridge) ΔWᵀ."""
 
 
 def swept_codes(
@@ -48,9 +61,11 @@ def swept_codes(
     *,
     scale_dtype: torch.dtype,
     search: RangeSearch = "mse",
-    block: int = 128,
-) -> tuple[Tensor, Fitted]:
+    pruned_OI: Tensor | None = None,
+) -> Swept:
     """Codes and their grid, every error pushed onto the columns still to come; `visit` has a factor.
+
+    What is `pruned_OI` stays zero, whatever the errors of other columns would make of it.
 
     Source: Frantar et al., arXiv 2210.17323, Algorithm 1.
     """
@@ -58,9 +73,9 @@ def swept_codes(
     assert factor is not None
     rounding = RoundToGrid(weight_OI, grid, scale_dtype=scale_dtype, search=search, gram_II=gram_II, order_I=order_I)
     visited_IO = weight_OI.T[visit_I]
-    # zeros are an earlier pass's mask: they stay zero, whatever the errors of other columns would make of them
-    zero_IO = visited_IO == 0
-    treat = DropWeights(zero_IO, rounding) if bool(zero_IO.any()) else rounding
-    lazy = block if order_I is not None else block_length(grid.group, block)
-    sweep_columns_(visited_IO, factor.upper_II, treat, block=lazy)
-    return rounding.codes_IO.T.contiguous(), rounding.fitted
+    treat: ColumnTreatment = rounding
+    if pruned_OI is not None and bool(pruned_OI.any()):
+        treat = DropWeights(pruned_OI.T[visit_I], rounding)
+    lazy = visit.block if order_I is not None else block_length(grid.group, visit.block)
+    loss_O = sweep_columns_(visited_IO, factor.upper_II, treat, block=lazy)
+    return Swept(rounding.codes_IO.T.contiguous(), rounding.fitted, loss_O)

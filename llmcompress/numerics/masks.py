@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -64,6 +65,27 @@ def count_of_zeros(share: float, weights: int) -> int:
     return math.floor(share * weights + 0.5)
 
 
+def lie_on_a_grid(weight_OI: Tensor) -> bool:
+    """Whether zero is no more than one of the levels that these weights were once rounded to.
+
+    Then zero is about as frequent as the levels on either side of it, each for itself. Zeros of pruning are far more
+    frequent than any level, and the smallest weight beside them is hardly ever there twice. Looked at are runs of 32
+    inputs, which no usual group of a quantized checkpoint splits, and no more than 256 rows.
+    """
+    outputs, inputs = weight_OI.shape
+    runs_RN = weight_OI[:: -(-outputs // _LOOKED_AT), : inputs // _RUN * _RUN].reshape(-1, _RUN)
+    zeros_R = (runs_RN == 0).sum(1)
+    runs_RN = runs_RN[(zeros_R > 0) & (zeros_R < _RUN)].abs()
+    levels_RN = runs_RN.masked_fill(runs_RN == 0, torch.inf)
+    beside = int((levels_RN == levels_RN.amin(1, keepdim=True)).sum()) if len(runs_RN) else 0
+    return beside > _BESIDE * int(zeros_R.sum())
+
+
+_RUN, _LOOKED_AT = 32, 256
+_BESIDE = 1.25
+"""Weights on the two levels beside zero ÷ zeros: near 2 on a grid, near 1 for single zeros among other weights."""
+
+
 def zeros_first(score: Tensor, weight: Tensor) -> Tensor:
     """The scores, which are not negative, with -1 where the weight is zero already: those count as dropped first."""
     return score.masked_fill(weight == 0, -1.0)
@@ -91,8 +113,16 @@ def _kth_lowest(score: Tensor, count: int) -> Tensor:
         inside = score[(score >= low) & (score <= high)]
         before = int((score < low).sum())
         if before < count <= before + len(inside):
-            return inside.kthvalue(count - before).values
-    return score.kthvalue(count).values
+            return _selected(inside, count - before)
+    return _selected(score, count)
+
+
+def _selected(score: Tensor, count: int) -> Tensor:
+    """The count-th lowest along the last axis, which stays. On a CPU by NumPy, in a third of the time."""
+    if score.device.type != "cpu":
+        return score.kthvalue(count, dim=-1, keepdim=True).values
+    found = numpy.partition(score.detach().numpy(), count - 1, axis=-1)[..., count - 1 : count]
+    return torch.from_numpy(found.copy())
 
 
 def lowest_per_row(score_OI: Tensor, share: float) -> Tensor:
@@ -104,6 +134,8 @@ def lowest_per_row(score_OI: Tensor, share: float) -> Tensor:
     mask_OI = torch.zeros_like(score_OI, dtype=torch.bool)
     ends = [count_of_zeros(share, inputs * row) for row in range(outputs + 1)]
     counts = [end - start for start, end in pairwise(ends)]
+    if len(set(counts)) == 1 and counts[0]:
+        return _lowest_of_each_row(score_OI, counts[0])
     for count in set(counts) - {0}:
         rows = [row for row, each in enumerate(counts) if each == count]
         mask_OI[rows] = _lowest_of_each_row(score_OI[rows], count)
@@ -111,7 +143,7 @@ def lowest_per_row(score_OI: Tensor, share: float) -> Tensor:
 
 
 def _lowest_of_each_row(score_OI: Tensor, count: int) -> Tensor:
-    threshold_O1 = score_OI.kthvalue(count, dim=1, keepdim=True).values
+    threshold_O1 = _selected(score_OI, count)
     mask_OI = score_OI <= threshold_O1
     if int(mask_OI.sum()) > count * len(score_OI):
         equal_OI = score_OI == threshold_O1

@@ -7,13 +7,13 @@ channel where key-value heads are shared, and then share one factor. O = outputs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from llmcompress.numerics.grid import output_error
+from llmcompress.numerics.grid import row_errors
 
 SMALLEST = 1e-5
 """Channels quieter than this are treated as this quiet, so that no factor is zero or infinite."""
@@ -66,11 +66,16 @@ def search_factors(
     read_P = _is_read(channel_map_C, producers)
     assert points, "a search needs at least one point"
 
-    def error_with(factors_P: Tensor, looked_at: Sequence[tuple[Tensor, Callable[[Tensor], Tensor]]]) -> float:
-        factors_C = factors_P[channel_map_C]
-        return sum(
-            float(output_error(rounded(w_OC * factors_C) / factors_C - w_OC, gram_CC)) for w_OC, rounded in looked_at
-        )
+    def errors_with(
+        tried: Sequence[Tensor], looked_at: Sequence[tuple[Tensor, Callable[[Tensor], Tensor]]]
+    ) -> list[float]:
+        total_F = torch.zeros(len(tried), dtype=torch.float64)
+        for w_OC, rounded in looked_at:
+            # all factors in one product: a few rows alone would not make a fast one
+            differences = [rounded(w_OC * factors_C) / factors_C - w_OC for factors_C in tried]
+            errors_FO = row_errors(torch.cat(differences), gram_CC).view(len(tried), -1)
+            total_F += errors_FO.sum(1, dtype=torch.float64).cpu()
+        return [float(total) for total in total_F]
 
     def factors_of(exponent: float) -> Tensor:
         factors_P = salience_P.pow(exponent)
@@ -80,17 +85,20 @@ def search_factors(
     some = [(weight_OC[:: -(-len(weight_OC) // ROWS)], rounded) for weight_OC, rounded in consumers]
     errors: dict[int, float] = {}
 
-    def least(tried: Iterable[int]) -> int:
-        errors.update({point: error_with(factors_of(point / points), some) for point in tried})
+    def least(tried: Sequence[int]) -> int:
+        if not tried:
+            return min(errors, key=errors.__getitem__)
+        found = errors_with([factors_of(point / points)[channel_map_C] for point in tried], some)
+        errors.update(zip(tried, found, strict=True))
         return min(errors, key=errors.__getitem__)
 
     # the error changes slowly with the exponent: every other one first, then the two beside the best
     around = least(range(0, points, 2))
-    best = least(point for point in (around - 1, around + 1) if 0 < point < points) / points
+    best = least([point for point in (around - 1, around + 1) if 0 < point < points]) / points
     none_P = factors_of(0.0)
     if unscaled is None:
-        unscaled = error_with(none_P, consumers)
-    error = error_with(factors_of(best), consumers) if best > 0 else unscaled
+        (unscaled,) = errors_with([none_P[channel_map_C]], consumers)
+    error = errors_with([factors_of(best)[channel_map_C]], consumers)[0] if best > 0 else unscaled
     if error < unscaled:
         return ScaleSearch(factors_of(best), best, error, unscaled)
     return ScaleSearch(none_P, 0.0, unscaled, unscaled)

@@ -94,7 +94,10 @@ def apply_passes(
         if not each.pools():
             context.processes.require_one(f"`{PASSES.name_of(type(each))}`")
     for stage in todo:
-        whole.context = replace(context, stage=stage.index)
+        # what a checkpoint brings along is another thing than what this recipe did
+        known = [trait for each in cut[: stage.index + 1] for one in each.passes for trait in one.traits()]
+        pruned = not {"zeros", "pattern"}.isdisjoint(known)
+        whole.context = replace(context, stage=stage.index, zeros_are_masks=pruned)
         for each in stage.passes:
             each.check(whole.map)
         if stage.model_pass:

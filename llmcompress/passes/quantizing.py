@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from llmcompress.calibration.stream import BlockWork
 from llmcompress.model.map import ModelMap
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.quant_linear import QuantLinear
@@ -72,6 +73,22 @@ class QuantizingPass(BlockPass):
         return (AbsMax,) if any(named_scheme(name).measures_inputs for name in self.schemes()) else ()
 
 
+_MANY_ZEROS = 1e-3
+
+
+def note_zeros(block: BlockWork, sites: Sequence[LinearSite]) -> None:
+    """Tell, at the first block, what becomes of exact zeros that the checkpoint brought along."""
+    if block.info.index or block.context.zeros_are_masks:
+        return
+    weights = sum(site.weight_OI.numel() for site in sites)
+    zeros = sum(int((site.weight_OI == 0).sum()) for site in sites)
+    pruned = sum(int(site.pruned_OI.sum()) for site in sites)
+    if zeros > _MANY_ZEROS * weights:
+        what = "pruned, so they stay zero" if pruned else "a level of the grid of a quantized checkpoint, not a mask"
+        share = f"{zeros / weights:.1%} of the weights of {block.info.name}"
+        block.context.progress.note(f"{share} are exactly zero: {what}")
+
+
 def put_codes(site: LinearSite, scheme: Scheme, codes_OI: Tensor, fitted: Fitted) -> None:
     """Replace the site by its quantized self; static activations get the scale their largest input asks for."""
     input_scale = None
@@ -114,16 +131,18 @@ def report_row(
 
 def relative_error(weight_OI: Tensor, codes_OI: Tensor, fitted: Fitted, gram: Gram) -> float:
     """Squared output error of the codes ÷ squared output, on what `gram` saw; 0 when that was nothing."""
-    return relative_errors(weight_OI, [(codes_OI, fitted)], gram)[0]
+    signal = output_energy(weight_OI, gram)
+    return output_noise(weight_OI, codes_OI, fitted, gram) / signal if signal > 0 else 0.0
 
 
-def relative_errors(weight_OI: Tensor, tried: Sequence[tuple[Tensor, Fitted]], gram: Gram) -> list[float]:
-    """The same for several codes of one weight, whose own output is squared once."""
-    signal, noise = 0.0, [0.0] * len(tried)
-    for rows in row_pieces(weight_OI):
-        part_OI = weight_OI[rows]
-        signal += float(output_error(part_OI, gram.sum_II))
-        for index, (codes_OI, fitted) in enumerate(tried):
-            difference_OI = restore(codes_OI[rows], fitted.rows(rows)).sub_(part_OI)
-            noise[index] += float(output_error(difference_OI, gram.sum_II))
-    return [each / signal if signal > 0 else 0.0 for each in noise]
+def output_energy(weight_OI: Tensor, gram: Gram) -> float:
+    """Squared output on what `gram` saw."""
+    return sum(float(output_error(weight_OI[rows], gram.sum_II)) for rows in row_pieces(weight_OI))
+
+
+def output_noise(weight_OI: Tensor, codes_OI: Tensor, fitted: Fitted, gram: Gram) -> float:
+    """Squared output error of the codes on what `gram` saw."""
+    return sum(
+        float(output_error(restore(codes_OI[rows], fitted.rows(rows)).sub_(weight_OI[rows]), gram.sum_II))
+        for rows in row_pieces(weight_OI)
+    )

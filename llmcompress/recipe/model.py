@@ -64,7 +64,7 @@ class Recipe(BaseModel):
     evaluate: Annotated[tuple[MetricSettings, ...], Grouped(METRIC_SETTINGS), LeavesWeights()] = BUNDLED_TEXT
     """What is evaluated before and after; an empty mapping: nothing."""
     save: Save = Save()
-    export: Annotated[tuple[Exporter, ...], Listed(EXPORTERS)] = ()
+    export: Annotated[tuple[Exporter, ...], Listed(EXPORTERS), LeavesWeights()] = ()  # limits change the passes instead
     """Targets for which the result is exported too, each into a folder beside the output (`OUTPUT-gguf`). Quantizers
     respect their limits, and what one of them cannot represent is refused before any work."""
 

@@ -9,9 +9,10 @@ from llmcompress.records.evaluation import Comparison, Evaluation
 from llmcompress.records.inside import TokenDivergences
 from llmcompress.report import plots
 from llmcompress.report.document import Block, Code, Document, Paragraph, Plot, Section, Table
-from llmcompress.report.lines import Line, lines
+from llmcompress.report.kinds import lines
+from llmcompress.report.lines import Line
 from llmcompress.report.plots import Point, pareto
-from llmcompress.report.sections import moved
+from llmcompress.report.sections import texts
 from llmcompress.report.verdict import got_worse, verdict
 
 SIZE, QUALITY, SPEED = "weight files", "perplexity", "decode, tokens/s"
@@ -142,9 +143,8 @@ def _texts(found: Comparison) -> list[Block]:
     blocks: list[Block] = []
     number = 0
     for name, each in zip(names_of(found.evaluations), found.evaluations, strict=True):
-        for its in each.of_kind(TokenDivergences):
-            blocks += moved(its, number, of=name)
-            number += 1
+        blocks += texts(each, of=name, first=number)
+        number += len(each.of_kind(TokenDivergences))
     return blocks
 
 

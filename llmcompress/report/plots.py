@@ -38,8 +38,8 @@ def heat_map(
             return 0.5
         if logarithmic:
             floor = max(low, high / 1e4)
-            return 0.08 + 0.92 * math.log(max(value, floor) / floor) / math.log(high / floor)
-        return 0.08 + 0.92 * (value - low) / (high - low)
+            return min(1.0, 0.08 + 0.92 * math.log(max(value, floor) / floor) / math.log(high / floor))
+        return min(1.0, 0.08 + 0.92 * (value - low) / (high - low))
 
     figure, axes = new_figure(4.4, 1.1 + 0.16 * len(blocks))
     ink = to_rgb(SERIES[0])

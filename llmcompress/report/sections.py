@@ -8,17 +8,30 @@ from llmcompress.records.evaluation import Compression, Evaluation
 from llmcompress.records.gate import GateResult
 from llmcompress.records.inside import Distribution, TokenDivergences
 from llmcompress.records.rows import SiteReport
+from llmcompress.records.tasks import GenerationComparison
 from llmcompress.report import plots
 from llmcompress.report.document import Block, Cards, Code, Document, Paragraph, Passage, Plot, Section, Table
 from llmcompress.report.forms import share, significant
-from llmcompress.report.lines import Line, lines
+from llmcompress.report.kinds import lines
+from llmcompress.report.lines import Line
 from llmcompress.report.verdict import got_worse, verdict
 
-CARDS = ("weight files", "perplexity", "KL from dense, nats per token", "same top token")
+CARDS = (
+    "weight files",
+    "perplexity",
+    "KL from dense, nats per token",
+    "same top token",
+    "mean score",
+    "acc",
+    "decode, tokens/s",
+    "prefill, tokens/s",
+    "peak memory",
+    "energy per new token",
+)
 """Lines that get a card, in this order; of several texts the first."""
 
-MOST_ROWS = 400
-"""Of a table."""
+MOST_PAIRS = 20
+"""Prompts whose texts are shown."""
 
 WORST_SITES = 8
 
@@ -30,10 +43,7 @@ def document_of(found: Evaluation) -> Document:
         Section("Verdict", [*_verdict(found), Cards(_cards(lines(found)))]),
         Section("All numbers", [*_worse(found), *_numbers(found), *_gates(found)]),
         Section("Layers", [*_layers(found.compression), *_distributions(found)]),
-        Section(
-            "Text",
-            [block for number, each in enumerate(found.of_kind(TokenDivergences)) for block in moved(each, number)],
-        ),
+        Section("Text", texts(found)),
         Section("The same again", _again(found)),
     ]
     subtitle = f"{against}, run by {found.runner}"
@@ -214,6 +224,19 @@ def moved(found: TokenDivergences, number: int, *, of: str = "the compressed mod
         )
         parts = [("actual", each.actual), ("dense", each.dense), ("compressed", each.compressed)]
         blocks.append(Passage("", each.before, parts, note))
+    return blocks
+
+
+def texts(found: Evaluation, *, of: str = "the compressed model", first: int = 0) -> list[Block]:
+    """What models predicted and wrote; `first`: the number of drawings that a page has already."""
+    blocks: list[Block] = []
+    for number, each in enumerate(found.of_kind(TokenDivergences), start=first):
+        blocks += moved(each, number, of=of)
+    for pairs in found.of_kind(GenerationComparison):
+        blocks.append(Paragraph(f"Written for {pairs.source} by the dense model and by {of}, side by side:"))
+        for pair in pairs.pairs[:MOST_PAIRS]:
+            parts = [("dense", pair.dense), ("compressed", pair.compressed)]
+            blocks.append(Passage("", pair.prompt, parts, f"ROUGE-L {pair.rouge_l:.2f}"))
     return blocks
 
 

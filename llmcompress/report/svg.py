@@ -1,4 +1,4 @@
-"""A matplotlib figure as inline SVG for an HTML page: text stays text, colours are those of the page, ids are unique."""
+"""A matplotlib figure as inline SVG: text stays text, colours are those of the page, ids are unique."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import CompressError, ExitCode, did_you_mean
 from llmcompress.records.evaluation import Evaluation, Measured
-from llmcompress.report.lines import lines
+from llmcompress.report.kinds import lines
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker

@@ -5,8 +5,10 @@ from __future__ import annotations
 from llmcompress.records.evaluation import Measured
 from llmcompress.records.gate import GateResult, NotFinite
 from llmcompress.records.measurements import Divergence, WeightBytes
-from llmcompress.report.forms import share
-from llmcompress.report.lines import Line, changed, lines
+from llmcompress.records.tasks import TaskComparison, TaskResult
+from llmcompress.report.forms import share, signed
+from llmcompress.report.kinds import lines
+from llmcompress.report.lines import Line, changed
 
 SAME_SIZE = 0.02
 """Two files that differ by less are called equally large."""
@@ -59,7 +61,19 @@ def _broken(measured: Measured) -> str:
 
 
 def _answers(measured: Measured) -> str:
-    return ""
+    """Over the documents of all tasks; a group has those of its tasks."""
+    tasks = {each.task for each in measured.of_kind(TaskResult)}
+    found = [each for each in measured.of_kind(TaskComparison) if each.task in tasks]
+    documents = sum(each.right_to_wrong.count for each in found)
+    if not documents:
+        return ""
+    wrong, right = (
+        sum(part.mean * part.count for part in parts) / documents
+        for parts in ([each.right_to_wrong for each in found], [each.wrong_to_right for each in found])
+    )
+    if wrong + right == 0:
+        return f"no answer of {documents:,} changed between right and wrong"
+    return f"{share(wrong + right)} of answers flipped, {share(wrong).removesuffix(' %')} of them to wrong"
 
 
 def _text(measured: Measured) -> str:
@@ -72,8 +86,8 @@ def _text(measured: Measured) -> str:
     rise = ratio.value - 1
     same = f"{share(worst.same_top.mean)} of the most likely next tokens are the same"
     if ratio.low is not None and ratio.high is not None and ratio.low <= 1 <= ratio.high:
-        half = (ratio.high - ratio.low) / 2
-        return f"perplexity on {worst.text} no different ({rise:+.1%} ± {half:.1%}); {same}".replace("%", " %")
+        half = share((ratio.high - ratio.low) / 2)
+        return f"perplexity on {worst.text} no different ({signed(rise, 'share')} ± {half}); {same}"
     half_text = "" if ratio.low is None or ratio.high is None else f" ± {share((ratio.high - ratio.low) / 2)}"
     word = "higher" if rise > 0 else "lower"
     return f"perplexity on {worst.text} {share(abs(rise))}{half_text} {word}; {same}"

@@ -114,7 +114,8 @@ class TorchRunner(Runner):
 
     @override
     def torch_module(self) -> nn.Module:
-        return self._model
+        module: nn.Module = self._model
+        return module
 
     @override
     def close(self) -> None:

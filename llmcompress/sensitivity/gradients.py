@@ -23,7 +23,7 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.site import LinearSite
 from llmcompress.model.units import UnitGroup, masked
 from llmcompress.training import head
-from llmcompress.training.data.batch import Batch, Sample, padded
+from llmcompress.training.data.batch import Sample, padded
 from llmcompress.training.objectives.base import ObjectiveInputs
 from llmcompress.training.objectives.cross_entropy import CrossEntropy
 from llmcompress.training.step import checkpointed_blocks
@@ -99,18 +99,20 @@ def _sweep(whole: WholeModel, observers: Sequence[GradientObserver], *, one_by_o
                 for each in observers:
                     around.enter_context(each.during_batch(model))
                 around.enter_context(checkpointed_blocks(model, True))
-                batch = padded([Sample(ids_T) for ids_T in ids_BT]).to(whole.context.device)
-                (_loss(model, batch, found, rows) * len(ids_BT)).backward()  # type: ignore[no-untyped-call]
+                summed_loss(model, ids_BT.to(whole.context.device), found, rows).backward()  # type: ignore[no-untyped-call]
             for each in observers:
                 each.collect()
             done += len(ids_BT)
             whole.context.progress.substep("gradients", done=done, total=len(windows_NT))
 
 
-def _loss(model: PreTrainedModel, batch: Batch, found: head.Head | None, rows: int) -> Tensor:
-    """Logits for so many rows at a time where the head is known by itself, else for all."""
+def summed_loss(model: PreTrainedModel, ids_BT: Tensor, found: head.Head | None, rows: int) -> Tensor:
+    """Mean loss of a token, summed over windows; logits for so many rows at a time where the head is known by itself,
+    else for all."""
+    batch = padded([Sample(ids_T) for ids_T in ids_BT]).to(ids_BT.device)
     predicted = head.predictions(model, batch, found)
-    return CrossEntropy().loss(ObjectiveInputs(0, batch, predicted, None, rows if found else batch.ids_BT.numel()))
+    given = ObjectiveInputs(0, batch, predicted, None, rows if found else batch.ids_BT.numel())
+    return CrossEntropy().loss(given) * len(ids_BT)
 
 
 def _freed(parameter: Tensor) -> None:

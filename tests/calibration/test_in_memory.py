@@ -131,6 +131,20 @@ def test_rows_of_one_length_are_windows_as_they_are(form: str, tokenizer: PreTra
     assert found.source == windows([ids], tokenizer).source
 
 
+def test_windows_behind_those_that_are_measured_are_held_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = ready_made(tokenizer)
+    settings = SETTINGS.model_copy(update={"samples": 4})
+    joined = [ids[:5].flatten().tolist(), [7]]
+    for given, left in ([ids], 2), ([ids[:5]], 1), (list(ids[:4]), 0), (joined, 1):
+        chosen, data = as_calibration(given, settings, held_out=2)
+        found = calibration_windows(chosen, tokenizer, max_positions=64, seed=3, given=data, held_out=2)
+        assert torch.equal(found.windows_NT, ids[:4])
+        assert (0 if found.held_out_NT is None else len(found.held_out_NT)) == left
+        assert any("nothing is held out" in each for each in found.warnings) == (left == 0)
+        if found.held_out_NT is not None:
+            assert torch.equal(found.held_out_NT, ids[4 : 4 + left])
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_left_out(side: str, tokenizer: PreTrainedTokenizerBase) -> None:
     ids = ready_made(tokenizer)

@@ -4,8 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.numerics.columns import RoundToGrid, block_length, inverse_factor, invert_upper_, sweep_columns
-from llmcompress.numerics.grid import Grid, output_error, restore, round_to_codes
+from llmcompress.numerics.columns import (
+    RoundToGrid,
+    block_length,
+    inverse_factor,
+    invert_upper_,
+    sweep_columns,
+    sweep_columns_,
+)
+from llmcompress.numerics.grid import Grid, output_error, restore, round_to_codes, row_errors
 from llmcompress.numerics.ranges import fit
 from tests.reference.columns import remove_one_column_at_a_time
 
@@ -83,8 +90,11 @@ def test_sum_of_column_losses_is_the_damped_output_error(shape: tuple[int, int])
             return new_O
 
     rounding = Recording(weight, Grid(3), scale_dtype=torch.float64, search="minmax", gram_II=gram)
-    swept = sweep_columns(weight, factor.upper_II, rounding, block=8)
-    torch.testing.assert_close(sum(losses), output_error(swept - weight, damped(gram, 0.02)), rtol=1e-8, atol=1e-10)
+    swept_IO = weight.T.contiguous()
+    loss_O = sweep_columns_(swept_IO, factor.upper_II, rounding, block=8)
+    change = swept_IO.T - weight
+    torch.testing.assert_close(sum(losses), output_error(change, damped(gram, 0.02)), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(loss_O, row_errors(change, gram) + factor.ridge * change.square().sum(1))
 
 
 def test_sweep_beats_plain_rounding_on_correlated_inputs() -> None:

@@ -170,6 +170,23 @@ def test_searched_scales_are_never_worse(kind: tuple[NumberFormat, int | None, S
         assert errors[1] <= errors[0] * (1 + 1e-5)
 
 
+def test_a_search_of_nvfp4_is_nowhere_worse_than_the_better_of_four_and_six() -> None:
+    """Four over Six: a group's largest weight lies on 6, or on 4, whichever loses less."""
+    weight = normal(64, 128, seed=5)
+    searched = fit(weight, Grid.of(E2M1, 16, TWO_LEVEL), search="mse")
+    assert searched.shared is not None
+    groups = weight.view(64, 8, 16)
+    largest = groups.abs().amax(-1)
+
+    def error(scale: Tensor) -> Tensor:
+        return (E2M1.nearest(groups / scale[..., None]) * scale[..., None] - groups).square().sum(-1)
+
+    six, four = (error(E4M3.nearest(largest / top * searched.shared) / searched.shared) for top in (6, 4))
+    better = torch.minimum(six, four)
+    assert (four < six).float().mean() > 0.2 and better.sum() < 0.95 * six.sum()
+    assert (error(searched.scale_OG) <= better * (1 + 1e-5)).all()
+
+
 @pytest.mark.parametrize("bits", [5, 6, 7])
 def test_integers_of_any_width_lie_between_their_neighbours(bits: int) -> None:
     weight = normal(32, 64)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import CompressError
+from llmcompress.modules.scheme import named_scheme
 from llmcompress.numerics.columns import (
     DropLowest,
     DropWeights,
@@ -15,10 +16,11 @@ from llmcompress.numerics.columns import (
     inverse_factor,
     sweep_columns,
 )
-from llmcompress.numerics.grid import Grid, output_error, restore
+from llmcompress.numerics.grid import Grid, output_error, restore, round_to_codes
 from llmcompress.numerics.masks import (
     Pattern,
     count_of_zeros,
+    lie_on_a_grid,
     lowest,
     lowest_counts,
     lowest_per_group,
@@ -26,6 +28,7 @@ from llmcompress.numerics.masks import (
     named_pattern,
     zeros_first,
 )
+from llmcompress.numerics.ranges import fit
 from llmcompress.numerics.sparsity_allocation import counts_by_error, counts_by_outliers
 from llmcompress.numerics.statistics import Gram, Sketch, SquaredNorm
 from tests.numerics.test_columns import damped, problem
@@ -190,6 +193,43 @@ def test_joint_sweep_leaves_codes_whose_zeros_are_exact(grid: Grid, pattern: Pat
     torch.testing.assert_close(restored, swept, atol=1e-12, rtol=0)
     assert (restored[dropping.zero_IO.T] == 0).all()
     assert int(dropping.zero_IO.sum()) == 9 * 48 // 2
+
+
+@pytest.mark.parametrize("scheme", ["int4_g32", "int4_g64", "int3_channel", "int4_g32_asym", "ternary_g32"])
+def test_zeros_of_a_dequantized_matrix_lie_on_its_grid(scheme: str) -> None:
+    for seed in range(5):
+        dense = dequantized(gaussian(seed), scheme)
+        assert bool((dense == 0).any()) and lie_on_a_grid(dense)
+
+
+@pytest.mark.parametrize(
+    ("share", "scheme"), [(0.01, None), (0.1, None), (0.5, None), (0.5, "int4_g32"), (0.9, "int4_g64")]
+)
+@pytest.mark.parametrize("kind", ["magnitude", "wanda", "random", "2:4"])
+def test_zeros_of_pruning_do_not_even_where_the_others_were_rounded(
+    kind: str, share: float, scheme: str | None
+) -> None:
+    weight = gaussian(3).bfloat16().float()
+    energy = torch.rand(256, generator=torch.Generator().manual_seed(4)) * 3
+    scores = {"magnitude": weight.abs(), "wanda": weight.abs() * energy, "random": energy.expand_as(weight)}
+    by_row = kind != "2:4"
+    mask = lowest_per_row(scores[kind], share) if by_row else lowest_per_group(weight.abs(), Pattern(2, 4))
+    pruned = weight.masked_fill(mask, 0.0)
+    assert not lie_on_a_grid(pruned if scheme is None else dequantized(pruned, scheme))
+
+
+def test_a_matrix_without_zeros_or_of_zeros_alone_or_too_narrow_lies_on_none() -> None:
+    for weight in (gaussian(0), torch.zeros(48, 256), torch.zeros(3, 8), torch.eye(64)):
+        assert not lie_on_a_grid(weight)
+
+
+def gaussian(seed: int) -> Tensor:
+    return torch.randn(300, 256, generator=torch.Generator().manual_seed(seed))
+
+
+def dequantized(weight: Tensor, scheme: str) -> Tensor:
+    fitted = fit(weight, named_scheme(scheme).weights, scale_dtype=torch.float16)
+    return restore(round_to_codes(weight, fitted), fitted).bfloat16().float()
 
 
 def test_rounding_sweep_keeps_zeros_and_repairs_their_error() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from llmcompress.errors import CompressError
+from llmcompress.training.data import encoders
 from llmcompress.training.data.base import BatchRange, TrainingData
 from llmcompress.training.data.batch import IGNORED, Batch, Sample, padded
 from llmcompress.training.data.examples import Examples, samples, training_data
@@ -94,6 +97,34 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     with pytest.raises(CompressError) as caught:
         batches(data, 0, 1, size=1)
     assert caught.value.code == "data.bad-row" and "generation" in caught.value.what
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_template_that_runs_on_is_a_bad_row_and_a_text_that_ended_is_not_looked_at_again(
+    marked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tokenizer()
+    body = "{% generation %}{{ m.content }}{% endgeneration %}" if marked else "{{ m.content }}"
+    made.chat_template = (
+        "{% for m in messages %}" + body + "{% if m.content == 'on' %}"
+        "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}{% endif %}{% endfor %}"
+    )
+    talk = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": what}] for what in ("off", "on")]
+    ends, runs_on = (samples(Dataset.from_list([{"messages": each}]), examples(kind="chat"), made) for each in talk)
+    entered: list[bool] = []
+    within = encoders.within_limits
+
+    @contextmanager
+    def counted() -> Iterator[None]:
+        entered.append(True)
+        with within():
+            yield
+
+    monkeypatch.setattr(encoders, "within_limits", counted)
+    first, again = batches(ends, 0, 2, size=1)
+    assert same([first], [again]) and len(entered) == 1
+    with pytest.raises(CompressError, match="row 1: the conversation does not fit the chat template: it runs for more"):
+        batches(runs_on, 0, 1, size=1)
 
 
 def test_packed_windows_hold_all_documents_in_order() -> None:

@@ -23,6 +23,10 @@ PADDING = 0
 """Any token does: a causal model's logits do not see what follows."""
 
 
+LEAST_LENGTH = 0.8
+"""Of the longest sequence of a batch: a CPU gains less from a large batch than it loses by padding."""
+
+
 @dataclass(frozen=True)
 class Continuation:
     """Tokens whose log-likelihood is asked for, after the tokens that come before them."""
@@ -94,12 +98,16 @@ def readings(inputs: Sequence[tuple[int, ...]]) -> list[_Reading]:
 
 
 def _batches(sequences: Sequence[_Reading], vocabulary: int) -> Iterator[list[_Reading]]:
-    """Neighbours in length together, as many as may have their logits at once."""
+    """Neighbours in length together, as many as may have their logits at once, with little padding."""
     start = 0
     while start < len(sequences):
-        size = windows_at_once(len(sequences[start].inputs), vocabulary)
-        yield list(sequences[start : start + size])
-        start += size
+        longest = len(sequences[start].inputs)
+        end = start + 1
+        most = start + windows_at_once(longest, vocabulary)
+        while end < min(most, len(sequences)) and len(sequences[end].inputs) >= LEAST_LENGTH * longest:
+            end += 1
+        yield list(sequences[start:end])
+        start = end
 
 
 def _padded(batch: Sequence[_Reading]) -> Tensor:

@@ -126,10 +126,10 @@ class Caldera(QuantizingPass):
         for turn in range(1, self.iterations + 1):
             tell(turn)
             target_OI = weight_OI - factors.product()
-            codes_OI, fitted = swept_codes(target_OI, grid, gram.sum_II, visit, scale_dtype=site.storage_dtype)
-            error, factors = error_with(restore(codes_OI, fitted).float(), factors.left_OR)
+            swept = swept_codes(target_OI, grid, gram.sum_II, visit, scale_dtype=site.storage_dtype)
+            error, factors = error_with(restore(swept.codes_OI, swept.fitted).float(), factors.left_OR)
             if error < least:
-                best, least = (codes_OI, fitted), error
+                best, least = (swept.codes_OI, swept.fitted), error
             if error > (1 - _WORTH) * before:
                 break
             before = error

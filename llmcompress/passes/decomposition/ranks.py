@@ -20,6 +20,7 @@ from llmcompress.numerics.statistics import Statistic
 from llmcompress.sensitivity.allocation import by_slopes
 from llmcompress.sensitivity.gradients import squared_gradients
 from llmcompress.sensitivity.loss_estimators import Kinds, LossEstimator, cached_table, dense_stream, measure_losses
+from llmcompress.sensitivity.perplexity import perplexity
 from llmcompress.sensitivity.table import LossTable, Row
 
 RankRule = Literal["uniform", "energy", "loss"]
@@ -142,7 +143,7 @@ def _by_loss(options: FactorOptions, whole: WholeModel) -> dict[str, int]:
     with _truncated(whole, found, uniform) as rough:
         whole.context.progress.substep("gradients with uniform ranks")
         gradients = squared_gradients(rough, list(found))
-        before = _perplexity(rough)
+        before = perplexity(rough)
     rows = []
     for name, each in found.items():
         outputs, inputs = each.weight_OI.shape
@@ -151,7 +152,7 @@ def _by_loss(options: FactorOptions, whole: WholeModel) -> dict[str, int]:
         rows.append(rank_row(name, matrix, each.bits_per_weight))
     ranks = _within_budget(options, LossTable(tuple(rows)))
     with _truncated(whole, found, ranks) as rough:
-        after = _perplexity(rough)
+        after = perplexity(rough)
     stay = "" if after < before else ", which stay"
     whole.context.progress.note(
         f"ranks by loss: perplexity {after:.2f} on the calibration text, {before:.2f} with uniform ranks{stay}"
@@ -209,11 +210,6 @@ def _truncated(whole: WholeModel, found: Mapping[str, _Site], ranks: Mapping[str
     finally:
         for site in sites:
             site.write(found[site.name].weight_OI)
-
-
-def _perplexity(whole: WholeModel) -> float:
-    with whole.resident():
-        return whole.perplexity()
 
 
 def _deciding(options: FactorOptions, whole: WholeModel) -> frozenset[str]:

@@ -123,11 +123,11 @@ class GSQ(QuantizingPass):
         folds = block.folds_into(sites) if self.tune_norms else []
         producers = dict.fromkeys(fold.producer for fold in folds if fold.producer_is_norm)
         norms = [block.module.get_parameter(f"{name}.weight") for name in producers]
-        weights = {site: site.weight_OI for site in sites}
+        weights = {site: (site.weight_OI, site.pruned_OI) for site in sites}
         rows = quantize()
         learning = {
-            site: CodesInTraining(codes_of(site.module), weight_OI, site.storage_dtype)
-            for site, weight_OI in weights.items()
+            site: CodesInTraining(codes_of(site.module), weight_OI, pruned_OI, site.storage_dtype)
+            for site, (weight_OI, pruned_OI) in weights.items()
             if site.is_compressed
         }
         if not learning:
@@ -192,7 +192,7 @@ class CodesInTraining(nn.Module):
     `latent_OI` says where between the first code's neighbours a weight is: the code that will be stored is the nearest.
     """
 
-    def __init__(self, module: QuantLinear, weight_OI: Tensor, storage_dtype: torch.dtype) -> None:
+    def __init__(self, module: QuantLinear, weight_OI: Tensor, pruned_OI: Tensor, storage_dtype: torch.dtype) -> None:
         super().__init__()
         self._module = (module,)  # in a tuple: its numbers are no part of what is trained
         fitted = module.quantized.fitted
@@ -201,7 +201,7 @@ class CodesInTraining(nn.Module):
         self._dtype = storage_dtype
         grid, inputs = fitted.grid, weight_OI.shape[1]
         self._codes_OI = module.codes_OI.to(work)
-        self._zero_OI = weight_OI == 0
+        self._pruned_OI = pruned_OI
         exact_OI = weight_OI / spread(self._first.scale_OG, grid, inputs) + spread(self._first.zero_OG, grid, inputs)
         self.latent_OI = nn.Parameter(_start(exact_OI - self._codes_OI))
         self.stretch_OG = nn.Parameter(torch.ones_like(self._first.scale_OG))
@@ -219,7 +219,7 @@ class CodesInTraining(nn.Module):
     @torch.no_grad()
     def confine(self) -> None:
         """Codes stay within reach of the first, zeros of an earlier pass stay zero, scales stay near and keep signs."""
-        self.latent_OI.clamp_(-1.49, 1.49).masked_fill_(self._zero_OI, 0.0)
+        self.latent_OI.clamp_(-1.49, 1.49).masked_fill_(self._pruned_OI, 0.0)
         self.stretch_OG.clamp_(1 - _STRETCH, 1 + _STRETCH)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ class CodesInTraining(nn.Module):
         if self.settling or self._drawn is None:
             return straight_through(self.latent_OI, self.latent_OI.detach().round())
         offset_OI = drawn_offset(self.latent_OI, *self._drawn)
-        return offset_OI.masked_fill(self._zero_OI, 0.0)
+        return offset_OI.masked_fill(self._pruned_OI, 0.0)
 
     def _scale_OG(self) -> Tensor:
         return storable_scales(

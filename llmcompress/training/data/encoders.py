@@ -6,16 +6,16 @@ import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from typing_extensions import override
 
 from llmcompress.calibration.records import CHAT_COLUMNS, TEXT_COLUMNS, BadRow, Message, conversation
-from llmcompress.calibration.templates import template_file
+from llmcompress.calibration.templates import template_file, template_message, within_limits
 from llmcompress.calibration.tokens import starts_with_bos, token_lists
-from llmcompress.errors import CompressError
+from llmcompress.errors import CompressError, is_out_of_memory
 from llmcompress.training.data.batch import Sample
 
 if TYPE_CHECKING:
@@ -146,6 +146,7 @@ class Chat(Encoder):
         self, tokenizer: PreTrainedTokenizerBase, columns: Mapping[str, str], options: Options, where: str
     ) -> None:
         super().__init__(tokenizer, columns, options, where)
+        self._known_to_end: set[int] = set()
         self._template = (
             template_file(options.chat_template, where) if options.chat_template else tokenizer.chat_template
         )
@@ -168,7 +169,23 @@ class Chat(Encoder):
         if not isinstance(value, Sequence) or isinstance(value, str) or not value:
             raise BadRow(f"column {self._columns['messages']!r} holds no messages")
         messages = conversation(list(value))
-        return self._marked(messages) if _MARKS.search(str(self._template)) else self._by_turns(messages)
+        # counting lines costs several times the rendering: a text is looked at once, not in every epoch
+        text = hash(repr(messages))
+        with nullcontext() if text in self._known_to_end else self._foreign():
+            pieces = self._marked(messages) if _MARKS.search(str(self._template)) else self._by_turns(messages)
+        self._known_to_end.add(text)
+        return pieces
+
+    @contextmanager
+    def _foreign(self) -> Iterator[None]:
+        """A template is a program of the model's author: whatever it raises is a row that does not fit."""
+        try:
+            with within_limits():
+                yield
+        except Exception as failure:
+            if isinstance(failure, BadRow) or is_out_of_memory(failure):
+                raise
+            raise BadRow(f"the conversation does not fit the chat template: {template_message(failure)}") from failure
 
     def _marked(self, messages: list[Message]) -> list[tuple[list[int], bool]]:
         """By the marks of the template."""
@@ -205,14 +222,9 @@ class Chat(Encoder):
         return list(zip(token_lists(self.tokenizer, texts), (learns for _, learns in cuts), strict=True))
 
     def _written(self, messages: list[Message], *, ask: bool = False) -> str:
-        from jinja2 import TemplateError
-
         if not messages:
             return ""
-        try:
-            written: str = self.tokenizer.apply_chat_template(
-                messages, chat_template=self._template, tokenize=False, add_generation_prompt=ask
-            )
-        except TemplateError as failure:
-            raise BadRow(f"the conversation does not fit the chat template: {failure}") from failure
+        written: str = self.tokenizer.apply_chat_template(
+            messages, chat_template=self._template, tokenize=False, add_generation_prompt=ask
+        )
         return written

@@ -7,13 +7,14 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from llmcompress.calibration.whole import WholeModel
 from llmcompress.modules.low_rank import LowRankLinear
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.numerics import loss
 from llmcompress.numerics.low_rank import break_even
 from llmcompress.numerics.rank_allocation import uniform_rank
 from llmcompress.numerics.statistics import Gram
+from llmcompress.passes.decomposition import ranks
+from llmcompress.sensitivity import perplexity as measured_perplexity
 from llmcompress.sensitivity.gradients import squared_gradients
 from tests.families import FAMILIES, tiny_model
 from tests.passes.decomposition.factored import block_pass, compressed, logits, map_of, whole_model, windows
@@ -155,7 +156,7 @@ def test_an_override_can_fix_a_rank_and_the_budget_is_of_the_others() -> None:
 def test_ranks_by_loss_stay_uniform_unless_the_loss_falls(monkeypatch: pytest.MonkeyPatch, after: float) -> None:
     whole, chosen = whole_model("llama_gqa"), block_pass("svd", fraction=0.3)
     measured = iter([10.0, after])
-    monkeypatch.setattr(WholeModel, "perplexity", lambda _: next(measured))
+    monkeypatch.setattr(ranks, "perplexity", lambda _: next(measured))
     decided = chosen.decide(whole)
     uniform = {
         block.full(site.name): uniform_rank(site.outputs, site.inputs, 0.7, 1)
@@ -282,3 +283,15 @@ def test_factors_survive_the_checkpoints_dtype_unchanged() -> None:
     model, _ = compressed("llama_gqa", block_pass("svd", fraction=0.3), dtype=torch.bfloat16)
     for key, tensor in model.model.layers.state_dict().items():
         assert torch.equal(tensor, tensor.bfloat16().float()), key
+
+
+@pytest.mark.parametrize("rows", [64, 3])
+def test_perplexity_does_not_depend_on_how_many_rows_have_their_logits_at_once(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = whole_model("llama_gqa")
+    monkeypatch.setattr(measured_perplexity, "rows_at_once", lambda _: rows)
+    model, ids = tiny_model("llama_gqa", seed=1), whole.context.windows_NT
+    with torch.no_grad():
+        expected = loss.next_token_loss(model(ids).logits, ids).exp()
+    assert measured_perplexity.perplexity(whole) == pytest.approx(float(expected), rel=1e-5)
