@@ -79,7 +79,7 @@ def sections() -> list[Section]:
     return [
         Section("Bytes, quality, tasks and cost of presets on a real model", headline.headline, "headline-*.json"),
         Section("Presets on a real model", presets.presets, "presets-*.json"),
-        Section("A real model, against llm-compressor", real.everything, "real-*.json"),
+        Section("A real model, against llm-compressor and AutoRound", real.everything, "real-*.json"),
         Section("Weight-only quantization", quantization.quantization, "quantization-*.json"),
         Section(
             "Weight-only quantization, against llm-compressor, GPTQModel and AutoRound",
