@@ -94,7 +94,10 @@ class Line:
 
     def written(self, value: float | None) -> str:
         """A value in this line's form; `–` if there is none."""
-        return "–" if value is None else FORMS[self.form](value)
+        if value is None:
+            return "–"
+        text = FORMS[self.form](value)
+        return f"−{text[1:]}" if text.startswith("-") else text
 
     @property
     def change_text(self) -> str:
