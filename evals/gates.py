@@ -4,9 +4,10 @@
     python evals/gates.py --model FOLDER --name smollm2-135m --calibration wikitext-2/valid.txt --text books/valid.txt
 
 A gate is a file of evals/gates: `passes` as in a recipe, and `at_most`, the largest ratio of compressed to dense
-perplexity by name of model: 1.3 times the rise that was measured, or .01 more than it. Few windows, one draw: a gate tells a broken default from a sound one, not the better of
-two. Measured on validation text, since defaults are chosen by it. Exit code 1 where a gate is not kept. Writes
-evals/results/gates-NAME.json after every gate, with what had no limit for this model; `--only` renews some of its rows.
+perplexity by name of model: 1.3 times the rise that was measured, or .01 more than it. Few windows, one draw: a gate
+tells a broken default from a sound one, not the better of two. Measured on validation text, since defaults are chosen
+by it. Exit code 1 where a gate is not kept. Writes evals/results/gates-NAME.json after every gate, with what had no
+limit for this model; `--only` renews some of its rows.
 """
 
 from __future__ import annotations
