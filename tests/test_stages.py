@@ -245,7 +245,10 @@ CHECKS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@PLACES.register("account")
+ACCOUNTS: Registry[Thing] = Registry("account", __name__)
+
+
+@ACCOUNTS.register("account")
 class Account(Thing):
     """There is one, so it is written without a list."""
 
@@ -253,10 +256,21 @@ class Account(Thing):
     name: str = "me"
 
 
+class WithAccount(Recipe):
+    owner: Annotated[tuple[Thing, ...], Grouped(ACCOUNTS), LeavesWeights()] = ()
+
+
+def with_account(text: str, *settings: str) -> WithAccount:
+    return check_document(read_document(f"passes: [rtn]\nowner: {text}\n", "r.yaml"), WithAccount, settings=settings)
+
+
 def test_what_there_is_one_of_is_written_without_a_list():
-    found = read("passes: [rtn]\npublish: {account: {name: you}, hub: [me/small]}\n", "publish.account.name=us")
-    assert found.publish == (Account(name="us"), Hub(repository="me/small"))
-    assert found.to_dict()["publish"]["account"] == {"name": "us"} and read(found.to_yaml()) == found
-    assert json_schema(Longer)["properties"]["publish"]["properties"]["account"]["type"] == "object"
-    assert "must be a mapping" in str(refusal("passes: [rtn]\npublish: {account: [{name: you}]}"))
-    assert "`name`" in refusal("passes: [rtn]\npublish: {account: {nam: you}}").fix
+    found = with_account("{account: {name: you}}", "owner.account.name=us")
+    assert found.owner == (Account(name="us"),)
+    assert found.to_dict()["owner"] == {"account": {"name": "us"}}
+    assert check_document(read_document(found.to_yaml(), "again"), WithAccount) == found
+    assert json_schema(WithAccount)["properties"]["owner"]["properties"]["account"]["type"] == "object"
+    with pytest.raises(CompressError, match="must be a mapping"):
+        with_account("{account: [{name: you}]}")
+    with pytest.raises(CompressError, match="`name`"):
+        with_account("{account: {nam: you}}")

@@ -60,7 +60,7 @@ def lines_table(found: Sequence[Line], *, compares: bool) -> Table:
         (
             each.title,
             each.written(each.dense),
-            _with_spread(each),
+            with_spread(each),
             each.change_text + (" worse" if each.is_worse else ""),
             each.protocol,
         )
@@ -69,7 +69,8 @@ def lines_table(found: Sequence[Line], *, compares: bool) -> Table:
     return Table(("", "#dense", "#compressed", "#change (95 % interval)", "protocol"), rows)
 
 
-def _with_spread(line: Line) -> str:
+def with_spread(line: Line) -> str:
+    """The value with its own interval, where it has one."""
     written = line.written(line.value)
     if line.spread is None:
         return written

@@ -66,7 +66,7 @@ def test_what_was_finished_before_a_failure_is_kept_and_the_same_command_goes_on
     texts = []
     for number in range(3):
         texts.append(tmp_path / f"text{number}.txt")
-        texts[-1].write_text("the quick brown fox jumps over the lazy dog and learns to read\n" * (10 + number))
+        texts[-1].write_text(f"{number} the quick brown fox jumps over the lazy dog and learns to read\n" * 10)
     command = ["evaluate", str(folders[0]), "--window", "48", "--max-windows", "2", "-o", "report"]
     command += [word for text in texts for word in ("--perplexity", str(text))]
     observe, seen = PerplexityMetric.observe, []
