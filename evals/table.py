@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tables import cost, presets, pruning, quantization, real
+from tables import cost, headline, presets, pruning, quantization, real
 from tables.cells import Facts
 from tables.summary import LINES, MODEL, summary
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     folder = ROOT / "evals" / "results"
     first = f"## Every kind of compression, on the bundled model\n\n{overview(folder)}"
     wanted = {
-        readme: with_results(readme.read_text(encoding="utf-8"), headline(folder)),
+        readme: with_results(readme.read_text(encoding="utf-8"), readme_tables(folder)),
         results: f"{ABOUT}\n{first}\n\n{render(folder)}\n",
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
@@ -77,8 +77,9 @@ def with_results(text: str, tables: str) -> str:
 def sections() -> list[Section]:
     """What there is, in the order of the documents."""
     return [
+        Section("Bytes, quality, tasks and cost of presets on a real model", headline.headline, "headline-*.json"),
         Section("Presets on a real model", presets.presets, "presets-*.json"),
-        Section("A real model, against llm-compressor", real.everything, "real-*.json"),
+        Section("A real model, against llm-compressor and AutoRound", real.everything, "real-*.json"),
         Section("Weight-only quantization", quantization.quantization, "quantization-*.json"),
         Section(
             "Weight-only quantization, against llm-compressor, GPTQModel and AutoRound",
@@ -114,10 +115,11 @@ def sections() -> list[Section]:
     ]
 
 
-def headline(folder: Path) -> str:
-    """The table of the README: the real model, ours beside the peers."""
+def readme_tables(folder: Path) -> str:
+    """The tables of the README: presets with all they cost, and the real model, ours beside the peers."""
     (measured,) = read(folder, f"real-{real.MODEL}.json")
-    return real.short(measured)
+    whole = [headline.headline(each) for each in read(folder, f"headline-{real.MODEL}.json")]
+    return "\n\n".join([*filter(None, whole), real.short(measured)])
 
 
 def overview(folder: Path) -> str:

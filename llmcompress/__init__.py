@@ -19,13 +19,15 @@ if TYPE_CHECKING:
     from llmcompress.evaluation.settings.perplexity import PerplexityTask
     from llmcompress.fixed_recipe import allocate
     from llmcompress.loading.load import load
-    from llmcompress.model_evaluation import evaluate
+    from llmcompress.model_evaluation import compare, evaluate
     from llmcompress.model_export import export
     from llmcompress.pipeline import compress, inspect, plan, speed
     from llmcompress.progress import ProgressEvent
     from llmcompress.recipe import Recipe
     from llmcompress.records.evaluation import Evaluation
     from llmcompress.records.report import Report
+    from llmcompress.report.folder import write_report
+    from llmcompress.report.tracking import track
 
 __version__ = "0.1.0"
 
@@ -39,6 +41,7 @@ _HOMES = {
     "Recipe": "llmcompress.recipe",
     "Report": "llmcompress.records.report",
     "allocate": "llmcompress.fixed_recipe",
+    "compare": "llmcompress.model_evaluation",
     "compress": "llmcompress.pipeline",
     "evaluate": "llmcompress.model_evaluation",
     "export": "llmcompress.model_export",
@@ -47,6 +50,8 @@ _HOMES = {
     "load": "llmcompress.loading.load",
     "plan": "llmcompress.pipeline",
     "speed": "llmcompress.pipeline",
+    "track": "llmcompress.report.tracking",
+    "write_report": "llmcompress.report.folder",
 }
 
 __all__ = [
@@ -60,6 +65,7 @@ __all__ = [
     "Report",
     "__version__",
     "allocate",
+    "compare",
     "compress",
     "evaluate",
     "export",
@@ -68,6 +74,8 @@ __all__ = [
     "load",
     "plan",
     "speed",
+    "track",
+    "write_report",
 ]
 
 # a library is silent until the program that uses it sets logging up

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +15,13 @@ from llmcompress.calibration.tokens import max_positions
 from llmcompress.compressed_model import CompressedModel, ModelLike, evaluated_in_memory, in_memory, tokenizer_beside
 from llmcompress.evaluation.beside import EvaluatedModel
 from llmcompress.evaluation.beside import evaluations as stepwise
+from llmcompress.evaluation.device.cost import Candidate, CostSettings, measure_costs
 from llmcompress.evaluation.environment import numeric_versions
 from llmcompress.evaluation.footprint import bytes_on_disk
 from llmcompress.evaluation.kl_base import save_kl_base
 from llmcompress.evaluation.measuring import TaskLike, as_tasks
 from llmcompress.evaluation.metrics.base import Subject
+from llmcompress.evaluation.settings.cost import CostRequest, cost_request
 from llmcompress.evaluation.settings.perplexity import BUNDLED_TEXT, PerplexityTask
 from llmcompress.evaluation.texts import evaluation_text
 from llmcompress.loading.config import read_config
@@ -28,6 +30,7 @@ from llmcompress.loading.source import find_source
 from llmcompress.loading.tokenizer import read_tokenizer
 from llmcompress.progress import ProgressLike, as_progress
 from llmcompress.records.evaluation import Comparison, Compression, Evaluation
+from llmcompress.records.measurements import Measurement, Which
 from llmcompress.runners.base import RUNNERS
 from llmcompress.saving import saved_compression
 
@@ -73,12 +76,31 @@ def evaluations(
     Raises: CompressError like `evaluate`.
     """
     where, told, settings = usable_device(device), as_progress(progress), as_tasks(tasks)
-    with _opened(model, tokenizer, runner, where) as ours:
-        if baseline is None:
-            yield from stepwise(ours, settings, told, baseline=None)
-            return
-        with _opened(baseline, tokenizer, "torch", where) as theirs:
-            yield from stepwise(ours, settings, told, baseline=theirs)
+    cost = cost_request(settings)
+    with _opened(model, tokenizer, runner, where) as ours, ExitStack() as stack:
+        theirs = None if baseline is None else stack.enter_context(_opened(baseline, tokenizer, "torch", where))
+        found: Evaluation | None = None
+        for found in stepwise(ours, settings, told, baseline=theirs):
+            yield found if cost is None else found.model_copy(update={"unfinished": (*found.unfinished, "cost")})
+    if cost is not None and found is not None:
+        told.stage("cost on this device", 0)
+        yield found.with_measurements(_costs(cost, model, baseline, runner=runner, device=where))
+
+
+def _costs(
+    cost: CostRequest, model: ModelLike, baseline: ModelLike | None, *, runner: str, device: torch.device
+) -> list[Measurement]:
+    """Of both models in turns, each in its own runtime."""
+    settings = CostSettings(
+        batches=cost.batches, contexts=cost.contexts, new_tokens=cost.new_tokens, repeats=cost.repeats, skip=cost.skip
+    )
+    candidates: dict[str, Candidate] = {}
+    if baseline is not None:
+        candidates["dense"] = Candidate(in_memory(baseline) or str(baseline), of="dense")
+    of: Which = "model" if baseline is None else "compressed"
+    candidates[of] = Candidate(in_memory(model) or str(model), runner, of=of)
+    table = measure_costs(candidates, device=device, settings=settings)
+    return [*table.rows, *table.limits]
 
 
 def compare(

@@ -18,6 +18,7 @@ from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.gate import check_gate
 from llmcompress.evaluation.measuring import prepared
 from llmcompress.evaluation.metrics.base import Metric, Subject
+from llmcompress.evaluation.settings.cost import refuse_cost
 from llmcompress.exporters.loader import loader_of
 from llmcompress.exporting import export_folders
 from llmcompress.loading.identity import identity_of_folder
@@ -112,6 +113,7 @@ def _prepared(request: CompressionRequest) -> Prepared:
     request.progress.stage("load", 1)
     check_texts(recipe, given=request.given is not None)
     check_gate(recipe.evaluate, compares=True)
+    refuse_cost(recipe.evaluate)
     recipe, loaded = _loaded(request) if request.live is None else (recipe, _in_memory(request, request.live))
     unfuse_experts(loaded.model, loaded.weights)
     model_map = map_model(loaded.model)

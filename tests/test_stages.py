@@ -243,3 +243,34 @@ CHECKS: dict[str, Any] = {
         lambda value, anything: [],
     ),
 }  # fmt: skip
+
+
+ACCOUNTS: Registry[Thing] = Registry("account", __name__)
+
+
+@ACCOUNTS.register("account")
+class Account(Thing):
+    """There is one, so it is written without a list."""
+
+    only_one: ClassVar[bool] = True
+    name: str = "me"
+
+
+class WithAccount(Recipe):
+    owner: Annotated[tuple[Thing, ...], Grouped(ACCOUNTS), LeavesWeights()] = ()
+
+
+def with_account(text: str, *settings: str) -> WithAccount:
+    return check_document(read_document(f"passes: [rtn]\nowner: {text}\n", "r.yaml"), WithAccount, settings=settings)
+
+
+def test_what_there_is_one_of_is_written_without_a_list():
+    found = with_account("{account: {name: you}}", "owner.account.name=us")
+    assert found.owner == (Account(name="us"),)
+    assert found.to_dict()["owner"] == {"account": {"name": "us"}}
+    assert check_document(read_document(found.to_yaml(), "again"), WithAccount) == found
+    assert json_schema(WithAccount)["properties"]["owner"]["properties"]["account"]["type"] == "object"
+    with pytest.raises(CompressError, match="must be a mapping"):
+        with_account("{account: [{name: you}]}")
+    with pytest.raises(CompressError, match="`name`"):
+        with_account("{account: {nam: you}}")

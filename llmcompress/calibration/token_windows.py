@@ -63,6 +63,20 @@ def windows_of_tokens(
     """
     if not given.masked:
         _refuse_padding(given, tokenizer)
+    data = _windows(given, settings, tokenizer, max_positions, held_out)
+    if held_out and data.held_out_NT is None:
+        what = "no rows are left behind those that are measured: nothing is held out to check the result on"
+        data = replace(data, warnings=(*data.warnings, what))
+    return data
+
+
+def _windows(
+    given: TokenRows,
+    settings: Calibration,
+    tokenizer: PreTrainedTokenizerBase,
+    max_positions: int | None,
+    held_out: int,
+) -> CalibrationData:
     bos = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
     lengths = {len(row) for row in given.rows}
     longest = max_positions or max(lengths)

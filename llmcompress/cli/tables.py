@@ -87,22 +87,6 @@ def plan_tables(plan: dict[str, Any]) -> list[RenderableType]:
     return tables
 
 
-def perplexity_table(results: Sequence[PerplexityResult]) -> Table:
-    """One row per text."""
-    rows = [
-        (
-            each.text,
-            f"{each.perplexity:.3f}",
-            f"{each.bits_per_byte:.4f}",
-            str(each.window),
-            _bos(each),
-            _tokens(each),
-        )
-        for each in results
-    ]
-    return plain_table(("text", "#perplexity", "#bits per byte", "#window", "BOS", "#tokens"), rows)
-
-
 def footprint_tables(found: Sequence[Footprint], compared: dict[str, float] | None) -> list[RenderableType]:
     """One column per model, and the ratio of two; what no file stores in a table of its own."""
     ratio = ("",) if compared is None else ("", "#ratio")

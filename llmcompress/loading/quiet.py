@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 
 from transformers.utils import logging
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No bars, no log lines below error, no Python warnings; all as before afterwards."""
+    """No bars, no log lines below error, no Python warnings; all as before afterwards.
+
+    compressed-tensors asks neither transformers nor TQDM_DISABLE whether its bars are wanted: what is written to
+    stderr meanwhile is dropped. Errors are exceptions.
+    """
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -111,6 +111,8 @@ def _typed(text: str, path: Path, schema: Schema) -> Any:
     wanted = kinds(schema, path)
     if "string" not in wanted or text.startswith(("[", "{", '"', "'")):
         return read_value(text)
+    if wanted & {"integer", "number"} and isinstance(number := read_value(text), int | float):
+        return number  # of an option that takes a number or a word, such as `max_windows: all`
     return None if text == "null" and "null" in wanted else text
 
 

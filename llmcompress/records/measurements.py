@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from llmcompress.records.cost import Cost, MachineLimits
+from llmcompress.records.estimate import Estimate as Estimate
 from llmcompress.records.gate import GateResult, NotFinite
 from llmcompress.records.inside import Distribution, TokenDivergences
 from llmcompress.records.rows import Record
@@ -20,18 +21,6 @@ from llmcompress.records.tasks import (
     TaskComparison,
     TaskResult,
 )
-
-
-class Estimate(Record):
-    """A mean over tokens (or what the field's name says), and how far it may be off because the text is a sample."""
-
-    mean: float
-    standard_error: float | None
-    """Standard error over windows, since tokens of one window are not independent; None with fewer than two windows."""
-    low: float | None = None
-    """Where its 95 % bootstrap interval over windows begins; None: not known, as with fewer than two windows."""
-    high: float | None = None
-    """Where it ends."""
 
 
 class PerplexityResult(Record):

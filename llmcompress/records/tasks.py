@@ -6,20 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from llmcompress.records.estimate import Interval
 from llmcompress.records.rows import Record, Which
-
-
-class Interval(Record):
-    """A mean over independent units (documents, prompts, windows), and how far it may be off."""
-
-    mean: float
-    standard_error: float | None
-    """None with fewer than two units."""
-    low: float | None = None
-    """95 % bootstrap interval over the units; None with fewer than two."""
-    high: float | None = None
-    count: int
-    """Units."""
 
 
 class TaskScore(Record):

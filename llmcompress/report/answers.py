@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from llmcompress.records.estimate import Estimate, Interval
 from llmcompress.records.evaluation import Measured
-from llmcompress.records.measurements import Estimate
 from llmcompress.records.tasks import (
     GenerationComparison,
     GenerationsResult,
-    Interval,
     RobustnessComparison,
     RobustnessResult,
     TaskComparison,

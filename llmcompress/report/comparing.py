@@ -12,7 +12,7 @@ from llmcompress.report.document import Block, Code, Document, Paragraph, Plot, 
 from llmcompress.report.kinds import lines
 from llmcompress.report.lines import Line
 from llmcompress.report.plots import Point, pareto
-from llmcompress.report.sections import texts
+from llmcompress.report.sections import texts, with_spread
 from llmcompress.report.verdict import got_worse, verdict
 
 SIZE, QUALITY, SPEED = "weight files", "perplexity", "decode, tokens/s"
@@ -93,7 +93,7 @@ def _cell(line: Line | None) -> str:
     if line is None:
         return "–"
     change = line.change_text
-    return f"{line.written(line.value)}, {change}" if change else line.written(line.value)
+    return f"{line.written(line.value)}, {change}" if change else with_spread(line)
 
 
 def _fronts(found: Comparison) -> list[Block]:

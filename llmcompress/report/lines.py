@@ -94,7 +94,10 @@ class Line:
 
     def written(self, value: float | None) -> str:
         """A value in this line's form; `–` if there is none."""
-        return "–" if value is None else FORMS[self.form](value)
+        if value is None:
+            return "–"
+        text = FORMS[self.form](value)
+        return f"−{text[1:]}" if text.startswith("-") else text
 
     @property
     def change_text(self) -> str:
@@ -114,5 +117,5 @@ def interval_of(found: Estimated) -> tuple[float, float] | None:
 
 def changed(found: Estimated, *, is_ratio: bool = False) -> Change:
     """An estimate of a difference or ratio as a change."""
-    interval = interval_of(found)
-    return Change(found.mean, *(interval or (None, None)), is_ratio=is_ratio)
+    low, high = interval_of(found) or (None, None)
+    return Change(found.mean, low, high, is_ratio=is_ratio)

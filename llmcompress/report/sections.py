@@ -40,7 +40,7 @@ def document_of(found: Evaluation) -> Document:
     """The report on one model."""
     against = f"against {found.baseline}" if found.baseline else "measured by itself"
     sections = [
-        Section("Verdict", [*_verdict(found), Cards(_cards(lines(found)))]),
+        Section("Verdict", [*_verdict(found), Cards(_cards(lines(found))), *_warnings(found)]),
         Section("All numbers", [*_worse(found), *_numbers(found), *_gates(found)]),
         Section("Layers", [*_layers(found.compression), *_distributions(found)]),
         Section("Text", texts(found)),
@@ -60,7 +60,7 @@ def lines_table(found: Sequence[Line], *, compares: bool) -> Table:
         (
             each.title,
             each.written(each.dense),
-            _with_spread(each),
+            with_spread(each),
             each.change_text + (" worse" if each.is_worse else ""),
             each.protocol,
         )
@@ -69,7 +69,8 @@ def lines_table(found: Sequence[Line], *, compares: bool) -> Table:
     return Table(("", "#dense", "#compressed", "#change (95 % interval)", "protocol"), rows)
 
 
-def _with_spread(line: Line) -> str:
+def with_spread(line: Line) -> str:
+    """The value with its own interval, where it has one."""
     written = line.written(line.value)
     if line.spread is None:
         return written
@@ -85,9 +86,12 @@ def _verdict(found: Evaluation) -> list[Block]:
     if found.unfinished:
         left = ", ".join(found.unfinished)
         blocks.append(Paragraph(f"Not finished: {left} was not measured. The same command goes on there.", "warning"))
-    warnings = [*found.warnings, *(found.compression.warnings if found.compression else ())]
-    blocks += [Paragraph(each, "warning") for each in dict.fromkeys(warnings)]
     return blocks
+
+
+def _warnings(found: Evaluation) -> list[Block]:
+    warnings = [*found.warnings, *(found.compression.warnings if found.compression else ())]
+    return [Paragraph(each, "warning") for each in dict.fromkeys(warnings)]
 
 
 def _cards(found: Sequence[Line]) -> list[Line]:
@@ -158,7 +162,7 @@ def _layer_plot(
     columns = list(dict.fromkeys(kind for _, kind in placed))
     svg, low, high = plots.heat_map(placed, columns, name=f"layers-{field}", logarithmic=logarithmic)
     scale = ", on a logarithmic scale" if logarithmic else ""
-    caption = f"Pale {form(low)}, dark {form(high)}{scale}."
+    caption = f"Faint: {form(low)}; strong: {form(high)}{scale}."
     rows = [
         (kind, *(form(value) for value in _spread([value for (_, its), value in placed.items() if its == kind])))
         for kind in columns

@@ -15,7 +15,9 @@ from typing_extensions import override
 
 from llmcompress.calibration.offloading import WeightStore
 from llmcompress.calibration.tokens import max_positions
+from llmcompress.loading.borrowed import is_loaded_quantized
 from llmcompress.loading.load import load
+from llmcompress.loading.quiet import quiet_transformers
 from llmcompress.modules.cache_names import cache_argument, cache_of, with_cache
 from llmcompress.runners.base import RUNNERS, Runner
 from llmcompress.runners.work import WeightsRead, Work, cache_bytes, flop_counter
@@ -47,7 +49,11 @@ class TorchRunner(Runner):
     @classmethod
     @override
     def open(cls, model: str, *, device: torch.device, dtype: torch.dtype) -> Self:
-        return cls(load(model, dtype=dtype, device=device).model, device=device)
+        loaded = load(model, dtype=dtype, device=device).model
+        if is_loaded_quantized(loaded):  # its codes become weights in the first forward, under a progress bar
+            with quiet_transformers(), torch.inference_mode():
+                loaded(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
+        return cls(loaded, device=device)
 
     @override
     @torch.inference_mode()
@@ -114,7 +120,8 @@ class TorchRunner(Runner):
 
     @override
     def torch_module(self) -> nn.Module:
-        return self._model
+        module: nn.Module = self._model
+        return module
 
     @override
     def close(self) -> None:

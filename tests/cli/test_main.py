@@ -12,6 +12,7 @@ import pytest
 import llmcompress
 from llmcompress.cli.main import COMMANDS, main
 from llmcompress.errors import CompressError, ExitCode
+from llmcompress.records.evaluation import Evaluation
 from llmcompress.records.measurements import Divergence, Estimate, PerplexityResult, StageSeconds, WeightBytes
 from llmcompress.records.report import Report
 from llmcompress.records.rows import SiteReport
@@ -101,15 +102,16 @@ class FakePipeline(types.ModuleType):
         self._called(model, recipe)
         return types.SimpleNamespace(model_dump=lambda mode: PLAN)
 
-    def evaluate(self, model, tasks, *, runner, device, progress):
+    def evaluations(self, model, tasks, *, baseline, runner, device, progress):
         self._called(model, tasks, runner=runner, device=device)
-        return [result(20.0)]
+        yield Evaluation(model=model, runner=runner, versions={}, machine={}, measurements=(result(20.0),))
 
 
 @pytest.fixture
 def pipeline(monkeypatch):
     fake = FakePipeline()
     monkeypatch.setitem(sys.modules, "llmcompress.pipeline", fake)
+    monkeypatch.setitem(sys.modules, "llmcompress.model_evaluation", fake)
     monkeypatch.setattr(llmcompress, "pipeline", fake, raising=False)
     return fake
 
@@ -332,8 +334,8 @@ def test_evaluate_passes_texts_and_window_on(run, pipeline, tmp_path):
         ("wikitext2", "test", 64),
         ("a.txt", "test", 64),
     ]
-    assert re.search(r"builtin:evaluation +20\.000 +1\.5000 +512 +yes +7000", out)
-    assert json.loads(run("evaluate", "m", "--json")[1]) == [result(20.0).model_dump()]
+    assert re.search(r"perplexity on builtin:evaluation +20\.00 +window 512, BOS, 7,000 tokens", out)
+    assert json.loads(run("evaluate", "m", "--json")[1])["measurements"] == [result(20.0).model_dump()]
 
 
 def test_inspect_shows_the_map(run, monkeypatch):

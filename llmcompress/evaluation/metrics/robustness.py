@@ -6,6 +6,7 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -86,8 +87,8 @@ class RobustnessMetric(Metric):
             metric=found.facts["metric"],
             disturbance=name,
             seed=self.settings.seed,
-            clean=interval(clean, resamples=0).mean,
-            disturbed=interval(disturbed, resamples=0).mean,
+            clean=fmean(clean),
+            disturbed=fmean(disturbed),
             loss=interval(self._losses(found, name)),
         )
 
@@ -112,8 +113,8 @@ class RobustnessMetric(Metric):
                     metric=found.facts["metric"],
                     disturbance=name,
                     seed=self.settings.seed,
-                    dense_loss=interval(before, resamples=0).mean,
-                    compressed_loss=interval(after, resamples=0).mean,
+                    dense_loss=fmean(before),
+                    compressed_loss=fmean(after),
                     extra_loss=paired(before, after),
                 )
             )

@@ -92,7 +92,7 @@ def _task_answers(name: str, task: Any, results: Mapping[str, Any], settings: Ta
         label = _label(metric, filtered)
         values = [each.scores[label] for each in answers if label in each.scores]
         # of a mean over documents; perplexities and the like are no means
-        mean = interval(values, resamples=0) if len(values) == len(answers) else None
+        mean = interval(values) if len(values) == len(answers) else None
         error = mean.standard_error if mean and abs(mean.mean - value) < 1e-9 else None
         scores.append(
             TaskScore(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from statistics import fmean
 
 from llmcompress.evaluation.paired import interval, paired
 from llmcompress.evaluation.tasks.observation import TaskAnswers, TaskObservation
@@ -51,8 +52,8 @@ def _comparison(name: str, pairs: Sequence[tuple[TaskAnswers, TaskAnswers]]) -> 
     return TaskComparison(
         task=name,
         metric=metric,
-        dense=interval(right_before, resamples=0).mean,
-        compressed=interval(right, resamples=0).mean,
+        dense=fmean(right_before),
+        compressed=fmean(right),
         change=paired(right_before, right),
         right_to_wrong=interval([float(one > other) for one, other in zip(right_before, right, strict=True)]),
         wrong_to_right=interval([float(one < other) for one, other in zip(right_before, right, strict=True)]),

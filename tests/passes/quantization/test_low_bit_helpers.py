@@ -64,7 +64,7 @@ def test_errors_told_are_those_of_the_layer_on_calibration_inputs(name: str, ins
     handle = dense.register_forward_pre_hook(lambda _, args: inputs.append(args[0].reshape(-1, args[0].shape[-1])))
     whole.model(input_ids=whole.context.windows_NT)
     handle.remove()
-    x = torch.cat(inputs)
+    x = torch.cat(inputs).detach()
     wanted = functional.linear(x, weight, bias)
     model, (row,) = compressed("opt", each)
     (_, (plain_row,)) = compressed("opt", block_pass(inside, scheme="int2_g32", sites=(site_name,)))

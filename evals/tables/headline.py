@@ -1,0 +1,113 @@
+"""The headline: presets on a real model, with bytes, quality, tasks and cost in one table."""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import Any
+
+from tables.cells import Facts, environment, markdown, protocol
+
+Z_95 = 1.96
+
+
+def headline(facts: Facts) -> str:
+    """A row per preset and runtime; the dense model first."""
+    rows = facts["rows"]
+    if not rows:
+        return ""
+    header = ["", "runtime", "MB", *facts["texts"], "KL", "equal top tokens", "tasks", *_COST]
+    body = [_dense(rows[0], facts), *(_row(row, facts) for row in rows)]
+    return "\n\n".join([_about(facts), markdown(header, body), environment(facts)])
+
+
+def _about(facts: Facts) -> str:
+    speed, calibration = facts["speed"], facts["calibration"]
+    return (
+        f"**{facts['model']}**: perplexity ({protocol(facts['window'], facts['bos'])}) and × dense ± standard error; "
+        f"KL in nats per token and equal top tokens, means over the texts; tasks: mean over {_tasks_of(facts)}, "
+        f"{facts['limit']} documents each, change from dense with its 95 % interval. Calibrated on "
+        f"{calibration['samples']} × {calibration['tokens']} tokens of {calibration['source']}. Tokens/s: prompt of "
+        f"{speed['prompt']}, {speed['new']} new, median of {speed['turns']} turns, {speed['threads']} thread"
+        f"{'' if speed['threads'] == 1 else 's'}, × the dense model in turns with it."
+    )
+
+
+def _tasks_of(facts: Facts) -> str:
+    names = [each["task"] for each in facts["rows"][0]["tasks"]["comparisons"]]
+    return ", ".join(names) or "no task"
+
+
+def _dense(row: Facts, facts: Facts) -> list[str]:
+    quality = row["quality"]
+    tasks = [each["dense"] for each in row["tasks"]["comparisons"]]
+    score = f"{sum(tasks) / len(tasks):.1%}" if tasks else "–"
+    texts = [f"{each['dense']:.2f}" for each in quality]
+    cost = row["cost"][0]
+    return ["dense", "torch", _megabytes(cost), *texts, "", "", score, *(find(cost, None) for find in _COST.values())]
+
+
+def _row(row: Facts, facts: Facts) -> list[str]:
+    quality, (base, cost) = row["quality"], row["cost"]
+    found = [each["divergence"] for each in quality if each["divergence"]]
+    kl = f"{sum(each['kl']['mean'] for each in found) / len(found):.4f}" if found else "–"
+    same = f"{sum(each['same_top']['mean'] for each in found) / len(found):.1%}" if found else "–"
+    return [
+        f"`{row['preset']}`",
+        row["runner"],
+        _megabytes(cost),
+        *(_perplexity(each) for each in quality),
+        kl,
+        same,
+        _score(row["tasks"]["comparisons"]),
+        *(find(cost, base) for find in _COST.values()),
+    ]
+
+
+def _perplexity(found: Facts) -> str:
+    error = "" if found["ratio_error"] is None else f" ± {found['ratio_error']:.3f}"
+    return f"{found['compressed']:.2f}, ×{found['compressed'] / found['dense']:.3f}{error}"
+
+
+def _score(found: list[Facts]) -> str:
+    """Mean over tasks; their documents are independent, so the variances of the changes add up."""
+    if not found:
+        return "–"
+    count = len(found)
+    errors = [each["change"]["standard_error"] for each in found]
+    change = sum(each["change"]["mean"] for each in found) / count
+    score = f"{sum(each['compressed'] for each in found) / count:.1%}, {change:+.1%}"
+    if any(error is None for error in errors):
+        return score
+    return f"{score} ± {Z_95 * sqrt(sum(error**2 for error in errors)) / count:.1%}"
+
+
+def _megabytes(cost: Facts) -> str:
+    return "–" if cost["bytes_on_disk"] is None else f"{cost['bytes_on_disk'] / 1e6:.0f}"
+
+
+def _rate(cost: Facts, base: Facts | None, name: str) -> str:
+    median = cost["speed"][name]["median"]
+    if base is None:
+        return f"{median:.1f}"
+    turns = zip(cost["speed"][name]["turns"], base["speed"][name]["turns"], strict=True)
+    ratios = sorted(ours / theirs for ours, theirs in turns)
+    return f"{median:.1f}, ×{ratios[len(ratios) // 2]:.2f}"
+
+
+def _peak(cost: Facts, base: Facts | None) -> str:
+    running: Any = cost["memory"]["running"]
+    return "unavailable" if running is None else f"{running / 1e6:.0f}"
+
+
+def _joules(cost: Facts, base: Facts | None) -> str:
+    found: Any = cost["energy"]["decode_joules_per_token"]
+    return "unavailable" if found is None else f"{found:.3f}"
+
+
+_COST = {
+    "prefill tokens/s": lambda cost, base: _rate(cost, base, "prefill"),
+    "decode tokens/s": lambda cost, base: _rate(cost, base, "decode"),
+    "peak MB": _peak,
+    "J/token": _joules,
+}
+"""Columns of what a model costs."""
