@@ -45,8 +45,8 @@ class PerplexityTask(MetricSettings):
     """A published protocol: `gptq`, `gptq-c4`, `gptq-ptb`, `llm-pruner`, `wanda`, `llama-cpp`, `lm-eval-rolling`. It
     gives the options below their values, except those that are written beside it."""
     source: str = Field(min_length=1)
-    """`builtin:evaluation`, a local .txt/.jsonl/.parquet/.csv, or a Hub dataset id (`wikitext2`, `c4`, `ptb`); left out:
-    the protocol's."""
+    """`builtin:evaluation`, a local .txt/.jsonl/.parquet/.csv, or a Hub dataset id (`wikitext2`, `c4`, `ptb`); the
+    protocol's where it is left out."""
     split: str = Field(default="test", min_length=1)
     """Split of a Hub dataset."""
     config: str | None = None
