@@ -84,7 +84,7 @@ def kl_base_text(
 
 
 def _protocol(chunk: int) -> str:
-    return PerplexityTask(protocol="llama-cpp", window=chunk).protocol_name
+    return PerplexityTask.model_validate({"protocol": "llama-cpp", "window": chunk}).protocol_name
 
 
 def kl_base_scores(path: Path, text: EvaluationText, *, top: int) -> list[WindowScores]:

@@ -40,11 +40,11 @@ def test_every_window_gets_its_own_scores_in_order() -> None:
         targets_P = WINDOWS[index][1:]
         assert found.window == index and torch.equal(found.targets_P.long(), targets_P)
         wanted_P = logprobs_PV.gather(-1, targets_P[:, None])[:, 0]
-        torch.testing.assert_close(found.logprob_P.double(), wanted_P, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.logprob_P.double(), wanted_P, rtol=0, atol=5e-5)
         assert torch.equal(found.best_P.long(), logprobs_PV.argmax(-1))
         torch.testing.assert_close(found.best_logprob_P.double(), logprobs_PV.amax(-1), rtol=0, atol=5e-5)
         assert torch.equal(found.ids_PK.long(), logprobs_PV.topk(4).indices)
-        torch.testing.assert_close(found.logprobs_PK.double(), logprobs_PV.topk(4).values, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.logprobs_PK.double(), logprobs_PV.topk(4).values, rtol=0, atol=5e-5)
 
 
 def test_batches_and_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
