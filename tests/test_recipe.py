@@ -53,7 +53,7 @@ def refusal(text: str | bytes, *settings: str) -> CompressError:
         ("passes: [rtn]\nsave: {max_shard_size: 5Gb}", "recipe.value", "r.yaml line 2", "`max_shard_size: 5GB`"),
         ("passes: [rtn: {scheme: int9_g3}]", "scheme.unknown", "r.yaml line 1 (passes.0.rtn.scheme)", "int4_g128"),
         ("passes: [rtn]\nevaluate: {perplexity: a.txt}", "recipe.type", "r.yaml line 2", "`perplexity: [a.txt]`"),
-        ("passes: [rtn]\nevaluate: {perplexity: [{split: a}]}", "recipe.missing", "r.yaml line 2", "`source:`"),
+        ("passes: [rtn]\nevaluate: {tasks: [{limit: 3}]}", "recipe.missing", "r.yaml line 2", "`task:`"),
         ("passes: [rtn]\ncalibration: 3", "recipe.type", "r.yaml line 2 (calibration)", "samples"),
         ("passes: [rtn]\ncalibration:", "recipe.type", "r.yaml line 2 (calibration)", "remove the key"),
         ("passes: rtn", "recipe.type", "r.yaml line 1 (passes)", "`passes: [rtn]`"),
