@@ -72,7 +72,8 @@ class Bootstrap:
         ends = bias + torch.tensor([-NORMAL, NORMAL], dtype=torch.float64)
         shares = torch.special.ndtr(bias + ends / (1 - acceleration * ends))
         low, high = torch.quantile(found_S, shares.nan_to_num(0.5)).tolist()
-        return {"low": low, "high": high}
+        # a statistic whose samples all lie to one side (a calibration error of few tokens) is an end itself
+        return {"low": min(low, float(value)), "high": max(high, float(value))}
 
     def quantile(self, windows: Sequence[Tensor], share: float) -> tuple[float, tuple[float, float] | None]:
         """The smallest value that at least `share` of all tokens do not exceed, and its interval.

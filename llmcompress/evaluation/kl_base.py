@@ -14,7 +14,7 @@ from llmcompress.calibration.sources import paragraph_hashes
 from llmcompress.calibration.tokens import starts_with_bos
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.scores import WindowScores, log_probabilities, score
-from llmcompress.evaluation.settings.perplexity import PerplexityTask
+from llmcompress.evaluation.settings.perplexity import DEFAULT_PROTOCOL, PerplexityTask
 from llmcompress.evaluation.texts import EvaluationText
 from llmcompress.progress import Progress
 from llmcompress.runners.base import Runner
@@ -52,7 +52,7 @@ def kl_base_text(
             fix="write the file with the dense model that this one was made from",
             exit_code=ExitCode.USAGE,
         )
-    changed = task.protocol_name not in (PerplexityTask().protocol_name, own := _protocol(base.chunk))
+    changed = task.protocol_name not in (DEFAULT_PROTOCOL, own := _protocol(base.chunk))
     if changed or (task.window is not None and task.window != base.chunk) or task.bos not in ("auto", "replace"):
         raise CompressError(
             "evaluate.protocol",
@@ -84,7 +84,7 @@ def kl_base_text(
 
 
 def _protocol(chunk: int) -> str:
-    return PerplexityTask(protocol="llama-cpp", window=chunk).protocol_name
+    return PerplexityTask.model_validate({"protocol": "llama-cpp", "window": chunk}).protocol_name
 
 
 def kl_base_scores(path: Path, text: EvaluationText, *, top: int) -> list[WindowScores]:

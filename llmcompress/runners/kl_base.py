@@ -164,5 +164,5 @@ def _damaged(path: Path, reason: str) -> CompressError:
     return CompressError(
         "evaluate.kl-base",
         f"{path.name} is not a complete KL base file of llama-perplexity: {reason}",
-        fix="write it again, with `llama-perplexity --kl-divergence-base` or `llmcompress evaluate --write-kl-base`",
+        fix="write it again, with llama-perplexity or `llmcompress.model_evaluation.write_kl_base`",
     )

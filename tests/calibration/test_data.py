@@ -402,8 +402,8 @@ def test_an_unresolvable_hub_counts_as_offline_unless_a_proxy_resolves_it(monkey
 def test_a_large_dataset_is_read_only_as_far_as_needed(monkeypatch):
     taken = []
 
-    def endless(path, config, split, *, streaming, where):
-        assert (path, config, split, streaming) == ("allenai/c4", "en", "train", True)
+    def endless(alias, part, *, streaming, where):
+        assert (alias.path, alias.config, part.split, streaming) == ("allenai/c4", "en", "train", True)
         while True:
             taken.append(1)
             yield {"text": LINES[0], "url": ""}

@@ -107,7 +107,7 @@ def test_overlapping_windows_count_every_token_once_from_the_longest_context(tmp
 @pytest.mark.parametrize("next_token", [True, False])
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 16, 17, 23])
 def test_new_predictions_are_each_counted_once(count, next_token, last):
-    task = PerplexityTask(scored="new", bos="never", next_token=next_token, last=last)
+    task = PerplexityTask(source="x", scored="new", bos="never", next_token=next_token, last=last)
     found = spans(count, task, 8, own_bos=False)
     counted = [token for span in found for token in range(span.scored_from, span.end)]
     assert len(set(counted)) == len(counted) and 0 not in counted
@@ -177,7 +177,7 @@ def test_what_is_written_beside_a_protocol_counts_more():
     task = PerplexityTask(protocol="gptq", window=1024, source="my.txt")
     assert (task.window, task.source, task.last) == (1024, "my.txt", "dropped")
     assert task.protocol_name == "gptq with window 1024"
-    assert PerplexityTask(window=512, bos="always").protocol_name == "default"
+    assert PerplexityTask(source="x", window=512, bos="always").protocol_name == "default"
 
 
 def test_options_that_contradict_each_other_are_refused():
@@ -186,8 +186,11 @@ def test_options_that_contradict_each_other_are_refused():
         {"stride": 40, "window": 32, "scored": "new"},
         {"next_token": True},
         {"protocol": "gptk"},
+        {"source": "x", "split": ""},
     ):
         with pytest.raises(ValueError):
-            PerplexityTask(**wrong)
+            PerplexityTask(**{"source": "x", **wrong})
     with pytest.raises(CompressError, match="neither a BOS nor an EOS"):
-        evaluation_text(PerplexityTask(bos="prefix"), byte_tokenizer(bos=False, eos=False), 64)
+        evaluation_text(
+            PerplexityTask(source="builtin:evaluation", bos="prefix"), byte_tokenizer(bos=False, eos=False), 64
+        )

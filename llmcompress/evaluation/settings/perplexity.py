@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from typing_extensions import override
 
 from llmcompress.calibration.sources import JOINER, bytes_of_text
@@ -38,11 +38,15 @@ _STATED = ("window", "bos")
 class PerplexityTask(MetricSettings):
     """A text on which the dense and the compressed model are evaluated."""
 
+    # the schema says nothing of what a protocol fills in
+    model_config = ConfigDict(json_schema_extra=lambda schema: schema.pop("required", None))
+
     protocol: str | None = None
     """A published protocol: `gptq`, `gptq-c4`, `gptq-ptb`, `llm-pruner`, `wanda`, `llama-cpp`, `lm-eval-rolling`. It
     gives the options below their values, except those that are written beside it."""
-    source: str = Field(default="builtin:evaluation", min_length=1)
-    """`builtin:evaluation`, a local .txt/.jsonl/.parquet/.csv, or a Hub dataset id (`wikitext2`, `c4`, `ptb`)."""
+    source: str = Field(min_length=1)
+    """`builtin:evaluation`, a local .txt/.jsonl/.parquet/.csv, or a Hub dataset id (`wikitext2`, `c4`, `ptb`); the
+    protocol's where it is left out."""
     split: str = Field(default="test", min_length=1)
     """Split of a Hub dataset."""
     config: str | None = None
