@@ -19,7 +19,8 @@ from tests.test_imports import ROOT, modules, stage_of
 
 FOREIGN = ("hf download", "pip install", "pip wheel", "iconv ")
 """Programs that are typed whoever reads the error."""
-FLAG = re.compile(r"(?<![\w-])--[a-z]|(?<![\w-])-o\b")
+FLAG = re.compile(r"(?<![\w(-])--[a-z]|(?<![\w-])-o\b")
+"""Not the variables of CSS: `var(--ink)`."""
 
 
 def texts(path: Path) -> list[tuple[int, str]]:

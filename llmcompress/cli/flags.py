@@ -8,6 +8,8 @@ _SPELLINGS = (
     (re.compile(r"set `(overwrite|fresh)=True`"), r"add --\1"),
     (re.compile(r"set `device` to "), "use --device "),
     (re.compile(r"name an `output`"), "give a folder with -o"),
+    (re.compile(r"set `data` to "), "as --task-data (in a recipe: `data`) give "),
+    (re.compile(r"the same `baseline`"), "the same --baseline"),
 )
 """How the library says it → how a command is typed."""
 

@@ -23,9 +23,7 @@ def gguf_file(model: str) -> Path:
     raise CompressError(
         "model.no-gguf",
         f"{model} has several GGUF files: {there}" if found else f"{model} is no GGUF file, and no folder with one",
-        fix="name the file itself"
-        if found
-        else f"export the model first: `llmcompress export {model} --to gguf -o OUT`",
+        fix="name the file itself" if found else "export the model to gguf first",
         exit_code=ExitCode.USAGE,
     )
 

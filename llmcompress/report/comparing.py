@@ -46,7 +46,7 @@ def as_comparison(found: Sequence[Evaluation | Comparison]) -> Comparison:
             "compare.bases",
             f"the reports have different dense models: {told}",
             where="baseline",
-            fix="evaluate every model with the same --baseline",
+            fix="evaluate every model with the same `baseline`",
             exit_code=ExitCode.USAGE,
         )
     return Comparison(base=bases[0], evaluations=tuple(flat))

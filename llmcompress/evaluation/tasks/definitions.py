@@ -171,9 +171,9 @@ def _data_file(written: str, file: Path, data: str | None) -> str:
         if place.is_file():
             return str(place.resolve())
     if data is None:
-        fix = f"give the folder that has {written} in it as --task-data (in a recipe: `data`)"
+        fix = f"set `data` to the folder that has {written} in it"
     else:
-        fix = f"put {written} there, or give another folder as --task-data (in a recipe: `data`)"
+        fix = f"put {written} there, or set `data` to another folder"
     what = f"the data of the task {file.stem} are not there: {places[0]}"
     raise CompressError("tasks.no-data", what, where=WHERE, fix=fix)
 

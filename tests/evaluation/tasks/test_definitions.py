@@ -32,7 +32,7 @@ def test_bundled_tasks_find_their_data_in_the_folder_given(name, tmp_path):
     written = bundled_tasks()[name].read_text()
     definition = {"task": None, **yaml.safe_load(written)}
     row = next(row for column, row in ROWS.items() if column in written.split("\n", 2)[1])
-    with pytest.raises(CompressError, match="--task-data") as caught:
+    with pytest.raises(CompressError, match="set `data`") as caught:
         TaskLoader().load(name, data=str(tmp_path))
     assert caught.value.code == "tasks.no-data"
     for file in files_of(definition):
