@@ -75,9 +75,12 @@ def lie_on_a_grid(weight_OI: Tensor) -> bool:
     outputs, inputs = weight_OI.shape
     runs_RN = weight_OI[:: -(-outputs // _LOOKED_AT), : inputs // _RUN * _RUN].reshape(-1, _RUN)
     zeros_R = (runs_RN == 0).sum(1)
-    runs_RN = runs_RN[(zeros_R > 0) & (zeros_R < _RUN)].abs()
+    some_R = (zeros_R > 0) & (zeros_R < _RUN)
+    if not bool(some_R.any()):
+        return False
+    runs_RN = runs_RN[some_R].abs()
     levels_RN = runs_RN.masked_fill(runs_RN == 0, torch.inf)
-    beside = int((levels_RN == levels_RN.amin(1, keepdim=True)).sum()) if len(runs_RN) else 0
+    beside = int((levels_RN == levels_RN.amin(1, keepdim=True)).sum())
     return beside > _BESIDE * int(zeros_R.sum())
 
 

@@ -90,7 +90,7 @@ def test_sum_of_column_losses_is_the_damped_output_error(shape: tuple[int, int])
             return new_O
 
     rounding = Recording(weight, Grid(3), scale_dtype=torch.float64, search="minmax", gram_II=gram)
-    swept_IO = weight.T.contiguous()
+    swept_IO = weight.T.clone(memory_format=torch.contiguous_format)
     loss_O = sweep_columns_(swept_IO, factor.upper_II, rounding, block=8)
     change = swept_IO.T - weight
     torch.testing.assert_close(sum(losses), output_error(change, damped(gram, 0.02)), rtol=1e-8, atol=1e-10)

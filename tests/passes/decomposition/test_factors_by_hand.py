@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmcompress.calibration.whole import WholeModel
 from llmcompress.numerics.allocation import Option, spend
 from llmcompress.numerics.low_rank import output_spectrum, truncate
 from llmcompress.numerics.rank_allocation import Matrix, uniform_rank
+from llmcompress.passes.decomposition import ranks as ranks_module
 from tests.families import tiny_model
 from tests.passes.decomposition.factored import block_pass, compressed, map_of, whole_model, windows
 
@@ -67,7 +67,7 @@ def test_ranks_by_loss_weigh_directions_by_the_squared_gradients_along_them(monk
         budget += uniform[name] * (outputs + inputs)
     wanted = {name: each[index] for name, each, index in zip(names, ranks, spend(options, budget), strict=True)}
     perplexities = iter([2.0, 1.0])  # uniform ranks would stay if the decided ones measured worse
-    monkeypatch.setattr(WholeModel, "perplexity", lambda _: next(perplexities))
+    monkeypatch.setattr(ranks_module, "perplexity", lambda _: next(perplexities))
     decided = block_pass("svd", fraction=RATIO, ranks="loss", sites="*.layers.0.*").decide(whole_model(FAMILY))
     assert {name: int(rank) for name, rank in decided.items()} == wanted
     assert len(set(wanted.values())) > 2
