@@ -107,6 +107,7 @@ class _ResidentGauge:
 
     def __init__(self, proc: Path) -> None:
         self._proc = proc
+        self._before = {child.pid for child in psutil.Process().children(recursive=True)}
         self.instrument = "high-water mark of resident memory (VmHWM), reset before every row"
         self.reset()
 
@@ -129,6 +130,8 @@ class _ResidentGauge:
     def children(self) -> int:
         total = 0
         for child in psutil.Process().children(recursive=True):
+            if child.pid in self._before:
+                continue
             try:
                 total += child.memory_info().rss
             except psutil.NoSuchProcess:
