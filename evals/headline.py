@@ -131,7 +131,10 @@ def _measured(row: Row, model: str, calibration: str, metrics: list[MetricSettin
         "compress_cpu_seconds": cpu,
         "quality": _quality(found),
         "tasks": _tasks(found),
-        "cost": [each.model_dump(mode="json") for each in table.rows],
+        "cost": [
+            {**each.model_dump(mode="json"), "model": "dense" if each.model == model else row.preset}
+            for each in table.rows
+        ],
     }
 
 
