@@ -21,6 +21,7 @@ from llmcompress.evaluation.settings.distributions import Distributions
 from llmcompress.evaluation.settings.perplexity import PerplexityTask
 from llmcompress.evaluation.texts import evaluation_text
 from llmcompress.modules.base import CompressedModule
+from llmcompress.modules.expression import Opaque
 from llmcompress.progress import Progress
 from llmcompress.records.inside import Distribution
 from llmcompress.records.measurements import Measurement, Which
@@ -118,20 +119,24 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         in_block = any(part.isdecimal() for part in name.split("."))
         if not in_block or name.startswith(inside):
             continue
-        if isinstance(module, nn.Linear | CompressedModule) and _weight(module) is not None:
+        if isinstance(module, nn.Linear) or _stands_for_a_matrix(module):
             inside = (*inside, f"{name}.")
             yield name, module
 
 
+def _stands_for_a_matrix(module: nn.Module) -> bool:
+    """Asked of what it computes: multiplying it out would take its weights from the disk where they are offloaded."""
+    return isinstance(module, CompressedModule) and not any(
+        isinstance(node, Opaque) for node in module.expression().nodes()
+    )
+
+
 def _weight(module: nn.Module) -> Tensor | None:
-    """The matrix that a linear stands for; None where there is none."""
-    if not isinstance(module, CompressedModule):
-        weight = getattr(module, "weight", None)
-        return weight if isinstance(weight, Tensor) else None
-    try:
+    """The matrix that a linear stands for; None where a loader keeps it in a form of its own."""
+    if isinstance(module, CompressedModule):
         return module.dense_weight()
-    except (TypeError, NotImplementedError):
-        return None
+    weight = getattr(module, "weight", None)
+    return weight if isinstance(weight, Tensor) else None
 
 
 def _look(
