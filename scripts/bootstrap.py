@@ -27,7 +27,9 @@ CPU_TORCH = "torch==2.13.0"
 """The version the project is tested with on CPUs; machines with a GPU get the newest."""
 OTHER_PINS = {"4": ["transformers>=4.57,<4.58", "compressed-tensors<0.18"], "5": ["transformers>=5,<6"]}
 """compressed-tensors 0.18 and later cannot load asymmetric int4 under transformers 4.57."""
-OLDER_MAJOR = ["-m", "majors and not slow", "--families", "core", "--presets", "quarter"]
+TEST_EXTRAS = {"4": "dev,onnx-export,openvino-export,genai", "5": "dev"}
+"""Optimum's exporters to ONNX and OpenVINO need transformers 4.57."""
+OLDER_MAJOR = ["-m", "(majors or transformers4) and not slow", "--families", "core", "--presets", "quarter"]
 """What is tested under the older major unless tests are named: whatever touches transformers (tests/selection.py)."""
 MAIN_JOB = [
     *("compress", "builtin:books-llama", "--preset", "tiny/awq-gptq", "-o", "out/books-llama-w4", "--overwrite"),
@@ -118,7 +120,8 @@ class Environment:
             self.install_torch(has_gpu)
         self.constraints.write_text("\n".join([f"torch=={self.installed()['torch']}", *OTHER_PINS[self.transformers]]))
         say("installing llmcompress and what it needs" + (", with the test tools" if with_tests else ""))
-        self.pip("install", "--constraint", str(self.constraints), "--editable", ".[dev]" if with_tests else ".")
+        extras = f".[{TEST_EXTRAS[self.transformers]}]" if with_tests else "."
+        self.pip("install", "--constraint", str(self.constraints), "--editable", extras)
         cuda = [name for name in self.installed() if is_cuda(name)]
         if cuda and not has_gpu:
             raise SetupError(f"there is no GPU, yet these were installed: {', '.join(cuda)}; remove {self.folder.name}")

@@ -23,7 +23,7 @@ from hypothesis import settings
 
 from tests import warm_python
 from tests.cpu_budget import CpuBudget, budget_seconds
-from tests.selection import Selection, head_commit, mark_majors
+from tests.selection import Selection, head_commit, mark_majors, other_major
 
 # dense scores are kept for later runs: those of tests, and no one else's; a test that counts has a folder of its own
 _CACHE = tempfile.TemporaryDirectory(prefix="llmcompress-cache-")
@@ -81,7 +81,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Before `-m` looks at the marks. Workers take the files that cost most first: none begins one at the end."""
     mark_majors(items)
-    gone = set(config.stash[SELECTION].deselect(items))
+    gone = {*config.stash[SELECTION].deselect(items), *other_major(items)}
     config.hook.pytest_deselected(items=list(gone))
     items[:] = [item for item in items if item not in gone]
     if hasattr(config, "workerinput"):

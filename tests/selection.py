@@ -12,6 +12,7 @@ import subprocess
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,15 @@ def mark_majors(items: list[pytest.Item]) -> None:
     for item in items:
         if item.nodeid.startswith(MAJORS) or is_product(item, families) or parameter(item, "preset"):
             item.add_marker("majors")
+
+
+def other_major(items: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """What cannot run with the transformers that is installed: Optimum's exporters know 4.57 alone."""
+    return (
+        []
+        if version("transformers").startswith("4.")
+        else [each for each in items if each.get_closest_marker("transformers4")]
+    )
 
 
 def is_product(item: pytest.Item, families: dict[str, set[str]]) -> bool:
