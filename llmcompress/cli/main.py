@@ -27,11 +27,13 @@ COMMANDS = (
     "footprint",
     "inspect",
     "passes",
+    "push",
     "recipes",
     "report",
     "schema",
     "speed",
     "targets",
+    "verify",
 )
 
 

@@ -15,6 +15,7 @@ from llmcompress.evaluation.settings.base import METRIC_SETTINGS, MetricSettings
 from llmcompress.evaluation.settings.perplexity import BUNDLED_TEXT
 from llmcompress.exporters.base import EXPORTERS, Exporter
 from llmcompress.passes.base import PASSES, Pass
+from llmcompress.publishing.destinations import DESTINATIONS, HubRepository
 from llmcompress.recipe.checking import check_document, plain_data
 from llmcompress.recipe.document import Document, read_document, read_json_object, write_yaml
 from llmcompress.recipe.stages import Grouped, LeavesWeights, Listed, beside_weights
@@ -67,6 +68,8 @@ class Recipe(BaseModel):
     export: Annotated[tuple[Exporter, ...], Listed(EXPORTERS), LeavesWeights()] = ()  # limits change the passes instead
     """Targets for which the result is exported too, each into a folder beside the output (`OUTPUT-gguf`). Quantizers
     respect their limits, and what one of them cannot represent is refused before any work."""
+    publish: Annotated[tuple[HubRepository, ...], Grouped(DESTINATIONS), LeavesWeights()] = ()
+    """Where the finished folders are pushed: `hub: [USER/NAME]`. Login and rights are checked before any work."""
 
     @field_validator("passes")
     @classmethod
