@@ -230,7 +230,7 @@ def _rewritten(
     models = [read_json(path).get("model") for path in texts if path.name != RECIPE]
     names = public_names(places_in([*recipes, *models]), known=known)
     found = {path: renamed(text, names) for path, text in texts.items()}
-    if run is not None and names:
+    if run is not None:
         hashes = {parse_recipe(text, RECIPE).hash() for path, text in found.items() if path.name == RECIPE}
         for published in hashes if len(hashes) == 1 else ():
             found = {path: text.replace(run.recipe_hash, published) for path, text in found.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from llmcompress.calibration.local_files import is_text_file
 from llmcompress.publishing.card_metadata import CardFacts
 from llmcompress.publishing.snippets import snippets_for
 from llmcompress.records.evaluation import Evaluation
@@ -116,6 +117,11 @@ def _making(facts: CardFacts) -> Iterable[Block]:
         base = facts.base.id or "FOLDER_OF_THE_DENSE_MODEL"
         command = f"llmcompress compress {base} --recipe {RECIPE} -o {facts.name}"
         yield Code(command, "Command", "sh")
+        source = str(calibration.get("source"))
+        if tokens and is_text_file(source):
+            yield Paragraph(
+                f"{source} is not part of this repository: add `--set calibration.source=FILE` with a text."
+            )
         yield Code(facts.recipe_text, f"Recipe ({RECIPE} in this repository)", "yaml")
     if facts.evaluation.command:
         yield Code(facts.evaluation.command, "Evaluation", "sh")

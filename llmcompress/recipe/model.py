@@ -121,9 +121,7 @@ class Recipe(BaseModel):
 
     def hash(self) -> str:
         """16 hexadecimal digits that change with everything that can change a weight, and nothing else."""
-        facts = self.model_dump(mode="json", exclude=beside_weights(type(self)))
-        canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+        return hash_of(self.to_dict())
 
     def for_model(self, given: str | None) -> Recipe:
         """The same recipe for the model given beside it; None keeps the recipe's own.
@@ -145,3 +143,19 @@ class Recipe(BaseModel):
                 exit_code=ExitCode.USAGE,
             )
         return self if given is None else self.model_copy(update={"model": given})
+
+
+def hash_of(written: Mapping[str, Any]) -> str:
+    """`Recipe.hash` of a resolved recipe as data; of one that another version wrote, with the options of that version."""
+    canonical = json.dumps(
+        _without(written, beside_weights(Recipe)), sort_keys=True, separators=(",", ":"), ensure_ascii=False
+    )
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _without(data: Mapping[str, Any], left_out: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without(value, left_out[key]) if key in left_out else value
+        for key, value in data.items()
+        if left_out.get(key) is not True
+    }

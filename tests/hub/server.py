@@ -87,9 +87,7 @@ class HubDouble:
         self.repos[name].commit(files, "main")
         return self.repos[name]
 
-    def fail(
-        self, method: str, path: str, status: int, *, times: int = 1, message: str = "no", **headers: str
-    ) -> None:
+    def fail(self, method: str, path: str, status: int, *, times: int = 1, message: str = "no", **headers: str) -> None:
         """Answer with an error."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         self.faults.append(
@@ -141,12 +139,13 @@ class Handler(BaseHTTPRequestHandler):
             fault = next((each for each in hub.faults if self.meets(each)), None)
             if fault is not None:
                 fault.times -= 1
+        self.body: bytes | None = None
         if fault is not None:
             fault.act(self)
             return
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.read_body()
         if not self.route.startswith("/lfs/"):
-            hub.bodies += self.body
+            hub.bodies += self.read_body()
         with hub.lock:
             for pattern, answer in ROUTES:
                 found = re.fullmatch(pattern, f"{method} {self.route}")
@@ -154,6 +153,11 @@ class Handler(BaseHTTPRequestHandler):
                     answer(self, **found.groupdict())
                     return
         self.refuse(404, f"no such endpoint: {method} {self.route}", {})
+
+    def read_body(self) -> bytes:
+        if self.body is None:
+            self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        return self.body
 
     def meets(self, fault: Fault) -> bool:
         return fault.times > 0 and fault.method == self.method and bool(fault.path.search(self.route))
@@ -164,7 +168,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def refuse(self, status: int, message: str, headers: dict[str, str]) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length") or 0)) if not hasattr(self, "body") else None
+        self.read_body()  # or the next request on this connection begins in the middle of it
         self.send(status, json.dumps({"error": message}).encode(), {"X-Error-Message": message, **headers})
 
     def send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
@@ -204,14 +208,16 @@ class Handler(BaseHTTPRequestHandler):
         self.give(user) if user else self.refuse(401, "Invalid username or password.", {})
 
     def create(self) -> None:
-        asked = json.loads(self.body)
+        asked = json.loads(self.read_body())
         user = self.user() or {"name": "?"}
         name = f"{asked.get('organization') or user['name']}/{asked['name']}"
         if not may_write(self.user(), name):
             return self.refuse(403, "You don't have the rights to create a model under this namespace", {})
         if name in self.hub.repos:
             return self.send(
-                409, json.dumps({"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}).encode(), {}
+                409,
+                json.dumps({"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}).encode(),
+                {},
             )
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
         self.hub.repos[name] = Repo(private)
@@ -260,7 +266,7 @@ class Handler(BaseHTTPRequestHandler):
         self.give({})
 
     def tag(self, name: str, revision: str) -> None:
-        repo, tag = self.repo(name, write=True), json.loads(self.body)["tag"]
+        repo, tag = self.repo(name, write=True), json.loads(self.read_body())["tag"]
         if repo is None:
             return
         if tag in repo.tags:
@@ -269,7 +275,7 @@ class Handler(BaseHTTPRequestHandler):
         self.give({})
 
     def validate(self) -> None:
-        text = json.loads(self.body)["content"]
+        text = json.loads(self.read_body())["content"]
         try:
             yaml.safe_load(text.split("---")[1] if text.startswith("---") else "{}")
         except yaml.YAMLError as problem:
@@ -288,23 +294,23 @@ class Handler(BaseHTTPRequestHandler):
                 "shouldIgnore": False,
                 "oid": identity(each["path"], there[each["path"]]) if each["path"] in there else None,
             }
-            for each in json.loads(self.body)["files"]
+            for each in json.loads(self.read_body())["files"]
         ]})  # fmt: skip
 
     def batch(self, name: str) -> None:
         if self.repo(name) is None:
             return
         objects = []
-        for each in json.loads(self.body)["objects"]:
+        for each in json.loads(self.read_body())["objects"]:
             place = f"{self.hub.url}/lfs/{each['oid']}"
             actions = {"upload": {"href": place}, "verify": {"href": f"{place}/verify"}}
             objects.append({**each, **({} if each["oid"] in self.hub.stored else {"actions": actions})})
         self.give({"transfer": "basic", "objects": objects})
 
     def put(self, oid: str) -> None:
-        if hashlib.sha256(self.body).hexdigest() != oid:
+        if hashlib.sha256(self.read_body()).hexdigest() != oid:
             return self.send(400, b"<Error><Code>BadDigest</Code><Message>digest mismatch</Message></Error>", {})
-        self.hub.stored[oid] = self.body
+        self.hub.stored[oid] = self.read_body()
         self.send(200, b"", {})
 
     def check(self, oid: str) -> None:
@@ -315,7 +321,7 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.repo(name, write=not create_pr)
         if repo is None:
             return
-        lines = [json.loads(line) for line in self.body.splitlines()]
+        lines = [json.loads(line) for line in self.read_body().splitlines()]
         header = next(each["value"] for each in lines if each["key"] == "header")
         head = str(repo.at(revision))
         if header.get("parentCommit") not in (None, head) and not create_pr:

@@ -26,7 +26,9 @@ def folder_of(made: CompressedModel) -> Path:
     return made.folder
 
 
-def test_a_push_is_one_commit_of_the_whole_folder_in_a_private_repository(hub: HubDouble, made: CompressedModel) -> None:
+def test_a_push_is_one_commit_of_the_whole_folder_in_a_private_repository(
+    hub: HubDouble, made: CompressedModel
+) -> None:
     done = made.push(NAME)
     repo = hub.repos[NAME]
     assert repo.private and len(repo.commits) == 2 and done.commit == repo.branches["main"]
@@ -42,7 +44,11 @@ def test_what_is_downloaded_again_has_the_digests_of_its_list(hub: HubDouble, ma
 
     made.push(NAME)
     found = verify(NAME)
-    assert not found.failed and {each.name for each in found.checks if each.result == "ok"} >= {"files", "tensors", "recipe"}
+    assert not found.failed and {each.name for each in found.checks if each.result == "ok"} >= {
+        "files",
+        "tensors",
+        "recipe",
+    }
     assert Path(snapshot_download(NAME)).joinpath("model.safetensors").read_bytes()
 
 
@@ -81,7 +87,10 @@ def test_only_what_llmcompress_wrote_leaves(hub: HubDouble, made: CompressedMode
     for name in ("training_args.bin", "optimizer.pt", "rng_state.pth", "journal.jsonl", ".env"):
         (folder / name).write_text("HF_TOKEN=hf_" + "b" * 34)
     push([folder], wanted())
-    assert not {"training_args.bin", "optimizer.pt", "rng_state.pth", "journal.jsonl", ".env"} & hub.repos[NAME].files.keys()
+    assert (
+        not {"training_args.bin", "optimizer.pt", "rng_state.pth", "journal.jsonl", ".env"}
+        & hub.repos[NAME].files.keys()
+    )
     assert b"hf_bbbb" not in hub.bodies
 
 
