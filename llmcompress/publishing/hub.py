@@ -110,7 +110,8 @@ def hub_errors(repository: str, *, saved: str) -> Iterator[None]:
         refusal = refusal_of(problem)
         if refusal is not None:
             raise _refused(refusal, repository, saved) from problem
-        if isinstance(problem, ValueError):  # the Hub's objection to the model card or to a large file
+        offline = isinstance(problem, errors.LocalEntryNotFoundError)
+        if isinstance(problem, ValueError) and not offline:  # the Hub's objection to the model card or to a large file
             what = f"the Hub does not accept what is sent to {repository}: {_first_line(str(problem))}"
             raise hub_error("refused", what, fix="correct it and push again", saved=saved) from problem
         if any(isinstance(each, network) for each in _causes(problem)):
