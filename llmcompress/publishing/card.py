@@ -120,7 +120,7 @@ def _making(facts: CardFacts) -> Iterable[Block]:
         source = str(calibration.get("source"))
         if tokens and is_text_file(source):
             yield Paragraph(
-                f"{source} is not part of this repository: add `--set calibration.source=FILE` with a text."
+                f"{source} is not in this repository: name a text of your own as `calibration.source` in the recipe."
             )
         yield Code(facts.recipe_text, f"Recipe ({RECIPE} in this repository)", "yaml")
     if facts.evaluation.command:

@@ -15,6 +15,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmcompress.errors import CompressError, ExitCode
+from llmcompress.evaluation.environment import versions
 from llmcompress.progress import LOG
 
 if TYPE_CHECKING:
@@ -51,12 +52,10 @@ def hub_api() -> HfApi:
     import huggingface_hub
     from huggingface_hub import constants
 
-    from llmcompress import __version__
-
     if constants.HF_HUB_OFFLINE:
         what = "HF_HUB_OFFLINE is set: nothing can be published"
         raise hub_error("offline", what, fix="unset it, or save to a folder")
-    return huggingface_hub.HfApi(library_name="llmcompress", library_version=__version__)
+    return huggingface_hub.HfApi(library_name="llmcompress", library_version=versions()["llmcompress"])
 
 
 def asked(call: Callable[[], T], *, again: tuple[int, ...] = FAILED) -> T:

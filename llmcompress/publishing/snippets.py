@@ -81,9 +81,9 @@ def snippets_for(kind: str, *, repository: str, folder: str) -> list[Snippet]:
     if known is None:
         exporter = EXPORTERS[kind]
         name = repository.partition("/")[2]
-        fetch = (
-            f"hf download {repository} --local-dir {name}{f' --include {chr(34)}{folder}*{chr(34)}' if folder else ''}"
-        )
+        fetch = f"hf download {repository} --local-dir {name}"
+        if folder:
+            fetch = f"hf download {repository} --local-dir {name} --include '{folder}*'"
         run = exporter.how_to_run
         place = f"cd {name}/{folder}".rstrip("/")
         return [Snippet(kind, "sh", f"{fetch}\n{place}"), Snippet(kind, exporter.language, run)]

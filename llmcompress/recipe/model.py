@@ -121,7 +121,7 @@ class Recipe(BaseModel):
 
     def hash(self) -> str:
         """16 hexadecimal digits that change with everything that can change a weight, and nothing else."""
-        return hash_of(self.to_dict())
+        return hash_of(self.to_dict(), type(self))
 
     def for_model(self, given: str | None) -> Recipe:
         """The same recipe for the model given beside it; None keeps the recipe's own.
@@ -145,10 +145,10 @@ class Recipe(BaseModel):
         return self if given is None else self.model_copy(update={"model": given})
 
 
-def hash_of(written: Mapping[str, Any]) -> str:
-    """`Recipe.hash` of a resolved recipe as data; of one that another version wrote, with the options of that version."""
+def hash_of(written: Mapping[str, Any], kind: type[Recipe] = Recipe) -> str:
+    """`Recipe.hash` of a resolved recipe as data; of another version's, with the options of that version."""
     canonical = json.dumps(
-        _without(written, beside_weights(Recipe)), sort_keys=True, separators=(",", ":"), ensure_ascii=False
+        _without(written, beside_weights(kind)), sort_keys=True, separators=(",", ":"), ensure_ascii=False
     )
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmcompress import __version__
+from llmcompress.evaluation.environment import versions
 from llmcompress.evaluation.footprint import bytes_on_disk
 from llmcompress.recipe.document import read_file
 from llmcompress.recipe.model import hash_of
@@ -68,7 +68,7 @@ def origin(folder: Path) -> Check:
 
 def _is_of_this_version(folder: Path, report: Report) -> bool:
     """What a hash leaves out may differ between versions; the first ones wrote no digests."""
-    return report.versions.get("llmcompress") == __version__ and any(written_files(folder).values())
+    return report.versions.get("llmcompress") == versions()["llmcompress"] and any(written_files(folder).values())
 
 
 def _report(folder: Path) -> Report | None:

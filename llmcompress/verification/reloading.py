@@ -67,7 +67,11 @@ def in_fresh_process(program: str, arguments: Sequence[str]) -> str:
     done = subprocess.run(command, env={**environment, **quiet}, capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
-        raise CompressError("verify.reload", f"a fresh process cannot load it: {said[-1][:300]}")
+        what, fix = (
+            f"a fresh process cannot load it: {said[-1][:300]}",
+            "install what it names, or get the folder again",
+        )
+        raise CompressError("verify.reload", what, fix=fix)
     return done.stdout
 
 
