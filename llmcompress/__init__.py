@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from llmcompress.report.folder import write_report
     from llmcompress.report.tracking import track
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "Calibration": "llmcompress.calibration.settings",
