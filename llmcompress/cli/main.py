@@ -29,6 +29,7 @@ COMMANDS = (
     "passes",
     "recipes",
     "report",
+    "resume",
     "schema",
     "speed",
     "targets",
