@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from llmcompress.report.tracking import track
     from llmcompress.verification.verifying import verify
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "Calibration": "llmcompress.calibration.settings",

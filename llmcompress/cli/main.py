@@ -30,6 +30,7 @@ COMMANDS = (
     "push",
     "recipes",
     "report",
+    "resume",
     "schema",
     "speed",
     "targets",
