@@ -110,6 +110,7 @@ def export(
             read_back=tuple(exporter.read_back(exportable.model, staging, writing)),
             converted={name: each.why for name, each in answers.items() if isinstance(each, Converted)},
             notes=tuple(exporter.notes(contents, answers)),
+            not_run=exporter.cannot_run,
         )
         if report.differing:
             raise _mismatch(report, set_aside(staging, output))

@@ -96,6 +96,8 @@ class Exporter(BaseModel, ABC):
     """What it requires of codes; quantizers respect it from the start in a recipe that names this target."""
     runtime: ClassVar[str] = "torch"
     """Name of the runner that opens the folder."""
+    cannot_run: ClassVar[str | None] = None
+    """Why nothing here opens the folder, for targets without a runner."""
     fix: ClassVar[str]
     """What a user can do about a refusal."""
     language: ClassVar[str] = "python"

@@ -55,4 +55,6 @@ def _checked(report: ExportReport) -> list[str]:
             f"{proof.perplexity_model:.3f} ({proof.tokens} tokens of {proof.text}, window {proof.window}, no BOS); "
             f"both hold the same token most likely at {proof.same_top:.1%} of the positions."
         )
+    if report.not_run is not None:
+        found.append(f"It was not run here: {report.not_run}.")
     return [*found, ""] if found else []

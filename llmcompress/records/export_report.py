@@ -69,6 +69,8 @@ class ExportReport(Record):
     converted: dict[str, str]
     """Linears that are stored in another form, and why."""
     notes: tuple[str, ...] = ()
+    not_run: str | None = None
+    """Why the target has no runner here, e.g. because it needs an NVIDIA GPU."""
     runtime: RuntimeProof | None = None
     """None: it was not run, or its runtime is not installed."""
 
