@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -22,7 +23,7 @@ from llmcompress.exporters.checkpoint import write_model
 from llmcompress.exporters.config import portable_config
 from llmcompress.exporters.contents import CodedLinear, Contents, contents_in
 from llmcompress.exporters.folder_read_back import read_folder_back
-from llmcompress.exporters.tensorrt_llm_cache import FP8_CACHE, cache_problem, cache_scales, stock_attentions
+from llmcompress.exporters.tensorrt_llm_cache import FP8_CACHE, cache_scales, fp8_caches, stock_attentions
 from llmcompress.exporters.tensorrt_llm_config import Layer, gptq_config, inline_config, quant_file
 from llmcompress.exporters.tensorrt_llm_merged import (
     is_alone,
@@ -107,10 +108,10 @@ python -c "from tensorrt_llm import LLM; print(LLM('.').generate('The').outputs[
             return f"only {', '.join(_FAMILIES)} were compared with what ModelOpt writes, and `{family}` is none of them"
         if contents.storage_dtype is torch.float32:
             return "TensorRT-LLM computes in bfloat16 or float16; set `save.dtype` to one of them and compress again"
-        if (others := contents.more_than_quantized) or (others := cache_problem(contents)):
+        if others := replace(contents, named_caches=fp8_caches(contents)).more_than_quantized:
             return f"it can represent quantized linears and an FP8 KV cache with one scale per tensor, not {others[0]}"
         kinds = {(layer.algorithm, layer.group) for layer in _layers(contents).values()}
-        if any(algorithm == "W4A16_GPTQ" for algorithm, _ in kinds) and (len(kinds) > 1 or contents.named_caches):
+        if any(algorithm == "W4A16_GPTQ" for algorithm, _ in kinds) and (len(kinds) > 1 or fp8_caches(contents)):
             return "codes with zero points (GPTQ) need one group size for the whole model, and nothing else beside them"
         return None
 
@@ -122,7 +123,7 @@ python -c "from tensorrt_llm import LLM; print(LLM('.').generate('The').outputs[
             if isinstance(answer, Exact) and answer.doubt:
                 doubts.setdefault(answer.doubt, []).append(name)
         found = [f"{why} ({len(names)} linears: {names[0]} …)" for why, names in doubts.items()]
-        if contents.named_caches:
+        if fp8_caches(contents):
             found.append(FP8_CACHE)
         if contents.config.get("model_type") in _NO_CLASS:
             found.append("TensorRT-LLM's PyTorch backend has no class for this family; `--backend _autodeploy` may run it")

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from llmcompress.exporters.contents import Contents
 from llmcompress.model.skeleton import put_module
+from llmcompress.modules.base import MODULES
 from llmcompress.modules.kv_cache import CodedAttention, coded_attentions
 
 FP8_CACHE = (
@@ -18,10 +19,11 @@ FP8_CACHE = (
 )
 
 
-def cache_problem(contents: Contents) -> list[str]:
-    """Attentions whose cache is not FP8 with one scale for keys and one for values."""
-    specs = contents.differences.modules
-    return [name for name in contents.named_caches if specs[name]["number"] != "fp8"]
+def fp8_caches(contents: Contents) -> frozenset[str]:
+    """Attentions whose cache is FP8 with one scale for keys and one for values."""
+    kind = MODULES.name_of(CodedAttention)
+    wanted = {"type": kind, "number": "fp8", "scales": "tensor"}
+    return frozenset(name for name, spec in contents.differences.modules.items() if wanted.items() <= spec.items())
 
 
 @contextmanager
