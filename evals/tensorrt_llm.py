@@ -5,8 +5,8 @@
 ModelOpt quantizes tiny random models of every family in its own environment (`peers/modelopt_folder.py`). Each folder
 is read into modules of ours (its codes, scales and input scales), exported by us, and the two folders are compared
 bit for bit. Then the weights that we decode are compared with those ModelOpt computes with. Exit code 1 where anything
-differs that is not named in `ALLOWED`. With `--write`, what was found goes to tests/exporters/modelopt_facts.json, so that
-the tests hold our files against ModelOpt's without ModelOpt. TensorRT-LLM itself runs in neither.
+differs that is not named in `ALLOWED`. With `--write`, what was found goes to tests/exporters/modelopt_facts.json, so
+that the tests hold our files against ModelOpt's without ModelOpt. TensorRT-LLM itself runs in neither.
 """
 
 from __future__ import annotations
@@ -45,8 +45,12 @@ SAMPLE_ROWS = 2
 
 
 @click.command()
-@click.option("--environments", type=click.Path(path_type=Path), help="Where the environment of ModelOpt is, or is made.")
-@click.option("--folders", type=click.Path(path_type=Path), help="Folders of an earlier run of peers/modelopt_folder.py.")
+@click.option(
+    "--environments", type=click.Path(path_type=Path), help="Where the environment of ModelOpt is, or is made."
+)
+@click.option(
+    "--folders", type=click.Path(path_type=Path), help="Folders of an earlier run of peers/modelopt_folder.py."
+)
 @click.option("--write", is_flag=True, help="Write tests/exporters/modelopt_facts.json.")
 def main(environments: Path | None, folders: Path | None, write: bool) -> None:
     """Compare every folder."""
@@ -55,7 +59,9 @@ def main(environments: Path | None, folders: Path | None, write: bool) -> None:
         home = folders or Path(scratch)
         if environments is not None:
             for dtype, more in (("bfloat16", ()), ("float32", ("--family", "llama"))):
-                run_in("modelopt", "modelopt_folder.py", [str(home / dtype), "--dtype", dtype, *more], folder=environments)
+                run_in(
+                    "modelopt", "modelopt_folder.py", [str(home / dtype), "--dtype", dtype, *more], folder=environments
+                )
         faults, facts = [], dict[str, Any](tensors={}, config={}, samples={}, families=set())
         for folder in sorted(path for path in (home / "bfloat16").iterdir() if path.is_dir()):
             family, _, algorithm = folder.name.partition("-")
@@ -229,7 +235,11 @@ def sample(folder: Path) -> dict[str, Any]:
     tensors = load_file(folder / "model.safetensors")
     weights = load_file(folder.with_name(f"{folder.name}.weights.safetensors"))[name]
     own = {key.rpartition(".")[2]: each for key, each in tensors.items() if key.rpartition(".")[0] == name}
-    rows = {part: each[: max(1, SAMPLE_ROWS * len(each) // len(weights))] for part, each in own.items() if each.dim() and part != "pre_quant_scale"}
+    rows = {
+        part: each[: max(1, SAMPLE_ROWS * len(each) // len(weights))]
+        for part, each in own.items()
+        if each.dim() and part != "pre_quant_scale"
+    }
     rows |= {part: each for part, each in own.items() if not each.dim()}
     return {**{part: packed(each) for part, each in rows.items()}, "weights": packed(weights[:SAMPLE_ROWS])}
 

@@ -2,8 +2,9 @@
 
     python modelopt_folder.py OUT [--family llama …] [--algorithm FP8 …] [--dtype float32]
 
-`OUT/FAMILY-ALGORITHM` is what `export_hf_checkpoint` writes, `OUT/FAMILY-ALGORITHM.weights.safetensors` the weights that
-ModelOpt itself computes with (its simulated quantization), by the names of the checkpoint. Prints versions as JSON.
+`OUT/FAMILY-ALGORITHM` is what `export_hf_checkpoint` writes, `OUT/FAMILY-ALGORITHM.weights.safetensors` the weights
+that ModelOpt itself computes with (its simulated quantization), by the names of the checkpoint. Prints versions as
+JSON.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from llmcompress.evaluation.checkpoint_codes_bnb import BnbSite, bnb_sites
 from llmcompress.formats import compressed_tensors, packed, tensorrt_llm
 from llmcompress.formats.named import Named
 from llmcompress.formats.tensorrt_llm import Algorithm
-from llmcompress.loading.tensors import TensorHeader, Tensors, headers
+from llmcompress.loading.tensors import TensorHeader, Tensors, archived_headers, headers
 from llmcompress.modules.base import MODULES
 from llmcompress.modules.scheme import Scheme, named_scheme
 from llmcompress.numerics.formats import E2M1, E4M3, POWER_OF_TWO, SINGLE, STORED, TWO_LEVEL
@@ -91,6 +91,8 @@ def codes_in(folder: Path) -> StoredCodes:
     found = headers(folder)
     config = read_json(folder / "config.json").get("quantization_config") or {}
     method = str(config.get("quant_method", "plain") if isinstance(config, dict) else config)
+    if isinstance(config, dict) and config.get("archive"):
+        found = archived_headers(found)
     if method == "plain":
         return StoredCodes(folder, method, (), tuple(found.values()))
     if method not in _READERS:

@@ -81,6 +81,8 @@ class Saved:
     """`compressed-tensors`, `plain`, `bitsandbytes` or `llmcompress`."""
     dense_sites: Mapping[str, str] = field(default_factory=dict)
     """Quantized sites that were dequantized, and why."""
+    unpacked_bytes: int | None = None
+    """Of all tensors once a loader has unpacked them; None: they are in the files as they will be in memory."""
 
 
 class Exporter(BaseModel, ABC):

@@ -17,7 +17,7 @@ def readme(report: ExportReport, exporter: Exporter) -> str:
         f"# {name}, {report.target}",
         "",
         f"`{name}` as compressed and exported by llmcompress for the target `{report.target}`: "
-        f"{report.bytes / 1e6:.1f} MB of weights{_types(report)}.",
+        f"{report.bytes / 1e6:.1f} MB of weights{_unpacked(report)}{_types(report)}.",
         "",
         "```" + exporter.language,
         exporter.how_to_run,
@@ -27,6 +27,11 @@ def readme(report: ExportReport, exporter: Exporter) -> str:
         *[f"- {note}" for note in report.notes],
     ]
     return "\n".join(lines) + "\n"
+
+
+def _unpacked(report: ExportReport) -> str:
+    """What an archive is once it is loaded."""
+    return "" if report.unpacked_bytes is None else f" at rest, {report.unpacked_bytes / 1e6:.1f} MB in memory"
 
 
 def _types(report: ExportReport) -> str:

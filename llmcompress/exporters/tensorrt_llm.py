@@ -105,7 +105,9 @@ python -c "from tensorrt_llm import LLM; print(LLM('.').generate('The').outputs[
         """It has the family, of stock sizes, and only quantized linears and an FP8 KV cache."""
         family = contents.config.get("model_type")
         if family not in _FAMILIES:
-            return f"only {', '.join(_FAMILIES)} were compared with what ModelOpt writes, and `{family}` is none of them"
+            return (
+                f"only {', '.join(_FAMILIES)} were compared with what ModelOpt writes, and `{family}` is none of them"
+            )
         if contents.storage_dtype is torch.float32:
             return "TensorRT-LLM computes in bfloat16 or float16; set `save.dtype` to one of them and compress again"
         if others := replace(contents, named_caches=fp8_caches(contents)).more_than_quantized:
@@ -126,7 +128,9 @@ python -c "from tensorrt_llm import LLM; print(LLM('.').generate('The').outputs[
         if fp8_caches(contents):
             found.append(FP8_CACHE)
         if contents.config.get("model_type") in _NO_CLASS:
-            found.append("TensorRT-LLM's PyTorch backend has no class for this family; `--backend _autodeploy` may run it")
+            found.append(
+                "TensorRT-LLM's PyTorch backend has no class for this family; `--backend _autodeploy` may run it"
+            )
         return [*found, *dict.fromkeys(note for site in contents.sites if (note := _wider(site)))]
 
     @override
@@ -205,7 +209,9 @@ def _layers(contents: Contents) -> dict[str, Layer]:
         algorithm = algorithm_of(site.scheme, site.outputs, site.inputs)
         if algorithm is not None:
             grid = site.scheme.weights
-            found[site.name] = Layer(algorithm, None if grid.group is None and grid.bits == 8 else grid.length(site.inputs))
+            found[site.name] = Layer(
+                algorithm, None if grid.group is None and grid.bits == 8 else grid.length(site.inputs)
+            )
     if any(layer.algorithm == "W4A16_GPTQ" for layer in found.values()):
         gptq: Algorithm = "W4A16_GPTQ"
         return {
@@ -231,5 +237,3 @@ def _wider(site: CodedLinear) -> str | None:
     if grid.number is None and grid.bits < 4:
         return f"{site.scheme.name}: codes are stored in fields of 4 bits"
     return None
-
-

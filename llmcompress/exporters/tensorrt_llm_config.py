@@ -1,4 +1,4 @@
-"""What TensorRT-LLM reads beside the tensors: `hf_quant_config.json` and `quantization_config`, as ModelOpt writes them."""
+"""What TensorRT-LLM reads beside tensors: `hf_quant_config.json` and `quantization_config`, as ModelOpt has them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def quant_file(layers: Layers, linears: Iterable[str], fp8_cache: bool) -> dict[
     kinds = set(layers.values())
     if len(kinds) > 1:
         each = {name: layer.settings for name, layer in layers.items()}
-        quantization = {"quant_algo": "MIXED_PRECISION", **cache, "quantized_layers": each}
+        quantization: dict[str, Any] = {"quant_algo": "MIXED_PRECISION", **cache, "quantized_layers": each}
     else:
         settings = next(iter(kinds)).settings if kinds else {"quant_algo": None}
         quantization = {**settings, **cache, "exclude_modules": _excluded(layers, linears)}

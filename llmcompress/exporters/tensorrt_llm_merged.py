@@ -10,7 +10,7 @@ from torch import Tensor
 from llmcompress.exporters.contents import Contents
 from llmcompress.exporters.tensorrt_llm_config import Layers
 from llmcompress.formats.tensorrt_llm import with_shared_scale
-from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.modules.expression_leaves import Quantized
 
 _MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _MERGED_IN_FILES = ("qkv_proj", "gate_up_proj")
@@ -50,8 +50,8 @@ def rounded_again(contents: Contents, layers: Layers) -> dict[str, str]:
     for group in _groups(contents):
         if any(name not in layers or layers[name].algorithm != "FP8" for name in group):
             continue
-        modules = _modules(contents, group)
-        if len({float(module.scale_OG) for module in modules}) > 1 or not modules:
+        codes = _codes(contents, group)
+        if len({float(form.tensor.scale) for form in codes}) > 1 or not codes:
             names = ", ".join(name.rpartition(".")[2] for name in group)
             why = (
                 f"TensorRT-LLM merges {names} and rounds those whose scale is not the largest a second time, as with "
@@ -66,8 +66,8 @@ def shared_scales(contents: Contents, layers: Layers) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for group in _groups(contents):
         if group[0] in layers and layers[group[0]].algorithm in _TWO_LEVELS:
-            tensors = [module.quantized for module in _modules(contents, group)]
-            scales = [tensor.shared_scale for tensor in tensors if tensor.shared_scale is not None]
+            every = [form.tensor.shared_scale for form in _codes(contents, group)]
+            scales = [each for each in every if each is not None]
             if scales:
                 found |= dict.fromkeys(group, torch.stack(scales).amin(0))
     return found
@@ -75,13 +75,13 @@ def shared_scales(contents: Contents, layers: Layers) -> dict[str, Tensor]:
 
 def _share(contents: Contents, layers: Layers, group: tuple[str, ...]) -> bool:
     shared = shared_scales(contents, layers).get(group[0])
-    tensors = [module.quantized for module in _modules(contents, group)]
-    return shared is None or all(with_shared_scale(tensor, shared) is not None for tensor in tensors)
+    codes = _codes(contents, group)
+    return shared is None or all(with_shared_scale(form.tensor, shared) is not None for form in codes)
 
 
 def _same_inputs(contents: Contents, group: tuple[str, ...]) -> bool:
     """FP8 loaders take the largest; all read the same input, so with one calibration they are equal."""
-    scales = [module.leaf().input_scale for module in _modules(contents, group)]
+    scales = [form.input_scale for form in _codes(contents, group)]
     return len({float(scale) for scale in scales if scale is not None}) <= 1
 
 
@@ -96,7 +96,7 @@ def _groups(contents: Contents) -> Iterator[tuple[str, ...]]:
                 yield group
 
 
-def _modules(contents: Contents, group: tuple[str, ...]) -> list[QuantLinear]:
+def _codes(contents: Contents, group: tuple[str, ...]) -> list[Quantized]:
     """None of a plan."""
-    found = (contents.modules.get(name) for name in group)
-    return [module for module in found if isinstance(module, QuantLinear)]
+    found = (contents.modules[name].expression() for name in group if name in contents.modules)
+    return [form for form in found if isinstance(form, Quantized)]

@@ -6,8 +6,8 @@ come from ModelOpt 0.47 itself (evals/tensorrt_llm.py). GPTQ is the layout of GP
 
 from __future__ import annotations
 
-from dataclasses import replace
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Literal
 

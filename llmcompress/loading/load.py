@@ -173,6 +173,8 @@ def _from_pretrained(
     try:
         with quiet_transformers():
             model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except CompressError:  # of our own quantizer: a damaged archive
+        raise
     except Exception as problem:
         if is_out_of_memory(problem):
             raise

@@ -65,6 +65,8 @@ class ExportReport(Record):
     """What the user calls it."""
     bytes: int
     """Of the weight files."""
+    unpacked_bytes: int | None = None
+    """Of all tensors once a loader has unpacked them; None: they are in memory as in the files."""
     read_back: tuple[ReadBack, ...]
     converted: dict[str, str]
     """Linears that are stored in another form, and why."""

@@ -96,9 +96,7 @@ def check_against_modelopt(family: str, algorithm: str, folder: Path) -> None:
             wanted[name] = ("bfloat16", shape)
         elif parts is not None and name.endswith(".weight"):
             wanted |= {f"{owner}.{part}": (kind, sized(rule, shape)) for part, (kind, rule) in parts.items()}
-    assert {
-        name: (str(each.dtype).removeprefix("torch."), tuple(each.shape)) for name, each in found.items()
-    } == wanted
+    assert {name: (str(each.dtype).removeprefix("torch."), tuple(each.shape)) for name, each in found.items()} == wanted
     fact = FACTS["config"][algorithm]
     file = json.loads((folder / "hf_quant_config.json").read_text())
     inline = json.loads((folder / "config.json").read_text())["quantization_config"]
