@@ -74,19 +74,27 @@ def pack(tensor: Tensor) -> Tensor:
     return torch.frombuffer(bytearray(_MAGIC + struct.pack("<I", zlib.crc32(body)) + body), dtype=torch.uint8)
 
 
-def unpack(archived: Tensor) -> Tensor:
-    """The tensor that was packed, bit for bit.
+def unpack(archived: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+    """The tensor that was packed, bit for bit; `shape`: what it must be.
 
     Raises: BadArchive when the bytes are not what was written; CompressError where `zstandard` is missing.
     """
     data = archived.detach().cpu().contiguous().numpy().tobytes()
     header, start = read_header(data)
+    if shape is not None and header.shape != tuple(shape):
+        raise BadArchive(f"its shape is {list(header.shape)}, and the model has {list(shape)} there")
     if zlib.crc32(data[8:]) != struct.unpack_from("<I", data, 4)[0]:
         raise BadArchive("its checksum does not fit its bytes")
-    decoder = zstandard().ZstdDecompressor()
-    parts = []
+    package, parts = zstandard(), []
+    decoder, most = package.ZstdDecompressor(), 3 * prod(header.shape) * header.dtype.itemsize + 8
     for length in header.parts:
-        parts.append(decoder.decompress(data[start : start + length]))
+        part = data[start : start + length]
+        try:
+            if package.frame_content_size(part) > most:
+                raise BadArchive("a part would be larger than the tensor")
+            parts.append(decoder.decompress(part))
+        except package.ZstdError as problem:
+            raise BadArchive(f"zstandard cannot decode it: {problem}") from problem
         start += length
     return _put_together(header, parts)
 
@@ -145,7 +153,7 @@ def _laid_out(tensor: Tensor, layout: str) -> list[bytes]:
         return _planes(tensor)
     if layout == "sparse":
         # by bits, not by value: -0.0 is no zero here, and comes back as it was
-        there = _as_bytes(tensor).view(-1, tensor.itemsize).any(1)
+        there = (_as_bytes(tensor).view(-1, tensor.itemsize) != 0).any(1)
         return [_mask_bytes(there), *_planes(tensor.flatten()[there])]
     return [_fields(tensor, int(layout.removeprefix("fields-"))).numpy().tobytes()]
 

@@ -54,7 +54,7 @@ class ManifestQuantizer(HfQuantizer):  # type: ignore[misc]
         from llmcompress.formats.archived_model import leave_archive
         from llmcompress.formats.packed_linear import leave_file_forms
 
-        leave_archive(self._waiting)
+        leave_archive(model, self._waiting)
         leave_file_forms(model)
         return model
 

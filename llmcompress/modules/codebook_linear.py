@@ -145,7 +145,7 @@ class TwinOfCodebooks(TrainableTwin):
 
     def __init__(self, module: CodebookLinear, wanted: TrainableRoles) -> None:
         super().__init__(module)
-        self._of, self._storage = (module,), wanted.storage_dtype
+        self._of, self._storage, self._keep_zeros = (module,), wanted.storage_dtype, wanted.keep_zeros
         levels = {f"levels_{bits}": module.get_buffer(f"levels_{bits}") for bits in module.widths}
         for name, tensor in (*levels.items(), ("value_N", module.value_N), ("bias", module.bias)):
             role: Role = "scales" if name in levels else "biases" if name == "bias" else "weights"
@@ -156,7 +156,11 @@ class TwinOfCodebooks(TrainableTwin):
 
     def _stored(self, name: str) -> Tensor:
         """The values that would be stored now; the gradient passes."""
-        exact, first = self.get_parameter(name), self._of[0].get_buffer(name)
+        first = self._of[0].get_buffer(name)
+        trained: Tensor = self.get_parameter(name)
+        exact = (
+            trained * (first != 0) if self._keep_zeros else trained
+        )  # after a sparse pass zero is a level of its own
         near = exact.detach().to(self._storage).to(exact.dtype)
         return straight_through(exact, torch.where(exact.detach() == first, first, near))
 
