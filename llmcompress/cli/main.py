@@ -27,11 +27,14 @@ COMMANDS = (
     "footprint",
     "inspect",
     "passes",
+    "push",
     "recipes",
     "report",
+    "resume",
     "schema",
     "speed",
     "targets",
+    "verify",
 )
 
 

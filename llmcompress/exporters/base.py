@@ -110,6 +110,9 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 ids = tokenizer("The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))"""
     """At most five lines, run in the exported folder; stands in its README.md."""
+    found_at_root: ClassVar[tuple[str, ...]] = ()
+    """Globs of the only files that a repository with other formats needs, at its root; empty: all, in a folder called
+    as the target."""
 
     @abstractmethod
     def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:

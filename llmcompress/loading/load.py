@@ -46,6 +46,8 @@ class Loaded:
     preflight: ModelFacts
     weights: MappedWeights | None = None
     """The memory-mapped weights, if the model is offloaded."""
+    commit: str | None = None
+    """On the Hub; None: it came from somewhere else."""
 
 
 def load_for_compression(
@@ -69,7 +71,7 @@ def load_for_compression(
     checked = checked or preflight(source, trust_remote_code=trust_remote_code, progress=progress)
     if scratch is None:
         model = _load(source, checked, dtype, trust_remote_code)
-        return Loaded(model, checked.tokenizer, source.name, source.folder, checked)
+        return Loaded(model, checked.tokenizer, source.name, source.folder, checked, commit=source.revision)
     return _load_mapped(source, checked, scratch, trust_remote_code)
 
 
@@ -152,7 +154,7 @@ def _load_mapped(source: Source, checked: Preflight, scratch: Path, trust_remote
     )
     model.generation_config = checked.generation_config
     refuse_not_finite(weights, checked.headers)
-    return Loaded(model, checked.tokenizer, source.name, source.folder, checked, weights)
+    return Loaded(model, checked.tokenizer, source.name, source.folder, checked, weights, source.revision)
 
 
 def _from_pretrained(
