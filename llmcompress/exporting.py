@@ -107,9 +107,11 @@ def export(
             target=target,
             model=without_tokens(exportable.name),
             bytes=sum((staging / name).stat().st_size for name in saved.weight_files),
+            unpacked_bytes=saved.unpacked_bytes,
             read_back=tuple(exporter.read_back(exportable.model, staging, writing)),
             converted={name: each.why for name, each in answers.items() if isinstance(each, Converted)},
             notes=tuple(exporter.notes(contents, answers)),
+            not_run=exporter.cannot_run,
         )
         if report.differing:
             raise _mismatch(report, set_aside(staging, output))

@@ -81,6 +81,8 @@ class Saved:
     """`compressed-tensors`, `plain`, `bitsandbytes` or `llmcompress`."""
     dense_sites: Mapping[str, str] = field(default_factory=dict)
     """Quantized sites that were dequantized, and why."""
+    unpacked_bytes: int | None = None
+    """Of all tensors once a loader has unpacked them; None: they are in the files as they will be in memory."""
 
 
 class Exporter(BaseModel, ABC):
@@ -96,6 +98,8 @@ class Exporter(BaseModel, ABC):
     """What it requires of codes; quantizers respect it from the start in a recipe that names this target."""
     runtime: ClassVar[str] = "torch"
     """Name of the runner that opens the folder."""
+    cannot_run: ClassVar[str | None] = None
+    """Why nothing here opens the folder, for targets without a runner."""
     fix: ClassVar[str]
     """What a user can do about a refusal."""
     language: ClassVar[str] = "python"

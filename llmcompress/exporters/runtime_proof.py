@@ -30,10 +30,14 @@ TEXT = "builtin:evaluation"
 def runtime_proof(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exporter: Exporter, folder: Path
 ) -> RuntimeProof | None:
-    """What the runtime computes with a folder, on about 1,000 tokens; None where it is not installed, which is logged.
+    """What the runtime computes with a folder, on about 1,000 tokens; None where it is not installed, or where the
+    target has no runner, which is logged.
 
     Raises: CompressError where the runtime cannot load the files.
     """
+    if exporter.cannot_run is not None:
+        LOG.info(f"the exported files were not run here: {exporter.cannot_run}")
+        return None
     try:
         runner = exporter.runner().open(str(folder), device=torch.device("cpu"), dtype=torch.float32)
     except CompressError as problem:
