@@ -80,7 +80,8 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))"""
         """Optimum has a graph for the family, and every module is made of matrices."""
         kind = contents.config.get("model_type")
         if kind is not None and kind not in MODEL_TYPES:
-            return f"Optimum's exporter has no graph for `{kind}` with ordinary linears; it has: {', '.join(sorted(MODEL_TYPES))}"
+            known = ", ".join(sorted(MODEL_TYPES))
+            return f"Optimum's exporter has no graph for `{kind}` with ordinary linears; it has: {known}"
         if contents.banks:
             return f"{contents.banks[0]} is one of the experts of a bank, which has no graph here"
         private = [
@@ -97,11 +98,9 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))"""
         """What is not carried as it is, wider fields, and how the runtime computes."""
         changed = [f"{name}: {answer.why}" for name, answer in answers.items() if isinstance(answer, Converted)]
         wider = [note for site in contents.sites if (note := _wider(site)) is not None]
-        level = f"accuracy_level {self.accuracy_level}"
-        rounds = (
-            "the runtime rounds activations to 8 bits" if self.accuracy_level == _INT8 else "activations stay float32"
-        )
-        return [*changed, *dict.fromkeys(wider), *([f"{level}: {rounds}"] if contents.sites else [])]
+        how = "the runtime rounds activations to 8 bits" if self.accuracy_level == _INT8 else "activations stay float32"
+        level = [f"accuracy_level {self.accuracy_level}: {how}"] if contents.sites else []
+        return [*changed, *dict.fromkeys(wider), *level]
 
     @override
     def tensors(self, site: CodedLinear, storage_dtype: torch.dtype) -> dict[str, Kind]:

@@ -163,7 +163,7 @@ def _point(tensor: Any, offset: int, length: int) -> None:
 
 
 def _fix_outputs(graph: Any, plan: Plan) -> None:
-    """Sizes that do not change stand in the graph: loaders take the vocabulary and the shape of the cache from there."""
+    """Sizes that do not change stand in the graph: loaders look there for the vocabulary and the shape of the cache."""
     inputs = {each.name: each for each in graph.input}
     for output in graph.output:
         dims = output.type.tensor_type.shape.dim

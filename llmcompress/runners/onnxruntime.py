@@ -119,15 +119,14 @@ class OnnxRuntimeRunner(Runner):
         fed = {name: self._value(value) for name, value in whole.items() if name in self._inputs}
         names = ["logits", *self._past.values()]
         logits, *present = self._session.run_with_ort_values(names, {**fed, **past})
-        return torch.from_numpy(numpy.require(logits.numpy(), requirements="W")), dict(
-            zip(self._past, present, strict=True)
-        )
+        found = torch.from_numpy(numpy.require(logits.numpy(), requirements="W"))
+        return found, dict(zip(self._past, present, strict=True))
 
     def _empty(self, sequences: int) -> dict[str, Any]:
         """A cache with nothing in it; sizes that are not fixed are those of sequences and of tokens."""
         found = {}
         for name in self._past:
-            first, *rest = self._inputs[name].shape
+            _, *rest = self._inputs[name].shape
             shape = (sequences, *(size if isinstance(size, int) else 0 for size in rest))
             found[name] = self._value(numpy.zeros(shape, dtype=_NUMBERS[self._inputs[name].type]))
         return found
