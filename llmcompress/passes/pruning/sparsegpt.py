@@ -169,7 +169,7 @@ class SparseGPT(SparsePass):
     ) -> tuple[_Pruned, Tensor]:
         """The pruned and repaired weights, and what was dropped."""
         weight_OI, gram_II = site.weight_OI, site.statistic(Gram).sum_II
-        group = scheme.weights.group if scheme else None
+        group = scheme.weights.span if scheme else None
         rounding = None
         if scheme:
             rounding = RoundToGrid(
