@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llmcompress.errors import CompressError
+from llmcompress.exporters.gguf import GgufExporter
 from llmcompress.runners.base import RUNNERS
 from llmcompress.runners.llama_cpp import LlamaCppRunner
 from llmcompress.runners.torch_runner import TorchRunner
@@ -36,6 +37,14 @@ def test_logits_of_a_dense_file_are_those_of_the_model(name: str, tmp_path: Path
 def test_codes_compute_the_same_up_to_activations_of_8_bits(tmp_path: Path) -> None:
     model = tiny_quantized("llama")
     written(model, tmp_path)
+    with opened(tmp_path) as runner, TorchRunner(model) as reference:
+        torch.testing.assert_close(runner.logits(IDS_BT), reference.logits(IDS_BT), rtol=0, atol=0.3)
+
+
+def test_k_quants_compute_the_same_up_to_activations_of_8_bits(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    model = tiny_quantized("llama", [*(f"q{bits}_k" for bits in range(2, 7)), "ternary_g256"], **sizes)
+    written(model, tmp_path, exporter=GgufExporter(ternary="TQ1_0"))
     with opened(tmp_path) as runner, TorchRunner(model) as reference:
         torch.testing.assert_close(runner.logits(IDS_BT), reference.logits(IDS_BT), rtol=0, atol=0.3)
 
