@@ -83,3 +83,17 @@ def test_what_llama_cpp_says_of_a_file_is_told(tmp_path: Path) -> None:
     assert told.value.code == "model.unloadable"
     with pytest.raises(CompressError, match="no GGUF file"):
         opened(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied_biased", "qwen3"])
+def test_work_is_what_pytorch_reads_and_computes_with_the_same_weights(name: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    written(model, tmp_path, dtype=torch.float32)
+    with opened(tmp_path) as runner, TorchRunner(model) as reference:
+        found, wanted = runner.work(IDS_BT), reference.work(IDS_BT)
+    assert found is not None
+    rotary = model.model.rotary_emb.inv_freq.nbytes  # llama.cpp computes it
+    looked_up = IDS_BT.shape[0] * 64 * 4 if model.config.tie_word_embeddings else 0  # rows of a table read anyway
+    assert found.weight_bytes == wanted.weight_bytes - rotary - looked_up
+    assert 2 * found.cache_bytes == wanted.cache_bytes  # float16 there, float32 here
+    assert found.prefill_flops == wanted.prefill_flops
