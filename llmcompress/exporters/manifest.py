@@ -32,7 +32,7 @@ VERSION = 1
 class ManifestExporter(Exporter):
     """Codes without padding; `from_pretrained` loads the folder after `import llmcompress` and refuses it otherwise."""
 
-    limits: ClassVar[TargetLimits] = TargetLimits(rounded_embedding=True)
+    limits: ClassVar[TargetLimits] = TargetLimits(rounded_embedding=True, super_blocks=True)
     fix: ClassVar[str] = 'exclude the experts with `exclude: "*.experts.*"`, or use integer or fp8 schemes for them'
 
     how_to_run: ClassVar[str] = f"import llmcompress\n{Exporter.how_to_run}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llmcompress.records.cost import Memory
 from llmcompress.records.rows import Record
 
 EXPORT_REPORT = "export_report.json"
@@ -55,6 +56,8 @@ class RuntimeProof(Record):
     """Of those, how many are equal before the first that is not."""
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
+    memory: Memory | None = None
+    """Of a fresh process in which the runtime alone ran the files; None: not asked for."""
 
 
 class ExportReport(Record):

@@ -25,6 +25,7 @@ from tests.families import tiny_model
 from tests.tiny_folder import write_tiny_llama
 
 SCHEMES = ["int4_g32", "ternary_g32", "int3_g32_asym", "int8_channel_a8token", "fp8_g32", "nf4_g32", "nvfp4_a", "mxfp4"]
+SCHEMES += ["q4_k", "q6_k"]
 
 
 @pytest.mark.parametrize("name", sorted(EXPORTERS))
