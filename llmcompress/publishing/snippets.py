@@ -70,7 +70,6 @@ model = OVModelForCausalLM.from_pretrained("{id}", subfolder="{subfolder}")
 tokenizer = AutoTokenizer.from_pretrained("{id}", subfolder="{subfolder}")""",
         ),
     ),
-    "tensorrt-llm": (Snippet("TensorRT-LLM", "sh", "trtllm-serve {id}"),),
 }
 """By target, or by the format of a Hugging Face folder; any other target is downloaded and run as its exporter says."""
 
