@@ -14,7 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmcompress.formats.gguf_fields import as_bytes, as_float16, nibbles, pairs, single_bits, unnibbled, unpaired, unsingle
+from llmcompress.formats.gguf_fields import (
+    as_bytes,
+    as_float16,
+    nibbles,
+    pairs,
+    single_bits,
+    unnibbled,
+    unpaired,
+    unsingle,
+)
 
 SUPER_BLOCK = 256
 

@@ -77,6 +77,10 @@ def in_fresh_process(program: str, arguments: Sequence[str]) -> str:
 
 def logits(folder: Path, fresh: FreshProcess) -> Check:
     """What a fresh process computes, against the stored codes; of other formats, against the export report."""
+    if (folder / EXPORT_REPORT).is_file():
+        exported = ExportReport.model_validate(read_json(folder / EXPORT_REPORT, code="report.unreadable"))
+        if exported.not_run is not None:
+            return Check(name="reload", result="skipped", found=f"it cannot be run here: {exported.not_run}")
     if is_for_transformers(folder):
         return _of_transformers(folder, fresh)
     report = ExportReport.model_validate(read_json(folder / EXPORT_REPORT, code="report.unreadable"))

@@ -10,12 +10,13 @@ import torch
 from transformers import PretrainedConfig
 
 from llmcompress.evaluation.checkpoint_codes import CodedSite, codes_in
+from llmcompress.evaluation.footprint import CACHE_SCALES
 from llmcompress.exporters.base import EXPORTERS
 from llmcompress.formats.packed_linear import enter_file_forms
 from llmcompress.loading.config import read_config
 from llmcompress.loading.match import empty_model, match
 from llmcompress.loading.plugin import METHOD
-from llmcompress.loading.tensors import TensorHeader, Tensors, headers
+from llmcompress.loading.tensors import TensorHeader, Tensors, archived_headers, headers
 from llmcompress.modules.manifest import Manifest, apply_manifest
 from llmcompress.records.export_report import EXPORT_REPORT
 from llmcompress.records.verification import Check
@@ -72,7 +73,7 @@ def finite(folder: Path) -> Check:
     if not _has_safetensors(folder):
         return Check(name="finite", result="skipped", found="no safetensors: the format of another runtime")
     read, broken, values = Tensors(), list[str](), 0
-    for header in headers(folder).values():
+    for header in _unpacked(folder).values():
         if header.dtype.is_floating_point:
             tensor = read(header)
             wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
@@ -99,6 +100,12 @@ def _has_safetensors(folder: Path) -> bool:
     return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
 
 
+def _unpacked(folder: Path) -> dict[str, TensorHeader]:
+    """Of an archive the tensors as they are once they are unpacked."""
+    found, config = headers(folder), read_json(folder / "config.json").get("quantization_config")
+    return archived_headers(found) if isinstance(config, dict) and config.get("archive") else found
+
+
 def _as_weights(folder: Path) -> dict[str, TensorHeader]:
     """The checkpoint as if its codes were the weights that they stand for."""
     stored = codes_in(folder)
@@ -108,7 +115,8 @@ def _as_weights(folder: Path) -> dict[str, TensorHeader]:
         for site in coded
     )
     others = [each for site in stored.coded if not isinstance(site, CodedSite) for each in site.tensors.values()]
-    return {each.name: each for each in (*weights, *stored.dense, *others)}
+    dense = (each for each in stored.dense if not each.name.endswith(CACHE_SCALES))
+    return {each.name: each for each in (*weights, *dense, *others)}
 
 
 def _against_manifest(
