@@ -3,10 +3,10 @@
     python evals/kquants.py --dense SmolLM2-135M-Instruct --calibration books/train.txt --folders work \
         --text WikiText-2=wikitext-2/test.txt --text books=books/test.txt
 
-For each mixture of llama.cpp (Q4_0 with an 8-bit table, Q4_K_M) its quantizer rounds the dense export by default, without
-an importance matrix. The type of every tensor of that file becomes the scheme of the same linear in a recipe: `gptq` with
-`range: joint`, the table by `embeddings`. So both files hold the same types and weigh the same; only codes and scales
-differ. All are run by llama.cpp on the same windows of 512 tokens, without BOS; differences of the mean loss are paired,
+For each mixture of llama.cpp (Q4_0 with an 8-bit table, Q4_K_M) its quantizer rounds the dense export by default,
+without an importance matrix. The type of every tensor of that file becomes the scheme of the same linear in a recipe:
+`gptq` with `range: joint`, the table by `embeddings`. So both files hold the same types and weigh the same; only codes
+and scales differ. All are run by llama.cpp on the same windows of 512 tokens, without BOS; differences of the mean loss are paired,
 with the standard error over windows. Calibration text is none of the test texts. Everything is written to
 evals/results/kquants-NAME.json. Folders are kept: a second run goes on.
 """
@@ -116,7 +116,11 @@ def _rounded_by_llama_cpp(dense: Path, file: Path, mixture: Mixture) -> Path:
 
 def _rounded_by_us(dense: str, folder: Path, theirs: Path, calibration: dict[str, Any]) -> Path:
     """The same types, by `gptq`."""
-    named = {str(each.name): SCHEMES[each.tensor_type.name] for each in GGUFReader(theirs).tensors if "_norm" not in each.name}
+    named = {
+        str(each.name): SCHEMES[each.tensor_type.name]
+        for each in GGUFReader(theirs).tensors
+        if "_norm" not in each.name
+    }
     table = named.pop("token_embd.weight")
     most = Counter(named.values()).most_common(1)[0][0]
     sites = {_site(tensor): {"scheme": scheme} for tensor, scheme in named.items() if scheme != most}

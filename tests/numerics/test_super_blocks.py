@@ -46,7 +46,7 @@ def test_scales_are_integers_times_float16_and_zeros_stay_zeros(name: str, input
         fitted.scale_OG, stored.scale * of_groups(stored.shared_scale[..., 0], grid, stored.scale.shape[1])
     )
     if stored.zero_point is not None:
-        assert 0 <= stored.zero_point.min() and stored.zero_point.max() <= high
+        assert stored.zero_point.min() >= 0 and stored.zero_point.max() <= high
     again = stored.fitted
     assert torch.equal(again.scale_OG, fitted.scale_OG) and torch.equal(again.stored_OG(), stored.scale)
     assert torch.equal(stored.dense(), restore(stored.codes, fitted))
