@@ -6,8 +6,8 @@
 For each mixture of llama.cpp (Q4_0 with an 8-bit table, Q4_K_M) its quantizer rounds the dense export by default,
 without an importance matrix. The type of every tensor of that file becomes the scheme of the same linear in a recipe:
 `gptq` with `range: joint`, the table by `embeddings`. So both files hold the same types and weigh the same; only codes
-and scales differ. All are run by llama.cpp on the same windows of 512 tokens, without BOS; differences of the mean loss are paired,
-with the standard error over windows. Calibration text is none of the test texts. Everything is written to
+and scales differ. All are run by llama.cpp on the same windows of 512 tokens, without BOS; differences of the mean loss
+are paired, with the standard error over windows. Calibration text is none of the test texts. Everything is written to
 evals/results/kquants-NAME.json. Folders are kept: a second run goes on.
 """
 

@@ -164,7 +164,7 @@ class RoundToGrid:
         self._code_rows = self.codes_IO.unbind()
 
     def begin(self, column: int, ahead_BO: Tensor) -> None:
-        """At the first column of a group or a super-block: fit its scales again, as earlier errors have been repaired."""
+        """At the first column of a group or super-block: fit its scales again, as earlier errors were repaired."""
         weight_ON = ahead_BO[: self.every].T
         stop = column + weight_ON.shape[1]
         again = fit(

@@ -33,8 +33,8 @@ def with_super_blocks(
     what super-blocks share are improved in turns, and the error (of the output, where `gram_GNN` is given) never rises.
 
     Source: `make_qkx3_quants` and `make_qx_quants` in ggml-quants.c of ggml (a least-squares line per group, quantized
-    largest first). Differs: errors are those of the output; after the quantization of scales their integers are searched
-    and the shared numbers solved for again.
+    largest first). Differs: errors are those of the output; after the quantization of scales their integers are
+    searched and the shared numbers solved for again.
     """
     pieces = row_pieces(weight_OI)
     found = [_of_rows(weight_OI[rows], free.rows(rows), grid, gram_GNN, refine=refine) for rows in pieces]
