@@ -151,11 +151,11 @@ def config_problem(config: Config) -> str | None:
 def settings_of(config: Config, by_block: Mapping[str, Setting] | None = None) -> dict[str, Setting]:
     """All keys of the metadata that describe the model; its config must have no `config_problem`.
 
-    `by_block`: what is a list, one number for each block.
+    `by_block`: widths other than the config's; lists where blocks differ.
     """
     found = architecture_of(str(config["model_type"]))
     assert found is not None
-    name = found.per_block if by_block else found.name
+    name = found.per_block if any(isinstance(each, list) for each in (by_block or {}).values()) else found.name
     size = head_size(config)
     named = {key: config.get(name) for key, name in {**_SHARED, **found.settings}.items()}
     stated: dict[str, Setting] = {key: value for key, value in named.items() if value is not None}

@@ -53,7 +53,7 @@ class Stack:
         )
 
     def dense(self) -> Tensor:
-        """E·O×I, codes multiplied out."""
+        """E·O×I, codes dequantized."""
         weights = [_dense(each, self.kind) for each in self.experts]
         return torch.cat(weights).detach()
 
@@ -111,7 +111,7 @@ def _dense(module: nn.Module, kind: str) -> Tensor:
         return module.dense_weight()
     if isinstance(module, nn.Linear):
         return module.weight
-    weight = module.get_parameter("down_proj" if kind == "down" else "gate_up_proj")
+    weight: Tensor = module.get_parameter("down_proj" if kind == "down" else "gate_up_proj")
     if kind != "down":
         weight = weight.chunk(2, 1)[0 if kind == "gate" else 1]
     return weight.reshape(-1, weight.shape[-1])

@@ -29,7 +29,7 @@ def widths_problem(contents: Contents) -> str | None:
 
 
 def widths_by_block(model: nn.Module, config: Config, names: Callable[[str], str | None]) -> dict[str, Setting]:
-    """Settings that are lists, one number a block; empty where all blocks are as the config says."""
+    """Settings of widths, lists of one number a block where blocks differ; empty where the config says the same."""
     found: dict[str, dict[int, int]] = {"attn_q": {}, "attn_k": {}, "ffn_gate": {}}
     for name, module in model.named_modules():
         outputs = _outputs(module)
@@ -45,6 +45,8 @@ def widths_by_block(model: nn.Module, config: Config, names: Callable[[str], str
     }
     if all(set(each) <= {stated[key]} for key, each in lists.items()):
         return {}
+    if all(len(set(each)) == 1 for each in lists.values()):
+        return {key: each[0] for key, each in lists.items()}
     return dict(lists)
 
 

@@ -177,7 +177,8 @@ class RoundToGrid:
         )
         first = column // (self._grid.group or self.every)
         groups = slice(first, first + again.scale_OG.shape[1])
-        self.fitted.scale_OG[:, groups], self.fitted.zero_OG[:, groups] = again.scale_OG, again.zero_OG
+        self.fitted.scale_OG[:, groups] = again.scale_OG
+        self.fitted.zero_OG[:, groups] = again.zero_OG
         self._scale_GO[groups], self._zero_GO[groups] = again.scale_OG.T, again.zero_OG.T
         if again.shared is not None and self.fitted.shared is not None and self._grid.scales.super_block is not None:
             self.fitted.shared[:, column // self.every] = again.shared[:, 0]
