@@ -60,6 +60,7 @@ class GgufExporter(Exporter):
 llama-server -m {FILE}               # an OpenAI-compatible server and a chat page
 pip install llmcompress[llamacpp]       # or from Python, without building anything
 llmcompress evaluate . --runner llama_cpp"""
+    found_at_root: ClassVar[tuple[str, ...]] = ("*.gguf",)
 
     instead: Literal["refuse", "dense", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"] = "refuse"
     """What happens to a linear that no type of GGUF holds. `dense`: it is dequantized to ordinary weights; a type: it

@@ -37,13 +37,17 @@ def runtime_proof(
     *,
     with_memory: bool = False,
 ) -> RuntimeProof | None:
-    """What the runtime computes with a folder, on about 1,000 tokens; None where it is not installed, which is logged.
+    """What the runtime computes with a folder, on about 1,000 tokens; None where it is not installed, or where the
+    target has no runner, which is logged.
 
     `with_memory`: a fresh process, which holds nothing else, opens the folder once more and says how much memory it
     takes.
 
     Raises: CompressError where the runtime cannot load the files.
     """
+    if exporter.cannot_run is not None:
+        LOG.info(f"the exported files were not run here: {exporter.cannot_run}")
+        return None
     try:
         runner = exporter.runner().open(str(folder), device=torch.device("cpu"), dtype=torch.float32)
     except CompressError as problem:

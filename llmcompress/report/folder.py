@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -25,11 +25,9 @@ from llmcompress.storage.paths import from_home
 
 HTML, MARKDOWN, JSON = "report.html", "report.md", "report.json"
 
-Reported = Evaluation | Comparison
+Reported = Evaluation | Comparison | ExportReport
 
-Found = TypeVar("Found")
-
-_DOCUMENTS: Mapping[type[Evaluation | Comparison | ExportReport], Callable[[Any], Document]] = {
+_DOCUMENTS: Mapping[type[Reported], Callable[[Any], Document]] = {
     Evaluation: document_of,
     Comparison: comparison_document,
     ExportReport: export_document,
@@ -45,7 +43,7 @@ def check_report_folder(folder: Path) -> None:
     check_output(folder, overwrite=_holds_a_report_only(folder))
 
 
-def write_report(found: Reported | ExportReport, folder: str | Path) -> Path:
+def write_report(found: Reported, folder: str | Path) -> Path:
     """Write the three files; the folder appears in one step, in the place of an earlier report.
 
     Raises: CompressError as `check_report_folder` does, or for a full disk.
@@ -66,39 +64,47 @@ def write_report(found: Reported | ExportReport, folder: str | Path) -> Path:
 
 
 def read_reported(path: Path) -> Reported:
-    """The evaluation or comparison in a report.json, or in a folder that has one.
+    """The evaluation or comparison in a report.json, the proof of an export, or those in a folder that has one.
 
     Raises: CompressError when there is none, or it is damaged.
     """
-    return _read(path / JSON if path.is_dir() else path, TypeAdapter(Reported))
-
-
-def is_export(folder: Path) -> bool:
-    """Whether `export` wrote it."""
-    return (folder / EXPORT_REPORT).is_file()
-
-
-def read_export(folder: Path) -> ExportReport:
-    """The proof that every exported folder has.
-
-    Raises: CompressError when it is damaged.
-    """
-    return _read(folder / EXPORT_REPORT, TypeAdapter(ExportReport))
-
-
-def _read(file: Path, kind: TypeAdapter[Found]) -> Found:
-    fix = "give a folder that `evaluate`, `compare` or `export` wrote"
+    file = _file_in(path) if path.is_dir() else path
+    fix = "give a folder that `evaluate` or `compare` wrote with an output"
     data = read_json(file, code="report.unreadable", fix=fix)
     try:
-        return kind.validate_python(data)
+        found: Reported = TypeAdapter(Reported).validate_python(data)
     except ValidationError as problem:
         what = f"{file.name} is not a report of this version of llmcompress: {problem.errors()[0]['msg']}"
         raise CompressError("report.unreadable", what, where=str(file), fix="evaluate the model again") from problem
+    return found
+
+
+def read_measured(path: Path) -> Evaluation | Comparison:
+    """The same of models alone.
+
+    Raises: CompressError as `read_reported` does, and for the proof of an export.
+    """
+    found = read_reported(path)
+    if isinstance(found, ExportReport):
+        raise CompressError(
+            "report.kind",
+            "this is the proof of an export; it measures no model beside another",
+            where=str(path),
+            fix="give a folder that `evaluate` or `compare` wrote with an output",
+            exit_code=ExitCode.USAGE,
+        )
+    return found
 
 
 def is_report(path: Path) -> bool:
-    """Whether something is a saved report, and not a model."""
+    """Whether something is a saved report, and not a model: an exported folder is a model, whatever is proven of it."""
     return path.is_file() and path.suffix == ".json" if not path.is_dir() else (path / JSON).is_file()
+
+
+def _file_in(folder: Path) -> Path:
+    """An exported folder has no report.json, but the proof of its export."""
+    exported = folder / EXPORT_REPORT
+    return exported if exported.is_file() else folder / JSON
 
 
 def shareable(text: str) -> str:

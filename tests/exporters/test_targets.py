@@ -35,7 +35,7 @@ def test_every_exporter_answers_for_every_scheme(name, scheme):
     exporter = EXPORTERS[name]()
     answer = exporter.check(site, torch.bfloat16)
     assert isinstance(answer, Exact | Converted | Refused) and exporter.fix
-    assert issubclass(exporter.runner(), Runner)
+    assert exporter.cannot_run or issubclass(exporter.runner(), Runner)
     if isinstance(answer, Refused):
         assert answer.why
     if isinstance(answer, Exact):
