@@ -112,7 +112,8 @@ class IrFile:
         assert layer.type == "Const" and self._bytes is not None, f"{layer.name} is no constant"
         start, size = int(layer.data["offset"]), int(layer.data["size"])
         shape = tuple(int(each) for each in layer.data["shape"].split(",") if each.strip())
-        return Constant(layer.data["element_type"], shape, self._bytes[start : start + size])
+        # a copy: constants stand where the one before ends, at odd places too
+        return Constant(layer.data["element_type"], shape, self._bytes[start : start + size].clone())
 
     def _computed(self, number: str) -> Tensor:
         """Decompression, as the IR defines its operations, in float32."""
@@ -131,7 +132,7 @@ class IrFile:
         return value - operand if layer.type == "Subtract" else value * operand
 
     def _int64(self, number: str) -> list[int]:
-        found: list[int] = self._constant(number).data.clone().view(torch.int64).tolist()
+        found: list[int] = self._constant(number).data.view(torch.int64).tolist()
         return found
 
 
