@@ -72,16 +72,11 @@ model = OVModelForCausalLM.from_pretrained(".")
     @override
     def problem(self, contents: Contents) -> str | None:
         """Matrices of codes and ordinary weights, their products and sums, in the places of the stock model's."""
-        sites = {site.name for site in contents.sites}
         for name, module in contents.modules.items():
             form = module.expression()
             why = why_not(form)
             if why is not None and (self.instead == "refuse" or not form.is_linear):
                 return f"{name} {why}"
-            inner = [site for site in contents.sites if site.name.startswith(f"{name}.")]
-            rounded = [site.name for site in inner if site.scheme.activations and name not in sites]
-            if rounded and why is not None:
-                return f"{rounded[0]} rounds activations inside of another module"
         return _cache_problem(contents)
 
     @override

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from llmcompress.formats.openvino import fits
 from llmcompress.modules.base import CompressedModule
 from llmcompress.modules.expression import Chain, Expression, Gather, InputTransform, Opaque, OutputPlaces, Sum, Tied
 from llmcompress.modules.expression_leaves import Dense, Leaf, Quantized
@@ -22,15 +23,15 @@ def form_of(module: nn.Module, *, multiplied_out: bool) -> Expression | None:
     """
     if isinstance(module, CompressedModule) and not module.is_transparent:
         form = module.expression()
-        if multiplied_out and form.is_linear and why_not(form) is not None:
+        if multiplied_out and form.is_linear and not _is_held(form):
             whole = Dense(form.dense_weight())
             return Gather(whole) if isinstance(form, Gather) else whole
         return form
     if isinstance(module, nn.Embedding):
         return Gather(Dense(module.weight))
     if isinstance(module, Conv1D):
-        return Dense(module.weight.T)
-    return Dense(module.weight) if isinstance(module, nn.Linear) else None
+        return Dense(module.weight.T, bias=module.bias)
+    return Dense(module.weight, bias=module.bias) if isinstance(module, nn.Linear) else None
 
 
 def why_not(form: Expression) -> str | None:
@@ -44,6 +45,11 @@ def why_not(form: Expression) -> str | None:
         elif not isinstance(node, (*_COMBINED, Dense, Quantized)):
             return f"is stored as {type(node).__name__}"
     return None
+
+
+def _is_held(form: Expression) -> bool:
+    codes = (node.tensor for node in form.nodes() if isinstance(node, Quantized))
+    return why_not(form) is None and all(fits(tensor.grid, tensor.shape[1]) for tensor in codes)
 
 
 def matrices(form: Expression, module: str) -> Iterator[tuple[str, Leaf]]:

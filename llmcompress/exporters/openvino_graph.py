@@ -1,8 +1,8 @@
 """A program for the environment of Optimum: builds a model's graph with placeholders for its matrices.
 
-    python openvino_graph.py FOLDER
+    python openvino_graph.py FOLDER…
 
-FOLDER holds `config.json`, `request.json` (`GraphRequest` of openvino_request.py writes both), the vectors and a
+A FOLDER holds `config.json`, `request.json` (`GraphRequest` of openvino_request.py writes both), the vectors and a
 tokenizer. A placeholder is a matrix of zeros with a mark as its first number: it takes no memory until it is written,
 and equal ones of different blocks are written once. So a graph takes a fraction of the memory and disk of its model.
 It imports nothing of llmcompress, which that environment does not have.
@@ -87,4 +87,5 @@ def _fill(model: Any, vectors: dict[str, Any], done: set[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    for each in sys.argv[1:]:
+        main(Path(each))

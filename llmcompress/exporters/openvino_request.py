@@ -88,14 +88,7 @@ def build_graph(model: PreTrainedModel, request: GraphRequest, folder: Path, wri
 
     Raises: CompressError when Optimum cannot export this family, or its environment cannot be built.
     """
-    folder.mkdir(parents=True)
-    config = {**portable_config(model, torch.float32), "tie_word_embeddings": False}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    if writing.tokenizer is not None:
-        (folder / "tokenizer").mkdir()
-        copy_auxiliary_files(None, folder / "tokenizer", writing.tokenizer)
-        (folder / "tokenizer" / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    request.write(folder)
+    write_request(model, request, folder, writing)
     # -P: the folder of the program holds modules of ours with names that others have too
     arguments = ["-P", str(Path(openvino_graph.__file__).resolve()), str(folder)]
     run(environment_called(ENVIRONMENT), arguments, doing="building OpenVINO's graph", progress=writing.progress)
@@ -106,6 +99,18 @@ def build_graph(model: PreTrainedModel, request: GraphRequest, folder: Path, wri
             "openvino_genai does not"
         )
     return graph / f"{GRAPH}.xml"
+
+
+def write_request(model: PreTrainedModel, request: GraphRequest, folder: Path, writing: Writing) -> None:
+    """All that the graph's maker reads."""
+    folder.mkdir(parents=True)
+    config = {**portable_config(model, torch.float32), "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    if writing.tokenizer is not None:
+        (folder / "tokenizer").mkdir()
+        copy_auxiliary_files(None, folder / "tokenizer", writing.tokenizer)
+        (folder / "tokenizer" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    request.write(folder)
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:

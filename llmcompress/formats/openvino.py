@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llmcompress.formats.named import Kind, empty_codes
 from llmcompress.modules.scheme import Scheme
-from llmcompress.numerics.formats import E2M1, E4M3, E5M2, NF4, POWER_OF_TWO, SINGLE, STORED, ScaleKind
+from llmcompress.numerics.formats import E2M1, E4M3, E5M2, NF4, POWER_OF_TWO, SINGLE, STORED, TWO_LEVEL, ScaleKind
 from llmcompress.numerics.formats import scales_from_bytes, scales_to_bytes
 from llmcompress.numerics.grid import Grid
 from llmcompress.numerics.quantized import QuantizedTensor
@@ -182,7 +182,7 @@ def _scales(tensor: QuantizedTensor, shape: tuple[int, ...]) -> Constant:
     if tensor.grid.scales == POWER_OF_TWO:
         return Constant(_EXPONENTS, shape, scales_to_bytes(tensor.scale, POWER_OF_TWO).flatten())
     if tensor.scale.is_meta:  # a plan takes scales of 16 bits for what they mostly are
-        kind = tensor.scale.dtype if tensor.grid.scales == STORED else torch.bfloat16
+        kind = torch.bfloat16 if tensor.grid.scales == TWO_LEVEL else tensor.scale.dtype
         return Constant(DENSE[kind], shape, torch.empty(prod(shape) * kind.itemsize, dtype=torch.uint8, device="meta"))
     scale_OG = plain_scales(tensor)
     kinds = (torch.float16, torch.bfloat16, torch.float32)

@@ -195,6 +195,5 @@ def _constants(node: Any) -> Iterator[Any]:
 
 
 def _width(port: Any) -> int:
-    """Numbers of all heads together, of B×heads×T×size."""
-    shape = port.get_partial_shape()
-    return int(shape[1].get_length() * shape[3].get_length())
+    """Numbers for one token of one sequence: of all heads together."""
+    return prod(size.get_length() for size in port.get_partial_shape() if size.is_static)
