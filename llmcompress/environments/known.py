@@ -35,7 +35,10 @@ class Environment:
 
 
 _TRANSFORMERS = "transformers==4.57.*"
-_PINS = ("transformers==4.57.6", "tokenizers==0.22.2", "huggingface-hub==0.36.2", "numpy==2.4.6", "safetensors==0.8.0")
+_PINS = (
+    *("transformers==4.57.6", "tokenizers==0.22.2", "huggingface-hub==0.36.2", "accelerate==1.15.0"),
+    *("numpy==2.4.6", "safetensors==0.8.0"),
+)
 _OPTIMUM_PINS = (*_PINS, "optimum==2.1.0")
 _ONNX_PINS = ("onnx==1.23.2", "onnxruntime==1.32.0", "onnx-ir==1.1.0")
 
@@ -47,7 +50,7 @@ ENVIRONMENTS: Mapping[str, Environment] = MappingProxyType(
                 "optimum-onnx",
                 "Optimum's exporter to ONNX, for the target onnx",
                 (
-                    *(_TRANSFORMERS, "optimum-onnx==0.1.*", "onnx>=1.19", "onnxruntime>=1.24"),
+                    *(_TRANSFORMERS, "optimum-onnx==0.1.*", "accelerate>=1.10", "onnx>=1.19", "onnxruntime>=1.24"),
                     *("onnx-ir>=0.1.16", "onnxscript>=0.5.4"),
                 ),
                 (*_OPTIMUM_PINS, *_ONNX_PINS, "optimum-onnx==0.1.0", "onnxscript==0.7.2"),
