@@ -34,13 +34,15 @@ _PER_TOKEN = (
     "activations are rounded by the runtime, in groups of inputs instead of per token, where its dynamic quantization "
     "is on (the default)"
 )
-_EXPANDED = "OpenVINO on a CPU expands fp8 to bfloat16 or float32 in memory: the files are small, decoding is not faster"
+_EXPANDED = (
+    "OpenVINO on a CPU expands fp8 to bfloat16 or float32 in memory: the files are small, decoding is not faster"
+)
 
 
 @EXPORTERS.register("openvino")
 class OpenVinoExporter(Exporter):
     """Integers of 2 to 8 bits with any equal groups, nf4, fp4, mxfp4 and nvfp4 stay compressed in memory; fp8 in the
-    file. Low-rank factors are two products, pruned shapes are as they are, static activations are rounded as calibrated.
+    file. Low-rank factors are two products, pruned shapes are as they are, activations are rounded as calibrated.
     """
 
     limits: ClassVar[TargetLimits] = TargetLimits(ragged_groups=False, rounded_embedding=True)

@@ -79,7 +79,9 @@ class IrFile:
         if number is None:
             return None
         readers = (
-            self.layers[end].type for end, port in self._readers[number] if _WEIGHT_PORT.get(self.layers[end].type) == port
+            self.layers[end].type
+            for end, port in self._readers[number]
+            if _WEIGHT_PORT.get(self.layers[end].type) == port
         )
         found = {key: self._constant(self.names[f"{name}/{key}"]) for key in _PARTS if f"{name}/{key}" in self.names}
         weight = self._computed(number)

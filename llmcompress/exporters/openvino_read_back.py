@@ -40,7 +40,10 @@ def _compared(name: str, leaf: Leaf, stored: StoredMatrix, readers: int, dtype: 
     if not isinstance(leaf, Quantized) or stored.packed is None:
         ours = leaf.dense_weight().to(dtype).float()
         return ReadBack(
-            source=name, stored_as=stored.type, values=ours.numel(), weights_differing=_differing(stored.weight, ours, wired)
+            source=name,
+            stored_as=stored.type,
+            values=ours.numel(),
+            weights_differing=_differing(stored.weight, ours, wired),
         )
     ours, read = leaf.tensor, unpack(stored.packed, leaf.tensor.grid)
     scales = _differing(read.scale, plain_scales(ours))

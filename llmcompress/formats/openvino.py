@@ -19,8 +19,19 @@ from torch import Tensor
 
 from llmcompress.formats.named import Kind, empty_codes
 from llmcompress.modules.scheme import Scheme
-from llmcompress.numerics.formats import E2M1, E4M3, E5M2, NF4, POWER_OF_TWO, SINGLE, STORED, TWO_LEVEL, ScaleKind
-from llmcompress.numerics.formats import scales_from_bytes, scales_to_bytes
+from llmcompress.numerics.formats import (
+    E2M1,
+    E4M3,
+    E5M2,
+    NF4,
+    POWER_OF_TWO,
+    SINGLE,
+    STORED,
+    TWO_LEVEL,
+    ScaleKind,
+    scales_from_bytes,
+    scales_to_bytes,
+)
 from llmcompress.numerics.grid import Grid
 from llmcompress.numerics.quantized import QuantizedTensor
 

@@ -112,7 +112,9 @@ class OpenVinoRunner(Runner):
         for node in graph.get_ops():
             kind = node.get_type_name()
             if kind == "MatMul":
-                constants = {each.get_name(): each.get_byte_size() for each in _constants(node.input_value(1).get_node())}
+                constants = {
+                    each.get_name(): each.get_byte_size() for each in _constants(node.input_value(1).get_node())
+                }
                 read += sum(constants.values())
                 share = 1 if node.get_name() == head.get_name() else tokens
                 per_token += share * prod(node.input_value(1).get_shape()) if constants else 0

@@ -11,10 +11,10 @@ import torch
 from openvino import opset13
 from torch import Tensor, nn
 
+from llmcompress.calibration.offloading import InMemory
 from llmcompress.exporters.openvino_form import form_of
 from llmcompress.exporters.openvino_request import GRAPH, GraphRequest
 from llmcompress.exporters.openvino_surgery import read_graph, replace_placeholders, write_graph
-from llmcompress.calibration.offloading import InMemory
 from llmcompress.modules.base import CompressedModule
 from llmcompress.modules.expression import Gather
 
@@ -73,7 +73,7 @@ def placeholder_graph(request: GraphRequest, *, marks: Mapping[str, int] | None 
             x = opset13.add(x, opset13.constant(bias.float().numpy().reshape(1, 1, -1)))
             x.set_friendly_name(f"__module.model.{name}/aten::linear/Add")
     x.output(0).set_names({"logits"})
-    return openvino.Model([opset13.result(x)], [each for each in state], [ids, beam], "sequence")
+    return openvino.Model([opset13.result(x)], list(state), [ids, beam], "sequence")
 
 
 def running_sum(x, beam, width: int):

@@ -131,7 +131,11 @@ def test_factors_branches_and_selections_are_products_sums_and_gathers(tmp_path:
 def test_a_tied_head_multiplies_by_the_table_of_the_embedding(name: str, tmp_path: Path) -> None:
     model = Sequence(table(name, 50, 96), block=coded("int4_g32", 96, 96), head=SharedHead("embedding", 50, 96, None))
     ran = check(model, tmp_path)
-    assert [kind for kind, _, weights in sorted(ran) if "int" in weights] == ["FullyConnected", "FullyConnected", "Gather"]
+    assert [kind for kind, _, weights in sorted(ran) if "int" in weights] == [
+        "FullyConnected",
+        "FullyConnected",
+        "Gather",
+    ]
     codes = 50 * 96 * named_scheme(name).weights.bits // 8
     layers = (tmp_path / f"{GRAPH}.xml").read_text()
     assert layers.count(f'size="{codes}"') == 1, "one table"

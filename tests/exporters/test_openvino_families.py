@@ -72,7 +72,9 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple
 def test_every_family_computes_what_pytorch_computes(family: str, graphs, tmp_path: Path) -> None:
     model, request, folder = graphs[family]
     graph, file = read_graph(folder / "graph" / f"{GRAPH}.xml"), tmp_path / f"{GRAPH}.xml"
-    kept = replace_placeholders(graph, request, torch.float32, model=model, weights_at=Writing(torch.float32).weights_at)
+    kept = replace_placeholders(
+        graph, request, torch.float32, model=model, weights_at=Writing(torch.float32).weights_at
+    )
     write_graph(graph, file)
     del graph, kept
     rows = read_back(file, request, torch.float32)
@@ -97,7 +99,9 @@ def test_an_exported_folder_opens_in_optimum_and_in_openvino_genai(tmp_path: Pat
     opened = OVModelForCausalLM.from_pretrained(tmp_path / "out", ov_config=dict(EXACT))
     with torch.no_grad():
         wanted = model(IDS_BT).logits
-        torch.testing.assert_close(opened(IDS_BT, attention_mask=torch.ones_like(IDS_BT)).logits, wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            opened(IDS_BT, attention_mask=torch.ones_like(IDS_BT)).logits, wanted, rtol=0, atol=1e-5
+        )
     ids = tokenizer()("the quick brown fox", return_tensors="pt")["input_ids"]
     with TorchRunner(model) as reference:
         (tokens,) = reference.generate(ids.tolist(), max_new_tokens=8)

@@ -37,7 +37,9 @@ def test_there_and_back_and_as_long_as_foretold(name, shape, dtype):
     assert found == foretold
 
 
-@pytest.mark.parametrize("name", ["int4_g8", "int3_g8_asym", "int8_g8", "int6_g8_asym", "fp8_g8", "fp8e5m2_g8", "mxfp4", "nf4_g8"])
+@pytest.mark.parametrize(
+    "name", ["int4_g8", "int3_g8_asym", "int8_g8", "int6_g8_asym", "fp8_g8", "fp8e5m2_g8", "mxfp4", "nf4_g8"]
+)
 def test_openvino_decodes_the_same_numbers(name):
     packed = pack(form(name, (6, 64), torch.bfloat16).tensor)
     for constant in packed.present.values():
