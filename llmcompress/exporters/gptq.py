@@ -32,6 +32,8 @@ from llmcompress.formats.named import Kind
 from llmcompress.modules.base import CompressedModule
 from llmcompress.modules.expression_leaves import Quantized
 from llmcompress.modules.limits import TargetLimits, group_of
+from llmcompress.modules.scheme import Scheme
+from llmcompress.numerics.grid import Grid
 from llmcompress.numerics.quantized import error_in_steps
 from llmcompress.records.export_report import ReadBack
 
@@ -64,7 +66,11 @@ print(model.generate("The", SamplingParams(temperature=0, max_tokens=20))[0].out
     def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:
         """By its grid and its sizes; what scales and zero points are is only known of a live model."""
         why = self._problem(site)
-        return Exact() if why is None else Refused(why, self.limits.nearest(site.scheme, site.inputs))
+        if why is None:
+            return Exact()
+        grid = site.scheme.weights
+        integers = site.scheme if grid.number is None else Scheme(Grid(grid.bits, True, grid.group))
+        return Refused(why, self.limits.nearest(integers, site.inputs))
 
     @override
     def answers(self, contents: Contents) -> dict[str, Answer]:
