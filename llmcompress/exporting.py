@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from llmcompress.exporters.choose import check_export
 from llmcompress.exporters.contents import Contents, contents_in
 from llmcompress.exporters.readme import README, readme
 from llmcompress.exporters.runtime_proof import runtime_proof
-from llmcompress.progress import Progress
+from llmcompress.progress import Progress, Silent
 from llmcompress.records.export_report import EXPORT_REPORT, ExportReport, RuntimeProof
 from llmcompress.storage.folder import publish, set_aside, staging_folder
 
@@ -44,6 +44,8 @@ class Exportable:
     beside: Mapping[str, str] = field(default_factory=dict)
     """Further files and their text: the recipe, the report."""
     max_shard_size: str = "5GB"
+    progress: Progress = field(default_factory=Silent)
+    """Shows what the tools of a target do."""
 
     @property
     def contents(self) -> Contents:
@@ -59,6 +61,7 @@ class Exportable:
             self.weights_at,
             tokenizer=self.tokenizer,
             model_name=self.name,
+            progress=self.progress,
         )
 
 
@@ -138,7 +141,7 @@ def export_beside(
     for exporter, folder in folders.items():
         in_memory = isinstance(exportable.weights_at, InMemory)
         proof = partial(runtime_proof, exportable.model, exportable.tokenizer, exporter) if in_memory else None
-        export(exportable, exporter, folder, overwrite=overwrite, proof=proof)
+        export(replace(exportable, progress=progress), exporter, folder, overwrite=overwrite, proof=proof)
         progress.step(folder.name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def export(
     shown, made = as_progress(progress), dict[str, ExportReport]()
     shown.stage("open", 1)
     exportable, live = _exportable(model, tokenizer)
+    exportable = replace(exportable, progress=shown)
     with borrowed(live):
         for exporter in exporters.values():
             check_export(exporter, exportable.contents)

@@ -22,6 +22,7 @@ COMMANDS = (
     "compare",
     "compress",
     "distill",
+    "doctor",
     "evaluate",
     "export",
     "footprint",

@@ -19,6 +19,7 @@ from llmcompress.formats import plain
 from llmcompress.formats.named import Kind
 from llmcompress.modules.limits import TargetLimits
 from llmcompress.modules.scheme import Scheme
+from llmcompress.progress import Progress, Silent
 from llmcompress.records.export_report import ReadBack
 from llmcompress.registry import Registry
 from llmcompress.runners.base import RUNNERS, Runner
@@ -69,6 +70,8 @@ class Writing:
     """Of the model: some targets hold it in the file of the weights."""
     model_name: str = "model"
     """What the user called the source, for targets that name the model in the file."""
+    progress: Progress = field(default_factory=Silent)
+    """Shows what a tool of the target does, which may take minutes."""
 
 
 @dataclass(frozen=True)
