@@ -35,7 +35,10 @@ class Environment:
 
 
 _TRANSFORMERS = "transformers==4.57.*"
-_PINS = ("transformers==4.57.6", "accelerate==1.15.0", "tokenizers==0.22.2", "huggingface-hub==0.36.2", "numpy==2.4.6", "safetensors==0.8.0")
+_PINS = (
+    *("transformers==4.57.6", "tokenizers==0.22.2", "huggingface-hub==0.36.2", "accelerate==1.15.0"),
+    *("numpy==2.4.6", "safetensors==0.8.0"),
+)
 _OPTIMUM_PINS = (*_PINS, "optimum==2.1.0")
 _ONNX_PINS = ("onnx==1.23.2", "onnxruntime==1.32.0", "onnx-ir==1.1.0")
 

@@ -28,13 +28,13 @@ def main(plan_file: str, output: str) -> None:
     plan = json.loads(Path(plan_file).read_text(encoding="utf-8"))
     model = skeleton(Path(plan_file).parent, plan)
     made = TasksManager.get_exporter_config_constructor("onnx", model=model, task=TASK, library_name="transformers")
-    config = made(model.config, int_dtype="int64", float_dtype="fp32")
+    config = made(model.config, int_dtype="int64", float_dtype="fp32", use_past_in_inputs=True)
     # without folding a parameter stays what it is, under its name
     export_pytorch(model, config, config.DEFAULT_ONNX_OPSET, Path(output), do_constant_folding=False)
 
 
 def skeleton(folder: Path, plan: dict[str, Any]) -> Any:
-    """The model of a config with holes in place of `plan["holes"]`, and with the sizes of `plan["shapes"]`."""
+    """The model of a config with holes in place of `plan["holes"]`, and the sizes of `plan["parameters"]`."""
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -48,12 +48,12 @@ def skeleton(folder: Path, plan: dict[str, Any]) -> Any:
     for name, values in plan["attributes"].items():
         for key, value in values.items():
             setattr(model.get_submodule(name), key, tuple(value) if isinstance(value, list) else value)
-    number = 0
-    for name, parameter in list(model.named_parameters()):
+    names = [name for name, _ in model.named_parameters()]
+    if set(names) != plan["parameters"].keys():
+        sys.exit(f"transformers builds other parameters: {sorted(set(names) ^ plan['parameters'].keys())[:5]}")
+    for number, name in enumerate(names, 1):  # no two alike, or the exporter would make them one
         owner, _, leaf = name.rpartition(".")
-        shape = plan["shapes"].get(name, list(parameter.shape))
-        number += 1  # no two alike, or the exporter would make them one
-        value = torch.nn.Parameter(torch.full(shape, float(number)), requires_grad=False)
+        value = torch.nn.Parameter(torch.full(plan["parameters"][name], float(number)), requires_grad=False)
         model.get_submodule(owner)._parameters[leaf] = value
     return model
 
@@ -79,7 +79,7 @@ def hole_of(name: str, width: int, *, looks_up: bool) -> Any:
             self.register_buffer("weight", torch.empty(0), persistent=False)
 
         def forward(self, x: Any) -> Any:
-            return Hole.apply(x)
+            return Hole.apply(x)  # type: ignore[no-untyped-call]
 
     return HoleModule()
 

@@ -15,7 +15,6 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from llmcompress.formats.named import Kind, empty_codes
 from llmcompress.modules.scheme import Scheme
@@ -80,21 +79,38 @@ def layout(grid: Grid, inputs: int, *, looks_up: bool = False) -> NBits | None:
     return None if block is None else NBits(bits, block)
 
 
+def multiplies_integers(scheme: Scheme, inputs: int) -> bool:
+    """Whether MatMulInteger computes it as the scheme says: one scale for a whole token, and one for each output."""
+    grid = scheme.weights
+    whole_rows = grid.groups(inputs) == 1 and not grid.scales.single
+    return scheme.activations in ("token", "tensor") and grid.number is None and grid.symmetric and whole_rows
+
+
 def pack(tensor: QuantizedTensor, kind: NBits) -> Fields:
     """The fields of a matrix for whose grid `layout` gave this kind."""
-    (outputs, inputs), blocks = tensor.shape, kind.blocks(tensor.shape[1])
+    return Fields(packed_codes(tensor, kind), block_scales(tensor, kind), packed_zeros(tensor, kind))
+
+
+def packed_codes(tensor: QuantizedTensor, kind: NBits) -> Tensor:
+    """O×B×C uint8."""
+    (outputs, inputs), blocks, codes_OI = tensor.shape, kind.blocks(tensor.shape[1]), tensor.codes
     missing = blocks * kind.block - inputs
-    codes_OI = tensor.codes
-    zero_OB = None if tensor.zero_point is None else _per_block(tensor.zero_point, tensor.grid, inputs, kind)
     if missing:
-        last_O1 = torch.zeros_like(codes_OI[:, :1]) if zero_OB is None else zero_OB[:, -1:]
-        codes_OI = torch.cat([codes_OI, last_O1.expand(-1, missing)], 1)
-    packed_OC = pack_bits(codes_OI, kind.bits, -kind.offset)
-    return Fields(
-        packed_OC.reshape(outputs, blocks, kind.bytes),
-        _per_block(tensor.scale.float(), tensor.grid, inputs, kind).contiguous(),
-        None if zero_OB is None else pack_bits(zero_OB, kind.bits, -kind.offset),
-    )
+        zero_OG = torch.zeros_like(codes_OI[:, :1]) if tensor.zero_point is None else tensor.zero_point
+        codes_OI = torch.cat([codes_OI, zero_OG[:, -1:].expand(-1, missing)], 1)
+    return pack_bits(codes_OI, kind.bits, -kind.offset).reshape(outputs, blocks, kind.bytes)
+
+
+def block_scales(tensor: QuantizedTensor, kind: NBits) -> Tensor:
+    """O×B float32."""
+    return _per_block(tensor.scale.float(), tensor.grid, tensor.shape[1], kind).contiguous()
+
+
+def packed_zeros(tensor: QuantizedTensor, kind: NBits) -> Tensor | None:
+    """O×C uint8."""
+    if tensor.zero_point is None:
+        return None
+    return pack_bits(_per_block(tensor.zero_point, tensor.grid, tensor.shape[1], kind), kind.bits, -kind.offset)
 
 
 def unpack(fields: Fields, kind: NBits, inputs: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -126,8 +142,13 @@ def differing(fields: Fields, kind: NBits, tensor: QuantizedTensor) -> tuple[int
 
 
 @cache
-def tensors(shape: tuple[int, int], scheme: Scheme, kind: NBits, *, bias: bool) -> dict[str, Kind]:
-    """Names, dtypes and shapes of a linear of that shape (O, I) in the file; a bias is float32."""
+def tensors(shape: tuple[int, int], scheme: Scheme, kind: NBits | None, *, bias: bool) -> dict[str, Kind]:
+    """Names, dtypes and shapes of a linear of that shape (O, I) in the file; a bias is float32. `kind` None: int8 as
+    it is, for MatMulInteger.
+    """
+    if kind is None:
+        whole: dict[str, Kind] = {"codes": (torch.int8, shape[::-1]), "scales": (torch.float32, shape[:1])}
+        return {**whole, "bias": (torch.float32, shape[:1])} if bias else whole
     fields = pack(empty_codes(shape, scheme, torch.float32, bias=False).tensor, kind)
     held = {"codes": fields.codes, "scales": fields.scale, "zeros": fields.zero}
     found: dict[str, Kind] = {name: (each.dtype, tuple(each.shape)) for name, each in held.items() if each is not None}
