@@ -52,6 +52,7 @@ class GptqExporter(Exporter):
     limits: ClassVar[TargetLimits] = TargetLimits(
         groups=frozenset(_GROUPS), ragged_groups=False, integers_only=True, rounded_inputs=False
     )
+    runtime: ClassVar[str] = "gptqmodel"
     fix: ClassVar[str] = "export it to `compressed-tensors`, which vLLM and transformers load too"
     how_to_run: ClassVar[str] = """# pip install vllm    (or `gptqmodel`: transformers then loads the folder as well, on CPUs too)
 from vllm import LLM, SamplingParams

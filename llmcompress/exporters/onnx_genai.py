@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
 
@@ -31,7 +31,8 @@ from llmcompress.exporters.onnx_graph import Plan, plan_of
 from llmcompress.exporters.onnx_graph_program import DOMAIN
 from llmcompress.exporters.onnx_nodes import Nodes
 from llmcompress.exporters.onnx_package import onnx_package
-from llmcompress.modules.expression import Expression, Gather
+from llmcompress.modules.expression import Expression, Gather, Tied
+from llmcompress.modules.expression_leaves import Dense
 from llmcompress.records.export_report import ReadBack
 
 ROPES: Mapping[str, frozenset[str]] = {
@@ -106,11 +107,19 @@ while not generator.is_done(): generator.generate_next_token(); print(tokenizer.
     def _plan(self, model: PreTrainedModel, writing: Writing) -> Plan:
         """Without the embedding's multiplier, which stands in the builder's graph."""
         plan = plan_of(model, contents_in(model, writing.storage_dtype), writing.storage_dtype)
-        holes = {
-            name: replace(form, multiplier=1.0) if isinstance(form, Gather) else form
-            for name, form in plan.holes.items()
-        }
-        return replace(plan, holes=holes)
+        name, table = next(each for each in model.named_modules() if each[1] is model.get_input_embeddings())
+        holes = dict(plan.holes)
+        if name not in holes:  # a class of its own, which multiplies what it looks up
+            assert isinstance(table.weight, nn.Parameter)
+            holes[name] = Gather(Dense(table.weight))
+            for head, form in plan.holes.items():
+                if isinstance(form, Dense) and form.weight is table.weight:
+                    holes[head] = Tied(name, form)
+        lookup = holes[name]
+        assert isinstance(lookup, Gather)
+        holes[name] = replace(lookup, multiplier=1.0)
+        parameters = {each: shape for each, shape in plan.parameters.items() if each != f"{name}.weight"}
+        return replace(plan, holes=holes, parameters=parameters)
 
 
 def config_problem(config: Mapping[str, Any]) -> str | None:
