@@ -28,11 +28,14 @@ COMMANDS = (
     "footprint",
     "inspect",
     "passes",
+    "push",
     "recipes",
     "report",
+    "resume",
     "schema",
     "speed",
     "targets",
+    "verify",
 )
 
 

@@ -47,8 +47,9 @@ def _codes(site: CodedSite, found: QuantizedTensor, ours: QuantizedTensor) -> Re
     rounds = ours.grid.scales.bits is None
     error = error_in_steps(ours, site.scale_dtype) if rounds and ours.grid.number is None else 0.0
     ours = replace(ours, scale=ours.scale.to(site.scale_dtype) if rounds else ours.scale)
-    scales = found.scale.float().reshape(-1) != ours.scale.float().reshape(-1)
     wide = replace(found, scale=found.scale.float()), replace(ours, scale=ours.scale.float())
+    # what is multiplied: a file may divide two-level scales by another power of two
+    scales = wide[0].fitted.scale_OG.reshape(-1) != wide[1].fitted.scale_OG.reshape(-1)
     return ReadBack(
         source=site.name,
         stored_as=f"{found.grid.bits}-bit codes",
