@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python evals/export.py --compressed out --dense SmolLM2-135M-Instruct --text WikiText-2=test.txt
 
 The compressed folder is exported to every registered target that has a runtime of its own; where a target cannot hold
-its table of embeddings, `--plain-tables` names the same codes without it. Beside each runtime stands its own rounding of
-the dense model to 4 bits in equal groups (`exports/own.py`). All score the same windows, without BOS; differences from
+its table of embeddings, `--plain-tables` names the same codes without it. Beside each runtime stands its own rounding
+of the dense model to 4 bits in equal groups (`exports/own.py`). All score the same windows, without BOS; differences from
 PyTorch are paired, with the standard error over windows. Speeds are of one thread and taken in turns, transformers with
 the dense model in float32 among them. Everything is written to evals/results/export-NAME.json.
 """
@@ -220,7 +220,9 @@ def weights_in(path: Path) -> int:
     """Bytes of a file, or of the weights and graphs in a folder."""
     endings = (".onnx", ".onnx_data", ".data", ".bin", ".xml", ".safetensors")
     files = [path] if path.is_file() else [each for each in path.iterdir() if each.name.endswith(endings)]
-    return sum(each.stat().st_size for each in files if not each.name.startswith("openvino_to") and "detok" not in each.name)
+    return sum(
+        each.stat().st_size for each in files if not each.name.startswith("openvino_to") and "detok" not in each.name
+    )
 
 
 def speeds(candidates: Sequence[Candidate], original: Exportable) -> dict[str, dict[str, float]]:

@@ -34,9 +34,9 @@ def _about(facts: Facts) -> str:
     speed = facts["speed"]
     return (
         f"**{facts['model']}**: {facts['windows']} windows of {facts['text']} ({protocol(facts['window'], False)}); "
-        "`code` names are our targets, all with the same codes; below each stands the same runtime with its own rounding of "
-        "the dense model. ÷ PyTorch: the runtime's perplexity ÷ that of the same compressed model in PyTorch, paired by "
-        f"window; KL to it in nats per token. Tokens/s: prompt of {speed['prompt']}, {speed['new']} new, median of "
+        "`code` names are our targets, all with the same codes; below each stands the same runtime with its own "
+        "rounding of the dense model. ÷ PyTorch: the runtime's perplexity ÷ that of the same compressed model in PyTorch, paired "
+        f"by window; KL to it in nats per token. Tokens/s: prompt of {speed['prompt']}, {speed['new']} new, median of "
         f"{speed['turns']} turns, one thread; × transformers: decoding ÷ that of transformers with the dense model in "
         "float32."
     )

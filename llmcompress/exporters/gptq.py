@@ -1,7 +1,7 @@
 """GPTQ checkpoints: a Hugging Face folder that vLLM, GPTQModel, SGLang and transformers (through GPTQModel) load.
 
-All linears of a file share a group size where their own are multiples of it: scales are repeated, and loaders that merge
-q, k and v find the same layout in each (docs/decisions/0039).
+All linears of a file share a group size where their own are multiples of it: scales are repeated, and loaders that
+merge q, k and v find the same layout in each (docs/decisions/0039).
 """
 
 from __future__ import annotations
@@ -47,21 +47,23 @@ _MOST_STEPS = 1 / 16
 
 @EXPORTERS.register("gptq")
 class GptqExporter(Exporter):
-    """Integers of 2 to 8 bits in fields of 2, 3, 4 or 8; zero points where the grid has them; dense linears as they are."""
+    """Integers of 2 to 8 bits in fields of 2, 3, 4 or 8, with zero points where the grid has them."""
 
     limits: ClassVar[TargetLimits] = TargetLimits(
         groups=frozenset(_GROUPS), ragged_groups=False, integers_only=True, rounded_inputs=False
     )
     runtime: ClassVar[str] = "gptqmodel"
     fix: ClassVar[str] = "export it to `compressed-tensors`, which vLLM and transformers load too"
-    how_to_run: ClassVar[str] = """# pip install vllm    (or `gptqmodel`: transformers then loads the folder as well, on CPUs too)
+    how_to_run: ClassVar[
+        str
+    ] = """# pip install vllm    (or `gptqmodel`: transformers then loads the folder as well, on CPUs too)
 from vllm import LLM, SamplingParams
 model = LLM(".")
 print(model.generate("The", SamplingParams(temperature=0, max_tokens=20))[0].outputs[0].text)"""
 
     version: Literal["auto", 1, 2] = "auto"
-    """Of the checkpoint format. 1 stores zero points less one, which GPTQModel reads from other tools only where they are
-    all equal; `auto` takes 2 for grids with zero points."""
+    """Of the checkpoint format. 1 stores zero points less one, which GPTQModel reads from other tools only where they
+    are all equal; `auto` takes 2 for grids with zero points."""
 
     @override
     def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:

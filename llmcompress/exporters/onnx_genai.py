@@ -29,7 +29,6 @@ from llmcompress.exporters.onnx_genai_builder import CONFIG, Skeleton, build, em
 from llmcompress.exporters.onnx_genai_matrices import Matrices
 from llmcompress.exporters.onnx_graph import Plan, plan_of
 from llmcompress.exporters.onnx_graph_program import DOMAIN
-from llmcompress.exporters.onnx_nodes import Nodes
 from llmcompress.exporters.onnx_package import onnx_package
 from llmcompress.modules.expression import Expression, Gather, Tied
 from llmcompress.modules.expression_leaves import Dense
@@ -126,7 +125,7 @@ def config_problem(config: Mapping[str, Any]) -> str | None:
     """Why the builder's graph is none of this config; None: it is."""
     kind = str(config.get("model_type"))
     if kind not in ROPES:
-        return f"the builder of onnxruntime-genai is used here for {', '.join(sorted(ROPES))}, and `{kind}` is none of them"
+        return f"the builder of onnxruntime-genai is used for {', '.join(sorted(ROPES))}; `{kind}` is none of them"
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     rope = str(scaling.get("rope_type", scaling.get("type", "default")))
     if rope not in ROPES[kind]:
@@ -152,9 +151,7 @@ def _skeleton(model: PreTrainedModel, plan: Plan, writing: Writing) -> Skeleton:
     )
 
 
-def _with_holes(
-    plan: Plan, skeleton: Skeleton, scratch: Path, writing: Writing
-) -> tuple[Any, dict[str, Expression]]:
+def _with_holes(plan: Plan, skeleton: Skeleton, scratch: Path, writing: Writing) -> tuple[Any, dict[str, Expression]]:
     """The builder's graph with a hole for every matrix; q, k and v are one where their codes can be one matrix."""
     matrices = Matrices(plan.holes)
     for fused in (True, False):
@@ -215,5 +212,3 @@ def _parameters(proto: Any, plan: Plan, model: PreTrainedModel, dtype: torch.dty
 
 def _holds(found: Tensor, wanted: Tensor) -> bool:
     return found.shape == wanted.shape and (torch.equal(found, wanted) or torch.equal(found, wanted + 1))
-
-

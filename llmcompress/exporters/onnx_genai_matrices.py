@@ -30,9 +30,12 @@ class Matrices:
         return "+".join(self._whole(each) or str(each) for each in rows)
 
     def form_called(self, name: str) -> Expression | None:
-        """The expression of that name; None where its parts are of different kinds and no node computes them at once."""
+        """The expression of that name; None where its parts are of different kinds, so that no node computes them."""
         parts = [self._part(each) for each in name.split("+")]
-        return parts[0] if len(parts) == 1 else _side_by_side([each for each in parts if each is not None])
+        known = [each for each in parts if each is not None]
+        if len(known) < len(parts):
+            return None
+        return known[0] if len(known) == 1 else _side_by_side(known)
 
     def linears_in(self, names: Iterable[str]) -> set[str]:
         """The modules that any of these names speaks of."""

@@ -1,14 +1,15 @@
 """The tensors of a quantized linear in a GPTQ checkpoint. O = outputs, I = inputs, G = groups of inputs, W = words.
 
-Fields are unsigned: code + 2^(bits-1), packed along inputs, lowest bits first, into int32 words; a field of three bits may
-lie in two words. `qzeros` are packed the same way along outputs; version 1 stores them less one, version 2 as they are.
+Fields are unsigned: code + 2^(bits-1), packed along inputs, lowest bits first, into int32 words; a field of three bits
+may lie in two words. `qzeros` are packed the same way along outputs; version 1 stores them less one, version 2 as they
+are.
 
 Source: Frantar et al. 2023, "GPTQ", whose code AutoGPTQ, GPTQModel and vLLM read; tests compare with plain loops.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
@@ -77,7 +78,11 @@ def pack(form: Quantized, layout: Layout, dtype: torch.dtype) -> dict[str, Tenso
 
 def unpack(found: Named, layout: Layout, dtype: torch.dtype = SCALES) -> QuantizedTensor:
     """Codes, scales and zero points as a reader sees them; scales in `dtype`."""
-    middle, outputs, inputs = 1 << (layout.bits - 1), found["qweight"].shape[1], found["qweight"].shape[0] * 32 // layout.bits
+    middle, outputs, inputs = (
+        1 << (layout.bits - 1),
+        found["qweight"].shape[1],
+        found["qweight"].shape[0] * 32 // layout.bits,
+    )
     codes_OI = _fields(found["qweight"].T, layout.bits, -middle, inputs)
     zero_OG = None
     if not layout.symmetric:

@@ -35,6 +35,9 @@ class GptqModelRunner(TorchRunner):
             loaded = AutoModelForCausalLM.from_pretrained(from_home(model), dtype=half, device_map={"": device})
         except (OSError, ImportError, RuntimeError, ValueError) as problem:
             raise CompressError(
-                "model.unloadable", f"GPTQModel cannot load it: {str(problem)[:500]}", where=model, fix="export it again"
+                "model.unloadable",
+                f"GPTQModel cannot load it: {str(problem)[:500]}",
+                where=model,
+                fix="export it again",
             ) from problem
         return cls(loaded, device=device)
