@@ -4,9 +4,9 @@
 
 The compressed folder is exported to every registered target that has a runtime of its own; where a target cannot hold
 its table of embeddings, `--plain-tables` names the same codes without it. Beside each runtime stands its own rounding
-of the dense model to 4 bits in equal groups (`exports/own.py`). All score the same windows, without BOS; differences from
-PyTorch are paired, with the standard error over windows. Speeds are of one thread and taken in turns, transformers with
-the dense model in float32 among them. Everything is written to evals/results/export-NAME.json.
+of the dense model to 4 bits in equal groups (`exports/own.py`). All score the same windows, without BOS; differences
+from PyTorch are paired, with the standard error over windows. Speeds are of one thread and taken in turns,
+transformers with the dense model in float32 among them. Everything is written to evals/results/export-NAME.json.
 """
 
 from __future__ import annotations

@@ -35,10 +35,10 @@ def _about(facts: Facts) -> str:
     return (
         f"**{facts['model']}**: {facts['windows']} windows of {facts['text']} ({protocol(facts['window'], False)}); "
         "`code` names are our targets, all with the same codes; below each stands the same runtime with its own "
-        "rounding of the dense model. ÷ PyTorch: the runtime's perplexity ÷ that of the same compressed model in PyTorch, paired "
-        f"by window; KL to it in nats per token. Tokens/s: prompt of {speed['prompt']}, {speed['new']} new, median of "
-        f"{speed['turns']} turns, one thread; × transformers: decoding ÷ that of transformers with the dense model in "
-        "float32."
+        "rounding of the dense model. ÷ PyTorch: the runtime's perplexity ÷ that of the same compressed model in "
+        "PyTorch, paired by window; KL to it in nats per token. Tokens/s: prompt of "
+        f"{speed['prompt']}, {speed['new']} new, median of {speed['turns']} turns, one thread; × transformers: decoding "
+        "÷ that of transformers with the dense model in float32."
     )
 
 

@@ -1,8 +1,8 @@
 """The graph of a model as the builder of onnxruntime-genai writes it, and where in it each matrix computes.
 
 The builder is given a checkpoint in Olive's layout whose linears hold no weights: a few zeros as codes, and as the
-scale of every output a number of its own. Whatever the builder merges, cuts or renames, the scales of a node in its graph say
-which outputs of which modules it computes. O = outputs, D = width of the embedding.
+scale of every output a number of its own. Whatever the builder merges, cuts or renames, the scales of a node in its
+graph say which outputs of which modules it computes. O = outputs, D = width of the embedding.
 """
 
 from __future__ import annotations
