@@ -37,8 +37,8 @@ def _about(facts: Facts) -> str:
         "`code` names are our targets, all with the same codes; below each stands the same runtime with its own "
         "rounding of the dense model. ÷ PyTorch: the runtime's perplexity ÷ that of the same compressed model in "
         "PyTorch, paired by window; KL to it in nats per token. Tokens/s: prompt of "
-        f"{speed['prompt']}, {speed['new']} new, median of {speed['turns']} turns, one thread; × transformers: decoding "
-        "÷ that of transformers with the dense model in float32."
+        f"{speed['prompt']}, {speed['new']} new, median of {speed['turns']} turns, one thread; × transformers: "
+        "decoding ÷ that of transformers with the dense model in float32."
     )
 
 
