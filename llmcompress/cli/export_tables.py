@@ -22,6 +22,7 @@ def export_table(made: Mapping[str, ExportReport]) -> Table:
         "runtime ÷ PyTorch",
         "same top",
         "decode tok/s",
+        "× transformers float32",
     ):
         table.add_column(title, justify="left" if title == "target" else "right")
     for name, report in made.items():
@@ -33,9 +34,10 @@ def export_table(made: Mapping[str, ExportReport]) -> Table:
                 f"{run.perplexity_runtime / run.perplexity_model:.4f}",
                 f"{run.same_top:.1%}",
                 f"{run.decode_tokens_per_second:.1f}",
+                f"{run.decode_to_dense:.2f}" if run.decode_to_dense is not None else "",
             ]
             if run
-            else [""] * 4
+            else [""] * 5
         )
         table.add_row(name, f"{report.bytes / 1e6:.1f}", f"{codes:,}", str(len(report.differing)), *ran)
     return table

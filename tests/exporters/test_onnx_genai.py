@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import onnxruntime_genai
 import pytest
 import torch
 from torch import nn
@@ -80,6 +81,15 @@ def test_every_tensor_is_in_the_graph_and_it_computes_the_same(made: str, reques
 
 def opened(folder: Path):
     return RUNNERS["onnxruntime_genai"].open(str(folder), device=CPU, dtype=torch.float32)
+
+
+def test_its_own_tokenizer_reads_the_folder_and_its_readme_says_how(shared_table) -> None:
+    folder, ours = shared_table[1], tokenizer()
+    own = onnxruntime_genai.Tokenizer(onnxruntime_genai.Model(str(folder)))
+    for text in ("the quick brown fox", " two  spaces, digits 2024", "line\n\nline"):
+        assert list(own.encode(text)) == ours(text)["input_ids"]
+    assert OnnxGenaiExporter.how_to_run in (folder / "README.md").read_text()
+    assert len(OnnxGenaiExporter.how_to_run.splitlines()) == 5
 
 
 def test_codes_that_the_file_does_not_hold_are_found(shared_table, tmp_path: Path) -> None:
