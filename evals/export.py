@@ -109,7 +109,7 @@ def main(
 def targets_of(given: str) -> list[str]:
     """Those asked for, or all that write for another runtime."""
     named = [each for each in given.split(",") if each]
-    return named or [name for name in EXPORTERS if EXPORTERS[name].runtime != "torch"]
+    return named or [name for name in EXPORTERS if EXPORTERS[name].runtime != "torch" or EXPORTERS[name].cannot_run]
 
 
 def exported(
@@ -132,6 +132,9 @@ def exported(
                 continue
             rows[target] = {"target": target, **facts(report, EXPORTERS[target](), model.contents)}
             candidate = Candidate(target, scratch / target, EXPORTERS[target].runtime)
+            if EXPORTERS[target].cannot_run is not None:
+                rows[target]["not_run"] = EXPORTERS[target].cannot_run
+                continue
             try:
                 with opened(candidate) as runner, TorchRunner(model.model) as reference:
                     rows[target] |= compared(runner, reference, ids_BT, torch_BP, dense_BP)
