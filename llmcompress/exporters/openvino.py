@@ -112,9 +112,7 @@ model = OVModelForCausalLM.from_pretrained(".")
         try:
             made = build_graph(model, request, scratch, writing)
             graph = read_graph(made)
-            kept = replace_placeholders(
-                graph, request, writing.storage_dtype, model=model, weights_at=writing.weights_at
-            )
+            kept = replace_placeholders(graph, request, writing.storage_dtype, weights_at=writing.weights_at)
             write_graph(graph, file)
             del graph, kept  # in this order: the constants share the memory of what is kept
             for name in TOKENIZER:

@@ -24,12 +24,12 @@ _FOLDED = "folded into the graph"
 def read_back(file: Path, request: GraphRequest, dtype: torch.dtype) -> list[ReadBack]:
     """A row for every matrix and every vector of the model."""
     found = IrFile(file)
-    heads = {form.owner for form in request.forms.values() if isinstance(form, Tied)}
+    shared = {form.owner for module in request.shapes if isinstance(form := request.form(module), Tied)}
     rows = []
-    for module, form in request.forms.items():
-        for name, leaf in matrices(form, module):
+    for module in request.shapes:
+        for name, leaf in matrices(request.form(module), module):
             stored = found.matrix(name)
-            readers = 2 if module in heads else 1
+            readers = 2 if module in shared else 1
             rows.append(_missing(name, leaf) if stored is None else _compared(name, leaf, stored, readers, dtype))
     return [*rows, *_vectors(found, request)]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmcompress.environments.known import environment_called
@@ -23,7 +23,7 @@ from llmcompress.exporters.checkpoint import owner_of
 from llmcompress.exporters.config import portable_config
 from llmcompress.exporters.contents import contents_in
 from llmcompress.exporters.openvino_form import form_of
-from llmcompress.modules.expression import Expression
+from llmcompress.modules.expression import Expression, Tied
 from llmcompress.progress import LOG
 
 ENVIRONMENT = "optimum-intel"
@@ -36,12 +36,21 @@ _BLOCK_NUMBER = re.compile(r"\.\d+\.")
 class GraphRequest:
     """A model as the graph's maker sees it."""
 
-    forms: Mapping[str, Expression]
-    """Name of every module that multiplies by a matrix or looks up its rows → what it computes."""
+    model: nn.Module
+    shapes: Mapping[str, tuple[int, int]]
+    """Name of every module that multiplies by a matrix or looks up its rows → the matrix's outputs and inputs."""
     vectors: Mapping[str, Tensor]
     """Everything else, under its own name."""
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Numbers that modules were built with, where they are not those of the stock model."""
+    multiplied_out: bool = False
+    """What the graph cannot hold becomes one ordinary matrix."""
+
+    def form(self, name: str) -> Expression:
+        """What such a module computes. Asked anew each time: who keeps it keeps its weights in memory."""
+        form = form_of(self.model.get_submodule(name), multiplied_out=self.multiplied_out)
+        assert form is not None, f"{name} has no matrix"
+        return form if (owner := self._tied_to(name)) is None else Tied(owner, form)
 
     @property
     def marks(self) -> dict[str, int]:
@@ -50,37 +59,41 @@ class GraphRequest:
         """
         places: dict[str, int] = {}
         return {
-            name: places.setdefault(_BLOCK_NUMBER.sub(".#.", name, count=1), len(places) + 1) for name in self.forms
+            name: places.setdefault(_BLOCK_NUMBER.sub(".#.", name, count=1), len(places) + 1) for name in self.shapes
         }
 
     def write(self, folder: Path) -> None:
         """The files that `openvino_graph.py` reads, but for the config and the tokenizer."""
         marks = self.marks
-        matrices = {name: {"shape": list(form.shape), "mark": marks[name]} for name, form in self.forms.items()}
+        matrices = {name: {"shape": list(shape), "mark": marks[name]} for name, shape in self.shapes.items()}
         request = {"matrices": matrices, "attributes": self.attributes, "tokenizer": (folder / "tokenizer").is_dir()}
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
         save_file(dict(self.vectors), folder / "vectors.safetensors")
 
+    def _tied_to(self, name: str) -> str | None:
+        """The embedding whose parameter an ordinary head is."""
+        weight = self.model.get_submodule(name)._parameters.get("weight")
+        for other in self.shapes:
+            table = self.model.get_submodule(other)
+            if other != name and isinstance(table, nn.Embedding) and weight is not None and table.weight is weight:
+                return other
+        return None
+
 
 def request_of(model: PreTrainedModel, storage_dtype: torch.dtype, *, multiplied_out: bool) -> GraphRequest:
     """Everything of a model that the graph needs; vectors as they are stored, in float32."""
-    contents = contents_in(model, storage_dtype)
-    forms, parts = {}, dict(model.named_modules())
-    for name, module in parts.items():
-        form = form_of(module, multiplied_out=multiplied_out) if owner_of(name, forms) is None else None
+    shapes, biases = dict[str, tuple[int, int]](), dict[str, Tensor]()
+    for name, module in model.named_modules():
+        form = form_of(module, multiplied_out=multiplied_out) if owner_of(name, shapes) is None else None
         if form is not None:
-            forms[name] = form
-    vectors = {
-        name: _stored(tensor, storage_dtype)
-        for name, tensor in model.state_dict().items()
-        if owner_of(name, forms) is None
-    }
-    for name, form in forms.items():
-        bias = form.dense_bias()
-        if bias is not None:
-            vectors[f"{name}.bias"] = _stored(bias, storage_dtype)
-    attributes = {name: each for name, each in contents.differences.attributes.items() if name not in forms}
-    return GraphRequest(forms, vectors, attributes)
+            shapes[name] = form.shape
+            bias = form.dense_bias()
+            biases |= {} if bias is None else {f"{name}.bias": bias}
+    others = {name: tensor for name, tensor in model.state_dict().items() if owner_of(name, shapes) is None}
+    vectors = {name: _stored(tensor, storage_dtype) for name, tensor in (others | biases).items()}
+    found = contents_in(model, storage_dtype).differences.attributes
+    attributes = {name: each for name, each in found.items() if name not in shapes}
+    return GraphRequest(model, shapes, vectors, attributes, multiplied_out)
 
 
 def build_graph(model: PreTrainedModel, request: GraphRequest, folder: Path, writing: Writing) -> Path:

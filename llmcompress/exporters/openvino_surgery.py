@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from llmcompress.calibration.offloading import WeightStore
 from llmcompress.errors import CompressError
@@ -28,22 +27,23 @@ _STEPS = frozenset({"Transpose", "Convert", "Reshape"})
 
 
 def replace_placeholders(
-    graph: Any, request: GraphRequest, dtype: torch.dtype, *, model: nn.Module, weights_at: WeightStore
+    graph: Any, request: GraphRequest, dtype: torch.dtype, *, weights_at: WeightStore
 ) -> NodeMaker:
     """In place; the result must live until the graph is written. Weights of a block are offloaded when it is done.
 
     Raises: CompressError when the graph is not that of the model.
     """
-    nodes, marks, maker = dict(_nodes(graph, request.forms)), request.marks, NodeMaker(dtype)
-    # embeddings come first: a tied head reads their table
-    names = sorted(request.forms, key=lambda name: not isinstance(request.forms[name], Gather))
+    nodes, marks, maker = dict(_nodes(graph, request.shapes)), request.marks, NodeMaker(dtype)
+    # what is looked up comes first: a tied head reads its table
+    names = sorted(request.shapes, key=lambda name: name in nodes and nodes[name].get_type_name() != "Gather")
     for block, members in groupby(names, key=block_of):
         for name in members:
             if name not in nodes or _mark(nodes[name]) != marks[name]:
                 raise _unknown(name)
             _replace(nodes[name], request, name, maker)
         if block:
-            weights_at.leave(block.removesuffix("."), model.get_submodule(block.removesuffix(".")))
+            name = block.removesuffix(".")
+            weights_at.leave(name, request.model.get_submodule(name))
     return maker
 
 
@@ -57,14 +57,14 @@ def write_graph(graph: Any, file: Path) -> None:
     openvino_package("export.package").save_model(graph, str(file), compress_to_fp16=False)
 
 
-def _nodes(graph: Any, forms: Container[str]) -> Iterator[tuple[str, Any]]:
+def _nodes(graph: Any, names: Container[str]) -> Iterator[tuple[str, Any]]:
     """Name of a module → the one node that reads its placeholder."""
     for node in graph.get_ordered_ops():
         found = _NODE.match(node.get_friendly_name())
         if node.get_type_name() in _WEIGHT_INPUT and found is not None and _placeholder(node) is not None:
             name = found["module"]
-            name = name if name in forms else name.removeprefix(_WRAPPER)
-            if name in forms:
+            name = name if name in names else name.removeprefix(_WRAPPER)
+            if name in names:
                 yield name, node
 
 
@@ -81,7 +81,7 @@ def _mark(node: Any) -> float:
 
 
 def _replace(node: Any, request: GraphRequest, name: str, maker: NodeMaker) -> None:
-    form, placeholder = request.forms[name], _placeholder(node)
+    form, placeholder = request.form(name), _placeholder(node)
     for reader in list(placeholder.output(0).get_target_inputs()):
         if reader.get_node().get_type_name() == "ShapeOf":
             shape = openvino_operations().constant(list(form.shape), dtype=reader.get_node().get_element_type())

@@ -16,7 +16,6 @@ from llmcompress.exporters.openvino_form import form_of
 from llmcompress.exporters.openvino_request import GRAPH, GraphRequest
 from llmcompress.exporters.openvino_surgery import read_graph, replace_placeholders, write_graph
 from llmcompress.modules.base import CompressedModule
-from llmcompress.modules.expression import Gather
 
 STATE = "sum"
 
@@ -43,10 +42,11 @@ class Sequence(nn.Module):
 
 
 def request_of_sequence(model: Sequence) -> GraphRequest:
-    """Its forms and biases."""
+    """Its matrices and biases."""
     forms = {name: form for name, part in model.named_children() if (form := form_of(part, multiplied_out=False))}
     biases = {f"{name}.bias": form.dense_bias() for name, form in forms.items()}
-    return GraphRequest(forms, {name: bias.detach() for name, bias in biases.items() if bias is not None})
+    vectors = {name: bias.detach() for name, bias in biases.items() if bias is not None}
+    return GraphRequest(model, {name: form.shape for name, form in forms.items()}, vectors)
 
 
 def placeholder_graph(request: GraphRequest, *, marks: Mapping[str, int] | None = None) -> openvino.Model:
@@ -57,14 +57,14 @@ def placeholder_graph(request: GraphRequest, *, marks: Mapping[str, int] | None 
     beam.output(0).set_names({"beam_idx"})
     marks, state = marks or request.marks, []
     x = None
-    for name, form in request.forms.items():
-        zeros = numpy.zeros(form.shape, numpy.float32)
+    for name, shape in request.shapes.items():
+        zeros = numpy.zeros(shape, numpy.float32)
         zeros[0, 0] = marks[name]
         placeholder = opset13.constant(zeros)
-        if isinstance(form, Gather):
+        if name == "embedding":
             x = opset13.gather(placeholder, ids, opset13.constant(0))
             x.set_friendly_name(f"__module.model.{name}/aten::embedding/Gather")
-            x, state = running_sum(x, beam, form.shape[1])
+            x, state = running_sum(x, beam, shape[1])
             continue
         x = opset13.matmul(x, placeholder, False, True)
         x.set_friendly_name(f"__module.model.{name}/aten::linear/MatMul")
@@ -96,7 +96,7 @@ def write_sequence(model: Sequence, folder: Path, dtype: torch.dtype = torch.flo
     folder.mkdir(parents=True, exist_ok=True)
     openvino.save_model(placeholder_graph(request), folder / "placeholders.xml", compress_to_fp16=False)
     graph = read_graph(folder / "placeholders.xml")
-    kept = replace_placeholders(graph, request, dtype, model=model, weights_at=InMemory())
+    kept = replace_placeholders(graph, request, dtype, weights_at=InMemory())
     write_graph(graph, file)
     del graph, kept
     return request

@@ -19,7 +19,7 @@ from llmcompress.exporters.contents import CodedLinear, contents_in
 from llmcompress.exporters.openvino import OpenVinoExporter
 from llmcompress.exporters.openvino_form import why_not
 from llmcompress.exporters.openvino_read_back import read_back
-from llmcompress.exporters.openvino_request import GRAPH
+from llmcompress.exporters.openvino_request import GRAPH, GraphRequest
 from llmcompress.exporters.openvino_surgery import replace_placeholders
 from llmcompress.modules.corrected import CorrectedLinear
 from llmcompress.modules.low_rank import LowRankLinear
@@ -150,7 +150,8 @@ def test_static_activations_run_in_the_kernel_of_8_bits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_ordinary_matrices_keep_the_stored_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
-    model = Sequence(embedding(), block=nn.Linear(96, 64))
+    model = Sequence(embedding(), block=nn.Linear(96, 96), head=nn.Linear(96, 50, bias=False))
+    model.get_submodule("head").weight = model.embedding.weight
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype).float()
     request = write_sequence(model, tmp_path, dtype)
@@ -189,19 +190,17 @@ def test_a_graph_of_another_model_is_not_filled(tmp_path: Path) -> None:
     request = request_of_sequence(model)
     for graph in (
         placeholder_graph(request, marks={**request.marks, "two": request.marks["one"]}),
-        placeholder_graph(request_of_sequence(Sequence(embedding(), one=coded("int4_g32", 96, 96)))),
+        placeholder_graph(request_of_sequence(Sequence(embedding(), one=coded("int4_g32", 96, 96)))),  # has no `two`
     ):
         with pytest.raises(CompressError, match="does not read this module") as refused:
-            replace_placeholders(graph, request, torch.float32, model=model, weights_at=InMemory())
+            replace_placeholders(graph, request, torch.float32, weights_at=InMemory())
         assert refused.value.where == "two"
 
 
 def test_modules_at_the_same_place_of_other_blocks_share_a_mark() -> None:
-    model = nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4), "k": nn.Linear(4, 4)}) for _ in range(2)])
-    forms = {f"layers.{name}": part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
-    from llmcompress.exporters.openvino_request import GraphRequest
-
-    assert GraphRequest(forms, {}).marks == {"layers.0.q": 1, "layers.0.k": 2, "layers.1.q": 1, "layers.1.k": 2}
+    names = [f"layers.{block}.{leaf}" for block in range(2) for leaf in ("q", "k")]
+    request = GraphRequest(nn.Module(), dict.fromkeys(names, (4, 4)), {})
+    assert request.marks == {"layers.0.q": 1, "layers.0.k": 2, "layers.1.q": 1, "layers.1.k": 2}
 
 
 @pytest.mark.parametrize(
