@@ -207,7 +207,7 @@ def test_a_table_is_rounded_where_every_named_target_holds_it(tiny, format, expo
     passes = "[rtn: {scheme: int4_g16}, embeddings: {required: false}]"
     text = f"passes: {passes}\nsave: {{format: {format}}}\nexport: {export}\nevaluate: {{}}"
     limited = within_target_limits(parse_recipe(text, "t"))
-    assert [each.name for each in limited.passes] == (["rtn"] if kept else ["rtn", "embeddings"])
+    assert [PASSES.name_of(type(each)) for each in limited.passes] == (["rtn"] if kept else ["rtn", "embeddings"])
     if export == "[]":
         assert ("model.embed_tokens" in make_plan(tiny, limited).refused) == kept
 

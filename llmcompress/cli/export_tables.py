@@ -44,16 +44,20 @@ def export_table(made: Mapping[str, ExportReport]) -> Table:
 
 
 def targets_table(found: Sequence[TargetAnswer]) -> Table:
-    """Schemes × targets, and below each refusal the nearest scheme."""
+    """Of every scheme, which targets hold it exactly, converted or not at all; in brackets the nearest that they hold."""
     table = Table(box=None, pad_edge=False)
-    names = list(dict.fromkeys(row.target for row in found))
-    for title in ("scheme", *names):
+    for title in ("scheme", "answer", "targets"):
         table.add_column(title)
-    cells = {(row.scheme, row.target): row for row in found}
     for scheme in dict.fromkeys(row.scheme for row in found):
-        table.add_row(scheme, *(_cell(cells[scheme, name]) for name in names))
+        label = scheme
+        for answer in ("exact", "converted", "refused"):
+            named = [_named(row) for row in found if (row.scheme, row.answer) == (scheme, answer)]
+            if named:
+                table.add_row(label, answer, ", ".join(named))
+                label = ""
     return table
 
 
-def _cell(row: TargetAnswer) -> str:
-    return f"refused ({row.nearest})" if row.answer == "refused" and row.nearest else row.answer
+def _named(row: TargetAnswer) -> str:
+    """With a space that does not end a line."""
+    return f"{row.target}\N{NO-BREAK SPACE}({row.nearest})" if row.answer == "refused" and row.nearest else row.target
