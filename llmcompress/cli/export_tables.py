@@ -44,7 +44,7 @@ def export_table(made: Mapping[str, ExportReport]) -> Table:
 
 
 def targets_table(found: Sequence[TargetAnswer]) -> Table:
-    """Of every scheme, which targets hold it exactly, converted or not at all; in brackets the nearest that they hold."""
+    """Which targets hold a scheme exactly, converted or not at all; in brackets the nearest that they hold."""
     table = Table(box=None, pad_edge=False)
     for title in ("scheme", "answer", "targets"):
         table.add_column(title)
