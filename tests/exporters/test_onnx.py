@@ -111,7 +111,7 @@ def test_nodes_compute_what_expressions_compute_and_files_hold_them(tmp_path: Pa
         )
     rows = {row.source: row for row in read_back(tmp_path, filled.nodes)}
     assert all(row.is_same for row in rows.values())
-    assert rows["int4"].codes_differing == 0 and rows["int4"].stored_as == "4 bits, blocks of 16"
+    assert rows["int4"].codes_differing == 0 and rows["int4"].stored_as == "4 bits, blocks of 32"
     assert rows["a token at a time"].stored_as == "int8" and rows["rows of codes"].stored_as == "8 bits, blocks of 16"
     assert "head" not in rows and "dense head.weight" not in rows  # they read the tables of the embeddings
 
