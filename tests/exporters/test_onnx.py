@@ -152,6 +152,12 @@ def test_what_it_holds_and_what_it_refuses(scheme: str, inputs: int, answer: typ
     assert (found.nearest.name if isinstance(found, Refused) and found.nearest else None) == nearest
 
 
+def test_the_option_instead_stores_ordinary_weights() -> None:
+    site = CodedLinear("x", named_scheme("nf4_g64"), 8, 128)
+    found = OnnxExporter(instead="dense").check(site, torch.bfloat16)
+    assert isinstance(found, Converted) and not found.keeps_codes and "ordinary weights" in found.why
+
+
 def test_a_model_without_a_graph_or_with_inputs_that_change_is_refused() -> None:
     exporter = OnnxExporter()
     assert exporter.problem(Contents(config={"model_type": "llama"})) is None
