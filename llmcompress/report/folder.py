@@ -101,10 +101,14 @@ def is_report(path: Path) -> bool:
     return path.is_file() and path.suffix == ".json" if not path.is_dir() else (path / JSON).is_file()
 
 
+def is_export(path: Path) -> bool:
+    """Whether it is a folder that `export` wrote, with the proof of it."""
+    return (path / EXPORT_REPORT).is_file()
+
+
 def _file_in(folder: Path) -> Path:
     """An exported folder has no report.json, but the proof of its export."""
-    exported = folder / EXPORT_REPORT
-    return exported if exported.is_file() else folder / JSON
+    return folder / (EXPORT_REPORT if is_export(folder) else JSON)
 
 
 def shareable(text: str) -> str:

@@ -61,7 +61,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple
     found = {}
     for family in FAMILIES:
         model, folder = made(family), tmp_path_factory.mktemp(family) / "scratch"
-        request = request_of(model, torch.float32, multiplied_out=False)
+        request = request_of(model, torch.float32, as_dense=False)
         write_request(model, request, folder, Writing(torch.float32))
         found[family] = (model, request, folder)
     program, folders = str(Path(openvino_graph.__file__)), [str(folder) for _, _, folder in found.values()]
