@@ -107,8 +107,8 @@ def element_type(grid: Grid) -> ElementType:
 
 
 def fits(grid: Grid, inputs: int) -> bool:
-    """Whether the groups of a row are equally long."""
-    return grid.groups(inputs) == 1 or inputs % grid.length(inputs) == 0
+    """Whether the groups of a row are equally long, and have a number each as their scale."""
+    return grid.scales.super_block is None and (grid.groups(inputs) == 1 or inputs % grid.length(inputs) == 0)
 
 
 def pack(tensor: QuantizedTensor) -> Packed:
@@ -128,7 +128,7 @@ def pack(tensor: QuantizedTensor) -> Packed:
 
 
 def unpack(packed: Packed, grid: Grid) -> QuantizedTensor:
-    """Codes and zero points that `pack` was given, and its scales in float32, those of two levels multiplied out."""
+    """Codes and zero points that `pack` was given, and its scales in float32, those of two levels as products."""
     kind = element_type(grid)
     assert packed.codes.type == kind.name, f"{packed.codes.type} holds no codes of {kind.name}"
     outputs = packed.codes.shape[0]
@@ -141,7 +141,7 @@ def unpack(packed: Packed, grid: Grid) -> QuantizedTensor:
 
 
 def plain_scales(tensor: QuantizedTensor) -> Tensor:
-    """The scales in float32 as one number for each group, those of two levels multiplied out."""
+    """The scales in float32 as one number for each group, those of two levels as products."""
     return tensor.fitted.scale_OG.float()
 
 
