@@ -52,7 +52,7 @@ from llmcompress.model.probe import map_model, probe
 from llmcompress.passes.apply import apply_passes, steps
 from llmcompress.passes.shared_resume_store import shared
 from llmcompress.planning import Plan, known_in_memory, make_plan, refused, within_target_limits
-from llmcompress.preparation import CompressionRequest, Prepared, estimate, prepare, teachers_of
+from llmcompress.preparation import CompressionRequest, Prepared, estimate, examples_of, prepare, teachers_of
 from llmcompress.presets import RecipeLike, as_recipe
 from llmcompress.progress import ProgressLike, Silent, as_progress
 from llmcompress.records.degraded import degraded_warnings
@@ -131,13 +131,14 @@ def _compress(request: CompressionRequest) -> CompressedModel:
     with _opened_run(request, prepared) as run:
         torch.manual_seed(recipe.seed)
         data = _calibration(request, prepared)
+        examples = examples_of(request, prepared, run.data_folder if run else None)
         clock.lap("calibration text")
         held_out = HeldOut(data.held_out_NT if data else None, prepared.weights_at, request.device)
         before = held_out.dense_scores(prepared.loaded.model) if processes.is_first else []
         dense = _dense(request, prepared) if processes.is_first else []
         clock.lap("evaluate dense")
         request.progress.stage("compress", steps(recipe.passes, prepared.map))
-        context = _context(request, prepared, data, run)
+        context = replace(_context(request, prepared, data, run), examples=examples)
         with told_if_changed(request.live is not None):
             model, rows = apply_passes(prepared.loaded.model, prepared.map, recipe.passes, context)
         clock.lap("compress")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from llmcompress.modules.cache_names import cache_of, with_cache
@@ -26,8 +27,8 @@ class Share:
 class _Reader:
     """A model that reads on: the cache holds what it has read."""
 
-    def __init__(self, model: PreTrainedModel, vocabulary: int | None) -> None:
-        self._model, self._vocabulary = model, vocabulary
+    def __init__(self, model: PreTrainedModel, vocabulary: int | None, temperature: float) -> None:
+        self._model, self._vocabulary, self._temperature = model, vocabulary, temperature
         self._cache: Any = None
 
     def probabilities(self, ids_BT: Tensor) -> Tensor:
@@ -36,7 +37,9 @@ class _Reader:
         said = self._model(input_ids=new_BT, use_cache=True, **with_cache(self._model.forward, self._cache))
         self._cache = cache_of(said)
         logits_BV: Tensor = said.logits[:, -1, : self._vocabulary]
-        return logits_BV.float().softmax(-1)
+        if self._temperature == 0:
+            return functional.one_hot(logits_BV.argmax(-1), logits_BV.shape[-1]).float()
+        return (logits_BV.float() / self._temperature).softmax(-1)
 
 
 @torch.no_grad()
@@ -47,10 +50,12 @@ def drawn(
     tokens: int,
     stop: frozenset[int] = frozenset(),
     vocabulary: int | None = None,
+    temperature: float = 1.0,
 ) -> list[Sample]:
     """The prompts continued by up to `tokens` tokens, in their order; what was written is learned, prompts are not.
 
-    Tokens are drawn at temperature 1 from the mixture of the distributions, and a text ends with a token in `stop`.
+    Tokens are drawn from the mixture of the distributions at that temperature (0: the likeliest token), and a text ends
+    with a token in `stop`.
     Prompts of different lengths are continued apart, so that nothing is padded.
     """
     groups: dict[int, list[int]] = defaultdict(list)
@@ -59,16 +64,16 @@ def drawn(
     found: dict[int, Sample] = {}
     for numbers in groups.values():
         ids_BT = torch.stack([prompts[number] for number in numbers])
-        texts = _continued(ids_BT, shares, tokens, stop, vocabulary)
+        readers = [(_Reader(each.model, vocabulary, temperature), each.share) for each in shares if each.share > 0]
+        texts = _continued(ids_BT, readers, tokens, stop)
         found |= dict(zip(numbers, texts, strict=True))
     return [found[number] for number in range(len(prompts))]
 
 
 def _continued(
-    ids_BT: Tensor, shares: Sequence[Share], tokens: int, stop: frozenset[int], vocabulary: int | None
+    ids_BT: Tensor, readers: Sequence[tuple[_Reader, float]], tokens: int, stop: frozenset[int]
 ) -> list[Sample]:
     """Prompts of equal length."""
-    readers = [(_Reader(each.model, vocabulary), each.share) for each in shares if each.share > 0]
     begun, ends = ids_BT.shape[1], torch.tensor(sorted(stop), device=ids_BT.device, dtype=torch.long)
     running_B = torch.ones(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
     lengths_B = torch.full_like(running_B, begun, dtype=torch.long)
