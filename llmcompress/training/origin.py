@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from llmcompress.errors import CompressError, ExitCode
@@ -16,7 +17,7 @@ from llmcompress.model.skeleton import find_blocks
 _ROWS = 4
 """Rows of a weight that are looked for: kept ones are copies."""
 _UNLIKE = 0.5
-"""Relative squared distance beyond which nothing was kept."""
+"""1 - cosine beyond which nothing was kept."""
 
 
 def kept_blocks(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[int, int]:
@@ -45,7 +46,7 @@ def kept_heads(mine_BGTD: Tensor, theirs_BGTD: Tensor) -> list[int]:
     if mine_BGTD.shape[-1] != theirs_BGTD.shape[-1]:
         raise _unknown(f"heads have {mine_BGTD.shape[-1]} and {theirs_BGTD.shape[-1]} channels", "heads")
     mine, theirs = (values.transpose(0, 1).flatten(1).double() for values in (mine_BGTD, theirs_BGTD))
-    mine, theirs = (nn.functional.normalize(values, dim=-1) for values in (mine, theirs))
+    mine, theirs = (functional.normalize(values, dim=-1) for values in (mine, theirs))
     return increasing((1 - mine @ theirs.T).cpu(), what="heads")
 
 
@@ -74,21 +75,21 @@ def increasing(cost_SP: Tensor, *, what: str) -> list[int]:
 
 @torch.no_grad()
 def _distance(one: nn.Module, other: nn.Module) -> float:
-    """Mean relative squared distance of what can be compared; infinite where nothing can."""
+    """1 - cosine between some rows of the student's matrices and the most similar rows of the teacher's, on average.
+
+    Infinite where no two matrices have equally many columns.
+    """
     theirs = other.state_dict()
     found = []
-    for name, mine in one.state_dict().items():
-        there = theirs.get(name)
-        if there is None or mine.dim() not in (1, 2) or not mine.is_floating_point():
+    for name, mine_OI in one.state_dict().items():
+        there_OI = theirs.get(name)
+        if there_OI is None or mine_OI.dim() != 2 or mine_OI.shape[1:] != there_OI.shape[1:]:
             continue
-        there = there.to(mine.device, mine.dtype)
-        if mine.dim() == 2 and mine.shape[1] == there.shape[1]:
-            sample_RI = mine[:: max(1, len(mine) // _ROWS)][:_ROWS].double()
-            nearest_R = torch.cdist(sample_RI, there.double()).amin(1).square()
-            found.append(float((nearest_R / sample_RI.square().sum(1).clamp(min=1e-30)).mean()))
-        elif mine.shape == there.shape:
-            size = mine.double().square().sum().clamp(min=1e-30)
-            found.append(float((mine.double() - there.double()).square().sum() / size))
+        sample_RI = mine_OI[:: max(1, len(mine_OI) // _ROWS)][:_ROWS]
+        sample_RI, there_OI = (
+            functional.normalize(each.to(mine_OI.device).float(), dim=-1) for each in (sample_RI, there_OI)
+        )
+        found.append(1 - float((sample_RI @ there_OI.T).amax(1).mean()))
     return sum(found) / len(found) if found else float("inf")
 
 

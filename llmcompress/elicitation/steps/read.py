@@ -49,7 +49,9 @@ class Read(DataStep):
         examples = Examples(source=self.source, split=self.split, config=self.config)
         rows = read_rows(examples, where="data.read.source")
         chosen = rows if self.most is None else rows.select(range(min(self.most, len(rows))))
-        return [*given, *(self._row(dict(row)) for row in chosen)]
+        # a column that a row lacks is there, and holds nothing
+        there = [{name: value for name, value in row.items() if value is not None} for row in chosen]
+        return [*given, *map(self._row, there)]
 
     def _row(self, row: Row) -> Row:
         templates = {"prompt": self.prompt, "response": self.response}
@@ -61,7 +63,7 @@ def _filled(template: str, row: Row) -> str:
     lines = []
     for line in template.split("\n"):
         columns = _PLACE.findall(line)
-        values = {column: text_of(row, column, step="read") for column in columns}
+        values = {column: text_of({column: "", **row}, column, step="read") for column in columns}
         if columns and not any(values.values()):
             continue
         lines.append(_PLACE.sub(lambda place, values=values: values[place[1]], line))  # type: ignore[misc]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -17,9 +19,11 @@ from typing_extensions import override
 from llmcompress.calibration.context import ExampleRows
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError
+from llmcompress.loading.quiet import quiet_transformers
 from llmcompress.passes.base import PASSES, Backward, ModelPass
 from llmcompress.passes.pruning.sparse import sparsity
 from llmcompress.records.rows import SiteReport
+from llmcompress.training.engine import accelerate_state_apart
 from llmcompress.training.masks import ZerosStay
 
 _COLUMNS = ("prompt", "chosen", "rejected")
@@ -83,6 +87,7 @@ class Preference(ModelPass):
     def _trainer(self, whole: WholeModel, rows: Sequence[Mapping[str, str]], given: ExampleRows, folder: Path) -> Any:
         """TRL's, which logs, saves and evaluates nothing."""
         import datasets
+        from transformers.trainer_callback import PrinterCallback
         from trl import DPOConfig, DPOTrainer
 
         whole.model.requires_grad_(True)
@@ -105,7 +110,7 @@ class Preference(ModelPass):
             logging_strategy="no",
             disable_tqdm=True,
         )
-        return DPOTrainer(
+        trainer = DPOTrainer(
             model=whole.model,
             ref_model=copy.deepcopy(whole.model).requires_grad_(False),
             args=settings,
@@ -113,17 +118,24 @@ class Preference(ModelPass):
             processing_class=copy.deepcopy(given.tokenizer),
             callbacks=[_zeros_stay(whole)],
         )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
 
 
 @contextmanager
 def as_it_was(model: PreTrainedModel) -> Iterator[None]:
-    """TRL replaces the model's `forward` and changes its configs: afterwards both are as before, and it is in eval
-    mode."""
+    """A trainer of TRL replaces the model's `forward`, changes its configs, seeds all generators and prints.
+
+    Afterwards all of this is as before, and the model in eval mode.
+    """
     attributes = set(vars(model))
     configs = [(each, copy.deepcopy(vars(each))) for each in (model.config, model.generation_config) if each]
+    state = random.getstate()
     try:
-        yield
+        with quiet_transformers(), accelerate_state_apart(), torch.random.fork_rng():
+            yield
     finally:
+        random.setstate(state)
         for name in set(vars(model)) - attributes:
             delattr(model, name)
         for each, values in configs:
