@@ -54,7 +54,7 @@ class Author:
                     where="data",
                     fix="use shorter prompts or passages, fewer demonstrations, or fewer `tokens`",
                 )
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+        with torch.random.fork_rng([]):
             torch.manual_seed(how.seed)
             found = drawn(
                 ids,

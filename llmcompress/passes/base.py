@@ -60,10 +60,8 @@ class Pass(BaseModel, ABC):
     """Whether it may work on quantized sites, because it does not change weights."""
 
     learns_from_examples: ClassVar[bool] = False
-    """Whether it trains on what the recipe's `data` steps made, where there are any."""
-
     needs_examples: ClassVar[bool] = False
-    """Whether it cannot do without them."""
+    """Whether it trains on what the recipe's `data` steps made where there are any, and whether it must."""
 
     whole_block: ClassVar[frozenset[str]] = frozenset()
     """Options of a block as a whole, which `overrides` for individual sites cannot change."""
@@ -320,8 +318,7 @@ class ModelPass(Pass):
     """An algorithm that needs the whole model at once, for example to remove blocks or rotate the residual stream.
 
     Its result is saved in the run folder. An interrupted one starts again with the same `whole.decisions`; its
-    trainings
-    resume from their last saved state.
+    trainings resume from their last saved state.
     """
 
     @abstractmethod

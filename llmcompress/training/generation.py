@@ -80,7 +80,7 @@ def _continued(
     for _ in range(tokens):
         mixed_BV = sum(share * reader.probabilities(ids_BT) for reader, share in readers)
         assert isinstance(mixed_BV, Tensor), "a text needs a model that writes it"
-        next_B1 = torch.multinomial(mixed_BV, 1)
+        next_B1 = _one_of(mixed_BV)
         ids_BT = torch.cat([ids_BT, next_B1], 1)
         lengths_B += running_B
         running_B &= ~torch.isin(next_B1[:, 0], ends)
@@ -91,3 +91,12 @@ def _continued(
         Sample(text_T[:length].cpu(), learned_T[:length])
         for text_T, length in zip(ids_BT, lengths_B.tolist(), strict=True)
     ]
+
+
+def _one_of(probabilities_BV: Tensor) -> Tensor:
+    """B×1: a token of each row, by inverting the cumulative distribution; the numbers come from the CPU's generator, so
+    that a text does not depend on the device."""
+    cumulative_BV = probabilities_BV.double().cumsum(-1)
+    number_B1 = torch.rand(len(cumulative_BV), 1, dtype=torch.float64).to(cumulative_BV.device)
+    found_B1 = torch.searchsorted(cumulative_BV, number_B1 * cumulative_BV[:, -1:], right=True)
+    return found_B1.clamp_max(cumulative_BV.shape[-1] - 1)

@@ -205,17 +205,17 @@ def _left(steps: Sequence[DataStep], author: Author) -> list[Row]:
         return []
 
 
-def test_columns_become_prompts_by_a_template_without_empty_lines(tmp_path: Path, author: Author) -> None:
+def test_columns_become_prompts_by_a_template_without_empty_paragraphs(tmp_path: Path, author: Author) -> None:
     given = [
         {"instruction": "sum", "input": "1 2", "output": "3"},
         {"instruction": "sing", "input": "", "output": "la"},
     ]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in given))
-    template = "Do: {instruction}\nWith: {input}\nAnswer:"
+    template = "Do: {instruction}\n\nWith:\n{input}\n\nAnswer:"
     (first, second) = run([step("read", source=str(file), prompt=template, response="{output}")], author)
-    assert first["prompt"] == "Do: sum\nWith: 1 2\nAnswer:" and first["response"] == "3"
-    assert second["prompt"] == "Do: sing\nAnswer:"
+    assert first["prompt"] == "Do: sum\n\nWith:\n1 2\n\nAnswer:" and first["response"] == "3"
+    assert second["prompt"] == "Do: sing\n\nAnswer:"
     assert len(run([step("read", source=str(file), most=1)], author)) == 1
 
 

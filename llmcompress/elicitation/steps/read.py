@@ -19,8 +19,8 @@ _PLACE = re.compile(r"\{(\w+)\}")
 class Read(DataStep):
     """Rows of a .jsonl, .json, .parquet, .csv, .txt or Hub dataset, added to those before.
 
-    A `prompt` and a `response` may be put together from their columns; a line of the template whose columns are all
-    empty is left out.
+    A `prompt` and a `response` may be put together from their columns; a paragraph of a template whose columns
+    are all empty is left out.
     """
 
     source: str = Field(min_length=1)
@@ -59,12 +59,12 @@ class Read(DataStep):
 
 
 def _filled(template: str, row: Row) -> str:
-    """Line by line; a line that is nothing but empty columns is dropped with its end."""
-    lines = []
-    for line in template.split("\n"):
-        columns = _PLACE.findall(line)
+    """Paragraph by paragraph; one whose columns are all empty is left out."""
+    paragraphs = []
+    for paragraph in template.split("\n\n"):
+        columns = _PLACE.findall(paragraph)
         values = {column: text_of({column: "", **row}, column, step="read") for column in columns}
         if columns and not any(values.values()):
             continue
-        lines.append(_PLACE.sub(lambda place, values=values: values[place[1]], line))  # type: ignore[misc]
-    return "\n".join(lines)
+        paragraphs.append(_PLACE.sub(lambda place, values=values: values[place[1]], paragraph))  # type: ignore[misc]
+    return "\n\n".join(paragraphs)

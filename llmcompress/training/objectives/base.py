@@ -45,7 +45,7 @@ class ObjectiveInputs:
     """The student's forward pass on this batch once more."""
 
     def again(self) -> Predictions:
-        """What the student predicts in another forward pass, for whoever changed something about it."""
+        """What the student predicts in another forward pass, for an objective that changed something about it."""
         assert self.repeated is not None, "the training loop sees to it"
         return self.repeated()
 
