@@ -126,7 +126,8 @@ class Bench:
     def continued(self, model: PreTrainedModel) -> list[str]:
         """Greedy continuations of the beginnings of all measured windows."""
         begun_NT = self.measured_NT[:, :16]
-        made_NT = model.generate(begun_NT, max_new_tokens=32, do_sample=False, pad_token_id=1)
+        seen_NT = torch.ones_like(begun_NT)
+        made_NT = model.generate(begun_NT, attention_mask=seen_NT, max_new_tokens=32, do_sample=False, pad_token_id=1)
         return [str(self.dense.tokenizer.decode(row_T, skip_special_tokens=True)) for row_T in made_NT[:, 16:]]
 
 
@@ -139,7 +140,7 @@ def logits(model: PreTrainedModel, windows_NT: Tensor) -> Tensor:
 @click.command()
 @click.option("--model", default="builtin:books-llama", show_default=True)
 @click.option("--name", default="books-llama", show_default=True, help="of the result")
-@click.option("--steps", default=100, show_default=True)
+@click.option("--steps", default=50, show_default=True)
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--tokens", default=96, show_default=True, help="of a window")
 @click.option("--windows", default=256, show_default=True, help="to train on")
