@@ -142,7 +142,7 @@ def logits(model: PreTrainedModel, windows_NT: Tensor) -> Tensor:
 @click.option("--name", default="books-llama", show_default=True, help="of the result")
 @click.option("--steps", default=50, show_default=True)
 @click.option("--seeds", default=3, show_default=True)
-@click.option("--tokens", default=96, show_default=True, help="of a window")
+@click.option("--tokens", default=64, show_default=True, help="of a window")
 @click.option("--windows", default=256, show_default=True, help="to train on")
 @click.option("--only", multiple=True, help="name of a row; several may be given")
 def main(model: str, name: str, steps: int, seeds: int, tokens: int, windows: int, only: tuple[str, ...]) -> None:
