@@ -116,7 +116,11 @@ def _rounded_by_llama_cpp(dense: Path, file: Path, mixture: Mixture) -> Path:
 
 def _rounded_by_us(dense: str, folder: Path, theirs: Path, calibration: dict[str, Any]) -> Path:
     """The same types, by `gptq`."""
-    named = {str(each.name): SCHEMES[each.tensor_type.name] for each in GGUFReader(theirs).tensors if "_norm" not in each.name}
+    named = {
+        str(each.name): SCHEMES[each.tensor_type.name]
+        for each in GGUFReader(theirs).tensors
+        if "_norm" not in each.name
+    }
     table = named.pop("token_embd.weight")
     most = Counter(named.values()).most_common(1)[0][0]
     sites = {_site(tensor): {"scheme": scheme} for tensor, scheme in named.items() if scheme != most}

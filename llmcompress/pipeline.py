@@ -82,8 +82,7 @@ def compress(
 
     `model`: a Hub id, a folder, `builtin:books-llama`, None (the recipe names it), or a dense transformers model in
     memory with its `tokenizer`. A model in memory is changed in place, without a second copy: the result has its
-    device, dtype and mode, and an error during compression leaves it partly changed. The dense model is evaluated
-    first.
+    device, dtype and mode, and an error during compression leaves it partly changed.
 
     `recipe`: a preset's name, a file, a dictionary, YAML or JSON text, a `Recipe`, one pass, or a list of passes.
     `calibration`: None (the recipe's), texts, conversations, a `datasets.Dataset`, batches of `input_ids` (with
@@ -132,14 +131,13 @@ def _compress(request: CompressionRequest) -> CompressedModel:
     with _opened_run(request, prepared) as run:
         torch.manual_seed(recipe.seed)
         data = _calibration(request, prepared)
-        examples = examples_of(request, prepared, run.data_folder if run else None)
         clock.lap("calibration text")
         held_out = HeldOut(data.held_out_NT if data else None, prepared.weights_at, request.device)
         before = held_out.dense_scores(prepared.loaded.model) if processes.is_first else []
         dense = _dense(request, prepared) if processes.is_first else []
         clock.lap("evaluate dense")
+        context = _context(request, prepared, data, run)
         request.progress.stage("compress", steps(recipe.passes, prepared.map))
-        context = replace(_context(request, prepared, data, run), examples=examples)
         with told_if_changed(request.live is not None):
             model, rows = apply_passes(prepared.loaded.model, prepared.map, recipe.passes, context)
         clock.lap("compress")
@@ -190,6 +188,7 @@ def _context(
         keep=run if request.output is None else shared(run, request.processes),
         progress=request.progress,
         teachers=teachers_of(request),
+        examples=examples_of(request, prepared, run.data_folder if run else None),
     )
 
 

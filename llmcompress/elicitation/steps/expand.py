@@ -36,8 +36,10 @@ class Expand(Writing):
     """New instructions in a request, as far as there are any."""
     similarity: float = Field(default=0.7, gt=0, le=1)
     """ROUGE-L with the most similar other instruction from which on a new one is dropped."""
-    words: tuple[int, int] = (3, 150)
-    """Fewest and most words of an instruction."""
+    shortest: int = Field(default=3, ge=1)
+    """Fewest words of an instruction."""
+    longest: int = Field(default=150, ge=1)
+    """Most words of an instruction."""
     heading: str = "Come up with a series of tasks:"
     """What a request begins with."""
     tokens: int = Field(default=64, ge=1)
@@ -64,7 +66,7 @@ class Expand(Writing):
         request = _request(self.heading, [text_of(row, "prompt", step="expand") for row in shown])
         (text,) = tools.author(self.by).continued([request], self.drawing(tools))
         instruction = _NEXT.split(text.strip(), maxsplit=1)[0].strip()
-        fits = self.words[0] <= len(instruction.split()) <= self.words[1]
+        fits = self.shortest <= len(instruction.split()) <= self.longest
         return [{"prompt": instruction}] if fits and self._is_new(instruction, made) else []
 
     def _is_new(self, instruction: str, made: Sequence[Row]) -> bool:
