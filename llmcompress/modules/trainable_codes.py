@@ -98,7 +98,9 @@ class TwinOfCodes(TrainableTwin):
         if not self._learns_codes or self._grid.number is not None:
             return
         fitted, codes_OI = self.fitted(), self._of[0].codes_OI
-        scale_OI, zero_OI = (spread(each_OG, self._grid, codes_OI.shape[1]) for each_OG in (fitted.scale_OG, fitted.zero_OG))
+        scale_OI, zero_OI = (
+            spread(each_OG, self._grid, codes_OI.shape[1]) for each_OG in (fitted.scale_OG, fitted.zero_OG)
+        )
         beside_OI = first_position(weight_OI / scale_OI + zero_OI - codes_OI)
         self.get_parameter("latent_OI").copy_((codes_OI + beside_OI - zero_OI) * scale_OI)
 

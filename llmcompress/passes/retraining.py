@@ -1,4 +1,4 @@
-"""What `recover` and `distill` share: one training of all weights or of adapters; zeros stay zero."""
+"""What `recover`, `distill` and `qat` share: one training on the calibration text."""
 
 from __future__ import annotations
 
@@ -35,11 +35,31 @@ class Lesson:
     sampler: Sampler | None = None
 
 
-class Retraining(ModelPass):
-    """Train the model on the calibration text: all weights, or LoRA adapters on every linear."""
+class TrainingPass(ModelPass):
+    """One training of the model on the calibration text; subclasses say of what, and from whom it learns."""
 
     title: ClassVar[str]
     """For progress, and for report rows."""
+
+    training: Training = Field(default_factory=Training, description="steps, learning rate and batches")
+
+    @override
+    def uses_data(self) -> bool:
+        return True
+
+    @abstractmethod
+    def lesson(self, whole: WholeModel, data: Windows) -> Lesson:
+        """With these options, for the model that is trained on `data`."""
+
+    def run_training(self, whole: WholeModel, data: Windows, lesson: Lesson, job: Job) -> None:
+        """The model must be resident."""
+        train(
+            whole.model, data, self.training, whole.context, objective=lesson.objective, teacher=lesson.teacher, job=job
+        )
+
+
+class Retraining(TrainingPass):
+    """Train the model on the calibration text: all weights, or LoRA adapters on every linear; zeros stay zero."""
 
     rank: int | None = Field(
         None,
@@ -47,7 +67,6 @@ class Retraining(ModelPass):
         description="rank of the LoRA adapters on every linear; null: train all weights (not after quantization)",
     )
     scale: float | None = Field(None, gt=0, description="scale of the adapters, α ÷ rank (2)")
-    training: Training = Field(default_factory=Training, description="steps, learning rate and batches")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -68,19 +87,11 @@ class Retraining(ModelPass):
         )
 
     @override
-    def uses_data(self) -> bool:
-        return True
-
-    @override
     def backward(self) -> Backward | None:
         """Another teacher than the model itself may be larger; its size is not known here."""
         optimized = 3 if self.rank is None else 0  # adapters are small
         of_all = optimized + len(self.teachers())
         return Backward(of_all=of_all, windows=self.training.batch, trained_on=self.training.windows)
-
-    @abstractmethod
-    def lesson(self, whole: WholeModel, data: Windows) -> Lesson:
-        """With these options, for the model that is trained on `data`."""
 
     @override
     def apply(self, whole: WholeModel) -> list[SiteReport]:
@@ -100,18 +111,13 @@ class Retraining(ModelPass):
         with whole.resident():
             lesson = self.lesson(whole, data)
             if self.rank is None:
-                self._train(whole, data, lesson, Job(self.title, sampler=lesson.sampler))
+                self.run_training(whole, data, lesson, Job(self.title, sampler=lesson.sampler))
             else:
                 scale = 2.0 if self.scale is None else self.scale
                 with adapted(sites, rank=self.rank, scale=scale, seed=whole.context.seed) as adapters:
                     job = Job(self.title, parameters=adapters, masks=ZerosStay([]), sampler=lesson.sampler)
-                    self._train(whole, data, lesson, job)
+                    self.run_training(whole, data, lesson, job)
         return [
             SiteReport(site=site.name, algorithm=self.title, sparsity=sparsity(site.weight_OI), rank=ranks.get(site))
             for site in sites
         ]
-
-    def _train(self, whole: WholeModel, data: Windows, lesson: Lesson, job: Job) -> None:
-        train(
-            whole.model, data, self.training, whole.context, objective=lesson.objective, teacher=lesson.teacher, job=job
-        )

@@ -1,0 +1,151 @@
+"""Quantization-aware training on a real model beside the best post-training result, at a stated token budget.
+
+    OMP_NUM_THREADS=1 python evals/qat.py --training wikitext-2/valid.txt --text WikiText-2=wikitext-2/test.txt \\
+        --text books=books/test.txt
+
+Rows of `ROWS` are made in order: block by block (`efficient_qat`), then the same model trained end to end (`qat`).
+Every row is written to evals/results/qat-NAME.json as soon as it is done, with the losses of every window, and is not
+made again; a program that was stopped goes on in the middle of a row. The post-training rows are those of
+`real_trials.py`: same model, same test windows, so differences are paired. Training text is never test text, and no
+setting was chosen on the test text. Set OMP_NUM_THREADS=1: seconds are CPU seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import torch
+import yaml
+from real_model import NAME, real_model
+from real_trials import Results, named
+from study import Bench, Study, Trial, stored_bytes
+
+from llmcompress.calibration.context import RunContext
+from llmcompress.loading.teachers import TeacherFiles
+from llmcompress.model.probe import map_model
+from llmcompress.passes.apply import apply_passes
+from llmcompress.progress import Silent
+from llmcompress.recipe import parse_recipe
+from llmcompress.run import Run
+from llmcompress.storage.cache import cache_folder
+
+HERE = Path(__file__).resolve().parent
+TOKENS = 512
+"""Of a training window."""
+
+
+class Row(NamedTuple):
+    """What is measured: passes, and how many windows of text they see."""
+
+    setting: str
+    method: str
+    passes: tuple[dict[str, dict[str, Any]], ...]
+    windows: int
+
+
+def blockwise(scheme: str, steps: int, rate: float) -> dict[str, dict[str, Any]]:
+    """EfficientQAT's first phase, from GPTQ's codes."""
+    return {
+        "efficient_qat": {
+            "scheme": scheme,
+            "quantizer": {"gptq": {"range": "joint"}},
+            "steps": steps,
+            "rate": rate,
+            "scale_rate": rate / 5,
+        }
+    }
+
+
+def end_to_end(steps: int, rate: float, **options: Any) -> dict[str, dict[str, Any]]:
+    """QAD: plain KL to the dense model, four windows a step."""
+    training = {"steps": steps, "batch": 4, "learning_rate": rate, "save_every": 4}
+    return {"qat": {"training": training, **options}}
+
+
+TWO, THREE = blockwise("int2_g64", 96, 0.015), blockwise("int3_g64", 64, 0.015)
+ROWS = (
+    Row("int2_g64", "efficient_qat", (TWO,), 48),
+    Row("int2_g64", "efficient_qat, qat", (TWO, end_to_end(16, 1e-3)), 48),
+    Row("int3_g64", "efficient_qat", (THREE,), 48),
+    Row("int3_g64", "efficient_qat, qat", (THREE, end_to_end(16, 3e-4)), 48),
+)
+
+
+@click.command()
+@click.option("--model", type=Path, help="folder; default: the one that real_model.py makes")
+@click.option("--name", default=NAME, show_default=True, help="of the result file")
+@click.option("--training", type=Path, required=True)
+@click.option("--text", "texts", multiple=True, required=True, help="NAME=FILE, reported")
+@click.option("--only", multiple=True, help="setting, or setting/method")
+@click.option("--runs", type=Path, help="keeps unfinished work; default: in the cache")
+def main(
+    model: Path | None, name: str, training: Path, texts: Sequence[str], only: Sequence[str], runs: Path | None
+) -> None:
+    """Do what is missing."""
+    model = model or real_model()
+    study = Study(model, training, named(texts), {}, cache_folder() / "evals", samples=ROWS[0].windows, tokens=TOKENS)
+    results = Results(HERE / "results" / f"qat-{name}.json", study)
+    bench = Bench(study)
+    for row in ROWS:
+        key = {"setting": row.setting, "method": row.method}
+        if any(key.items() <= trial.items() for trial in results.trials):
+            continue
+        if only and row.setting not in only and f"{row.setting}/{row.method}" not in only:
+            continue
+        trial = {**key, **made(bench, row, (runs or cache_folder() / "evals") / f"qat-{row.setting}")}
+        results.add(bench, trial)
+        click.echo(f"{row.setting:10s} {row.method:20s} {shown(trial)}", err=True)
+    click.echo(str(results.path))
+
+
+def made(bench: Bench, row: Row, folder: Path) -> Trial:
+    """One row; stages that an earlier row of the same folder finished are read and not made again."""
+    study = replace(bench.study, samples=row.windows)
+    windows_NT = study.calibration_windows(0)
+    loaded = study.loaded()
+    bench.map = bench.map or map_model(loaded.model)
+    passes = parse_recipe(yaml.safe_dump({"passes": list(row.passes)}), "evals").passes
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    clock = folder.with_suffix(".seconds")
+    spent = float(clock.read_text()) if clock.exists() else 0.0
+    began = time.process_time()
+    try:
+        with Run.open(folder, fingerprint={}, lock_text="", fresh=False) as run:
+            context = RunContext(
+                windows_NT,
+                batch=8,
+                storage_dtype=loaded.preflight.storage_dtype,
+                keep=run,
+                teachers=TeacherFiles(str(study.model)),
+                progress=Silent(),
+            )
+            compressed, _ = apply_passes(loaded.model, bench.map, passes, context)
+    finally:
+        seconds = spent + time.process_time() - began
+        clock.write_text(f"{seconds:.1f}")
+    return {
+        "cpu_seconds": round(seconds, 1),
+        "training_tokens": windows_NT.numel(),
+        "passes": list(row.passes),
+        "texts": bench.measure(compressed, list(study.texts)),
+        "bytes": stored_bytes(compressed),
+    }
+
+
+def shown(trial: Trial) -> str:
+    """For people who wait."""
+    sums = {name: sum(each["nats"]) for name, each in trial["texts"].items()}
+    assert all(math.isfinite(total) for total in sums.values())
+    return f"{trial['cpu_seconds']:.0f} s, nats {json.dumps({name: round(total, 1) for name, total in sums.items()})}"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
