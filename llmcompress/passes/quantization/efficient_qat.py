@@ -34,8 +34,8 @@ class EfficientQAT(QuantizingPass):
     The step with the least error on held-out windows is kept, the start included. `gsq` moves codes to their neighbours
     only and needs less text. The second phase (E2E-QP: step sizes alone, end to end) is `qat: {train: [scales]}`.
 
-    Source: Chen et al., arXiv 2407.11062 (EfficientQAT), section 3.2 (Block-AP). Differs: any quantizer may find the
-    first codes; rates are relative to the steps of the grid, so that they fit models of any size of weights; errors of
+    Source: Chen et al., arXiv 2407.11062 (EfficientQAT), section 3.2 (Block-AP). Differs: GPTQ or any other
+    quantizer finds the first codes, not plain rounding (better at two bits, docs/log.md); rates are relative to the steps of the grid, so that they fit models of any size of weights; errors of
     a token are relative to its norm; norms that feed other linears too are not trained.
     """
 
@@ -43,12 +43,12 @@ class EfficientQAT(QuantizingPass):
     whole_block: ClassVar[frozenset[str]] = frozenset({"quantizer", "steps", "windows", "rate", "scale_rate"})
 
     quantizer: dict[str, dict[str, Any]] = Field(
-        {"rtn": {}}, description="one quantizing pass with its options but its scheme, which finds the first codes"
+        {"gptq": {}}, description="one quantizing pass with its options but its scheme, which finds the first codes"
     )
     steps: int = Field(256, ge=1, description="optimization steps per block")
     windows: int = Field(1, ge=1, description="windows per step")
-    rate: float = Field(0.003, gt=0, le=1, description="learning rate of weights and zero points, in steps of the grid")
-    scale_rate: float = Field(0.0003, gt=0, le=1, description="learning rate of scales, as a share of their mean")
+    rate: float = Field(0.01, gt=0, le=1, description="learning rate of weights and zero points, in steps of the grid")
+    scale_rate: float = Field(0.002, gt=0, le=1, description="learning rate of scales, as a share of their mean")
 
     @field_validator("scheme")
     @classmethod
