@@ -2,16 +2,19 @@
 
     OMP_NUM_THREADS=1 python evals/qat.py --training wikitext-2/valid.txt --text WikiText-2=wikitext-2/test.txt \\
         --text books=books/test.txt
+    OMP_NUM_THREADS=1 python evals/qat.py --small --training books/valid.txt --text books=books/test.txt
 
-Rows of `ROWS` are made in order: block by block (`efficient_qat`), then the same model trained end to end (`qat`).
+Rows of `REAL` are made in order: block by block (`efficient_qat`), then the same model trained end to end (`qat`).
 Every row is written to evals/results/qat-NAME.json as soon as it is done, with the losses of every window, and is not
 made again; a program that was stopped goes on in the middle of a row. The post-training rows are those of
-`real_trials.py`: same model, same test windows, so differences are paired. Training text is never test text, and no
-setting was chosen on the test text. Set OMP_NUM_THREADS=1: seconds are CPU seconds.
+`real_trials.py`: same model, same test windows, so differences are paired. `--small`: objectives and phases on the
+bundled model, three draws of the training text. Training text is never test text, and no setting was chosen on the test
+text. Set OMP_NUM_THREADS=1: seconds are CPU seconds.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -27,6 +30,7 @@ from real_model import NAME, real_model
 from real_trials import Results, named
 from study import Bench, Study, Trial, stored_bytes
 
+import llmcompress
 from llmcompress.calibration.context import RunContext
 from llmcompress.loading.teachers import TeacherFiles
 from llmcompress.model.probe import map_model
@@ -37,8 +41,7 @@ from llmcompress.run import Run
 from llmcompress.storage.cache import cache_folder
 
 HERE = Path(__file__).resolve().parent
-TOKENS = 512
-"""Of a training window."""
+SMALL = Path(llmcompress.__file__).parent / "builtin" / "books-llama"
 
 
 class Row(NamedTuple):
@@ -48,6 +51,7 @@ class Row(NamedTuple):
     method: str
     passes: tuple[dict[str, dict[str, Any]], ...]
     windows: int
+    draws: int = 1
 
 
 def blockwise(scheme: str, steps: int, rate: float) -> dict[str, dict[str, Any]]:
@@ -65,50 +69,84 @@ def blockwise(scheme: str, steps: int, rate: float) -> dict[str, dict[str, Any]]
 
 def end_to_end(steps: int, rate: float, **options: Any) -> dict[str, dict[str, Any]]:
     """QAD: plain KL to the dense model, four windows a step."""
-    training = {"steps": steps, "batch": 4, "learning_rate": rate, "save_every": 4}
+    training = {"steps": steps, "batch": 4, "learning_rate": rate, "save_every": max(1, steps // 8)}
     return {"qat": {"training": training, **options}}
 
 
 TWO, THREE = blockwise("int2_g64", 96, 0.015), blockwise("int3_g64", 64, 0.015)
-ROWS = (
+REAL = (
     Row("int2_g64", "efficient_qat", (TWO,), 48),
-    Row("int2_g64", "efficient_qat, qat", (TWO, end_to_end(16, 1e-3)), 48),
     Row("int3_g64", "efficient_qat", (THREE,), 48),
+    Row("int2_g64", "efficient_qat, qat", (TWO, end_to_end(16, 1e-3)), 48),
     Row("int3_g64", "efficient_qat, qat", (THREE, end_to_end(16, 3e-4)), 48),
 )
 
 
+def small(scheme: str) -> tuple[Row, ...]:
+    """Phases and objectives from one start each, on the same text."""
+    gptq: dict[str, dict[str, Any]] = {"gptq": {"scheme": scheme, "range": "joint"}}
+    labels = {"objective": {"cross_entropy": {}}}
+    first = blockwise(scheme, 256, 0.015)
+    methods = {
+        "gptq": (gptq,),
+        "gsq": ({"gsq": {"scheme": scheme, "rate": 0.012, "quantizer": {"gptq": {"range": "joint"}}}},),
+        "gsq, 256 steps": (
+            {"gsq": {"scheme": scheme, "rate": 0.012, "steps": 256, "quantizer": {"gptq": {"range": "joint"}}}},
+        ),
+        "efficient_qat": (first,),
+        "efficient_qat, step sizes on KL": (first, end_to_end(100, 3e-4, train=["scales"])),
+        "efficient_qat, step sizes on labels": (first, end_to_end(100, 3e-4, train=["scales"], **labels)),
+        "efficient_qat, qat": (first, end_to_end(100, 3e-4)),
+        "gptq, qat": (gptq, end_to_end(200, 1e-3)),
+        "gptq, qat from the middle of codes": (gptq, end_to_end(200, 1e-3, start="codes")),
+        "gptq, qat on labels": (gptq, end_to_end(200, 1e-3, **labels)),
+        "gptq, straight-through": (gptq, end_to_end(200, 1e-3, train=["weights"])),
+    }
+    return tuple(Row(scheme, name, passes, 128, draws=3) for name, passes in methods.items())
+
+
 @click.command()
+@click.option("--small", "is_small", is_flag=True, help="the bundled model, and rows of its own")
 @click.option("--model", type=Path, help="folder; default: the one that real_model.py makes")
 @click.option("--name", default=NAME, show_default=True, help="of the result file")
-@click.option("--training", type=Path, required=True)
+@click.option("--training", type=Path, required=True, help="file")
 @click.option("--text", "texts", multiple=True, required=True, help="NAME=FILE, reported")
 @click.option("--only", multiple=True, help="setting, or setting/method")
 @click.option("--runs", type=Path, help="keeps unfinished work; default: in the cache")
 def main(
-    model: Path | None, name: str, training: Path, texts: Sequence[str], only: Sequence[str], runs: Path | None
+    is_small: bool,
+    model: Path | None,
+    name: str,
+    training: Path,
+    texts: Sequence[str],
+    only: Sequence[str],
+    runs: Path | None,
 ) -> None:
     """Do what is missing."""
-    model = model or real_model()
-    study = Study(model, training, named(texts), {}, cache_folder() / "evals", samples=ROWS[0].windows, tokens=TOKENS)
-    results = Results(HERE / "results" / f"qat-{name}.json", study)
+    cache = cache_folder() / "evals"
+    if is_small:
+        study, name = Study(SMALL, training, named(texts), {}, cache, tokens=128, window=256, windows=40), SMALL.name
+        rows = (*small("int2_g32"), *small("int3_g32"))
+    else:
+        study, rows = Study(model or real_model(), training, named(texts), {}, cache), REAL
+    results = Results(HERE / "results" / f"qat-{name}.json", replace(study, samples=rows[0].windows))
     bench = Bench(study)
-    for row in ROWS:
-        key = {"setting": row.setting, "method": row.method}
-        if any(key.items() <= trial.items() for trial in results.trials):
-            continue
-        if only and row.setting not in only and f"{row.setting}/{row.method}" not in only:
-            continue
-        trial = {**key, **made(bench, row, (runs or cache_folder() / "evals") / f"qat-{row.setting}")}
-        results.add(bench, trial)
-        click.echo(f"{row.setting:10s} {row.method:20s} {shown(trial)}", err=True)
+    for draw in range(max(row.draws for row in rows)):
+        for row in rows:
+            key = {"setting": row.setting, "method": row.method, "draw": draw}
+            wanted = not only or row.setting in only or f"{row.setting}/{row.method}" in only
+            if draw < row.draws and wanted and not any(key.items() <= trial.items() for trial in results.trials):
+                trial = {**key, **made(bench, row, draw, (runs or cache) / f"qat-{name}-{row.setting}-{draw}")}
+                results.add(bench, trial)
+                click.echo(f"{row.setting:10s} {row.method:36s} {draw} {shown(trial)}", err=True)
     click.echo(str(results.path))
 
 
-def made(bench: Bench, row: Row, folder: Path) -> Trial:
-    """One row; stages that an earlier row of the same folder finished are read and not made again."""
+def made(bench: Bench, row: Row, draw: int, folder: Path) -> Trial:
+    """One row; the first stage is read and not made again, where an earlier row had the same."""
     study = replace(bench.study, samples=row.windows)
-    windows_NT = study.calibration_windows(0)
+    windows_NT = study.calibration_windows(draw)
+    folder = folder.with_name(f"{folder.name}-{hashlib.sha256(json.dumps(row.passes[0]).encode()).hexdigest()[:8]}")
     loaded = study.loaded()
     bench.map = bench.map or map_model(loaded.model)
     passes = parse_recipe(yaml.safe_dump({"passes": list(row.passes)}), "evals").passes
@@ -121,6 +159,7 @@ def made(bench: Bench, row: Row, folder: Path) -> Trial:
             context = RunContext(
                 windows_NT,
                 batch=8,
+                seed=draw,
                 storage_dtype=loaded.preflight.storage_dtype,
                 keep=run,
                 teachers=TeacherFiles(str(study.model)),
