@@ -63,10 +63,18 @@ ROWS = (
 @click.option("--folders", required=True, type=click.Path(path_type=Path))
 @click.option("--limit", default=200, show_default=True, help="Documents of each task.")
 @click.option("--name", default="SmolLM2-135M-Instruct", show_default=True)
+@click.option("--quality-only", is_flag=True, help="Leave speed and memory to a later run, on a machine that is idle.")
 def main(
-    model: str, calibration: str, texts: tuple[str, ...], task_data: str, folders: Path, limit: int, name: str
+    model: str,
+    calibration: str,
+    texts: tuple[str, ...],
+    task_data: str,
+    folders: Path,
+    limit: int,
+    name: str,
+    quality_only: bool,
 ) -> None:
-    """Measure every row that is not in the result file yet."""
+    """Measure every row that is not in the result file yet, and the cost of rows that have none."""
     torch.set_num_threads(1)
     path = EVALS / "results" / f"headline-{name}.json"
     facts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
@@ -82,13 +90,16 @@ def main(
         "machine": machine(),
     }
     metrics = _metrics(texts, task_data, limit)
-    done = {(row["preset"], row["runner"]) for row in facts["rows"]}
+    rows = {(row["preset"], row["runner"]): row for row in facts["rows"]}
     for row in ROWS:
-        if (row.preset, row.runner) in done:
-            continue
-        facts["rows"].append(_measured(row, model, calibration, metrics, folders))
+        found = rows.get((row.preset, row.runner))
+        if found is None:
+            found = _measured(row, model, calibration, metrics, folders)
+            facts["rows"].append(found)
+        if "cost" not in found and not quality_only:
+            found["cost"] = _cost(row, model, folders)
         path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        print(json.dumps(facts["rows"][-1])[:400], file=sys.stderr)
+        print(json.dumps(found)[:400], file=sys.stderr)
 
 
 def _metrics(texts: tuple[str, ...], task_data: str, limit: int) -> list[MetricSettings]:
@@ -109,13 +120,27 @@ def _measured(row: Row, model: str, calibration: str, metrics: list[MetricSettin
         began = time.process_time()
         llmcompress.compress(model, load_preset(row.preset, settings=settings), folder)
         cpu = round(time.process_time() - began, 1)
-    place = folder
-    if row.target:
-        place = folders / f"{row.preset}-{row.target}"
-        if not place.exists():
-            llmcompress.export(folder, row.target, place, run=False)
-        place = place / row.target if (place / row.target).exists() else place
+    place = _place(row, folders)
+    if row.target and not place.exists():
+        llmcompress.export(folder, row.target, place, run=False)
     found = llmcompress.evaluate(place, metrics, baseline=model, runner=row.runner)
+    return {
+        "preset": row.preset,
+        "runner": row.runner,
+        "target": row.target,
+        "compress_cpu_seconds": cpu,
+        "quality": _quality(found),
+        "tasks": _tasks(found),
+    }
+
+
+def _place(row: Row, folders: Path) -> Path:
+    return folders / (f"{row.preset}-{row.target}" if row.target else row.preset)
+
+
+def _cost(row: Row, model: str, folders: Path) -> list[dict[str, Any]]:
+    """Of the dense model and the row, in turns."""
+    place = _place(row, folders)
     table = llmcompress.speed(
         [model, str(place)],
         runner=["torch", row.runner],
@@ -124,18 +149,9 @@ def _measured(row: Row, model: str, calibration: str, metrics: list[MetricSettin
         repeats=TURNS,
         threads=1,
     )
-    return {
-        "preset": row.preset,
-        "runner": row.runner,
-        "target": row.target,
-        "compress_cpu_seconds": cpu,
-        "quality": _quality(found),
-        "tasks": _tasks(found),
-        "cost": [
-            {**each.model_dump(mode="json"), "model": "dense" if each.model == model else row.preset}
-            for each in table.rows
-        ],
-    }
+    return [
+        {**each.model_dump(mode="json"), "model": "dense" if each.model == model else row.preset} for each in table.rows
+    ]
 
 
 def _quality(found: Evaluation) -> list[dict[str, Any]]:

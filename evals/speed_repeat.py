@@ -84,7 +84,7 @@ def one_run(
     table = measure_costs({model: Candidate(model) for model in models}, device=torch.device("cpu"), settings=settings)
     return [
         {
-            "model": row.model,
+            "model": Path(row.model).name,
             "phase": phase,
             "threads": row.threads,
             "cores": row.cores,

@@ -1,6 +1,6 @@
-"""Writes docs/results.md, and the headline table in the README, from evals/results/*.json.
+"""Writes docs/results.md, and the tables between markers in other documents, from evals/results/*.json.
 
-    python evals/table.py            rewrite docs/results.md and the part of README.md between the `results` markers
+    python evals/table.py            rewrite docs/results.md, and what stands between the `results` markers elsewhere
     python evals/table.py --check    exit with 1 when one of them is out of date
 
 Nobody edits them by hand. Standard library only.
@@ -9,17 +9,19 @@ Nobody edits them by hand. Standard library only.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tables import cost, headline, presets, pruning, quantization, real
+from tables import cost, headline, hub, presets, pruning, quantization, real
 from tables.cells import Facts
 from tables.summary import LINES, MODEL, summary
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
+MARKED = re.compile(r"(<!-- results: ([\w.-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+"""What a document shows: a result file of one table, or one of `named_tables`."""
 ABOUT = """# Results
 
 `python evals/table.py` writes every table from the files in `evals/results/`, which the programs in
@@ -48,13 +50,14 @@ class Section(NamedTuple):
 
 def main(arguments: Sequence[str]) -> int:
     """Rewrite or check both documents."""
-    readme, results = ROOT / "README.md", ROOT / "docs" / "results.md"
+    results = ROOT / "docs" / "results.md"
     folder = ROOT / "evals" / "results"
     first = f"## Every kind of compression, on the bundled model\n\n{overview(folder)}"
-    wanted = {
-        readme: with_results(readme.read_text(encoding="utf-8"), readme_tables(folder)),
-        results: f"{ABOUT}\n{first}\n\n{render(folder)}\n",
-    }
+    wanted = {results: f"{ABOUT}\n{first}\n\n{render(folder)}\n"}
+    for document in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        text = document.read_text(encoding="utf-8")
+        if document != results and MARKED.search(text):
+            wanted[document] = with_results(text, folder)
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if "--check" in arguments:
         for path in stale:
@@ -65,13 +68,25 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def with_results(text: str, tables: str) -> str:
-    """The README with new tables between its markers."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise SystemExit(f"README.md needs the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{tables}\n{END}{after}"
+def with_results(text: str, folder: Path) -> str:
+    """A document with new tables between its markers."""
+    return MARKED.sub(lambda found: f"{found[1]}{named_table(found[2], folder)}\n{found[3]}", text)
+
+
+def named_table(name: str, folder: Path) -> str:
+    """A table by its name, or that of its result file."""
+    if name == "overview":
+        return overview(folder)
+    if name == "real-short":
+        (measured,) = read(folder, f"real-{real.MODEL}.json")
+        return real.short(measured)
+    if name == "hub-models":
+        return hub.hub_models(json.loads((ROOT / "tests" / "hub_configs.json").read_text(encoding="utf-8")))
+    path = folder / f"{name}.json"
+    section = next((each for each in sections() if path.match(each.pattern)), None)
+    if section is None or not path.exists():
+        raise SystemExit(f"`<!-- results: {name} -->` names no table")
+    return section.table(json.loads(path.read_text(encoding="utf-8")))
 
 
 def sections() -> list[Section]:
@@ -113,13 +128,6 @@ def sections() -> list[Section]:
         Section("Memory of a run with weight offloading", cost.memory, "memory-*.json"),
         Section("Mapping a family from its config", cost.map_time, "map-time.json"),
     ]
-
-
-def readme_tables(folder: Path) -> str:
-    """The tables of the README: presets with all they cost, and the real model, ours beside the peers."""
-    (measured,) = read(folder, f"real-{real.MODEL}.json")
-    whole = [headline.headline(each) for each in read(folder, f"headline-{real.MODEL}.json")]
-    return "\n\n".join([*filter(None, whole), real.short(measured)])
 
 
 def overview(folder: Path) -> str:

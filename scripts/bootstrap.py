@@ -25,8 +25,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CPU_TORCH = "torch==2.13.0"
 """The version the project is tested with on CPUs; machines with a GPU get the newest."""
-OTHER_PINS = {"4": ["transformers>=4.57,<4.58", "compressed-tensors<0.18"], "5": ["transformers>=5,<6"]}
-"""compressed-tensors 0.18 and later cannot load asymmetric int4 under transformers 4.57."""
+OTHER_PINS = {
+    "4": ["transformers>=4.57,<4.58", "compressed-tensors<0.18", "onnxruntime-genai<0.16"],
+    "5": ["transformers>=5,<6"],
+}
+"""compressed-tensors 0.18 and later cannot load asymmetric int4 under transformers 4.57, and the model builder of
+onnxruntime-genai 0.16 and later needs transformers 5."""
 TEST_EXTRAS = {"4": "dev,onnx-export,openvino-export,genai", "5": "dev"}
 """Optimum's exporters to ONNX and OpenVINO need transformers 4.57."""
 OLDER_MAJOR = ["-m", "(majors or transformers4) and not slow", "--families", "core", "--presets", "quarter"]

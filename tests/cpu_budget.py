@@ -38,6 +38,7 @@ BUDGET_SECONDS: dict[str, int] = {
     "tests/calibration/test_data.py": 30,
     "tests/cli/test_footprint_and_speed.py": 40,
     "tests/evaluation/test_protocols.py": 60,
+    "tests/test_examples.py": 110,
     "tests/model/test_depth.py": 30,
     "tests/model/test_map.py": 30,
     "tests/model/test_residual.py": 30,

@@ -16,6 +16,7 @@ from llmcompress.report.svg import require_plots
 from llmcompress.storage.folder import check_output, publish, staging_folder
 from llmcompress.storage.json_file import read_json
 from llmcompress.storage.names import FILES
+from llmcompress.storage.paths import from_home
 
 HTML, MARKDOWN, JSON = "report.html", "report.md", "report.json"
 
@@ -31,11 +32,12 @@ def check_report_folder(folder: Path) -> None:
     check_output(folder, overwrite=_holds_a_report_only(folder))
 
 
-def write_report(found: Reported, folder: Path) -> Path:
+def write_report(found: Reported, folder: str | Path) -> Path:
     """Write the three files; the folder appears in one step, in the place of an earlier report.
 
     Raises: CompressError as `check_report_folder` does, or for a full disk.
     """
+    folder = from_home(str(folder))
     check_report_folder(folder)
     document = document_of(found) if isinstance(found, Evaluation) else comparison_document(found)
     texts = {

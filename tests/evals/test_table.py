@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -96,16 +97,19 @@ def test_map_time_is_shown_per_shape():
     assert "| llama 1024 / 4096 | 12.3 | 7 | 4 |" in cost.map_time({"rows": rows, **MADE})
 
 
-def test_only_the_part_between_the_markers_changes():
-    text = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
-    once = table.with_results(text, "new")
-    assert once == f"before\n{table.BEGIN}\nnew\n{table.END}\nafter\n"
-    assert table.with_results(once, "new") == once
+def test_only_the_part_between_the_markers_changes(tmp_path):
+    rows = [{"shape": "llama 1024 / 4096", "seconds": 12.34, "sites": 7, "folds": 4}]
+    (tmp_path / "map-time.json").write_text(json.dumps({"rows": rows, **MADE}))
+    text = "before\n<!-- results: map-time -->\noutdated\n<!-- /results -->\nafter\n"
+    once = table.with_results(text, tmp_path)
+    assert once.startswith("before\n<!-- results: map-time -->\n") and once.endswith("\n<!-- /results -->\nafter\n")
+    assert "12.3" in once and "outdated" not in once
+    assert table.with_results(once, tmp_path) == once
 
 
-def test_a_readme_without_markers_is_an_error():
-    with pytest.raises(SystemExit, match="needs the lines"):
-        table.with_results("nothing", "new")
+def test_a_table_that_does_not_exist_is_an_error(tmp_path):
+    with pytest.raises(SystemExit, match="names no table"):
+        table.with_results("<!-- results: nothing -->\n<!-- /results -->", tmp_path)
 
 
 def test_the_headline_sets_every_method_beside_its_baseline_and_misses_no_row_silently():
