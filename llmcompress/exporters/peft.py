@@ -27,7 +27,7 @@ from llmcompress.exporters.loader import linears_of_loader
 from llmcompress.exporters.plain import PlainExporter
 from llmcompress.model.skeleton import put_module
 from llmcompress.modules.base import CompressedModule
-from llmcompress.modules.corrected import CorrectedLinear
+from llmcompress.modules.corrected import CorrectedLinear, branched
 from llmcompress.records.export_report import ReadBack
 
 FOLDER = "adapter"
@@ -42,8 +42,9 @@ class PeftExporter(Exporter):
     runtime: ClassVar[str] = "peft"
     fix: ClassVar[str] = "set the option `base: plain`, which dequantizes"
     how_to_run: ClassVar[str] = f"""from peft import PeftModel
-from transformers import AutoModelForCausalLM
-base = AutoModelForCausalLM.from_pretrained(".", dtype="auto")
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+as_weights = CompressedTensorsConfig(run_compressed=False)  # PEFT reads weights; None unless config.json names it
+base = AutoModelForCausalLM.from_pretrained(".", dtype="auto", quantization_config=as_weights)
 model = PeftModel.from_pretrained(base, "{FOLDER}")"""
 
     base: Literal["auto", "plain"] = "auto"
@@ -67,7 +68,7 @@ model = PeftModel.from_pretrained(base, "{FOLDER}")"""
         """There are no adapters, or they are codes themselves, or no stock format holds the model without them."""
         if not contents.modules:
             return None  # of a plan, or of a dense model
-        adapters = {name: each for name, each in contents.modules.items() if isinstance(each, CorrectedLinear)}
+        adapters = _branches(contents.modules)
         if not adapters:
             return "it has no adapters beside codes: `recover: {rank: 16}` after a quantizer makes some"
         coded = [name for name, each in adapters.items() if not _is_dense(each)]
@@ -135,15 +136,12 @@ model = PeftModel.from_pretrained(base, "{FOLDER}")"""
 
 def without_adapters(contents: Contents) -> Contents:
     """What is left when every branch is taken away."""
-    branched = {name: each for name, each in contents.modules.items() if isinstance(each, CorrectedLinear)}
-    parts = {f"{name}.{part}" for name in branched for part in ("left", "right")}
-    modules: dict[str, CompressedModule] = {}
-    for name, module in contents.modules.items():
-        left = module.base if isinstance(module, CorrectedLinear) else module
-        if isinstance(left, CompressedModule):
-            modules[name] = left
+    branches = _branches(contents.modules)
+    parts = {f"{name}.{part}" for name in branches for part in ("left", "right")}
+    bare: dict[str, nn.Module] = {**contents.modules, **{name: each.base for name, each in branches.items()}}
+    modules = {name: module for name, module in bare.items() if isinstance(module, CompressedModule)}
     specs = {
-        name: spec["base"] if name in branched else spec
+        name: spec["base"] if name in branches else spec
         for name, spec in contents.differences.modules.items()
         if name in modules
     }
@@ -159,7 +157,11 @@ def without_adapters(contents: Contents) -> Contents:
 def _bare(name: str, contents: Contents) -> str:
     """The name of a linear when its branch is gone."""
     owner, _, leaf = name.rpartition(".")
-    return owner if leaf == "base" and isinstance(contents.modules.get(owner), CorrectedLinear) else name
+    return owner if leaf == "base" and owner in _branches(contents.modules) else name
+
+
+def _branches(modules: Mapping[str, nn.Module]) -> dict[str, CorrectedLinear]:
+    return {name: found for name, module in modules.items() if (found := branched(module)) is not None}
 
 
 def _is_dense(module: CorrectedLinear) -> bool:
@@ -169,7 +171,7 @@ def _is_dense(module: CorrectedLinear) -> bool:
 @contextmanager
 def _adapters_aside(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """While the context lasts the model has none; yields right (R×I) and left (O×R) factors by name."""
-    before = {name: each for name, each in model.named_modules() if isinstance(each, CorrectedLinear)}
+    before = _branches(dict(model.named_modules()))
     try:
         for name, module in before.items():
             put_module(model, name, module.base)

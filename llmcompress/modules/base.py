@@ -154,6 +154,9 @@ class TrainableTwin(nn.Module, ABC):
         """Some model code reads `linear.weight.dtype` or its device."""
         return self.dense_weight()
 
+    def begin_at(self, weight_OI: Tensor) -> None:
+        """Begin at this weight instead, as far as that changes nothing that is computed; by default nothing is done."""
+
     def trained(self) -> list[tuple[Role, nn.Parameter]]:
         """All trained parameters, those of nested twins included."""
         twins = [each for each in self.modules() if isinstance(each, TrainableTwin)]

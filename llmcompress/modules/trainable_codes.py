@@ -89,6 +89,7 @@ class TwinOfCodes(TrainableTwin):
         if role in wanted:
             self.roles[name] = role
 
+    @override
     @torch.no_grad()
     def begin_at(self, weight_OI: Tensor) -> None:
         """Begin where these weights lie between the codes and their neighbours; the codes stay what they are.

@@ -10,7 +10,6 @@ from torch import nn
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.base import CompressedModule
-from llmcompress.modules.corrected import CorrectedLinear
 
 _WINDOWS = 16
 """On which the loss is compared; held-out ones where there are some."""
@@ -35,9 +34,8 @@ def requantized(whole: WholeModel, bases: Mapping[LinearSite, nn.Module], *, tit
     """
     apart = mean_loss(whole)
     for site, base in bases.items():
-        branched = site.module
-        assert isinstance(base, CompressedModule) and isinstance(branched, CorrectedLinear)
-        site.replace(base.requantized(branched.dense_weight(), site.storage_dtype))
+        assert isinstance(base, CompressedModule), "only those get a branch"
+        site.replace(base.requantized(site.weight_OI, site.storage_dtype))
     merged = mean_loss(whole)
     told = f"loss {first:.4f} before training, {apart:.4f} with adapters apart, {merged:.4f} merged and rounded again"
     whole.context.progress.note(f"{title}: {told}")

@@ -10,11 +10,10 @@ import peft
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
 
 import llmcompress
 from llmcompress.errors import CompressError
-from llmcompress.modules.corrected import CorrectedLinear
 from llmcompress.runners.base import RUNNERS
 from tests.families import VOCABULARY
 from tests.tiny_folder import write_tiny_llama
@@ -36,11 +35,21 @@ def logits(model: Any) -> Tensor:
 
 
 def made(tmp_path: Path, quantizer: str, **options: Any) -> tuple[PreTrainedModel, Path]:
-    tiny = write_tiny_llama(tmp_path / "tiny", num_hidden_layers=2, intermediate_size=64)
+    tiny = write_tiny_llama(tmp_path / "tiny", num_hidden_layers=2, hidden_size=64, intermediate_size=64)
     done = llmcompress.compress(str(tiny), RECIPE.format(quantizer=quantizer), tmp_path / "out")
-    llmcompress.export(tmp_path / "out", "peft", tmp_path / "peft", options={"peft": options} if options else None)
-    assert done is not None
-    return llmcompress.load(tmp_path / "out", dtype=torch.float32)[0], tmp_path / "peft"
+    model: PreTrainedModel = done.exportable.model
+    before = logits(model)
+    llmcompress.export(done, "peft", tmp_path / "peft", options={"peft": options} if options else None)
+    assert torch.equal(logits(model), before), "exporting leaves the model as it is"
+    return model, tmp_path / "peft"
+
+
+def stock(folder: Path) -> Any:
+    """The quantized model as its README says: PEFT reads weights, which compressed-tensors restores."""
+    quantized = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+    as_weights = CompressedTensorsConfig(run_compressed=False) if "config_groups" in quantized else None
+    given = {} if as_weights is None else {"quantization_config": as_weights}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **given)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +58,7 @@ def made(tmp_path: Path, quantizer: str, **options: Any) -> tuple[PreTrainedMode
         ("rtn: {scheme: int4_g16}", {}),
         ("rtn: {scheme: int8_channel_a8token}", {}),
         ("rtn: {scheme: int3_g16}", {"base": "plain"}),
-        ("bnb_nf4", {"base": "plain"}),
+        ("bnb_nf4: {exclude: ['*.k_proj', '*.v_proj']}", {}),
     ],
     ids=["int4", "w8a8", "dequantized", "nf4"],
 )
@@ -57,30 +66,20 @@ def test_stock_peft_loads_the_adapter_on_the_compressed_model(
     quantizer: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     ours, folder = made(tmp_path, quantizer, **options)
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    base = stock(folder)
     bare = logits(base)
     found = logits(peft.PeftModel.from_pretrained(base, folder / "adapter"))
     expected = logits(ours)
-    assert (found - expected).abs().max() < 1e-3 * expected.abs().max() < (bare - expected).abs().max()
+    assert (found - expected).abs().max() < 5e-3 * expected.abs().max() < (bare - expected).abs().max()
     report = json.loads((folder / "export_report.json").read_text())
     assert report["runtime"]["runtime"] == "PEFT" and report["runtime"]["same_top"] > 0.99
 
 
 def test_files_have_the_names_that_peft_writes_itself(tmp_path: Path) -> None:
     _, folder = made(tmp_path, "rtn: {scheme: int4_g16}")
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    peft.PeftModel.from_pretrained(base, folder / "adapter").save_pretrained(tmp_path / "again")
+    peft.PeftModel.from_pretrained(stock(folder), folder / "adapter").save_pretrained(tmp_path / "again")
     ours, theirs = (peft.load_peft_weights(str(each)) for each in (folder / "adapter", tmp_path / "again"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name].float(), theirs[name].float()) for name in ours)
-
-
-def test_exporting_leaves_the_model_as_it_is(tmp_path: Path) -> None:
-    model, _ = made(tmp_path, "rtn: {scheme: int4_g16}")
-    before = logits(model)
-    tokenizer = llmcompress.load(tmp_path / "out")[1]
-    llmcompress.export(model, "peft", tmp_path / "second", tokenizer=tokenizer, run=False)
-    assert torch.equal(logits(model), before)
-    assert sum(isinstance(each, CorrectedLinear) for each in model.modules()) == 14
 
 
 def test_what_peft_cannot_hold_is_refused(tmp_path: Path) -> None:
@@ -89,8 +88,8 @@ def test_what_peft_cannot_hold_is_refused(tmp_path: Path) -> None:
     llmcompress.compress(str(tiny), quantized, tmp_path / "bare")
     with pytest.raises(CompressError, match="no adapters beside codes"):
         llmcompress.export(tmp_path / "bare", "peft", tmp_path / "a")
-    llmcompress.compress(str(tiny), RECIPE.format(quantizer="rtn: {scheme: int3_g16}"), tmp_path / "three")
+    llmcompress.compress(str(tiny), RECIPE.format(quantizer="rtn: {scheme: nf4_g16}"), tmp_path / "nf4")
     with pytest.raises(CompressError, match="stock loaders read"):
-        llmcompress.export(tmp_path / "three", "peft", tmp_path / "b")
+        llmcompress.export(tmp_path / "nf4", "peft", tmp_path / "b")
     with pytest.raises(CompressError, match="there is no adapter"):
         RUNNERS["peft"].open(str(tmp_path / "bare"), device=torch.device("cpu"), dtype=torch.float32)

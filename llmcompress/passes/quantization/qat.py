@@ -12,8 +12,8 @@ from typing_extensions import override
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.model.site import LinearSite
+from llmcompress.modules.base import TrainableTwin
 from llmcompress.modules.quant_linear import QuantLinear, quantized_linears
-from llmcompress.modules.trainable_codes import TwinOfCodes
 from llmcompress.modules.trainable_roles import Role, TrainableRoles
 from llmcompress.passes.base import PASSES, Backward, Trait, matches
 from llmcompress.passes.distillation.distill import Distill
@@ -99,13 +99,9 @@ class QuantizationAwareTraining(TrainingPass):
         return by_teacher or any(each.needs_teacher() for each in objectives_of(self.objective))
 
     def _teaching(self) -> Distill:
-        return Distill(
-            teacher=self.teacher,
-            objective=self.objective,
-            stored=self.stored,
-            on_policy=self.on_policy,
-            training=self.training,
-        )
+        """`distill` with these options."""
+        options = {name: getattr(self, name) for name in ("teacher", "objective", "stored", "on_policy", "training")}
+        return Distill.model_validate(options)
 
     @override
     def conflict_with(self, trait: Trait) -> str | None:
@@ -184,7 +180,7 @@ def _begin_at(sites: list[LinearSite], original: nn.Module) -> None:
         except AttributeError:
             continue  # a factor, or in a block that is new
         weight = getattr(module, "weight", None)
-        if not isinstance(twin, TwinOfCodes) or not isinstance(weight, Tensor):
+        if not isinstance(twin, TrainableTwin) or not isinstance(weight, Tensor):
             continue
         now_OI = twin.dense_weight()
         dense_OI = (weight.T if site.info.transposed else weight).to(now_OI)
