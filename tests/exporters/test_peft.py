@@ -23,7 +23,7 @@ RECIPE = """
 calibration: {{source: builtin:calibration, samples: 6, tokens: 48, batch: 4}}
 passes:
   - {quantizer}
-  - recover: {{rank: 3, training: {{steps: 3, batch: 4, learning_rate: 0.01}}}}
+  - recover: {{rank: 3, training: {{steps: 4, batch: 4, learning_rate: 0.05}}}}
 evaluate: {{}}
 """
 
@@ -53,24 +53,25 @@ def stock(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("quantizer", "options"),
+    ("quantizer", "options", "apart"),
     [
-        ("rtn: {scheme: int4_g16}", {}),
-        ("rtn: {scheme: int8_channel_a8token}", {}),
-        ("rtn: {scheme: int3_g16}", {"base": "plain"}),
-        ("bnb_nf4: {exclude: ['*.k_proj', '*.v_proj']}", {}),
+        ("rtn: {scheme: int4_g16}", {}, 1e-3),
+        ("rtn: {scheme: int8_channel_a8token}", {}, 0.02),  # the last bit of an input moves it to the next code
+        ("rtn: {scheme: int3_g16}", {"base": "plain"}, 0.005),  # dequantized weights are rounded to bfloat16
+        ("bnb_nf4: {exclude: ['*.k_proj', '*.v_proj']}", {}, 0.02),  # its kernel rounds differently
     ],
     ids=["int4", "w8a8", "dequantized", "nf4"],
 )
 def test_stock_peft_loads_the_adapter_on_the_compressed_model(
-    quantizer: str, options: dict[str, Any], tmp_path: Path
+    quantizer: str, options: dict[str, Any], apart: float, tmp_path: Path
 ) -> None:
     ours, folder = made(tmp_path, quantizer, **options)
     base = stock(folder)
     bare = logits(base)
     found = logits(peft.PeftModel.from_pretrained(base, folder / "adapter"))
     expected = logits(ours)
-    assert (found - expected).abs().max() < 5e-3 * expected.abs().max() < (bare - expected).abs().max()
+    difference = (found - expected).abs().max()
+    assert difference < apart * expected.abs().max() and 5 * difference < (bare - expected).abs().max()
     report = json.loads((folder / "export_report.json").read_text())
     assert report["runtime"]["runtime"] == "PEFT" and report["runtime"]["same_top"] > 0.99
 
