@@ -60,7 +60,7 @@ def one_training_of_codes() -> dict[str, torch.Tensor]:
     wanted = TrainableRoles(ROLES, keep_zeros=False, storage_dtype=torch.float32)
     with trainable_form(model, wanted) as found:
         job = Job("codes", parameters=[each for group in found.values() for each in group], masks=ZerosStay([]))
-        train(model, Uneven(), SETTINGS.model_copy(update={"learning_rate": 0.02}), RunContext(ids, seed=3), job=job)
+        train(model, Uneven(), SETTINGS.model_copy(update={"learning_rate": 5e-3}), RunContext(ids, seed=3), job=job)
     return {name: each.float() for name, each in model.state_dict().items() if name.endswith(("codes_OI", "scale_OG"))}
 
 
@@ -96,8 +96,8 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
     one, other = (load_file(tmp_path / f"codes-{rank}.safetensors") for rank in range(2))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    for name, expected in codes.items():  # a weight on a border between two codes may go to either
-        assert torch.isclose(one[name], expected, rtol=1e-3, atol=1e-6).float().mean() > 0.97, name
+    for name, expected in codes.items():  # as below: signs decide steps; a weight between two codes may go to either
+        assert torch.isclose(one[name], expected, rtol=0, atol=5e-4).float().mean() > 0.97, name
     torch.testing.assert_close(first.pop("numbers"), torch.tensor(numbers, dtype=torch.float64), rtol=1e-5, atol=1e-6)
     moved = dict(tiny_model("llama").named_parameters())
     for name, weight in alone.items():
