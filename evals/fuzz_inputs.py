@@ -51,6 +51,11 @@ DAMAGED: Mapping[str, Sequence[Sequence[str]]] = {
     "codes/config.json": (("inspect", "codes"), ("footprint", "codes"), ("evaluate", "codes", *_EVALUATE[2:])),
     "codes/llmcompress_report.json": (("inspect", "codes"), ("footprint", "codes")),
     "manifest/config.json": (("inspect", "manifest"), ("footprint", "manifest")),
+    "codes/model.safetensors": (("footprint", "codes"), ("evaluate", "codes", *_EVALUATE[2:])),
+    "single/model.safetensors": tuple(
+        tuple("single" if word == "dense" else word for word in each) for each in (_DRY_RUN, _COMPRESS)
+    ),
+    "gguf/model.gguf": (("inspect", "gguf"), ("evaluate", "gguf", *_EVALUATE[2:])),
     "recipe.yaml": (("compress", "dense", "--recipe", "recipe.yaml", "--dry-run"),),
     _TEXT: (_EVALUATE,),
 }
@@ -83,8 +88,10 @@ def mutations(folder: Path, *, count: int, seed: int, files: Sequence[str] = tup
 
 
 def _mutated(file: str, content: bytes, choose: random.Random) -> Mutation:
-    if choose.random() < 0.15:
+    if choose.random() < 0.15 or file.endswith(".gguf"):
         return _torn(file, content, choose)
+    if file.endswith(".safetensors"):
+        return _header_mutated(file, content, choose)
     lines = content.splitlines(keepends=True) if file.endswith(".jsonl") else [content]
     at = choose.randrange(len(lines))
     data = json.loads(lines[at])
@@ -110,6 +117,14 @@ def _mutated(file: str, content: bytes, choose: random.Random) -> Mutation:
     return Mutation(file, f"{'.'.join(map(str, path))} {name}{value}", b"".join(lines))
 
 
+def _header_mutated(file: str, content: bytes, choose: random.Random) -> Mutation:
+    """A safetensors file: 8 bytes of length, a header in JSON, numbers."""
+    length = int.from_bytes(content[:8], "little")
+    inside = _mutated(f"{file}.json", content[8 : 8 + length], choose)
+    told = len(inside.content) if choose.random() < 0.9 else choose.choice((0, 2**40, 2**63, length + 10**9))
+    return Mutation(file, f"header: {inside.what}", told.to_bytes(8, "little") + inside.content + content[8 + length :])
+
+
 def _scaled(value: Any, choose: random.Random) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return [value] if choose.random() < 0.5 else str(value)
@@ -117,7 +132,8 @@ def _scaled(value: Any, choose: random.Random) -> Any:
 
 
 def _torn(file: str, content: bytes, choose: random.Random) -> Mutation:
-    at = choose.randrange(len(content))
+    # what says how the rest is read stands first
+    at = choose.randrange(len(content) if choose.random() < 0.5 else min(len(content), 4096))
     torn = {
         "cut": content[:at],
         "empty": b"",
@@ -140,6 +156,7 @@ def write_inputs(folder: Path) -> None:
     from tests.tiny_folder import write_tiny_llama
 
     write_tiny_llama(folder / "dense", shard="30KB")
+    write_tiny_llama(folder / "single", intermediate_size=64)
     write_recipes(folder)
     rows = [{"text": f"the quick brown fox {number} jumps over the lazy dog " * 8} for number in range(12)]
     (folder / _TEXT).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -152,7 +169,9 @@ def write_recipes(folder: Path) -> None:
 
 
 def write_compressed(folder: Path) -> None:
-    """What two formats make of the dense model."""
+    """What two formats make of the dense model, and a GGUF file."""
+    ended = run(folder, ("export", "single", "--to", "gguf", "-o", "gguf", "--no-run"))
+    assert ended.exit_code == 0, ended
     for name, form in (("codes", "auto"), ("manifest", "llmcompress")):
         ended = run(
             folder, ("compress", "dense", "--recipe", "cheapest.yaml", "-o", name, "--set", f"save.format={form}")

@@ -31,7 +31,7 @@ from study import Bench, Study, Trial, calibration_draw, rounded_bytes, stored_b
 import llmcompress
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.modules.scheme import named_scheme
-from llmcompress.storage.cache import cache_folder
+from llmcompress.storage.paths import cache_folder
 
 HERE = Path(__file__).resolve().parent
 UNUSED = "the rest of the calibration file"

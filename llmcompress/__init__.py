@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from llmcompress.records.report import Report
     from llmcompress.report.folder import write_report
     from llmcompress.report.tracking import track
+    from llmcompress.verification.verifying import verify
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "Calibration": "llmcompress.calibration.settings",
@@ -51,6 +52,7 @@ _HOMES = {
     "plan": "llmcompress.pipeline",
     "speed": "llmcompress.pipeline",
     "track": "llmcompress.report.tracking",
+    "verify": "llmcompress.verification.verifying",
     "write_report": "llmcompress.report.folder",
 }
 
@@ -75,6 +77,7 @@ __all__ = [
     "plan",
     "speed",
     "track",
+    "verify",
     "write_report",
 ]
 

@@ -22,18 +22,19 @@ from llmcompress.evaluation.beside import EvaluatedModel, evaluation_of
 from llmcompress.evaluation.environment import numeric_versions
 from llmcompress.evaluation.footprint import Footprint
 from llmcompress.evaluation.footprint import footprint as footprint_of_folder
-from llmcompress.evaluation.gate import gate_failure
 from llmcompress.evaluation.measuring import TaskLike, as_tasks
 from llmcompress.evaluation.metrics.base import Subject
 from llmcompress.exporters.save import save_model
 from llmcompress.exporting import Exportable, export, exporter_called
-from llmcompress.hub_upload import HubApi, upload
+from llmcompress.hub_upload import push
 from llmcompress.loading.borrowed import borrowed, is_loaded_quantized
 from llmcompress.loading.in_memory import LiveModel, identity_in_memory, required_tokenizer, whole_model
 from llmcompress.loading.load import ModelAndTokenizer, load
 from llmcompress.loading.source import IN_MEMORY
 from llmcompress.modules.base import CompressedModule
 from llmcompress.progress import ProgressLike, as_progress
+from llmcompress.publishing.commits import Pushed
+from llmcompress.publishing.destinations import HubRepository, as_repository
 from llmcompress.recipe import Recipe, Save
 from llmcompress.records.evaluation import Evaluation
 from llmcompress.records.report import Report
@@ -58,6 +59,8 @@ class CompressedModel:
     """Where it was saved by `compress`; None: it is in memory alone."""
     offloaded: bool = False
     """Whether its weights never were in memory as a whole: `.model` then reads them from `folder`."""
+    published: tuple[Pushed, ...] = ()
+    """Where the recipe pushed it to."""
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -155,28 +158,27 @@ class CompressedModel:
 
     def push(
         self,
-        repo_id: str,
+        repository: str | HubRepository,
         *,
-        private: bool = True,
-        message: str = "Compressed with llmcompress",
-        api: HubApi | None = None,
-    ) -> str:
-        """Upload it to a repository on the Hub, which is created if necessary; returns its URL.
+        private: bool | None = None,
+        also: Sequence[str | Path] = (),
+        report: str | Path | None = None,
+        progress: ProgressLike = None,
+    ) -> Pushed:
+        """Publish it with a model card as a repository on the Hub, by the login of `hf auth login` or HF_TOKEN.
 
-        Uses the login of `hf auth login` or HF_TOKEN. `api` replaces `huggingface_hub.HfApi()`.
+        `also`: folders of exports beside it; `report`: an evaluation for the card. A `HubRepository` says more.
 
-        Raises: CompressError (exit code 5) for any error of the Hub or the network; exit code 6 if the recipe's quality
-        gate was not kept.
+        Raises: CompressError (exit code 5) for the Hub or the network; (6) for a gate not kept; (3) for secrets.
         """
-        failure = gate_failure(self.report, saved="the model, not published")
-        if failure is not None:
-            raise failure
+        wanted = as_repository(repository, private=private)
         if self.folder is not None:
-            return upload(self.folder, repo_id, private=private, message=message, api=api)
+            return push([self.folder, *also], wanted, report=report, progress=progress)
         with tempfile.TemporaryDirectory(prefix="llmcompress-") as scratch:
+            folder = Path(scratch) / wanted.name
             with self._lent() as result:
-                fill_folder(result, Path(scratch))
-            return upload(Path(scratch), repo_id, private=private, message=message, api=api)
+                publish_result(result, folder, overwrite=False)
+            return push([folder, *also], wanted, report=report, progress=progress)
 
     @property
     def exportable(self) -> Exportable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,14 @@ from pydantic import ValidationError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompress.calibration.offloading import InMemory, WeightStore
-from llmcompress.errors import CompressError, ExitCode, without_tokens
+from llmcompress.errors import NOTHING_SAVED, CompressError, ExitCode, without_tokens
 from llmcompress.exporters.auxiliary_files import copy_auxiliary_files
 from llmcompress.exporters.base import EXPORTERS, Converted, Exporter, Writing
 from llmcompress.exporters.choose import check_export
 from llmcompress.exporters.contents import Contents, contents_in
 from llmcompress.exporters.readme import README, readme
 from llmcompress.exporters.runtime_proof import runtime_proof
-from llmcompress.progress import Progress
+from llmcompress.progress import Progress, Silent
 from llmcompress.records.export_report import EXPORT_REPORT, ExportReport, RuntimeProof
 from llmcompress.storage.folder import publish, set_aside, staging_folder
 
@@ -44,6 +44,8 @@ class Exportable:
     beside: Mapping[str, str] = field(default_factory=dict)
     """Further files and their text: the recipe, the report."""
     max_shard_size: str = "5GB"
+    progress: Progress = field(default_factory=Silent)
+    """Shows what the tools of a target do."""
 
     @property
     def contents(self) -> Contents:
@@ -59,6 +61,7 @@ class Exportable:
             self.weights_at,
             tokenizer=self.tokenizer,
             model_name=self.name,
+            progress=self.progress,
         )
 
 
@@ -107,9 +110,11 @@ def export(
             target=target,
             model=without_tokens(exportable.name),
             bytes=sum((staging / name).stat().st_size for name in saved.weight_files),
+            unpacked_bytes=saved.unpacked_bytes,
             read_back=tuple(exporter.read_back(exportable.model, staging, writing)),
             converted={name: each.why for name, each in answers.items() if isinstance(each, Converted)},
             notes=tuple(exporter.notes(contents, answers)),
+            not_run=exporter.cannot_run,
         )
         if report.differing:
             raise _mismatch(report, set_aside(staging, output))
@@ -130,16 +135,33 @@ def export_beside(
 ) -> None:
     """For every target of a recipe; what is in memory is also run in the target's own runtime.
 
-    Raises: CompressError as `export` does.
+    Raises: CompressError as `export` does, when all other targets are written.
     """
-    folders = export_folders(output, exporters)
+    shown = replace(exportable, progress=progress)
+    folders, written, failed = export_folders(output, exporters), list[Path](), list[CompressError]()
     if folders:
         progress.stage("export", len(folders))
     for exporter, folder in folders.items():
         in_memory = isinstance(exportable.weights_at, InMemory)
         proof = partial(runtime_proof, exportable.model, exportable.tokenizer, exporter) if in_memory else None
-        export(exportable, exporter, folder, overwrite=overwrite, proof=proof)
+        try:
+            export(shown, exporter, folder, overwrite=overwrite, proof=proof)
+            written.append(folder)
+        except CompressError as problem:
+            progress.note(f"{folder.name} was not written: {problem.what}")
+            failed.append(problem)
         progress.step(folder.name)
+    if failed:
+        first = failed[0]
+        raise CompressError(
+            first.code,
+            first.what,
+            where=first.where,
+            fix=first.fix,
+            saved=", ".join(map(str, (output, *written)))
+            + (f"; {first.saved}" if first.saved != NOTHING_SAVED else ""),
+            exit_code=first.exit_code,
+        ) from first
 
 
 _IN_MEMORY = "the model in memory"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def export(
     tokenizer: PreTrainedTokenizerBase | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     run: bool = True,
+    memory: bool = False,
     overwrite: bool = False,
     progress: ProgressLike = None,
 ) -> dict[str, ExportReport]:
@@ -41,7 +43,7 @@ def export(
     `model`: a folder that `compress` saved, a dense model, a model in memory (with its `tokenizer`), or what `compress`
     returned. Codes and scales are carried, not rounded again. `options`: of each target, by its name. Every file is
     decoded again and compared before the folder appears; with `run` it is also run by the target's own runtime, if that
-    is installed. What a target cannot hold is refused before anything is written.
+    is installed, and with `memory` once more in a fresh process, whose peak memory the report states. What a target cannot hold is refused before anything is written.
 
     Raises: CompressError for everything a user can cause; with exit code 6 where what was written is not the model.
     """
@@ -62,12 +64,14 @@ def export(
     shown, made = as_progress(progress), dict[str, ExportReport]()
     shown.stage("open", 1)
     exportable, live = _exportable(model, tokenizer)
+    exportable = replace(exportable, progress=shown)
     with borrowed(live):
         for exporter in exporters.values():
             check_export(exporter, exportable.contents)
         shown.stage("export", len(targets))
         for name, exporter in exporters.items():
-            proof = partial(runtime_proof, exportable.model, exportable.tokenizer, exporter) if run else None
+            tried = partial(runtime_proof, exportable.model, exportable.tokenizer, exporter, with_memory=memory)
+            proof = tried if run else None
             made[name] = export_one(exportable, exporter, folders[name], overwrite=overwrite, proof=proof)
             shown.step(name)
     return made

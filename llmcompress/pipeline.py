@@ -45,6 +45,7 @@ from llmcompress.evaluation.held_out import HeldOut, loss_increase, loss_warning
 from llmcompress.evaluation.inspection import inspect_folder
 from llmcompress.evaluation.measuring import Observed, comparisons, observe, results
 from llmcompress.evaluation.stopwatch import Stopwatch
+from llmcompress.hub_upload import publish_run
 from llmcompress.loading.borrowed import lent, told_if_changed
 from llmcompress.loading.source import IN_MEMORY, find_source
 from llmcompress.model.describe import describe
@@ -61,7 +62,7 @@ from llmcompress.records.report import Report
 from llmcompress.records.rows import SiteReport
 from llmcompress.run import Run
 from llmcompress.runners.torch_runner import TorchRunner
-from llmcompress.saving import Result, bytes_to_write, publish_run
+from llmcompress.saving import Result, bytes_to_write, save_run
 
 
 def compress(
@@ -154,7 +155,9 @@ def _compress(request: CompressionRequest) -> CompressedModel:
         result = replace(result, report=processes.broadcast(_saved(request, result) if processes.is_first else report))
         if run is not None:
             run.discard()
-    return CompressedModel(result, request.device, request.output, offloaded=prepared.loaded.weights is not None)
+    published = publish_run(request.output, recipe, result.report) if processes.is_first and request.output else ()
+    offloaded = prepared.loaded.weights is not None
+    return CompressedModel(result, request.device, request.output, offloaded=offloaded, published=published)
 
 
 def _opened_run(request: CompressionRequest, prepared: Prepared) -> AbstractContextManager[Run | None]:
@@ -234,6 +237,7 @@ def _report(
     dense_bytes = bytes_on_disk(loaded.folder) if loaded.folder else loaded.preflight.bytes_weights
     return Report(
         model=loaded.name,
+        base={**({"commit": loaded.commit} if loaded.commit else {}), **prepared.identity},
         recipe_hash=request.recipe.hash(),
         versions=versions(),
         machine=machine(),
@@ -263,7 +267,7 @@ def _saved(request: CompressionRequest, result: Result) -> Report:
     """Written to the output, or counted how much that would be: the report with the bytes."""
     if request.output is None:
         return result.measured(bytes_to_write(result))
-    return publish_run(result, request.output, overwrite=request.overwrite, progress=request.progress)
+    return save_run(result, request.output, overwrite=request.overwrite, progress=request.progress)
 
 
 def plan(

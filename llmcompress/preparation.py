@@ -19,6 +19,7 @@ from llmcompress.evaluation.gate import check_gate
 from llmcompress.evaluation.measuring import prepared
 from llmcompress.evaluation.metrics.base import Metric, Subject
 from llmcompress.evaluation.settings.cost import refuse_cost
+from llmcompress.exporters.base import EXPORTERS
 from llmcompress.exporters.loader import loader_of
 from llmcompress.exporting import export_folders
 from llmcompress.loading.identity import identity_of_folder
@@ -39,6 +40,9 @@ from llmcompress.planning import (
     with_weights_placed,
 )
 from llmcompress.progress import Progress
+from llmcompress.publishing.destinations import check_destinations
+from llmcompress.publishing.hub import hub_api
+from llmcompress.publishing.rights import check_rights
 from llmcompress.recipe import Recipe
 from llmcompress.storage.folder import check_output, run_folder
 from llmcompress.storage.ownership import begin_run_folder, remove_unused_run_folder
@@ -106,10 +110,14 @@ def estimate(prepared: Prepared, device: torch.device) -> str:
 
 def _prepared(request: CompressionRequest) -> Prepared:
     recipe, processes = request.recipe, request.processes
+    targets = [EXPORTERS.name_of(type(each)) for each in recipe.export]
+    check_destinations(recipe.publish, exported=targets, has_output=request.output is not None)
     if processes.is_first and request.output is not None:
         named = None if request.live else from_home(str(recipe.model))
         for folder in (request.output, *export_folders(request.output, recipe.export).values()):
             check_output(folder, overwrite=request.overwrite, source=named)
+        for wanted in recipe.publish:
+            check_rights(hub_api(), wanted)
     request.progress.stage("load", 1)
     check_texts(recipe, given=request.given is not None)
     check_gate(recipe.evaluate, compares=True)

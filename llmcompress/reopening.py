@@ -60,7 +60,7 @@ def _opened(stored: StoredCodes, config: PretrainedConfig) -> PreTrainedModel:
             "export.format",
             f"the codes of a {stored.format} folder are not read",
             where=str(stored.folder),
-            fix="compress the dense model with another pass, such as gptq, and export that",
+            fix="give the folder that `compress` saved, or compress the dense model with a pass such as gptq",
         )
     model = load(stored.folder, dtype=torch.float32).model
     as_ordinary(model)  # our quantizer only reads: what it built are modules of ours

@@ -60,9 +60,9 @@ class Result:
         )
 
     def measured(self, bytes_written: int) -> Report:
-        """The report with the bytes of the weight files."""
+        """The report with the bytes of the weight files, and the hash of the recipe that is saved beside it."""
         others = [each for each in self.report.measurements if each != _compressed_bytes(self.report)]
-        kept = self.report.model_copy(update={"measurements": tuple(others)})
+        kept = self.report.model_copy(update={"measurements": tuple(others), "recipe_hash": self.recipe.hash()})
         return kept.with_measurements([WeightBytes(of="compressed", bytes=bytes_written)])
 
 
@@ -77,7 +77,7 @@ def publish_result(result: Result, output: Path, *, overwrite: bool) -> Report:
     return finished
 
 
-def publish_run(result: Result, output: Path, *, overwrite: bool, progress: Progress) -> Report:
+def save_run(result: Result, output: Path, *, overwrite: bool, progress: Progress) -> Report:
     """The folder, and the exports that the recipe asks for: unless its quality gate was not kept.
 
     Raises: CompressError as `publish_result` and `export` do.

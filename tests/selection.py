@@ -29,8 +29,15 @@ PRODUCTS = ("tests/passes/", "tests/training/")
 """Where a test of all families is one cell of a product. Elsewhere it asks about the family, and all of them run."""
 PRODUCT_SIZE = 10
 """A test that names fewer families chose them."""
-MAJORS = ("tests/model/", "tests/modules/", "tests/loading/", "tests/exporters/", "tests/calibration/test_experts.py")
-"""What touches transformers' own code, and therefore runs under its other major too."""
+MAJORS = (
+    "tests/model/",
+    "tests/modules/",
+    "tests/loading/",
+    "tests/exporters/",
+    "tests/hub/",
+    "tests/calibration/test_experts.py",
+)
+"""What touches transformers' or huggingface_hub's own code, and therefore runs under the other major too."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from llmcompress.cli.main import llmcompress as command
 from llmcompress.errors import CompressError
 from tests.test_imports import ROOT, modules, stage_of
 
-FOREIGN = ("hf download", "pip install", "pip wheel", "iconv ")
-"""Programs that are typed whoever reads the error."""
+FOREIGN = ("hf download", "pip install", "pip wheel", "iconv ", "llmcompress compress ")
+"""Programs that are typed whoever reads the error, or the model card."""
 FLAG = re.compile(r"(?<![\w(-])--[a-z]|(?<![\w-])-o\b")
 """Not the variables of CSS: `var(--ink)`."""
 

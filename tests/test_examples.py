@@ -40,7 +40,7 @@ def test_a_student_learns(run):
 
 def test_any_text_calibrates(run):
     names = run("your_own_text")
-    assert names["made"].report.rows and names["other"].report.rows
+    assert names["made"].report.sites and names["other"].report.sites
 
 
 def test_an_export_is_run_by_its_runtime(run):

@@ -7,12 +7,11 @@ import json
 import logging
 import pkgutil
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -28,7 +27,6 @@ from llmcompress import (
     load,
     plan,
 )
-from llmcompress.errors import ExitCode
 from llmcompress.evaluation.footprint import bytes_on_disk
 from llmcompress.model.site import LinearSite
 from llmcompress.passes import GPTQ
@@ -200,56 +198,6 @@ def test_an_export_is_refused_by_what_cannot_hold_it_and_names_what_can(tiny: Pa
     assert load(tmp_path / "ours").model
     with pytest.raises(CompressError, match="unknown exporter"):
         made.export("gguf9", tmp_path / "x")
-
-
-class Hub:
-    """What `push` uses of the Hub."""
-
-    def __init__(self, failure: Exception | None = None) -> None:
-        self.failure, self.files, self.private = failure, set[str](), None
-
-    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
-        if self.failure:
-            raise self.failure
-        self.private = private
-
-    def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> None:
-        self.files = {path.name for path in Path(folder_path).iterdir()}
-
-
-def http_error(status: int) -> HfHubHTTPError:
-    """Its constructor wants a response of whichever network library this version uses."""
-    error = HfHubHTTPError.__new__(HfHubHTTPError)
-    error.args, error.response = ("no",), SimpleNamespace(status_code=status)
-    return error
-
-
-def test_push_uploads_a_whole_private_folder(tiny: Path, tmp_path: Path) -> None:
-    for made in (compress(str(tiny), UNMEASURED), compress(str(tiny), UNMEASURED, tmp_path / "out")):
-        hub = Hub()
-        assert made.push("org/name", api=hub).endswith("/org/name")
-        assert hub.private is True
-        assert {"config.json", "model.safetensors", "tokenizer.json", "llmcompress_report.json"} <= hub.files
-
-
-@pytest.mark.parametrize(
-    ("failure", "code"),
-    [
-        (LocalTokenNotFoundError("no token"), "hub.login"),
-        (http_error(403), "hub.login"),
-        (http_error(500), "hub.error"),
-        (ConnectionResetError(), "hub.network"),
-    ],
-)
-def test_whatever_the_hub_says_is_one_error(failure: Exception, code: str, tiny: Path) -> None:
-    made = compress(str(tiny), UNMEASURED)
-    with pytest.raises(CompressError) as refused:
-        made.push("org/name", api=Hub(failure))
-    assert refused.value.code == code and refused.value.exit_code is ExitCode.HUB
-    with pytest.raises(CompressError, match="HF_HUB_OFFLINE"):
-        made.push("org/name")
-    with pytest.raises(CompressError, match="not a valid repository id"):
-        made.push("a/b/c", api=Hub())
 
 
 def test_it_shows_itself_in_text_and_in_a_notebook(tiny: Path) -> None:

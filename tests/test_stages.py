@@ -53,11 +53,11 @@ class Hub(Thing):
 
 class Longer(Recipe):
     recover: Annotated[tuple[Thing, ...], Listed(METHODS)] = ()
-    publish: Annotated[tuple[Thing, ...], Grouped(PLACES), LeavesWeights()] = ()
+    deliver: Annotated[tuple[Thing, ...], Grouped(PLACES), LeavesWeights()] = ()
 
 
 TEXT = "passes: [rtn]\nrecover:\n  - lora: {rank: 4, overrides: {'*.up': {rank: 2}}}\n  - norms_only\n"
-BOTH = TEXT + "publish: {hub: [me/small, {repository: me/open, private: false}]}\n"
+BOTH = TEXT + "deliver: {hub: [me/small, {repository: me/open, private: false}]}\n"
 
 
 def read(text: str, *settings: str) -> Longer:
@@ -73,11 +73,11 @@ def refusal(text: str, *settings: str) -> CompressError:
 def test_its_things_are_read_and_written_back():
     found = read(BOTH)
     assert found.recover == (Lora(rank=4, overrides={"*.up": {"rank": 2}}), NormsOnly())
-    assert found.publish == (Hub(repository="me/small"), Hub(repository="me/open", private=False))
+    assert found.deliver == (Hub(repository="me/small"), Hub(repository="me/open", private=False))
     assert read(found.to_yaml()) == found
     assert Longer.model_validate(found.model_dump()) == Longer.model_validate_json(found.model_dump_json()) == found
     assert Longer(passes=found.passes, recover=[NormsOnly()]).recover == (NormsOnly(),)
-    assert list(stages_of(Longer)) == ["passes", "evaluate", "export", "recover", "publish"]
+    assert list(stages_of(Longer)) == ["passes", "evaluate", "export", "publish", "recover", "deliver"]
 
 
 @pytest.mark.parametrize(
@@ -91,10 +91,10 @@ def test_its_things_are_read_and_written_back():
         ("recover: [lora: {overrides: {'*.up': {sites: x}}}]", "recipe.override", "overrides.*.up.sites", "remove"),
         ("recover: lora", "recipe.type", "line 1 (recover)", "`recover: [lora]`"),
         ("lora: {rank: 2}", "recipe.unknown-key", "line 1 (lora)", "under `recover:`, as `  - lora`"),
-        ("publish: {hubb: [me/x]}", "recipe.unknown-key", "line 1 (publish.hubb)", "`hub`"),
-        ("publish: {hub: me/x}", "recipe.type", "line 1 (publish.hub)", "`hub: [me/x]`"),
-        ("publish: {hub: [{private: 1}]}", "recipe.type", "publish.hub.0.private", "true or false"),
-        ("publish: [hub]", "recipe.type", "line 1 (publish)", "some of hub"),
+        ("deliver: {hubb: [me/x]}", "recipe.unknown-key", "line 1 (deliver.hubb)", "`hub`"),
+        ("deliver: {hub: me/x}", "recipe.type", "line 1 (deliver.hub)", "`hub: [me/x]`"),
+        ("deliver: {hub: [{private: 1}]}", "recipe.type", "deliver.hub.0.private", "true or false"),
+        ("deliver: [hub]", "recipe.type", "line 1 (deliver)", "some of hub"),
         ("recovr: []", "recipe.unknown-key", "line 1 (recovr)", "`recover`"),
     ],
 )
@@ -113,8 +113,8 @@ def test_a_mistake_in_it_names_line_and_what_to_write(text, code, where, fix):
         ("recover.lora.overrides.*.up.rank=1", ("recover", 0, "lora", "overrides", "*.up", "rank"), 1),
         ("recover.0=norms_only", ("recover", 0, "norms_only", "loss"), "kl"),
         ("recover=[norms_only]", ("recover", 0, "norms_only", "loss"), "kl"),
-        ("publish.hub.0.private=false", ("publish", "hub", 0, "private"), False),
-        ("publish.hub=[a/b]", ("publish", "hub", 0, "repository"), "a/b"),
+        ("deliver.hub.0.private=false", ("deliver", "hub", 0, "private"), False),
+        ("deliver.hub=[a/b]", ("deliver", "hub", 0, "repository"), "a/b"),
     ],
 )
 def test_set_leads_into_it(setting, path, value):
@@ -130,8 +130,8 @@ def test_set_leads_into_it(setting, path, value):
         ("recover.lorra.rank=1", "`lora`"),
         ("recover.lora.rnk=1", "`rank`"),
         ("recover.7.lora.rank=1", "count from 0"),
-        ("publish.hubb=[x]", "`hub`"),
-        ("publish.hub.0.privat=true", "`private`"),
+        ("deliver.hubb=[x]", "`hub`"),
+        ("deliver.hub.0.privat=true", "`private`"),
     ],
 )
 def test_set_names_the_nearest_key_of_it(setting, fix):
@@ -147,7 +147,7 @@ def test_the_hash_covers_it_unless_it_is_marked_as_leaving_the_weights():
 
 def test_a_stage_that_a_recipe_does_not_have_is_an_unknown_key():
     with pytest.raises(CompressError) as caught:
-        parse_recipe("passes: [rtn]\npublish: {hub: [me/x]}", "r.yaml")
+        parse_recipe("passes: [rtn]\ndeliver: {hub: [me/x]}", "r.yaml")
     assert caught.value.code == "recipe.unknown-key"
 
 

@@ -25,6 +25,10 @@ PEERS: Mapping[str, Sequence[Sequence[str]]] = {
         ("torch==2.13.0",),
         ("torch==2.13.0", "transformers==5.23.0", "optimum==2.3.0", "gptqmodel==7.6.0", "datasets"),
     ),
+    "modelopt": (
+        ("torch==2.13.0",),
+        ("torch==2.13.0", "transformers==4.57.6", "nvidia-modelopt==0.47.0", "accelerate"),
+    ),
     "auto-round": (("torch==2.13.0",), ("torch==2.13.0", "transformers==5.23.0", "auto-round==0.16.1")),
 }
 """Name → what to install, step by step: torch first, or another package chooses its build."""

@@ -12,6 +12,7 @@ import click
 from llmcompress.cli.early import refuse_mistakes
 from llmcompress.cli.libraries import loading_libraries, quiet_libraries
 from llmcompress.cli.output import device_option, fail_by_gate, json_option, print_json, print_tables, track_option
+from llmcompress.cli.push import as_data, push_command, tell, with_command
 from llmcompress.errors import NOTHING_SAVED, CompressError, ExitCode, saved_of
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ def compress(
     with TerminalProgress() as progress:
         with loading_libraries(progress):
             from llmcompress import pipeline
+            from llmcompress.hub_upload import NotPublished
             from llmcompress.recipe import read_recipe
         recipe = read_recipe(file, settings=settings).for_model(model)
         assert recipe.model is not None
@@ -130,6 +132,8 @@ def compress(
                 )
             except KeyboardInterrupt as interrupt:
                 raise interrupted(output, saved_of(interrupt)) from None
+            except NotPublished as problem:
+                raise with_command(problem, [push_command(*each) for each in problem.missing]) from problem.__cause__
     if dry_run:
         print_json(plan) if as_json else print_tables(*plan_tables(plan))
         return
@@ -138,10 +142,13 @@ def compress(
 
         track(done.report, tracker, settings={"recipe": done.report.recipe_hash})
     if as_json:
-        print_json({"output": str(output), **done.report.model_dump(mode="json")})
+        published = {"published": [as_data(each) for each in done.published]} if done.published else {}
+        print_json({"output": str(output), **published, **done.report.model_dump(mode="json")})
     else:
         print_tables(*report_tables(done.report))
         click.echo(f"saved to {output}", err=True)
+        for each in done.published:
+            tell(each)
     fail_by_gate(done.report, as_json=as_json, saved=str(output))
 
 

@@ -32,6 +32,7 @@ from llmcompress.cli.output import json_option, print_json, print_tables
     help="An option of a target, e.g. --set gguf.instead=dense. Repeatable.",
 )
 @click.option("--no-run", is_flag=True, help="Do not run what was written in the target's own runtime.")
+@click.option("--memory", is_flag=True, help="Also run it in a fresh process, and report the peak memory.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output, once the new one is complete.")
 @json_option
 def export(
@@ -40,6 +41,7 @@ def export(
     output: Path,
     settings: tuple[str, ...],
     no_run: bool,
+    memory: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -70,7 +72,14 @@ def export(
         with loading_libraries(progress):
             from llmcompress import model_export
         made = model_export.export(
-            model, names, output, options=options, run=not no_run, overwrite=overwrite, progress=progress
+            model,
+            names,
+            output,
+            options=options,
+            run=not no_run,
+            memory=memory,
+            overwrite=overwrite,
+            progress=progress,
         )
     if as_json:
         print_json({name: report.model_dump(mode="json") for name, report in made.items()})

@@ -22,16 +22,20 @@ COMMANDS = (
     "compare",
     "compress",
     "distill",
+    "doctor",
     "evaluate",
     "export",
     "footprint",
     "inspect",
     "passes",
+    "push",
     "recipes",
     "report",
+    "resume",
     "schema",
     "speed",
     "targets",
+    "verify",
 )
 
 

@@ -14,7 +14,7 @@ from llmcompress.cli.output import json_option, print_json
 @click.option("-o", "--output", metavar="DIR", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @json_option
 def report(folder: Path, output: Path, as_json: bool) -> None:
-    """Write the report of FOLDER, which `compress`, `evaluate` or `compare` wrote; nothing is measured.
+    """Write the report of FOLDER, which `compress`, `evaluate`, `compare` or `export` wrote; nothing is measured.
 
     \b
     Example:

@@ -20,6 +20,7 @@ SCHEMES = (
     "int3_g64",
     "int2_g64",
     "ternary_g64",
+    *(f"q{bits}_k" for bits in range(6, 1, -1)),
     "fp8_channel",
     "mxfp4",
     "nvfp4",

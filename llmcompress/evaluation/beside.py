@@ -16,7 +16,8 @@ from llmcompress.progress import Progress
 from llmcompress.records.evaluation import Compression, Evaluation
 from llmcompress.records.measurements import Measurement, WeightBytes, Which
 from llmcompress.runners.base import Runner
-from llmcompress.storage.cache import TensorCache, cache_folder
+from llmcompress.storage.cache import TensorCache
+from llmcompress.storage.paths import cache_folder
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from llmcompress.errors import CompressError
 from llmcompress.evaluation.checkpoint_codes_bnb import BnbSite, bnb_sites
-from llmcompress.formats import compressed_tensors, packed
+from llmcompress.formats import compressed_tensors, packed, tensorrt_llm
 from llmcompress.formats.named import Named
-from llmcompress.loading.tensors import TensorHeader, Tensors, headers
+from llmcompress.formats.tensorrt_llm import Algorithm
+from llmcompress.loading.tensors import TensorHeader, Tensors, archived_headers, headers
 from llmcompress.modules.base import MODULES
 from llmcompress.modules.scheme import Scheme, named_scheme
 from llmcompress.numerics.formats import E2M1, E4M3, POWER_OF_TWO, SINGLE, STORED, TWO_LEVEL
@@ -57,7 +59,7 @@ class CodedSite:
     @property
     def ideal_bits(self) -> int:
         """Bits of codes without padding, scales and zero points."""
-        scale = next(tensor for name, tensor in self.tensors.items() if name in ("scale", "weight_scale"))
+        scale = next(tensor for name, tensor in self.tensors.items() if name in ("scale", "weight_scale", "scales"))
         scale_bits = 8 * scale.dtype.itemsize
         extra = 8 * sum(tensor.bytes for name, tensor in self.tensors.items() if name.startswith("input_"))
         grid = self.scheme.weights if self.scheme else self.grid
@@ -89,6 +91,8 @@ def codes_in(folder: Path) -> StoredCodes:
     found = headers(folder)
     config = read_json(folder / "config.json").get("quantization_config") or {}
     method = str(config.get("quant_method", "plain") if isinstance(config, dict) else config)
+    if isinstance(config, dict) and config.get("archive"):
+        found = archived_headers(found)
     if method == "plain":
         return StoredCodes(folder, method, (), tuple(found.values()))
     if method not in _READERS:
@@ -180,6 +184,39 @@ def _grid(tensors: Mapping[str, TensorHeader], inputs: int, widths: Sequence[int
     return Grid(8, "weight_zero_point" not in tensors, group)
 
 
+def _from_modelopt(
+    config: Mapping[str, Any], found: Mapping[str, TensorHeader], schemes: Mapping[str, Scheme]
+) -> Iterator[CodedSite]:
+    """What TensorRT-LLM reads; every linear may have an algorithm of its own."""
+    layers, common = config.get("quantized_layers") or {}, config["quant_algo"]
+    for scale in found:
+        name, _, leaf = scale.rpartition(".")
+        if leaf == "weight_scale":
+            algorithm = layers[name]["quant_algo"] if layers else common
+            yield _tensorrt_llm_site(name, algorithm, found, schemes)
+
+
+def _from_gptq(
+    _: Mapping[str, Any], found: Mapping[str, TensorHeader], schemes: Mapping[str, Scheme]
+) -> Iterator[CodedSite]:
+    for name in [each.removesuffix(".qweight") for each in found if each.endswith(".qweight")]:
+        yield _tensorrt_llm_site(name, "W4A16_GPTQ", found, schemes)
+
+
+def _tensorrt_llm_site(
+    name: str, algorithm: Algorithm, found: Mapping[str, TensorHeader], schemes: Mapping[str, Scheme]
+) -> CodedSite:
+    tensors = _at(name, found, tensorrt_llm.NAMES)
+    outputs, inputs, group = tensorrt_llm.sizes({leaf: each.shape for leaf, each in tensors.items()}, algorithm)
+    scheme = schemes.get(name) or tensorrt_llm.scheme_of(algorithm)
+    unpack = partial(_tensorrt_llm, algorithm)
+    return CodedSite(name, outputs, inputs, tensorrt_llm.grid_of(algorithm, group), scheme, tensors, unpack)
+
+
+def _tensorrt_llm(algorithm: Algorithm, _: CodedSite, found: Named) -> QuantizedTensor:
+    return tensorrt_llm.unpack(found, algorithm)
+
+
 def _from_bitsandbytes(
     _: Mapping[str, Any], found: Mapping[str, TensorHeader], __: Mapping[str, Scheme]
 ) -> Iterator[BnbSite]:
@@ -193,6 +230,8 @@ _READERS: Mapping[str, _Reader] = {
     "llmcompress": _from_manifest,
     "compressed-tensors": _from_compressed_tensors,
     "bitsandbytes": _from_bitsandbytes,
+    "modelopt": _from_modelopt,
+    "gptq": _from_gptq,
 }
 
 

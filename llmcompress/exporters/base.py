@@ -19,6 +19,7 @@ from llmcompress.formats import plain
 from llmcompress.formats.named import Kind
 from llmcompress.modules.limits import TargetLimits
 from llmcompress.modules.scheme import Scheme
+from llmcompress.progress import Progress, Silent
 from llmcompress.records.export_report import ReadBack
 from llmcompress.registry import Registry
 from llmcompress.runners.base import RUNNERS, Runner
@@ -69,6 +70,8 @@ class Writing:
     """Of the model: some targets hold it in the file of the weights."""
     model_name: str = "model"
     """What the user called the source, for targets that name the model in the file."""
+    progress: Progress = field(default_factory=Silent)
+    """Shows what a tool of the target does, which may take minutes."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class Saved:
     """`compressed-tensors`, `plain`, `bitsandbytes` or `llmcompress`."""
     dense_sites: Mapping[str, str] = field(default_factory=dict)
     """Quantized sites that were dequantized, and why."""
+    unpacked_bytes: int | None = None
+    """Of all tensors once a loader has unpacked them; None: they are in the files as they will be in memory."""
 
 
 class Exporter(BaseModel, ABC):
@@ -96,6 +101,8 @@ class Exporter(BaseModel, ABC):
     """What it requires of codes; quantizers respect it from the start in a recipe that names this target."""
     runtime: ClassVar[str] = "torch"
     """Name of the runner that opens the folder."""
+    cannot_run: ClassVar[str | None] = None
+    """Why nothing here opens the folder, for targets without a runner."""
     fix: ClassVar[str]
     """What a user can do about a refusal."""
     language: ClassVar[str] = "python"
@@ -106,6 +113,9 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 ids = tokenizer("The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))"""
     """At most five lines, run in the exported folder; stands in its README.md."""
+    found_at_root: ClassVar[tuple[str, ...]] = ()
+    """Globs of the only files that a repository with other formats needs, at its root; empty: all, in a folder called
+    as the target."""
 
     @abstractmethod
     def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:

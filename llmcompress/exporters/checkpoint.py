@@ -23,6 +23,8 @@ from llmcompress.modules.quant_linear import quantized_linears
 Replaced = Mapping[str, Callable[[], dict[str, Tensor]]]
 """Full name of a module that looks different on disk → its tensors there, under names relative to the module."""
 
+Encoder = Callable[[str, Tensor], Tensor]
+"""Name on disk and tensor → what the file holds under that name."""
 
 _BLOCK = re.compile(r".*?\.\d+\.")
 
@@ -33,13 +35,18 @@ def write_model(
     config: Mapping[str, Any],
     replaced: Replaced,
     writing: Writing,
+    *,
+    encode: Encoder | None = None,
 ) -> tuple[tuple[str, ...], int]:
-    """Write weights and `config.json`; the names of the weight files and the bytes of all tensors."""
+    """Write weights and `config.json`; the names of the weight files and the bytes of all tensors.
+
+    `encode` gives what is written in the place of a tensor; the config is written when it has seen all of them.
+    """
     if writing.sizes is None:
         folder.mkdir(parents=True, exist_ok=True)
     writer = writing.sizes or ShardWriter(folder, writing.max_shard_size)
     for name, tensor in _tensors_on_disk(model, replaced, writing.storage_dtype, writing.weights_at):
-        writer.add(name, tensor)
+        writer.add(name, tensor if encode is None else encode(name, tensor))
     files = writer.close()
     if writing.sizes is None:
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

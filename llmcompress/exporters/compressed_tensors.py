@@ -104,8 +104,9 @@ class CompressedTensorsExporter(Exporter):
 
     @override
     def read_back(self, model: PreTrainedModel, folder: Path, writing: Writing) -> list[ReadBack]:
-        """Through the readers of checkpoints."""
-        return read_folder_back(model, folder, writing.storage_dtype)
+        """Through the readers of checkpoints; the files name attentions as the stock model does."""
+        with stock_attention(model, writing.storage_dtype):
+            return read_folder_back(model, folder, writing.storage_dtype)
 
     @override
     def write(self, model: PreTrainedModel, folder: Path, writing: Writing) -> Saved:

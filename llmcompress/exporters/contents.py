@@ -56,7 +56,8 @@ class Contents:
     differences: Manifest = field(default_factory=Manifest)
     """From the stock model. A plan does not know them."""
     modules: Mapping[str, CompressedModule] = field(default_factory=dict)
-    """Modules that replace a stock module, without their parts. Not known to a plan either."""
+    """Modules that replace a stock module, without their parts; those inside a wrapped module too. Not known to a plan
+    either."""
     named_caches: frozenset[str] = frozenset()
     """Attentions with a quantized KV cache that compressed-tensors can represent."""
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -137,7 +138,8 @@ def compressed_modules(model: nn.Module) -> dict[str, CompressedModule]:
 def _outermost(model: nn.Module) -> dict[str, CompressedModule]:
     found: dict[str, CompressedModule] = {}
     for name, module in compressed_modules(model).items():
-        if not module.is_transparent and not any(name.startswith(f"{other}.") for other in found):
+        around = (other for other, outer in found.items() if not outer.wraps_original)
+        if not module.is_transparent and not any(name.startswith(f"{other}.") for other in around):
             found[name] = module
     return found
 

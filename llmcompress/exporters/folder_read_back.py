@@ -42,8 +42,9 @@ def read_folder_back(model: PreTrainedModel, folder: Path, storage_dtype: torch.
 
 def _codes(site: CodedSite, found: QuantizedTensor, ours: QuantizedTensor, dtype: torch.dtype) -> ReadBack:
     ours = replace(ours, scale=ours.scale if ours.grid.scales.bits is not None else ours.scale.to(dtype))
-    scales = found.scale.float().reshape(-1) != ours.scale.float().reshape(-1)
     wide = replace(found, scale=found.scale.float()), replace(ours, scale=ours.scale.float())
+    # what is multiplied: a file may divide two-level scales by another power of two
+    scales = wide[0].fitted.scale_OG.reshape(-1) != wide[1].fitted.scale_OG.reshape(-1)
     return ReadBack(
         source=site.name,
         stored_as=f"{found.grid.bits}-bit codes",

@@ -22,6 +22,7 @@ from llmcompress.exporters.gguf_file import read_back, write_file
 from llmcompress.exporters.gguf_tensors import FileTensor, code_table, file_tensors
 from llmcompress.exporters.gguf_tokenizer import tokenizer_settings
 from llmcompress.formats import gguf, plain
+from llmcompress.formats.gguf import BlockType
 from llmcompress.formats.named import Kind
 from llmcompress.modules.expression import Tied
 from llmcompress.modules.limits import TargetLimits
@@ -38,12 +39,15 @@ _MINIMA = "minima are rounded to float16, which moves a weight by about 1/250 of
 
 @EXPORTERS.register("gguf")
 class GgufExporter(Exporter):
-    """Integers of 2 to 8 bits, ternary and MXFP4 in blocks of 32; ordinary weights in BF16, F16 or F32."""
+    """Integers of 2 to 8 bits and MXFP4 in blocks of 32, ternary codes and K-quants in blocks of 256; ordinary weights
+    in BF16, F16 or F32.
+    """
 
     limits: ClassVar[TargetLimits] = TargetLimits(
         group_multiple=_BLOCK,
         rounded_inputs=False,
         rounded_embedding=True,
+        super_blocks=True,
         scale_dtypes=frozenset({torch.bfloat16, torch.float16}),
     )
     runtime: ClassVar[str] = "llama_cpp"
@@ -54,18 +58,22 @@ class GgufExporter(Exporter):
 llama-server -m {FILE}               # an OpenAI-compatible server and a chat page
 pip install llmcompress[llamacpp]       # or from Python, without building anything
 llmcompress evaluate . --runner llama_cpp"""
+    found_at_root: ClassVar[tuple[str, ...]] = ("*.gguf",)
 
     instead: Literal["refuse", "dense", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"] = "refuse"
     """What happens to a linear that no type of GGUF holds. `dense`: it is dequantized to ordinary weights; a type: it
     is rounded a second time, to that type, by the `gguf` package."""
+
+    ternary: Literal["TQ2_0", "TQ1_0"] = "TQ2_0"
+    """The type of ternary codes in groups of 256: two bits each, or 1.69 with the scale, which decodes more slowly."""
 
     @override
     def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:
         """By its grid and its sizes; what scales and minima are is only known of a live model."""
         why = self._problem(site.scheme, site.inputs)
         if why is None:
-            kind = gguf.block_type(site.scheme.weights, site.inputs)
-            return Converted(_MINIMA, keeps_codes=True) if kind is not None and kind.has_minimum else Exact()
+            rounds = not site.scheme.weights.symmetric and site.scheme.weights.scales.super_block is None
+            return Converted(_MINIMA, keeps_codes=True) if rounds else Exact()
         if self.instead == "refuse" or site.scheme.activations:
             return Refused(why, nearest(site.scheme, site.inputs))
         return Converted(f"{why}; {self._instead()}")
@@ -77,7 +85,7 @@ llmcompress evaluate . --runner llama_cpp"""
         for site in contents.sites:
             module = contents.modules.get(site.name)
             table = None if module is None else code_table(module.expression())
-            kind = gguf.block_type(site.scheme.weights, site.inputs)
+            kind = self._type(site)
             if table is None or kind is None or isinstance(found[site.name], Refused):
                 continue
             steps, found[site.name] = gguf.error_in_steps(table.tensor, kind), Exact()
@@ -110,13 +118,13 @@ llmcompress evaluate . --runner llama_cpp"""
     def notes(self, contents: Contents, answers: Mapping[str, Answer]) -> list[str]:
         """What is not carried as it is, and wider fields."""
         changed = [f"{name}: {answer.why}" for name, answer in answers.items() if isinstance(answer, Converted)]
-        wider = [note for site in contents.sites if (note := _wider(site)) is not None]
+        wider = [note for site in contents.sites if (note := self._wider(site)) is not None]
         return [*changed, *dict.fromkeys(wider), *notes_of(contents.config)]
 
     @override
     def tensors(self, site: CodedLinear, storage_dtype: torch.dtype) -> dict[str, Kind]:
         """Its blocks, or an ordinary weight."""
-        kind, shape = gguf.block_type(site.scheme.weights, site.inputs), (site.outputs, site.inputs)
+        kind, shape = self._type(site), (site.outputs, site.inputs)
         if kind is None:
             return plain.tensors(shape, storage_dtype, bias=site.has_bias)
         return gguf.tensors(shape, site.scheme, kind, bias=site.has_bias)
@@ -140,7 +148,22 @@ llmcompress evaluate . --runner llama_cpp"""
 
     def _tensors(self, model: PreTrainedModel, writing: Writing) -> list[FileTensor]:
         rounded_to = None if self.instead in ("refuse", "dense") else self.instead
-        return file_tensors(model, writing.storage_dtype, rounded_to)
+        return file_tensors(model, writing.storage_dtype, rounded_to, self._ternary)
+
+    def _type(self, site: CodedLinear) -> BlockType | None:
+        return gguf.block_type(site.scheme.weights, site.inputs, self._ternary)
+
+    @property
+    def _ternary(self) -> BlockType:
+        return next(kind for kind in gguf.TERNARY if kind.name == self.ternary)
+
+    def _wider(self, site: CodedLinear) -> str | None:
+        """What a user would be surprised by."""
+        kind, bits = self._type(site), site.scheme.weights.bits
+        if kind is None or bits == kind.bits or kind in gguf.TERNARY:
+            return None
+        what = f"{kind.name}, {kind.bits_per_weight:.1f} bits per weight with scales"
+        return f"{site.scheme.name}: codes are stored as {what}"
 
     def _instead(self) -> str:
         if self.instead == "dense":
@@ -151,6 +174,8 @@ llmcompress evaluate . --runner llama_cpp"""
         if gguf.block_type(scheme.weights, inputs) is not None and scheme.activations is None:
             return None
         grid = scheme.weights
+        if grid.scales.super_block is not None:
+            return self.limits.problem(scheme, inputs)
         if grid.number is not None:
             return f"no type of GGUF holds {scheme.name}"
         if not grid.symmetric and grid.bits > 5:
@@ -159,8 +184,15 @@ llmcompress evaluate . --runner llama_cpp"""
 
 
 def nearest(scheme: Scheme, inputs: int) -> Scheme | None:
-    """Integers of the same width in whole blocks, zero points given up last; None where rows are no whole blocks."""
+    """Integers of the same width in whole blocks, zero points given up last; None where rows are no whole blocks.
+
+    Of K-quants what llama.cpp takes in their place.
+    """
     grid = scheme.weights
+    if grid.scales.super_block is not None:
+        other = scheme.without_super_blocks()
+        assert other is not None
+        return other if gguf.block_type(other.weights, inputs) is not None else nearest(other, inputs)
     wanted = grid.group or inputs
     multiples = range(_BLOCK, inputs, _BLOCK)
     groups = sorted(multiples, key=lambda group: (inputs % group != 0, abs(group - wanted)))
@@ -171,16 +203,6 @@ def nearest(scheme: Scheme, inputs: int) -> Scheme | None:
         for group in sizes
     )
     return next((each for each in tried if gguf.block_type(each.weights, inputs) is not None), None)
-
-
-def _wider(site: CodedLinear) -> str | None:
-    """What a user would be surprised by."""
-    grid, kind = site.scheme.weights, gguf.block_type(site.scheme.weights, site.inputs)
-    if kind is None or grid.bits == kind.bits or (grid.ternary and kind is gguf.TQ2_0):
-        return None
-    return (
-        f"{site.scheme.name}: codes are stored as {kind.name}, {kind.bits_per_weight:.1f} bits per weight with scales"
-    )
 
 
 def _general(config: Mapping[str, Any], writing: Writing) -> dict[str, Setting]:

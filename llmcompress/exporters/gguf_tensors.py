@@ -62,6 +62,8 @@ class Placement:
     """Of ordinary matrices."""
     rounded_to: str | None
     """A type of ggml to which modules are rounded that no type holds; None: they are stored as ordinary weights."""
+    ternary: BlockType
+    """Of ternary codes."""
 
     def name(self, source: str) -> str:
         """What a parameter is called in the file."""
@@ -77,12 +79,14 @@ class Placement:
         return torch.arange(outputs)
 
 
-def file_tensors(model: PreTrainedModel, storage_dtype: torch.dtype, rounded_to: str | None) -> list[FileTensor]:
+def file_tensors(
+    model: PreTrainedModel, storage_dtype: torch.dtype, rounded_to: str | None, ternary: BlockType
+) -> list[FileTensor]:
     """Every tensor of the file, in the order of the model; nothing is packed yet."""
     config = portable_config(model, storage_dtype)
     row = architecture_of(str(config["model_type"]))
     assert row is not None
-    placement = Placement(row, head_size(config), tensor_names(config), storage_dtype, rounded_to)
+    placement = Placement(row, head_size(config), tensor_names(config), storage_dtype, rounded_to, ternary)
     found = list(_in_order(model, contents_in(model, storage_dtype).modules, placement))
     factors = rope_factors(config, placement.head_size)
     return found if factors is None else [*found, _vector(FACTORS, "", factors)]
@@ -127,7 +131,7 @@ def _replaced(name: str, module: CompressedModule, placement: Placement) -> Iter
         return
     in_file = placement.name(f"{name}.weight")
     rows_O, codes = placement.rows(in_file, form.shape[0]), code_table(form)
-    kind = None if codes is None else gguf.block_type(codes.tensor.grid, form.shape[1])
+    kind = None if codes is None else gguf.block_type(codes.tensor.grid, form.shape[1], placement.ternary)
     if codes is not None and kind is not None:
         yield _codes(in_file, name, codes.tensor, kind, rows_O)
     else:

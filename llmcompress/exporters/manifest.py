@@ -32,7 +32,7 @@ VERSION = 1
 class ManifestExporter(Exporter):
     """Codes without padding; `from_pretrained` loads the folder after `import llmcompress` and refuses it otherwise."""
 
-    limits: ClassVar[TargetLimits] = TargetLimits(rounded_embedding=True)
+    limits: ClassVar[TargetLimits] = TargetLimits(rounded_embedding=True, super_blocks=True)
     fix: ClassVar[str] = 'exclude the experts with `exclude: "*.experts.*"`, or use integer or fp8 schemes for them'
 
     how_to_run: ClassVar[str] = f"import llmcompress\n{Exporter.how_to_run}"
@@ -70,11 +70,12 @@ class ManifestExporter(Exporter):
         dtype, found = writing.storage_dtype, contents_in(model, writing.storage_dtype).differences
         config = portable_config(model, dtype)
         config["quantization_config"] = {"quant_method": METHOD, "version": VERSION, **found.to_json()}
-        replaced = {name: partial(_tensors, site, dtype) for name, site in quantized_linears(model).items()}
+        replaced = {name: partial(packed_codes, site, dtype) for name, site in quantized_linears(model).items()}
         files, size = write_model(model, folder, config, replaced, writing)
         return Saved(files, size, METHOD)
 
 
-def _tensors(site: QuantLinear, dtype: torch.dtype) -> dict[str, Tensor]:
+def packed_codes(site: QuantLinear, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a quantized linear in our own format."""
     (codes,) = (node for node in site.expression().nodes() if isinstance(node, Quantized))
     return packed.pack(codes, dtype)

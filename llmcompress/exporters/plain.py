@@ -32,7 +32,7 @@ class PlainExporter(Exporter):
     are exact.
     """
 
-    limits: ClassVar[TargetLimits] = TargetLimits(rounded_inputs=False)
+    limits: ClassVar[TargetLimits] = TargetLimits(rounded_inputs=False, super_blocks=True)
     fix: ClassVar[str] = "set `save.format: auto`"
 
     @override

@@ -17,7 +17,7 @@ def readme(report: ExportReport, exporter: Exporter) -> str:
         f"# {name}, {report.target}",
         "",
         f"`{name}` as compressed and exported by llmcompress for the target `{report.target}`: "
-        f"{report.bytes / 1e6:.1f} MB of weights{_types(report)}.",
+        f"{report.bytes / 1e6:.1f} MB of weights{_unpacked(report)}{_types(report)}.",
         "",
         "```" + exporter.language,
         exporter.how_to_run,
@@ -27,6 +27,11 @@ def readme(report: ExportReport, exporter: Exporter) -> str:
         *[f"- {note}" for note in report.notes],
     ]
     return "\n".join(lines) + "\n"
+
+
+def _unpacked(report: ExportReport) -> str:
+    """What an archive is once it is loaded."""
+    return "" if report.unpacked_bytes is None else f" at rest, {report.unpacked_bytes / 1e6:.1f} MB in memory"
 
 
 def _types(report: ExportReport) -> str:
@@ -55,4 +60,6 @@ def _checked(report: ExportReport) -> list[str]:
             f"{proof.perplexity_model:.3f} ({proof.tokens} tokens of {proof.text}, window {proof.window}, no BOS); "
             f"both hold the same token most likely at {proof.same_top:.1%} of the positions."
         )
+    if report.not_run is not None:
+        found.append(f"It was not run here: {report.not_run}.")
     return [*found, ""] if found else []

@@ -14,12 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompress.errors import CompressError
+from llmcompress.evaluation.device.peak_memory import MemoryRequest, peak_memory
 from llmcompress.evaluation.settings.perplexity import PerplexityTask
 from llmcompress.evaluation.texts import evaluation_text
 from llmcompress.exporters.base import Exporter
 from llmcompress.progress import LOG
+from llmcompress.records.cost import Memory
 from llmcompress.records.export_report import RuntimeProof
-from llmcompress.runners.base import Runner
+from llmcompress.runners.base import RUNNERS, Runner
 from llmcompress.runners.torch_runner import TorchRunner
 
 _WINDOW, _WINDOWS = 256, 4
@@ -28,12 +30,24 @@ TEXT = "builtin:evaluation"
 
 
 def runtime_proof(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exporter: Exporter, folder: Path
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    exporter: Exporter,
+    folder: Path,
+    *,
+    with_memory: bool = False,
 ) -> RuntimeProof | None:
-    """What the runtime computes with a folder, on about 1,000 tokens; None where it is not installed, which is logged.
+    """What the runtime computes with a folder, on about 1,000 tokens; None where it is not installed, or where the
+    target has no runner, which is logged.
+
+    `with_memory`: a fresh process, which holds nothing else, opens the folder once more and says how much memory it
+    takes.
 
     Raises: CompressError where the runtime cannot load the files.
     """
+    if exporter.cannot_run is not None:
+        LOG.info(f"the exported files were not run here: {exporter.cannot_run}")
+        return None
     try:
         runner = exporter.runner().open(str(folder), device=torch.device("cpu"), dtype=torch.float32)
     except CompressError as problem:
@@ -44,7 +58,22 @@ def runtime_proof(
     with runner, TorchRunner(model) as reference:
         task = PerplexityTask(source=TEXT, window=_WINDOW, max_windows=_WINDOWS, bos="never")
         text = evaluation_text(task, tokenizer, runner.max_positions)
-        return compare(runner, reference, text.windows, text=text.name)
+        found = compare(runner, reference, text.windows, text=text.name)
+    return found.model_copy(update={"memory": _memory(exporter, folder)}) if with_memory else found
+
+
+def _memory(exporter: Exporter, folder: Path) -> Memory:
+    request = MemoryRequest(
+        model=str(folder),
+        runtime=RUNNERS.name_of(exporter.runner()),
+        device="cpu",
+        dtype="float32",
+        threads=torch.get_num_threads(),
+        settings=((1, _PROMPT),),
+        new_tokens=_GREEDY,
+    )
+    (found,) = peak_memory(request)
+    return found
 
 
 @torch.inference_mode()

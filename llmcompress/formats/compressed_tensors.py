@@ -103,8 +103,10 @@ class Layout:
 
 def can_name(scheme: Scheme) -> bool:
     """Whether the format has a word for these weights at all."""
-    number = scheme.weights.number
-    return number is None or (number, scheme.weights.scales) in _FLOATS
+    grid = scheme.weights
+    if grid.number is None:
+        return grid.scales.super_block is None
+    return (grid.number, grid.scales) in _FLOATS
 
 
 def layout_of(scheme: Scheme, *, packable: bool = True, zero_points: ZeroPoints = "folded") -> Layout:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from llmcompress.modules.expression_leaves import Dense, Quantized
 from llmcompress.modules.scheme import Scheme
-from llmcompress.numerics.formats import TWO_LEVEL
 from llmcompress.numerics.quantized import QuantizedTensor
 
 Named = Mapping[str, Tensor]
@@ -38,13 +37,13 @@ def empty_dense(shape: tuple[int, int], dtype: torch.dtype, *, bias: bool) -> De
 def empty_codes(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype, *, bias: bool) -> Quantized:
     """A linear of that shape (O, I) that holds codes, without contents; `dtype` is that of its scales and bias."""
     grid = scheme.weights
-    scales = grid.scale_shape(*shape)
+    scales, shared = grid.scale_shape(*shape), grid.shared_shape(*shape)
     with torch.device("meta"):
         tensor = QuantizedTensor(
             torch.empty(shape, dtype=torch.int8),
             torch.empty(scales, dtype=dtype),
             None if grid.symmetric else torch.empty(scales, dtype=torch.int8),
-            torch.empty(1) if grid.scales == TWO_LEVEL else None,
+            None if shared is None else torch.empty(shared),
             grid,
         )
         return Quantized(

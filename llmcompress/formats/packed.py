@@ -36,6 +36,8 @@ def pack(form: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:
     """
     tensor, grid = form.tensor, form.tensor.grid
     packed_OB = pack_trits(tensor.codes) if grid.ternary else pack_bits(tensor.codes, grid.bits, grid.low)
+    if grid.scales.super_block is not None:
+        return {"weight": packed_OB, **_super_blocks(tensor), **_bias(form, dtype)}
     scale = scales_to_bytes(tensor.scale, grid.scales)
     fixed = form.input_scale
     found = {
@@ -44,7 +46,7 @@ def pack(form: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:
         "zero_point": tensor.zero_point,
         "input_scale": _bits(fixed) if form.activations == "group" or fixed is None else fixed.to(dtype),
         "shared_scale": _bits(tensor.shared_scale),
-        "bias": None if form.bias is None else form.bias.detach().to(dtype),
+        **_bias(form, dtype),
     }
     return {name: each for name, each in found.items() if each is not None}
 
@@ -52,6 +54,8 @@ def pack(form: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:
 def unpack(found: Named, scheme: Scheme, inputs: int, dtype: torch.dtype) -> Quantized:
     """What was packed, bit for bit; scales that lie in the file as bytes become `dtype`."""
     grid = scheme.weights
+    if grid.scales.super_block is not None:
+        return Quantized(_from_super_blocks(found, grid, inputs, dtype), bias=found.get("bias"))
     scale, shared, fixed = found["scale"], found.get("shared_scale"), found.get("input_scale")
     return Quantized(
         QuantizedTensor(
@@ -71,6 +75,36 @@ def unpack(found: Named, scheme: Scheme, inputs: int, dtype: torch.dtype) -> Qua
 def tensors(shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype, *, bias: bool) -> dict[str, Kind]:
     """Names, dtypes and shapes of what `pack` gives for a linear of that shape (O, I)."""
     return kinds(pack(empty_codes(shape, scheme, dtype, bias=bias), dtype))
+
+
+def _super_blocks(tensor: QuantizedTensor) -> dict[str, Tensor]:
+    """The integers of scales and minima without padding, and what super-blocks share as the bits of its float16."""
+    low, bits = tensor.grid.scales.integers[0], tensor.grid.scales.bits
+    assert bits is not None and tensor.shared_scale is not None
+    found = {
+        "scale": pack_bits(tensor.scale.to(torch.int8), bits, min(low, 0)),
+        "shared_scale": tensor.shared_scale.to(torch.float16).view(torch.int16),
+    }
+    if tensor.zero_point is not None:
+        found["zero_point"] = pack_bits(tensor.zero_point, bits, 0)
+    return found
+
+
+def _from_super_blocks(found: Named, grid: Grid, inputs: int, dtype: torch.dtype) -> QuantizedTensor:
+    low, bits, groups = min(grid.scales.integers[0], 0), grid.scales.bits, grid.groups(inputs)
+    assert bits is not None
+    minima = unpack_bits(found["zero_point"], bits, 0, groups) if grid.scales.minima else None
+    return QuantizedTensor(
+        _codes(found["weight"], grid, inputs),
+        unpack_bits(found["scale"], bits, low, groups).to(dtype),
+        minima,
+        found["shared_scale"].view(torch.float16).float(),
+        grid,
+    )
+
+
+def _bias(form: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {} if form.bias is None else {"bias": form.bias.detach().to(dtype)}
 
 
 def _codes(weight: Tensor, grid: Grid, inputs: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.formats import packed
-from llmcompress.modules.quant_linear import QuantLinear, quantized_linears
+from llmcompress.modules.quant_linear import QuantLinear, as_bits, quantized_linears
 
 
 class PackedLinear(nn.Module):
@@ -27,7 +27,8 @@ class PackedLinear(nn.Module):
         tensor = packed.unpack(found, site.scheme, site.in_features, self._dtype).tensor
         site.codes_OI, site.scale_OG, site.zero_OG = tensor.codes, tensor.scale, tensor.zero_point
         # float32 numbers stay the integers that casts leave alone
-        site.input_scale, site.shared_scale = found.get("input_scale"), found.get("shared_scale")
+        site.input_scale = found.get("input_scale")
+        site.shared_scale = None if tensor.shared_scale is None else as_bits(tensor.shared_scale)
         site.bias = self.bias
         return site
 

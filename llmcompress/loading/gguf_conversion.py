@@ -27,7 +27,7 @@ from transformers import (
 from llmcompress.errors import CompressError, is_out_of_memory
 from llmcompress.loading.quiet import loader_message, quiet_transformers
 from llmcompress.loading.versions import TRANSFORMERS_MAJOR
-from llmcompress.storage.cache import cache_folder
+from llmcompress.storage.paths import cache_folder
 
 _KEPT = 3
 """Converted files; those that were not used for longest go first."""

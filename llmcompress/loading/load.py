@@ -46,6 +46,8 @@ class Loaded:
     preflight: ModelFacts
     weights: MappedWeights | None = None
     """The memory-mapped weights, if the model is offloaded."""
+    commit: str | None = None
+    """On the Hub; None: it came from somewhere else."""
 
 
 def load_for_compression(
@@ -69,7 +71,7 @@ def load_for_compression(
     checked = checked or preflight(source, trust_remote_code=trust_remote_code, progress=progress)
     if scratch is None:
         model = _load(source, checked, dtype, trust_remote_code)
-        return Loaded(model, checked.tokenizer, source.name, source.folder, checked)
+        return Loaded(model, checked.tokenizer, source.name, source.folder, checked, commit=source.revision)
     return _load_mapped(source, checked, scratch, trust_remote_code)
 
 
@@ -99,6 +101,7 @@ def load(
     """
     source = find_source(str(path_or_id))
     config, _ = read_config(source.folder, may_be_quantized=True)
+    _refuse_other_runtime(config, source.folder)
     found = headers(source.folder, how_to_get_again=source.how_to_get_again)
     _refuse_incomplete_codes(found, source.folder)
     only_bfloat16 = _restores_to_bfloat16(config)
@@ -115,6 +118,18 @@ def load(
     if model.device != torch.device(device):  # transformers 4 refuses `to` for bitsandbytes in 8 bits, whatever it says
         model.to(device)
     return ModelAndTokenizer(model, read_tokenizer(source.folder, config))
+
+
+def _refuse_other_runtime(config: PretrainedConfig, folder: Path) -> None:
+    """ModelOpt's folders: transformers reads their codes as weights, without a scale and without an error."""
+    found = getattr(config, "quantization_config", None) or {}
+    if isinstance(found, dict) and str(found.get("quant_method", "")).startswith("modelopt"):
+        raise CompressError(
+            "model.other-runtime",
+            "these are weights for TensorRT-LLM (ModelOpt's format); PyTorch would read the codes without their scales",
+            where=str(folder),
+            fix=f"serve them with `trtllm-serve {folder}`, or give the folder that was exported",
+        )
 
 
 def _restores_to_bfloat16(config: PretrainedConfig) -> bool:
@@ -139,7 +154,7 @@ def _load_mapped(source: Source, checked: Preflight, scratch: Path, trust_remote
     )
     model.generation_config = checked.generation_config
     refuse_not_finite(weights, checked.headers)
-    return Loaded(model, checked.tokenizer, source.name, source.folder, checked, weights)
+    return Loaded(model, checked.tokenizer, source.name, source.folder, checked, weights, source.revision)
 
 
 def _from_pretrained(
@@ -160,6 +175,8 @@ def _from_pretrained(
     try:
         with quiet_transformers():
             model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except CompressError:  # of our own quantizer: a damaged archive
+        raise
     except Exception as problem:
         if is_out_of_memory(problem):
             raise

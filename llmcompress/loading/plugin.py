@@ -29,6 +29,8 @@ class ManifestConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.modules = manifest.pop("modules", {})
         self.shapes = manifest.pop("shapes", {})
         self.attributes = manifest.pop("attributes", {})
+        self.archive = manifest.pop("archive", {})
+        """Bytes of every entropy-coded tensor, by name; empty: the tensors are as they are."""
 
 
 @register_quantizer(METHOD)
@@ -38,6 +40,7 @@ class ManifestQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        from llmcompress.formats.archived_model import enter_archive
         from llmcompress.formats.packed_linear import enter_file_forms
         from llmcompress.modules.manifest import Manifest, apply_manifest
 
@@ -45,10 +48,13 @@ class ManifestQuantizer(HfQuantizer):  # type: ignore[misc]
         manifest = Manifest(config.modules, config.shapes, config.attributes)
         apply_manifest(model, manifest, model.dtype)
         enter_file_forms(model)
+        self._waiting = enter_archive(model, config.archive)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        from llmcompress.formats.archived_model import leave_archive
         from llmcompress.formats.packed_linear import leave_file_forms
 
+        leave_archive(model, self._waiting)
         leave_file_forms(model)
         return model
 

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llmcompress.errors import CompressError
+from llmcompress.formats import archive
 from llmcompress.loading.files import shortened_list, weight_files
 from llmcompress.storage.names import INDEX
 
@@ -49,6 +50,8 @@ class TensorHeader:
     shape: tuple[int, ...]
     file: Path
     bytes: int
+    archived: bool = False
+    """Whether the file holds its archived form (`formats/archive.py`); dtype and shape are the tensor's own."""
 
 
 def headers(folder: Path, *, how_to_get_again: str = "delete it and download it again") -> dict[str, TensorHeader]:
@@ -132,11 +135,40 @@ class Tensors:
 
     def __call__(self, header: TensorHeader) -> Tensor:
         """The tensor that a header tells of."""
-        if self._path != header.file:
-            self._file = safe_open(header.file, framework="pt")
-            self._path = header.file
+        self._open(header.file)
         found: Tensor = self._file.get_tensor(header.name)
-        return found
+        return archive.unpack(found) if header.archived else found
+
+    def start(self, header: TensorHeader, count: int) -> bytes:
+        """The first numbers of a tensor of bytes."""
+        self._open(header.file)
+        found: Tensor = self._file.get_slice(header.name)[:count]
+        return found.numpy().tobytes()
+
+    def _open(self, file: Path) -> None:
+        if self._path != file:
+            self._file = safe_open(file, framework="pt")
+            self._path = file
+
+
+def archived_headers(found: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
+    """The same tensors as they are once they are unpacked; `bytes` stays what they take in the file.
+
+    Raises: CompressError where one is no archived tensor.
+    """
+    read, headers_now = Tensors(), {}
+    for name, header in found.items():
+        try:
+            said, _ = archive.read_header(read.start(header, archive.LONGEST_HEADER))
+        except archive.BadArchive as problem:
+            raise CompressError(
+                "archive.damaged",
+                f"an archived tensor cannot be unpacked: {problem}",
+                where=f"{name} in {header.file.name}",
+                fix="get the whole folder again",
+            ) from problem
+        headers_now[name] = TensorHeader(name, said.dtype, said.shape, header.file, header.bytes, archived=True)
+    return headers_now
 
 
 def write_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, list[str]]:

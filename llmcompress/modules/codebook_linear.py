@@ -1,7 +1,7 @@
-"""A linear with a codebook for each column and some weights in full precision. O = outputs, I = inputs.
+"""A linear with a codebook for each column, or one for all, and some weights in full precision.
 
-A research format: exact about bytes, slow to run. C = columns of one bit width, L = levels, N = weights in full
-precision.
+A research format: exact about bytes, slow to run. O = outputs, I = inputs, C = columns of one bit width, L = levels,
+N = weights in full precision.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from llmcompress.numerics.packing import pack_bits, packed_bytes, unpack_bits
 class CodebookLinear(CompressedModule):
     """`width_I` gives the bit width of each column's codes; codes are packed, column by column, per width.
 
-    Weights at the flat positions `place_N` are `value_N`, regardless of their codes. The module stores in memory what
-    is stored on disk; the dense weight is computed in every call.
+    Levels are C×L, or 1×L where all columns share one codebook. Weights at the flat positions `place_N` are `value_N`,
+    regardless of their codes. The module stores in memory what is stored on disk; the dense weight is computed in every
+    call.
     """
 
     width_I: Tensor
@@ -77,6 +78,7 @@ class CodebookLinear(CompressedModule):
             "columns": {str(bits): len(self.get_buffer(f"codes_{bits}")) for bits in self.widths},
             "full": len(self.place_N),
             "bias": self.bias is not None,
+            **({"shared": True} if self._is_shared else {}),
         }
 
     @classmethod
@@ -84,15 +86,21 @@ class CodebookLinear(CompressedModule):
     def from_spec(cls, spec: Spec, dtype: torch.dtype) -> CodebookLinear:
         outputs = int(spec["outputs"])
         columns = {int(bits): int(count) for bits, count in spec["columns"].items()}
+        rows = {bits: 1 if spec.get("shared") else count for bits, count in columns.items()}
         return cls(
             outputs,
             torch.zeros(sum(columns.values()), dtype=torch.uint8),
             {b: torch.zeros(count, packed_bytes(outputs, b), dtype=torch.uint8) for b, count in columns.items()},
-            {b: torch.zeros(count, 1 << b, dtype=dtype) for b, count in columns.items()},
+            {b: torch.zeros(rows[b], 1 << b, dtype=dtype) for b in columns},
             torch.zeros(int(spec["full"]), dtype=torch.int32),
             torch.zeros(int(spec["full"]), dtype=dtype),
             torch.zeros(outputs, dtype=dtype) if spec["bias"] else None,
         )
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether all columns have one codebook."""
+        return self.in_features > 1 and all(len(self.get_buffer(f"levels_{bits}")) == 1 for bits in self.widths)
 
     @override
     def expression(self) -> Expression:
@@ -107,7 +115,7 @@ class CodebookLinear(CompressedModule):
         # codes of eight bits come back as int8, shifted by half their range
         low = -128 if bits == 8 else 0
         codes_CO = unpack_bits(self.get_buffer(f"codes_{bits}"), bits, low, self.out_features).to(torch.int16) - low
-        return ColumnCodes(self.width_I == bits, codes_CO, levels_CL)
+        return ColumnCodes(self.width_I == bits, codes_CO, levels_CL.expand(len(codes_CO), -1))
 
     @override
     def coded_weights(self) -> int:
@@ -137,7 +145,7 @@ class TwinOfCodebooks(TrainableTwin):
 
     def __init__(self, module: CodebookLinear, wanted: TrainableRoles) -> None:
         super().__init__(module)
-        self._of, self._storage = (module,), wanted.storage_dtype
+        self._of, self._storage, self._keep_zeros = (module,), wanted.storage_dtype, wanted.keep_zeros
         levels = {f"levels_{bits}": module.get_buffer(f"levels_{bits}") for bits in module.widths}
         for name, tensor in (*levels.items(), ("value_N", module.value_N), ("bias", module.bias)):
             role: Role = "scales" if name in levels else "biases" if name == "bias" else "weights"
@@ -148,7 +156,11 @@ class TwinOfCodebooks(TrainableTwin):
 
     def _stored(self, name: str) -> Tensor:
         """The values that would be stored now; the gradient passes."""
-        exact, first = self.get_parameter(name), self._of[0].get_buffer(name)
+        first = self._of[0].get_buffer(name)
+        trained: Tensor = self.get_parameter(name)
+        exact = (
+            trained * (first != 0) if self._keep_zeros else trained
+        )  # after a sparse pass zero is a level of its own
         near = exact.detach().to(self._storage).to(exact.dtype)
         return straight_through(exact, torch.where(exact.detach() == first, first, near))
 

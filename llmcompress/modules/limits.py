@@ -36,6 +36,8 @@ class TargetLimits:
     """No zero points."""
     integers_only: bool = False
     """No floats."""
+    super_blocks: bool = False
+    """K-quants: scales in two levels, of groups and of super-blocks of 256 inputs."""
     rounded_inputs: bool = True
     """Schemes may round activations."""
     rounded_embedding: bool = False
@@ -49,16 +51,22 @@ class TargetLimits:
         grid, group = scheme.weights, group_of(scheme, inputs)
         if self.integers_only and grid.number is not None:
             return f"it supports only integers, and {scheme.name} uses floats"
+        if grid.scales.super_block is not None and not self.super_blocks:
+            return f"it does not support the two levels of scales of {scheme.name}"
         if self.bits is not None and grid.bits not in self.bits:
             return f"it does not support {grid.bits}-bit codes"
         if self.symmetric_only and not grid.symmetric:
             return "it does not support zero points"
+        if grid.scales.super_block is not None and inputs % grid.scales.super_block:
+            return f"{inputs} inputs are no whole super-blocks of {grid.scales.super_block}"
         if self.positive_scales and grid.mirrors:
             return "it does not support negative scales"
         if group is None and not self.whole_rows:
             return "it does not support one scale per row"
         if group is not None and self.groups is not None and group not in self.groups:
             return f"it does not support groups of {group}"
+        if grid.scales.super_block is not None:
+            return None if self.rounded_inputs or not scheme.activations else "it does not support quantized activations"
         if self.group_multiple and (group or inputs) % self.group_multiple:
             what = f"groups of {group}" if group else f"rows of {inputs} inputs"
             return f"it does not support {what}, only multiples of {self.group_multiple}"

@@ -14,7 +14,6 @@ from llmcompress.modules.expression import Expression
 from llmcompress.modules.expression_leaves import Quantized
 from llmcompress.modules.scheme import Scheme, named_scheme
 from llmcompress.modules.trainable_codes import CodedModule
-from llmcompress.numerics.formats import TWO_LEVEL
 from llmcompress.numerics.grid import Fitted, round_to_codes
 from llmcompress.numerics.quantized import QuantizedTensor
 from llmcompress.numerics.ranges import fit
@@ -25,7 +24,7 @@ class QuantLinear(CodedModule):
     """Replaces `nn.Linear` (or Conv1D): `codes_OI` int8, `scale_OG`, `zero_OG` int8 (asymmetric), optional bias.
 
     `input_scale` exists for calibrated activations. Buffers follow `.to(dtype)`: scales have values of the checkpoint's
-    dtype, so casting the module there and back loses nothing. The float32 number shared by two-level scales
+    dtype, so casting the module there and back loses nothing. The float32 numbers of the second level of scales
     (`shared_scale`, and `input_scale` of such activations) would lose precision: its bits are stored as int32.
     """
 
@@ -87,7 +86,7 @@ class QuantLinear(CodedModule):
     def from_spec(cls, spec: Spec, dtype: torch.dtype) -> Self:
         scheme = named_scheme(str(spec["scheme"]))
         outputs, inputs = int(spec["outputs"]), int(spec["inputs"])
-        shape = scheme.weights.scale_shape(outputs, inputs)
+        shape, shared = scheme.weights.scale_shape(outputs, inputs), scheme.weights.shared_shape(outputs, inputs)
         bits = torch.int32 if scheme.activations == "group" else dtype
         return cls(
             scheme,
@@ -96,7 +95,7 @@ class QuantLinear(CodedModule):
             None if scheme.weights.symmetric else torch.zeros(shape, dtype=torch.int8),
             torch.zeros(outputs, dtype=dtype) if spec["bias"] else None,
             torch.ones(1, dtype=bits) if scheme.measures_inputs else None,
-            torch.ones(1, dtype=torch.int32) if scheme.weights.scales == TWO_LEVEL else None,
+            None if shared is None else torch.ones(shared, dtype=torch.int32),
         )
 
     @property

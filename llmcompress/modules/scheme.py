@@ -18,6 +18,7 @@ from llmcompress.numerics.formats import (
     STORED,
     TWO_LEVEL,
     NumberFormat,
+    super_blocks,
 )
 from llmcompress.numerics.grid import Grid
 
@@ -27,7 +28,7 @@ tensor, fixed by calibration; or one per group of inputs, found while running.""
 
 DESCRIPTION = (
     "int{2…8}_{gN|channel}[_asym|_positive], ternary_{gN|channel}, fp8_{gN|channel|tensor}, fp8e5m2_…, "
-    "fp4_{gN|channel}, nf4_{gN|channel}, mxfp4, mxfp8 or nvfp4; with rounded activations int, ternary and fp8 "
+    "fp4_{gN|channel}, nf4_{gN|channel}, mxfp4, mxfp8, nvfp4 or a K-quant of GGUF, q{2…6}_k; with rounded activations int, ternary and fp8 "
     "…_a8token or …_a8tensor, mx and nv …_a"
 )
 """The syntax of `scheme`, for option descriptions and errors."""
@@ -44,8 +45,23 @@ _FIXED: dict[str, Grid] = {
     "mxfp4": Grid.of(E2M1, 32, POWER_OF_TWO),
     "mxfp8": Grid.of(E4M3, 32, POWER_OF_TWO),
     "nvfp4": Grid.of(E2M1, 16, TWO_LEVEL),
+    "q2_k": Grid(2, False, 16, scales=super_blocks(4, (1, 15), minima=True)),
+    "q3_k": Grid(3, True, 16, scales=super_blocks(6, (-32, 31), minima=False)),
+    "q4_k": Grid(4, False, 32, scales=super_blocks(6, (1, 63), minima=True)),
+    "q5_k": Grid(5, False, 32, scales=super_blocks(6, (1, 63), minima=True)),
+    "q6_k": Grid(6, True, 16, scales=super_blocks(8, (-128, 127), minima=False)),
 }
-"""Formats whose groups and scales are part of their definition."""
+"""Formats whose groups and scales are part of their definition; `q2_k` to `q6_k` are ggml's K-quants."""
+
+_WITHOUT_SUPER_BLOCKS = {
+    "q2_k": "int4_g32",
+    "q3_k": "int4_g32",
+    "q4_k": "int5_g32",
+    "q5_k": "int5_g32_asym",
+    "q6_k": "int8_g32",
+}
+"""Of rows that are no whole super-blocks: Q4_0, Q5_0, Q5_1 and Q8_0. Source: `tensor_type_fallback` in llama-quant.cpp
+of llama.cpp. Differs: Q4_0 for IQ4_NL, which has the same size."""
 
 _NAME = re.compile(
     r"(?P<number>int[2-8]|ternary|fp8|fp8e5m2|fp4|nf4)_(?:g(?P<group>[1-9]\d*)|(?P<size>channel|tensor))"
@@ -77,6 +93,11 @@ class Scheme:
         """Whether activation scales are calibrated."""
         return self.activations == "tensor" or (self.activations == "group" and self.weights.scales == TWO_LEVEL)
 
+    def without_super_blocks(self) -> Scheme | None:
+        """What llama.cpp takes for rows that are no whole super-blocks; None of other schemes."""
+        instead = _WITHOUT_SUPER_BLOCKS.get(self.name)
+        return None if instead is None else named_scheme(instead)
+
     def with_group(self, group: int | None) -> Scheme:
         """The same numbers with another group size; a format with its own group size becomes its plain variant."""
         other = replace(self.weights, group=group, scales=SINGLE if self.weights.scales.single else STORED)
@@ -91,7 +112,9 @@ class Scheme:
 
     def with_positive_scales(self) -> Scheme:
         """The same numbers without negative scales, which most schemes do not have anyway."""
-        return replace(self, weights=replace(self.weights, positive_scales=True)) if self.weights.mirrors else self
+        if self.weights.scales.super_block is not None or not self.weights.mirrors:
+            return self
+        return replace(self, weights=replace(self.weights, positive_scales=True))
 
     def bits_per_weight(self, outputs: int, inputs: int, scale_bits: int) -> float:
         """Stored bits ÷ weights: codes, scales and (asymmetric) packed zero points."""
@@ -106,7 +129,7 @@ def named_scheme(name: str) -> Scheme:
     Raises: CompressError for any other name.
     """
     for fixed, grid in _FIXED.items():
-        if name in (fixed, f"{fixed}_a"):
+        if name == fixed or (name == f"{fixed}_a" and grid.number is not None):
             return Scheme(grid, "group" if name.endswith("_a") else None)
     found = _NAME.fullmatch(name)
     if found is None or not _makes_sense(found):
@@ -141,7 +164,7 @@ def _unknown(name: str) -> CompressError:
     endings = ("", "_asym", "_positive", "_a8token", "_a8tensor")
     tried = (_NAME.fullmatch(f"{each}_{size}{end}") for each in numbers for size in sizes for end in endings)
     known = [found[0] for found in tried if found and _makes_sense(found)]
-    known += [*_FIXED, *(f"{each}_a" for each in _FIXED)]
+    known += [*_FIXED, *(f"{each}_a" for each, grid in _FIXED.items() if grid.number is not None)]
     nearest = near_names(name, known)
     hint = f"did you mean `{nearest[0]}`? Schemes are " if nearest else "write "
     return CompressError(

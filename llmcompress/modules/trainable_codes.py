@@ -16,9 +16,9 @@ from llmcompress.numerics.fake_quant import (
     fake_quantized,
     gradient_times,
     restored,
-    rounded_integers,
     step_gradient_factor,
     storable_scales,
+    storable_zeros,
 )
 from llmcompress.numerics.grid import Fitted, restore, round_to_codes, spread
 from llmcompress.numerics.quantized import QuantizedTensor
@@ -113,11 +113,11 @@ class TwinOfCodes(TrainableTwin):
         """Scales and zero points as they would be stored now, with their gradients."""
         first_OG, shared = self.get_buffer("first_scale_OG"), self._buffers["shared"]
         scale_OG = gradient_times(self.get_parameter("scale_OG"), self._factor)
-        scale_OG = storable_scales(scale_OG, first_OG, self._grid.scales, self._storage, shared)
+        scale_OG = storable_scales(scale_OG, first_OG, self._grid, self._storage, shared)
         if self._grid.symmetric:
             return Fitted(self._grid, scale_OG, torch.zeros_like(first_OG), shared)
         zero_OG = gradient_times(self.get_parameter("zero_OG"), self._factor)
-        zero_OG = rounded_integers(zero_OG, self._grid.low, self._grid.high, clip=False)
+        zero_OG = storable_zeros(zero_OG, scale_OG, self._grid, shared)
         return Fitted(self._grid, scale_OG, zero_OG, shared)
 
     @override

@@ -155,30 +155,32 @@ class RoundToGrid:
         self.fitted = fit(weight_OI, grid, scale_dtype=scale_dtype, search=search, gram_II=gram_II)
         self.codes_IO = torch.zeros(inputs, len(weight_OI), dtype=torch.int8, device=weight_OI.device)
         self._order = list(range(inputs)) if order_I is None else order_I.tolist()
-        self.every = grid.group if grid.group is not None and order_I is None else 0
+        self.every = grid.span if grid.span is not None and order_I is None else 0
         self._grid, self._scale_dtype, self._search, self._gram_II = grid, scale_dtype, search, gram_II
-        self._row_grid = replace(grid, group=None)
+        self._span_grid = grid if grid.scales.super_block is not None else replace(grid, group=None)
         # the sweep makes thousands of small steps: scales of a group lie side by side, rows are cut out once
         self._scale_GO = self.fitted.scale_OG.T.expand(-1, len(weight_OI)).contiguous()
         self._zero_GO = self.fitted.zero_OG.T.expand(-1, len(weight_OI)).contiguous()
         self._code_rows = self.codes_IO.unbind()
 
     def begin(self, column: int, ahead_BO: Tensor) -> None:
-        """At a group's first column: fit its scales again, now that earlier errors have been repaired."""
-        group = column // self.every
+        """At the first column of a group or a super-block: fit its scales again, as earlier errors have been repaired."""
         weight_ON = ahead_BO[: self.every].T
         stop = column + weight_ON.shape[1]
         again = fit(
             weight_ON,
-            self._row_grid,
+            self._span_grid,
             scale_dtype=self._scale_dtype,
             search=self._search,
             gram_II=self._gram_II[column:stop, column:stop],
             shared=self.fitted.shared,
         )
-        self.fitted.scale_OG[:, group] = again.scale_OG[:, 0]
-        self.fitted.zero_OG[:, group] = again.zero_OG[:, 0]
-        self._scale_GO[group], self._zero_GO[group] = again.scale_OG[:, 0], again.zero_OG[:, 0]
+        first = column // (self._grid.group or self.every)
+        groups = slice(first, first + again.scale_OG.shape[1])
+        self.fitted.scale_OG[:, groups], self.fitted.zero_OG[:, groups] = again.scale_OG, again.zero_OG
+        self._scale_GO[groups], self._zero_GO[groups] = again.scale_OG.T, again.zero_OG.T
+        if again.shared is not None and self.fitted.shared is not None and self._grid.scales.super_block is not None:
+            self.fitted.shared[:, column // self.every] = again.shared[:, 0]
 
     def __call__(self, column: int, weight_O: Tensor) -> Tensor:
         """Nearest grid values of one column."""

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from llmcompress.numerics.formats import E4M3, POWER_OF_TWO, TWO_LEVEL, NumberFormat, ScaleKind, power_of_two
-from llmcompress.numerics.grid import Fitted, Grid, flat, grouped
+from llmcompress.numerics.formats import E4M3, POWER_OF_TWO, TWO_LEVEL, NumberFormat, power_of_two
+from llmcompress.numerics.grid import Fitted, Grid, flat, grouped, of_groups
 
 _NARROWEST = 2.0**-8
 """Of where it began: a trained scale that came nearer to zero would lose its sign, or divide by nothing."""
@@ -83,7 +83,7 @@ def fake_quantized(weight_OI: Tensor, fitted: Fitted, *, clip: bool = True) -> T
     if grid.number is not None:
         return flat(rounded_numbers(scaled_OGN, grid.number, clip=clip) * scale_OG1, inputs)
     codes_OGN = rounded_integers(scaled_OGN + zero_OG1, grid.low, grid.high, clip=clip)
-    return flat((codes_OGN - zero_OG1) * scale_OG1, inputs)
+    return flat(_integers_restored(codes_OGN, fitted), inputs)
 
 
 def restored(codes_OI: Tensor, fitted: Fitted) -> Tensor:
@@ -95,7 +95,15 @@ def restored(codes_OI: Tensor, fitted: Fitted) -> Tensor:
     codes_OGN, scale_OG1 = grouped(codes_OI, grid), fitted.scale_OG[..., None]
     if grid.number is not None:
         return flat(grid.number.decode(codes_OGN, dtype) * scale_OG1, inputs)
-    return flat((codes_OGN.to(dtype) - fitted.zero_OG[..., None]) * scale_OG1, inputs)
+    return flat(_integers_restored(codes_OGN.to(dtype), fitted), inputs)
+
+
+def _integers_restored(codes_OGN: Tensor, fitted: Fitted) -> Tensor:
+    grid, scale_OG = fitted.grid, fitted.scale_OG
+    if not grid.scales.minima:
+        return (codes_OGN - fitted.zero_OG[..., None]) * scale_OG[..., None]
+    minimum_OG = straight_through((fitted.zero_OG - grid.low) * scale_OG, fitted.minimum_OG().detach())
+    return (codes_OGN - grid.low) * scale_OG[..., None] - minimum_OG[..., None]
 
 
 def step_gradient_factor(grid: Grid, outputs: int, inputs: int) -> float:
@@ -111,18 +119,33 @@ def step_gradient_factor(grid: Grid, outputs: int, inputs: int) -> float:
     return float((weights * steps) ** -0.5)
 
 
+def storable_zeros(zero_OG: Tensor, scale_OG: Tensor, grid: Grid, shared: Tensor | None) -> Tensor:
+    """The nearest zero points, or zeros of the minima, that can be stored beside these scales; the gradient passes."""
+    if not grid.scales.minima:
+        return rounded_integers(zero_OG, grid.low, grid.high, clip=False)
+    now = Fitted(grid, scale_OG.detach(), zero_OG.detach(), shared)
+    stored = Fitted.of_stored(grid, now.stored_OG(), now.stored_zero_OG(), shared)
+    return straight_through(zero_OG, stored.zero_OG)
+
+
 def storable_scales(
-    scale_OG: Tensor, first_OG: Tensor, kind: ScaleKind, dtype: torch.dtype, shared: Tensor | None
+    scale_OG: Tensor, first_OG: Tensor, grid: Grid, dtype: torch.dtype, shared: Tensor | None
 ) -> Tensor:
     """The nearest scales that can be stored, of the sign that `first_OG` had; the gradient passes.
 
     A scale that is where it began stays so to the bit, whatever it was.
     """
-    exact_OG, sign_OG = scale_OG.detach(), first_OG.sign()
+    kind, exact_OG, sign_OG = grid.scales, scale_OG.detach(), first_OG.sign()
     length_OG = torch.maximum(exact_OG * sign_OG, first_OG.abs() * _NARROWEST)
     if kind == POWER_OF_TWO:
         # the nearest by ratio, hence half-way at √2; a power of two itself stays far from every border
         near_OG = power_of_two(length_OG * 2**0.5, 0, dtype)
+    elif kind.super_block is not None:
+        assert shared is not None, "super-blocks share a scale"
+        unit_OG = of_groups(shared[..., 0], grid, scale_OG.shape[1]) * sign_OG
+        low_OG = torch.where(unit_OG > 0, 1, kind.integers[0])
+        high_OG = torch.where(unit_OG > 0, kind.integers[1], -1)
+        near_OG = (length_OG / unit_OG).round().clamp(low_OG, high_OG) * unit_OG
     elif kind == TWO_LEVEL:
         assert shared is not None, "two levels share a scale"
         near_OG = E4M3.nearest(length_OG * shared).clamp_min(2.0**-9) / shared

@@ -225,13 +225,27 @@ class ScaleKind:
     name: str
     bits: int | None = None
     shared_bits: int = 0
-    """Bits of a second scale, one per matrix."""
+    """Bits of a second scale, one per matrix or one per super-block."""
     single: bool = False
     """One scale per matrix and no other."""
+    super_block: int | None = None
+    """Inputs of a row that share a second scale, a float16; the scale of each of their groups is an integer times it.
+    """
+    integers: tuple[int, int] = (0, 0)
+    """The smallest and the largest of these integers."""
+    minima: bool = False
+    """Weight = (code - lowest code) · scale - minimum. The minima of groups are integers times a third float16 of the
+    super-block, from 0 to the largest integer."""
 
     def width(self, checkpoint_bits: int) -> int:
-        """Stored bits of one group's scale."""
-        return checkpoint_bits if self.bits is None else self.bits
+        """Stored bits of one group's scale, and of its minimum."""
+        one = checkpoint_bits if self.bits is None else self.bits
+        return 2 * one if self.minima else one
+
+    @property
+    def depends_on_all_rows(self) -> bool:
+        """Whether a scale is one of the whole matrix."""
+        return self.single or (self.shared_bits > 0 and self.super_block is None)
 
 
 STORED = ScaleKind("stored")
@@ -243,6 +257,14 @@ POWER_OF_TWO = ScaleKind("power of two", bits=8)
 
 TWO_LEVEL = ScaleKind("two levels", bits=8, shared_bits=32)
 """E4M3 per group, divided by one float32 per matrix that brings the largest of them near 448."""
+
+
+def super_blocks(bits: int, integers: tuple[int, int], *, minima: bool) -> ScaleKind:
+    """The scales of K-quants: of so many bits, in super-blocks of 256 inputs.
+
+    Source: `block_q2_K` to `block_q6_K` in ggml-common.h of ggml.
+    """
+    return ScaleKind(f"super-blocks of {bits}-bit scales", bits, 16, False, 256, integers, minima)
 
 
 def power_of_two(largest_OG: Tensor, exponent: int, dtype: torch.dtype) -> Tensor:

@@ -76,6 +76,6 @@ def swept_codes(
     treat: ColumnTreatment = rounding
     if pruned_OI is not None and bool(pruned_OI.any()):
         treat = DropWeights(pruned_OI.T[visit_I], rounding)
-    lazy = visit.block if order_I is not None else block_length(grid.group, visit.block)
+    lazy = visit.block if order_I is not None else block_length(grid.span, visit.block)
     loss_O = sweep_columns_(visited_IO, factor.upper_II, treat, block=lazy)
     return Swept(rounding.codes_IO.T.contiguous(), rounding.fitted, loss_O)

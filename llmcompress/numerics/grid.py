@@ -84,18 +84,33 @@ class Grid:
         """Shape of `scale_OG`: one row when all outputs share the scale."""
         return (1 if self.scales.single else outputs, self.groups(inputs))
 
+    @property
+    def span(self) -> int | None:
+        """Inputs that must stay together, as they share scales: a group or a super-block; None: the whole row."""
+        return self.scales.super_block or self.group
+
+    def shared_shape(self, outputs: int, inputs: int) -> tuple[int, ...] | None:
+        """Shape of the second level of scales; of super-blocks outputs, super-blocks, and 1 or 2 (with minima)."""
+        if self.scales.super_block is not None:
+            return outputs, -(-inputs // self.scales.super_block), 2 if self.scales.minima else 1
+        return (1,) if self.scales.shared_bits else None
+
     def scale_bits(self, outputs: int, inputs: int, checkpoint_bits: int) -> int:
-        """Stored bits of all scales and zero points of a matrix."""
+        """Stored bits of all scales, minima and zero points of a matrix."""
         rows, groups = self.scale_shape(outputs, inputs)
-        one = self.scales.width(checkpoint_bits) + (0 if self.symmetric else self.bits)
-        return rows * groups * one + self.scales.shared_bits
+        has_zero = not self.symmetric and not self.scales.minima
+        one = self.scales.width(checkpoint_bits) + (self.bits if has_zero else 0)
+        shared = self.shared_shape(outputs, inputs)
+        return rows * groups * one + (0 if shared is None else math.prod(shared) * self.scales.shared_bits)
 
 
 @dataclass(frozen=True)
 class Fitted:
     """A grid with its numbers: `scale_OG` holds values of the stored type, `zero_OG` integers, as floats both.
 
-    `shared` (float32, one element) is what the E4M3 values of two-level scales were divided by.
+    `shared` (float32) is the second level of scales: one element by which E4M3 values were divided; or O×S×1 float16
+    values that the integers of S super-blocks in a row are multiplied by, O×S×2 where groups have minima. The zero of a
+    group with a minimum is the code, no integer, at which its line passes through zero.
     """
 
     grid: Grid
@@ -106,20 +121,57 @@ class Fitted:
     @classmethod
     def of_stored(cls, grid: Grid, stored_OG: Tensor, zero_OG: Tensor | None, shared: Tensor | None) -> Fitted:
         """From scales as they are stored."""
+        if grid.scales.super_block is not None:
+            assert shared is not None, "super-blocks share a scale"
+            return cls._of_integers(grid, stored_OG.float(), zero_OG, shared.float())
         scale_OG = stored_OG if shared is None else stored_OG.float() / shared
         return cls(
             grid, scale_OG, torch.zeros_like(scale_OG) if zero_OG is None else zero_OG.to(scale_OG.dtype), shared
         )
 
-    def rows(self, piece: slice) -> Fitted:
+    @classmethod
+    def _of_integers(cls, grid: Grid, integer_OG: Tensor, minimum_OG: Tensor | None, shared_OSL: Tensor) -> Fitted:
+        scale_OG = integer_OG * of_groups(shared_OSL[..., 0], grid, integer_OG.shape[1])
+        if minimum_OG is None:
+            return cls(grid, scale_OG, torch.zeros_like(scale_OG), shared_OSL)
+        step_OG = of_groups(shared_OSL[..., 1], grid, integer_OG.shape[1])
+        return cls(grid, scale_OG, minimum_OG.float() * step_OG / scale_OG + grid.low, shared_OSL)
+
+    def rows(self, piece: slice | Tensor) -> Fitted:
         """The same for some of the outputs."""
         if self.grid.scales.single:
             return self
-        return replace(self, scale_OG=self.scale_OG[piece], zero_OG=self.zero_OG[piece])
+        shared = self.shared
+        if shared is not None and self.grid.scales.super_block is not None:
+            shared = shared[piece]
+        return replace(self, scale_OG=self.scale_OG[piece], zero_OG=self.zero_OG[piece], shared=shared)
 
     def stored_OG(self) -> Tensor:
-        """The scales as they are stored: of two levels, the E4M3 values."""
-        return self.scale_OG if self.shared is None else E4M3.nearest(self.scale_OG * self.shared)
+        """The scales as they are stored: of two levels the E4M3 values, of super-blocks the integers."""
+        if self.shared is None:
+            return self.scale_OG
+        if self.grid.scales.super_block is None:
+            return E4M3.nearest(self.scale_OG * self.shared)
+        return (self.scale_OG / of_groups(self.shared[..., 0], self.grid, self.scale_OG.shape[1])).round()
+
+    def stored_zero_OG(self) -> Tensor | None:
+        """Zero points as they are stored, int8; the integers of minima where groups have these instead."""
+        if self.grid.symmetric:
+            return None
+        zero_OG = self._minimum_integers() if self.grid.scales.minima else self.zero_OG
+        return zero_OG.to(torch.int8)
+
+    def minimum_OG(self) -> Tensor:
+        """What is subtracted in every group of a grid with minima."""
+        return self._minimum_integers() * self._minimum_steps()
+
+    def _minimum_integers(self) -> Tensor:
+        exact_OG = (self.zero_OG - self.grid.low) * self.scale_OG / self._minimum_steps()
+        return exact_OG.round().clamp(0, self.grid.scales.integers[1])
+
+    def _minimum_steps(self) -> Tensor:
+        assert self.shared is not None, "super-blocks share a scale"
+        return of_groups(self.shared[..., 1], self.grid, self.scale_OG.shape[1])
 
 
 def round_to_codes(weight_OI: Tensor, fitted: Fitted) -> Tensor:
@@ -137,6 +189,9 @@ def restore(codes_OI: Tensor, fitted: Fitted) -> Tensor:
     """The float weights that codes stand for, in the scales' dtype."""
     grid, inputs, dtype = fitted.grid, codes_OI.shape[1], fitted.scale_OG.dtype
     codes_OGN, scale_OG1 = grouped(codes_OI, grid), fitted.scale_OG[..., None]
+    if grid.scales.minima:
+        from_low_OGN = codes_OGN.to(dtype, copy=True).sub_(grid.low)
+        return flat(from_low_OGN.mul_(scale_OG1).sub_(fitted.minimum_OG()[..., None]), inputs)
     if grid.number is not None:
         # one rounding, of the product: table values and two-level scales have no exact form in 16 bits
         work = torch.promote_types(dtype, torch.float32)
@@ -149,6 +204,12 @@ def spread(per_group_OG: Tensor, grid: Grid, inputs: int) -> Tensor:
     if grid.group is None:
         return per_group_OG
     return per_group_OG.repeat_interleave(grid.group, dim=1)[:, :inputs]
+
+
+def of_groups(shared_OS: Tensor, grid: Grid, groups: int) -> Tensor:
+    """What super-blocks share, for each of their groups."""
+    assert grid.scales.super_block is not None and grid.group is not None
+    return shared_OS.repeat_interleave(grid.scales.super_block // grid.group, 1)[:, :groups]
 
 
 def output_error(difference_OI: Tensor, gram_II: Tensor) -> Tensor:

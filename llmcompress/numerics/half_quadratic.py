@@ -10,8 +10,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from llmcompress.numerics.formats import STORED
 from llmcompress.numerics.grid import Fitted, Grid, grouped
 from llmcompress.numerics.ranges import fit, lesser
+from llmcompress.numerics.super_blocks import with_super_blocks
 
 
 def half_quadratic_fit(
@@ -34,6 +36,11 @@ def half_quadratic_fit(
     them, so the scale is solved for too.
     """
     assert grid.number is None, "half-quadratic fits are made for integers"
+    if grid.scales.super_block is not None:  # quantized at the end, as they are
+        free = half_quadratic_fit(
+            weight_OI, replace(grid, scales=STORED), power=power, beta=beta, growth=growth, steps=steps
+        )
+        return with_super_blocks(weight_OI, free, grid, refine=False)
     weight_OGN, there_GN = grouped(weight_OI, grid), _there(weight_OI, grid)
     best = current = fit(weight_OI, grid, scale_dtype=scale_dtype)
     best_error_OG = _error(weight_OGN, best, power)

@@ -21,18 +21,18 @@ class QuantizedTensor:
     codes: Tensor
     """O×I int8: integers, bit patterns of 8-bit floats or places in a table, as the grid's number format says."""
     scale: Tensor
-    """O×G, or 1×G where all outputs share it; of two-level scales the E4M3 values."""
+    """O×G, or 1×G where all outputs share it; of two-level scales the E4M3 values, of super-blocks the integers."""
     zero_point: Tensor | None
-    """O×G int8 of an asymmetric grid."""
+    """O×G int8 of an asymmetric grid; of one with minima, their integers."""
     shared_scale: Tensor | None
-    """Float32, one element: what two-level scales are divided by."""
+    """Float32: what two-level scales are divided by, one element; what the integers of super-blocks are multiplied by,
+    O×S×1 or, with minima, O×S×2."""
     grid: Grid
 
     @classmethod
     def of(cls, codes_OI: Tensor, fitted: Fitted) -> QuantizedTensor:
         """From the result of rounding."""
-        zero_OG = None if fitted.grid.symmetric else fitted.zero_OG.to(torch.int8)
-        return cls(codes_OI, fitted.stored_OG(), zero_OG, fitted.shared, fitted.grid)
+        return cls(codes_OI, fitted.stored_OG(), fitted.stored_zero_OG(), fitted.shared, fitted.grid)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -58,15 +58,24 @@ class QuantizedTensor:
         """The same for some of the outputs, in the order chosen."""
         scale_OG = self.scale if self.grid.scales.single else self.scale[chosen]
         zero_OG = None if self.zero_point is None else self.zero_point[chosen]
-        return replace(self, codes=self.codes[chosen], scale=scale_OG, zero_point=zero_OG)
+        shared = self.shared_scale
+        if shared is not None and self.grid.scales.super_block is not None:
+            shared = shared[chosen]
+        return replace(self, codes=self.codes[chosen], scale=scale_OG, zero_point=zero_OG, shared_scale=shared)
 
     def centred_codes(self) -> Tensor:
-        """O×I int16: each code less its zero point (or the code of 0), so that 0 is a weight of zero."""
+        """O×I int16: each code less its zero point (or the code of 0), so that 0 is a weight of zero.
+
+        Of a grid with minima, which need not have a zero, less the code nearest to it.
+        """
         codes_OI, inputs = self.codes.to(torch.int16), self.shape[1]
         if self.grid.number is not None:
             return codes_OI - self.grid.number.encode(torch.zeros(1, device=self.codes.device)).to(torch.int16)
         if self.zero_point is None:
             return codes_OI
+        if self.grid.scales.minima:
+            nearest_OG = self.fitted.zero_OG.round().clamp(self.grid.low, self.grid.high).to(torch.int16)
+            return codes_OI - spread(nearest_OG, self.grid, inputs)
         return codes_OI - self.zero_point.to(torch.int16).repeat_interleave(self.grid.length(inputs), 1)[:, :inputs]
 
     @property

@@ -10,10 +10,19 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from llmcompress.numerics.formats import E4M3, POWER_OF_TWO, TWO_LEVEL, NumberFormat, power_of_two, shared_scale
+from llmcompress.numerics.formats import (
+    E4M3,
+    POWER_OF_TWO,
+    STORED,
+    TWO_LEVEL,
+    NumberFormat,
+    power_of_two,
+    shared_scale,
+)
 from llmcompress.numerics.grid import Fitted, Grid, grouped, row_pieces
+from llmcompress.numerics.rounding_error import per_scale, rounding_error, seen_by_groups
+from llmcompress.numerics.super_blocks import chosen_super_blocks, per_super_block, with_super_blocks
 
 RangeSearch = Literal["minmax", "mse", "joint"]
 """Cover a group's whole range, or the shrunken range with the least rounding error; joint: besides, scales with every
@@ -44,12 +53,18 @@ def fit(
     With `search="joint"` thirteen scales are tried after that, each with both signs or with three zero points: two to
     four times the trials. Grids of floats have neither.
 
+    In super-blocks the search also makes minima real numbers, and looks for the best integers (`with_super_blocks`).
+
     A ternary grid has no range to cover: its scale is the mean magnitude of what is not zero, and a search widens it.
 
     Source: Jacob et al., arXiv 1712.05877, section 2 (range includes 0, zero is exact); Ma et al., arXiv 2402.17764
     (ternary: mean magnitude);
     Lin et al., arXiv 2306.00978 (clipping per row and group).
     """
+    if grid.scales.super_block is not None:
+        free = fit(weight_OI, replace(grid, scales=STORED), search=search, gram_II=gram_II)
+        gram_GNN = None if gram_II is None else seen_by_groups(gram_II, grid)
+        return with_super_blocks(weight_OI, free, grid, gram_GNN=gram_GNN, refine=search != "minmax")
     grouped_OGN = grouped(weight_OI, grid)
     top_OG = grouped_OGN.amax(-1).clamp_min(0)
     bottom_OG = grouped_OGN.amin(-1).clamp_max(0)
@@ -65,7 +80,7 @@ def fit(
     best = _from_range(bottom_OG, top_OG, grid, scale_dtype, shared)
     if search == "minmax":
         return best
-    gram_GNN = None if gram_II is None else _seen_by_groups(gram_II, grid)
+    gram_GNN = None if gram_II is None else seen_by_groups(gram_II, grid)
     ranges = _Ranges(bottom_OG, top_OG, scale_dtype, shared)
 
     def searched(weight_OGN: Tensor, ranges: _Ranges, first: Fitted) -> Fitted:
@@ -87,9 +102,12 @@ def fit(
 def lesser(first: Fitted, second: Fitted, error_first_OG: Tensor, error_second_OG: Tensor) -> Fitted:
     """Of two fits of the same weights, for every scale the one with the lesser error; the second where equal.
 
-    Errors may be O×1, then whole rows are taken; groups that share a scale use the sum.
+    Errors may be O×1, then whole rows are taken; groups that share a scale use the sum, those of a super-block too.
     """
-    better_OG = _per_scale(error_first_OG, first.grid) < _per_scale(error_second_OG, first.grid)
+    if first.grid.scales.super_block is not None:
+        better_OS = _by_super_block(error_first_OG, first.grid) < _by_super_block(error_second_OG, first.grid)
+        return chosen_super_blocks(first, second, better_OS)
+    better_OG = per_scale(error_first_OG, first.grid) < per_scale(error_second_OG, first.grid)
     return replace(
         second,
         scale_OG=torch.where(better_OG, first.scale_OG, second.scale_OG),
@@ -97,18 +115,8 @@ def lesser(first: Fitted, second: Fitted, error_first_OG: Tensor, error_second_O
     )
 
 
-def _seen_by_groups(gram_II: Tensor, grid: Grid) -> Tensor:
-    """The part of the Gram matrix that each group sees alone: G×N×N; of wide groups the diagonal, G×1×N."""
-    inputs = len(gram_II)
-    groups, length = grid.groups(inputs), grid.length(inputs)
-    missing = groups * length - inputs
-    if length > _WIDE:
-        return functional.pad(gram_II.diagonal(), (0, missing)).view(groups, 1, length)
-    seen_GNN = gram_II.new_zeros(groups, length, length)
-    for group, start in enumerate(range(0, inputs, length)):
-        part_NN = gram_II[start : start + length, start : start + length]
-        seen_GNN[group, : len(part_NN), : len(part_NN)] = part_NN
-    return seen_GNN
+def _by_super_block(error_OG: Tensor, grid: Grid) -> Tensor:
+    return error_OG if error_OG.shape[1] == 1 else per_super_block(error_OG, grid)
 
 
 def _steps(grid: Grid) -> tuple[tuple[float, ...], ...]:
@@ -127,9 +135,6 @@ _FINE = (-0.05, 0.05)
 _WIDER = ((0.25, 0.5, 0.75), (-0.125, 0.125))
 """Of normal weights the best ternary scale is 1.53 times their mean magnitude."""
 _JOINT_FACTORS = tuple(0.4 + 0.06 * step for step in range(13))
-_WIDE = 256
-_CACHED = 1 << 17
-"""Weights whose errors are found at a time: all that is made of them on the way stays in the cache."""
 _NARROWEST, _WIDEST = 0.5, 2.0
 
 
@@ -148,14 +153,14 @@ class _Ranges(NamedTuple):
 def _search(grouped_OGN: Tensor, ranges: _Ranges, best: Fitted, gram_GNN: Tensor | None) -> Fitted:
     bottom_OG, top_OG, scale_dtype, shared = ranges
     grid = best.grid
-    best_error_OG = _error(grouped_OGN, best, gram_GNN)
+    best_error_OG = rounding_error(grouped_OGN, best, gram_GNN)
     factor_OG = torch.ones_like(top_OG)
     for steps in _steps(grid):
         around_OG = factor_OG
         for step in steps:
             tried_OG = (around_OG + step).clamp(_NARROWEST, _WIDEST)
             trial = _from_range(bottom_OG * tried_OG, top_OG * tried_OG, grid, scale_dtype, shared)
-            error_OG = _error(grouped_OGN, trial, gram_GNN)
+            error_OG = rounding_error(grouped_OGN, trial, gram_GNN)
             best = lesser(trial, best, error_OG, best_error_OG)
             factor_OG = torch.where(error_OG < best_error_OG, tried_OG, factor_OG)
             best_error_OG = torch.where(error_OG < best_error_OG, error_OG, best_error_OG)
@@ -169,12 +174,12 @@ def _search_jointly(grouped_OGN: Tensor, ranges: _Ranges, best: Fitted, gram_GNN
     """
     full = _from_range(ranges.bottom_OG, ranges.top_OG, best.grid, ranges.scale_dtype, ranges.shared)
     middle_OG = (grouped_OGN.amax(-1) + grouped_OGN.amin(-1)) / 2
-    best_error_OG = _error(grouped_OGN, best, gram_GNN)
+    best_error_OG = rounding_error(grouped_OGN, best, gram_GNN)
     for factor in _JOINT_FACTORS:
         scale_OG = (full.scale_OG * factor).to(ranges.scale_dtype).to(full.scale_OG.dtype)
         scale_OG = torch.where(scale_OG != 0, scale_OG, full.scale_OG)
         for trial in _same_scale(replace(full, scale_OG=scale_OG), middle_OG):
-            error_OG = _error(grouped_OGN, trial, gram_GNN)
+            error_OG = rounding_error(grouped_OGN, trial, gram_GNN)
             best = lesser(trial, best, error_OG, best_error_OG)
             best_error_OG = torch.minimum(error_OG, best_error_OG)
     return best
@@ -227,36 +232,3 @@ def _float_scale(
     else:
         scale_OG = (largest_OG / number.reach).to(scale_dtype).to(largest_OG.dtype)
     return torch.where((scale_OG > 0) & (largest_OG > 0), scale_OG, one if shared is None else one / shared)
-
-
-def _error(grouped_OGN: Tensor, fitted: Fitted, gram_GNN: Tensor | None) -> Tensor:
-    """Squared error of every group's rounding; where `gram_GNN` is given, of its part of the output."""
-    error_OG = torch.empty_like(grouped_OGN[..., 0])
-    rows = max(1, _CACHED // max(1, grouped_OGN[0].numel()))
-    for start in range(0, len(grouped_OGN), rows):
-        piece = slice(start, start + rows)
-        difference_OGN = _difference(grouped_OGN[piece], fitted.rows(piece))
-        if gram_GNN is None:
-            seen_OGN = difference_OGN.square()
-        elif gram_GNN.shape[1] == 1:
-            seen_OGN = difference_OGN.square().mul_(gram_GNN[:, 0])
-        else:
-            seen_OGN = torch.bmm(difference_OGN.transpose(0, 1), gram_GNN).transpose(0, 1).mul_(difference_OGN)
-        torch.sum(seen_OGN, -1, out=error_OG[piece])
-    return _per_scale(error_OG, fitted.grid)
-
-
-def _difference(grouped_OGN: Tensor, fitted: Fitted) -> Tensor:
-    """What rounding adds to the weights."""
-    grid, scale_OG1, zero_OG1 = fitted.grid, fitted.scale_OG[..., None], fitted.zero_OG[..., None]
-    scaled_OGN = grouped_OGN / scale_OG1
-    if grid.number is not None:
-        return grid.number.nearest(scaled_OGN).mul_(scale_OG1).sub_(grouped_OGN)
-    if grid.symmetric:
-        return scaled_OGN.round_().clamp_(grid.low, grid.high).mul_(scale_OG1).sub_(grouped_OGN)
-    codes_OGN = scaled_OGN.add_(zero_OG1).round_().clamp_(grid.low, grid.high)
-    return codes_OGN.sub_(zero_OG1).mul_(scale_OG1).sub_(grouped_OGN)
-
-
-def _per_scale(error_OG: Tensor, grid: Grid) -> Tensor:
-    return error_OG.sum(0, keepdim=True) if grid.scales.single else error_OG

@@ -8,8 +8,10 @@ from typing import ClassVar
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
+from typing_extensions import override
 
 from llmcompress.calibration.stream import BlockWork
+from llmcompress.errors import CompressError, ExitCode
 from llmcompress.model.map import ModelMap
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.quant_linear import QuantLinear
@@ -51,6 +53,13 @@ class QuantizingPass(BlockPass):
         """Which sites get another scheme than the one asked for, because groups must divide."""
         return fitting_notes([self], model_map)
 
+    @override
+    def conflict_with(self, trait: Trait) -> str | None:
+        """A mask needs a grid with a zero."""
+        if trait in ("zeros", "pattern") and named_scheme(self.scheme).weights.scales.minima:
+            return f"would lose the mask: {self.scheme} has minima and no exact zero (q3_k and q6_k have one)"
+        return super().conflict_with(trait)
+
     def schemes(self) -> tuple[str, ...]:
         """Every scheme this pass may use, overrides included."""
         return (self.scheme, *(str(options["scheme"]) for options in self.overrides.values() if "scheme" in options))
@@ -90,7 +99,18 @@ def note_zeros(block: BlockWork, sites: Sequence[LinearSite]) -> None:
 
 
 def put_codes(site: LinearSite, scheme: Scheme, codes_OI: Tensor, fitted: Fitted) -> None:
-    """Replace the site by its quantized self; static activations get the scale their largest input asks for."""
+    """Replace the site by its quantized self; static activations get the scale their largest input asks for.
+
+    Raises: CompressError when weights are pruned and the scheme has no zero.
+    """
+    if scheme.weights.scales.minima and bool(site.pruned_OI.any()):
+        raise CompressError(
+            "scheme.no-zero",
+            f"{scheme.name} has minima and no exact zero, and weights of this model are pruned",
+            where=site.name,
+            fix="use q3_k, q6_k or an integer scheme",
+            exit_code=ExitCode.USAGE,
+        )
     input_scale = None
     if scheme.measures_inputs:
         input_scale = fixed_scale(site.statistic(AbsMax).max_I.max(), scheme)

@@ -52,25 +52,31 @@ class Indivisible:
 def resolve_scheme(pass_for_site: HasScheme, site_name: str, inputs: int) -> Scheme | None:
     """The scheme a site gets: the one asked for, or what `on_indivisible` says instead (None: it stays dense).
 
-    `fit` keeps the numbers and takes the longest group that divides; `channel` takes one scale per row; `pad` keeps the
-    scheme, and the last group is shorter.
+    `fit` keeps the numbers and takes the longest group that divides, for K-quants what llama.cpp takes; `channel` takes
+    one scale per row; `pad` keeps the scheme, and the last group is shorter, which a super-block cannot be.
 
     Raises: CompressError when the inputs do not divide and the pass says `error`.
     """
     if pass_for_site.scheme is None:
         return None
     scheme = named_scheme(pass_for_site.scheme)
-    group = scheme.weights.group
-    if group is None or inputs % group == 0 or pass_for_site.on_indivisible == "pad":
+    span, is_super_block = scheme.weights.span, scheme.weights.scales.super_block is not None
+    if span is None or inputs % span == 0 or (pass_for_site.on_indivisible == "pad" and not is_super_block):
         return scheme
     if pass_for_site.on_indivisible == "skip":
         return None
     if scheme.activations != "group":
         if pass_for_site.on_indivisible == "fit":
-            return scheme.with_group(fitting_group(group, inputs))
+            return fitting_scheme(scheme, inputs)
         if pass_for_site.on_indivisible == "channel":
             return scheme.with_group(None)
     raise indivisible_error([Indivisible(site_name, inputs, scheme)])
+
+
+def fitting_scheme(scheme: Scheme, inputs: int) -> Scheme:
+    """The scheme most like it that as many inputs divide into."""
+    other = scheme.without_super_blocks() or scheme
+    return other.with_group(fitting_group(other.weights.group or inputs, inputs))
 
 
 def fitting_group(group: int, inputs: int) -> int | None:
@@ -155,12 +161,17 @@ def _try(chosen: HasScheme, name: str, inputs: int, problems: dict[str, Indivisi
         return None
 
 
+def _super_blocks(found: Sequence[Indivisible]) -> str:
+    length = found[0].scheme.weights.scales.super_block
+    return f" ({found[0].scheme.name}: super-blocks of {length})" if length else ""
+
+
 def indivisible_error(found: Sequence[Indivisible]) -> CompressError:
     """One error for all sites that do not divide, with every way out."""
     rows = Counter(f"{re.sub(_NUMBER, '*', row.site)}: {row.inputs} inputs, {row.scheme.name}" for row in found)
-    scheme, group = found[0].scheme, found[0].scheme.weights.group or 0
+    scheme = found[0].scheme.without_super_blocks() or found[0].scheme
     fixes = [f"`scheme: {scheme.with_group(None).name}`"]
-    smaller = fitting_group(group, gcd(*(row.inputs for row in found)))
+    smaller = fitting_group(scheme.weights.group or 0, gcd(*(row.inputs for row in found)))
     if smaller is not None:
         fixes.insert(0, f"`scheme: {scheme.with_group(smaller).name}`")
     leaves = sorted({f'"*.{row.site.rpartition(".")[2]}"' for row in found})
@@ -171,7 +182,7 @@ def indivisible_error(found: Sequence[Indivisible]) -> CompressError:
     sites = "1 site has inputs" if len(found) == 1 else f"{len(found)} sites have inputs"
     return CompressError(
         "scheme.indivisible",
-        f"{sites} that do not divide into the groups of the scheme",
+        f"{sites} that do not divide into the groups of the scheme{_super_blocks(found)}",
         where="; ".join(f"{row} ({count} sites)" if count > 1 else row for row, count in rows.items()),
         fix="use " + ", or ".join(fixes[:-1]) + "; " + fixes[-1],
         exit_code=ExitCode.USAGE,

@@ -15,6 +15,7 @@ from llmcompress.evaluation.settings.base import METRIC_SETTINGS, MetricSettings
 from llmcompress.evaluation.settings.perplexity import BUNDLED_TEXT
 from llmcompress.exporters.base import EXPORTERS, Exporter
 from llmcompress.passes.base import PASSES, Pass
+from llmcompress.publishing.destinations import DESTINATIONS, HubRepository
 from llmcompress.recipe.checking import check_document, plain_data
 from llmcompress.recipe.document import Document, read_document, read_json_object, write_yaml
 from llmcompress.recipe.stages import Grouped, LeavesWeights, Listed, beside_weights
@@ -67,6 +68,8 @@ class Recipe(BaseModel):
     export: Annotated[tuple[Exporter, ...], Listed(EXPORTERS), LeavesWeights()] = ()  # limits change the passes instead
     """Targets for which the result is exported too, each into a folder beside the output (`OUTPUT-gguf`). Quantizers
     respect their limits, and what one of them cannot represent is refused before any work."""
+    publish: Annotated[tuple[HubRepository, ...], Grouped(DESTINATIONS), LeavesWeights()] = ()
+    """Where the finished folders are pushed: `hub: [USER/NAME]`. Login and rights are checked before any work."""
 
     @field_validator("passes")
     @classmethod
@@ -118,9 +121,7 @@ class Recipe(BaseModel):
 
     def hash(self) -> str:
         """16 hexadecimal digits that change with everything that can change a weight, and nothing else."""
-        facts = self.model_dump(mode="json", exclude=beside_weights(type(self)))
-        canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+        return hash_of(self.to_dict(), type(self))
 
     def for_model(self, given: str | None) -> Recipe:
         """The same recipe for the model given beside it; None keeps the recipe's own.
@@ -142,3 +143,19 @@ class Recipe(BaseModel):
                 exit_code=ExitCode.USAGE,
             )
         return self if given is None else self.model_copy(update={"model": given})
+
+
+def hash_of(written: Mapping[str, Any], kind: type[Recipe] = Recipe) -> str:
+    """`Recipe.hash` of a resolved recipe as data; of another version's, with the options of that version."""
+    canonical = json.dumps(
+        _without(written, beside_weights(kind)), sort_keys=True, separators=(",", ":"), ensure_ascii=False
+    )
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _without(data: Mapping[str, Any], left_out: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without(value, left_out[key]) if key in left_out else value
+        for key, value in data.items()
+        if left_out.get(key) is not True
+    }

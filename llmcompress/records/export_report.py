@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llmcompress.records.cost import Memory
 from llmcompress.records.rows import Record
 
 EXPORT_REPORT = "export_report.json"
@@ -55,6 +56,8 @@ class RuntimeProof(Record):
     """Of those, how many are equal before the first that is not."""
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
+    memory: Memory | None = None
+    """Of a fresh process in which the runtime alone ran the files; None: not asked for."""
 
 
 class ExportReport(Record):
@@ -65,10 +68,14 @@ class ExportReport(Record):
     """What the user calls it."""
     bytes: int
     """Of the weight files."""
+    unpacked_bytes: int | None = None
+    """Of all tensors once a loader has unpacked them; None: they are in memory as in the files."""
     read_back: tuple[ReadBack, ...]
     converted: dict[str, str]
     """Linears that are stored in another form, and why."""
     notes: tuple[str, ...] = ()
+    not_run: str | None = None
+    """Why the target has no runner here, e.g. because it needs an NVIDIA GPU."""
     runtime: RuntimeProof | None = None
     """None: it was not run, or its runtime is not installed."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from llmcompress.errors import CompressError
 from llmcompress.records.evaluation import Compression, Measured
@@ -28,6 +28,8 @@ class Report(Measured):
 
     version: Literal[1] = VERSION
     model: str
+    base: dict[str, str] = Field(default_factory=dict)
+    """Of the dense model: its `commit` on the Hub, hashes of its `weights` and `config`, as far as they are known."""
     recipe_hash: str
     versions: dict[str, str]
     machine: dict[str, str]

@@ -51,6 +51,8 @@ class Code:
 
     text: str
     title: str = ""
+    language: str = ""
+    """For colours, where they can be had."""
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from llmcompress.errors import CompressError, ExitCode, without_tokens
 from llmcompress.records.evaluation import Comparison, Evaluation
+from llmcompress.records.export_report import EXPORT_REPORT, ExportReport
 from llmcompress.report.comparing import comparison_document
+from llmcompress.report.document import Document
+from llmcompress.report.exported import export_document
 from llmcompress.report.html import as_html
 from llmcompress.report.markdown import as_markdown
 from llmcompress.report.sections import document_of
@@ -20,7 +25,13 @@ from llmcompress.storage.paths import from_home
 
 HTML, MARKDOWN, JSON = "report.html", "report.md", "report.json"
 
-Reported = Evaluation | Comparison
+Reported = Evaluation | Comparison | ExportReport
+
+_DOCUMENTS: Mapping[type[Reported], Callable[[Any], Document]] = {
+    Evaluation: document_of,
+    Comparison: comparison_document,
+    ExportReport: export_document,
+}
 
 
 def check_report_folder(folder: Path) -> None:
@@ -39,7 +50,7 @@ def write_report(found: Reported, folder: str | Path) -> Path:
     """
     folder = from_home(str(folder))
     check_report_folder(folder)
-    document = document_of(found) if isinstance(found, Evaluation) else comparison_document(found)
+    document = _DOCUMENTS[type(found)](found)
     texts = {
         HTML: as_html(document),
         MARKDOWN: as_markdown(document),
@@ -53,11 +64,11 @@ def write_report(found: Reported, folder: str | Path) -> Path:
 
 
 def read_reported(path: Path) -> Reported:
-    """The evaluation or comparison in a report.json, or in a folder that has one.
+    """The evaluation or comparison in a report.json, the proof of an export, or those in a folder that has one.
 
     Raises: CompressError when there is none, or it is damaged.
     """
-    file = path / JSON if path.is_dir() else path
+    file = _file_in(path) if path.is_dir() else path
     fix = "give a folder that `evaluate` or `compare` wrote with an output"
     data = read_json(file, code="report.unreadable", fix=fix)
     try:
@@ -70,7 +81,13 @@ def read_reported(path: Path) -> Reported:
 
 def is_report(path: Path) -> bool:
     """Whether something is a saved report, and not a model."""
-    return path.is_file() and path.suffix == ".json" if not path.is_dir() else (path / JSON).is_file()
+    return path.is_file() and path.suffix == ".json" if not path.is_dir() else _file_in(path).is_file()
+
+
+def _file_in(folder: Path) -> Path:
+    """An exported folder has no report.json, but the proof of its export."""
+    exported = folder / EXPORT_REPORT
+    return exported if exported.is_file() else folder / JSON
 
 
 def shareable(text: str) -> str:

@@ -54,7 +54,7 @@ def _code(block: Code) -> Iterator[str]:
     if block.title:
         yield f"**{escaped(block.title)}**"
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", block.text)), default=0))
-    yield f"{fence}\n{block.text.rstrip()}\n{fence}"
+    yield f"{fence}{block.language}\n{block.text.rstrip()}\n{fence}"
 
 
 def _passage(block: Passage) -> Iterator[str]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 import importlib
 from array import array
 from collections.abc import Collection, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
 
@@ -18,6 +19,8 @@ from typing_extensions import override
 from llmcompress.errors import CompressError
 from llmcompress.loading.gguf_files import gguf_file
 from llmcompress.runners.base import RUNNERS, Runner
+from llmcompress.runners.gguf_work import GgufHeader, gguf_header
+from llmcompress.runners.work import Work
 
 _BATCH = 512
 """Tokens that go through the model together: llama.cpp keeps all their logits."""
@@ -36,7 +39,7 @@ class LlamaCppRunner(Runner):
     name = "llama.cpp"
 
     def __init__(self, library: ModuleType, path: str) -> None:
-        self._library = library
+        self._library, self._path = library, Path(path)
         settings = library.LlamaModelParams()
         settings.n_gpu_layers = 0
         self._model = _model_class(library)(path, settings)
@@ -86,6 +89,15 @@ class LlamaCppRunner(Runner):
     def stream(self, ids_BT: Tensor, *, max_new_tokens: int) -> Iterator[Tensor]:
         for tokens_B in self._greedy(ids_BT.tolist(), max_new_tokens):
             yield torch.tensor(tokens_B)
+
+    @override
+    def work(self, ids_BT: Tensor) -> Work | None:
+        batch, tokens = ids_BT.shape
+        return None if self._header is None else self._header.work(batch, tokens)
+
+    @cached_property
+    def _header(self) -> GgufHeader | None:
+        return gguf_header(self._path)
 
     def tokenize(self, text: str) -> list[int]:
         """The text as llama.cpp reads it, with the tokens that the file says are added; special tokens are read too."""

@@ -12,21 +12,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from llmcompress.storage.checked_tensors import load_checked, save_checked
-from llmcompress.storage.paths import from_home
 
 LIMIT_BYTES = 2**32
 """Of all files of a cache together; the ones that were not used for longest go first."""
 
 _ABANDONED_SECONDS = 3600
 """A file that is still being written after so long belongs to a process that was killed."""
-
-
-def cache_folder() -> Path:
-    """`LLMCOMPRESS_CACHE`, or `llmcompress` in `XDG_CACHE_HOME`, or in `~/.cache`."""
-    named = os.environ.get("LLMCOMPRESS_CACHE")
-    if named:
-        return from_home(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmcompress"
 
 
 class TensorCache:

@@ -17,8 +17,15 @@ from safetensors import SafetensorError, safe_open
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.storage.disk import disk_errors, sha256, sync
 from llmcompress.storage.lock import ProcessLock
-from llmcompress.storage.names import INDEX
-from llmcompress.storage.ownership import check_run_folder, is_our_output, mark_output, other_files, remove_output
+from llmcompress.storage.names import FILES, INDEX
+from llmcompress.storage.ownership import (
+    FileDigest,
+    check_run_folder,
+    is_our_output,
+    mark_output,
+    other_files,
+    remove_output,
+)
 
 
 def check_output(output: Path, *, overwrite: bool, needed_bytes: int = 0, source: Path | None = None) -> None:
@@ -112,7 +119,8 @@ def _beside(output: Path, kind: str) -> Path:
 def publish(staging: Path, output: Path, *, overwrite: bool) -> dict[str, str]:
     """Check every file of `staging`, then make it `output` by renaming; sha256 by file name.
 
-    A list of the files goes with them, so that a later overwrite knows what it may remove.
+    A list of the files with their digests goes with them: a later overwrite knows what it may remove, and `verify`
+    whether they are what was written.
 
     Killed at any point it leaves the old folder or the new one complete, never a mixture. Between the two renames of
     an overwrite the old one is called `.NAME.old-…`; `check_output` of the next run puts it back.
@@ -120,8 +128,10 @@ def publish(staging: Path, output: Path, *, overwrite: bool) -> dict[str, str]:
     Raises: CompressError when a weight file does not read back, or `output` is in use.
     """
     output = output.absolute()
-    mark_output(staging, [path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()])
-    hashes = {str(path.relative_to(staging)): sha256(path) for path in sorted(staging.rglob("*")) if path.is_file()}
+    paths = {path.relative_to(staging).as_posix(): path for path in sorted(staging.rglob("*")) if path.is_file()}
+    hashes = {name: sha256(path) for name, path in paths.items() if name != FILES}
+    mark_output(staging, {name: FileDigest(paths[name].stat().st_size, hash) for name, hash in hashes.items()})
+    hashes[FILES] = sha256(staging / FILES)
     _check_weights(staging)
     for path in [*staging.rglob("*"), staging]:
         sync(path)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llmcompress.errors import CompressError, ExitCode
@@ -20,9 +21,43 @@ _ABOUT_RUN = (
 )
 
 
-def mark_output(folder: Path, names: Iterable[str] = ()) -> None:
-    """Write into an output folder, or one that will become it, which files in it are ours."""
-    (folder / FILES).write_text(json.dumps({"files": sorted({*names, FILES})}, indent=1) + "\n", encoding="utf-8")
+@dataclass(frozen=True)
+class FileDigest:
+    """A file as it was written."""
+
+    bytes: int
+    sha256: str
+
+
+def mark_output(folder: Path, files: Mapping[str, FileDigest | None] | Iterable[str] = ()) -> None:
+    """Write into an output folder, or one that will become it, which files in it are ours, and what they hold."""
+    (folder / FILES).write_text(files_text(files), encoding="utf-8")
+
+
+def files_text(files: Mapping[str, FileDigest | None] | Iterable[str]) -> str:
+    """The list of files as it is written; it has no digest of itself."""
+    known = files if isinstance(files, Mapping) else dict.fromkeys(files)
+    found = {name: asdict(each) if each else None for name, each in {**known, FILES: None}.items()}
+    return json.dumps({"files": dict(sorted(found.items()))}, indent=1) + "\n"
+
+
+def written_files(folder: Path) -> dict[str, FileDigest | None]:
+    """Name → digest of every file that we wrote there; None where it is not known. Empty for a folder of another's.
+
+    Names are as the list has them, which may come from anywhere: the caller asks whether they stay inside.
+    """
+    try:
+        named = json.loads((folder / FILES).read_text(encoding="utf-8"))["files"]
+        about = named if isinstance(named, dict) else dict.fromkeys(named)
+        return {str(name): _digest(each) for name, each in about.items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _digest(value: object) -> FileDigest | None:
+    if not isinstance(value, dict):
+        return None
+    return FileDigest(int(value["bytes"]), str(value["sha256"]))
 
 
 def is_our_output(folder: Path) -> bool:
@@ -32,11 +67,7 @@ def is_our_output(folder: Path) -> bool:
 
 def other_files(folder: Path) -> list[str]:
     """Files in a folder, however deep, that we did not write: all of them where it is not ours."""
-    try:
-        named = json.loads((folder / FILES).read_text(encoding="utf-8"))["files"]
-        ours = {str(name) for name in named}
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = set()
+    ours = written_files(folder)
     inside = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
     return [name for path in inside if (name := path.relative_to(folder).as_posix()) not in ours]
 

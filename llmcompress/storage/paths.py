@@ -1,4 +1,4 @@
-"""Paths as users write them."""
+"""Paths as users write them, and the folder of the cache."""
 
 from __future__ import annotations
 
@@ -12,3 +12,11 @@ def from_home(written: str) -> Path:
     (`Path.expanduser` raises a RuntimeError there.)
     """
     return Path(os.path.expanduser(written))
+
+
+def cache_folder() -> Path:
+    """`LLMCOMPRESS_CACHE`, or `llmcompress` in `XDG_CACHE_HOME`, or in `~/.cache`."""
+    named = os.environ.get("LLMCOMPRESS_CACHE")
+    if named:
+        return from_home(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmcompress"

@@ -9,10 +9,15 @@ import pytest
 from click.testing import CliRunner
 
 from llmcompress.cli.export import export
+from llmcompress.cli.report import report
 from llmcompress.cli.targets import SCHEMES, targets
 from llmcompress.errors import CompressError
+from llmcompress.evaluation.device.peak_memory import MemoryRequest
+from llmcompress.exporters import runtime_proof
 from llmcompress.exporters.base import EXPORTERS
 from llmcompress.model_export import export as export_model
+from llmcompress.records.cost import Memory
+from llmcompress.records.export_report import ExportReport
 from tests.exporters.gguf_models import tiny_quantized, tokenizer
 
 
@@ -29,6 +34,28 @@ def test_a_saved_folder_is_exported_for_several_targets_with_the_options_of_each
     assert (tmp_path / "out" / "gguf" / "model.gguf").is_file() and (
         tmp_path / "out" / "plain" / "config.json"
     ).is_file()
+
+
+def test_a_fresh_process_measures_memory_only_where_it_is_asked_for(tmp_path: Path, monkeypatch) -> None:
+    asked: list[MemoryRequest] = []
+
+    def measured(request: MemoryRequest) -> list[Memory]:
+        asked.append(request)
+        return [Memory(instrument="a gauge", running=5_000_000)]
+
+    monkeypatch.setattr(runtime_proof, "peak_memory", measured)
+    model = tiny_quantized("llama", ["int4_g32"])
+    for memory in (False, True):
+        folder = tmp_path / str(memory)
+        made = export_model(model, "gguf", folder, tokenizer=tokenizer(), memory=memory)["gguf"]
+        assert made.runtime is not None and (made.runtime.memory is not None) == memory == bool(asked)
+    assert asked[0].runtime == "llama_cpp" and Path(asked[0].model).name.startswith(".True")
+    done = CliRunner().invoke(report, [str(folder), "-o", str(tmp_path / "report")], catch_exceptions=False)
+    assert done.exit_code == 0
+    told = (tmp_path / "report" / "report.md").read_text()
+    assert "5.0 MB" in told and "perplexity in llama.cpp" in told and "tensors were read back" in told
+    assert ExportReport.model_validate_json((tmp_path / "report" / "report.json").read_text()) == made
+    assert "Q4_0" in (tmp_path / "report" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

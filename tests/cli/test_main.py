@@ -96,7 +96,7 @@ class FakePipeline(types.ModuleType):
         progress.stage("compress", 2)
         progress.note("a decision")
         progress.step("block 1/2")
-        return types.SimpleNamespace(report=report())
+        return types.SimpleNamespace(report=report(), published=())
 
     def plan(self, model, recipe, *, offload, machine):
         self._called(model, recipe)
@@ -354,7 +354,9 @@ def test_rows_of_one_site_count_once_and_empty_columns_are_left_out(run, pipelin
         for algorithm, error in (("wanda", 0.5), ("sparsegpt", 0.1 * n))
     ]
     pruned = report().model_copy(update={"sites": tuple(rows)})
-    monkeypatch.setattr(pipeline, "compress", lambda *arguments, **options: types.SimpleNamespace(report=pruned))
+    monkeypatch.setattr(
+        pipeline, "compress", lambda *arguments, **options: types.SimpleNamespace(report=pruned, published=())
+    )
     out = run("compress", "m", "--preset", "tiny/wanda", "-o", "out")[1]
     assert "worst sites of 3" in out and "plain rounding" not in out and "scheme" not in out
     assert re.findall(r"layers\.(\d)\.up_proj +(\w+) +([\d.]+)%", out) == [

@@ -14,7 +14,8 @@ from llmcompress.progress import Silent
 from llmcompress.recipe import Recipe, parse_recipe
 from llmcompress.records.report import Report, read_report
 from llmcompress.runners.torch_runner import TorchRunner
-from llmcompress.storage.cache import TensorCache, cache_folder
+from llmcompress.storage.cache import TensorCache
+from llmcompress.storage.paths import cache_folder
 from tests.tiny_folder import edit_tensors, write_tiny_llama
 
 TEXT = "evaluate: {perplexity: [{source: 'builtin:evaluation', window: 48, max_windows: 3}]}"

@@ -21,6 +21,7 @@ from llmcompress.exporters.gguf_tokenizer import tokenizer_settings
 from llmcompress.modules.scheme import named_scheme
 from llmcompress.reopening import reopen
 from tests.exporters.gguf_models import MODELS, tiny, tiny_quantized, tokenizer, written
+from tests.exporters.quantized import quantize
 
 IDS_BT = torch.arange(3, 23).reshape(2, 10)
 
@@ -47,6 +48,22 @@ def test_every_tensor_of_every_architecture_reads_back_as_it_was(name: str, tmp_
     assert len(coded) == len(contents.sites) and all(row.rounding_in_steps == 0 for row in coded)
 
 
+def test_k_quants_and_ternary_codes_are_carried_as_they_are_and_transformers_reads_them(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 1}
+    model = tiny("llama_tied_biased", **sizes)
+    quantize(model, [*(f"q{bits}_k" for bits in range(2, 7)), "ternary_g256", "q4_k"])
+    contents, exporter = contents_in(model, torch.bfloat16), GgufExporter(ternary="TQ1_0")
+    assert all(isinstance(answer, Exact) for answer in exporter.answers(contents).values())
+    assert exporter.notes(contents, exporter.answers(contents)) == []
+    rows = exporter.read_back(model, tmp_path, written(model, tmp_path, exporter=exporter))
+    assert all(row.is_same and not row.rounding_in_steps for row in rows)
+    kinds = {f"Q{bits}_K" for bits in range(2, 7)}
+    assert {row.stored_as for row in rows} == {*kinds, "TQ1_0", "F32", "BF16"}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=FILE, dtype=torch.float32, config=model.config)
+    with torch.no_grad():
+        torch.testing.assert_close(again(IDS_BT).logits, model(IDS_BT).logits, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["llama", "llama_tied_biased", "qwen2"])
 def test_transformers_reads_the_same_logits_from_the_file(name: str, tmp_path: Path) -> None:
     model = tiny_quantized(name)
@@ -66,6 +83,11 @@ def test_transformers_reads_the_same_logits_from_the_file(name: str, tmp_path: P
         ("nf4_g64", 128, "int4_g64"),
         ("int8_channel_a8token", 64, "int8_channel"),
         ("int4_channel", 100, None),
+        ("q2_k", 576, "int4_g32"),
+        ("q4_k", 576, "int5_g32"),
+        ("q5_k", 576, "int5_g32_asym"),
+        ("q6_k", 576, "int8_g32"),
+        ("q6_k", 100, None),
     ],
 )
 def test_what_it_cannot_hold_is_refused_with_the_nearest_scheme(scheme: str, inputs: int, nearest: str | None) -> None:

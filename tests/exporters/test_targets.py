@@ -25,6 +25,7 @@ from tests.families import tiny_model
 from tests.tiny_folder import write_tiny_llama
 
 SCHEMES = ["int4_g32", "ternary_g32", "int3_g32_asym", "int8_channel_a8token", "fp8_g32", "nf4_g32", "nvfp4_a", "mxfp4"]
+SCHEMES += ["q4_k", "q6_k"]
 
 
 @pytest.mark.parametrize("name", sorted(EXPORTERS))
@@ -34,7 +35,7 @@ def test_every_exporter_answers_for_every_scheme(name, scheme):
     exporter = EXPORTERS[name]()
     answer = exporter.check(site, torch.bfloat16)
     assert isinstance(answer, Exact | Converted | Refused) and exporter.fix
-    assert issubclass(exporter.runner(), Runner)
+    assert exporter.cannot_run or issubclass(exporter.runner(), Runner)
     if isinstance(answer, Refused):
         assert answer.why
     if isinstance(answer, Exact):

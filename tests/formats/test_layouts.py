@@ -24,7 +24,7 @@ INTEGERS = [f"int{bits}_{size}{asym}" for bits in range(2, 9) for size in ("chan
 TERNARY = ["ternary_channel", "ternary_g8", "ternary_g8_a8token"]
 ROUNDED = ["int8_channel_a8token", "int8_channel_a8tensor", "int4_g8_asym_a8token", "fp8_tensor_a8tensor"]
 FLOATS = ["fp8_channel", "fp8_g8", "fp8_tensor", "mxfp8", "mxfp4", "nvfp4", "mxfp4_a", "nvfp4_a"]
-OURS = ["fp8e5m2_g8", "fp4_g8", "nf4_channel", "int3_g8_positive", "mxfp8_a"]
+OURS = [*(f"q{bits}_k" for bits in range(2, 7)), "fp8e5m2_g8", "fp4_g8", "nf4_channel", "int3_g8_positive", "mxfp8_a"]
 SHAPES = [(1, 1), (5, 43), (24, 48), (7, 64)]
 DTYPES = [torch.bfloat16, torch.float32]
 

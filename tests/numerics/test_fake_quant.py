@@ -185,7 +185,7 @@ def test_scales_become_storable_keep_their_sign_and_stay_where_they_began(kind: 
     first_OG = fitted.scale_OG
 
     def storable(scale_OG: Tensor) -> Tensor:
-        return storable_scales(scale_OG, first_OG, grid.scales, dtype, fitted.shared)
+        return storable_scales(scale_OG, first_OG, grid, dtype, fitted.shared)
 
     assert torch.equal(storable(first_OG), first_OG)
     assert torch.equal(storable(first_OG * 1.0001), first_OG) or dtype == torch.float32
@@ -205,5 +205,5 @@ def test_scales_become_storable_keep_their_sign_and_stay_where_they_began(kind: 
 def test_a_scale_takes_the_power_of_two_that_is_nearest_by_ratio() -> None:
     first = torch.ones(1, 6)
     moved = torch.tensor([[0.7, 0.71, 1.41, 1.42, 2.8, 2.9]])
-    found = storable_scales(moved, first, POWER_OF_TWO, torch.float32, None)
+    found = storable_scales(moved, first, Grid.of(E2M1, 32, POWER_OF_TWO), torch.float32, None)
     assert found.tolist() == [[0.5, 1, 1, 2, 2, 4]]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llmcompress.errors import CompressError
+from llmcompress.exporters.gguf import GgufExporter
 from llmcompress.runners.base import RUNNERS
 from llmcompress.runners.llama_cpp import LlamaCppRunner
 from llmcompress.runners.torch_runner import TorchRunner
@@ -36,6 +37,14 @@ def test_logits_of_a_dense_file_are_those_of_the_model(name: str, tmp_path: Path
 def test_codes_compute_the_same_up_to_activations_of_8_bits(tmp_path: Path) -> None:
     model = tiny_quantized("llama")
     written(model, tmp_path)
+    with opened(tmp_path) as runner, TorchRunner(model) as reference:
+        torch.testing.assert_close(runner.logits(IDS_BT), reference.logits(IDS_BT), rtol=0, atol=0.3)
+
+
+def test_k_quants_compute_the_same_up_to_activations_of_8_bits(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    model = tiny_quantized("llama", [*(f"q{bits}_k" for bits in range(2, 7)), "ternary_g256"], **sizes)
+    written(model, tmp_path, exporter=GgufExporter(ternary="TQ1_0"))
     with opened(tmp_path) as runner, TorchRunner(model) as reference:
         torch.testing.assert_close(runner.logits(IDS_BT), reference.logits(IDS_BT), rtol=0, atol=0.3)
 
@@ -74,3 +83,17 @@ def test_what_llama_cpp_says_of_a_file_is_told(tmp_path: Path) -> None:
     assert told.value.code == "model.unloadable"
     with pytest.raises(CompressError, match="no GGUF file"):
         opened(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied_biased", "qwen3"])
+def test_work_is_what_pytorch_reads_and_computes_with_the_same_weights(name: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    written(model, tmp_path, dtype=torch.float32)
+    with opened(tmp_path) as runner, TorchRunner(model) as reference:
+        found, wanted = runner.work(IDS_BT), reference.work(IDS_BT)
+    assert found is not None
+    rotary = model.model.rotary_emb.inv_freq.nbytes  # llama.cpp computes it
+    looked_up = IDS_BT.shape[0] * 64 * 4 if model.config.tie_word_embeddings else 0  # rows of a table read anyway
+    assert found.weight_bytes == wanted.weight_bytes - rotary - looked_up
+    assert 2 * found.cache_bytes == wanted.cache_bytes  # float16 there, float32 here
+    assert found.prefill_flops == wanted.prefill_flops

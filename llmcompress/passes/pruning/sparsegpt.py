@@ -76,6 +76,8 @@ class SparseGPT(SparsePass):
     @field_validator("scheme")
     @classmethod
     def _known_scheme(cls, name: str | None) -> str | None:
+        if name is not None and named_scheme(name).weights.scales.minima:
+            raise ValueError(f"{name} has minima and no exact zero, which a mask needs: q3_k and q6_k have one")
         return None if name is None else named_scheme(name).name
 
     def traits(self) -> frozenset[Trait]:
@@ -169,7 +171,7 @@ class SparseGPT(SparsePass):
     ) -> tuple[_Pruned, Tensor]:
         """The pruned and repaired weights, and what was dropped."""
         weight_OI, gram_II = site.weight_OI, site.statistic(Gram).sum_II
-        group = scheme.weights.group if scheme else None
+        group = scheme.weights.span if scheme else None
         rounding = None
         if scheme:
             rounding = RoundToGrid(

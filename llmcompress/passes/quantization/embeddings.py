@@ -174,7 +174,7 @@ class Embeddings(ModelPass):
 
         Raises: CompressError when the width does not divide into groups.
         """
-        group, weight_VD = scheme.weights.group, weight.detach().float()
+        group, weight_VD = scheme.weights.span, weight.detach().float()
         if group is not None and weight_VD.shape[1] % group:
             raise indivisible_error([Indivisible(name, weight_VD.shape[1], scheme)])
         fitted = fit(weight_VD, scheme.weights, scale_dtype=storage, search=self.range)

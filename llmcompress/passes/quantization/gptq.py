@@ -110,7 +110,7 @@ class GPTQ(QuantizingPass):
             here = self.for_site(site.name)
             if previous:
                 alike = previous[:2] == (here, scheme) and previous[2][0].statistic(Gram) is site.statistic(Gram)
-                if alike and not (scheme.weights.scales.single or scheme.weights.scales.shared_bits):
+                if alike and not scheme.weights.scales.depends_on_all_rows:
                     previous[2].append(site)
                     continue
                 yield previous
@@ -145,7 +145,8 @@ class _Found(NamedTuple):
     def rows(self, piece: slice) -> _Found:
         """The same of some outputs, in memory of their own: codes and scales stay with a module."""
         fitted = self.fitted.rows(piece)
-        own = replace(fitted, scale_OG=fitted.scale_OG.clone(), zero_OG=fitted.zero_OG.clone())
+        shared = None if fitted.shared is None else fitted.shared.clone()
+        own = replace(fitted, scale_OG=fitted.scale_OG.clone(), zero_OG=fitted.zero_OG.clone(), shared=shared)
         loss_O = None if self.loss_O is None else self.loss_O[piece]
         return self._replace(codes_OI=self.codes_OI[piece].clone(), fitted=own, loss_O=loss_O)
 

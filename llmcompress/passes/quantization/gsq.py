@@ -14,7 +14,7 @@ from llmcompress.calibration.stream import BlockWork
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.quant_linear import QuantLinear, codes_of
 from llmcompress.modules.scheme import DESCRIPTION, named_scheme
-from llmcompress.numerics.fake_quant import storable_scales, straight_through
+from llmcompress.numerics.fake_quant import storable_scales, storable_zeros, straight_through
 from llmcompress.numerics.grid import flat, grouped, spread
 from llmcompress.numerics.quantized import QuantizedTensor
 from llmcompress.numerics.relaxed_codes import drawn_offset, first_position, logistic_noise
@@ -208,8 +208,10 @@ class CodesInTraining(nn.Module):
     def _weight_OI(self) -> Tensor:
         grid = self._first.grid
         codes_OI = self._codes_OI + self._offset_OI()
-        centred_OGN = grouped(codes_OI.clamp(grid.low, grid.high), grid) - self._first.zero_OG[..., None]
-        return flat(centred_OGN * self._scale_OG()[..., None], codes_OI.shape[1])
+        scale_OG = self._scale_OG()
+        zero_OG = storable_zeros(self._first.zero_OG, scale_OG, grid, self._first.shared)
+        centred_OGN = grouped(codes_OI.clamp(grid.low, grid.high), grid) - zero_OG[..., None]
+        return flat(centred_OGN * scale_OG[..., None], codes_OI.shape[1])
 
     def _offset_OI(self) -> Tensor:
         if self.settling or self._drawn is None:
@@ -218,9 +220,9 @@ class CodesInTraining(nn.Module):
         return offset_OI.masked_fill(self._pruned_OI, 0.0)
 
     def _scale_OG(self) -> Tensor:
-        return storable_scales(
-            self._first.scale_OG * self.stretch_OG, self._first.scale_OG, self._first.grid.scales, self._dtype, None
-        )
+        first = self._first
+        stretched_OG = first.scale_OG * self.stretch_OG
+        return storable_scales(stretched_OG, first.scale_OG, first.grid, self._dtype, first.shared)
 
     @torch.no_grad()
     def settled(self) -> QuantLinear:

@@ -17,7 +17,7 @@ from llmcompress.calibration.stream import BlockWork
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.rounded_inputs import fixed_scale, round_inputs
 from llmcompress.modules.scheme import DESCRIPTION, Scheme, named_scheme
-from llmcompress.numerics.fake_quant import rounded_integers, storable_scales
+from llmcompress.numerics.fake_quant import rounded_integers, storable_scales, storable_zeros
 from llmcompress.numerics.grid import Fitted, round_to_codes, spread
 from llmcompress.numerics.ranges import fit
 from llmcompress.numerics.statistics import AbsMax, Gram, Statistic
@@ -150,17 +150,23 @@ class _Learning(nn.Module):
     @torch.no_grad()
     def codes(self) -> tuple[Tensor, Fitted]:
         """What is stored."""
-        fitted = replace(self._first, scale_OG=self._scale_OG())
+        scale_OG = self._scale_OG()
+        fitted = replace(self._first, scale_OG=scale_OG, zero_OG=self._zero_OG(scale_OG))
         scale_OI = spread(fitted.scale_OG, fitted.grid, self._weight_OI.shape[1])
         return round_to_codes(self._weight_OI + self.offset_OI * scale_OI, fitted), fitted
 
     def _scale_OG(self) -> Tensor:
-        first_OG, kind = self._first.scale_OG, self._first.grid.scales
-        return storable_scales(first_OG * self.stretch_OG, first_OG, kind, self._storage_dtype, None)
+        first = self._first
+        stretched_OG = first.scale_OG * self.stretch_OG
+        return storable_scales(stretched_OG, first.scale_OG, first.grid, self._storage_dtype, first.shared)
+
+    def _zero_OG(self, scale_OG: Tensor) -> Tensor:
+        return storable_zeros(self._first.zero_OG, scale_OG, self._first.grid, self._first.shared)
 
     def _rounded(self) -> Tensor:
         grid, inputs = self._first.grid, self._weight_OI.shape[1]
-        scale_OI = spread(self._scale_OG(), grid, inputs)
-        zero_OI = spread(self._first.zero_OG, grid, inputs)
+        scale_OG = self._scale_OG()
+        scale_OI = spread(scale_OG, grid, inputs)
+        zero_OI = spread(self._zero_OG(scale_OG), grid, inputs)
         exact_OI = self._weight_OI / scale_OI + zero_OI + self.offset_OI
         return (rounded_integers(exact_OI, grid.low, grid.high) - zero_OI) * scale_OI

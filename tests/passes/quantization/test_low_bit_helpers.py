@@ -23,6 +23,7 @@ QUANTIZERS: dict[str, dict[str, Any]] = {
     "bias_correction": {"scheme": "int2_g32", "new_biases": True, "quantizer": {"rtn": {}}, **PAD},
     "mixture_of_formats": {"schemes": ("int4_g32", "fp4_g32", "nf4_g32"), "quantizer": {"rtn": PAD}},
     "cmpq": {"bits": 9.0, "widths": (1, 2, 3, 4)},
+    "kmeans": {"bits": 3},
 }
 
 
@@ -31,7 +32,7 @@ QUANTIZERS: dict[str, dict[str, Any]] = {
 def test_on_every_family_each_site_holds_codes_and_no_error_grows(family: str, name: str) -> None:
     model, rows = compressed(family, block_pass(name, **QUANTIZERS[name]))
     assert {row.site for row in rows} == set(map_of(family).site_names())
-    kind = CodebookLinear if name == "cmpq" else QuantLinear
+    kind = CodebookLinear if name in ("cmpq", "kmeans") else QuantLinear
     for row in rows:
         assert isinstance(model.get_submodule(row.site), kind), row
         if row.error is not None and row.error_before is not None:
