@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,6 +40,7 @@ from llmcompress.progress import Silent
 from llmcompress.recipe import parse_recipe
 from llmcompress.run import Run
 from llmcompress.storage.cache import cache_folder
+from llmcompress.storage.folder import run_folder
 
 HERE = Path(__file__).resolve().parent
 SMALL = Path(llmcompress.__file__).parent / "builtin" / "books-llama"
@@ -143,14 +145,13 @@ def main(
 
 
 def made(bench: Bench, row: Row, draw: int, folder: Path) -> Trial:
-    """One row; the first stage is read and not made again, where an earlier row had the same."""
+    """One row; a first stage that an earlier row had is not made again."""
     study = replace(bench.study, samples=row.windows)
     windows_NT = study.calibration_windows(draw)
-    folder = folder.with_name(f"{folder.name}-{hashlib.sha256(json.dumps(row.passes[0]).encode()).hexdigest()[:8]}")
+    folder = _begun(folder, row)
     loaded = study.loaded()
     bench.map = bench.map or map_model(loaded.model)
     passes = parse_recipe(yaml.safe_dump({"passes": list(row.passes)}), "evals").passes
-    folder.parent.mkdir(parents=True, exist_ok=True)
     clock = folder.with_suffix(".seconds")
     spent = float(clock.read_text()) if clock.exists() else 0.0
     began = time.process_time()
@@ -176,6 +177,21 @@ def made(bench: Bench, row: Row, draw: int, folder: Path) -> Trial:
         "texts": bench.measure(compressed, list(study.texts)),
         "bytes": stored_bytes(compressed),
     }
+
+
+def _begun(folder: Path, row: Row) -> Path:
+    """Where a row is made: with the first stage of the row that has only that, if it is there."""
+
+    def place(count: int) -> Path:
+        name = hashlib.sha256(json.dumps(row.passes[:count]).encode()).hexdigest()[:8]
+        return folder.with_name(f"{folder.name}-{name}")
+
+    first, own = place(1), place(len(row.passes))
+    own.parent.mkdir(parents=True, exist_ok=True)
+    if run_folder(first).exists() and not run_folder(own).exists():
+        shutil.copytree(run_folder(first), run_folder(own))
+        shutil.copy(first.with_suffix(".seconds"), own.with_suffix(".seconds"))
+    return own
 
 
 def shown(trial: Trial) -> str:
