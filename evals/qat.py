@@ -39,8 +39,8 @@ from llmcompress.passes.apply import apply_passes
 from llmcompress.progress import Silent
 from llmcompress.recipe import parse_recipe
 from llmcompress.run import Run
-from llmcompress.storage.cache import cache_folder
 from llmcompress.storage.folder import run_folder
+from llmcompress.storage.paths import cache_folder
 
 HERE = Path(__file__).resolve().parent
 SMALL = Path(llmcompress.__file__).parent / "builtin" / "books-llama"
