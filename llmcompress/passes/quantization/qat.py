@@ -175,8 +175,8 @@ def _begin_at(sites: list[LinearSite], original: nn.Module) -> None:
     """Weights begin where those of the original model lie, wherever the codes are still codes of them."""
     for site in sites:
         twin = site.module
-        try:
-            module = original.get_submodule(site.name)
+        try:  # an attention with a quantized cache is a wrapper around the original one
+            module = original.get_submodule(site.name.replace(".inner.", "."))
         except AttributeError:
             continue  # a factor, or in a block that is new
         weight = getattr(module, "weight", None)

@@ -164,6 +164,9 @@ def test_a_quantized_cache_is_trained_with_and_keys_have_gradients() -> None:
     assert any(isinstance(each, CodedAttention) for each in after.modules())
     for word in ("k_proj.codes_OI", "v_proj.codes_OI"):
         assert moved(state(before, word), state(after, word)), word
+    middle = trained(RTN, PASSES["kv_cache"](), qat(train="weights", start="codes"))
+    dense = trained(RTN, PASSES["kv_cache"](), qat(train="weights"))
+    assert moved(state(middle, "q_proj.codes_OI"), state(dense, "q_proj.codes_OI")), "below a wrapper too"
 
 
 @torch.no_grad()
