@@ -14,16 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmcompress.formats.gguf_fields import (
-    as_bytes,
-    as_float16,
-    nibbles,
-    pairs,
-    single_bits,
-    unnibbled,
-    unpaired,
-    unsingle,
-)
+from llmcompress.formats.gguf_fields import as_bytes, as_float16, nibbles, pairs, single_bits, unnibbled, unpaired, unsingle
 
 SUPER_BLOCK = 256
 
@@ -76,9 +67,7 @@ def _unpack_3(packed_OSC: Tensor) -> Fields:
 
 
 def _pack_4(fields: Fields) -> Tensor:
-    return torch.cat(
-        [_shared(fields), _six_bits(fields), nibbles(fields.codes_OSN.unflatten(-1, (4, 64))).flatten(-2)], -1
-    )
+    return torch.cat([_shared(fields), _six_bits(fields), nibbles(fields.codes_OSN.unflatten(-1, (4, 64))).flatten(-2)], -1)
 
 
 def _unpack_4(packed_OSC: Tensor) -> Fields:

@@ -198,9 +198,7 @@ class _Search:
             slope_OG, below_OG = _line(square_OG, (steps_OGN * ones_OGN).sum(-1), one_OG, wanted_OG, weight_OG)
             # a minimum below zero cannot be said: the line through zero then
             slope_OG = torch.where(below_OG < 0, wanted_OG / square_OG, slope_OG)
-            now_OG2 = torch.where(
-                (slope_OG > 0)[..., None], torch.stack([slope_OG, below_OG.clamp_min(0)], -1), now_OG2
-            )
+            now_OG2 = torch.where((slope_OG > 0)[..., None], torch.stack([slope_OG, below_OG.clamp_min(0)], -1), now_OG2)
             error_OG = self._line_error(now_OG2[..., 0], now_OG2[..., 1])
             best_OG2 = torch.where((error_OG < least_OG)[..., None], now_OG2, best_OG2)
             least_OG = torch.minimum(error_OG, least_OG)
