@@ -3,11 +3,11 @@
     python evals/kquants.py --dense SmolLM2-135M-Instruct --calibration books/train.txt --folders work \
         --text WikiText-2=wikitext-2/test.txt --text books=books/test.txt
 
-For each mixture of llama.cpp (Q4_0 with an 8-bit table, Q4_K_M) its quantizer rounds the dense export by default, without
-an importance matrix. The type of every tensor of that file becomes the scheme of the same linear in a recipe: `gptq` with
-`range: joint`, the table by `embeddings`. So both files hold the same types and weigh the same; only codes and scales
-differ. All are run by llama.cpp on the same windows of 512 tokens, without BOS; differences of the mean loss are paired,
-with the standard error over windows. Calibration text is none of the test texts. Everything is written to
+For each mixture of llama.cpp (Q4_0 with an 8-bit table, Q4_K_M) its quantizer rounds the dense export by default,
+without an importance matrix. The type of every tensor of that file becomes the scheme of the same linear in a recipe:
+`gptq` with `range: joint`, the table by `embeddings`. So both files hold the same types and weigh the same; only codes
+and scales differ. All are run by llama.cpp on the same windows of 512 tokens, without BOS; differences of the mean loss
+are paired, with the standard error over windows. Calibration text is none of the test texts. Everything is written to
 evals/results/kquants-NAME.json. Folders are kept: a second run goes on.
 """
 
@@ -54,7 +54,7 @@ class Mixture:
     table: str | None = None
 
 
-MIXTURES = (Mixture("Q4_0", "MOSTLY_Q4_0", "Q8_0"), Mixture("Q4_K_M", "MOSTLY_Q4_K_M"))
+MIXTURES = (Mixture("Q4_K_M", "MOSTLY_Q4_K_M"), Mixture("Q4_0", "MOSTLY_Q4_0", "Q8_0"))
 
 
 @click.command()
@@ -62,38 +62,45 @@ MIXTURES = (Mixture("Q4_0", "MOSTLY_Q4_0", "Q8_0"), Mixture("Q4_K_M", "MOSTLY_Q4
 @click.option("--calibration", required=True, help="A text file.")
 @click.option("--folders", required=True, type=click.Path(path_type=Path), help="Where files are kept.")
 @click.option("--text", "texts", required=True, multiple=True, metavar="NAME=FILE")
-@click.option("--samples", default=64, show_default=True)
-@click.option("--windows", default=24, show_default=True)
+@click.option("--samples", default=24, show_default=True)
+@click.option("--windows", default=10, show_default=True)
 @click.option("--name", default="SmolLM2-135M-Instruct", show_default=True)
 def main(
     dense: str, calibration: str, folders: Path, texts: tuple[str, ...], samples: int, windows: int, name: str
 ) -> None:
     """Measure and write."""
     torch.set_num_threads(1)
-    files = {"dense BF16": _exported(dense, folders / "dense")}
-    types = {}
-    for mixture in MIXTURES:
-        theirs = _rounded_by_llama_cpp(files["dense BF16"], folders / f"{mixture.name}.gguf", mixture)
-        settings = {"source": calibration, "samples": samples, "tokens": WINDOW}
-        files[f"llama.cpp {mixture.name}"] = theirs
-        files[f"gptq {mixture.name}"] = _rounded_by_us(dense, folders / f"ours-{mixture.name}", theirs, settings)
-        types[mixture.name] = _types(files[f"gptq {mixture.name}"])
-        assert types[mixture.name] == _types(theirs), (types[mixture.name], _types(theirs))
+    tokenizer = reopen(dense).tokenizer
+    settings = {"source": calibration, "samples": samples, "tokens": WINDOW}
     found: dict[str, Any] = {
         **{"versions": versions(), "machine": machine(), "window": WINDOW, "windows": windows, "bos": False},
-        **{"calibration": {"text": Path(calibration).name, "samples": samples, "tokens": WINDOW}, "types": types},
-        "bytes": {each: file.stat().st_size for each, file in files.items()},
-        "texts": {},
+        **{"calibration": {"text": Path(calibration).name, "samples": samples, "tokens": WINDOW}, "mixtures": {}},
     }
-    tokenizer = reopen(dense).tokenizer
+    read = {}
     for text in texts:
         label, _, path = text.partition("=")
         content = Path(path).read_text(encoding="utf-8")[: windows * WINDOW * 8]
         ids = tokenizer(content, add_special_tokens=False)["input_ids"]
-        found["texts"][label] = _compared(files, torch.tensor(ids[: windows * WINDOW]).view(windows, WINDOW))
-    out = HERE / "results" / f"kquants-{name}.json"
-    out.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+        read[label] = torch.tensor(ids[: windows * WINDOW]).view(windows, WINDOW)
+    whole = _exported(dense, folders / "dense")
+    for mixture in MIXTURES:
+        theirs = _rounded_by_llama_cpp(whole, folders / f"{mixture.name}.gguf", mixture)
+        ours = _rounded_by_us(dense, folders / f"ours-{mixture.name}", theirs, settings)
+        assert _types(ours) == _types(theirs), (_types(ours), _types(theirs))
+        found["mixtures"][mixture.name] = {
+            "types": _types(ours),
+            "bytes": {"llama_cpp": theirs.stat().st_size, "gptq": ours.stat().st_size},
+            "texts": {label: _compared(theirs, ours, windows_BT) for label, windows_BT in read.items()},
+        }
+        _write(found, name)
+    found["dense"] = {label: math.exp(float(_losses(whole, windows_BT).mean())) for label, windows_BT in read.items()}
+    _write(found, name)
+
+
+def _write(found: dict[str, Any], name: str) -> None:
+    """After every mixture: the next one may be stopped."""
+    (HERE / "results" / f"kquants-{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1), flush=True)
 
 
 def _exported(folder: str | Path, output: Path) -> Path:
@@ -116,7 +123,11 @@ def _rounded_by_llama_cpp(dense: Path, file: Path, mixture: Mixture) -> Path:
 
 def _rounded_by_us(dense: str, folder: Path, theirs: Path, calibration: dict[str, Any]) -> Path:
     """The same types, by `gptq`."""
-    named = {str(each.name): SCHEMES[each.tensor_type.name] for each in GGUFReader(theirs).tensors if "_norm" not in each.name}
+    named = {
+        str(each.name): SCHEMES[each.tensor_type.name]
+        for each in GGUFReader(theirs).tensors
+        if "_norm" not in each.name
+    }
     table = named.pop("token_embd.weight")
     most = Counter(named.values()).most_common(1)[0][0]
     sites = {_site(tensor): {"scheme": scheme} for tensor, scheme in named.items() if scheme != most}
@@ -141,15 +152,16 @@ def _types(file: Path) -> dict[str, int]:
     return dict(sorted(Counter(each.tensor_type.name for each in GGUFReader(file).tensors).items()))
 
 
-def _compared(files: dict[str, Path], windows_BT: Tensor) -> dict[str, Any]:
-    """Perplexity of every file, and how each of ours differs from llama.cpp's of the same types."""
-    losses = {name: _losses(file, windows_BT).mean(1) for name, file in files.items()}
-    found: dict[str, Any] = {"perplexity": {name: math.exp(float(loss.mean())) for name, loss in losses.items()}}
-    for mixture in MIXTURES:
-        apart = losses[f"gptq {mixture.name}"] - losses[f"llama.cpp {mixture.name}"]
-        error = float(apart.std() / math.sqrt(len(apart)))
-        found[mixture.name] = {"gptq_minus_llama_cpp": float(apart.mean()), "standard_error": error}
-    return found
+def _compared(theirs: Path, ours: Path, windows_BT: Tensor) -> dict[str, float]:
+    """Perplexities, and the difference of the mean losses, window by window."""
+    before, after = (_losses(file, windows_BT).mean(1) for file in (theirs, ours))
+    apart = after - before
+    return {
+        "llama_cpp": math.exp(float(before.mean())),
+        "gptq": math.exp(float(after.mean())),
+        "difference": float(apart.mean()),
+        "standard_error": float(apart.std() / math.sqrt(len(apart))),
+    }
 
 
 def _losses(file: Path, windows_BT: Tensor) -> Tensor:

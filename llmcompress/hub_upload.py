@@ -30,7 +30,7 @@ from llmcompress.recipe import Recipe, parse_recipe
 from llmcompress.records.evaluation import Comparison, Evaluation
 from llmcompress.records.export_report import EXPORT_REPORT
 from llmcompress.records.report import RECIPE, REPORT, Report, read_report
-from llmcompress.report.folder import read_reported
+from llmcompress.report.folder import read_measured
 from llmcompress.report.saved import evaluation_of_result
 from llmcompress.storage.json_file import read_json
 from llmcompress.storage.names import CARD, FILES
@@ -242,7 +242,7 @@ def _evaluation(folder: Path, run: Report | None, more: Path | None, names: dict
     found = evaluation_of_result(folder) if run is not None else _nothing(folder)
     if more is None:
         return found
-    told = read_reported(more)
+    told = read_measured(more)
     if isinstance(told, Comparison):
         if len(told.evaluations) != 1:
             what = f"the report compares {len(told.evaluations)} models, and the card is of one"

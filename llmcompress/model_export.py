@@ -43,7 +43,8 @@ def export(
     `model`: a folder that `compress` saved, a dense model, a model in memory (with its `tokenizer`), or what `compress`
     returned. Codes and scales are carried, not rounded again. `options`: of each target, by its name. Every file is
     decoded again and compared before the folder appears; with `run` it is also run by the target's own runtime, if that
-    is installed, and with `memory` once more in a fresh process, whose peak memory the report states. What a target cannot hold is refused before anything is written.
+    is installed, and with `memory` once more in a fresh process, whose peak memory the report states.
+    What a target cannot hold is refused before anything is written.
 
     Raises: CompressError for everything a user can cause; with exit code 6 where what was written is not the model.
     """

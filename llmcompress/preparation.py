@@ -41,8 +41,7 @@ from llmcompress.planning import (
 )
 from llmcompress.progress import Progress
 from llmcompress.publishing.destinations import check_destinations
-from llmcompress.publishing.hub import hub_api
-from llmcompress.publishing.rights import check_rights
+from llmcompress.publishing.rights import check_all_rights
 from llmcompress.recipe import Recipe
 from llmcompress.storage.folder import check_output, run_folder
 from llmcompress.storage.ownership import begin_run_folder, remove_unused_run_folder
@@ -116,8 +115,7 @@ def _prepared(request: CompressionRequest) -> Prepared:
         named = None if request.live else from_home(str(recipe.model))
         for folder in (request.output, *export_folders(request.output, recipe.export).values()):
             check_output(folder, overwrite=request.overwrite, source=named)
-        for wanted in recipe.publish:
-            check_rights(hub_api(), wanted)
+        check_all_rights(recipe.publish)
     request.progress.stage("load", 1)
     check_texts(recipe, given=request.given is not None)
     check_gate(recipe.evaluate, compares=True)

@@ -99,8 +99,8 @@ def _saved(paths: tuple[str, ...], words: Words) -> Comparison:
     Raises: CompressError when they have not.
     """
     from llmcompress.report.comparing import as_comparison
-    from llmcompress.report.folder import read_reported
+    from llmcompress.report.folder import read_measured
 
     if any(astuple(words)):
         raise click.UsageError("Saved reports are compared as they are: leave out what says what to measure.")
-    return as_comparison([read_reported(Path(each)) for each in paths])
+    return as_comparison([read_measured(Path(each)) for each in paths])

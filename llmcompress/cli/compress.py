@@ -113,7 +113,9 @@ def compress(
         if dry_run:
             from llmcompress.calibration.devices import usable_device
             from llmcompress.cost import this_machine
+            from llmcompress.publishing.rights import check_all_rights
 
+            check_all_rights(recipe.publish)
             here = this_machine(usable_device(device))
             foreseen = pipeline.plan(recipe.model, recipe, offload=offload, machine=here)
             plan = foreseen.model_dump(mode="json")

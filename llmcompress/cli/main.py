@@ -28,6 +28,7 @@ COMMANDS = (
     "footprint",
     "inspect",
     "passes",
+    "plan",
     "push",
     "recipes",
     "report",

@@ -20,9 +20,9 @@ def report(folder: Path, output: Path, as_json: bool) -> None:
     Example:
       llmcompress report out -o out-report
     """
-    from llmcompress.report.folder import is_report, read_reported, write_report
+    from llmcompress.report.folder import is_export, is_report, read_reported, write_report
     from llmcompress.report.saved import evaluation_of_result
 
-    found = read_reported(folder) if is_report(folder) else evaluation_of_result(folder)
+    found = read_reported(folder) if is_report(folder) or is_export(folder) else evaluation_of_result(folder)
     write_report(found, output)
     print_json({"output": str(output)}) if as_json else click.echo(f"report written to {output}", err=True)

@@ -28,7 +28,7 @@ _SUFFIX = ".run"
 @device_option
 @json_option
 @click.pass_context
-def resume(context: click.Context, run: Path, **options: Any) -> None:
+def resume(context: click.Context, /, run: Path, **options: Any) -> None:
     """Finish an interrupted `compress` that was to write OUTPUT.
 
     The recipe is the one that the run began with, from the folder OUTPUT.run, which may also be given itself.

@@ -26,7 +26,8 @@ from llmcompress.modules.base import MODULES, CompressedModule
 from llmcompress.numerics.entropy import entropy, huffman_code, mean_bits
 
 TWICE = "stored twice"
-_CACHE_SCALES = (".k_scale", ".v_scale", ".key_scale", ".value_scale")
+CACHE_SCALES = (".k_scale", ".v_scale", ".key_scale", ".value_scale")
+"""Ends of the names of what a quantized KV cache multiplies by."""
 
 
 class Footprint(BaseModel):
@@ -95,7 +96,7 @@ def footprint(model: str | Path) -> Footprint:
         bits = 8 * tensor.bytes
         ideal_bits += bits
         # indices of what was kept, and scales of the cache: needed, but no parameters
-        if not tensor.dtype.is_floating_point or tensor.name.endswith(_CACHE_SCALES):
+        if not tensor.dtype.is_floating_point or tensor.name.endswith(CACHE_SCALES):
             sparse_bits += bits
             continue
         count = prod(tensor.shape)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -17,10 +17,12 @@ from typing_extensions import override
 from llmcompress.exporters.base import EXPORTERS, Answer, Converted, Exact, Exporter, Refused, Saved, Writing
 from llmcompress.exporters.config import portable_config
 from llmcompress.exporters.contents import CodedLinear, Contents
-from llmcompress.exporters.gguf_architectures import Setting, architecture_of, config_problem, notes_of, settings_of
+from llmcompress.exporters.gguf_architectures import Setting, config_problem, notes_of, settings_of
+from llmcompress.exporters.gguf_experts import experts_problem
 from llmcompress.exporters.gguf_file import read_back, write_file
-from llmcompress.exporters.gguf_tensors import FileTensor, code_table, file_tensors
+from llmcompress.exporters.gguf_tensors import FileTensor, code_table, file_tensors, tensor_names
 from llmcompress.exporters.gguf_tokenizer import tokenizer_settings
+from llmcompress.exporters.gguf_widths import widths_by_block, widths_problem
 from llmcompress.formats import gguf, plain
 from llmcompress.formats.gguf import BlockType
 from llmcompress.formats.named import Kind
@@ -104,8 +106,9 @@ llmcompress evaluate . --runner llama_cpp"""
         why = config_problem(contents.config)
         if why is not None:
             return why
-        if contents.rearranged:
-            return f"llama.cpp has no graph for {', '.join(contents.rearranged[:3])}"
+        why = widths_problem(contents) or experts_problem(contents)
+        if why is not None:
+            return why
         for name, module in contents.modules.items():
             form = module.expression()
             if not form.is_linear:
@@ -133,7 +136,8 @@ llmcompress evaluate . --runner llama_cpp"""
     def write(self, model: PreTrainedModel, folder: Path, writing: Writing) -> Saved:
         """`model.gguf`, and the model's config, for readers that want it as transformers spells it."""
         config, tensors = portable_config(model, writing.storage_dtype), self._tensors(model, writing)
-        settings = {**_general(config, writing), **settings_of(config)}
+        by_block = widths_by_block(model, config, tensor_names(config))
+        settings = {**_general(writing), **settings_of(config, by_block)}
         if writing.tokenizer is not None:
             settings |= tokenizer_settings(writing.tokenizer, int(config["vocab_size"]))
         folder.mkdir(parents=True, exist_ok=True)
@@ -205,11 +209,8 @@ def nearest(scheme: Scheme, inputs: int) -> Scheme | None:
     return next((each for each in tried if gguf.block_type(each.weights, inputs) is not None), None)
 
 
-def _general(config: Mapping[str, Any], writing: Writing) -> dict[str, Setting]:
-    row = architecture_of(str(config["model_type"]))
-    assert row is not None
+def _general(writing: Writing) -> dict[str, Setting]:
     return {
-        "general.architecture": row.name,
         "general.type": "model",
         "general.name": Path(writing.model_name.partition("@")[0]).name.removeprefix("builtin:"),
         "general.quantized_by": "llmcompress",

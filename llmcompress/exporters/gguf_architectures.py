@@ -42,6 +42,8 @@ class Architecture:
     """Names in the config → the only value that llama.cpp computes; a config without the name has it too."""
     scales_by_head: bool = False
     """Scores are divided by the root of the head's size, while the config may say something else."""
+    per_block: str | None = None
+    """Another architecture with the same graph, whose blocks may have different widths."""
     always: Mapping[str, Setting] = field(default_factory=dict)
     """Keys that its files have whatever the config says."""
 
@@ -60,10 +62,39 @@ _SHARED: Mapping[str, str] = {
 _WINDOW = {"attention.sliding_window": "sliding_window"}
 _CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
 
+_EXPERTS = {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+_ALL_BLOCKS_HAVE_EXPERTS: Mapping[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+
 ARCHITECTURES = (
-    Architecture("llama", ("llama", "mistral"), "silu", interleaves_rotary=True),
+    Architecture("llama", ("llama", "mistral"), "silu", interleaves_rotary=True, per_block="deci"),
+    Architecture(
+        "llama",
+        ("mixtral",),
+        "silu",
+        interleaves_rotary=True,
+        settings={"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+    ),
     Architecture("qwen2", ("qwen2",), "silu"),
     Architecture("qwen3", ("qwen3",), "silu", constants={"attention_bias": False}),
+    Architecture(
+        "qwen2moe",
+        ("qwen2_moe",),
+        "silu",
+        settings=_EXPERTS,
+        constants={**_ALL_BLOCKS_HAVE_EXPERTS, "norm_topk_prob": False, "qkv_bias": True},
+    ),
+    Architecture(
+        "qwen3moe",
+        ("qwen3_moe",),
+        "silu",
+        settings=_EXPERTS,
+        constants={**_ALL_BLOCKS_HAVE_EXPERTS, "norm_topk_prob": True, "attention_bias": False},
+    ),
     Architecture("phi3", ("phi3",), "silu", always={"attention.sliding_window": 0}),
     Architecture("gemma", ("gemma",), "gelu_pytorch_tanh", norm_offset=1.0, constants={"attention_bias": False}),
     Architecture(
@@ -117,10 +148,14 @@ def config_problem(config: Config) -> str | None:
     return _windows_problem(found, config) or rope_problem(config)
 
 
-def settings_of(config: Config) -> dict[str, Setting]:
-    """All keys of the metadata that describe the model; its config must have no `config_problem`."""
+def settings_of(config: Config, by_block: Mapping[str, Setting] | None = None) -> dict[str, Setting]:
+    """All keys of the metadata that describe the model; its config must have no `config_problem`.
+
+    `by_block`: widths other than the config's; lists where blocks differ.
+    """
     found = architecture_of(str(config["model_type"]))
     assert found is not None
+    name = found.per_block if any(isinstance(each, list) for each in (by_block or {}).values()) else found.name
     size = head_size(config)
     named = {key: config.get(name) for key, name in {**_SHARED, **found.settings}.items()}
     stated: dict[str, Setting] = {key: value for key, value in named.items() if value is not None}
@@ -128,7 +163,8 @@ def settings_of(config: Config) -> dict[str, Setting]:
     windows = [window for window in _windows(config) if window is not None]
     if windows and found.full_every is None:
         stated["context_length"] = min(int(config["max_position_embeddings"]), *windows)
-    return {f"{found.name}.{key}": value for key, value in {**stated, **found.always}.items()}
+    described = {f"{name}.{key}": value for key, value in {**stated, **found.always, **(by_block or {})}.items()}
+    return {"general.architecture": str(name), **described}
 
 
 def notes_of(config: Config) -> list[str]:

@@ -74,7 +74,7 @@ def _compared(tensor: FileTensor, found: Any) -> ReadBack:
     error: float | None = None
     if tensor.codes is not None:
         ours, kind = tensor.codes(), next(each for each in gguf.TYPES if each.name == tensor.type)
-        codes, scales = gguf.differing(gguf.unpack(torch.from_numpy(numpy.array(found.data)), kind), ours)
+        codes, scales = gguf.differing(gguf.unpack(torch.from_numpy(_rows(found)), kind), ours)
         error = gguf.error_in_steps(ours, kind)
     return ReadBack(
         source=tensor.source,
@@ -89,13 +89,17 @@ def _compared(tensor: FileTensor, found: Any) -> ReadBack:
 
 def _weights_differing(found: Any, values: Tensor) -> int:
     """Numbers that the package decodes differently, bit for bit."""
-    rows = values if values.dim() > 1 else values[None]
-    data = found.data if values.dim() > 1 else found.data[None]
+    rows, data = values.reshape(-1, values.shape[-1]), _rows(found)
     differing = 0
     for start in range(0, len(rows), _ROWS):
         piece = gguf_package().dequantize(numpy.array(data[start : start + _ROWS]), found.tensor_type)
         differing += int((torch.from_numpy(piece) != rows[start : start + _ROWS]).sum())
     return differing
+
+
+def _rows(found: Any) -> Any:
+    """Its data, the matrices of experts one below the other."""
+    return numpy.array(found.data).reshape(-1, found.data.shape[-1])
 
 
 def _add(writer: Any, key: str, value: Setting) -> None:

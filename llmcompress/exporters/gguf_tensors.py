@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmcompress.exporters.checkpoint import owner_of, repeated_tensors
+from llmcompress.exporters.checkpoint import block_of, owner_of, repeated_tensors
 from llmcompress.exporters.config import portable_config
 from llmcompress.exporters.contents import contents_in
 from llmcompress.exporters.gguf_architectures import Architecture, Config, architecture_of, head_size
+from llmcompress.exporters.gguf_experts import bank_of, stacks_of
 from llmcompress.exporters.gguf_package import gguf_package
 from llmcompress.exporters.gguf_rope import FACTORS, rope_factors
 from llmcompress.formats import gguf
@@ -27,6 +28,7 @@ from llmcompress.modules.expression_leaves import Quantized
 from llmcompress.numerics.quantized import QuantizedTensor
 
 _ROTARY_ROWS = re.compile(r"blk\.\d+\.attn_[qk]\.")
+_ROUTER = re.compile(r"\.ffn_gate_inp(_shexp)?\.weight")
 DENSE = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 """What ordinary matrices are stored as; vectors are float32, in which every one of them is exact."""
 
@@ -71,6 +73,10 @@ class Placement:
         found = self.names(module)
         assert found is not None, f"ggml has no name for {source}"
         return f"{found}.{leaf}"
+
+    def of_block(self, module: str) -> str:
+        """What the block of a module is called in the file."""
+        return f"blk.{block_of(module).rstrip('.').rpartition('.')[2]}"
 
     def rows(self, name: str, outputs: int) -> Tensor:
         """The order of rows in the file."""
@@ -117,6 +123,12 @@ def _in_order(
 ) -> Iterator[FileTensor]:
     repeated, begun = repeated_tensors(model), set[str]()
     for name in model.state_dict():
+        bank = bank_of(name)
+        if bank is not None:
+            if bank not in begun:
+                begun.add(bank)
+                yield from _experts(model, bank, placement)
+            continue
         owner = owner_of(name, replaced)
         if owner is None and name not in repeated:
             yield _ordinary(model, name, placement)
@@ -141,6 +153,19 @@ def _replaced(name: str, module: CompressedModule, placement: Placement) -> Iter
         yield _vector(placement.name(f"{name}.bias"), name, bias_O[rows_O])
 
 
+def _experts(model: PreTrainedModel, bank: str, placement: Placement) -> Iterator[FileTensor]:
+    """Three tensors for all experts of a block."""
+    for stack in stacks_of(model.get_submodule(bank)):
+        in_file = f"{placement.of_block(bank)}.ffn_{stack.kind}_exps.weight"
+        codes = stack.codes
+        kind = None if codes is None else gguf.block_type(codes.grid, stack.shape[-1], placement.ternary)
+        if codes is not None and kind is not None:
+            rows_O = torch.arange(len(codes.codes))
+            yield replace(_codes(in_file, f"{bank}.*.{stack.kind}", codes, kind, rows_O), shape=stack.shape)
+        else:
+            yield _matrix(in_file, f"{bank}.*.{stack.kind}", stack.shape, stack.dense, placement)
+
+
 def _codes(name: str, source: str, tensor: QuantizedTensor, kind: BlockType, rows_O: Tensor) -> FileTensor:
     def ordered() -> QuantizedTensor:
         return tensor.rows(rows_O)
@@ -160,6 +185,8 @@ def _ordinary(model: PreTrainedModel, name: str, placement: Placement) -> FileTe
         stored: Tensor = model.get_parameter(name).detach().to(placement.dtype)
         return stored[rows_O]
 
+    if _ROUTER.search(in_file):  # in 16 bits near-ties would choose other experts
+        return _dense(in_file, name, tuple(parameter.shape), lambda: values().float(), torch.float32)
     if parameter.dim() == 1:
         offset = placement.row.norm_offset if in_file.endswith("norm.weight") else 0.0
         return _vector(in_file, name, values().float() + offset)

@@ -17,7 +17,7 @@ from llmcompress.exporters.onnx_package import onnx_package
 from llmcompress.formats import onnx as fields
 from llmcompress.formats.onnx import NBits, layout
 from llmcompress.modules.expression import Chain, Expression, Gather, InputTransform, OutputPlaces, Sum, Tied
-from llmcompress.modules.expression_leaves import Quantized
+from llmcompress.modules.expression_leaves import Dense, Quantized
 from llmcompress.modules.input_transforms import Hadamard, Selection
 from llmcompress.numerics.hadamard import transformed
 from llmcompress.numerics.quantized import QuantizedTensor
@@ -76,17 +76,17 @@ class Nodes:
     @singledispatchmethod
     def _emit(self, form: Expression, name: str, x: str) -> str:
         """The name of the result; a form without a method of its own is one matrix."""
-        return self._matrix(form.dense_weight, form.shape, form.dense_bias(), name, x)
+        return self._one_matrix(form, name, x)
 
     @_emit.register
     def _(self, form: Chain, name: str, x: str) -> str:
         for number, link in enumerate(form.links):
-            x = self._emit(link, f"{name}.{number}", x)
+            x = self._emit(link, f"{name}/{number}", x)
         return x
 
     @_emit.register
     def _(self, form: Sum, name: str, x: str) -> str:
-        total, *rest = (self._emit(term, f"{name}.{number}", x) for number, term in enumerate(form.terms))
+        total, *rest = (self._emit(term, f"{name}/{number}", x) for number, term in enumerate(form.terms))
         for each in rest:
             total = self._node("Add", [total, each], name)
         return total
@@ -103,11 +103,11 @@ class Nodes:
             turned = self._node("MatMul", [pieces, matrix], name)
             whole = self._node("Reshape", [turned, self._node("Shape", [x], name)], name)
             return self._emit(form.inner, name, whole)
-        return self._matrix(form.dense_weight, form.shape, form.dense_bias(), name, x)
+        return self._one_matrix(form, name, x)
 
     @_emit.register
     def _(self, form: OutputPlaces, name: str, x: str) -> str:
-        kept = self._emit(form.inner, f"{name}.kept", x)
+        kept = self._emit(form.inner, f"{name}/kept", x)
         places = torch.full((form.outputs,), len(form.index_K), dtype=torch.int64)
         places[form.index_K.cpu()] = torch.arange(len(form.index_K))
         index = self._constant(f"{name}.places", name, places)
@@ -142,7 +142,7 @@ class Nodes:
             return self._biased(self._int8_products(form, name, x), form.bias, name)
         kind = layout(grid, inputs)
         if kind is None:
-            return self._matrix(form.dense_weight, form.shape, form.bias, name, x)
+            return self._one_matrix(form, name, x)
         return self._biased(self._n_bits(form, kind, name, name, x), form.bias, name)
 
     def _n_bits(self, form: Quantized, kind: NBits, owner: str, name: str, x: str) -> str:
@@ -185,22 +185,21 @@ class Nodes:
         sums = self._node("Cast", [self._node("MatMulInteger", [rounded, codes], name)], name, to=types.FLOAT)
         return self._node("Mul", [self._node("Mul", [sums, scale], name), scales], name)
 
-    def _matrix(
-        self, weight: Callable[[], Tensor], shape: tuple[int, int], bias_O: Tensor | None, name: str, x: str
-    ) -> str:
+    def _one_matrix(self, form: Expression, name: str, x: str) -> str:
         """An ordinary product; the file has inputs × outputs."""
-        outputs, inputs = shape
-        held = self._hold(f"{name}.weight", name, (inputs, outputs), torch.float32, lambda: self._stored(weight()).T)
-        return self._biased(self._node("MatMul", [x, held], name), bias_O, name)
+        outputs, inputs = form.shape
+        held = self._hold(f"{name}.weight", name, (inputs, outputs), torch.float32, lambda: self._values(form).T)
+        return self._biased(self._node("MatMul", [x, held], name), form.dense_bias(), name)
 
     def _table(self, owner: str, table: Expression) -> str:
         """The rows of an embedding: float32 where the head multiplies by them, else as they are stored elsewhere."""
-        dtype = torch.float32 if owner in self.tied else self.storage_dtype
-        make = partial(self._table_values, table, dtype)
-        return self._hold(f"{owner}.weight", owner, table.shape, dtype, make)
+        dtype = self.storage_dtype if isinstance(table, Dense) and owner not in self.tied else torch.float32
+        return self._hold(f"{owner}.weight", owner, table.shape, dtype, lambda: self._values(table).to(dtype))
 
-    def _table_values(self, table: Expression, dtype: torch.dtype) -> Tensor:
-        return self._stored(table.dense_weight()).to(dtype)
+    def _values(self, form: Expression) -> Tensor:
+        """Float32: an ordinary weight as it is stored elsewhere; what codes stand for is not rounded again."""
+        weight = form.dense_weight().detach()
+        return (weight.to(self.storage_dtype) if isinstance(form, Dense) else weight).float()
 
     def _fields(self, tensor: QuantizedTensor, kind: NBits, owner: str) -> list[str]:
         """The names of its tensors, which a tied head shares with the embedding."""
@@ -223,7 +222,7 @@ class Nodes:
     def _biased(self, y: str, bias_O: Tensor | None, name: str) -> str:
         if bias_O is None:
             return y
-        bias = self._hold(f"{name}.bias", name, tuple(bias_O.shape), torch.float32, lambda: self._stored(bias_O))
+        bias = self._hold(f"{name}.bias", name, tuple(bias_O.shape), torch.float32, partial(self._stored, bias_O))
         return self._node("Add", [y, bias], name)
 
     def _ints(self, values: Sequence[int]) -> str:

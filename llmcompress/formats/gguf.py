@@ -234,9 +234,9 @@ def tensors(shape: tuple[int, int], scheme: Scheme, kind: BlockType, *, bias: bo
 
 def _pack_super_blocks(tensor: QuantizedTensor, fields_OBN: Tensor, kind: BlockType) -> Tensor:
     assert tensor.shared_scale is not None
-    each = (fields_OBN.shape[1], -1)
-    minimum = None if tensor.zero_point is None else tensor.zero_point.unflatten(1, each)
-    fields = Fields(fields_OBN, tensor.scale.unflatten(1, each), minimum, tensor.shared_scale.to(torch.float16))
+    shape = (*fields_OBN.shape[:2], -1)
+    minimum = None if tensor.zero_point is None else tensor.zero_point.reshape(shape)
+    fields = Fields(fields_OBN, tensor.scale.reshape(shape), minimum, tensor.shared_scale.to(torch.float16))
     return pack_super_blocks(fields, kind.name).flatten(1)
 
 

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def divided(values: Tensor, parts: int, length: int) -> Tensor:
+    """The last axis as two."""
+    return values.reshape(*values.shape[:-1], parts, length)
+
+
 def nibbles(fields_BN: Tensor) -> Tensor:
     """The first half of a block in the low, the second half in the high four bits."""
     low_BH, high_BH = fields_BN.chunk(2, -1)
@@ -42,8 +47,8 @@ def unpaired(packed_BC: Tensor) -> Tensor:
 
 def single_bits(fields_BN: Tensor) -> Tensor:
     """One bit each: of 256 fields, those 32 apart share a byte."""
-    eight = fields_BN.unflatten(-1, (8, 32))
-    packed = eight[..., 0, :]
+    eight = divided(fields_BN, 8, 32)
+    packed: Tensor = eight[..., 0, :]
     for place in range(1, 8):
         packed = packed | eight[..., place, :] << place
     return packed
@@ -63,10 +68,10 @@ def trits(fields_BN: Tensor) -> Tensor:
 
     Of 256 fields, 160 are 32 apart in 32 bytes, 80 are 16 apart in 16, and the last 16 are four apart in four.
     """
-    parts = fields_BN.split([160, 80, 16], -1)
+    parts = torch.split(fields_BN, [160, 80, 16], -1)
     packed = []
     for part, width in zip(parts, (32, 16, 4), strict=True):
-        digits = part.to(torch.int32).unflatten(-1, (-1, width))
+        digits = divided(part.to(torch.int32), -1, width)
         powers = torch.tensor(_POWERS[: digits.shape[-2]], dtype=torch.int32, device=part.device)[:, None]
         packed.append((digits * powers).sum(-2))
     return ((torch.cat(packed, -1) * 256 + 242) // 243).to(torch.uint8)
@@ -75,7 +80,7 @@ def trits(fields_BN: Tensor) -> Tensor:
 def untrits(packed_BC: Tensor) -> Tensor:
     """What `trits` was given."""
     found = []
-    for part, count in zip(packed_BC.split([32, 16, 4], -1), (_TRITS, _TRITS, 4), strict=True):
+    for part, count in zip(torch.split(packed_BC, [32, 16, 4], -1), (_TRITS, _TRITS, 4), strict=True):
         digits = [(part.to(torch.int32) * 3**place & 255) * 3 >> 8 for place in range(count)]
         found.append(torch.stack(digits, -2).flatten(-2))
     return torch.cat(found, -1).to(torch.uint8)

@@ -14,7 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmcompress.formats.gguf_fields import as_bytes, as_float16, nibbles, pairs, single_bits, unnibbled, unpaired, unsingle
+from llmcompress.formats.gguf_fields import (
+    as_bytes,
+    as_float16,
+    divided,
+    nibbles,
+    pairs,
+    single_bits,
+    unnibbled,
+    unpaired,
+    unsingle,
+)
 
 SUPER_BLOCK = 256
 
@@ -47,54 +57,54 @@ def _pack_2(fields: Fields) -> Tensor:
 
 
 def _unpack_2(packed_OSC: Tensor) -> Fields:
-    scales, codes, shared = packed_OSC.split([16, 64, 4], -1)
+    scales, codes, shared = torch.split(packed_OSC, [16, 64, 4], -1)
     return Fields(unpaired(codes), scales & 15, scales >> 4, _floats(shared))
 
 
 def _pack_3(fields: Fields) -> Tensor:
     codes = fields.codes_OSN
     scale_OSK = (fields.scale_OSK.to(torch.int16) + 32).to(torch.uint8)
-    low, high = nibbles(scale_OSK & 15), (scale_OSK >> 4).unflatten(-1, (4, 4))
+    low, high = nibbles(scale_OSK & 15), divided(scale_OSK >> 4, 4, 4)
     high = high[..., 0, :] | high[..., 1, :] << 2 | high[..., 2, :] << 4 | high[..., 3, :] << 6
     return torch.cat([single_bits(codes >> 2), pairs(codes & 3), low, high, _shared(fields)], -1)
 
 
 def _unpack_3(packed_OSC: Tensor) -> Fields:
-    top, codes, low, high, shared = packed_OSC.split([32, 64, 8, 4, 2], -1)
+    top, codes, low, high, shared = torch.split(packed_OSC, [32, 64, 8, 4, 2], -1)
     high = torch.cat([high >> place & 3 for place in (0, 2, 4, 6)], -1)
     scale_OSK = (unnibbled(low) | high << 4).to(torch.int16) - 32
     return Fields(unpaired(codes) | unsingle(top) << 2, scale_OSK, None, _floats(shared))
 
 
 def _pack_4(fields: Fields) -> Tensor:
-    return torch.cat([_shared(fields), _six_bits(fields), nibbles(fields.codes_OSN.unflatten(-1, (4, 64))).flatten(-2)], -1)
+    return torch.cat([_shared(fields), _six_bits(fields), nibbles(divided(fields.codes_OSN, 4, 64)).flatten(-2)], -1)
 
 
 def _unpack_4(packed_OSC: Tensor) -> Fields:
-    shared, scales, codes = packed_OSC.split([4, 12, 128], -1)
-    return Fields(unnibbled(codes.unflatten(-1, (4, 32))).flatten(-2), *_from_six_bits(scales), _floats(shared))
+    shared, scales, codes = torch.split(packed_OSC, [4, 12, 128], -1)
+    return Fields(unnibbled(divided(codes, 4, 32)).flatten(-2), *_from_six_bits(scales), _floats(shared))
 
 
 def _pack_5(fields: Fields) -> Tensor:
-    codes = nibbles((fields.codes_OSN & 15).unflatten(-1, (4, 64))).flatten(-2)
+    codes = nibbles(divided(fields.codes_OSN & 15, 4, 64)).flatten(-2)
     return torch.cat([_shared(fields), _six_bits(fields), single_bits(fields.codes_OSN >> 4), codes], -1)
 
 
 def _unpack_5(packed_OSC: Tensor) -> Fields:
-    shared, scales, top, codes = packed_OSC.split([4, 12, 32, 128], -1)
-    low = unnibbled(codes.unflatten(-1, (4, 32))).flatten(-2)
+    shared, scales, top, codes = torch.split(packed_OSC, [4, 12, 32, 128], -1)
+    low = unnibbled(divided(codes, 4, 32)).flatten(-2)
     return Fields(low | unsingle(top) << 4, *_from_six_bits(scales), _floats(shared))
 
 
 def _pack_6(fields: Fields) -> Tensor:
-    low = nibbles((fields.codes_OSN & 15).unflatten(-1, (2, 128))).flatten(-2)
+    low = nibbles(divided(fields.codes_OSN & 15, 2, 128)).flatten(-2)
     scales = fields.scale_OSK.to(torch.int8).view(torch.uint8)
     return torch.cat([low, pairs(fields.codes_OSN >> 4), scales, _shared(fields)], -1)
 
 
 def _unpack_6(packed_OSC: Tensor) -> Fields:
-    low, high, scales, shared = packed_OSC.split([128, 64, 16, 2], -1)
-    codes = unnibbled(low.unflatten(-1, (2, 64))).flatten(-2) | unpaired(high) << 4
+    low, high, scales, shared = torch.split(packed_OSC, [128, 64, 16, 2], -1)
+    codes = unnibbled(divided(low, 2, 64)).flatten(-2) | unpaired(high) << 4
     return Fields(codes, scales.contiguous().view(torch.int8), None, _floats(shared))
 
 
@@ -125,7 +135,7 @@ def _shared(fields: Fields) -> Tensor:
 
 
 def _floats(bytes_OSC: Tensor) -> Tensor:
-    return as_float16(bytes_OSC.unflatten(-1, (-1, 2)))
+    return as_float16(divided(bytes_OSC, -1, 2))
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ def _build(data: dict[str, Any], folder: Path) -> PretrainedConfig:
             fix="compare it with the config.json of the original model",
         ) from problem
     config.name_or_path = str(folder)
+    config.return_dict = True  # results are read by name, whatever a file says
     check_sizes(config, folder)
     return config
 
@@ -189,6 +190,7 @@ def _refuse_other_types(raw: dict[str, Any], folder: Path) -> None:
         "output_hidden_states": (bool, "true or false"),
         "output_attentions": (bool, "true or false"),
         "use_cache": (bool, "true or false"),
+        "return_dict": (bool, "true or false"),
     }
     for key, (kind, called) in wanted.items():
         if raw.get(key) is not None and not isinstance(raw[key], kind):

@@ -135,8 +135,9 @@ def _refuse_other_runtime(config: PretrainedConfig, folder: Path) -> None:
 def _restores_to_bfloat16(config: PretrainedConfig) -> bool:
     """MX and NVFP4 in a compressed-tensors folder: the library's decompressors know no other dtype."""
     found = getattr(config, "quantization_config", None) or {}
-    groups = found.get("config_groups", {}) if isinstance(found, dict) else {}
-    return any(str(group.get("format", "")).startswith(("mxfp", "nvfp")) for group in groups.values())
+    groups = found.get("config_groups") if isinstance(found, dict) else None
+    named = [each for each in groups.values() if isinstance(each, dict)] if isinstance(groups, dict) else []
+    return any(str(group.get("format", "")).startswith(("mxfp", "nvfp")) for group in named)
 
 
 def _load(source: Source, checked: Preflight, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:

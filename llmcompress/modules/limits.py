@@ -66,7 +66,9 @@ class TargetLimits:
         if group is not None and self.groups is not None and group not in self.groups:
             return f"it does not support groups of {group}"
         if grid.scales.super_block is not None:
-            return None if self.rounded_inputs or not scheme.activations else "it does not support quantized activations"
+            return (
+                None if self.rounded_inputs or not scheme.activations else "it does not support quantized activations"
+            )
         if self.group_multiple and (group or inputs) % self.group_multiple:
             what = f"groups of {group}" if group else f"rows of {inputs} inputs"
             return f"it does not support {what}, only multiples of {self.group_multiple}"

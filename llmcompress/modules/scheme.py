@@ -28,8 +28,8 @@ tensor, fixed by calibration; or one per group of inputs, found while running.""
 
 DESCRIPTION = (
     "int{2…8}_{gN|channel}[_asym|_positive], ternary_{gN|channel}, fp8_{gN|channel|tensor}, fp8e5m2_…, "
-    "fp4_{gN|channel}, nf4_{gN|channel}, mxfp4, mxfp8, nvfp4 or a K-quant of GGUF, q{2…6}_k; with rounded activations int, ternary and fp8 "
-    "…_a8token or …_a8tensor, mx and nv …_a"
+    "fp4_{gN|channel}, nf4_{gN|channel}, mxfp4, mxfp8, nvfp4 or a K-quant of GGUF, q{2…6}_k; with rounded activations "
+    "int, ternary and fp8 …_a8token or …_a8tensor, mx and nv …_a"
 )
 """The syntax of `scheme`, for option descriptions and errors."""
 

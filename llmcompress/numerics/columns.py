@@ -164,7 +164,7 @@ class RoundToGrid:
         self._code_rows = self.codes_IO.unbind()
 
     def begin(self, column: int, ahead_BO: Tensor) -> None:
-        """At the first column of a group or a super-block: fit its scales again, as earlier errors have been repaired."""
+        """At the first column of a group or super-block: fit its scales again, as earlier errors were repaired."""
         weight_ON = ahead_BO[: self.every].T
         stop = column + weight_ON.shape[1]
         again = fit(
@@ -177,7 +177,8 @@ class RoundToGrid:
         )
         first = column // (self._grid.group or self.every)
         groups = slice(first, first + again.scale_OG.shape[1])
-        self.fitted.scale_OG[:, groups], self.fitted.zero_OG[:, groups] = again.scale_OG, again.zero_OG
+        self.fitted.scale_OG[:, groups] = again.scale_OG
+        self.fitted.zero_OG[:, groups] = again.zero_OG
         self._scale_GO[groups], self._zero_GO[groups] = again.scale_OG.T, again.zero_OG.T
         if again.shared is not None and self.fitted.shared is not None and self._grid.scales.super_block is not None:
             self.fitted.shared[:, column // self.every] = again.shared[:, 0]

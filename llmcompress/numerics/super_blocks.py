@@ -18,8 +18,11 @@ from llmcompress.numerics.rounding_error import rounding_error
 
 _ROUNDS = 2
 """Of neighbouring integers and least squares for what super-blocks share; a third changes the error by 1e-4 of it."""
-_LINES = 3
-"""Rounds of codes and least squares for a group's own scale and minimum."""
+_LINES = 2
+"""Further rounds of codes and least squares for a group's own scale and minimum."""
+_BEGINNINGS = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
+"""Steps more than there are that the range of a group is divided into, at first. Source: the `rmin` of ggml's search,
+with wider spaces, as every one is solved for."""
 _LEAST = 2.0**-24
 """The smallest float16: a scale of 0 would lose the sign of its group."""
 
@@ -33,8 +36,8 @@ def with_super_blocks(
     what super-blocks share are improved in turns, and the error (of the output, where `gram_GNN` is given) never rises.
 
     Source: `make_qkx3_quants` and `make_qx_quants` in ggml-quants.c of ggml (a least-squares line per group, quantized
-    largest first). Differs: errors are those of the output; after the quantization of scales their integers are searched
-    and the shared numbers solved for again.
+    largest first). Differs: errors are those of the output; after the quantization of scales their integers are
+    searched and the shared numbers solved for again.
     """
     pieces = row_pieces(weight_OI)
     found = [_of_rows(weight_OI[rows], free.rows(rows), grid, gram_GNN, refine=refine) for rows in pieces]
@@ -50,7 +53,7 @@ def per_super_block(value_OG: Tensor, grid: Grid) -> Tensor:
     assert grid.scales.super_block is not None and grid.group is not None
     each = grid.scales.super_block // grid.group
     padded_OG = functional.pad(value_OG, (0, -value_OG.shape[1] % each))
-    return padded_OG.unflatten(1, (-1, each)).sum(-1)
+    return padded_OG.reshape(len(value_OG), -1, each).sum(-1)
 
 
 def chosen_super_blocks(first: Fitted, second: Fitted, better_OS: Tensor) -> Fitted:
@@ -106,13 +109,13 @@ class _Levels:
 def _largest_first(scale_OG: Tensor, minimum_OG: Tensor, grid: Grid, outermost: int) -> _Levels:
     """The largest scale (and minimum) of a super-block becomes that integer, the others the nearest."""
     assert grid.scales.super_block is not None and grid.group is not None
-    each = (-1, grid.scales.super_block // grid.group)
-    scale_OSK = scale_OG.unflatten(1, each)
+    shape = (len(scale_OG), -1, grid.scales.super_block // grid.group)
+    scale_OSK = scale_OG.reshape(shape)
     largest_OS1 = scale_OSK.gather(-1, scale_OSK.abs().argmax(-1, keepdim=True))
     if not grid.scales.minima:
         shared_OS1 = _float16(largest_OS1 / outermost)
         return _Levels(_nearest(scale_OG, shared_OS1[..., 0], grid), None, shared_OS1)
-    largest_OS2 = torch.cat([largest_OS1, minimum_OG.unflatten(1, each).amax(-1, keepdim=True)], -1)
+    largest_OS2 = torch.cat([largest_OS1, minimum_OG.reshape(shape).amax(-1, keepdim=True)], -1)
     shared_OS2 = _float16(largest_OS2 / outermost)
     steps_OG = of_groups(shared_OS2[..., 1], grid, minimum_OG.shape[1])
     integer_OG = (minimum_OG / steps_OG).round().clamp(0, grid.scales.integers[1])
@@ -186,33 +189,43 @@ class _Search:
         return replace(now, shared_OSL=torch.where(found_OS2 > 0, _float16(found_OS2), now.shared_OSL))
 
     def lines(self, scale_OG: Tensor, minimum_OG: Tensor) -> tuple[Tensor, Tensor]:
-        """For every group the least-squares line through its weights and their codes, in turns with the codes."""
-        least_OG = self._line_error(scale_OG, minimum_OG)
-        best_OG2 = now_OG2 = torch.stack([scale_OG, minimum_OG], -1)
+        """For every group the least-squares line through its weights and their codes, the best of several beginnings,
+        and again with the codes of that line.
+        """
+        bottom_OG, top_OG = self.weight_OGN.amin(-1).clamp_max(0), self.weight_OGN.amax(-1).clamp_min(0)
+        levels = self.grid.high - self.grid.low
+        best_OG2 = torch.stack([scale_OG, minimum_OG], -1)
+        least_OG = self._line_error(best_OG2)
         ones_OGN = self._seen(torch.ones_like(self.weight_OGN))
-        one_OG, weight_OG = ones_OGN.sum(-1), (self.weight_OGN * ones_OGN).sum(-1)
-        for _ in range(_LINES):
-            steps_OGN = self._line(now_OG2[..., 0], now_OG2[..., 1])[0]
-            seen_OGN = self._seen(steps_OGN)
-            square_OG, wanted_OG = (steps_OGN * seen_OGN).sum(-1), (self.weight_OGN * seen_OGN).sum(-1)
-            slope_OG, below_OG = _line(square_OG, (steps_OGN * ones_OGN).sum(-1), one_OG, wanted_OG, weight_OG)
-            # a minimum below zero cannot be said: the line through zero then
-            slope_OG = torch.where(below_OG < 0, wanted_OG / square_OG, slope_OG)
-            now_OG2 = torch.where((slope_OG > 0)[..., None], torch.stack([slope_OG, below_OG.clamp_min(0)], -1), now_OG2)
-            error_OG = self._line_error(now_OG2[..., 0], now_OG2[..., 1])
-            best_OG2 = torch.where((error_OG < least_OG)[..., None], now_OG2, best_OG2)
+        begun = [torch.stack([(top_OG - bottom_OG) / (levels + step), -bottom_OG], -1) for step in _BEGINNINGS]
+        for now_OG2 in (best_OG2, *begun, *[None] * _LINES):
+            tried_OG2 = self._solved(best_OG2 if now_OG2 is None else now_OG2, ones_OGN)
+            error_OG = self._line_error(tried_OG2)
+            best_OG2 = torch.where((error_OG < least_OG)[..., None], tried_OG2, best_OG2)
             least_OG = torch.minimum(error_OG, least_OG)
         return best_OG2[..., 0], best_OG2[..., 1]
 
-    def _line(self, scale_OG: Tensor, minimum_OG: Tensor) -> tuple[Tensor, Tensor]:
+    def _solved(self, line_OG2: Tensor, ones_OGN: Tensor) -> Tensor:
+        """Scale and minimum by least squares, for the codes that these give."""
+        steps_OGN = self._line(line_OG2)[0]
+        seen_OGN = self._seen(steps_OGN)
+        square_OG, wanted_OG = (steps_OGN * seen_OGN).sum(-1), (self.weight_OGN * seen_OGN).sum(-1)
+        one_OG, weight_OG = ones_OGN.sum(-1), (self.weight_OGN * ones_OGN).sum(-1)
+        slope_OG, below_OG = _line(square_OG, (steps_OGN * ones_OGN).sum(-1), one_OG, wanted_OG, weight_OG)
+        # a minimum below zero cannot be said: the line through zero then
+        slope_OG = torch.where(below_OG < 0, wanted_OG / square_OG, slope_OG)
+        solved_OG2 = torch.stack([slope_OG, below_OG.clamp_min(0)], -1)
+        return torch.where((slope_OG > 0)[..., None], solved_OG2, line_OG2)
+
+    def _line(self, line_OG2: Tensor) -> tuple[Tensor, Tensor]:
         """Steps above the lowest code of the nearest codes, and what is restored from them."""
-        scale_OG1, minimum_OG1 = torch.where(scale_OG > 0, scale_OG, 1.0)[..., None], minimum_OG[..., None]
+        scale_OG1, minimum_OG1 = torch.where(line_OG2 > 0, line_OG2, 1.0)[..., :1], line_OG2[..., 1:]
         levels = self.grid.high - self.grid.low
         steps_OGN = ((self.weight_OGN + minimum_OG1) / scale_OG1).round_().clamp_(0, levels)
         return steps_OGN, steps_OGN * scale_OG1 - minimum_OG1
 
-    def _line_error(self, scale_OG: Tensor, minimum_OG: Tensor) -> Tensor:
-        difference_OGN = self._line(scale_OG, minimum_OG)[1] - self.weight_OGN
+    def _line_error(self, line_OG2: Tensor) -> Tensor:
+        difference_OGN = self._line(line_OG2)[1] - self.weight_OGN
         return (self._seen(difference_OGN) * difference_OGN).sum(-1)
 
     def _steps(self, fitted: Fitted) -> Tensor:

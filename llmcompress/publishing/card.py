@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from llmcompress.calibration.local_files import is_text_file
-from llmcompress.publishing.card_metadata import CardFacts
+from llmcompress.publishing.card_metadata import LIBRARY, CardFacts
 from llmcompress.publishing.snippets import snippets_for
 from llmcompress.records.evaluation import Evaluation
 from llmcompress.records.report import RECIPE
@@ -41,7 +41,7 @@ def _summary(facts: CardFacts) -> str:
     passes = f" ({', '.join(facts.passes)})" if facts.passes else ""
     needs = (
         "This model needs llmcompress: run `pip install llmcompress` and `import llmcompress` before loading it. "
-        if facts.formats[0] == "llmcompress"
+        if LIBRARY.get(facts.formats[0]) == "llmcompress"
         else ""
     )
     return f"{needs}{facts.base.name}, compressed with llmcompress{passes}."

@@ -18,7 +18,13 @@ from llmcompress.records.measurements import PerplexityResult
 from llmcompress.records.rows import SiteReport
 from llmcompress.records.tasks import TaskResult
 
-LIBRARY = {"llmcompress": "llmcompress", "gguf": "gguf", "onnx": "onnx", "openvino": "openvino"}
+LIBRARY = {
+    "llmcompress": "llmcompress",
+    "archive": "llmcompress",
+    "gguf": "gguf",
+    "onnx": "onnx",
+    "openvino": "openvino",
+}
 """Format or target → `library_name`, where that is not transformers."""
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.publishing.destinations import HubRepository
-from llmcompress.publishing.hub import asked, hub_error, hub_errors, takes
+from llmcompress.publishing.hub import asked, hub_api, hub_error, hub_errors, takes
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -20,6 +20,15 @@ class Repository:
 
     exists: bool
     private: bool = True
+
+
+def check_all_rights(wanted: Iterable[HubRepository]) -> None:
+    """Of everything that a recipe publishes.
+
+    Raises: CompressError as `check_rights` does.
+    """
+    for each in wanted:
+        check_rights(hub_api(), each)
 
 
 def check_rights(api: HfApi, wanted: HubRepository) -> Repository:

@@ -19,13 +19,16 @@ class Snippet:
 
 _LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{id}", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{id}")
+model = AutoModelForCausalLM.from_pretrained("{id}", subfolder="{subfolder}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{id}", subfolder="{subfolder}")
 ids = tokenizer("The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))"""
 _PIP = "# pip install {packages}\n"
 _VLLM = Snippet("vLLM", "sh", "vllm serve {id}")
 _TRANSFORMERS = Snippet("transformers", "python", _PIP.replace("{packages}", "transformers") + _LOAD)
+_WITH_US = Snippet(
+    "transformers with llmcompress", "python", "import llmcompress  # without it, loading is refused\n" + _LOAD
+)
 
 SNIPPETS: Mapping[str, tuple[Snippet, ...]] = {
     "plain": (_TRANSFORMERS, _VLLM),
@@ -36,11 +39,8 @@ SNIPPETS: Mapping[str, tuple[Snippet, ...]] = {
     "bitsandbytes": (
         Snippet("transformers", "python", _PIP.replace("{packages}", "transformers bitsandbytes accelerate") + _LOAD),
     ),
-    "llmcompress": (
-        Snippet(
-            "transformers with llmcompress", "python", "import llmcompress  # without it, loading is refused\n" + _LOAD
-        ),
-    ),
+    "llmcompress": (_WITH_US,),
+    "archive": (_WITH_US,),
     "gguf": (
         Snippet(
             "llama.cpp", "sh", 'llama-cli -hf {id} -p "The"      # or a chat page and an API: llama-server -hf {id}'
@@ -70,15 +70,15 @@ model = OVModelForCausalLM.from_pretrained("{id}", subfolder="{subfolder}")
 tokenizer = AutoTokenizer.from_pretrained("{id}", subfolder="{subfolder}")""",
         ),
     ),
-    "tensorrt-llm": (Snippet("TensorRT-LLM", "sh", "trtllm-serve {id}"),),
+    "tensorrt_llm": (Snippet("TensorRT-LLM", "sh", "trtllm-serve {id}"),),
 }
 """By target, or by the format of a Hugging Face folder; any other target is downloaded and run as its exporter says."""
 
 
 def snippets_for(kind: str, *, repository: str, folder: str) -> list[Snippet]:
     """The code to load an artifact; `folder`: its place in the repository, empty for the root."""
-    known = SNIPPETS.get(kind)
-    if known is None:
+    known = [each for each in SNIPPETS.get(kind, ()) if not folder or "{subfolder}" in each.code]
+    if not known:
         exporter = EXPORTERS[kind]
         name = repository.partition("/")[2]
         fetch = f"hf download {repository} --local-dir {name}"

@@ -79,15 +79,36 @@ def read_reported(path: Path) -> Reported:
     return found
 
 
+def read_measured(path: Path) -> Evaluation | Comparison:
+    """The same of models alone.
+
+    Raises: CompressError as `read_reported` does, and for the proof of an export.
+    """
+    found = read_reported(path)
+    if isinstance(found, ExportReport):
+        raise CompressError(
+            "report.kind",
+            "this is the proof of an export; it measures no model beside another",
+            where=str(path),
+            fix="give a folder that `evaluate` or `compare` wrote with an output",
+            exit_code=ExitCode.USAGE,
+        )
+    return found
+
+
 def is_report(path: Path) -> bool:
-    """Whether something is a saved report, and not a model."""
-    return path.is_file() and path.suffix == ".json" if not path.is_dir() else _file_in(path).is_file()
+    """Whether something is a saved report, and not a model: an exported folder is a model, whatever is proven of it."""
+    return path.is_file() and path.suffix == ".json" if not path.is_dir() else (path / JSON).is_file()
+
+
+def is_export(path: Path) -> bool:
+    """Whether it is a folder that `export` wrote, with the proof of it."""
+    return (path / EXPORT_REPORT).is_file()
 
 
 def _file_in(folder: Path) -> Path:
     """An exported folder has no report.json, but the proof of its export."""
-    exported = folder / EXPORT_REPORT
-    return exported if exported.is_file() else folder / JSON
+    return folder / (EXPORT_REPORT if is_export(folder) else JSON)
 
 
 def shareable(text: str) -> str:

@@ -78,7 +78,8 @@ def gguf_header(path: Path) -> GgufHeader | None:
     start = f"{reader.fields['general.architecture'].contents()}."
     fields = {name.removeprefix(start): each for name, each in reader.fields.items() if name.startswith(start)}
     tensors = (
-        GgufTensor(str(each.name), int(each.n_bytes), int(each.n_elements), _rows(each.shape)) for each in reader.tensors
+        GgufTensor(str(each.name), int(each.n_bytes), int(each.n_elements), _rows(each.shape))
+        for each in reader.tensors
     )
     return GgufHeader(tuple(tensors), {name: each.contents() for name, each in fields.items()})
 

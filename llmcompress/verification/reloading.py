@@ -21,7 +21,7 @@ from llmcompress.records.export_report import EXPORT_REPORT, ExportReport, Runti
 from llmcompress.records.verification import Check
 from llmcompress.reopening import reopen
 from llmcompress.storage.json_file import read_json
-from llmcompress.storage.names import INDEX, SINGLE
+from llmcompress.verification.stored import is_for_transformers
 
 FreshProcess = Callable[[str, Sequence[str]], str]
 """Program and arguments → what it wrote to its standard output."""
@@ -77,11 +77,16 @@ def in_fresh_process(program: str, arguments: Sequence[str]) -> str:
 
 def logits(folder: Path, fresh: FreshProcess) -> Check:
     """What a fresh process computes, against the stored codes; of other formats, against the export report."""
-    if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
+    if (folder / EXPORT_REPORT).is_file():
+        exported = ExportReport.model_validate(read_json(folder / EXPORT_REPORT, code="report.unreadable"))
+        if exported.not_run is not None:
+            return Check(name="reload", result="skipped", found=f"it cannot be run here: {exported.not_run}")
+    if is_for_transformers(folder):
         return _of_transformers(folder, fresh)
     report = ExportReport.model_validate(read_json(folder / EXPORT_REPORT, code="report.unreadable"))
     if report.runtime is None:
-        return Check(name="reload", result="skipped", found=f"{report.target} was not run when it was exported")
+        why = f": {report.not_run}" if report.not_run else ""
+        return Check(name="reload", result="skipped", found=f"{report.target} was not run when it was exported{why}")
     return _of_runtime(folder, report.runtime, fresh)
 
 

@@ -10,14 +10,18 @@ import torch
 from transformers import PretrainedConfig
 
 from llmcompress.evaluation.checkpoint_codes import CodedSite, codes_in
+from llmcompress.evaluation.footprint import CACHE_SCALES
+from llmcompress.exporters.base import EXPORTERS
 from llmcompress.formats.packed_linear import enter_file_forms
 from llmcompress.loading.config import read_config
 from llmcompress.loading.match import empty_model, match
 from llmcompress.loading.plugin import METHOD
-from llmcompress.loading.tensors import TensorHeader, Tensors, headers
+from llmcompress.loading.tensors import TensorHeader, Tensors, archived_headers, headers
 from llmcompress.modules.manifest import Manifest, apply_manifest
+from llmcompress.records.export_report import EXPORT_REPORT
 from llmcompress.records.verification import Check
 from llmcompress.storage.disk import sha256
+from llmcompress.storage.json_file import read_json
 from llmcompress.storage.names import CARD, FILES, INDEX, SINGLE
 from llmcompress.storage.ownership import written_files
 
@@ -45,8 +49,8 @@ def files(folder: Path) -> Check:
 
 def tensors(folder: Path) -> Check:
     """Names and shapes in the weight files against those that config.json implies."""
-    if not _has_safetensors(folder):
-        return Check(name="tensors", result="skipped", found="no safetensors: the runtime's own format")
+    if not is_for_transformers(folder):
+        return Check(name="tensors", result="skipped", found="the layout of another runtime")
     config, _ = read_config(folder, may_be_quantized=True)
     found, quantization = headers(folder), getattr(config, "quantization_config", None)
     plain = copy.deepcopy(config)
@@ -67,9 +71,9 @@ def tensors(folder: Path) -> Check:
 def finite(folder: Path) -> Check:
     """Every weight, scale and zero point."""
     if not _has_safetensors(folder):
-        return Check(name="finite", result="skipped", found="no safetensors: the runtime's own format")
+        return Check(name="finite", result="skipped", found="no safetensors: the format of another runtime")
     read, broken, values = Tensors(), list[str](), 0
-    for header in headers(folder).values():
+    for header in _unpacked(folder).values():
         if header.dtype.is_floating_point:
             tensor = read(header)
             wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
@@ -81,8 +85,25 @@ def finite(folder: Path) -> Check:
     return Check(name="finite", result="ok", found=f"{values:,} weights and scales, none NaN or Inf")
 
 
+def is_for_transformers(folder: Path) -> bool:
+    """Whether transformers loads it, with llmcompress or without; not what has the layout of another runtime."""
+    if not _has_safetensors(folder):
+        return False
+    if not (folder / EXPORT_REPORT).is_file():
+        return True
+    target = str(read_json(folder / EXPORT_REPORT, code="report.unreadable").get("target"))
+    exporter = EXPORTERS[target]
+    return exporter.runtime == "torch" and exporter.cannot_run is None
+
+
 def _has_safetensors(folder: Path) -> bool:
     return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+
+
+def _unpacked(folder: Path) -> dict[str, TensorHeader]:
+    """Of an archive the tensors as they are once they are unpacked."""
+    found, config = headers(folder), read_json(folder / "config.json").get("quantization_config")
+    return archived_headers(found) if isinstance(config, dict) and config.get("archive") else found
 
 
 def _as_weights(folder: Path) -> dict[str, TensorHeader]:
@@ -94,7 +115,8 @@ def _as_weights(folder: Path) -> dict[str, TensorHeader]:
         for site in coded
     )
     others = [each for site in stored.coded if not isinstance(site, CodedSite) for each in site.tensors.values()]
-    return {each.name: each for each in (*weights, *stored.dense, *others)}
+    dense = (each for each in stored.dense if not each.name.endswith(CACHE_SCALES))
+    return {each.name: each for each in (*weights, *dense, *others)}
 
 
 def _against_manifest(

@@ -19,6 +19,7 @@ from llmcompress.exporting import export as export_one
 from llmcompress.formats import archive
 from llmcompress.loading.load import load
 from llmcompress.reopening import reopen
+from llmcompress.verification.verifying import verified
 from tests.exporters.gguf_models import tiny, tiny_quantized, tokenizer
 from tests.tiny_folder import write_tiny_llama
 
@@ -129,6 +130,7 @@ def test_deep_compression_end_to_end(tmp_path):
             assert len(weight_OI.unique()) <= 16
             assert abs(float((weight_OI == 0).float().mean()) - 0.6) < 0.05
             assert torch.equal(opened.model.get_submodule(name).dense_weight(), weight_OI)
+    assert not verified(folder, name="out").failed
     again = export(folder, "archive", tmp_path / "again", run=False)["archive"]
     assert not again.differing
 

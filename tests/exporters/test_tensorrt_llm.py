@@ -27,6 +27,7 @@ from llmcompress.modules.kv_cache import CodedAttention
 from llmcompress.modules.quant_linear import codes_of, quantized_linears
 from llmcompress.modules.scheme import named_scheme
 from llmcompress.records.export_report import ExportReport
+from llmcompress.verification.verifying import verified
 from tests.exporters.gguf_models import tiny, tokenizer
 from tests.exporters.quantized import quantize
 from tests.tiny_folder import write_tiny_llama
@@ -248,6 +249,7 @@ def test_an_fp8_kv_cache_has_its_scales_where_modelopt_puts_them(family, tmp_pat
     assert file["kv_cache_quant_algo"] == fact["hf_quant_config"]["kv_cache_quant_algo"] == "FP8"
     assert inline["kv_cache_scheme"] == fact["inline"]["kv_cache_scheme"]
     assert any("scale 1" in note for note in report.notes)
+    assert not verified(tmp_path / "out", name="out").failed
 
 
 def test_an_int8_kv_cache_another_family_and_float32_are_refused():
@@ -273,6 +275,12 @@ def test_the_folder_says_that_it_was_not_run_and_pytorch_refuses_it(tmp_path):
         load(tmp_path / "out")
     assert refused.value.code == "model.other-runtime" and "trtllm-serve" in refused.value.fix
     assert footprint(tmp_path / "out").codes == 147456
+    checks = verified(tmp_path / "out", name="out", deep=True, fresh=never).checks
+    assert {each.name: each.result for each in checks}["reload"] == "skipped"
+
+
+def never(*_: object) -> str:
+    raise AssertionError("stock transformers would read codes as weights")
 
 
 def test_a_recipe_that_names_it_is_rounded_with_positive_scales(tmp_path):

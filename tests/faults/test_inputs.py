@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
+import onnx.helper
 import pytest
 import torch
 
-from llmcompress import CompressError, compress
+from llmcompress import CompressError, PerplexityTask, compress, evaluate, load, plan
 from llmcompress.recipe import parse_recipe
-from tests.tiny_folder import edit_tensors, write_tiny_llama
+from llmcompress.runners.base import RUNNERS
+from tests.tiny_folder import edit_json, edit_tensors, write_tiny_llama
 
 ROUNDED = "passes: [rtn: {scheme: int4_g16, sites: '*.q_proj'}]\nevaluate: {}\n"
 
@@ -39,3 +42,49 @@ def test_c10_a_gpu_that_is_not_there_is_refused_before_any_work(tmp_path: Path) 
         compress(str(folder), parse_recipe(ROUNDED, "r"), tmp_path / "out", device="cuda:7")
     assert "cuda:7" in refused.value.what and "cpu" in refused.value.fix
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_a_header_nested_without_end_is_a_damaged_file(tmp_path: Path) -> None:
+    folder = write_tiny_llama(tmp_path / "model")
+    header = b'{"a":' * 5000 + b"1" + b"}" * 5000
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CompressError) as refused:
+        plan(str(folder), parse_recipe(ROUNDED, "r"))
+    assert refused.value.code == "model.damaged-file" and "model.safetensors" in refused.value.where
+
+
+def test_a_config_that_asks_for_tuples_is_read_all_the_same(tmp_path: Path) -> None:
+    folder = write_tiny_llama(tmp_path / "model")
+    edit_json(folder / "config.json", return_dict=False)
+    found = evaluate(str(folder), PerplexityTask(source="builtin:evaluation", window=32, max_windows=1))
+    assert found.perplexities[0].perplexity > 1
+    edit_json(folder / "config.json", return_dict={})
+    with pytest.raises(CompressError, match="return_dict"):
+        plan(str(folder), parse_recipe(ROUNDED, "r"))
+
+
+def test_codes_whose_description_is_none_are_refused(tmp_path: Path) -> None:
+    folder = write_tiny_llama(tmp_path / "model")
+    compress(str(folder), parse_recipe(ROUNDED, "r"), tmp_path / "out")
+    edit_json(
+        tmp_path / "out" / "config.json", quantization_config={"quant_method": "compressed-tensors", "config_groups": 7}
+    )
+    with pytest.raises(CompressError) as refused:
+        load(tmp_path / "out")
+    assert refused.value.exit_code == 3
+
+
+def test_b12_onnx_data_outside_of_the_folder_is_refused(tmp_path: Path) -> None:
+    folder = write_tiny_llama(tmp_path / "model")
+    (tmp_path / "secret.bin").write_bytes(bytes(64))
+    weight = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[16])
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", "../secret.bin"), ("offset", "0"), ("length", "64")):
+        weight.external_data.add(key=key, value=value)
+    output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [16])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["w"], ["y"])], "g", [], [output], [weight])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(CompressError, match="escapes model directory") as refused:
+        RUNNERS["onnxruntime"].open(str(folder), device=torch.device("cpu"), dtype=torch.float32)
+    assert refused.value.code == "model.unloadable"

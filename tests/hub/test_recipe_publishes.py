@@ -162,3 +162,14 @@ def test_compressed_by_id_pushed_and_loaded_by_id_is_the_same_byte_for_byte(
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert files[name] == (tmp_path / "out" / name).read_bytes() == (cached / name).read_bytes()
     assert b"license: gemma" in files["README.md"] and b"base_model: lab/base" in files["README.md"]
+
+
+def test_a_plan_checks_the_rights_and_writes_nothing(
+    hub: HubDouble, tiny: Path, tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("plan", tiny, "--recipe", recipe, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["output_bytes"] > 0
+    hub.users[TOKEN]["auth"]["accessToken"]["role"] = "read"
+    assert run("plan", tiny, "--recipe", recipe, "--json") == 5
+    assert "can only read" in json.loads(capsys.readouterr().out)["error"]["what"]
+    assert [path.name for path in tmp_path.iterdir()] == [recipe.name] and NAME not in hub.repos

@@ -46,7 +46,7 @@ def test_scales_are_integers_times_float16_and_zeros_stay_zeros(name: str, input
         fitted.scale_OG, stored.scale * of_groups(stored.shared_scale[..., 0], grid, stored.scale.shape[1])
     )
     if stored.zero_point is not None:
-        assert 0 <= stored.zero_point.min() and stored.zero_point.max() <= high
+        assert stored.zero_point.min() >= 0 and stored.zero_point.max() <= high
     again = stored.fitted
     assert torch.equal(again.scale_OG, fitted.scale_OG) and torch.equal(again.stored_OG(), stored.scale)
     assert torch.equal(stored.dense(), restore(stored.codes, fitted))
@@ -109,3 +109,13 @@ def test_of_two_fits_whole_super_blocks_are_taken() -> None:
             groups = slice(8 * block, 8 * block + 8)
             assert torch.equal(taken.scale_OG[row, groups], wanted.scale_OG[row, groups])
             assert torch.equal(taken.shared[row, block], wanted.shared[row, block])
+
+
+def test_weights_of_a_4_bit_grid_lose_only_what_scales_of_6_bits_take() -> None:
+    """Of a checkpoint that was dequantized from groups of 32 with zero points, the search finds the grid again."""
+    generator = torch.Generator().manual_seed(5)
+    codes_OGN = torch.randint(0, 16, (16, 16, 32), generator=generator).float()
+    scale_OG1 = 0.01 + 0.01 * torch.rand(16, 16, 1, generator=generator)
+    weight_OI = ((codes_OGN - torch.randint(4, 12, (16, 16, 1), generator=generator)) * scale_OG1).flatten(1)
+    error_OI = errors(weight_OI, fit(weight_OI, named_scheme("q4_k").weights, search="mse"))
+    assert error_OI.sum() < 5e-4 * weight_OI.square().sum()

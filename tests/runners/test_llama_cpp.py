@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from llmcompress.errors import CompressError
+from llmcompress.exporters.contents import contents_in
 from llmcompress.exporters.gguf import GgufExporter
 from llmcompress.runners.base import RUNNERS
 from llmcompress.runners.llama_cpp import LlamaCppRunner
 from llmcompress.runners.torch_runner import TorchRunner
 from tests.exporters.gguf_models import MODELS, tiny, tiny_quantized, tokenizer, written
+from tests.exporters.quantized import quantize
 
 CPU = torch.device("cpu")
 IDS_BT = torch.randint(3, 280, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -97,3 +99,39 @@ def test_work_is_what_pytorch_reads_and_computes_with_the_same_weights(name: str
     assert found.weight_bytes == wanted.weight_bytes - rotary - looked_up
     assert 2 * found.cache_bytes == wanted.cache_bytes  # float16 there, float32 here
     assert found.prefill_flops == wanted.prefill_flops
+
+
+@pytest.mark.parametrize(("schemes", "blocks"), [(None, 1), (None, 2), (["int8_channel"], 1)])
+def test_blocks_of_other_widths_compute_the_same(schemes: list[str] | None, blocks: int, tmp_path: Path) -> None:
+    """llama.cpp's `deci` is the graph of Llama with a list for every width; where all are alike, it is `llama`."""
+    model = tiny("llama")
+    for layer in model.model.layers[:blocks]:
+        attention, ffn = layer.self_attn, layer.mlp
+        for linear, outputs in ((attention.q_proj, 32), (attention.k_proj, 16), (attention.v_proj, 16)):
+            keep(linear, outputs)
+        keep(ffn.gate_proj, 64), keep(ffn.up_proj, 64)
+        keep(attention.o_proj, 32, columns=True), keep(ffn.down_proj, 64, columns=True)
+    if schemes:
+        quantize(model, schemes)
+    exporter = GgufExporter()
+    assert exporter.problem(contents_in(model, torch.float32)) is None
+    rows = exporter.read_back(model, tmp_path, written(model, tmp_path, dtype=torch.float32, exporter=exporter))
+    assert all(row.is_same for row in rows)
+    with opened(tmp_path) as runner, TorchRunner(model) as reference:
+        tolerance = 0.3 if schemes else 0.02
+        torch.testing.assert_close(runner.logits(IDS_BT), reference.logits(IDS_BT), rtol=0, atol=tolerance)
+        work = runner.work(IDS_BT)
+        assert work is not None and work.prefill_flops == reference.work(IDS_BT).prefill_flops
+
+
+def test_other_widths_than_llamas_are_refused() -> None:
+    model = tiny("qwen2")
+    keep(model.model.layers[0].mlp.gate_proj, 64)
+    assert "no graph" in (GgufExporter().problem(contents_in(model, torch.bfloat16)) or "")
+
+
+def keep(linear: torch.nn.Linear, count: int, *, columns: bool = False) -> None:
+    """The first outputs of a linear, or its first inputs."""
+    weight_OI = linear.weight.data[:, :count] if columns else linear.weight.data[:count]
+    linear.weight = torch.nn.Parameter(weight_OI.clone())
+    linear.out_features, linear.in_features = linear.weight.shape

@@ -1,0 +1,67 @@
+"""An export is verified as its target has it, and `--deep` runs it again in the target's own runtime."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from llmcompress import compress
+from llmcompress.compressed_model import CompressedModel
+from llmcompress.model_export import export
+from llmcompress.records.export_report import EXPORT_REPORT
+from llmcompress.verification.verifying import verified
+from tests.tiny_folder import write_tiny_llama
+from tests.warm_python import WarmPython
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> CompressedModel:
+    root = tmp_path_factory.mktemp("exports")
+    tiny = write_tiny_llama(root / "tiny", intermediate_size=64)
+    return compress(str(tiny), {"passes": [{"rtn": {"scheme": "int4_g32"}}], "evaluate": {}}, root / "out")
+
+
+def test_gguf_is_run_again_by_llama_cpp_and_another_perplexity_is_told(
+    made: CompressedModel, tmp_path: Path, our_python: WarmPython
+) -> None:
+    folder = tmp_path / "gguf"
+    export(made, "gguf", folder)
+
+    def fresh(program: str, arguments: Sequence[str]) -> str:
+        done = our_python.run(program, *arguments, imports_us=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    found = {each.name: each for each in verified(folder, name="x", deep=True, fresh=fresh).checks}
+    assert [each.name for each in found.values() if each.result == "failed"] == []
+    assert found["export"].result == found["files"].result == "ok" and found["tensors"].result == "skipped"
+    assert found["reload"].result == "ok" and "llama.cpp" in found["reload"].found
+
+    report = json.loads((folder / EXPORT_REPORT).read_text())
+    report["runtime"]["perplexity_runtime"] *= 1.01
+    (folder / EXPORT_REPORT).write_text(json.dumps(report))
+    again = {each.name: each.result for each in verified(folder, name="x", deep=True, fresh=fresh).checks}
+    assert again["reload"] == again["files"] == "failed"
+
+
+@pytest.mark.parametrize("target", ["plain", "archive"])
+def test_what_transformers_loads_is_compared_with_config_json(
+    made: CompressedModel, tmp_path: Path, target: str
+) -> None:
+    made.export(target, tmp_path / target)
+    found = {each.name: each.result for each in verified(tmp_path / target, name="x").checks}
+    assert found["tensors"] == found["finite"] == found["files"] == found["export"] == "ok"
+
+
+def test_what_has_another_layout_is_not_taken_for_a_model_of_transformers(
+    made: CompressedModel, tmp_path: Path
+) -> None:
+    recipe = {"passes": [{"rtn": {"scheme": "int8_channel"}}], "evaluate": {}}
+    assert made.recipe.model is not None
+    compress(made.recipe.model, recipe).export("tensorrt_llm", tmp_path / "trt")
+    found = {each.name: each for each in verified(tmp_path / "trt", name="x", deep=True).checks}
+    assert [each.name for each in found.values() if each.result == "failed"] == []
+    assert found["tensors"].result == "skipped" and found["reload"].result == "skipped"
