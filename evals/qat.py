@@ -175,8 +175,14 @@ def made(bench: Bench, row: Row, draw: int, folder: Path) -> Trial:
         "training_tokens": windows_NT.numel(),
         "passes": list(row.passes),
         "texts": bench.measure(compressed, list(study.texts)),
+        "dense_nats": {name: dense_nats(bench, name) for name in study.texts},
         "bytes": stored_bytes(compressed),
     }
+
+
+def dense_nats(bench: Bench, name: str) -> float:
+    """The dense model's loss on a text."""
+    return round(-sum(float(each.logprob_P.sum(dtype=torch.float64)) for each in bench.text(name).windows), 1)
 
 
 def _begun(folder: Path, row: Row) -> Path:
