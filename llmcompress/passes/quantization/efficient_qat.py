@@ -32,7 +32,8 @@ class EfficientQAT(QuantizingPass):
     The block's inputs come from the compressed blocks before it; its targets are the dense model's outputs. Weights are
     rounded in every forward, with straight-through gradients, and may take any code; memory is bounded by one block.
     The step with the least error on held-out windows is kept, the start included. `gsq` moves codes to their neighbours
-    only; at equal steps both are level (docs/log.md). The second phase (E2E-QP: step sizes alone, end to end) is `qat: {train: [scales]}`.
+    only; at equal steps both are level (docs/log.md). The second phase (E2E-QP: step sizes alone, end to end) is
+    `qat: {train: [scales]}`.
 
     Source: Chen et al., arXiv 2407.11062 (EfficientQAT), section 3.2 (Block-AP). Differs: GPTQ or any other quantizer
     may find the first codes, not plain rounding alone; rates are relative to the steps of the grid, so that they fit
