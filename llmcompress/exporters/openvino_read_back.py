@@ -38,13 +38,9 @@ def _compared(name: str, leaf: Leaf, stored: StoredMatrix, readers: int, dtype: 
     """`readers`: how many nodes must read it; none of its numbers is right where others do."""
     wired = len(stored.readers) == readers
     if not isinstance(leaf, Quantized) or stored.packed is None:
-        ours = leaf.dense_weight().to(dtype).float()
-        return ReadBack(
-            source=name,
-            stored_as=stored.type,
-            values=ours.numel(),
-            weights_differing=_differing(stored.weight, ours, wired),
-        )
+        weight = leaf.dense_weight().to(dtype).float()
+        differing = _differing(stored.weight, weight, wired)
+        return ReadBack(source=name, stored_as=stored.type, values=weight.numel(), weights_differing=differing)
     ours, read = leaf.tensor, unpack(stored.packed, leaf.tensor.grid)
     scales = _differing(read.scale, plain_scales(ours))
     if ours.zero_point is not None and read.zero_point is not None:

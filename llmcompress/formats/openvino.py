@@ -28,6 +28,7 @@ from llmcompress.numerics.formats import (
     SINGLE,
     STORED,
     TWO_LEVEL,
+    NumberFormat,
     ScaleKind,
     scales_from_bytes,
     scales_to_bytes,
@@ -54,7 +55,7 @@ class ElementType:
 
 I4, U4 = ElementType("i4", 4), ElementType("u4", 4, 8)
 I8, U8 = ElementType("i8", 8), ElementType("u8", 8, 128)
-_FLOATS = {
+_FLOATS: dict[NumberFormat, ElementType] = {
     E4M3: ElementType("f8e4m3", 8),
     E5M2: ElementType("f8e5m2", 8),
     E2M1: ElementType("f4e2m1", 4),
@@ -100,7 +101,7 @@ def element_type(grid: Grid) -> ElementType:
     Its types of two and three bits are none: its CPU plug-in fails on u2 while it quantizes activations (2026.4).
     """
     if grid.number is not None:
-        return _FLOATS[grid.number]  # type: ignore[index]
+        return _FLOATS[grid.number]
     if grid.symmetric:
         return I4 if grid.bits <= I4.bits else I8
     return U4 if grid.bits <= U4.bits else U8
