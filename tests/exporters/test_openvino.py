@@ -226,7 +226,7 @@ def test_what_it_answers_for_a_linear(scheme: str, inputs: int, answer: type, ne
         assert found.keeps_codes and found.why
 
 
-def test_what_the_graph_cannot_hold_is_refused_by_name_or_multiplied_out() -> None:
+def test_what_the_graph_cannot_hold_is_refused_by_name_or_as_dense() -> None:
     model = tiny_model("llama")
     mlp = model.model.layers[0].mlp
     mlp.down_proj = RotatedInput(mlp.down_proj)

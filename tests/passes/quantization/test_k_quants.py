@@ -29,6 +29,7 @@ QUANTIZERS: list[tuple[str, dict[str, Any]]] = [
     ("hqq", {"scheme": "q4_k"}),
     ("gsq", {"scheme": "q6_k", "steps": 3}),
     ("gsq", {"scheme": "q4_k", "steps": 3}),
+    ("efficient_qat", {"scheme": "q4_k", "steps": 3}),
     ("learned_rounding", {"scheme": "q4_k", "steps": 3}),
     ("mixed_precision", {"schemes": ["q3_k", "q4_k", "q6_k"], "bits": 4.6, "samples": 2}),
 ]
