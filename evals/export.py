@@ -1,13 +1,12 @@
-"""Measures an export: codes read back, perplexity in the runtime beside PyTorch, bytes, tokens per second.
+"""Measures every export target on one model: codes read back, the runtime beside PyTorch, bytes, tokens per second.
 
-    python evals/export.py --compressed out --dense SmolLM2-135M-Instruct --text WikiText-2=wikitext-2/test.txt
+    OMP_NUM_THREADS=1 python evals/export.py --compressed out --dense SmolLM2-135M-Instruct --text WikiText-2=test.txt
 
-The compressed folder (gptq int4_g64, embeddings int8) is exported to GGUF and run in llama.cpp. Beside it stand
-llama.cpp's own formats of the same dense model: Q4_0 and Q4_K_M as its quantizer makes them by default, and Q4_0 with
-an 8-bit table. All score the same windows: `--windows` of 512 tokens, without BOS. Differences from PyTorch are paired,
-with the standard error over windows. `second_half` is the protocol of the program llama-perplexity: windows of 512
-tokens that begin with BOS where the file says so, scored from position 256 on. Speeds are of one thread; files are run
-in turns. Everything is written to evals/results/export-gguf-NAME.json.
+The compressed folder is exported to every registered target that has a runtime of its own; where a target cannot hold
+its table of embeddings, `--plain-tables` names the same codes without it. Beside each runtime stands its own rounding
+of the dense model to 4 bits in equal groups (`exports/own.py`). All score the same windows, without BOS; differences
+from PyTorch are paired, with the standard error over windows. Speeds are of one thread and taken in turns,
+transformers with the dense model in float32 among them. Everything is written to evals/results/export-NAME.json.
 """
 
 from __future__ import annotations
@@ -17,17 +16,23 @@ import math
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import click
 import torch
+from exports.own import own_roundings
 from torch import Tensor
 
+from llmcompress.errors import CompressError
 from llmcompress.evaluation.environment import machine, versions
+from llmcompress.exporters.base import EXPORTERS, Exporter
+from llmcompress.exporters.contents import Contents
 from llmcompress.exporting import Exportable
 from llmcompress.model_export import export
-from llmcompress.records.export_report import EXPORT_REPORT
+from llmcompress.records.export_report import ExportReport
 from llmcompress.reopening import reopen
 from llmcompress.runners.base import RUNNERS, Runner
 from llmcompress.runners.torch_runner import TorchRunner
@@ -35,134 +40,221 @@ from llmcompress.runners.torch_runner import TorchRunner
 HERE = Path(__file__).resolve().parent
 WINDOW = 512
 PROMPT, NEW, TURNS = 128, 64, 3
-OURS = "llmcompress gptq int4_g64, table int8"
+DENSE = "transformers float32, dense"
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A file, and how it was made."""
+    """Files, and who runs them."""
 
     name: str
-    file: Path
+    path: Path
+    runner: str
 
 
 @click.command()
 @click.option("--compressed", required=True, help="A folder that `compress` saved.")
+@click.option("--plain-tables", default=None, help="The same codes beside a dense embedding.")
 @click.option("--dense", required=True, help="The dense model that it was made of.")
 @click.option("--text", required=True, metavar="NAME=FILE")
 @click.option("--windows", default=16, show_default=True)
+@click.option("--targets", default="", help="Comma-separated; all of them if empty.")
+@click.option("--own/--no-own", default=True, show_default=True, help="The runtimes' own roundings too.")
 @click.option("--name", default="SmolLM2-135M-Instruct", show_default=True)
-def main(compressed: str, dense: str, text: str, windows: int, name: str) -> None:
+def main(
+    compressed: str,
+    plain_tables: str | None,
+    dense: str,
+    text: str,
+    windows: int,
+    targets: str,
+    own: bool,
+    name: str,
+) -> None:
     """Measure and write."""
     torch.set_num_threads(1)
     label, _, path = text.partition("=")
-    opened = reopen(compressed)
+    original = reopen(dense)
     content = Path(path).read_text(encoding="utf-8")[: windows * WINDOW * 8]
-    ids = opened.tokenizer(content, add_special_tokens=False)["input_ids"]
-    plain = torch.tensor(ids[: windows * WINDOW]).view(windows, WINDOW)
-    found: dict[str, object] = {"versions": versions(), "machine": machine(), "text": label, "window": WINDOW}
+    ids = original.tokenizer(content, add_special_tokens=False)["input_ids"]
+    ids_BT = torch.tensor(ids[: windows * WINDOW]).view(windows, WINDOW)
+    with TorchRunner(original.model) as runner:
+        dense_BP = losses(runner, ids_BT)
+    found = {
+        "model": name,
+        "versions": versions(),
+        "machine": machine(),
+        "text": label,
+        "window": WINDOW,
+        "windows": windows,
+        "dense_perplexity": math.exp(float(dense_BP.mean())),
+        "speed": {"prompt": PROMPT, "new": NEW, "turns": TURNS, "threads": 1},
+    }
     with tempfile.TemporaryDirectory() as scratch:
-        candidates = made(compressed, dense, Path(scratch))
-        report = json.loads((candidates[0].file.parent / EXPORT_REPORT).read_text())
-        rows = [row for row in report["read_back"] if row["codes_differing"] is not None]
-        found["read_back"] = {
-            "codes": sum(row["values"] for row in rows),
-            "codes_differing": sum(row["codes_differing"] for row in rows),
-            "scales_differing": sum(row["scales_differing"] for row in rows),
-            "weights_differing": sum(row["weights_differing"] for row in report["read_back"]),
-        }
-        with TorchRunner(opened.model) as runner:
-            reference = losses(runner, plain)
-        found["torch"] = {"perplexity": math.exp(float(reference.mean()))}
-        found["files"] = {each.name: measured(each, plain, reference, opened) for each in candidates}
-        found["speed"] = speeds(candidates)
-    out = HERE / "results" / f"export-gguf-{name}.json"
-    out.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+        rows, candidates = exported(compressed, plain_tables, targets_of(targets), Path(scratch), ids_BT, dense_BP)
+        for title, target, place, runner_name in own_roundings(dense, Path(scratch), list(rows)) if own else ():
+            candidates.append(Candidate(title, place, runner_name))
+            rows[title] = {"target": target, "own": True, "bytes": weights_in(place)}
+            with opened(candidates[-1]) as runner:
+                rows[title] |= quality(losses(runner, ids_BT), dense_BP)
+            print(title, rows[title], flush=True)
+        measured = speeds(candidates, original)
+    for title, row in rows.items():
+        row.update(measured.get(title, {}))
+    found |= {"rows": [{"name": title, **row} for title, row in rows.items()], "reference": measured[DENSE]}
+    (HERE / "results" / f"export-{name}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
-def made(compressed: str, dense: str, scratch: Path) -> list[Candidate]:
-    """Our export, and llmcompress's dense export as llama.cpp's quantizer rounds it."""
-    from cyllama.llama import llama_cpp
-    from gguf import GGMLQuantizationType, LlamaFileType
-
-    export(compressed, "gguf", scratch / "ours", run=False)
-    export(dense, "gguf", scratch / "dense", run=False)
-    found = [Candidate(OURS, scratch / "ours" / "model.gguf")]
-    for title, kind, table in (
-        ("llama.cpp Q4_0", "MOSTLY_Q4_0", None),
-        ("llama.cpp Q4_0, table Q8_0", "MOSTLY_Q4_0", "Q8_0"),
-        ("llama.cpp Q4_K_M", "MOSTLY_Q4_K_M", None),
-    ):
-        settings = llama_cpp.LlamaModelQuantizeParams()
-        settings.ftype, settings.nthread = int(LlamaFileType[kind]), 1
-        if table is not None:
-            settings.token_embedding_type = settings.output_tensor_type = int(GGMLQuantizationType[table])
-        file = scratch / f"{len(found)}.gguf"
-        llama_cpp.model_quantize(str(scratch / "dense" / "model.gguf"), str(file), settings)
-        found.append(Candidate(title, file))
-    return found
+def targets_of(given: str) -> list[str]:
+    """Those asked for, or all that write for another runtime."""
+    named = [each for each in given.split(",") if each]
+    return named or [name for name in EXPORTERS if EXPORTERS[name].runtime != "torch" or EXPORTERS[name].cannot_run]
 
 
-def measured(candidate: Candidate, plain: Tensor, reference: Tensor, opened: Exportable) -> dict[str, object]:
-    """Perplexity beside PyTorch's of the compressed model, window by window."""
-    with RUNNERS["llama_cpp"].open(str(candidate.file), device=CPU, dtype=torch.float32) as runner:
-        found = losses(runner, plain)
-        apart = (found - reference).mean(1)
-        error = float(apart.std() / math.sqrt(len(apart)))
-        halves = second_half(runner, plain, opened) if candidate.name == OURS else {}
+def exported(
+    compressed: str, plain_tables: str | None, targets: Sequence[str], scratch: Path, ids_BT: Tensor, dense_BP: Tensor
+) -> tuple[dict[str, dict[str, object]], list[Candidate]]:
+    """Every target with its proof, and those whose runtime is installed."""
+    rows, candidates = dict[str, dict[str, object]](), list[Candidate]()
+    for source in filter(None, (compressed, plain_tables)):
+        model = reopen(source)
+        with TorchRunner(model.model) as reference:
+            torch_BP = losses(reference, ids_BT)
+        rows.setdefault("torch", {"target": "torch", **quality(torch_BP, dense_BP)})
+        for target in targets:
+            try:
+                report = export(source, target, scratch / target, run=False)[target] if target not in rows else None
+            except CompressError as refused:
+                print(target, refused.what, flush=True)
+                continue
+            if report is None:
+                continue
+            rows[target] = {"target": target, **facts(report, EXPORTERS[target](), model.contents)}
+            candidate = Candidate(target, scratch / target, EXPORTERS[target].runtime)
+            if EXPORTERS[target].cannot_run is not None:
+                rows[target]["not_run"] = EXPORTERS[target].cannot_run
+                continue
+            try:
+                with opened(candidate) as runner, TorchRunner(model.model) as reference:
+                    rows[target] |= compared(runner, reference, ids_BT, torch_BP, dense_BP)
+                candidates.append(candidate)
+            except CompressError as missing:
+                rows[target]["not_run"] = missing.what
+            print(target, rows[target], flush=True)
+    return rows, candidates
+
+
+def facts(report: ExportReport, exporter: Exporter, contents: Contents) -> dict[str, object]:
+    """Of the files."""
+    coded = [row for row in report.read_back if row.codes_differing is not None]
     return {
-        "bytes": candidate.file.stat().st_size,
-        "perplexity": math.exp(float(found.mean())),
-        "ratio_to_torch": math.exp(float(apart.mean())),
-        "standard_error": error,
-        **halves,
+        "codes": sum(row.values for row in coded),
+        "codes_differing": sum(row.codes_differing or 0 for row in coded),
+        "scales_differing": sum(row.scales_differing or 0 for row in coded),
+        "weights_differing": sum(row.weights_differing or 0 for row in report.read_back),
+        "bytes": report.bytes,
+        "formula_bytes": formula(report, exporter, contents),
     }
 
 
-def second_half(runner: Runner, plain: Tensor, opened: Exportable) -> dict[str, object]:
-    """By the protocol of llama-perplexity, in llama.cpp and in PyTorch."""
-    bos = opened.tokenizer.bos_token_id
-    begins = opened.tokenizer("a")["input_ids"][0] == bos
-    begun = plain.clone()
-    if begins:
-        begun[:, 0] = bos
-    with TorchRunner(opened.model) as reference:
-        both = {"second_half": losses(runner, begun), "second_half_torch": losses(reference, begun)}
-    means = {name: float(each[:, WINDOW // 2 - 1 :].mean()) for name, each in both.items()}
-    return {"second_half_bos": begins, **{name: math.exp(mean) for name, mean in means.items()}}
+def formula(report: ExportReport, exporter: Exporter, contents: Contents) -> int:
+    """What the exporter foretells of every matrix of codes, and what is dense in the type that it is stored as."""
+    assert contents.storage_dtype is not None
+    kinds = [kind for site in contents.sites for kind in exporter.tensors(site, contents.storage_dtype).values()]
+    coded = sum(dtype.itemsize * prod(shape) for dtype, shape in kinds)
+    wide = {"bf16": 2, "f16": 2, "bfloat16": 2, "float16": 2}
+    dense = [row for row in report.read_back if row.codes_differing is None]
+    return coded + sum(row.values * wide.get(row.stored_as.lower(), 4) for row in dense)
 
 
-def losses(runner: Runner, windows_BT: Tensor) -> Tensor:
+@torch.inference_mode()
+def compared(
+    runner: Runner, reference: Runner, ids_BT: Tensor, torch_BP: Tensor, dense_BP: Tensor
+) -> dict[str, object]:
+    """The runtime beside the same model in PyTorch."""
+    largest, mean, same, kl, found = 0.0, [], [], [], []
+    for ids_T in ids_BT:
+        ours_PV, theirs_PV = (each.logits(ids_T[None])[0, :-1].float() for each in (runner, reference))
+        apart_PV = (ours_PV - theirs_PV).abs()
+        largest, mean = max(largest, float(apart_PV.max())), [*mean, float(apart_PV.mean())]
+        same.append(float((ours_PV.argmax(-1) == theirs_PV.argmax(-1)).float().mean()))
+        ours_PV, theirs_PV = ours_PV.log_softmax(-1), theirs_PV.log_softmax(-1)
+        kl.append(float((theirs_PV.exp() * (theirs_PV - ours_PV)).sum(-1).mean()))
+        found.append(-ours_PV.gather(-1, ids_T[1:, None]).squeeze(-1).double())
+    apart_B = (torch.stack(found) - torch_BP).mean(1)
+    return {
+        **quality(torch.stack(found), dense_BP),
+        "ratio_to_torch": math.exp(float(apart_B.mean())),
+        "ratio_standard_error": float(apart_B.std() / math.sqrt(len(apart_B))),
+        "largest_logit_difference": largest,
+        "mean_logit_difference": statistics.mean(mean),
+        "same_top": statistics.mean(same),
+        "kl": statistics.mean(kl),
+    }
+
+
+def quality(found_BP: Tensor, dense_BP: Tensor) -> dict[str, object]:
+    """Beside the dense model, paired by window."""
+    apart_B = (found_BP - dense_BP).mean(1)
+    return {
+        "perplexity": math.exp(float(found_BP.mean())),
+        "ratio_to_dense": math.exp(float(apart_B.mean())),
+        "dense_standard_error": float(apart_B.std() / math.sqrt(len(apart_B))),
+    }
+
+
+@torch.inference_mode()
+def losses(runner: Runner, ids_BT: Tensor) -> Tensor:
     """B×(T-1), in nats."""
     found = []
-    for window_T in windows_BT:
-        scores_TV = runner.logits(window_T[None])[0, :-1].float().log_softmax(-1)
-        found.append(-scores_TV.gather(-1, window_T[1:, None]).squeeze(-1).double())
+    for ids_T in ids_BT:
+        scores_PV = runner.logits(ids_T[None])[0, :-1].float().log_softmax(-1)
+        found.append(-scores_PV.gather(-1, ids_T[1:, None]).squeeze(-1).double())
     return torch.stack(found)
 
 
-def speeds(candidates: list[Candidate]) -> dict[str, dict[str, float]]:
-    """Tokens per second, medians over turns in which every file runs once."""
+def opened(candidate: Candidate) -> Runner:
+    """Its runner."""
+    return RUNNERS[candidate.runner].open(str(candidate.path), device=CPU, dtype=torch.float32)
+
+
+def weights_in(path: Path) -> int:
+    """Bytes of a file, or of the weights and graphs in a folder."""
+    endings = (".onnx", ".onnx_data", ".data", ".bin", ".xml", ".safetensors")
+    files = [path] if path.is_file() else [each for each in path.iterdir() if each.name.endswith(endings)]
+    return sum(
+        each.stat().st_size for each in files if not each.name.startswith("openvino_to") and "detok" not in each.name
+    )
+
+
+def speeds(candidates: Sequence[Candidate], original: Exportable) -> dict[str, dict[str, float]]:
+    """Tokens per second, medians over turns in which everything runs once."""
     prompt_BT = torch.randint(3, 1000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-    prefill: dict[str, list[float]] = {each.name: [] for each in candidates}
-    decode: dict[str, list[float]] = {each.name: [] for each in candidates}
+    taken: dict[str, list[tuple[float, float]]] = {DENSE: [], **{each.name: [] for each in candidates}}
     for _ in range(TURNS):
+        with TorchRunner(original.model) as runner:
+            taken[DENSE].append(timed(runner, prompt_BT))
         for each in candidates:
-            with RUNNERS["llama_cpp"].open(str(each.file), device=CPU, dtype=torch.float32) as runner:
-                list(runner.stream(prompt_BT, max_new_tokens=2))
-                begun = time.perf_counter()
-                steps = runner.stream(prompt_BT, max_new_tokens=NEW)
-                next(steps)
-                first = time.perf_counter()
-                list(steps)
-                prefill[each.name].append(PROMPT / (first - begun))
-                decode[each.name].append((NEW - 1) / (time.perf_counter() - first))
-    return {
-        name: {"prefill": statistics.median(prefill[name]), "decode": statistics.median(decode[name])}
-        for name in prefill
+            with opened(each) as runner:
+                taken[each.name].append(timed(runner, prompt_BT))
+    medians = {
+        name: {"prefill": statistics.median(a for a, _ in both), "decode": statistics.median(b for _, b in both)}
+        for name, both in taken.items()
     }
+    base = medians[DENSE]["decode"]
+    return {name: {**both, "decode_to_transformers": both["decode"] / base} for name, both in medians.items()}
+
+
+def timed(runner: Runner, prompt_BT: Tensor) -> tuple[float, float]:
+    """Prefill and decode of one runner that is warm."""
+    list(runner.stream(prompt_BT, max_new_tokens=2))
+    begun = time.perf_counter()
+    steps = runner.stream(prompt_BT, max_new_tokens=NEW)
+    next(steps)
+    first = time.perf_counter()
+    list(steps)
+    return PROMPT / (first - begun), (NEW - 1) / (time.perf_counter() - first)
 
 
 if __name__ == "__main__":

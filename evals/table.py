@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tables import cost, distillation, headline, hub, presets, pruning, quantization, real
+from tables import cost, distillation, exports, headline, hub, presets, pruning, quantization, real
 from tables.cells import Facts
 from tables.summary import LINES, MODEL, summary
 
@@ -94,6 +94,7 @@ def sections() -> list[Section]:
     return [
         Section("Bytes, quality, tasks and cost of presets on a real model", headline.headline, "headline-*.json"),
         Section("Presets on a real model", presets.presets, "presets-*.json"),
+        Section("Export targets on a real model", exports.exports, "export-*.json"),
         Section("A real model, against llm-compressor and AutoRound", real.everything, "real-*.json"),
         Section("Weight-only quantization", quantization.quantization, "quantization-*.json"),
         Section(

@@ -31,6 +31,7 @@ from llmcompress.records.evaluation import Comparison, Evaluation
 from llmcompress.records.export_report import EXPORT_REPORT
 from llmcompress.records.report import RECIPE, REPORT, Report, read_report
 from llmcompress.report.folder import read_measured
+from llmcompress.report.forms import size
 from llmcompress.report.saved import evaluation_of_result
 from llmcompress.storage.json_file import read_json
 from llmcompress.storage.names import CARD, FILES
@@ -99,6 +100,7 @@ def push(
         there = text_at(api, wanted, head, CARD)
         outgoing = outgoing_of(artifacts, wanted, api=api, published_card=there, report=report)
         shown.step("scanned")
+        shown.substep(f"sending what is new of {size(sum(each.size for each in outgoing.files))}")
         made = commit_files(api, wanted, head, outgoing.files)
         if wanted.tag is not None and made.commit is not None:
             tag_commit(api, wanted, made.commit)

@@ -218,13 +218,16 @@ def _on_this_model(passes: Sequence[Pass]) -> list[Pass]:
 def within_target_limits(recipe: Recipe) -> Recipe:
     """The same recipe, with quantizers that respect the limits of the named targets from the start.
 
-    Optional passes (`required: false`) that the target cannot hold are left out.
+    Optional passes (`required: false`) that a target cannot hold are left out; `save.format: auto` holds whatever the
+    exports hold.
     """
     limits, passes = limits_of(recipe.save.format), recipe.passes
-    for target in (limits, *(exporter.limits for exporter in recipe.export)):
+    targets = [exporter.limits for exporter in recipe.export]
+    for target in (limits, *targets):
         passes = tuple(within_limits(each, target) for each in passes)
     limited = recipe.model_copy(update={"passes": passes})
-    return limited if limits.rounded_embedding else _without_optional(limited)
+    named = targets if recipe.save.format == "auto" else [limits, *targets]
+    return limited if named and all(each.rounded_embedding for each in named) else _without_optional(limited)
 
 
 def with_weights_placed(

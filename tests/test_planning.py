@@ -193,11 +193,23 @@ def test_no_weight_is_read(tiny, tmp_path):
     assert ours.model_dump(include=same) == theirs.model_dump(include=same)
 
 
-@pytest.mark.parametrize("format", ["llmcompress", "auto"])
-def test_a_table_that_is_rounded_is_not_listed_as_kept(tiny, format):
+@pytest.mark.parametrize(
+    ("format", "export", "kept"),
+    [
+        ("llmcompress", "[]", False),
+        ("auto", "[]", True),
+        ("auto", "[onnx_genai]", False),
+        ("auto", "[onnx_genai, plain]", True),
+        ("llmcompress", "[plain]", True),
+    ],
+)
+def test_a_table_is_rounded_where_every_named_target_holds_it(tiny, format, export, kept):
     passes = "[rtn: {scheme: int4_g16}, embeddings: {required: false}]"
-    recipe = parse_recipe(f"passes: {passes}\nsave: {{format: {format}}}\nevaluate: {{}}", "t")
-    assert ("model.embed_tokens" in make_plan(tiny, within_target_limits(recipe)).refused) == (format == "auto")
+    text = f"passes: {passes}\nsave: {{format: {format}}}\nexport: {export}\nevaluate: {{}}"
+    limited = within_target_limits(parse_recipe(text, "t"))
+    assert [PASSES.name_of(type(each)) for each in limited.passes] == (["rtn"] if kept else ["rtn", "embeddings"])
+    if export == "[]":
+        assert ("model.embed_tokens" in make_plan(tiny, limited).refused) == kept
 
 
 def test_the_time_of_evaluation_is_foretold_and_bounded(tiny, tmp_path):

@@ -22,6 +22,7 @@ def export_table(made: Mapping[str, ExportReport]) -> Table:
         "runtime ÷ PyTorch",
         "same top",
         "decode tok/s",
+        "× transformers float32",
     ):
         table.add_column(title, justify="left" if title == "target" else "right")
     for name, report in made.items():
@@ -33,25 +34,30 @@ def export_table(made: Mapping[str, ExportReport]) -> Table:
                 f"{run.perplexity_runtime / run.perplexity_model:.4f}",
                 f"{run.same_top:.1%}",
                 f"{run.decode_tokens_per_second:.1f}",
+                f"{run.decode_to_dense:.2f}" if run.decode_to_dense is not None else "",
             ]
             if run
-            else [""] * 4
+            else [""] * 5
         )
         table.add_row(name, f"{report.bytes / 1e6:.1f}", f"{codes:,}", str(len(report.differing)), *ran)
     return table
 
 
 def targets_table(found: Sequence[TargetAnswer]) -> Table:
-    """Schemes × targets, and below each refusal the nearest scheme."""
+    """Which targets hold a scheme exactly, converted or not at all; in brackets the nearest that they hold."""
     table = Table(box=None, pad_edge=False)
-    names = list(dict.fromkeys(row.target for row in found))
-    for title in ("scheme", *names):
+    for title in ("scheme", "answer", "targets"):
         table.add_column(title)
-    cells = {(row.scheme, row.target): row for row in found}
     for scheme in dict.fromkeys(row.scheme for row in found):
-        table.add_row(scheme, *(_cell(cells[scheme, name]) for name in names))
+        label = scheme
+        for answer in ("exact", "converted", "refused"):
+            named = [_named(row) for row in found if (row.scheme, row.answer) == (scheme, answer)]
+            if named:
+                table.add_row(label, answer, ", ".join(named))
+                label = ""
     return table
 
 
-def _cell(row: TargetAnswer) -> str:
-    return f"refused ({row.nearest})" if row.answer == "refused" and row.nearest else row.answer
+def _named(row: TargetAnswer) -> str:
+    """With a space that does not end a line."""
+    return f"{row.target}\N{NO-BREAK SPACE}({row.nearest})" if row.answer == "refused" and row.nearest else row.target

@@ -123,12 +123,13 @@ class _Build:
             raise _failed(self.place, command, done)
 
     def _call(self, number: int, what: str, command: Sequence[str]) -> Finished:
-        title = f"environment {self.place.environment.name}: {what}"
+        # steps of so different lengths foretell nothing: they are numbered, not counted
+        title = f"environment {self.place.environment.name}, {number} of {_STEPS}: {what}"
 
         def hear(line: str) -> None:
-            self.progress.substep(f"{title}: {line[:60]}", done=number - 1, total=_STEPS)
+            self.progress.substep(f"{title}: {line[:60]}")
 
-        self.progress.substep(title, done=number - 1, total=_STEPS)
+        self.progress.substep(title)
         try:
             return self.call(command, _variables(os.environ), hear)
         except OSError as problem:

@@ -70,8 +70,9 @@ ENVIRONMENTS: Mapping[str, Environment] = MappingProxyType(
             Environment(
                 "onnxruntime-genai",
                 "the model builder of onnxruntime-genai, for the target onnx_genai",
+                # every version of the builder knows one major of transformers: 0.15 knows 4.57, from 0.16 on 5
                 (
-                    *(_TRANSFORMERS, "onnxruntime-genai==0.15.*", "onnx>=1.19", "onnxruntime>=1.24"),
+                    *("transformers>=4.57", "onnxruntime-genai>=0.15", "onnx>=1.19", "onnxruntime>=1.24"),
                     "onnx-ir>=0.1.16",
                 ),
                 (*_PINS, *_ONNX_PINS, "onnxruntime-genai==0.15.2"),

@@ -5,6 +5,7 @@ O = outputs, I = inputs.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from llmcompress.errors import CompressError
 from llmcompress.evaluation.checkpoint_codes_bnb import BnbSite, bnb_sites
-from llmcompress.formats import compressed_tensors, packed, tensorrt_llm
+from llmcompress.formats import compressed_tensors, gptq, packed, tensorrt_llm
 from llmcompress.formats.named import Named
 from llmcompress.formats.tensorrt_llm import Algorithm
 from llmcompress.loading.tensors import TensorHeader, Tensors, archived_headers, headers
@@ -57,10 +58,14 @@ class CodedSite:
         return (self.scheme.weights if self.scheme else self.grid).own_bits
 
     @property
+    def scale_dtype(self) -> torch.dtype:
+        """Of the scales in the file."""
+        return next(self.tensors[name].dtype for name in ("scale", "weight_scale", "scales") if name in self.tensors)
+
+    @property
     def ideal_bits(self) -> int:
         """Bits of codes without padding, scales and zero points."""
-        scale = next(tensor for name, tensor in self.tensors.items() if name in ("scale", "weight_scale", "scales"))
-        scale_bits = 8 * scale.dtype.itemsize
+        scale_bits = 8 * self.scale_dtype.itemsize
         extra = 8 * sum(tensor.bytes for name, tensor in self.tensors.items() if name.startswith("input_"))
         grid = self.scheme.weights if self.scheme else self.grid
         return grid.code_bits(self.weights) + grid.scale_bits(self.outputs, self.inputs, scale_bits) + extra
@@ -86,7 +91,7 @@ def codes_in(folder: Path) -> StoredCodes:
     """Sort the tensors of a folder; reads no weight.
 
     Raises: CompressError when the files are damaged, or quantized in a format that is none of ours,
-    compressed-tensors and bitsandbytes.
+    compressed-tensors, GPTQ and bitsandbytes.
     """
     found = headers(folder)
     config = read_json(folder / "config.json").get("quantization_config") or {}
@@ -184,6 +189,36 @@ def _grid(tensors: Mapping[str, TensorHeader], inputs: int, widths: Sequence[int
     return Grid(8, "weight_zero_point" not in tensors, group)
 
 
+def _from_gptq(
+    config: Mapping[str, Any], found: Mapping[str, TensorHeader], schemes: Mapping[str, Scheme]
+) -> Iterator[CodedSite]:
+    if config.get("desc_act"):
+        raise CompressError(
+            "footprint.format", "its groups are not consecutive inputs (`desc_act`)", fix="use a checkpoint without it"
+        )
+    for weight in found:
+        name, _, leaf = weight.rpartition(".")
+        if leaf != "qweight":
+            continue
+        tensors = _at(name, found, gptq.NAMES)
+        said = {**config, **_override(config.get("dynamic") or {}, name)}
+        words, outputs = tensors["qweight"].shape
+        inputs, groups = words * 32 // int(said["bits"]), tensors["scales"].shape[0]
+        version: gptq.Version = 2 if config.get("checkpoint_format") == "gptq_v2" else 1
+        layout = gptq.Layout(int(said["bits"]), None if groups == 1 else inputs // groups, bool(said["sym"]), version)
+        yield CodedSite(name, outputs, inputs, layout.grid, schemes.get(name), tensors, partial(_gptq, layout))
+
+
+def _override(dynamic: Mapping[str, Mapping[str, Any]], name: str) -> Mapping[str, Any]:
+    """What the first pattern that fits a linear says of it."""
+    fitting = (said for pattern, said in dynamic.items() if re.match(pattern.removeprefix("+:"), name))
+    return next(fitting, {})
+
+
+def _gptq(layout: gptq.Layout, _: CodedSite, found: Named) -> QuantizedTensor:
+    return gptq.unpack(found, layout, torch.float32)
+
+
 def _from_modelopt(
     config: Mapping[str, Any], found: Mapping[str, TensorHeader], schemes: Mapping[str, Scheme]
 ) -> Iterator[CodedSite]:
@@ -194,13 +229,6 @@ def _from_modelopt(
         if leaf == "weight_scale":
             algorithm = layers[name]["quant_algo"] if layers else common
             yield _tensorrt_llm_site(name, algorithm, found, schemes)
-
-
-def _from_gptq(
-    _: Mapping[str, Any], found: Mapping[str, TensorHeader], schemes: Mapping[str, Scheme]
-) -> Iterator[CodedSite]:
-    for name in [each.removesuffix(".qweight") for each in found if each.endswith(".qweight")]:
-        yield _tensorrt_llm_site(name, "W4A16_GPTQ", found, schemes)
 
 
 def _tensorrt_llm_site(
@@ -229,9 +257,9 @@ _Reader = Callable[
 _READERS: Mapping[str, _Reader] = {
     "llmcompress": _from_manifest,
     "compressed-tensors": _from_compressed_tensors,
+    "gptq": _from_gptq,
     "bitsandbytes": _from_bitsandbytes,
     "modelopt": _from_modelopt,
-    "gptq": _from_gptq,
 }
 
 

@@ -15,7 +15,7 @@ from llmcompress.exporters.contents import compressed_modules
 from llmcompress.loading.tensors import Tensors
 from llmcompress.modules.base import CompressedModule
 from llmcompress.modules.quant_linear import quantized_linears
-from llmcompress.numerics.quantized import QuantizedTensor
+from llmcompress.numerics.quantized import QuantizedTensor, error_in_steps, regrouped
 from llmcompress.records.export_report import ReadBack
 
 
@@ -27,7 +27,7 @@ def read_folder_back(model: PreTrainedModel, folder: Path, storage_dtype: torch.
     for site in stored.coded:
         if isinstance(site, CodedSite) and site.name in codes:
             found = {name: read(each) for name, each in site.tensors.items() if not name.startswith("input_")}
-            rows.append(_codes(site, site.unpack(site, found), codes[site.name].quantized, storage_dtype))
+            rows.append(_codes(site, site.unpack(site, found), codes[site.name].quantized))
     own, modules = model.state_dict(), compressed_modules(model)
     for header in stored.dense:
         found_there = read(header)
@@ -40,8 +40,13 @@ def read_folder_back(model: PreTrainedModel, folder: Path, storage_dtype: torch.
     return rows
 
 
-def _codes(site: CodedSite, found: QuantizedTensor, ours: QuantizedTensor, dtype: torch.dtype) -> ReadBack:
-    ours = replace(ours, scale=ours.scale if ours.grid.scales.bits is not None else ours.scale.to(dtype))
+def _codes(site: CodedSite, found: QuantizedTensor, ours: QuantizedTensor) -> ReadBack:
+    """Scales are compared as the file's dtype holds them, repeated where its groups are shorter."""
+    if found.grid.groups(site.inputs) > ours.grid.groups(site.inputs):
+        ours = regrouped(ours, found.grid.group)
+    rounds = ours.grid.scales.bits is None
+    error = error_in_steps(ours, site.scale_dtype) if rounds and ours.grid.number is None else 0.0
+    ours = replace(ours, scale=ours.scale.to(site.scale_dtype) if rounds else ours.scale)
     wide = replace(found, scale=found.scale.float()), replace(ours, scale=ours.scale.float())
     # what is multiplied: a file may divide two-level scales by another power of two
     scales = wide[0].fitted.scale_OG.reshape(-1) != wide[1].fitted.scale_OG.reshape(-1)
@@ -51,7 +56,7 @@ def _codes(site: CodedSite, found: QuantizedTensor, ours: QuantizedTensor, dtype
         values=site.weights,
         codes_differing=int((found.centred_codes() != ours.centred_codes()).sum()),
         scales_differing=int(scales.sum()),
-        rounding_in_steps=0.0,
+        rounding_in_steps=error,
         weights_differing=int((wide[0].dense() != wide[1].dense()).sum()),
     )
 

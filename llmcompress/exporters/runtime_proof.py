@@ -18,6 +18,7 @@ from llmcompress.evaluation.device.peak_memory import MemoryRequest, peak_memory
 from llmcompress.evaluation.settings.perplexity import PerplexityTask
 from llmcompress.evaluation.texts import evaluation_text
 from llmcompress.exporters.base import Exporter
+from llmcompress.exporters.dense_speed import decode_to_dense
 from llmcompress.progress import LOG
 from llmcompress.records.cost import Memory
 from llmcompress.records.export_report import RuntimeProof
@@ -59,6 +60,8 @@ def runtime_proof(
         task = PerplexityTask(source=TEXT, window=_WINDOW, max_windows=_WINDOWS, bos="never")
         text = evaluation_text(task, tokenizer, runner.max_positions)
         found = compare(runner, reference, text.windows, text=text.name)
+        prompt, count = _beginning(runner, text.windows[0])
+        found = found.model_copy(update={"decode_to_dense": decode_to_dense(runner, model, prompt, count)})
     return found.model_copy(update={"memory": _memory(exporter, folder)}) if with_memory else found
 
 
@@ -115,11 +118,17 @@ def compare(runner: Runner, reference: Runner, windows: Sequence[Tensor], *, tex
     )
 
 
+def _beginning(runner: Runner, window: Tensor) -> tuple[Tensor, int]:
+    """A prompt, and how many tokens follow it."""
+    most = runner.max_positions or _PROMPT + _GREEDY
+    prompt_T = window[: max(1, min(_PROMPT, most // 2))]
+    return prompt_T, min(_GREEDY, most - len(prompt_T))
+
+
 def _greedy(runner: Runner, reference: Runner, window: Tensor) -> tuple[tuple[int, int], float]:
     """Tokens that both generate after the beginning of a window, how many of them are the same, and the speed."""
-    most = runner.max_positions or _PROMPT + _GREEDY
-    prompt = window[: max(1, min(_PROMPT, most // 2))].tolist()
-    count = min(_GREEDY, most - len(prompt))
+    prompt_T, count = _beginning(runner, window)
+    prompt = prompt_T.tolist()
     begun = time.perf_counter()
     (found,) = runner.generate([prompt], max_new_tokens=1)
     first = time.perf_counter()

@@ -89,6 +89,33 @@ class QuantizedTensor:
         return self.bits / self.weights
 
 
+def regrouped(tensor: QuantizedTensor, group: int | None) -> QuantizedTensor:
+    """The same codes with every scale repeated over shorter groups, which must divide the tensor's own.
+
+    A row that was one group, or a ragged last group, must consist of whole groups then.
+    """
+    grid, inputs = tensor.grid, tensor.shape[1]
+    if group == grid.group or (group is None and grid.groups(inputs) == 1):
+        return replace(tensor, grid=replace(grid, group=group))
+    length = grid.length(inputs)
+    assert group is not None and length % group == 0 and inputs % group == 0
+    repeats, groups = length // group, inputs // group
+
+    def repeated(value_OG: Tensor) -> Tensor:
+        return value_OG.repeat_interleave(repeats, 1)[:, :groups]
+
+    zero_OG = None if tensor.zero_point is None else repeated(tensor.zero_point)
+    return replace(tensor, scale=repeated(tensor.scale), zero_point=zero_OG, grid=replace(grid, group=group))
+
+
+def error_in_steps(tensor: QuantizedTensor, dtype: torch.dtype) -> float:
+    """How far scales rounded to `dtype` move any weight, in steps of its grid; 0: they are exact."""
+    grid, scale_OG = tensor.grid, tensor.scale.float()
+    moved_OG = (scale_OG.to(dtype).float() - scale_OG).abs() * (grid.high - grid.low)
+    steps_OG = torch.where(scale_OG == 0, torch.zeros_like(moved_OG), moved_OG / scale_OG.abs())
+    return float(steps_OG.max()) if steps_OG.numel() else 0.0
+
+
 def unfolded(tensor: QuantizedTensor, grid: Grid) -> QuantizedTensor:
     """Codes from which zero points were subtracted, with zero points again: the same weights on the asymmetric `grid`.
 

@@ -39,9 +39,12 @@ def check_rights(api: HfApi, wanted: HubRepository) -> Repository:
     with hub_errors(wanted.repository, saved="nothing was sent"):
         who = asked(api.whoami)
         found = _repository(api, wanted)
+        token = (who.get("auth") or {}).get("accessToken") or {}
+        if token.get("role") == "read":
+            raise hub_error("forbidden", "the token of this login can only read", fix=_NEW_TOKEN)
         if not wanted.create_pr:
             _check_namespace(who, wanted.repository)
-            _check_token(who, wanted.repository)
+            _check_scopes(token, wanted.repository)
             if found.exists and takes(api.auth_check, "write"):
                 asked(lambda: api.auth_check(wanted.repository, write=True))
     if wanted.create_pr and not found.exists:
@@ -82,12 +85,11 @@ def _check_namespace(who: Mapping[str, Any], repository: str) -> None:
         raise hub_error("forbidden", what, fix=f"ask an administrator of {namespace} for write access")
 
 
-def _check_token(who: Mapping[str, Any], repository: str) -> None:
-    """A token that can only read is found here, and not after hours of work."""
-    token = (who.get("auth") or {}).get("accessToken") or {}
-    fix = "make a token with write access at https://huggingface.co/settings/tokens, then `hf auth login`"
-    if token.get("role") == "read":
-        raise hub_error("forbidden", "the token of this login can only read", fix=fix)
+_NEW_TOKEN = "make a token with write access at https://huggingface.co/settings/tokens, then `hf auth login`"
+
+
+def _check_scopes(token: Mapping[str, Any], repository: str) -> None:
+    """A fine-grained token says for whom it was made: found here, and not after hours of work."""
     if token.get("role") == "fineGrained":
         scoped = (token.get("fineGrained") or {}).get("scoped") or ()
         names = (repository, repository.partition("/")[0])
@@ -98,4 +100,6 @@ def _check_token(who: Mapping[str, Any], repository: str) -> None:
             for right in scope.get("permissions") or ()
         ]
         if not any(right.startswith("repo.") and "write" in right for right in granted):
-            raise hub_error("forbidden", f"the token of this login has no right to write to {repository}", fix=fix)
+            raise hub_error(
+                "forbidden", f"the token of this login has no right to write to {repository}", fix=_NEW_TOKEN
+            )

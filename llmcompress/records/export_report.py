@@ -56,6 +56,9 @@ class RuntimeProof(Record):
     """Of those, how many are equal before the first that is not."""
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
+    decode_to_dense: float | None = None
+    """Decoding speed ÷ that of transformers with ordinary float32 weights of the same config, in turns; None: not
+    measured, or there was no memory for it."""
     memory: Memory | None = None
     """Of a fresh process in which the runtime alone ran the files; None: not asked for."""
 

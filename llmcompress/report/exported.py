@@ -62,6 +62,11 @@ def _runtime_rows(found: RuntimeProof) -> list[tuple[str, str, str]]:
         ("prefill, tokens/s", rate(found.prefill_tokens_per_second), "one run, logits of every position"),
         ("decode, tokens/s", rate(found.decode_tokens_per_second), "one run"),
     ]
+    if found.decode_to_dense is not None:
+        times = f"{found.decode_to_dense:.2f} ×"
+        rows.append(
+            ("decode ÷ transformers, dense, float32", times, "median of turns, random weights of the same config")
+        )
     if found.memory is not None:
         running = found.memory.running
         told = found.memory.instrument if running is not None else found.memory.unavailable

@@ -41,7 +41,7 @@ def test_what_a_target_cannot_hold_is_refused_by_the_plan_with_the_nearest_schem
 def test_targets_are_read_with_their_options_and_are_no_part_of_the_hash() -> None:
     without = parse_recipe("passes: [rtn]", "r")
     found = parse_recipe("passes: [rtn]\nexport: [plain, gguf: {instead: Q8_0}]", "r")
-    assert found.to_dict()["export"] == [{"plain": {}}, {"gguf": {"instead": "Q8_0"}}]
+    assert found.to_dict()["export"] == [{"plain": {}}, {"gguf": {"instead": "Q8_0", "ternary": "TQ2_0"}}]
     assert found.hash() == without.hash() and parse_recipe(found.to_yaml(), "r") == found
     with pytest.raises(CompressError, match="unknown exporter 'ggufx'"):
         parse_recipe("passes: [rtn]\nexport: [ggufx]", "r")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -164,12 +163,12 @@ def test_a_truncated_download_is_no_model(hub: HubDouble, made: CompressedModel,
     assert load(NAME).model
 
 
-@pytest.mark.parametrize("change", [lambda who: who["auth"]["accessToken"].update(role="read")])
+@pytest.mark.parametrize("create_pr", [False, True])
 def test_a_token_that_can_only_read_is_found_before_anything_is_created(
-    hub: HubDouble, made: CompressedModel, change: Callable[[dict[str, dict[str, dict[str, str]]]], None]
+    hub: HubDouble, made: CompressedModel, create_pr: bool
 ) -> None:
-    change(hub.users[TOKEN])
-    error = refused(made)
+    hub.users[TOKEN]["auth"]["accessToken"]["role"] = "read"
+    error = refused(made, wanted=HubRepository(repository=NAME, create_pr=create_pr))
     assert error.code == "hub.forbidden" and "can only read" in error.what and NAME not in hub.repos
 
 

@@ -1,0 +1,124 @@
+"""onnxruntime-genai in this process: its own cache and generation loop, as its users run a folder. B = sequences, T =
+tokens, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Self
+
+import numpy
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+from typing_extensions import override
+
+from llmcompress.errors import CompressError
+from llmcompress.runners.base import RUNNERS, Runner
+from llmcompress.runners.onnx_work import work_of
+from llmcompress.runners.work import Work
+from llmcompress.storage.paths import from_home
+
+CONFIG = "genai_config.json"
+
+
+@RUNNERS.register("onnxruntime_genai")
+class OnnxRuntimeGenaiRunner(Runner):
+    """The graph on the CPU, whatever device is asked for, with as many threads as PyTorch has."""
+
+    name = "onnxruntime-genai"
+
+    def __init__(self, library: ModuleType, folder: Path) -> None:
+        self._library, self._folder = library, folder
+        said = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model"]
+        config = library.Config(str(folder))
+        options = {"intra_op_num_threads": torch.get_num_threads()}
+        # at these tokens its loop would end, and fill batches with padding
+        own = {"eos_token_id": [], "decoder": {"session_options": options}}
+        config.overlay(json.dumps({"model": own}))
+        self._model = library.Model(config)
+        self._file = folder / str(said["decoder"]["filename"])
+        self.device = torch.device("cpu")
+        self.vocabulary = int(said["vocab_size"])
+        self.max_positions = int(said["context_length"])
+
+    @classmethod
+    @override
+    def open(cls, model: str, *, device: torch.device, dtype: torch.dtype) -> Self:
+        folder, library = from_home(model), _library()
+        if not (folder / CONFIG).is_file():
+            raise CompressError(
+                "model.unloadable",
+                f"there is no {CONFIG}",
+                where=str(folder),
+                fix="give a folder that `llmcompress export --to onnx_genai` wrote",
+            )
+        try:
+            return cls(library, folder)
+        except (RuntimeError, ValueError, KeyError) as problem:
+            raise CompressError(
+                "model.unloadable",
+                f"onnxruntime-genai cannot load it: {str(problem)[:500]}",
+                where=str(folder),
+                fix="export it again; a newer operator may need a newer `onnxruntime-genai`",
+            ) from problem
+
+    @override
+    def logits(self, ids_BT: Tensor) -> Tensor:
+        generator = self._generator(ids_BT, 0)
+        return torch.from_numpy(numpy.array(generator.get_output("logits"))).reshape(*ids_BT.shape, -1)
+
+    @override
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: Collection[int] = ()
+    ) -> list[list[int]]:
+        found = []
+        for prompt in prompts:
+            new: list[int] = []
+            for token_1 in self.stream(torch.tensor([list(prompt)]), max_new_tokens=max_new_tokens):
+                if int(token_1) in stop:
+                    break
+                new.append(int(token_1))
+            found.append(new)
+        return found
+
+    @override
+    def stream(self, ids_BT: Tensor, *, max_new_tokens: int) -> Iterator[Tensor]:
+        """By its own greedy search, whose loop keeps the logits inside."""
+        generator = self._generator(ids_BT, max_new_tokens)
+        for _ in range(max_new_tokens):
+            generator.generate_next_token()
+            yield torch.from_numpy(numpy.array(generator.get_next_tokens())).long()
+
+    @override
+    def work(self, ids_BT: Tensor) -> Work | None:
+        """From the graph; None where the package `onnx` is not installed."""
+        return work_of(self._file, AutoConfig.from_pretrained(self._folder), *ids_BT.shape)
+
+    @override
+    def close(self) -> None:
+        del self._model
+
+    def _generator(self, ids_BT: Tensor, new_tokens: int) -> Any:
+        """With these tokens in its cache, and room for others."""
+        sequences, tokens = ids_BT.shape
+        params = self._library.GeneratorParams(self._model)
+        params.set_search_options(batch_size=sequences, max_length=tokens + new_tokens, do_sample=False)
+        generator = self._library.Generator(self._model, params)
+        generator.append_tokens(ids_BT.cpu().numpy().astype(numpy.int32))
+        return generator
+
+
+def _library() -> ModuleType:
+    try:
+        return importlib.import_module("onnxruntime_genai")
+    except ImportError as problem:
+        raise CompressError(
+            "runner.package",
+            "these folders are run by the package `onnxruntime-genai`, which is not installed",
+            fix='pip install "llmcompress[genai]"',
+        ) from problem
