@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tables import cost, exports, headline, hub, presets, pruning, quantization, real
+from tables import cost, distillation, exports, headline, hub, presets, pruning, quantization, real
 from tables.cells import Facts
 from tables.summary import LINES, MODEL, summary
 
@@ -121,6 +121,8 @@ def sections() -> list[Section]:
         Section("MoDeGPT, SliceGPT and SVD at equal compression", pruning.modular, "decomposition-*.json"),
         Section("Low rank", pruning.low_rank, "low-rank-*.json"),
         Section("Pruning at initialization and during training", pruning.at_init, "at-init-*.json"),
+        Section("Distillation: every objective on one student", distillation.objectives, "distillation-*.json"),
+        Section("Healing after pruning, by tokens", distillation.healing, "healing-*.json"),
         Section("Dynamic inference", cost.dynamic, "dynamic-*.json"),
         Section("Tokens per second", cost.speed, "speed-*.json"),
         Section("Two runs of `llmcompress speed`", cost.repeated_speed, "repeat-speed-*.json"),

@@ -53,7 +53,7 @@ from llmcompress.model.probe import map_model, probe
 from llmcompress.passes.apply import apply_passes, steps
 from llmcompress.passes.shared_resume_store import shared
 from llmcompress.planning import Plan, known_in_memory, make_plan, refused, within_target_limits
-from llmcompress.preparation import CompressionRequest, Prepared, estimate, prepare, teachers_of
+from llmcompress.preparation import CompressionRequest, Prepared, estimate, examples_of, prepare, teachers_of
 from llmcompress.presets import RecipeLike, as_recipe
 from llmcompress.progress import ProgressLike, Silent, as_progress
 from llmcompress.records.degraded import degraded_warnings
@@ -82,8 +82,7 @@ def compress(
 
     `model`: a Hub id, a folder, `builtin:books-llama`, None (the recipe names it), or a dense transformers model in
     memory with its `tokenizer`. A model in memory is changed in place, without a second copy: the result has its
-    device, dtype and mode, and an error during compression leaves it partly changed. The dense model is evaluated
-    first.
+    device, dtype and mode, and an error during compression leaves it partly changed.
 
     `recipe`: a preset's name, a file, a dictionary, YAML or JSON text, a `Recipe`, one pass, or a list of passes.
     `calibration`: None (the recipe's), texts, conversations, a `datasets.Dataset`, batches of `input_ids` (with
@@ -137,8 +136,8 @@ def _compress(request: CompressionRequest) -> CompressedModel:
         before = held_out.dense_scores(prepared.loaded.model) if processes.is_first else []
         dense = _dense(request, prepared) if processes.is_first else []
         clock.lap("evaluate dense")
-        request.progress.stage("compress", steps(recipe.passes, prepared.map))
         context = _context(request, prepared, data, run)
+        request.progress.stage("compress", steps(recipe.passes, prepared.map))
         with told_if_changed(request.live is not None):
             model, rows = apply_passes(prepared.loaded.model, prepared.map, recipe.passes, context)
         clock.lap("compress")
@@ -189,6 +188,7 @@ def _context(
         keep=run if request.output is None else shared(run, request.processes),
         progress=request.progress,
         teachers=teachers_of(request),
+        examples=examples_of(request, prepared, run.data_folder if run else None),
     )
 
 

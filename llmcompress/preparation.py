@@ -9,11 +9,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from llmcompress.calibration.context import ExampleRows
 from llmcompress.calibration.in_memory import GivenData
 from llmcompress.calibration.offloading import InMemory, OnDisk, WeightStore
 from llmcompress.calibration.process_group import ProcessGroup
 from llmcompress.calibration.tokens import max_positions
 from llmcompress.cost import Offload, about, this_machine
+from llmcompress.elicitation.authors import Author, Authors
+from llmcompress.elicitation.base import Row
+from llmcompress.elicitation.chain import make_rows
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.gate import check_gate
 from llmcompress.evaluation.measuring import prepared
@@ -27,10 +31,11 @@ from llmcompress.loading.in_memory import LiveModel, identity_in_memory
 from llmcompress.loading.load import Loaded, load_for_compression
 from llmcompress.loading.preflight import preflight
 from llmcompress.loading.source import find_source
-from llmcompress.loading.teachers import TeacherFiles
+from llmcompress.loading.teachers import ORIGINAL, TeacherFiles
 from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
+from llmcompress.passes.base import PASSES
 from llmcompress.planning import (
     check_recipe,
     check_texts,
@@ -146,6 +151,7 @@ def _loaded(request: CompressionRequest) -> tuple[Recipe, Loaded]:
     source = find_source(str(recipe.model), revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     checked = preflight(source, trust_remote_code=recipe.trust_remote_code, progress=request.progress)
     check_teachers(recipe, teachers_of(request), checked.tokenizer)
+    check_data(recipe, teachers_of(request), checked.tokenizer)
     weight_bytes = checked.bytes_weights
     # a finished folder is no larger than the model; better refused now than when it is written
     if processes.is_first and output is not None:
@@ -171,6 +177,7 @@ def _in_memory(request: CompressionRequest, live: LiveModel) -> Loaded:
             "the model is in memory already", "set offload to never, or name the folder or id of the model"
         )
     check_teachers(request.recipe, teachers_of(request), live.tokenizer)
+    check_data(request.recipe, teachers_of(request), live.tokenizer)
     for warning in live.facts.warnings:
         request.progress.note(warning)
     if request.processes.is_first and request.output is not None:
@@ -182,16 +189,75 @@ def teachers_of(request: CompressionRequest) -> TeacherFiles:
     """Where passes find the models they learn from; `original` is in files unless it was handed over in memory."""
     recipe = request.recipe
     name = None if request.live is not None else recipe.model
-    return TeacherFiles(name, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    return TeacherFiles(
+        name,
+        revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+        tokenizer=None if request.live is None else request.live.tokenizer,
+    )
 
 
 def check_teachers(recipe: Recipe, teachers: TeacherFiles, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Every teacher is there and has the student's vocabulary.
+    """Every teacher is there and has the student's vocabulary, unless a pass maps it.
 
     Raises: CompressError otherwise.
     """
-    for name in dict.fromkeys(name for each in recipe.passes for name in each.teachers()):
-        teachers.check(name, tokenizer)
+    asked = [(name, each.maps_vocabulary()) for each in recipe.passes for name in each.teachers()]
+    for name, mapped in dict.fromkeys(asked):
+        teachers.check(name, tokenizer, mapped=mapped)
+
+
+def check_data(recipe: Recipe, teachers: TeacherFiles, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The `data` steps have the files and models that they ask for, and some pass learns from what they make.
+
+    Raises: CompressError otherwise.
+    """
+    for step in recipe.data:
+        step.check()
+        for name in step.asks():
+            if name != ORIGINAL:
+                teachers.check(name, tokenizer, mapped=True)
+    needing = next((each for each in recipe.passes if each.needs_examples), None)
+    if needing and not recipe.data:
+        raise CompressError(
+            "data.none",
+            f"`{PASSES.name_of(type(needing))}` learns from examples, and the recipe makes none",
+            where="data",
+            fix="add `data:` with steps such as `read` and `rank`",
+            exit_code=ExitCode.USAGE,
+        )
+    if recipe.data and not any(each.learns_from_examples for each in recipe.passes):
+        raise CompressError(
+            "data.unused",
+            "the recipe makes training examples, and no pass learns from them",
+            where="data",
+            fix="add `recover`, `distill` or `preference`, or remove `data`",
+            exit_code=ExitCode.USAGE,
+        )
+
+
+def examples_of(request: CompressionRequest, prepared: Prepared, folder: Path | None) -> ExampleRows | None:
+    """The rows that the steps of `data` make, by the model as it is now and others; `folder` keeps finished units.
+
+    Raises: CompressError when no row is left, or a step misses something.
+    """
+    recipe, loaded, teachers = request.recipe, prepared.loaded, teachers_of(request)
+    if not recipe.data:
+        return None
+
+    def read(name: str) -> Author:
+        if name == ORIGINAL:
+            return Author(loaded.model.eval(), loaded.tokenizer, request.device)
+        return Author(teachers.model(name).to(request.device).eval(), teachers.tokenizer(name), request.device)
+
+    made: list[Row] = []
+    if request.processes.is_first:
+        request.progress.stage("data", len(recipe.data))
+        with prepared.weights_at.running(loaded.model, request.device):
+            made = make_rows(recipe.data, Authors(read), seed=recipe.seed, folder=folder, progress=request.progress)
+    settings = recipe.calibration
+    rows = request.processes.broadcast(made)
+    return ExampleRows(rows, loaded.tokenizer, settings.tokens, settings.chat_template)
 
 
 def _needs_memory(what: str, fix: str) -> CompressError:

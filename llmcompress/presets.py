@@ -20,10 +20,15 @@ _PACKAGE = Path(__file__).parent
 
 
 def preset_names() -> tuple[str, ...]:
-    """`w4`, `w8a8`, ... and, for trying things out in seconds, `tiny/rtn`, ..."""
+    """`w4`, `w8a8`, ... for any model and, for trying things out in seconds, `tiny/rtn`, ..."""
     folder = configs_folder()
     names = [path.stem for path in sorted((folder / "recipes").glob("*.yaml"))]
     return (*names, *(f"tiny/{path.stem}" for path in sorted((folder / "tiny").glob("*.yaml"))))
+
+
+def paper_names() -> tuple[str, ...]:
+    """`papers/minillm-gpt2-125m`, …: presets that name their models, in the setting of the paper they are from."""
+    return tuple(f"papers/{path.stem}" for path in sorted((configs_folder() / "papers").glob("*.yaml")))
 
 
 def preset_path(name: str) -> Path:
@@ -31,7 +36,7 @@ def preset_path(name: str) -> Path:
 
     Raises: CompressError naming the nearest preset.
     """
-    names = preset_names()
+    names = (*preset_names(), *paper_names())
     if name not in names:
         raise CompressError(
             "preset.unknown",

@@ -6,6 +6,7 @@
                 work/SS-NNN.safetensors (block NNN of stage SS), SS-decisions.safetensors, SS-model.safetensors,
                      SS-…-measured.safetensors,
                      SS-training-NAME.safetensors (not in the journal: gone when its stage is finished)
+                work/data/NN-STEP.jsonl    the rows that a step of `data` made, one line per unit (not in the journal)
                 log.jsonl
                 lock, process.json
                 llmcompress_run.txt  marks the folder as created by a run: no other is ever removed
@@ -106,6 +107,11 @@ class Run:
         return list(range(count))
 
     @property
+    def data_folder(self) -> Path:
+        """Where the steps of `data` keep their rows."""
+        return self.folder / "work" / "data"
+
+    @property
     def saved(self) -> str:
         """Describes what is saved, for error messages."""
         kept = [key for key in self._journal if self._is_valid(key)]
@@ -114,6 +120,7 @@ class Run:
             "all finished whole-model passes": sum(key.endswith(_MODEL) for key in kept),
             "decisions": sum(key.endswith(_DECISIONS) for key in kept),
             "measurements": sum(key.endswith(_MEASURED) for key in kept),
+            "data steps": len(list(self.data_folder.glob("*.jsonl"))),
             "the training progress": len(list((self.folder / "work").glob(f"*{_TRAINING}*.safetensors"))),
         }
         if not any(counts.values()):

@@ -37,7 +37,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def compare(library: str, tmp_path: Path) -> Compare:
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "max_position_embeddings": 256}
     model = write_tiny_llama(tmp_path / "tiny", **sizes)
 
     def run(recipes: list[str]) -> dict[str, dict[str, Any]]:

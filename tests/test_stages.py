@@ -77,7 +77,7 @@ def test_its_things_are_read_and_written_back():
     assert read(found.to_yaml()) == found
     assert Longer.model_validate(found.model_dump()) == Longer.model_validate_json(found.model_dump_json()) == found
     assert Longer(passes=found.passes, recover=[NormsOnly()]).recover == (NormsOnly(),)
-    assert list(stages_of(Longer)) == ["passes", "evaluate", "export", "publish", "recover", "deliver"]
+    assert list(stages_of(Longer)) == ["data", "passes", "evaluate", "export", "publish", "recover", "deliver"]
 
 
 @pytest.mark.parametrize(

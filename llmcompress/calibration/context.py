@@ -4,7 +4,9 @@ windows.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,21 @@ from llmcompress.calibration.resume_store import ResumeStore
 from llmcompress.calibration.settings import Experts
 from llmcompress.loading.teachers import TeacherFiles, Teachers
 from llmcompress.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ExampleRows:
+    """Training examples that the recipe's `data` steps made, and how a training reads them."""
+
+    rows: Sequence[Mapping[str, Any]]
+    tokenizer: PreTrainedTokenizerBase
+    tokens: int
+    """The most in a sample."""
+    chat_template: str | None = None
+    """A Jinja file, for a tokenizer that has no chat template."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,8 @@ class RunContext:
     progress: Progress = field(default_factory=Silent)
     teachers: Teachers = field(default_factory=TeacherFiles)
     """Models that a pass may learn from."""
+    examples: ExampleRows | None = None
+    """What passes that train learn from, in place of the windows; None: the windows."""
     state: str | None = None
     """Name of the model's current state, the key of cached measurements.
     None: it may change at any time."""

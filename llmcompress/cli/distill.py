@@ -22,6 +22,11 @@ from llmcompress.errors import saved_of
     "--data", metavar="TEXT", default="builtin:calibration", show_default=True, help="Text: a file or a Hub dataset."
 )
 @click.option(
+    "--examples",
+    metavar="ROWS",
+    help="A file or a Hub dataset with prompts and responses, or messages: the loss is on the answers.",
+)
+@click.option(
     "-o", "--output", metavar="DIR", type=click.Path(path_type=Path), required=True, help="The folder to write."
 )
 @click.option(
@@ -44,6 +49,7 @@ def distill(
     teacher: str,
     student: str,
     data: str,
+    examples: str | None,
     output: Path,
     objective: str,
     on_policy: bool,
@@ -56,12 +62,14 @@ def distill(
 ) -> None:
     """Train STUDENT to predict what TEACHER predicts, and save it as a Hugging Face folder.
 
-    Both are Hub ids, local folders or builtin:books-llama, with the same tokenizer. The same as a recipe for STUDENT
+    Both are Hub ids, local folders or builtin:books-llama, with the same tokenizer (another one: --set
+    passes.distill.vocabulary=matched). The same as a recipe for STUDENT
     with the pass `distill`; `llmcompress passes distill` lists its options.
 
     \b
     Examples:
       llmcompress distill Qwen/Qwen3-1.7B Qwen/Qwen3-0.6B --data my.txt --objective jsd --on-policy -o student
+      llmcompress distill Qwen/Qwen3-1.7B Qwen/Qwen3-0.6B --examples answered.jsonl -o student
       llmcompress distill builtin:books-llama pruned -o healed --set passes.distill.rank=8
     """
     refuse_missing_models(teacher, student)
@@ -72,7 +80,12 @@ def distill(
     options: dict[str, Any] = {"teacher": teacher, "objective": {objective: {}}, "training": {"steps": steps}}
     if on_policy:
         options["on_policy"] = {}
-    document = {"model": student, "calibration": {"source": data}, "passes": [{"distill": options}]}
+    document = {
+        "model": student,
+        "data": [{"read": {"source": examples}}] if examples else [],
+        "calibration": {"source": data},
+        "passes": [{"distill": options}],
+    }
     with TerminalProgress() as progress:
         with loading_libraries(progress):
             from llmcompress import pipeline

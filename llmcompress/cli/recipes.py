@@ -19,9 +19,9 @@ def recipes() -> None:
 @json_option
 def list_recipes(as_json: bool) -> None:
     """List the presets for `--preset`."""
-    from llmcompress.presets import preset_names, preset_summary
+    from llmcompress.presets import paper_names, preset_names, preset_summary
 
-    summaries = {name: preset_summary(name) for name in preset_names()}
+    summaries = {name: preset_summary(name) for name in (*preset_names(), *paper_names())}
     if as_json:
         print_json([{"name": name, "summary": summary} for name, summary in summaries.items()])
         return

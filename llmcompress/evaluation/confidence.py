@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.evaluation.scores import WindowScores
-
-BINS = 15
-"""Of equal mass: as many tokens in each."""
+from llmcompress.numerics.calibration_error import BINS, bins_of
 
 
 def calibration_sums(windows: Sequence[WindowScores]) -> Tensor:
@@ -24,9 +22,7 @@ def calibration_sums(windows: Sequence[WindowScores]) -> Tensor:
     confidence_N = torch.cat([window.best_logprob_P for window in windows]).double().exp()
     right_N = torch.cat([window.best_P == window.targets_P for window in windows]).double()
     lengths = torch.tensor([len(window.targets_P) for window in windows])
-    bin_N = torch.empty_like(confidence_N, dtype=torch.long)
-    count = len(confidence_N)
-    bin_N[confidence_N.argsort(stable=True)] = torch.arange(count) * BINS // count
+    bin_N = bins_of(confidence_N)
     window_N = torch.repeat_interleave(torch.arange(len(windows)), lengths)
     sums = torch.zeros(len(windows) * BINS, dtype=torch.float64)
     sums.index_add_(0, window_N * BINS + bin_N, confidence_N - right_N)

@@ -39,8 +39,12 @@ def _compared(name: str, leaf: Leaf, stored: StoredMatrix, readers: int, dtype: 
     wired = len(stored.readers) == readers
     if not isinstance(leaf, Quantized) or stored.packed is None:
         weight = leaf.dense_weight().to(dtype).float()
-        differing = _differing(stored.weight, weight, wired)
-        return ReadBack(source=name, stored_as=stored.type, values=weight.numel(), weights_differing=differing)
+        return ReadBack(
+            source=name,
+            stored_as=stored.type,
+            values=weight.numel(),
+            weights_differing=_differing(stored.weight, weight, wired),
+        )
     ours, read = leaf.tensor, unpack(stored.packed, leaf.tensor.grid)
     scales = _differing(read.scale, plain_scales(ours))
     if ours.zero_point is not None and read.zero_point is not None:

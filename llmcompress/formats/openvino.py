@@ -10,6 +10,7 @@ Source: openvino/core/type/element_type.hpp and element_iterator.hpp of OpenVINO
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -55,7 +56,7 @@ class ElementType:
 
 I4, U4 = ElementType("i4", 4), ElementType("u4", 4, 8)
 I8, U8 = ElementType("i8", 8), ElementType("u8", 8, 128)
-_FLOATS: dict[NumberFormat, ElementType] = {
+_FLOATS: Mapping[NumberFormat, ElementType] = {
     E4M3: ElementType("f8e4m3", 8),
     E5M2: ElementType("f8e5m2", 8),
     E2M1: ElementType("f4e2m1", 4),

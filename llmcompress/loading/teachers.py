@@ -30,14 +30,24 @@ class Teachers(Protocol):
     def vocabulary(self, name: str) -> int:
         """Number of its logits, padding included."""
 
+    def tokenizer(self, name: str) -> PreTrainedTokenizerBase:
+        """Its tokenizer; that of `original` is the student's."""
+
 
 class TeacherFiles:
     """Teachers in files. Every call reads anew: a model is not kept longer than its user keeps it."""
 
     def __init__(
-        self, original: str | None = None, *, revision: str | None = None, trust_remote_code: bool = False
+        self,
+        original: str | None = None,
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        """`tokenizer`: of a student that is in no file."""
         self._original, self._revision, self._trust = original, revision, trust_remote_code
+        self._tokenizer = tokenizer
 
     def model(self, name: str) -> PreTrainedModel:
         """Raises: CompressError for any fault of the model."""
@@ -55,8 +65,17 @@ class TeacherFiles:
         size: int = config.get_text_config().vocab_size
         return size
 
-    def check(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    def tokenizer(self, name: str) -> PreTrainedTokenizerBase:
+        """Read from its files, unless it was handed over with the student."""
+        if name == ORIGINAL and self._tokenizer is not None:
+            return self._tokenizer
+        source, trusted = self._source(name)
+        return load_tokenizer(source, trust_remote_code=trusted)
+
+    def check(self, name: str, tokenizer: PreTrainedTokenizerBase, *, mapped: bool = False) -> None:
         """That its tokenizer gives every token the number that the student's does; embeddings may be padded.
+
+        With `mapped` the numbers may differ.
 
         Raises: CompressError otherwise, and where there is no such model.
         """
@@ -64,7 +83,7 @@ class TeacherFiles:
         if name == ORIGINAL:
             return
         theirs, mine = load_tokenizer(source, trust_remote_code=trusted).get_vocab(), tokenizer.get_vocab()
-        if theirs == mine:
+        if theirs == mine or mapped:
             return
         other = sorted(token for token in theirs.keys() | mine.keys() if theirs.get(token) != mine.get(token))
         raise CompressError(
@@ -72,7 +91,7 @@ class TeacherFiles:
             f"{name} has another vocabulary than the student: {len(theirs)} and {len(mine)} tokens, "
             f"{len(other)} of them different, such as {other[0]!r}",
             where="teacher",
-            fix="use a teacher with the same tokenizer",
+            fix="use a teacher with the same tokenizer, or set `vocabulary` in `distill`",
             exit_code=ExitCode.USAGE,
         )
 

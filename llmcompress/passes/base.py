@@ -59,6 +59,10 @@ class Pass(BaseModel, ABC):
     keeps_codes: ClassVar[bool] = False
     """Whether it may work on quantized sites, because it does not change weights."""
 
+    learns_from_examples: ClassVar[bool] = False
+    needs_examples: ClassVar[bool] = False
+    """Whether it trains on what the recipe's `data` steps made where there are any, and whether it must."""
+
     whole_block: ClassVar[frozenset[str]] = frozenset()
     """Options of a block as a whole, which `overrides` for individual sites cannot change."""
 
@@ -146,6 +150,10 @@ class Pass(BaseModel, ABC):
     def teachers(self) -> tuple[str, ...]:
         """Models that it learns from: `original`, Hub ids or folders. Their tokenizers are compared before any work."""
         return ()
+
+    def maps_vocabulary(self) -> bool:
+        """Whether its teachers may have another tokenizer than the model."""
+        return False
 
     def streams(self) -> bool:
         """Whether it needs only one block in memory, so that weights can be offloaded to disk."""
@@ -310,8 +318,7 @@ class ModelPass(Pass):
     """An algorithm that needs the whole model at once, for example to remove blocks or rotate the residual stream.
 
     Its result is saved in the run folder. An interrupted one starts again with the same `whole.decisions`; its
-    trainings
-    resume from their last saved state.
+    trainings resume from their last saved state.
     """
 
     @abstractmethod

@@ -9,13 +9,15 @@ from typing import ClassVar, Self
 from pydantic import Field, model_validator
 from typing_extensions import override
 
+from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError
 from llmcompress.passes.base import Backward, ModelPass, Trait
 from llmcompress.passes.pruning.sparse import sparsity
 from llmcompress.records.rows import SiteReport
 from llmcompress.training.adapters import adapted
-from llmcompress.training.data.base import Windows
+from llmcompress.training.data.base import IndexedSamples, Windows
+from llmcompress.training.data.examples import samples_of_rows
 from llmcompress.training.job import Job
 from llmcompress.training.loop import train
 from llmcompress.training.masks import ZerosStay
@@ -36,7 +38,9 @@ class Lesson:
 
 
 class Retraining(ModelPass):
-    """Train the model on the calibration text: all weights, or LoRA adapters on every linear."""
+    """Train the model on examples or the calibration text: all weights, or LoRA adapters on every linear."""
+
+    learns_from_examples: ClassVar[bool] = True
 
     title: ClassVar[str]
     """For progress, and for report rows."""
@@ -79,7 +83,7 @@ class Retraining(ModelPass):
         return Backward(of_all=of_all, windows=self.training.batch, trained_on=self.training.windows)
 
     @abstractmethod
-    def lesson(self, whole: WholeModel, data: Windows) -> Lesson:
+    def lesson(self, whole: WholeModel, data: IndexedSamples) -> Lesson:
         """With these options, for the model that is trained on `data`."""
 
     @override
@@ -96,7 +100,7 @@ class Retraining(ModelPass):
                 "no linear can take an adapter: all are quantized low-rank factors",
                 fix=f"put `{self.title}` right after the pass that quantizes",
             )
-        data = Windows(whole.context.windows_NT)
+        data = training_samples(whole.context)
         with whole.resident():
             lesson = self.lesson(whole, data)
             if self.rank is None:
@@ -111,7 +115,15 @@ class Retraining(ModelPass):
             for site in sites
         ]
 
-    def _train(self, whole: WholeModel, data: Windows, lesson: Lesson, job: Job) -> None:
+    def _train(self, whole: WholeModel, data: IndexedSamples, lesson: Lesson, job: Job) -> None:
         train(
             whole.model, data, self.training, whole.context, objective=lesson.objective, teacher=lesson.teacher, job=job
         )
+
+
+def training_samples(context: RunContext) -> IndexedSamples:
+    """What the recipe's `data` steps made; without such steps, the calibration windows.
+
+    Raises: CompressError where a row cannot be read.
+    """
+    return Windows(context.windows_NT) if context.examples is None else samples_of_rows(context.examples)

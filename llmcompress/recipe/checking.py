@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+from llmcompress.elicitation.base import STEPS, DataStep
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.exporters.base import EXPORTERS, Exporter
 from llmcompress.passes.base import PASSES, Pass
@@ -49,6 +50,8 @@ def plain_data(value: Any, *, where: str = "recipe", depth: int = 0) -> Any:
         return {PASSES.name_of(type(value)): value.model_dump(mode="json")}
     if isinstance(value, Exporter):
         return {EXPORTERS.name_of(type(value)): value.model_dump(mode="json")}
+    if isinstance(value, DataStep):
+        return {STEPS.name_of(type(value)): value.model_dump(mode="json")}
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if isinstance(value, Mapping):

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from llmcompress.calibration.settings import Calibration, Guard
+from llmcompress.elicitation.base import STEPS, DataStep
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.settings.base import METRIC_SETTINGS, MetricSettings
 from llmcompress.evaluation.settings.perplexity import BUNDLED_TEXT
@@ -58,6 +59,9 @@ class Recipe(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Random seed: calibration windows, text sampled by `self`."""
     calibration: Calibration = Calibration()
+    data: Annotated[tuple[DataStep, ...], Listed(STEPS)] = ()
+    """Steps that make training examples, top to bottom, before the first pass; `recover`, `distill` and `preference`
+    learn from these instead of the calibration text. Samples have up to `calibration.tokens` tokens."""
     passes: Annotated[tuple[Pass, ...], Listed(PASSES)]
     """Passes, applied top to bottom inside each block."""
     guard: Guard = Guard()

@@ -31,6 +31,7 @@ _LIMITS = {
 def stand_in(schema: Schema) -> type[BaseModel]:
     """A class that reads a recipe as `Recipe` does."""
     stages = {
+        "data": Listed(_registry("step", schema["properties"]["data"], schema)),
         "passes": Listed(_registry("pass", schema["properties"]["passes"], schema)),
         "evaluate": Grouped(METRIC_SETTINGS),
         "export": Listed(_registry("exporter", schema["properties"]["export"], schema)),

@@ -43,11 +43,7 @@ def accelerated(settings: Training, device: torch.device) -> Iterator[Accelerato
             fix="set mixed_precision: bf16, or remove it",
             exit_code=ExitCode.USAGE,
         )
-    states = [AcceleratorState._shared_state, PartialState._shared_state, GradientState._shared_state]
-    before = [dict(state) for state in states]
-    for state in states:
-        state.clear()
-    try:
+    with accelerate_state_apart():
         accelerator = Accelerator(
             cpu=device.type == "cpu",
             device_placement=False,  # the caller has put the model where it belongs
@@ -61,6 +57,17 @@ def accelerated(settings: Training, device: torch.device) -> Iterator[Accelerato
         )
         _check(accelerator, settings, device)
         yield accelerator
+
+
+@contextmanager
+def accelerate_state_apart() -> Iterator[None]:
+    """Accelerate's state of this process is put aside, and afterwards is what it was."""
+    states = [AcceleratorState._shared_state, PartialState._shared_state, GradientState._shared_state]
+    before = [dict(state) for state in states]
+    for state in states:
+        state.clear()
+    try:
+        yield
     finally:
         for state, kept in zip(states, before, strict=True):
             state.clear()

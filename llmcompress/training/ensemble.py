@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from llmcompress.errors import CompressError, ExitCode
+from llmcompress.numerics.calibration_error import expected_calibration_error
 from llmcompress.training.data.batch import IGNORED, Batch
 from llmcompress.training.features import Wanted
 from llmcompress.training.head import rows_at_once
@@ -54,6 +55,11 @@ class EnsembleTeacher:
         """The smallest that a member cuts to."""
         return min((each.vocabulary for each in self._teachers if each.vocabulary is not None), default=None)
 
+    @property
+    def members(self) -> tuple[Teacher, ...]:
+        """The teachers, in their order."""
+        return self._teachers
+
     def predictions(self, batch: Batch, wanted: Wanted) -> TeacherPredictions:
         """Every member's; the values are row numbers, with the posterior where there is one."""
         said = [_Member(each.predictions(batch, Wanted()), self.vocabulary) for each in self._teachers]
@@ -73,6 +79,26 @@ class EnsembleTeacher:
             return (each_MRV + gates_MR[..., None]).logsumexp(0)
 
         return TeacherPredictions(numbers_R1, rows)
+
+
+@torch.no_grad()
+def calibration_error(teacher: Teacher, batch: Batch) -> float:
+    """How far the confidence of its likeliest tokens is from how often they come, on the predicted tokens of a batch.
+
+    Source: Vadera et al., arXiv 2005.08110, section 5 (a Bayesian ensemble is judged by its calibration).
+    """
+    said = _Member(teacher.predictions(batch, Wanted()), teacher.vocabulary)
+    targets_R = batch.targets_BT.flatten()
+    confidence, right, width = list[Tensor](), list[Tensor](), 1
+    chosen = (targets_R != IGNORED).nonzero().flatten()
+    while len(chosen):
+        part, chosen = chosen[:width], chosen[width:]
+        log_probs_RV = said.log_probs(part)
+        best_R, at_R = log_probs_RV.max(-1)
+        confidence.append(best_R.exp())
+        right.append(at_R == targets_R[part])
+        width = rows_at_once(log_probs_RV.shape[-1])
+    return expected_calibration_error(torch.cat(confidence), torch.cat(right))
 
 
 @dataclass(frozen=True)

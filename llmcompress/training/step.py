@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.training.data.batch import Batch
 from llmcompress.training.features import observed
-from llmcompress.training.head import Head, predictions, rows_at_once
+from llmcompress.training.head import Head, Predictions, predictions, rows_at_once
 from llmcompress.training.objectives.base import Objective, ObjectiveInputs
 from llmcompress.training.teacher import Teacher
 
@@ -40,15 +40,17 @@ class Step(nn.Module):
         most = rows_at_once(self.model.config.get_text_config().vocab_size)
         head = self._head[0] if batch.ids_BT.numel() > most else None
         wanted = self._objective.observes()
+        asked = self._teacher if self._objective.needs_teacher() else None
+
+        def student() -> Predictions:
+            return predictions(self.model, batch, head).cut(asked.vocabulary if asked else None)
+
         with observed(self.model, wanted) as features:
-            student = predictions(self.model, batch, head)
-        teacher = None
-        if self._teacher and self._objective.needs_teacher():
-            teacher = self._teacher.predictions(batch, wanted)
-            student = student.cut(self._teacher.vocabulary)
+            predicted = student()
+        teacher = asked.predictions(batch, wanted) if asked else None
         if head is None:
             most = batch.ids_BT.numel()
-        return self._objective.loss(ObjectiveInputs(step, batch, student, teacher, most, features))
+        return self._objective.loss(ObjectiveInputs(step, batch, predicted, teacher, most, features, student))
 
 
 @contextmanager

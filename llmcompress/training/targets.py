@@ -1,6 +1,6 @@
 """What a teacher says about some tokens: logits over the vocabulary, or what a file kept of its distribution.
 
-R = rows (tokens to be predicted), V = vocabulary, K = tokens kept for each row.
+R = rows (tokens to be predicted), V = vocabulary, K = tokens kept for each row, W = another vocabulary.
 """
 
 from __future__ import annotations
@@ -55,6 +55,18 @@ class TopTokens(StoredRows):
 
 
 @dataclass(frozen=True)
+class MatchedTokens(TopTokens):
+    """Tokens that another vocabulary spells alike; all others together are one more event."""
+
+    known_R: Tensor
+    """Where student and teacher have read the same text; elsewhere there is nothing to compare."""
+
+    @override
+    def divergence(self, student_RV: Tensor, terms: Terms) -> Tensor:
+        return super().divergence(student_RV, terms).where(self.known_R, 0.0)
+
+
+@dataclass(frozen=True)
 class SampledTokens(StoredRows):
     """Tokens drawn from the teacher: the mean over them is an unbiased estimate, of the divergence and its gradient.
 
@@ -69,5 +81,14 @@ class SampledTokens(StoredRows):
         return (terms(student_RV.gather(-1, self.ids_RK), teacher) / teacher.exp()).mean(-1)
 
 
-TeacherRows = Tensor | StoredRows
-"""Logits R×V, or stored rows."""
+@dataclass(frozen=True)
+class OtherVocabulary:
+    """Logits over another vocabulary than the student's."""
+
+    logits_RW: Tensor
+    known_R: Tensor
+    """Where student and teacher have read the same text; elsewhere the logits mean nothing."""
+
+
+TeacherRows = Tensor | StoredRows | OtherVocabulary
+"""Logits R×V, stored or matched rows, or logits of another vocabulary."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmcompress.errors import CompressError, ExitCode
@@ -20,7 +20,7 @@ from llmcompress.training.targets import TeacherRows
 
 @dataclass(frozen=True)
 class TeacherPredictions:
-    """What a teacher says at every position of a batch, without a graph."""
+    """What a teacher says at every position of a batch; without a graph, unless it learns."""
 
     values_RX: Tensor
     """From which `rows` computes."""
@@ -54,6 +54,7 @@ class ModelTeacher:
         self._given, self._device, self._vocabulary = model, device, vocabulary
         self._model: PreTrainedModel | None = None
         self._head: Head | None = None
+        self._learns = False
 
     @property
     def vocabulary(self) -> int | None:
@@ -84,10 +85,16 @@ class ModelTeacher:
             self._model = model.to(self._device).eval().requires_grad_(False)
         return self._model
 
+    def learn(self) -> list[nn.Parameter]:
+        """From now on its predictions keep their graph: it is trained along with the student. Its parameters."""
+        self._learns = True
+        return list(self.model.requires_grad_(True).parameters())
+
     @contextmanager
     def _as_it_is(self) -> Iterator[None]:
-        """Without the student's mixed precision and gradients."""
-        with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+        """Without the student's mixed precision, and without gradients unless it learns."""
+        graph = torch.set_grad_enabled(self._learns and torch.is_grad_enabled())
+        with graph, torch.autocast(self._device.type, enabled=False):
             yield
 
 

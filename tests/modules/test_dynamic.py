@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmcompress.model.readout import readout_of, watching
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.model.stock import stock_model
 from llmcompress.modules.cache_names import cache_of, with_cache
@@ -19,7 +20,7 @@ from llmcompress.modules.dynamic_exit import ExitBlock
 from llmcompress.modules.dynamic_skip import SkipBlock
 from llmcompress.modules.linear_predictor import LinearPredictor
 from llmcompress.modules.manifest import Manifest, apply_manifest, changes
-from llmcompress.passes.dynamic.states import put_around, readout_of, watching
+from llmcompress.passes.dynamic.states import put_around
 from tests.families import FAMILIES, HIDDEN, tiny_model, tiny_tokens
 
 NEVER, ALWAYS = 0.0, float("inf")

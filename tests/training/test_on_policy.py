@@ -179,7 +179,8 @@ class Watching(Silent):
 def test_a_training_on_its_own_text_learns_and_killed_and_resumed_equals_uninterrupted(
     kind: str, tmp_path: Path
 ) -> None:
-    settings = Training(steps=6, batch=2, learning_rate=1e-2, save_every=2, validation=0.25)
+    rate = 3e-3 if kind == "minillm" else 1e-2  # a policy gradient of four texts is noisy
+    settings = Training(steps=6, batch=2, learning_rate=rate, save_every=2, validation=0.25)
 
     def once(folder: Path, die: int = -1) -> dict[str, torch.Tensor]:
         student = tiny_model("llama")

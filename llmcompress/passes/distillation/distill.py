@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 from transformers import PreTrainedModel
@@ -12,13 +12,16 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.distillation.named_objectives import combined, objectives_of, temperature_of
 from llmcompress.passes.retraining import Lesson, Retraining
-from llmcompress.passes.teaching import ensemble, named_teacher, store_of
-from llmcompress.training.data.base import Windows
-from llmcompress.training.ensemble import Gate
+from llmcompress.passes.teaching import ensemble, named_teacher, store_of, teacher_of_other_vocabulary, tell_calibration
+from llmcompress.training.data.base import IndexedSamples
+from llmcompress.training.ensemble import EnsembleTeacher, Gate
 from llmcompress.training.objectives.base import Objective
 from llmcompress.training.objectives.divergence import Divergence
+from llmcompress.training.objectives.exits import Exits
 from llmcompress.training.objectives.features import FeatureObjective
 from llmcompress.training.objectives.minillm import MiniLLM
+from llmcompress.training.objectives.mutual import Mutual
+from llmcompress.training.objectives.universal_logit import UniversalLogit
 from llmcompress.training.on_policy import AdaptiveSampler, FractionSampler, OnPolicy, Sampler, Writer
 from llmcompress.training.stored_teacher import stored
 from llmcompress.training.teacher import Teacher
@@ -27,11 +30,12 @@ from llmcompress.training.teacher_store import Stored
 
 @PASSES.register("distill")
 class Distill(Retraining):
-    """Train the model to predict what a teacher predicts, on the calibration text or on text that it writes itself.
+    """Train the model to predict what a teacher predicts, on given text or on text that it writes itself.
 
     The teacher is the dense model before compression, or any model with the same tokenizer; several teachers are mixed.
-    Objectives on logits, hidden states and attention can be added up (docs/training.md lists them). All weights are
-    trained, or LoRA adapters as in `recover`.
+    With `vocabulary` its tokenizer may be another one. Objectives on logits, hidden states and attention can be added
+    up (docs/training.md lists them). All weights are trained, or LoRA adapters as in `recover`. The text is what the
+    recipe's `data` steps made, or else the calibration text.
 
     Source: Hinton et al., arXiv 1503.02531; every objective names its own.
     """
@@ -52,6 +56,12 @@ class Distill(Retraining):
     objective: dict[str, dict[str, Any]] = Field(
         {"kl": {}}, description="objectives with their options, which are added up"
     )
+    vocabulary: Literal["same", "sorted", "matched"] = Field(
+        "same",
+        description="of a teacher with another tokenizer, which reads the same text: same: refused; sorted: "
+        "probabilities without their tokens, for `universal_logit`; matched: tokens that both spell alike, and all "
+        "others together",
+    )
     stored: Stored | None = Field(
         None, description="store the teacher's distributions on disk and read them from there"
     )
@@ -71,7 +81,8 @@ class Distill(Retraining):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         objectives = objectives_of(self.objective)
-        for problem in (self._about_teachers(objectives), self._about_text(objectives)):
+        found = (self._about_teachers(objectives), self._about_vocabulary(objectives), self._about_text(objectives))
+        for problem in found:
             if problem:
                 raise ValueError(problem)
         return self
@@ -86,12 +97,31 @@ class Distill(Retraining):
             return "every teacher needs a weight above zero"
         if len(names) == 1 and self.gate != "fixed":
             return "`gate` applies to several teachers"
-        live = any(isinstance(each, FeatureObjective) for each in objectives)
+        live = any(isinstance(each, FeatureObjective | Mutual) for each in objectives)
+        learns = next((each for each in objectives if isinstance(each, Mutual)), None)
+        if learns and len([each for each in objectives if each.needs_teacher()]) > 1:
+            return "a model that learns along teaches by `mutual` alone: remove the other objectives"
         if len(names) > 1 and (live or self.stored or self._by_teacher(objectives)):
             return "several teachers can teach by their logits on given text only, and cannot be stored"
         if self.stored and (live or self.on_policy):
             return "a stored teacher knows its logits on given text only: remove `stored`"
+        if self.stored and any(isinstance(each, UniversalLogit) for each in objectives):
+            return "what is stored of a teacher is not sorted over the vocabulary: remove `stored`"
         if self.stored:
+            temperature_of(objectives)
+        return None
+
+    def _about_vocabulary(self, objectives: list[Objective]) -> str | None:
+        taught = [each for each in objectives if each.needs_teacher()]
+        if self.vocabulary == "same":
+            return None
+        fits = UniversalLogit if self.vocabulary == "sorted" else Divergence
+        if not taught or not all(isinstance(each, fits) and not each.takes_both() for each in taught):
+            wanted = "`universal_logit`" if self.vocabulary == "sorted" else "divergences of logits such as `kl`"
+            return f"`vocabulary: {self.vocabulary}` is for {wanted}: change the objective"
+        if len(self.teachers()) > 1 or self.stored or self._by_teacher(objectives):
+            return "a teacher with another vocabulary is one model that reads what others write: remove `vocabulary`"
+        if self.vocabulary == "matched":
             temperature_of(objectives)
         return None
 
@@ -100,7 +130,7 @@ class Distill(Retraining):
             for each in objectives:
                 if each.takes_both() or isinstance(each, MiniLLM):
                     return f"{type(each).__name__} learns from text that the student writes: set `on_policy`"
-            learns = any(each.needs_teacher() for each in objectives)
+            learns = any(each.needs_teacher() or isinstance(each, Exits) for each in objectives)
             return (
                 None if learns else "no objective reads the teacher: set `on_policy: {by: teacher}`, or use `recover`"
             )
@@ -109,9 +139,10 @@ class Distill(Retraining):
         if self.on_policy.by == "teacher":
             both = any(each.takes_both() or isinstance(each, MiniLLM) for each in objectives)
             return "this objective needs text that the student writes: remove `by: teacher`" if both else None
-        if any(not each.needs_teacher() for each in objectives):
+        if any(not each.needs_teacher() and not isinstance(each, Exits) for each in objectives):
             return "cross-entropy on the student's own text teaches nothing: remove it, or set `by: teacher`"
-        if any(isinstance(each, Divergence) and each.weight < 1 and not each.takes_both() for each in objectives):
+        mixed = [each for each in objectives if isinstance(each, Divergence | UniversalLogit | Exits)]
+        if any(each.weight < 1 and not each.takes_both() for each in mixed):
             return "cross-entropy on the student's own text teaches nothing: set `weight: 1` in the objective"
         return None
 
@@ -126,15 +157,24 @@ class Distill(Retraining):
         return (self.teacher,) if isinstance(self.teacher, str) else self.teacher
 
     @override
-    def lesson(self, whole: WholeModel, data: Windows) -> Lesson:
+    def maps_vocabulary(self) -> bool:
+        return self.vocabulary != "same"
+
+    @override
+    def lesson(self, whole: WholeModel, data: IndexedSamples) -> Lesson:
         objectives, names = objectives_of(self.objective), self.teachers()
         objective = combined(objectives)
         teacher: Teacher
         if self.stored is not None:
             store = store_of(whole, names[0], self.stored, temperature=temperature_of(objectives))
             teacher = stored(store, named_teacher(whole, names[0]), data)
+        elif self.vocabulary != "same":
+            temperature = temperature_of(objectives)
+            teacher = teacher_of_other_vocabulary(whole, names[0], self.vocabulary, temperature=temperature)
         else:
             teacher = ensemble(whole, names, weights=self.weights, gate=self.gate)
+            if isinstance(teacher, EnsembleTeacher):
+                tell_calibration(whole, names, teacher, data)
         return Lesson(objective, teacher, self._sampler(objective, teacher, whole.model))
 
     def _sampler(self, objective: Objective, teacher: Teacher, student: PreTrainedModel) -> Sampler | None:

@@ -16,12 +16,13 @@ from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
+from llmcompress.model.readout import readout_of
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.modules.dynamic_exit import ExitBlock, readings
 from llmcompress.numerics.linear_map import LinearMap
 from llmcompress.passes.base import PASSES, ModelPass, Trait
 from llmcompress.passes.dynamic.fit_predictor import PredictorFit
-from llmcompress.passes.dynamic.states import divergence, measured, put_around, readout_of, states_at
+from llmcompress.passes.dynamic.states import divergence, measured, put_around, states_at
 from llmcompress.records.rows import SiteReport
 
 NEVER = 2.0

@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
+from llmcompress.model.readout import watching
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.modules.dynamic_skip import SkipBlock
 from llmcompress.modules.linear_predictor import LinearPredictor
 from llmcompress.passes.base import PASSES, ModelPass, Trait
 from llmcompress.passes.dynamic.fit_predictor import PredictorFit
-from llmcompress.passes.dynamic.states import measured, put_around, watching
+from llmcompress.passes.dynamic.states import measured, put_around
 from llmcompress.records.rows import SiteReport
 
 

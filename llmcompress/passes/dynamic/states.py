@@ -6,9 +6,7 @@ B = sequences, T = tokens, D = hidden size, N = tokens of all sequences, V = voc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,35 +14,11 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from llmcompress.calibration.whole import WholeModel
-from llmcompress.errors import CompressError
-from llmcompress.model.skeleton import HIDDEN_KEYWORD, find_blocks
+from llmcompress.model.readout import watching
+from llmcompress.model.skeleton import find_blocks
 from llmcompress.modules.dynamic import DynamicBlock, tallied
-from llmcompress.modules.dynamic_exit import LOGITS_AT_ONCE, logits_of, readings
+from llmcompress.modules.dynamic_exit import LOGITS_AT_ONCE, logits_of
 from llmcompress.records.rows import SiteReport
-
-SAME_TOKENS = 0.99
-"""Share of equal predictions at which a readout counts as found: sums in another order may break ties otherwise."""
-
-
-@contextmanager
-def watching(model: PreTrainedModel, see: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """During forwards, show the state (N×D) before every block, with its index, and the one behind the last block."""
-    blocks = [block for _, block in find_blocks(model)]
-
-    def before(index: int) -> Callable[..., None]:
-        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            see(index, _rows(kwargs[HIDDEN_KEYWORD] if HIDDEN_KEYWORD in kwargs else args[0]))
-
-        return note
-
-    def behind(_: nn.Module, __: object, output: Any) -> None:
-        see(len(blocks), _rows(output if isinstance(output, Tensor) else output[0]))
-
-    with ExitStack() as hooks:
-        for index, block in enumerate(blocks):
-            hooks.callback(block.register_forward_pre_hook(before(index), with_kwargs=True).remove)
-        hooks.callback(blocks[-1].register_forward_hook(behind).remove)
-        yield
 
 
 def states_at(whole: WholeModel, model: PreTrainedModel, indices: Collection[int]) -> Iterator[dict[int, Tensor]]:
@@ -59,45 +33,6 @@ def states_at(whole: WholeModel, model: PreTrainedModel, indices: Collection[int
         for ids_BT in whole.batches():
             model.base_model(input_ids=ids_BT, use_cache=False)
             yield states
-
-
-@torch.no_grad()
-def readout_of(model: PreTrainedModel, ids_BT: Tensor) -> tuple[str, ...]:
-    """Names of the modules that turn the last block's output into logits, in the order in which they run.
-
-    Found by watching a forward pass, and checked: alone they must predict the same tokens.
-
-    Raises: CompressError when they do not.
-    """
-    final: list[Tensor] = []
-    ran: list[str] = []
-    blocks = len(find_blocks(model))
-
-    def see(index: int, state_ND: Tensor) -> None:
-        if index == blocks:
-            final.append(state_ND)
-
-    def watch(name: str) -> Callable[..., None]:
-        def note(_: nn.Module, __: object) -> None:
-            if final and not any(name.startswith(f"{other}.") for other in ran):
-                ran.append(name)
-
-        return note
-
-    with watching(model, see), ExitStack() as hooks:
-        for name, module in model.named_modules():
-            hooks.callback(module.register_forward_pre_hook(watch(name)).remove)
-        logits_NV = _rows(model(input_ids=ids_BT, use_cache=False).logits)
-    tokens_N = readings([model.get_submodule(name) for name in ran], final[0])[1]
-    same = float((tokens_N == logits_NV.argmax(-1)).float().mean())
-    if same < SAME_TOKENS:
-        raise CompressError(
-            "dynamic.readout",
-            f"{type(model).__name__} cannot compute logits from an intermediate block's output",
-            where=", ".join(ran),
-            fix="use layer_skip or activation_sparsity",
-        )
-    return tuple(ran)
 
 
 def divergence(read: Sequence[nn.Module], final_ND: Tensor, here_ND: Tensor) -> Tensor:
@@ -135,7 +70,3 @@ def measured(
         SiteReport(site=name, algorithm=algorithm, score=threshold, active=counts[name].share, tokens=tokens)
         for name in names
     ]
-
-
-def _rows(hidden_BTD: Tensor) -> Tensor:
-    return hidden_BTD.detach().reshape(-1, hidden_BTD.shape[-1])

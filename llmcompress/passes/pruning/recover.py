@@ -11,7 +11,7 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.retraining import Lesson, Retraining
 from llmcompress.passes.teaching import named_teacher
-from llmcompress.training.data.base import Windows
+from llmcompress.training.data.base import IndexedSamples
 from llmcompress.training.objectives.kl import KL
 
 
@@ -40,5 +40,5 @@ class Recover(Retraining):
         return () if self.teacher is None else (self.teacher,)
 
     @override
-    def lesson(self, whole: WholeModel, data: Windows) -> Lesson:
+    def lesson(self, whole: WholeModel, data: IndexedSamples) -> Lesson:
         return Lesson() if self.teacher is None else Lesson(KL(), named_teacher(whole, self.teacher))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from llmcompress.calibration.context import ExampleRows
 from llmcompress.calibration.hub_datasets import hub_dataset
 from llmcompress.calibration.local_files import is_text_file, rows_of_file
 from llmcompress.calibration.records import BadRow
 from llmcompress.errors import CompressError
 from llmcompress.storage.paths import from_home
-from llmcompress.training.data.base import TrainingData
+from llmcompress.training.data.base import IndexedSamples, TrainingData
 from llmcompress.training.data.encoders import Chat, Encoder, PromptResponse, Text
 from llmcompress.training.data.packed import PackedStream, packed_windows
 from llmcompress.training.data.rows import Rows, Stream, guarded
@@ -19,6 +21,14 @@ from llmcompress.training.data.rows import Rows, Stream, guarded
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Kind = Literal["text", "prompt", "chat"]
+Part = Literal["text", "prompt", "response", "messages"]
+_COLUMNS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
+    ("chat", ("messages",)),
+    ("prompt", ("prompt", "response")),
+    ("prompt", ("prompt", "chosen")),
+    ("text", ("text",)),
+)
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
@@ -33,10 +43,10 @@ class Examples(BaseModel):
     """Split of a Hub dataset."""
     config: str | None = None
     """Configuration of a Hub dataset."""
-    kind: Literal["text", "prompt", "chat"] = "text"
+    kind: Kind = "text"
     """text: documents, packed into full windows; prompt: prompts and responses, with the loss on responses; chat:
     conversations in the model's chat template, with the loss on the assistant's turns."""
-    columns: dict[Literal["text", "prompt", "response", "messages"], str] = Field(default_factory=dict)
+    columns: dict[Part, str] = Field(default_factory=dict)
     """The columns, if they do not have one of the usual names."""
     tokens: int = Field(default=512, ge=2)
     """Tokens per window of packed text; the maximum of any other sample, longer ones are truncated."""
@@ -107,6 +117,36 @@ def samples(rows: Any, examples: Examples, tokenizer: PreTrainedTokenizerBase, *
             return PackedStream(rows, encoder, examples.tokens, shuffle=examples.shuffle)
         return packed_windows(rows, encoder, examples.tokens)
     return Stream(rows, encoder, shuffle=examples.shuffle) if streamed else Rows(rows, encoder)
+
+
+def samples_of_rows(given: ExampleRows) -> IndexedSamples:
+    """Samples of rows that `data` steps made: conversations, prompts with responses, or packed text, as they have it.
+
+    Raises: CompressError `data.columns` where the rows are none of these, and as `samples` does.
+    """
+    import datasets
+
+    kind, columns = _kind_of(given.rows)
+    rows = datasets.Dataset.from_list([{column: row[column] for column in columns} for row in given.rows])
+    named: dict[Part, str] = {"response": columns[1]} if kind == "prompt" else {}
+    examples = Examples(source="data", kind=kind, columns=named, tokens=given.tokens, chat_template=given.chat_template)
+    found = samples(rows, examples, given.tokenizer, where="data")
+    assert isinstance(found, IndexedSamples), "a dataset in memory has numbered rows"
+    return found
+
+
+def _kind_of(rows: Sequence[Mapping[str, Any]]) -> tuple[Kind, tuple[str, ...]]:
+    """The kind of which every row has the columns."""
+    for kind, columns in _COLUMNS:
+        if all(column in row for row in rows for column in columns):
+            return kind, columns
+    there = ", ".join(sorted({name for row in rows for name in row}))
+    raise CompressError(
+        "data.columns",
+        f"rows have no examples to train on; columns found: {there}",
+        where="data",
+        fix="the last step must leave `text`, `prompt` with `response`, or `messages` in every row: try `label`",
+    )
 
 
 def _encoder(rows: Any, examples: Examples, tokenizer: PreTrainedTokenizerBase, where: str) -> Encoder:

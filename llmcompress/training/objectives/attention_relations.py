@@ -5,18 +5,26 @@ B = samples, H = heads, T = tokens, D = width of one head.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Annotated, Literal
+
 import torch
-from pydantic import Field
-from torch import Tensor
+from pydantic import Field, PrivateAttr
+from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 from typing_extensions import override
 
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.training.data.batch import Batch
-from llmcompress.training.features import AttentionCall, Features, Wanted
+from llmcompress.training.features import AttentionCall, Features, Wanted, observed
 from llmcompress.training.objectives.base import OBJECTIVES
 from llmcompress.training.objectives.features import FeatureObjective, at_least_float32, mean_over_predicting
-from llmcompress.training.objectives.layer_map import layer_pairs
+from llmcompress.training.origin import kept_heads
+from llmcompress.training.teacher import Teacher, live
+
+_PROBED = 64
+"""Tokens on which heads are recognised."""
 
 
 @OBJECTIVES.register("attention_relations")
@@ -29,21 +37,47 @@ class AttentionRelations(FeatureObjective):
     anew). Differs: causal; a sliding window of a model is not applied to the relations.
     """
 
-    heads: int | None = Field(default=None, ge=1)
-    """Relation heads: the vectors of all heads, joined and split into so many; None: the models' own heads, whose
-    numbers must be equal."""
+    heads: Literal["kept"] | Annotated[int, Field(ge=1)] | None = None
+    """Relation heads: the vectors of all heads, joined and split into so many; kept: each head with the one that it was
+    before `width`, for a student made from this teacher; None: the models' own heads, whose numbers must be equal."""
     values: float = Field(default=1.0, ge=0)
     """Weight of the relations between values; 0: attention distributions alone."""
+
+    _heads: dict[int, list[int]] = PrivateAttr(default_factory=dict)
+    """Student's layer → the teacher's key-value head that each of its heads was."""
 
     @override
     def observes(self) -> Wanted:
         return Wanted(attention=True)
 
     @override
+    def begin(self, student: PreTrainedModel, teacher: Teacher | None) -> list[nn.Parameter]:
+        found = super().begin(student, teacher)
+        if self.heads == "kept":
+            mine, theirs = (_calls(each) for each in (student, live(teacher, f"{self!r}").model))
+            for of, to in self.numbers(len(mine), len(theirs)):
+                self._heads[of] = kept_heads(mine[of].value_BGTD, theirs[to].value_BGTD)
+        return found
+
+    @override
     def value(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
-        pairs = layer_pairs(self.layers, len(student.attention), len(teacher.attention))
-        total_BT = torch.stack([self._layer(student.attention[of], teacher.attention[to]) for of, to in pairs]).mean(0)
-        return mean_over_predicting(total_BT, batch)
+        pairs = self.numbers(len(student.attention), len(teacher.attention))
+        each = [self._layer(student.attention[of], self._of(of, teacher.attention[to])) for of, to in pairs]
+        return mean_over_predicting(torch.stack(each).mean(0), batch)
+
+    def _of(self, layer: int, theirs: AttentionCall) -> AttentionCall:
+        """The teacher's heads that the student still has."""
+        if self.heads != "kept":
+            return theirs
+        groups = self._heads[layer]
+        shared = theirs.query_BHTD.shape[1] // theirs.key_BGTD.shape[1]
+        queries = [group * shared + turn for group in groups for turn in range(shared)]
+        return replace(
+            theirs,
+            query_BHTD=theirs.query_BHTD[:, queries],
+            key_BGTD=theirs.key_BGTD[:, groups],
+            value_BGTD=theirs.value_BGTD[:, groups],
+        )
 
     def _layer(self, mine: AttentionCall, theirs: AttentionCall) -> Tensor:
         found_BT = _divergence(self._attention(mine), self._attention(theirs))
@@ -55,15 +89,24 @@ class AttentionRelations(FeatureObjective):
         shared = call.query_BHTD.shape[1] // call.key_BGTD.shape[1]
         query, key = call.query_BHTD, call.key_BGTD.repeat_interleave(shared, 1)
         scaling = call.scaling
-        if self.heads:
+        if isinstance(self.heads, int):
             width = query.shape[-1]
             query, key = _split(query, self.heads), _split(key, self.heads)
             scaling *= (width / query.shape[-1]) ** 0.5
         return _log_rows(query, key, scaling)
 
     def _between_values(self, call: AttentionCall) -> Tensor:
-        value = _split(call.value_BGTD, self.heads) if self.heads else call.value_BGTD
+        value = _split(call.value_BGTD, self.heads) if isinstance(self.heads, int) else call.value_BGTD
         return _log_rows(value, value, value.shape[-1] ** -0.5)
+
+
+@torch.no_grad()
+def _calls(model: PreTrainedModel) -> list[AttentionCall]:
+    """Of every attention, on a text that is the same for all models with this vocabulary."""
+    ids_BT = torch.arange(min(_PROBED, model.config.get_text_config().vocab_size), device=model.device)[None]
+    with observed(model, Wanted(attention=True)) as found:
+        model(input_ids=ids_BT, use_cache=False)
+    return found.attention
 
 
 def _split(vectors_BHTD: Tensor, heads: int) -> Tensor:

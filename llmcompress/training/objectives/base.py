@@ -41,6 +41,13 @@ class ObjectiveInputs:
     """How many rows may have float32 logits at the same time."""
     features: Features | None = None
     """What the objective asked to observe inside the student; the teacher's are in `teacher`."""
+    repeated: Callable[[], Predictions] | None = None
+    """The student's forward pass on this batch once more."""
+
+    def again(self) -> Predictions:
+        """What the student predicts in another forward pass, for an objective that changed something about it."""
+        assert self.repeated is not None, "the training loop sees to it"
+        return self.repeated()
 
     def mean_over_tokens(self, per_token: PerToken, *others_R: Tensor) -> Tensor:
         """The mean over the tokens to be predicted of a loss that looks at each of them alone; 0 if there are none.

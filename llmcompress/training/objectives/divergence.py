@@ -65,6 +65,7 @@ class Divergence(TokenObjective):
         if isinstance(teacher, StoredRows):
             self._check(teacher)
             return scale * teacher.divergence(student_RV, terms)
+        assert isinstance(teacher, Tensor), "options that do not fit together are refused"
         require_same_vocabulary(student_RV, teacher)
         return scale * terms(student_RV, functional.log_softmax(teacher / self.temperature, -1)).sum(-1)
 

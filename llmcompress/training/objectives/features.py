@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
@@ -14,6 +14,7 @@ from llmcompress.training.data.batch import IGNORED, Batch
 from llmcompress.training.features import Features
 from llmcompress.training.objectives.base import Objective, ObjectiveInputs
 from llmcompress.training.objectives.layer_map import Layers, layer_pairs
+from llmcompress.training.origin import kept_blocks
 from llmcompress.training.teacher import Teacher, live
 
 
@@ -25,8 +26,11 @@ class FeatureObjective(BaseModel, Objective):
     factor: float = Field(default=1.0, gt=0)
     """What the loss is multiplied by, where it is added to others."""
     layers: Layers = "last"
-    """uniform: student layers at equal steps through the teacher, the last with the last; last: that pair alone; or
-    pairs STUDENT: TEACHER, counted from 0."""
+    """uniform: student layers at equal steps through the teacher, the last with the last; last: that pair alone; kept:
+    each with the one that it was before `depth`, for a student made from this teacher; or pairs STUDENT: TEACHER,
+    counted from 0."""
+
+    _kept: dict[int, int] = PrivateAttr(default_factory=dict)
 
     @override
     def needs_teacher(self) -> bool:
@@ -34,8 +38,16 @@ class FeatureObjective(BaseModel, Objective):
 
     @override
     def begin(self, student: PreTrainedModel, teacher: Teacher | None) -> list[nn.Parameter]:
-        live(teacher, f"{self!r}")
+        self._find_layers(student, live(teacher, f"{self!r}").model)
         return []
+
+    def _find_layers(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+        if self.layers == "kept":
+            self._kept.update(kept_blocks(student, teacher))
+
+    def numbers(self, student: int, teacher: int) -> list[tuple[int, int]]:
+        """Pairs of layer numbers, for models of so many layers."""
+        return layer_pairs(self._kept if self.layers == "kept" else self.layers, student, teacher)
 
     @abstractmethod
     def value(self, student: Features, teacher: Features, batch: Batch) -> Tensor:
@@ -51,7 +63,7 @@ class FeatureObjective(BaseModel, Objective):
 
     def pairs(self, student: list[Tensor], teacher: list[Tensor]) -> list[tuple[int, Tensor, Tensor]]:
         """The student's layer and what is compared, in float32 at least."""
-        numbers = layer_pairs(self.layers, len(student), len(teacher))
+        numbers = self.numbers(len(student), len(teacher))
         return [(of, at_least_float32(student[of]), at_least_float32(teacher[to])) for of, to in numbers]
 
 

@@ -15,7 +15,6 @@ from llmcompress.training.data.batch import Batch
 from llmcompress.training.features import Features, Wanted
 from llmcompress.training.objectives.base import OBJECTIVES
 from llmcompress.training.objectives.features import FeatureObjective, mean_over_predicting
-from llmcompress.training.objectives.layer_map import layer_pairs
 from llmcompress.training.teacher import Teacher, live
 
 
@@ -41,9 +40,10 @@ class HiddenStates(FeatureObjective):
     def begin(self, student: PreTrainedModel, teacher: Teacher | None) -> list[nn.Parameter]:
         other = live(teacher, f"{self!r}").model
         mine, theirs = student.config.get_text_config(), other.config.get_text_config()
+        self._find_layers(student, other)
         self._projections.clear()
         if mine.hidden_size != theirs.hidden_size:
-            pairs = layer_pairs(self.layers, mine.num_hidden_layers, theirs.num_hidden_layers)
+            pairs = self.numbers(mine.num_hidden_layers, theirs.num_hidden_layers)
             with torch.random.fork_rng([]):
                 torch.manual_seed(0)
                 for index, _ in pairs:

@@ -6,9 +6,9 @@ from typing import Literal
 
 from llmcompress.errors import CompressError, ExitCode
 
-Layers = Literal["uniform", "last"] | dict[int, int]
-"""uniform: student layers at equal steps through the teacher, the last with the last; last: that pair alone; or pairs
-STUDENT: TEACHER, counted from 0."""
+Layers = Literal["uniform", "last", "kept"] | dict[int, int]
+"""uniform: student layers at equal steps through the teacher, the last with the last; last: that pair alone; kept: each
+with the one that it was before pruning; or pairs STUDENT: TEACHER, counted from 0."""
 
 
 def layer_pairs(layers: Layers, student: int, teacher: int) -> list[tuple[int, int]]:
@@ -18,6 +18,7 @@ def layer_pairs(layers: Layers, student: int, teacher: int) -> list[tuple[int, i
     """
     if layers == "last":
         return [(student - 1, teacher - 1)]
+    assert layers != "kept", "which were kept is found before the training begins"
     if layers == "uniform":
         return [(index, max(0, round((index + 1) * teacher / student) - 1)) for index in range(student)]
     for of, at in layers.items():

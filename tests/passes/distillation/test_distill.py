@@ -52,6 +52,9 @@ class Fixed:
     def vocabulary(self, name: str) -> int:
         return int(tiny_model("llama").config.vocab_size)
 
+    def tokenizer(self, name: str) -> Any:
+        raise AssertionError(f"the tokenizer of {name} is not needed")
+
 
 def passes(*named: tuple[str, dict[str, Any]]) -> list[Pass]:
     return [
@@ -87,6 +90,8 @@ def linears(model: nn.Module) -> list[Tensor]:
         ("distill", {"objective": {"jsd": {}}, "on_policy": {"fraction": 0.5, "prompt": 4, "tokens": 4}}),
         ("distill", {"objective": {"minillm": {"pretraining": 0}}, "on_policy": {"prompt": 4, "tokens": 4}}),
         ("distill", {"objective": {"attention_relations": {"layers": "uniform"}, "kl": {}}}),
+        ("distill", {"objective": {"hidden_states": {"layers": "kept"}, "kl": {}, "adversarial": {}}}),
+        ("distill", {"objective": {"mutual": {"weight": 10.0}}}),
         ("distill", {"objective": {"cross_entropy": {}}, "on_policy": {"by": "teacher", "prompt": 4, "tokens": 4}}),
     ],
     ids=lambda how: " ".join([how[0], *map(str, how[1].get("objective", how[1]))]),
@@ -172,6 +177,15 @@ MINILLM, TEACHERS = {"minillm": {}}, {"teacher": ["a", "b"]}
         ({**TEACHERS, "objective": MINILLM, "on_policy": {}}, "several teachers"),
         ({"teacher": []}, "at least one teacher"),
         ({"gate": "entropy"}, "several teachers"),
+        ({"objective": {"mutual": {}, "kl": {}}}, "by `mutual` alone"),
+        ({"objective": {"mutual": {}}, **TEACHERS}, "several teachers"),
+        ({"objective": {"universal_logit": {}}, "stored": {"folder": "x"}}, "remove `stored`"),
+        ({"objective": {"universal_logit": {}}, "on_policy": {}}, "set `weight: 1`"),
+        ({"vocabulary": "sorted"}, "universal_logit"),
+        ({"vocabulary": "matched", "objective": {"hidden_states": {}}}, "divergences of logits"),
+        ({"vocabulary": "matched", "on_policy": {"by": "teacher"}}, "remove `vocabulary`"),
+        ({"vocabulary": "matched", **TEACHERS}, "remove `vocabulary`"),
+        ({"vocabulary": "matched", "objective": {"kl": {"temperature": 2}, "jsd": {}}}, "one temperature"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -220,6 +234,48 @@ def test_another_vocabulary_is_refused_before_weights_are_read(folders: tuple[Pa
     with pytest.raises(CompressError) as caught:
         llmcompress.compress(str(student), recipe(str(teacher)))
     assert caught.value.code == "training.vocabulary" and "2 of them different" in caught.value.what
+
+
+@pytest.mark.parametrize(
+    "how", [{"vocabulary": "matched"}, {"vocabulary": "sorted", "objective": {"universal_logit": {}}}], ids=str
+)
+def test_another_vocabulary_is_mapped_when_that_is_asked_for(folders: tuple[Path, Path], how: dict[str, Any]) -> None:
+    student, teacher = folders
+    file = teacher / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    words, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
+    tokenizer["model"]["merges"] = merges[:-8]  # the last words are spelled out
+    (one, first), (two, second) = list(words.items())[100:102]
+    words[one], words[two] = second, first
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(CompressError, match="another vocabulary"):
+        llmcompress.compress(str(student), recipe(str(teacher)))
+    dense = llmcompress.load(student)
+    for given in (str(student), dense.model):
+        made = llmcompress.compress(
+            given, recipe(str(teacher), **how), tokenizer=None if isinstance(given, str) else dense.tokenizer
+        )
+        assert all(bool(torch.isfinite(each).all()) for each in made.model.parameters())
+        assert any(row.algorithm == "distill" for row in made.report.sites)
+
+
+def test_the_calibration_error_of_a_mixture_and_of_its_members_is_told() -> None:
+    notes: list[str] = []
+
+    class Told(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    trained(("distill", {"teacher": ["a", "b"]}), teachers=Fixed(a=1, b=2), progress=Told())
+    (told,) = (note for note in notes if "calibration error" in note)
+    with torch.no_grad():
+        each = [observable(seed)(IDS).logits[:, :-1].softmax(-1) for seed in (1, 2)]
+    for name, probabilities in zip(("mixture of the teachers", "a", "b"), [sum(each) / 2, *each], strict=True):
+        best, at = probabilities.flatten(0, 1).max(-1)
+        gaps = (best - (at == IDS[:, 1:].flatten()).float())[best.argsort(stable=True)].double()
+        bins = torch.arange(len(gaps)) * 15 // len(gaps)
+        error = sum(abs(float(gaps[bins == number].sum())) for number in range(15)) / len(gaps)
+        assert f"{name} {error:.4f}" in told
 
 
 def test_the_original_of_a_model_in_memory_is_gone(folders: tuple[Path, Path]) -> None:

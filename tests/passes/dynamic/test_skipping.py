@@ -10,6 +10,7 @@ from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError
 from llmcompress.model.map import BlockInfo, BlockStructure, ModelMap
+from llmcompress.model.readout import readout_of, watching
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.modules.cache_names import cache_of, with_cache
 from llmcompress.modules.dynamic import tallied
@@ -17,7 +18,7 @@ from llmcompress.modules.dynamic_exit import ExitBlock
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.dynamic.early_exit import EarlyExit, outcome_at
 from llmcompress.passes.dynamic.layer_skip import LayerSkip, threshold_for
-from llmcompress.passes.dynamic.states import divergence, readout_of, watching
+from llmcompress.passes.dynamic.states import divergence
 from llmcompress.recipe import parse_recipe
 from tests.families import FAMILIES, HIDDEN, VOCABULARY, tiny_model, tiny_tokens
 
