@@ -75,7 +75,7 @@ class QuantizationAwareTraining(TrainingPass):
     sites: tuple[str, ...] = Field(("*",), description="globs of the names of quantized modules to train")
     exclude: tuple[str, ...] = Field((), description="globs of the names of quantized modules that stay as they are")
 
-    @field_validator("sites", "exclude", "teacher", "train", mode="before")
+    @field_validator("sites", "exclude", "teacher", mode="before")
     @classmethod
     def _several(cls, value: Any, info: Any) -> Any:
         if isinstance(value, list):
