@@ -123,7 +123,7 @@ class _Build:
             raise _failed(self.place, command, done)
 
     def _call(self, number: int, what: str, command: Sequence[str]) -> Finished:
-        # steps of so different lengths foretell nothing: they are numbered, not counted
+        # from steps of so different lengths no time can be estimated: they are numbered, not counted
         title = f"environment {self.place.environment.name}, {number} of {_STEPS}: {what}"
 
         def hear(line: str) -> None:

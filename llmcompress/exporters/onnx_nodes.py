@@ -167,23 +167,27 @@ class Nodes:
         return self._node("Reshape", [blocks, shape], name)
 
     def _int8_products(self, form: Quantized, name: str, x: str) -> str:
-        """Activations to int8 with one scale a token, or a calibrated one; products of integers; then both scales."""
+        """Activations to int8 with one scale a token, or a calibrated one, and products of integers.
+
+        They are stored with an offset of 128: signed ones have no fast kernel on x86 (docs/log.md, 2026-11-30).
+        """
         tensor, outputs = form.tensor, form.shape[0]
         self.codes[name] = HeldCodes(name, tensor, None)
         codes = self._hold(f"{name}.codes", name, (form.shape[1], outputs), torch.int8, lambda: tensor.codes.T)
         scales = self._hold(f"{name}.scales", name, (outputs,), torch.float32, lambda: tensor.scale.float()[:, 0])
-        if form.input_scale is None:
-            largest = self._node("ReduceMax", [self._node("Abs", [x], name), self._ints([-1])], name, keepdims=1)
-            reach = self._node("Div", [largest, self._float(_INT8_REACH)], name)
-            scale = self._node("Max", [reach, self._float(_LEAST_SCALE)], name)
-        else:
+        offset = self._constant("llmcompress.uint8.128", "", torch.tensor(128, dtype=torch.uint8))
+        if form.input_scale is not None:
             scale = self._constant(f"{name}.input_scale", name, form.input_scale.detach().float().reshape(()))
-        steps = self._node("Div", [x, scale], name)
-        whole = self._node("Round", [self._node("Clip", [steps, self._float(-128.0), self._float(127.0)], name)], name)
-        types = onnx_package().TensorProto
-        rounded = self._node("Cast", [whole], name, to=types.INT8)
-        sums = self._node("Cast", [self._node("MatMulInteger", [rounded, codes], name)], name, to=types.FLOAT)
-        return self._node("Mul", [self._node("Mul", [sums, scale], name), scales], name)
+            rounded = self._node("QuantizeLinear", [x, scale, offset], name)
+            return self._integer_products([rounded, codes, scale, scales, offset], name)
+        largest = self._node("ReduceMax", [self._node("Abs", [x], name), self._ints([-1])], name, keepdims=1)
+        reach = self._node("Div", [largest, self._float(_INT8_REACH)], name)
+        scale, one = self._node("Max", [reach, self._float(_LEAST_SCALE)], name), self._float(1.0)
+        rounded = self._node("QuantizeLinear", [self._node("Div", [x, scale], name), one, offset], name)
+        return self._node("Mul", [self._integer_products([rounded, codes, one, scales, offset], name), scale], name)
+
+    def _integer_products(self, inputs: Sequence[str], name: str) -> str:
+        return self._node("MatMulIntegerToFloat", inputs, name, domain=MICROSOFT)
 
     def _one_matrix(self, form: Expression, name: str, x: str) -> str:
         """An ordinary product; the file has inputs × outputs."""

@@ -108,7 +108,7 @@ model = OVModelForCausalLM.from_pretrained(".")
         """The graph and its weights, the tokenizer as models of OpenVINO, and the config."""
         folder.mkdir(parents=True, exist_ok=True)
         scratch, file = folder / "scratch", folder / f"{GRAPH}.xml"
-        request = request_of(model, writing.storage_dtype, multiplied_out=self.instead == "dense")
+        request = request_of(model, writing.storage_dtype, as_dense=self.instead == "dense")
         try:
             made = build_graph(model, request, scratch, writing)
             graph = read_graph(made)
@@ -128,7 +128,7 @@ model = OVModelForCausalLM.from_pretrained(".")
     @override
     def read_back(self, model: PreTrainedModel, folder: Path, writing: Writing) -> list[ReadBack]:
         """From the XML and the bytes beside it, without OpenVINO."""
-        request = request_of(model, writing.storage_dtype, multiplied_out=self.instead == "dense")
+        request = request_of(model, writing.storage_dtype, as_dense=self.instead == "dense")
         return read_back(folder / f"{GRAPH}.xml", request, writing.storage_dtype)
 
     def _problem(self, scheme: Scheme, inputs: int) -> str | None:

@@ -16,14 +16,14 @@ from llmcompress.modules.input_transforms import Selection
 _COMBINED = (Chain, Sum, OutputPlaces, Gather, Tied)
 
 
-def form_of(module: nn.Module, *, multiplied_out: bool) -> Expression | None:
+def form_of(module: nn.Module, *, as_dense: bool) -> Expression | None:
     """What a linear, an embedding or a replaced module computes; None for any other module.
 
-    `multiplied_out`: what the graph cannot hold becomes one ordinary matrix.
+    `as_dense`: what the graph cannot hold becomes one ordinary matrix.
     """
     if isinstance(module, CompressedModule) and not module.is_transparent:
         form = module.expression()
-        if multiplied_out and form.is_linear and not _is_held(form):
+        if as_dense and form.is_linear and not _is_held(form):
             whole = Dense(form.dense_weight())
             return Gather(whole) if isinstance(form, Gather) else whole
         return form

@@ -38,12 +38,12 @@ def _compared(name: str, leaf: Leaf, stored: StoredMatrix, readers: int, dtype: 
     """`readers`: how many nodes must read it; none of its numbers is right where others do."""
     wired = len(stored.readers) == readers
     if not isinstance(leaf, Quantized) or stored.packed is None:
-        ours = leaf.dense_weight().to(dtype).float()
+        weight = leaf.dense_weight().to(dtype).float()
         return ReadBack(
             source=name,
             stored_as=stored.type,
-            values=ours.numel(),
-            weights_differing=_differing(stored.weight, ours, wired),
+            values=weight.numel(),
+            weights_differing=_differing(stored.weight, weight, wired),
         )
     ours, read = leaf.tensor, unpack(stored.packed, leaf.tensor.grid)
     scales = _differing(read.scale, plain_scales(ours))

@@ -43,12 +43,12 @@ class GraphRequest:
     """Everything else, under its own name."""
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Numbers that modules were built with, where they are not those of the stock model."""
-    multiplied_out: bool = False
+    as_dense: bool = False
     """What the graph cannot hold becomes one ordinary matrix."""
 
     def form(self, name: str) -> Expression:
         """What such a module computes. Asked anew each time: who keeps it keeps its weights in memory."""
-        form = form_of(self.model.get_submodule(name), multiplied_out=self.multiplied_out)
+        form = form_of(self.model.get_submodule(name), as_dense=self.as_dense)
         assert form is not None, f"{name} has no matrix"
         return form if (owner := self._tied_to(name)) is None else Tied(owner, form)
 
@@ -80,11 +80,11 @@ class GraphRequest:
         return None
 
 
-def request_of(model: PreTrainedModel, storage_dtype: torch.dtype, *, multiplied_out: bool) -> GraphRequest:
+def request_of(model: PreTrainedModel, storage_dtype: torch.dtype, *, as_dense: bool) -> GraphRequest:
     """Everything of a model that the graph needs; vectors as they are stored, in float32."""
     shapes, biases = dict[str, tuple[int, int]](), dict[str, Tensor]()
     for name, module in model.named_modules():
-        form = form_of(module, multiplied_out=multiplied_out) if owner_of(name, shapes) is None else None
+        form = form_of(module, as_dense=as_dense) if owner_of(name, shapes) is None else None
         if form is not None:
             shapes[name] = form.shape
             bias = form.dense_bias()
@@ -93,7 +93,7 @@ def request_of(model: PreTrainedModel, storage_dtype: torch.dtype, *, multiplied
     vectors = {name: _stored(tensor, storage_dtype) for name, tensor in (others | biases).items()}
     found = contents_in(model, storage_dtype).differences.attributes
     attributes = {name: each for name, each in found.items() if name not in shapes}
-    return GraphRequest(model, shapes, vectors, attributes, multiplied_out)
+    return GraphRequest(model, shapes, vectors, attributes, as_dense)
 
 
 def build_graph(model: PreTrainedModel, request: GraphRequest, folder: Path, writing: Writing) -> Path:

@@ -35,8 +35,8 @@ LONGEST_HEADER = 4096
 """Bytes that surely hold the header of an archived tensor."""
 _WIDTHS = (3, 5, 6, 7)
 """Of fields that cross bytes."""
-LEVEL = 9
-"""Of zstandard: of codes, levels up to 22 gain less than 0.5 % more and take many times as long (docs/log.md)."""
+LEVEL = 3
+"""Of zstandard: there is next to nothing to find but frequencies, and levels up to 22 gain nothing (docs/log.md)."""
 
 
 class BadArchive(Exception):

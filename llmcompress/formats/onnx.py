@@ -80,7 +80,7 @@ def layout(grid: Grid, inputs: int, *, looks_up: bool = False) -> NBits | None:
 
 
 def multiplies_integers(scheme: Scheme, inputs: int) -> bool:
-    """Whether MatMulInteger computes it as the scheme says: one scale for a whole token, and one for each output."""
+    """Whether products of integers compute it as the scheme says: one scale for a token, and one for each output."""
     grid = scheme.weights
     whole_rows = grid.groups(inputs) == 1 and not grid.scales.single
     return scheme.activations in ("token", "tensor") and grid.number is None and grid.symmetric and whole_rows
@@ -144,7 +144,7 @@ def differing(fields: Fields, kind: NBits, tensor: QuantizedTensor) -> tuple[int
 @cache
 def tensors(shape: tuple[int, int], scheme: Scheme, kind: NBits | None, *, bias: bool) -> dict[str, Kind]:
     """Names, dtypes and shapes of a linear of that shape (O, I) in the file; a bias is float32. `kind` None: int8 as
-    it is, for MatMulInteger.
+    it is, for MatMulIntegerToFloat.
     """
     if kind is None:
         whole: dict[str, Kind] = {"codes": (torch.int8, shape[::-1]), "scales": (torch.float32, shape[:1])}

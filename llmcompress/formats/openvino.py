@@ -10,6 +10,7 @@ Source: openvino/core/type/element_type.hpp and element_iterator.hpp of OpenVINO
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -28,6 +29,7 @@ from llmcompress.numerics.formats import (
     SINGLE,
     STORED,
     TWO_LEVEL,
+    NumberFormat,
     ScaleKind,
     scales_from_bytes,
     scales_to_bytes,
@@ -54,7 +56,7 @@ class ElementType:
 
 I4, U4 = ElementType("i4", 4), ElementType("u4", 4, 8)
 I8, U8 = ElementType("i8", 8), ElementType("u8", 8, 128)
-_FLOATS = {
+_FLOATS: Mapping[NumberFormat, ElementType] = {
     E4M3: ElementType("f8e4m3", 8),
     E5M2: ElementType("f8e5m2", 8),
     E2M1: ElementType("f4e2m1", 4),
@@ -100,15 +102,15 @@ def element_type(grid: Grid) -> ElementType:
     Its types of two and three bits are none: its CPU plug-in fails on u2 while it quantizes activations (2026.4).
     """
     if grid.number is not None:
-        return _FLOATS[grid.number]  # type: ignore[index]
+        return _FLOATS[grid.number]
     if grid.symmetric:
         return I4 if grid.bits <= I4.bits else I8
     return U4 if grid.bits <= U4.bits else U8
 
 
 def fits(grid: Grid, inputs: int) -> bool:
-    """Whether the groups of a row are equally long."""
-    return grid.groups(inputs) == 1 or inputs % grid.length(inputs) == 0
+    """Whether the groups of a row are equally long, and have a number each as their scale."""
+    return grid.scales.super_block is None and (grid.groups(inputs) == 1 or inputs % grid.length(inputs) == 0)
 
 
 def pack(tensor: QuantizedTensor) -> Packed:
@@ -128,7 +130,7 @@ def pack(tensor: QuantizedTensor) -> Packed:
 
 
 def unpack(packed: Packed, grid: Grid) -> QuantizedTensor:
-    """Codes and zero points that `pack` was given, and its scales in float32, those of two levels multiplied out."""
+    """Codes and zero points that `pack` was given, and its scales in float32, those of two levels as products."""
     kind = element_type(grid)
     assert packed.codes.type == kind.name, f"{packed.codes.type} holds no codes of {kind.name}"
     outputs = packed.codes.shape[0]
@@ -141,7 +143,7 @@ def unpack(packed: Packed, grid: Grid) -> QuantizedTensor:
 
 
 def plain_scales(tensor: QuantizedTensor) -> Tensor:
-    """The scales in float32 as one number for each group, those of two levels multiplied out."""
+    """The scales in float32 as one number for each group, those of two levels as products."""
     return tensor.fitted.scale_OG.float()
 
 

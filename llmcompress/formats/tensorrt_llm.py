@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from llmcompress.formats import gptq
 from llmcompress.formats.named import Kind, Named, empty_codes, kinds
 from llmcompress.modules.expression_leaves import Quantized
 from llmcompress.modules.scheme import Scheme, named_scheme
@@ -97,7 +98,11 @@ def pack(form: Quantized, algorithm: Algorithm, dtype: torch.dtype, *, alone: bo
     """
     tensor = form.tensor
     inputs = tensor.shape[1]
-    found = _gptq(tensor, dtype) if algorithm == "W4A16_GPTQ" else _modelopt(tensor, algorithm)
+    if algorithm == "W4A16_GPTQ":
+        layout = _gptq_layout(inputs, tensor.scale.shape[1])
+        # float16 would round small scales; TensorRT-LLM takes those of the model's dtype as they are
+        return {**gptq.pack(form, layout, dtype), "scales": tensor.scale.T.to(dtype).contiguous()}
+    found = _modelopt(tensor, algorithm)
     if algorithm == "W8A8_SQ_PER_CHANNEL" or (algorithm == "W4A16_AWQ" and alone):
         found["pre_quant_scale"] = torch.ones(inputs, dtype=dtype, device=tensor.codes.device)
     if form.input_scale is not None:
@@ -111,7 +116,8 @@ def pack(form: Quantized, algorithm: Algorithm, dtype: torch.dtype, *, alone: bo
 def unpack(found: Named, algorithm: Algorithm) -> QuantizedTensor:
     """Codes, scales and zero points, float32 scales; `weight_scale_2` is inverted to what we divide by."""
     if algorithm == "W4A16_GPTQ":
-        return _from_gptq(found)
+        layout = _gptq_layout(8 * found["qweight"].shape[0], found["scales"].shape[0])
+        return gptq.unpack(found, layout, torch.float32)
     stored, scale = found["weight"], found["weight_scale"]
     if algorithm == "W4A16_AWQ":
         codes_OI = torch.stack([_signed(stored & 15), _signed(stored >> 4)], 1).flatten(0, 1)
@@ -172,27 +178,8 @@ def _modelopt(tensor: QuantizedTensor, algorithm: Algorithm) -> dict[str, Tensor
     return {"weight": weight, "weight_scale": tensor.scale.float().reshape(() if grid.scales.single else -1)}
 
 
-def _gptq(tensor: QuantizedTensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Checkpoint format `gptq_v2`: zero points as they are. Eight inputs (of zero points: outputs) share a word."""
-    inputs = tensor.shape[1]
-    zero_OG = tensor.zero_point
-    zeros_OG = torch.zeros_like(tensor.scale, dtype=torch.int8) if zero_OG is None else zero_OG
-    return {
-        "qweight": pack_bits(tensor.codes, 4, -8).view(torch.int32).T.contiguous(),
-        "qzeros": pack_bits(zeros_OG.T, 4, -8).view(torch.int32),
-        "scales": tensor.scale.T.to(dtype).contiguous(),
-        "g_idx": torch.arange(inputs, dtype=torch.int32, device=tensor.codes.device) // tensor.grid.length(inputs),
-    }
-
-
-def _from_gptq(found: Named) -> QuantizedTensor:
-    scale_OG = found["scales"].T.float()
-    outputs, groups = scale_OG.shape
-    words_OW = found["qweight"].T.contiguous()
-    inputs = 8 * words_OW.shape[1]
-    codes_OI = unpack_bits(words_OW.view(torch.uint8), 4, -8, inputs)
-    zero_OG = unpack_bits(found["qzeros"].contiguous().view(torch.uint8), 4, -8, outputs).T
-    return QuantizedTensor(codes_OI, scale_OG, zero_OG, None, grid_of("W4A16_GPTQ", inputs // groups))
+def _gptq_layout(inputs: int, groups: int) -> gptq.Layout:
+    return gptq.Layout(4, inputs // groups, symmetric=False, version=2)
 
 
 def _signed(nibbles: Tensor) -> Tensor:

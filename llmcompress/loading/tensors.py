@@ -108,7 +108,7 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
         entries = json.loads(text)
         found = {name: _tensor(name, entry, file) for name, entry in entries.items() if name != "__metadata__"}
         end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError):
         raise BadFile("its header is not that of a safetensors file") from None
     if size != 8 + length + end:
         raise BadFile(f"{size:,} bytes; according to its header it has {8 + length + end:,}")

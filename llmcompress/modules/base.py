@@ -102,6 +102,17 @@ class CompressedModule(nn.Module, ABC):
         """Bytes per token of its quantized KV cache, from its spec."""
         return 0
 
+    def requantized(self, weight_OI: Tensor, storage_dtype: torch.dtype) -> CompressedModule:
+        """A module of the same kind and scheme, with codes of another weight and the same bias.
+
+        Raises: CompressError when this kind does not hold the codes of one matrix.
+        """
+        raise CompressError(
+            "training.requantize",
+            f"a {MODULES.name_of(type(self))} cannot be rounded again: it does not hold the codes of one matrix",
+            fix="leave adapters apart: remove `merge: requantize`",
+        )
+
     def trainable(self, wanted: TrainableRoles) -> TrainableTwin:
         """What stands here during a training, with parameters that begin at what this module computes with.
 
@@ -142,6 +153,9 @@ class TrainableTwin(nn.Module, ABC):
     def weight(self) -> Tensor:
         """Some model code reads `linear.weight.dtype` or its device."""
         return self.dense_weight()
+
+    def begin_at(self, weight_OI: Tensor) -> None:
+        """Begin at this weight instead, as far as that changes nothing that is computed; by default nothing is done."""
 
     def trained(self) -> list[tuple[Role, nn.Parameter]]:
         """All trained parameters, those of nested twins included."""

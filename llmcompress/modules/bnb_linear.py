@@ -80,6 +80,11 @@ class BnbLinear(CompressedModule):
         return made
 
     @override
+    def requantized(self, weight_OI: Tensor, storage_dtype: torch.dtype) -> BnbLinear:
+        """By the package again."""
+        return self.quantize(self.kind, weight_OI.to(storage_dtype), self.bias, self.compute).train(self.training)
+
+    @override
     def spec(self) -> Spec:
         return {
             "kind": self.kind,

@@ -66,3 +66,8 @@ class CorrectedLinear(CompressedModule):
         alone = wanted.roles == {"adapters"} and not isinstance(self.base, CorrectedLinear)
         branch: dict[str, Role] = {"right": "adapters", "left": "adapters"}
         return TwinOfParts(self, wanted, roles=branch, frozen=("base",) if alone else ())
+
+
+def branched(module: nn.Module) -> CorrectedLinear | None:
+    """The module itself if it is a linear with a branch; None for any other."""
+    return module if isinstance(module, CorrectedLinear) else None

@@ -24,6 +24,7 @@ from llmcompress.numerics.cache_codes import (
     to_codes,
     unpack_vectors,
 )
+from llmcompress.numerics.fake_quant import passing
 
 Scales = Literal["token", "channel", "tensor"]
 """One per token and head, found while running and stored with the codes; fixed ones per head and channel, or one for
@@ -40,6 +41,10 @@ class Coding:
     def encode(self, x: Tensor) -> Tensor:
         """B×H×T×D → codes, int8."""
         return pack_vectors(x, self.number) if self.scale is None else to_codes(x, self.scale, self.number)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """There and back."""
+        return self.decode(self.encode(x), x.dtype)
 
     def decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """Dequantize for attention."""
@@ -101,6 +106,18 @@ def coded(layer: Any, keys: Coding, values: Coding) -> Any:
     return changed
 
 
+class _RoundingCache(DynamicCache):  # type: ignore[misc]
+    """For one forward with gradients: keys and values are rounded as in a cache of codes, and their gradients pass."""
+
+    def __init__(self, keys: Coding, values: Coding) -> None:
+        super().__init__()
+        self._keys, self._values = keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Nothing is kept: there is no earlier token."""
+        return passing(self._keys.rounded, key_states), passing(self._values.rounded, value_states)
+
+
 class _CodingCache:
     """The cache that came, whose layer becomes one of codes as soon as something is stored in it."""
 
@@ -124,8 +141,8 @@ class CodedAttention(Wrapper):
     """An attention module that stores its keys and values quantized in any cache it is given.
 
     Without a cache it uses one of its own for the call, so that a forward pass over a whole text and cached decoding
-    compute the same. `argument` is the name of the inner module's cache argument; `heads` and `widths` are those of
-    keys and of values.
+    compute the same; gradients pass through the rounding. `argument` is the name of the inner module's cache argument;
+    `heads` and `widths` are those of keys and of values.
     """
 
     key_scale: Tensor | None
@@ -196,7 +213,9 @@ class CodedAttention(Wrapper):
         positional = len(args) > self._position
         given = args[self._position] if positional else kwargs.get(self.argument)
         keys, values = Coding(self.number, self.key_scale), Coding(self.number, self.value_scale)
-        coding = _CodingCache(DynamicCache() if given is None else given, keys, values)
+        coding: Any = _RoundingCache(keys, values)
+        if given is not None or not torch.is_grad_enabled():
+            coding = _CodingCache(DynamicCache() if given is None else given, keys, values)
         if positional:
             args = (*args[: self._position], coding, *args[self._position + 1 :])
         else:

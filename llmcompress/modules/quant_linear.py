@@ -14,8 +14,9 @@ from llmcompress.modules.expression import Expression
 from llmcompress.modules.expression_leaves import Quantized
 from llmcompress.modules.scheme import Scheme, named_scheme
 from llmcompress.modules.trainable_codes import CodedModule
-from llmcompress.numerics.grid import Fitted
+from llmcompress.numerics.grid import Fitted, round_to_codes
 from llmcompress.numerics.quantized import QuantizedTensor
+from llmcompress.numerics.ranges import fit
 
 
 @MODULES.register("quant_linear")
@@ -139,6 +140,15 @@ class QuantLinear(CodedModule):
     @override
     def computed(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         return functional.linear(self.leaf().rounded(x), weight_OI, bias_O)
+
+    @override
+    def requantized(self, weight_OI: Tensor, storage_dtype: torch.dtype) -> QuantLinear:
+        """To nearest, on ranges of the least squared error; fixed ranges of inputs stay."""
+        weight_OI = weight_OI.float()
+        fitted = fit(weight_OI, self.scheme.weights, scale_dtype=storage_dtype, search="mse")
+        made = self.from_fitted(self.scheme, round_to_codes(weight_OI, fitted), fitted, self.bias)
+        made.input_scale = self.input_scale
+        return made.train(self.training)
 
     @override
     def with_codes(self, tensor: QuantizedTensor, bias_O: Tensor | None) -> Self:

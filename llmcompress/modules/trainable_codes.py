@@ -22,6 +22,7 @@ from llmcompress.numerics.fake_quant import (
 )
 from llmcompress.numerics.grid import Fitted, restore, round_to_codes, spread
 from llmcompress.numerics.quantized import QuantizedTensor
+from llmcompress.numerics.relaxed_codes import first_position
 
 
 class CodedModule(CompressedModule):
@@ -45,7 +46,7 @@ class CodedModule(CompressedModule):
         """Its forward with that matrix."""
 
     @override
-    def trainable(self, wanted: TrainableRoles) -> TrainableTwin:
+    def trainable(self, wanted: TrainableRoles) -> TwinOfCodes:
         return TwinOfCodes(self, wanted)
 
 
@@ -87,6 +88,26 @@ class TwinOfCodes(TrainableTwin):
         self.register_parameter(name, nn.Parameter(first.detach().clone(), requires_grad=role in wanted))
         if role in wanted:
             self.roles[name] = role
+
+    @override
+    @torch.no_grad()
+    def begin_at(self, weight_OI: Tensor) -> None:
+        """Begin where these weights lie between the codes and their neighbours; the codes stay what they are.
+
+        Otherwise weights begin in the middle of their codes, half a step from the next one.
+        """
+        if not self._learns_codes or self._grid.number is not None:
+            return
+        fitted, codes_OI = self.fitted(), self._of[0].codes_OI
+        scale_OI, zero_OI = (
+            spread(each_OG, self._grid, codes_OI.shape[1]) for each_OG in (fitted.scale_OG, fitted.zero_OG)
+        )
+        beside_OI = first_position(weight_OI / scale_OI + zero_OI - codes_OI)
+        self.get_parameter("latent_OI").copy_((codes_OI + beside_OI - zero_OI) * scale_OI)
+
+    def steps_of_codes(self) -> float:
+        """The mean distance between two neighbouring values."""
+        return float(self.get_parameter("scale_OG").detach().abs().mean())
 
     def fitted(self) -> Fitted:
         """Scales and zero points as they would be stored now, with their gradients."""

@@ -175,8 +175,8 @@ class _Passing(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = gradients
-        return (gradient * ctx.saved_tensors[0] if ctx.saved_tensors else gradient), None, None
+        (gradient,), kept = gradients, ctx.saved_tensors  # asked for once: checkpointing recomputes them
+        return (gradient * kept[0] if kept else gradient), None, None
 
 
 class _Scaled(torch.autograd.Function):

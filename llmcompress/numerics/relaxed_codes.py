@@ -10,6 +10,10 @@ from typing_extensions import override
 
 NEIGHBOURS = (-1.0, 0.0, 1.0)
 """Codes that a first code may become, less itself."""
+_SURE = 0.3
+"""Weights that a quantizer rounded away from their nearest code start between this and half a code: at the boundary
+itself all of them would change at once."""
+_BORDER = 0.499
 
 
 def drawn_offset(latent: Tensor, sharpness: float, noise: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -31,6 +35,18 @@ def logistic_noise(count: int, generator: torch.Generator) -> Tensor:
     """What two Gumbel variables differ by, as often as asked for."""
     even = torch.rand(count, generator=generator).clamp_(1e-6, 1 - 1e-6)
     return torch.logit(even)
+
+
+def first_position(residual: Tensor) -> Tensor:
+    """Where between a code and its neighbours a weight begins that lies `residual` codes beside the code.
+
+    Weights that the quantizer rounded away from their nearest code, to compensate other errors, would all start exactly
+    on a rounding boundary and cross it in the same step: they are spread over the interval before it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    even = torch.rand(residual.shape, generator=generator).to(residual.device)
+    before = residual.sign() * (_SURE + (_BORDER - _SURE) * even)
+    return torch.where(residual.abs() < _BORDER, residual, before)
 
 
 class _Drawn(torch.autograd.Function):

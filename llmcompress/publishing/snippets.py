@@ -39,6 +39,7 @@ SNIPPETS: Mapping[str, tuple[Snippet, ...]] = {
     "bitsandbytes": (
         Snippet("transformers", "python", _PIP.replace("{packages}", "transformers bitsandbytes accelerate") + _LOAD),
     ),
+    "gptq": (Snippet("transformers", "python", _PIP.replace("{packages}", "transformers gptqmodel") + _LOAD), _VLLM),
     "llmcompress": (_WITH_US,),
     "archive": (_WITH_US,),
     "gguf": (

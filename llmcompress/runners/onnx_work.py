@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from llmcompress.runners.work import Work
 
-_PRODUCTS = frozenset({"MatMul", "MatMulNBits", "MatMulInteger", "FusedMatMul", "Gemm"})
+_PRODUCTS = frozenset({"MatMul", "MatMulNBits", "MatMulInteger", "MatMulIntegerToFloat", "FusedMatMul", "Gemm"})
 _LOOKUPS = frozenset({"Gather", "GatherBlockQuantized"})
 _BITS = {"FLOAT": 32, "FLOAT16": 16, "BFLOAT16": 16, "UINT8": 8, "INT8": 8, "INT64": 64}
 

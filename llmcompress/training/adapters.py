@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from typing_extensions import override
 
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.corrected import CorrectedLinear
@@ -34,6 +35,30 @@ class MaskedAdapter(nn.Module):
         return weight + self.scale * (self.left @ self.right) * self.alive
 
 
+class MaskedDoRA(MaskedAdapter):
+    """The sum of `MaskedAdapter` with rows of a learned length: the adapter changes directions alone. Zeros stay zero.
+
+    Source: Liu et al., arXiv 2402.09353 (DoRA), equation 5 and section 4.3 (no gradient through the lengths of the
+    sum). Differs: masked, as above.
+    """
+
+    def __init__(self, weight: Tensor, rank: int, scale: float, *, transposed: bool) -> None:
+        super().__init__(weight, rank, scale)
+        self._inputs = 0 if transposed else 1
+        self.length = nn.Parameter(self._lengths(weight.detach()))
+
+    @override
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight that the model computes with; before the first step the very weight."""
+        sum_ = super().forward(weight)
+        return sum_ * (self.length / self._lengths(sum_.detach()))
+
+    def _lengths(self, weight: Tensor) -> Tensor:
+        """Of the rows of outputs; 1 for a row of zeros."""
+        lengths = weight.norm(dim=self._inputs, keepdim=True)
+        return torch.where(lengths > 0, lengths, 1.0)
+
+
 class _Scaled(nn.Module):
     """A parametrization: the left factor of a branch, times the scale of adapters."""
 
@@ -46,12 +71,14 @@ class _Scaled(nn.Module):
 
 
 @contextmanager
-def adapted(sites: Sequence[LinearSite], *, rank: int, scale: float, seed: int) -> Iterator[list[nn.Parameter]]:
+def adapted(
+    sites: Sequence[LinearSite], *, rank: int, scale: float, seed: int, dora: bool = False
+) -> Iterator[list[nn.Parameter]]:
     """Adds adapters to every site and yields their parameters for training.
 
     At the end of the context, adapters on ordinary linears are merged into the weight. A quantized (or otherwise
     compressed) site becomes a `CorrectedLinear`: the unchanged original module with the adapter as its branch. After an
-    exception everything is restored.
+    exception everything is restored. `dora`: lengths of rows are trained too, on ordinary linears.
     """
     before = {site: site.module for site in sites}
     trained: list[nn.Parameter] = []
@@ -68,8 +95,13 @@ def adapted(sites: Sequence[LinearSite], *, rank: int, scale: float, seed: int) 
                     changed.append(branch.left)
                     parametrize.register_parametrization(branch.left, "weight", _Scaled(scale))
                 else:
-                    adapter = MaskedAdapter(module.get_parameter("weight"), rank, scale)
-                    trained += [adapter.left, adapter.right]
+                    weight, turned = module.get_parameter("weight"), site.info.transposed
+                    adapter = (
+                        MaskedDoRA(weight, rank, scale, transposed=turned)
+                        if dora
+                        else MaskedAdapter(weight, rank, scale)
+                    )
+                    trained += adapter.parameters()
                     changed.append(module)
                     parametrize.register_parametrization(module, "weight", adapter)
         yield trained
@@ -80,6 +112,12 @@ def adapted(sites: Sequence[LinearSite], *, rank: int, scale: float, seed: int) 
         for site, module in before.items():
             if site.is_compressed and not merge:
                 site.replace(module)
+
+
+def _adapter(site: LinearSite, weight: Tensor, rank: int, scale: float, *, dora: bool) -> MaskedAdapter:
+    if dora:
+        return MaskedDoRA(weight, rank, scale, transposed=site.info.transposed)
+    return MaskedAdapter(weight, rank, scale)
 
 
 def _branch(site: LinearSite, base: nn.Module, rank: int) -> CorrectedLinear:

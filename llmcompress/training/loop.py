@@ -17,6 +17,7 @@ from llmcompress.training.engine import accelerated
 from llmcompress.training.job import Job
 from llmcompress.training.objectives.base import Objective
 from llmcompress.training.objectives.cross_entropy import CrossEntropy
+from llmcompress.training.precision import computing_in_float32
 from llmcompress.training.session import Session, Task, TrainingReport
 from llmcompress.training.settings import Training
 from llmcompress.training.step import checkpointed_blocks
@@ -64,6 +65,7 @@ def _surroundings(task: Task) -> Iterator[Accelerator]:
         stack.enter_context(_only_these_train(task))
         stack.enter_context(_own_random_numbers(task.context.device))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(computing_in_float32(task.model, task.settings.float32, task.context.device))
         stack.enter_context(checkpointed_blocks(task.model, task.settings.gradient_checkpointing))
         yield stack.enter_context(accelerated(task.settings, task.context.device))
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Training(BaseModel):
@@ -33,10 +33,18 @@ class Training(BaseModel):
     mixed_precision: Literal["bf16", "fp16"] | None = None
     """Compute in bfloat16 or float16 (autocast; fp16 scales the loss and needs CUDA); weights, gradients, optimizer and
     loss stay float32. None: compute in float32."""
+    float32: tuple[str, ...] = ()
+    """Globs of modules that compute in float32 under `mixed_precision`, such as `lm_head` or `*.layers.0.*`."""
     validation: float = Field(default=0.0, ge=0, le=0.5)
     """Fraction of the samples used for validation; their loss is reported before and after."""
     save_every: int = Field(default=100, ge=1)
     """Steps between two saves of the state from which an interrupted run resumes."""
+
+    @model_validator(mode="after")
+    def _lowered(self) -> Self:
+        if self.float32 and self.mixed_precision is None:
+            raise ValueError("`float32` names exceptions from `mixed_precision`: set that too")
+        return self
 
     @property
     def windows(self) -> int:

@@ -64,3 +64,13 @@ def _put(model: nn.Module, modules: dict[str, CompressedModule] | dict[str, Trai
     for part in model.modules():
         if isinstance(part, CompressedModule):
             part.connect(model)
+
+
+def norm_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Every vector of the model that belongs to no matrix: weights and biases of norms."""
+    found: list[nn.Parameter] = []
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if not isinstance(module, TrainableTwin) and all(each.dim() == 1 for each in own):
+            found += own
+    return list(dict.fromkeys(found))

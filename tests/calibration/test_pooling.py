@@ -75,6 +75,7 @@ PASSES: list[tuple[str, dict[str, Any]]] = [
     ("error_propagation", {"scheme": "int3_g32_asym"}),
     ("learned_rounding", {"scheme": "int2_g32", "steps": 6}),
     ("gsq", {"scheme": "int2_g32", "steps": 6}),
+    ("efficient_qat", {"scheme": "int2_g32", "steps": 6}),
     ("wanda", {"sparsity": 0.5}),
 ]
 

@@ -82,5 +82,5 @@ def test_the_table_has_an_answer_of_every_target_for_every_scheme() -> None:
     assert by_place["int4_g32", "gguf"]["answer"] == "exact" and by_place["int4_g32", "plain"]["answer"] == "converted"
     assert by_place["int4_g16", "gguf"]["nearest"] == "int4_g32"
     shown = CliRunner().invoke(targets, ["int4_g48", "--inputs", "96"], catch_exceptions=False).stdout
-    lines = [line.replace("\N{NO-BREAK SPACE}", " ").split() for line in shown.splitlines()]
-    assert lines[1][:3] == ["int4_g48", "exact", "archive,"] and lines[3][1:3] == ["gguf", "(int4_g32),"]
+    words = " ".join(shown.replace("\N{NO-BREAK SPACE}", " ").split())  # lines break where a target more or less is
+    assert "int4_g48 exact archive," in words and "gguf (int4_g32)" in words

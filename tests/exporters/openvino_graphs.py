@@ -43,7 +43,7 @@ class Sequence(nn.Module):
 
 def request_of_sequence(model: Sequence) -> GraphRequest:
     """Its matrices and biases."""
-    forms = {name: form for name, part in model.named_children() if (form := form_of(part, multiplied_out=False))}
+    forms = {name: form for name, part in model.named_children() if (form := form_of(part, as_dense=False))}
     biases = {f"{name}.bias": form.dense_bias() for name, form in forms.items()}
     vectors = {name: bias.detach() for name, bias in biases.items() if bias is not None}
     return GraphRequest(model, {name: form.shape for name, form in forms.items()}, vectors)

@@ -111,7 +111,7 @@ def test_nodes_compute_what_expressions_compute_and_files_hold_them(tmp_path: Pa
         )
     rows = {row.source: row for row in read_back(tmp_path, filled.nodes)}
     assert all(row.is_same for row in rows.values())
-    assert rows["int4"].codes_differing == 0 and rows["int4"].stored_as == "4 bits, blocks of 16"
+    assert rows["int4"].codes_differing == 0 and rows["int4"].stored_as == "4 bits, blocks of 32"
     assert rows["a token at a time"].stored_as == "int8" and rows["rows of codes"].stored_as == "8 bits, blocks of 16"
     assert "head" not in rows and "dense head.weight" not in rows  # they read the tables of the embeddings
 
@@ -150,6 +150,12 @@ def test_what_it_holds_and_what_it_refuses(scheme: str, inputs: int, answer: typ
     found = OnnxExporter().check(CodedLinear("x", named_scheme(scheme), 8, inputs), torch.bfloat16)
     assert isinstance(found, answer)
     assert (found.nearest.name if isinstance(found, Refused) and found.nearest else None) == nearest
+
+
+def test_the_option_instead_stores_ordinary_weights() -> None:
+    site = CodedLinear("x", named_scheme("nf4_g64"), 8, 128)
+    found = OnnxExporter(instead="dense").check(site, torch.bfloat16)
+    assert isinstance(found, Converted) and not found.keeps_codes and "ordinary weights" in found.why
 
 
 def test_a_model_without_a_graph_or_with_inputs_that_change_is_refused() -> None:

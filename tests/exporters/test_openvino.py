@@ -215,6 +215,7 @@ def test_modules_at_the_same_place_of_other_blocks_share_a_mark() -> None:
         ("fp8_channel_a8tensor", 64, Refused, "fp8_channel"),
         ("mxfp4_a", 64, Refused, "mxfp4"),
         ("nvfp4_a", 64, Refused, "nvfp4"),
+        ("q4_k", 256, Refused, "int4_g32_asym"),
     ],
 )
 def test_what_it_answers_for_a_linear(scheme: str, inputs: int, answer: type, near: str | None) -> None:
@@ -226,7 +227,7 @@ def test_what_it_answers_for_a_linear(scheme: str, inputs: int, answer: type, ne
         assert found.keeps_codes and found.why
 
 
-def test_what_the_graph_cannot_hold_is_refused_by_name_or_multiplied_out() -> None:
+def test_what_the_graph_cannot_hold_is_refused_by_name_or_as_dense() -> None:
     model = tiny_model("llama")
     mlp = model.model.layers[0].mlp
     mlp.down_proj = RotatedInput(mlp.down_proj)

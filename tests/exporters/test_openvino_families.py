@@ -23,13 +23,13 @@ from llmcompress.model.rotation import untie
 from llmcompress.modules.low_rank import LowRankLinear
 from llmcompress.runners.openvino import EXACT, OpenVinoRunner
 from llmcompress.runners.torch_runner import TorchRunner
-from tests.exporters.gguf_models import tiny, tokenizer
+from tests.exporters.gguf_models import MODELS, tiny, tokenizer
 from tests.exporters.quantized import quantize
 from tests.families import tiny_model
 
 pytestmark = pytest.mark.transformers4
 
-FAMILIES = ("llama_gqa", "mistral", "qwen2", "qwen3", "gemma", "opt", "gpt2", "gpt_neox", "phi3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "opt", "gpt2", "gpt_neox", "phi3")
 SCHEMES = ["int4_g32", "int4_g16_asym", "int8_channel", "int3_channel"]
 IDS_BT = torch.randint(3, 128, (2, 20), generator=torch.Generator().manual_seed(0))
 PROMPTS = [[5, 9, 4, 7, 11, 3], [8], [6, 5, 4]]
@@ -37,10 +37,11 @@ PROMPTS = [[5, 9, 4, 7, 11, 3], [8], [6, 5, 4]]
 
 def made(family: str) -> PreTrainedModel:
     """A tiny model with codes; of one family the blocks have different widths and low-rank factors too."""
-    model = tiny(family) if family == "gemma" else tiny_model(family)
+    tied = {"tie_word_embeddings": True} if family == "llama" else {}
+    model = tiny(family, **tied) if family in MODELS else tiny_model(family)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16).float()
-    if family == "llama_gqa":
+    if family == "llama":
         mlp = model.model.layers[0].mlp
         for name in ("gate_proj", "up_proj"):
             linear = mlp.get_submodule(name)
@@ -60,7 +61,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple
     found = {}
     for family in FAMILIES:
         model, folder = made(family), tmp_path_factory.mktemp(family) / "scratch"
-        request = request_of(model, torch.float32, multiplied_out=False)
+        request = request_of(model, torch.float32, as_dense=False)
         write_request(model, request, folder, Writing(torch.float32))
         found[family] = (model, request, folder)
     program, folders = str(Path(openvino_graph.__file__)), [str(folder) for _, _, folder in found.values()]

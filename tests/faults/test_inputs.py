@@ -44,9 +44,16 @@ def test_c10_a_gpu_that_is_not_there_is_refused_before_any_work(tmp_path: Path) 
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
-def test_a_header_nested_without_end_is_a_damaged_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"a":' * 5000 + b"1" + b"}" * 5000,
+        b'{"a": {"dtype": "BF16", "shape": [Infinity], "data_offsets": [0, 2]}}',
+    ],
+    ids=["nested", "infinite"],
+)
+def test_a_header_that_no_writer_writes_is_a_damaged_file(header: bytes, tmp_path: Path) -> None:
     folder = write_tiny_llama(tmp_path / "model")
-    header = b'{"a":' * 5000 + b"1" + b"}" * 5000
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(CompressError) as refused:
         plan(str(folder), parse_recipe(ROUNDED, "r"))

@@ -28,6 +28,7 @@ QUANTIZERS: list[tuple[str, dict[str, Any]]] = [
     ("learned_rounding", {"scheme": "int3_g32_asym", "steps": 4}),
     ("error_propagation", {"scheme": "int3_g32_asym"}),
     ("gsq", {"scheme": "int3_g32_asym", "steps": 4}),
+    ("efficient_qat", {"scheme": "int3_g32_asym", "steps": 4}),
     ("rtn", {"scheme": "ternary_g32"}),
 ]
 WEAKEST: list[tuple[str, dict[str, Any]]] = [

@@ -65,12 +65,18 @@ def compressed(folder: Path | None, passes: list[Pass], progress: Watching) -> d
         ([("gates", {"kind": "dsa", "allocation": "global"})], "(dsa): step 5/8"),
         ([("gates", {"kind": "decorator"})], "cycle 3 of 4: step 2/2"),
         ([("progressive_low_rank", {"cuts": 2})], "cut 2 of 2: step 3/4"),
+        ([("rtn", {"scheme": "int3_g32"}), ("qat", {"start": "codes", "objective": {"cross_entropy": {}}})],
+         "qat: step 5/8"),
+        ([("svd", {"fraction": 0.5}), ("recover", {"train": "factors_in_turn"})], "right factors: step 5/8"),
         ([("rotation", {"learned": {**TRAINING, "learning_rate": 0.05}})], "rotation: step 5/8"),
     ],
-    ids=["recover", "adapters", "rigl", "lottery", "early-bird", "gates", "dsa", "decorator", "low-rank", "rotation"],
+    ids=[
+        "recover", "adapters", "rigl", "lottery", "early-bird", "gates", "dsa", "decorator", "low-rank", "qat",
+        "in-turn", "rotation",
+    ],
 )  # fmt: skip
 def test_killed_and_resumed_equals_uninterrupted(passes: list[tuple[str, Any]], die: str, tmp_path: Path) -> None:
-    trains = {"recover", "rigl", "lottery_ticket", "gates", "progressive_low_rank"}
+    trains = {"recover", "rigl", "lottery_ticket", "gates", "progressive_low_rank", "qat"}
     made = [PASSES[name](**options, **({"training": TRAINING} if name in trains else {})) for name, options in passes]
     through, killed, resumed = Watching(), Watching(die), Watching()
     expected = compressed(None, made, through)

@@ -16,6 +16,7 @@ from llmcompress.cli.main import main
 from llmcompress.records.verification import Check, Verification
 from llmcompress.storage.disk import sha256
 from llmcompress.storage.ownership import FileDigest, mark_output, written_files
+from llmcompress.verification.reloading import in_fresh_process
 from llmcompress.verification.verifying import verified
 from tests.tiny_folder import write_tiny_llama
 from tests.warm_python import WarmPython
@@ -178,3 +179,16 @@ def test_the_command_ends_with_exit_code_6(folder: Path, capsys: pytest.CaptureF
     assert code == 6 and json.loads(out)["checks"][0]["where"] == ["model.safetensors"]
     code, out = run()
     assert code == 6 and "1 changed of" in out
+
+
+def test_a_library_that_is_missing_is_no_fault_of_the_folder(folder: Path) -> None:
+    def fresh(_: str, __: Sequence[str]) -> str:
+        return in_fresh_process("raise ImportError('Loading a GPTQ model requires gptqmodel')", [])
+
+    found = results(verified(folder, name="x", deep=True, fresh=fresh))["reload"]
+    assert found.result == "skipped" and "requires gptqmodel" in found.found
+
+
+def test_a_fresh_process_has_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "c" * 34)
+    assert in_fresh_process("import os; print(os.environ.get('HF_TOKEN'))", []).strip() == "None"

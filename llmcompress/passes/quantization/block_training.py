@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmcompress.calibration.stream import BlockWork
+from llmcompress.model.site import LinearSite
 
 _HELD_OUT = 8
 """One of so many parts only chooses between the steps."""
@@ -18,6 +21,8 @@ _LOOKS = 8
 """How often in a training the block is measured on the windows kept apart."""
 _FEWEST = 4
 """Parts that are needed to hold one out; with fewer all teach and all choose."""
+_WARM_UP = 1 / 16
+"""Share of the steps in which rates rise: an optimizer that divides by past gradients has seen none at first."""
 
 
 class Part(NamedTuple):
@@ -75,6 +80,17 @@ class BlockTraining:
         """The same over all windows that choose, of all processes."""
         return self._mean(self._choosing)
 
+    def stored_error(self, norms: Sequence[nn.Parameter]) -> float:
+        """The same with norm weights as they would be stored."""
+        exact = [norm.detach().clone() for norm in norms]
+        with torch.no_grad():
+            for norm in norms:
+                norm.copy_(norm.to(self.storage_dtype))
+            error = self.error()
+            for norm, value in zip(norms, exact, strict=True):
+                norm.copy_(value)
+        return error
+
     def gradients(self, part: Part, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Of the loss, summed over all processes."""
         with torch.enable_grad():
@@ -114,3 +130,65 @@ class LeastError:
 
     def _now(self) -> list[Tensor]:
         return [value.detach().clone() for value in self._parameters]
+
+
+class Group(NamedTuple):
+    """Parameters with a learning rate of their own."""
+
+    parameters: Sequence[nn.Parameter]
+    rate: float
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How many steps a block is trained for, and what is done around each."""
+
+    title: str
+    count: int
+    before: Callable[[int], None] = lambda _: None
+    """Given the number of the step, from 0."""
+    after: Callable[[], None] = lambda: None
+
+
+def trained(
+    training: BlockTraining, groups: Sequence[Group], steps: Steps, *, error: Callable[[], float]
+) -> LeastError:
+    """Adam on the block's loss, with rates that rise shortly and fall to zero; the parameters end where `error`, the
+    windows kept apart, was least: the start among them."""
+    parameters = [parameter for group in groups for parameter in group.parameters]
+    required = [parameter.requires_grad for parameter in parameters]
+    optimizer = torch.optim.Adam(
+        [{"params": list(group.parameters), "lr": group.rate} for group in groups if group.parameters],
+        betas=(0.9, 0.95),
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate((step + 0.5) / steps.count))
+    least = LeastError(parameters, error())
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        for step, part in training.steps(steps.count, steps.title):
+            steps.before(step)
+            for parameter, gradient in zip(parameters, training.gradients(part, parameters), strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            schedule.step()
+            steps.after()
+            if training.looks_after(step, steps.count):
+                least.see(error())
+    finally:
+        for parameter, before in zip(parameters, required, strict=True):
+            parameter.requires_grad_(before)
+            parameter.grad = None
+    least.restore()
+    return least
+
+
+def norms_of(block: BlockWork, sites: Sequence[LinearSite]) -> list[nn.Parameter]:
+    """Weights of the norms whose only consumers are these sites, none of which is compressed yet."""
+    producers = dict.fromkeys(fold.producer for fold in block.folds_into(sites) if fold.producer_is_norm)
+    return [block.module.get_parameter(f"{name}.weight") for name in producers]
+
+
+def _rate(done: float) -> float:
+    """Up in a line, then down to zero as a cosine."""
+    return min(1.0, done / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * done))

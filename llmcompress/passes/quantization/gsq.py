@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -18,26 +17,20 @@ from llmcompress.modules.scheme import DESCRIPTION, named_scheme
 from llmcompress.numerics.fake_quant import storable_scales, storable_zeros, straight_through
 from llmcompress.numerics.grid import flat, grouped, spread
 from llmcompress.numerics.quantized import QuantizedTensor
-from llmcompress.numerics.relaxed_codes import drawn_offset, logistic_noise
+from llmcompress.numerics.relaxed_codes import drawn_offset, first_position, logistic_noise
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.nested_quantizer import checked, nested
-from llmcompress.passes.quantization.block_training import BlockTraining, LeastError
+from llmcompress.passes.quantization.block_training import BlockTraining, Group, LeastError, Steps, norms_of, trained
 from llmcompress.passes.quantizing import QuantizingPass
 from llmcompress.records.rows import SiteReport
 
-_SURE = 0.3
-"""Weights that the quantizer rounded away from their nearest code start between this and half a code: at the boundary
-itself all of them would change at once."""
-_BORDER = 0.499
 _STRETCH = 0.3
 """How far a scale may move, as a share of what it was."""
 _SHARPNESS = (12.0, 40.0)
 """Of the drawn codes, from the first step to the last."""
-_SCALE_RATE, _NORM_RATE = 0.1, 1.0
-"""Rates of scales and of norm weights, as shares of themselves, beside that of codes."""
-_WARM_UP = 1 / 16
-"""Share of the steps in which rates rise: an optimizer that divides by past gradients has seen none at first."""
+_SCALE_RATE = 0.1
+"""Rate of scales, as a share of themselves, beside that of codes; norm weights have the same rate as codes."""
 
 
 @PASSES.register("gsq")
@@ -120,9 +113,7 @@ class GSQ(QuantizingPass):
     def _learned(
         self, block: BlockWork, sites: Sequence[LinearSite], quantize: Callable[[], list[SiteReport]]
     ) -> list[SiteReport]:
-        folds = block.folds_into(sites) if self.tune_norms else []
-        producers = dict.fromkeys(fold.producer for fold in folds if fold.producer_is_norm)
-        norms = [block.module.get_parameter(f"{name}.weight") for name in producers]
+        norms = norms_of(block, sites) if self.tune_norms else []
         weights = {site: (site.weight_OI, site.pruned_OI) for site in sites}
         rows = quantize()
         learning = {
@@ -146,38 +137,26 @@ class GSQ(QuantizingPass):
 
     def _learn(self, block: BlockWork, modules: Sequence[CodesInTraining], norms: Sequence[nn.Parameter]) -> LeastError:
         training = BlockTraining(block, windows=self.windows)
-        frozen = [norm.requires_grad for norm in norms]
-        latents, stretches = [each.latent_OI for each in modules], [each.stretch_OG for each in modules]
-        sizes = [float(norm.detach().abs().mean()) for norm in norms]
-        groups: list[dict[str, Any]] = [
-            {"params": latents, "lr": self.rate},
-            {"params": stretches, "lr": _SCALE_RATE * self.rate},
-            *({"params": [norm], "lr": _NORM_RATE * self.rate * size} for norm, size in zip(norms, sizes, strict=True)),
+        groups = [
+            Group([each.latent_OI for each in modules], self.rate),
+            Group([each.stretch_OG for each in modules], _SCALE_RATE * self.rate),
+            *(Group([norm], self.rate * float(norm.detach().abs().mean())) for norm in norms),
         ]
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate((step + 0.5) / self.steps))
-        parameters = [*latents, *stretches, *norms]
-        least = LeastError(parameters, _measured(training, modules, norms))
-        try:
-            for norm in norms:
-                norm.requires_grad_(True)
-            for step, part in training.steps(self.steps, "gsq"):
-                for module in modules:
-                    module.draw(self._sharpness(step), training.generator)
-                for parameter, gradient in zip(parameters, training.gradients(part, parameters), strict=True):
-                    parameter.grad = gradient
-                optimizer.step()
-                schedule.step()
-                for module in modules:
-                    module.confine()
-                if training.looks_after(step, self.steps):
-                    least.see(_measured(training, modules, norms))
-        finally:
-            for norm, required in zip(norms, frozen, strict=True):
-                norm.requires_grad_(required)
-                norm.grad = None
-        least.restore()
-        return least
+
+        def draw(step: int) -> None:
+            for module in modules:
+                module.draw(self._sharpness(step), training.generator)
+
+        def confine() -> None:
+            for module in modules:
+                module.confine()
+
+        return trained(
+            training,
+            groups,
+            Steps("gsq", self.steps, before=draw, after=confine),
+            error=lambda: _measured(training, modules, norms),
+        )
 
     def _sharpness(self, step: int) -> float | None:
         if self.relaxation == "straight_through":
@@ -203,7 +182,7 @@ class CodesInTraining(nn.Module):
         self._codes_OI = module.codes_OI.to(work)
         self._pruned_OI = pruned_OI
         exact_OI = weight_OI / spread(self._first.scale_OG, grid, inputs) + spread(self._first.zero_OG, grid, inputs)
-        self.latent_OI = nn.Parameter(_start(exact_OI - self._codes_OI))
+        self.latent_OI = nn.Parameter(first_position(exact_OI - self._codes_OI))
         self.stretch_OG = nn.Parameter(torch.ones_like(self._first.scale_OG))
         self._drawn: tuple[float, tuple[Tensor, Tensor]] | None = None
         self.settling = False
@@ -254,34 +233,11 @@ class CodesInTraining(nn.Module):
         return module.with_codes(QuantizedTensor.of(codes_OI, fitted), module.bias)
 
 
-def _start(residual_OI: Tensor) -> Tensor:
-    """Initial positions of weights between their code and its neighbours.
-
-    Weights that the quantizer rounded away from their nearest code, to compensate other errors, would all start exactly
-    on a rounding boundary and cross it in the same step: they are spread over the interval before it.
-    """
-    generator = torch.Generator().manual_seed(0)
-    even_OI = torch.rand(residual_OI.shape, generator=generator).to(residual_OI.device)
-    before_OI = residual_OI.sign() * (_SURE + (_BORDER - _SURE) * even_OI)
-    return torch.where(residual_OI.abs() < _BORDER, residual_OI, before_OI)
-
-
 def _measured(training: BlockTraining, modules: Sequence[CodesInTraining], norms: Sequence[nn.Parameter]) -> float:
     """The block's error with everything as it would be stored."""
-    exact = [norm.detach().clone() for norm in norms]
-    with torch.no_grad():
-        for norm in norms:
-            norm.copy_(norm.to(training.storage_dtype))
-        for module in modules:
-            module.settling = True
-        error = training.error()
-        for module in modules:
-            module.settling = False
-        for norm, value in zip(norms, exact, strict=True):
-            norm.copy_(value)
+    for module in modules:
+        module.settling = True
+    error = training.stored_error(norms)
+    for module in modules:
+        module.settling = False
     return error
-
-
-def _rate(done: float) -> float:
-    """Up in a line, then down to zero as a cosine."""
-    return min(1.0, done / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * done))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
 
-from llmcompress import compress
+from llmcompress import compress, export, load
 from llmcompress.calibration.context import RunContext
 from llmcompress.errors import CompressError
 from llmcompress.formats import gguf
@@ -28,6 +29,7 @@ QUANTIZERS: list[tuple[str, dict[str, Any]]] = [
     ("hqq", {"scheme": "q4_k"}),
     ("gsq", {"scheme": "q6_k", "steps": 3}),
     ("gsq", {"scheme": "q4_k", "steps": 3}),
+    ("efficient_qat", {"scheme": "q4_k", "steps": 3}),
     ("learned_rounding", {"scheme": "q4_k", "steps": 3}),
     ("mixed_precision", {"schemes": ["q3_k", "q4_k", "q6_k"], "bits": 4.6, "samples": 2}),
 ]
@@ -98,3 +100,18 @@ def test_rows_that_are_no_super_blocks_are_refused_with_what_llama_cpp_takes() -
     assert "int5_g32" in (told.value.fix or "")
     fitted = PASSES["gptq"](scheme="q6_k", on_indivisible="fit")
     assert fitted.scheme_for("x", 64).name == "int8_g32" and fitted.scheme_for("x", 512).name == "q6_k"
+
+
+@torch.no_grad()
+def test_our_own_format_and_ordinary_weights_hold_them(tmp_path: Path) -> None:
+    found, _ = compressed("rtn", {"scheme": "q4_k"})
+    wanted = found(WINDOWS).logits
+    made = export(found, ["llmcompress", "plain"], tmp_path, tokenizer=tokenizer(), run=False)
+    assert not any(report.differing for report in made.values())
+    again = load(str(tmp_path / "llmcompress"), dtype=torch.float32).model
+    assert torch.equal(again(WINDOWS).logits, wanted)
+    coded = sum(site.coded_bits() // 8 for site in quantized_linears(found).values())
+    dense = 4 * sum(parameter.numel() for parameter in found.parameters())
+    assert made["llmcompress"].bytes == pytest.approx(coded + dense, rel=0.02)
+    plain = load(str(tmp_path / "plain"), dtype=torch.float32).model
+    torch.testing.assert_close(plain(WINDOWS).logits, wanted, rtol=0, atol=1e-5)
