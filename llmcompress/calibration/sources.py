@@ -15,7 +15,7 @@ from llmcompress.calibration.local_files import is_text_file, rows_of_file
 from llmcompress.calibration.records import Contents, Format, Message, contents_of
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.loading.source import IN_MEMORY
-from llmcompress.storage.paths import from_home
+from llmcompress.storage.paths import from_home, is_there
 
 JOINER = "\n\n"
 """Stands between documents wherever they are read as one text."""
@@ -105,7 +105,7 @@ def check_source(name: str, *, where: str) -> None:
         raise CompressError("data.in-memory", what, where=where, fix=fix, exit_code=ExitCode.USAGE)
     if name.startswith("builtin:"):
         _check_builtin(name.removeprefix("builtin:"), where)
-    elif not from_home(name).exists() and _looks_like_a_path(name):
+    elif not is_there(from_home(name)) and _looks_like_a_path(name):
         raise CompressError("data.not-found", f"{name}: no such file", where=where, fix="check the path")
 
 
@@ -113,7 +113,7 @@ def bytes_of_text(name: str) -> int | None:
     """Size of a bundled text or a local file, which is not opened; None for anything else."""
     bundled = resources.files("llmcompress").joinpath("builtin", f"{name.removeprefix('builtin:')}.txt")
     path = Path(str(bundled)) if name.startswith("builtin:") else from_home(name)
-    return path.stat().st_size if path.is_file() else None
+    return path.stat().st_size if is_there(path) and path.is_file() else None
 
 
 def builtin_names() -> list[str]:
@@ -149,7 +149,7 @@ def _rows(
         return iter([("the text", _builtin(source.name.removeprefix("builtin:"), where))]), source.name, None
     check_source(source.name, where=where)
     path = from_home(source.name)
-    if path.is_file():
+    if is_there(path) and path.is_file():
         return rows_of_file(path, where=where), path.name, None
     part = HubPart(source.split, source.config, source.revision)
     rows = hub_rows(source.name, part, max_characters=max_characters, where=where)

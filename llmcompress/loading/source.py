@@ -9,7 +9,7 @@ from pathlib import Path
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.loading.download import download
 from llmcompress.loading.gguf_files import SUFFIX, lone_gguf
-from llmcompress.storage.paths import from_home
+from llmcompress.storage.paths import from_home, is_there
 
 IN_MEMORY = "memory:"
 """Begins the name of what was handed over in Python: a recipe and a report tell of it, and no file holds it."""
@@ -82,7 +82,7 @@ def local_source(model: str, *, revision: str | None = None) -> Source | None:
         what = f"{model} was handed over in Python: it is in no folder"
         raise _usage("in-memory", what, "hand the model over again, or name its folder or its id on the Hub")
     place = from_home(model)
-    if place.is_dir() or (place.is_file() and place.suffix == SUFFIX):
+    if is_there(place) and (place.is_dir() or place.suffix == SUFFIX):
         if revision:
             raise _usage(
                 "revision", f"{model} is on this computer and has no revision {revision!r}", "remove `revision`"
@@ -119,7 +119,7 @@ def _check_id(model: str, repo: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported lazily
 
-    if from_home(model).is_file():
+    if is_there(from_home(model)) and from_home(model).is_file():
         raise _usage("not-a-folder", f"{model} is a file", "give the folder that contains config.json and the weights")
     if model.startswith((".", "/", "~")) or "\\" in model:
         raise _usage("no-folder", f"the folder {model} does not exist", "check the path")

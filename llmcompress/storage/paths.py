@@ -14,6 +14,14 @@ def from_home(written: str) -> Path:
     return Path(os.path.expanduser(written))
 
 
+def is_there(path: Path) -> bool:
+    """Whether a file or folder of that name is on disk; a name that no file system takes is not.
+
+    (`Path.exists` raises an OSError for one that is too long.)
+    """
+    return os.path.exists(path)
+
+
 def cache_folder() -> Path:
     """`LLMCOMPRESS_CACHE`, or `llmcompress` in `XDG_CACHE_HOME`, or in `~/.cache`."""
     named = os.environ.get("LLMCOMPRESS_CACHE")

@@ -95,3 +95,15 @@ def test_b12_onnx_data_outside_of_the_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CompressError, match="escapes model directory") as refused:
         RUNNERS["onnxruntime"].open(str(folder), device=torch.device("cpu"), dtype=torch.float32)
     assert refused.value.code == "model.unloadable"
+
+
+@pytest.mark.parametrize("given", ["calibration", "model"])
+def test_a_name_that_no_file_system_takes_is_not_there(given: str, tmp_path: Path) -> None:
+    folder, name = write_tiny_llama(tmp_path / "model"), f"{'a' * 300}.txt"
+    recipe = parse_recipe(
+        "calibration: {samples: 2, tokens: 16}\npasses: [gptq: {scheme: int4_g16}]\nevaluate: {}", "r"
+    )
+    recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"source": name})})
+    with pytest.raises(CompressError) as refused:
+        plan(name if given == "model" else str(folder), recipe)
+    assert refused.value.exit_code in (2, 3)
