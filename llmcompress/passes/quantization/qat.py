@@ -75,12 +75,12 @@ class QuantizationAwareTraining(TrainingPass):
     sites: tuple[str, ...] = Field(("*",), description="globs of the names of quantized modules to train")
     exclude: tuple[str, ...] = Field((), description="globs of the names of quantized modules that stay as they are")
 
-    @field_validator("sites", "exclude", "teacher", mode="before")
+    @field_validator("sites", "exclude", "teacher", "train", mode="before")
     @classmethod
     def _several(cls, value: Any, info: Any) -> Any:
         if isinstance(value, list):
             return tuple(value)
-        return (value,) if isinstance(value, str) and info.field_name != "teacher" else value
+        return (value,) if isinstance(value, str) and info.field_name in ("sites", "exclude") else value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -125,7 +125,7 @@ def test_only_what_is_asked_for_is_trained() -> None:
 
 
 def test_selected_modules_are_trained_and_others_are_not() -> None:
-    before, after = trained(RTN), trained(RTN, qat(train="weights", sites="*.mlp.*", exclude="*.0.*"))
+    before, after = trained(RTN), trained(RTN, qat(train=["weights"], sites="*.mlp.*", exclude="*.0.*"))
     changed = {
         name
         for name, each in quantized(after).items()
@@ -160,12 +160,12 @@ def test_kl_to_the_dense_model_falls() -> None:
 
 def test_a_quantized_cache_is_trained_with_and_keys_have_gradients() -> None:
     before = trained(RTN, PASSES["kv_cache"]())
-    after = trained(RTN, PASSES["kv_cache"](), qat(train="weights", training={**TRAINING, "learning_rate": 0.05}))
+    after = trained(RTN, PASSES["kv_cache"](), qat(train=["weights"], training={**TRAINING, "learning_rate": 0.05}))
     assert any(isinstance(each, CodedAttention) for each in after.modules())
     for word in ("k_proj.codes_OI", "v_proj.codes_OI"):
         assert moved(state(before, word), state(after, word)), word
-    middle = trained(RTN, PASSES["kv_cache"](), qat(train="weights", start="codes"))
-    dense = trained(RTN, PASSES["kv_cache"](), qat(train="weights"))
+    middle = trained(RTN, PASSES["kv_cache"](), qat(train=["weights"], start="codes"))
+    dense = trained(RTN, PASSES["kv_cache"](), qat(train=["weights"]))
     assert moved(state(middle, "q_proj.codes_OI"), state(dense, "q_proj.codes_OI")), "below a wrapper too"
 
 
@@ -193,7 +193,7 @@ def test_weights_of_another_matrix_are_not_begun_at() -> None:
         def model(self, name: str) -> PreTrainedModel:
             return tiny_model("llama_gqa", seed=7)
 
-    labels = {"objective": {"cross_entropy": {}}, "train": "weights"}
+    labels = {"objective": {"cross_entropy": {}}, "train": ["weights"]}
     middle, other = trained(RTN, qat(start="codes", **labels)), trained(RTN, qat(**labels), teachers=Other())
     assert torch.equal(logits(middle), logits(other))
     assert not torch.equal(logits(middle), logits(trained(RTN, qat(**labels))))
