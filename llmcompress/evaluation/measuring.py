@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from llmcompress.errors import CompressError
+from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.metrics.base import METRICS, Metric, Observation, Subject
 from llmcompress.evaluation.settings.base import METRIC_SETTINGS, MetricSettings
 from llmcompress.evaluation.settings.perplexity import PerplexityTask
@@ -41,8 +41,21 @@ class Observed:
 
 
 def as_tasks(given: TaskLike | Sequence[TaskLike]) -> list[MetricSettings]:
-    """One or several texts or settings as settings."""
-    several = [given] if isinstance(given, MetricSettings | str) else given
+    """One or several texts or settings as settings.
+
+    Raises: CompressError for what is neither.
+    """
+    several = [given] if isinstance(given, MetricSettings | str) else list(given)
+    for each in several:
+        if not isinstance(each, MetricSettings | str) or isinstance(given, Mapping):
+            raise CompressError(
+                "evaluate.task",
+                f"a {type(given if isinstance(given, Mapping) else each).__name__} is no text and no settings",
+                where="tasks",
+                fix='give a text such as "wikitext2:test", settings such as PerplexityTask(source="my.txt"), or a suite: '
+                'load_suite("quick")',
+                exit_code=ExitCode.USAGE,
+            )
     return [
         PerplexityTask.model_validate(PerplexityTask.from_text(each)) if isinstance(each, str) else each
         for each in several

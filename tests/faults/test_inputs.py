@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx.helper
@@ -107,3 +108,10 @@ def test_a_name_that_no_file_system_takes_is_not_there(given: str, tmp_path: Pat
     with pytest.raises(CompressError) as refused:
         plan(name if given == "model" else str(folder), recipe)
     assert refused.value.exit_code in (2, 3)
+
+
+@pytest.mark.parametrize("tasks", [{"perplexity": ["a.txt"]}, [{"perplexity": ["a.txt"]}], [3]], ids=str)
+def test_what_is_no_text_and_no_settings_is_not_evaluated(tasks: Any) -> None:
+    with pytest.raises(CompressError, match="no text and no settings") as refused:
+        evaluate("builtin:books-llama", tasks)
+    assert refused.value.exit_code == 2
