@@ -52,8 +52,8 @@ def as_tasks(given: TaskLike | Sequence[TaskLike]) -> list[MetricSettings]:
                 "evaluate.task",
                 f"a {type(given if isinstance(given, Mapping) else each).__name__} is no text and no settings",
                 where="tasks",
-                fix='give a text such as "wikitext2:test", settings such as PerplexityTask(source="my.txt"), or a suite: '
-                'load_suite("quick")',
+                fix='give a text such as "wikitext2:test", settings such as PerplexityTask(source="my.txt"), '
+                'or load_suite("quick")',
                 exit_code=ExitCode.USAGE,
             )
     return [
