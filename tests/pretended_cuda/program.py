@@ -32,6 +32,8 @@ for name in ("accelerate", "bitsandbytes", "peft", "transformers.trainer"):
 from llmcompress.pipeline import compress  # noqa: E402
 from llmcompress.recipe import read_recipe  # noqa: E402
 
+TEXT = ".quant_state."
+"""In the names of what bitsandbytes stores as JSON."""
 RECIPES = Path(__file__).parent.parent.parent / "configs" / "tiny"
 
 
@@ -94,15 +96,22 @@ def compared(model: str, out: Path, recipe: Path, offload: str) -> dict[str, Any
     """
     (there, perplexity_there), idle = worked(results, model, out / "cpu", recipe, offload, "cpu")
     (here, perplexity_here), busy = worked(results, model, out / "cuda", recipe, offload, "cuda")
-    kinds = [{name: (each.shape, each.dtype) for name, each in side.items()} for side in (there, here)]
+    kinds = [{name: kind(name, each) for name, each in side.items()} for side in (there, here)]
     if kinds[0] != kinds[1]:
         raise ValueError(f"other tensors: {dict(kinds[0].items() ^ kinds[1].items())}")
     return {
         "values": sum(each.numel() for each in there.values()),
-        "other": sum(int((each.float() != here[name].float()).sum()) for name, each in there.items()),
+        "other": sum(
+            int((each.float() != here[name].float()).sum()) for name, each in there.items() if TEXT not in name
+        ),
         "perplexity": [perplexity_there, perplexity_here],
         "work": [idle, busy],
     }
+
+
+def kind(name: str, tensor: torch.Tensor) -> tuple[object, torch.dtype]:
+    """Shape and dtype. Numbers that bitsandbytes writes as text are as long as their digits."""
+    return (TEXT if TEXT in name else tensor.shape), tensor.dtype
 
 
 def main() -> None:
