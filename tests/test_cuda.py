@@ -26,6 +26,8 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny"
 RECIPES = sorted(path.stem for path in TINY.glob("*.yaml"))
 REAL = torch.cuda.is_available()
+NOT_PRETENDED = {"preference"}
+"""TRL's trainer asks for storages without a dtype, which the pretended device does not have."""
 
 Compare = Callable[[list[str]], dict[str, dict[str, Any]]]
 
@@ -70,7 +72,7 @@ def agree(found: dict[str, dict[str, Any]]) -> None:
 
 
 def test_results_on_cuda_are_those_on_the_cpu(compare, selection):
-    asked = [*(RECIPES if REAL else selection.quarter(RECIPES)), "gptq:always"]
+    asked = [*(RECIPES if REAL else selection.quarter(sorted({*RECIPES} - NOT_PRETENDED))), "gptq:always"]
     found = compare(asked)
     assert list(found) == asked
     agree(found)
