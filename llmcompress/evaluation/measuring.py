@@ -45,12 +45,12 @@ def as_tasks(given: TaskLike | Sequence[TaskLike]) -> list[MetricSettings]:
 
     Raises: CompressError for what is neither.
     """
-    several = [given] if isinstance(given, MetricSettings | str) else list(given)
+    several = [given] if isinstance(given, MetricSettings | str | Mapping) else list(given)
     for each in several:
-        if not isinstance(each, MetricSettings | str) or isinstance(given, Mapping):
+        if not isinstance(each, MetricSettings | str):
             raise CompressError(
                 "evaluate.task",
-                f"a {type(given if isinstance(given, Mapping) else each).__name__} is no text and no settings",
+                f"a {type(each).__name__} is no text and no settings",
                 where="tasks",
                 fix='give a text such as "wikitext2:test", settings such as PerplexityTask(source="my.txt"), '
                 'or load_suite("quick")',

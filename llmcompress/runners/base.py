@@ -47,15 +47,24 @@ class Runner(ABC):
         The caller may overwrite the result.
         """
 
-    @abstractmethod
     def generate(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: Collection[int] = ()
     ) -> list[list[int]]:
         """The most likely next token, again and again, with a key-value cache: for every prompt its new tokens.
 
         Prompts have at least one token and may differ in length; a text ends before the first token of `stop`. Every
-        prompt gets what it gets alone, and settings that come with the model (sampling, penalties) are not used.
+        prompt gets what it gets alone, and settings that come with the model (sampling, penalties) are not used. Here
+        by `stream`, one prompt after the other; a runtime that pads batches correctly may do better.
         """
+        found = []
+        for prompt in prompts:
+            new: list[int] = []
+            for token_1 in self.stream(torch.tensor([list(prompt)]), max_new_tokens=max_new_tokens):
+                if int(token_1) in stop:
+                    break
+                new.append(int(token_1))
+            found.append(new)
+        return found
 
     @abstractmethod
     def stream(self, ids_BT: Tensor, *, max_new_tokens: int) -> Iterator[Tensor]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import importlib
 from array import array
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
@@ -70,20 +70,6 @@ class LlamaCppRunner(Runner):
     @override
     def logits(self, ids_BT: Tensor) -> Tensor:
         return torch.stack([self._scored(ids) for ids in ids_BT.tolist()])
-
-    @override
-    def generate(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: Collection[int] = ()
-    ) -> list[list[int]]:
-        found = []
-        for prompt in prompts:
-            new: list[int] = []
-            for (token,) in self._greedy([prompt], max_new_tokens):
-                if token in stop:
-                    break
-                new.append(token)
-            found.append(new)
-        return found
 
     @override
     def stream(self, ids_BT: Tensor, *, max_new_tokens: int) -> Iterator[Tensor]:

@@ -5,7 +5,7 @@ vocabulary.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
@@ -74,20 +74,6 @@ class OnnxRuntimeRunner(Runner):
     @override
     def logits(self, ids_BT: Tensor) -> Tensor:
         return self._step(ids_BT.cpu(), self._empty(len(ids_BT)), 0)[0]
-
-    @override
-    def generate(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: Collection[int] = ()
-    ) -> list[list[int]]:
-        found = []
-        for prompt in prompts:
-            new: list[int] = []
-            for token_1 in self.stream(torch.tensor([list(prompt)]), max_new_tokens=max_new_tokens):
-                if int(token_1) in stop:
-                    break
-                new.append(int(token_1))
-            found.append(new)
-        return found
 
     @override
     def stream(self, ids_BT: Tensor, *, max_new_tokens: int) -> Iterator[Tensor]:

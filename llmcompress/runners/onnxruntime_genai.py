@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
@@ -71,20 +71,6 @@ class OnnxRuntimeGenaiRunner(Runner):
     def logits(self, ids_BT: Tensor) -> Tensor:
         generator = self._generator(ids_BT, 0)
         return torch.from_numpy(numpy.array(generator.get_output("logits"))).reshape(*ids_BT.shape, -1)
-
-    @override
-    def generate(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: Collection[int] = ()
-    ) -> list[list[int]]:
-        found = []
-        for prompt in prompts:
-            new: list[int] = []
-            for token_1 in self.stream(torch.tensor([list(prompt)]), max_new_tokens=max_new_tokens):
-                if int(token_1) in stop:
-                    break
-                new.append(int(token_1))
-            found.append(new)
-        return found
 
     @override
     def stream(self, ids_BT: Tensor, *, max_new_tokens: int) -> Iterator[Tensor]:

@@ -4,7 +4,7 @@ V = vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -78,20 +78,6 @@ class OpenVinoRunner(Runner):
     @override
     def logits(self, ids_BT: Tensor) -> Tensor:
         return self._step(self._request(last_only=False), ids_BT, 0)
-
-    @override
-    def generate(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: Collection[int] = ()
-    ) -> list[list[int]]:
-        found = []
-        for prompt in prompts:
-            new: list[int] = []
-            for token_1 in self.stream(torch.tensor([list(prompt)]), max_new_tokens=max_new_tokens):
-                if int(token_1) in stop:
-                    break
-                new.append(int(token_1))
-            found.append(new)
-        return found
 
     @override
     def stream(self, ids_BT: Tensor, *, max_new_tokens: int) -> Iterator[Tensor]:
