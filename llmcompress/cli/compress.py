@@ -11,7 +11,17 @@ import click
 
 from llmcompress.cli.early import refuse_mistakes
 from llmcompress.cli.libraries import loading_libraries, quiet_libraries
-from llmcompress.cli.output import device_option, fail_by_gate, json_option, print_json, print_tables, track_option
+from llmcompress.cli.output import (
+    device_option,
+    fail_by_gate,
+    json_option,
+    offload_option,
+    overwrite_option,
+    print_json,
+    print_tables,
+    track_option,
+    yes_option,
+)
 from llmcompress.cli.push import as_data, push_command, tell, with_command
 from llmcompress.errors import NOTHING_SAVED, CompressError, ExitCode, saved_of
 
@@ -42,16 +52,10 @@ if TYPE_CHECKING:
     help="Export the result too, into DIR-TARGET (see `llmcompress targets`). Repeatable.",
 )
 @click.option("--dry-run", is_flag=True, help="Only show the plan: sites, bytes, memory and time. Reads no weights.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing output, once the new one is complete.")
+@overwrite_option
 @click.option("--fresh", is_flag=True, help="Start over instead of resuming an interrupted run.")
-@click.option("--yes", is_flag=True, help="Do not ask for confirmation before running code from a model's repository.")
-@click.option(
-    "--offload",
-    type=click.Choice(["auto", "always", "never"]),
-    default="auto",
-    show_default=True,
-    help="Offload weights to disk, one block in memory (auto: if the model does not fit). Same result.",
-)
+@yes_option
+@offload_option
 @track_option
 @device_option
 @json_option

@@ -11,7 +11,7 @@ import click
 from llmcompress.cli.compress import interrupted
 from llmcompress.cli.early import refuse_missing_models
 from llmcompress.cli.libraries import loading_libraries, quiet_libraries
-from llmcompress.cli.output import device_option, json_option, print_json, print_tables
+from llmcompress.cli.output import device_option, json_option, overwrite_option, print_json, print_tables
 from llmcompress.errors import saved_of
 
 
@@ -41,7 +41,7 @@ from llmcompress.errors import saved_of
     multiple=True,
     help="Change anything else, e.g. --set passes.distill.training.learning_rate=1e-4. Repeatable.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an existing output, once the new one is complete.")
+@overwrite_option
 @click.option("--fresh", is_flag=True, help="Start over instead of resuming an interrupted run.")
 @device_option
 @json_option

@@ -8,7 +8,7 @@ import click
 
 from llmcompress.cli.early import refuse_missing_models
 from llmcompress.cli.libraries import loading_libraries, quiet_libraries
-from llmcompress.cli.output import json_option, print_json, print_tables
+from llmcompress.cli.output import json_option, overwrite_option, print_json, print_tables
 
 
 @click.command()
@@ -33,7 +33,7 @@ from llmcompress.cli.output import json_option, print_json, print_tables
 )
 @click.option("--no-run", is_flag=True, help="Do not run what was written in the target's own runtime.")
 @click.option("--memory", is_flag=True, help="Also run it in a fresh process, and report the peak memory.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing output, once the new one is complete.")
+@overwrite_option
 @json_option
 def export(
     model: str,

@@ -33,6 +33,31 @@ def device_option(command: F) -> F:
     return click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 or mps.")(command)
 
 
+def overwrite_option(command: F) -> F:
+    """`--overwrite`."""
+    return click.option("--overwrite", is_flag=True, help="Replace an existing output, once the new one is complete.")(
+        command
+    )
+
+
+def yes_option(command: F) -> F:
+    """`--yes`."""
+    return click.option(
+        "--yes", is_flag=True, help="Do not ask for confirmation before running code from a model's repository."
+    )(command)
+
+
+def offload_option(command: F) -> F:
+    """`--offload`."""
+    return click.option(
+        "--offload",
+        type=click.Choice(["auto", "always", "never"]),
+        default="auto",
+        show_default=True,
+        help="Offload weights to disk, one block in memory (auto: if the model does not fit). Same result.",
+    )(command)
+
+
 def track_option(command: F) -> F:
     """`--track`."""
     return click.option(

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from llmcompress.cli.compress import compress
-from llmcompress.cli.output import device_option, json_option
+from llmcompress.cli.output import device_option, json_option, offload_option, overwrite_option, yes_option
 from llmcompress.errors import CompressError, ExitCode
 
 _SUFFIX = ".run"
@@ -16,15 +16,9 @@ _SUFFIX = ".run"
 
 @click.command()
 @click.argument("run", metavar="OUTPUT", type=click.Path(path_type=Path))
-@click.option("--overwrite", is_flag=True, help="Replace an existing output, once the new one is complete.")
-@click.option("--yes", is_flag=True, help="Do not ask for confirmation before running code from a model's repository.")
-@click.option(
-    "--offload",
-    type=click.Choice(["auto", "always", "never"]),
-    default="auto",
-    show_default=True,
-    help="Offload weights to disk, one block in memory (auto: if the model does not fit). Same result.",
-)
+@overwrite_option
+@yes_option
+@offload_option
 @device_option
 @json_option
 @click.pass_context

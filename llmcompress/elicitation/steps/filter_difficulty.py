@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pydantic import Field
 from typing_extensions import override
 
-from llmcompress.elicitation.base import STEPS, DataStep, Row, Tools, part_of, text_of, units_of
+from llmcompress.elicitation.base import STEPS, Row, Tools, part_of, text_of
+from llmcompress.elicitation.steps.judging import Judging
 
 
 @STEPS.register("filter_difficulty")
-class FilterDifficulty(DataStep):
+class FilterDifficulty(Judging):
     """Instruction-following difficulty: loss of the response after its prompt ÷ loss of the response alone.
 
     Above 1 the prompt misleads, and the row is dropped. Of the others, the fraction with the highest difficulty stays,
@@ -27,16 +28,6 @@ class FilterDifficulty(DataStep):
     """Fraction of the rows that stays."""
     highest: float = Field(default=1.0, gt=0)
     """Difficulty from which on a row is dropped."""
-    batch: int = Field(default=8, ge=1)
-    """Rows that are saved together."""
-
-    @override
-    def asks(self) -> tuple[str, ...]:
-        return (self.by,)
-
-    @override
-    def units(self, given: Sequence[Row]) -> int:
-        return units_of(len(given), self.batch)
 
     @override
     def unit(self, number: int, given: Sequence[Row], made: Sequence[Row], tools: Tools) -> list[Row]:

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pydantic import Field
 from typing_extensions import override
 
-from llmcompress.elicitation.base import STEPS, DataStep, Row, Tools, part_of, text_of, units_of
+from llmcompress.elicitation.base import STEPS, Row, Tools, part_of, text_of
+from llmcompress.elicitation.steps.judging import Judging
 
 
 @STEPS.register("filter_perplexity")
-class FilterPerplexity(DataStep):
+class FilterPerplexity(Judging):
     """A row stays if the perplexity of its response (of its text, where there is no prompt) lies within the limits.
 
     It is noted in the column `perplexity`.
@@ -26,16 +27,6 @@ class FilterPerplexity(DataStep):
     """Below it, text is repetition."""
     highest: float = Field(default=100.0, gt=1)
     """Above it, text is noise."""
-    batch: int = Field(default=8, ge=1)
-    """Rows that are saved together."""
-
-    @override
-    def asks(self) -> tuple[str, ...]:
-        return (self.by,)
-
-    @override
-    def units(self, given: Sequence[Row]) -> int:
-        return units_of(len(given), self.batch)
 
     @override
     def unit(self, number: int, given: Sequence[Row], made: Sequence[Row], tools: Tools) -> list[Row]:

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import override
 
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.quant_linear import QuantLinear, codes_of
-from llmcompress.modules.scheme import DESCRIPTION, named_scheme
 from llmcompress.numerics.fake_quant import storable_scales, storable_zeros, straight_through
 from llmcompress.numerics.grid import flat, grouped, spread
 from llmcompress.numerics.quantized import QuantizedTensor
 from llmcompress.numerics.relaxed_codes import drawn_offset, first_position, logistic_noise
-from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES
-from llmcompress.passes.nested_quantizer import checked, nested
 from llmcompress.passes.quantization.block_training import BlockTraining, Group, LeastError, Steps, norms_of, trained
-from llmcompress.passes.quantizing import QuantizingPass
+from llmcompress.passes.quantization.learned_codes import FIRST_CODES, LearnedCodes, with_errors
 from llmcompress.records.rows import SiteReport
 
 _STRETCH = 0.3
@@ -34,7 +32,7 @@ _SCALE_RATE = 0.1
 
 
 @PASSES.register("gsq")
-class GSQ(QuantizingPass):
+class GSQ(LearnedCodes):
     """Start from another quantizer's codes; learn neighbouring codes, scales and norm weights to minimize the block's
     output error.
 
@@ -46,16 +44,8 @@ class GSQ(QuantizingPass):
     which takes more steps; errors of a token are relative to its length; norms that feed nothing else are tuned too.
     """
 
-    sitewise: ClassVar[bool] = False
-    whole_block: ClassVar[frozenset[str]] = frozenset(
-        {"quantizer", "steps", "windows", "rate", "relaxation", "tune_norms"}
-    )
+    whole_block: ClassVar[frozenset[str]] = FIRST_CODES | {"rate", "relaxation", "tune_norms"}
 
-    quantizer: dict[str, dict[str, Any]] = Field(
-        {"gptq": {}}, description="one quantizing pass with its options but its scheme, e.g. {gptq: {damping: 0.02}}"
-    )
-    steps: int = Field(64, ge=1, description="optimization steps per block")
-    windows: int = Field(1, ge=1, description="windows per step")
     rate: float = Field(0.006, gt=0, le=1, description="learning rate of codes, in steps of the grid")
     relaxation: Literal["straight_through", "gumbel"] = Field(
         "straight_through",
@@ -63,54 +53,8 @@ class GSQ(QuantizingPass):
     )
     tune_norms: bool = Field(True, description="also train the weights of norms whose only consumers are these sites")
 
-    @field_validator("scheme")
-    @classmethod
-    def _integers(cls, name: str) -> str:
-        scheme = named_scheme(name)
-        if scheme.weights.number is not None:
-            raise ValueError(f"codes are learned on integer grids, and {name} is none: {DESCRIPTION}")
-        return scheme.name
-
-    @field_validator("quantizer")
-    @classmethod
-    def _known_quantizer(cls, named: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        return checked(named)
-
-    @property
-    def inner(self) -> QuantizingPass:
-        """The quantizer that finds the first codes."""
-        return nested(self, self.quantizer)
-
-    def needs(self) -> tuple[type[Statistic], ...]:
-        """What the quantizer reads."""
-        return self.inner.needs()
-
-    def uses_data(self) -> bool:
-        """Both streams do, whatever the quantizer reads."""
-        return True
-
-    def wants_dense(self) -> bool:
-        """What the block is to give."""
-        return True
-
-    def pools(self) -> bool:
-        """As the quantizer: gradients add up."""
-        return self.inner.pools()
-
-    def trained_windows(self) -> int:
-        """Every step looks at some."""
-        return self.steps * self.windows
-
-    def run(self, block: BlockWork) -> list[SiteReport]:
-        """Quantize as the quantizer does, then learn."""
-        sites = [site for site in block.sites if self.selects(site.name)]
-        return self._learned(block, sites, lambda: self.inner.run(block))
-
-    def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
-        """The same on sites that are measured already."""
-        return self._learned(block, sites, lambda: self.inner.apply(block, sites))
-
-    def _learned(
+    @override
+    def learned(
         self, block: BlockWork, sites: Sequence[LinearSite], quantize: Callable[[], list[SiteReport]]
     ) -> list[SiteReport]:
         norms = norms_of(block, sites) if self.tune_norms else []
@@ -126,14 +70,9 @@ class GSQ(QuantizingPass):
         for site, module in learning.items():
             site.replace(module)
         least = self._learn(block, list(learning.values()), norms)
-        learned = {site.name for site in learning}
         for site, module in learning.items():
             site.replace(module.settled())
-        told = {"error": least.error, "error_before": least.first}
-        return [
-            row.model_copy(update={"algorithm": f"gsq, {row.algorithm}", **told}) if row.site in learned else row
-            for row in rows
-        ]
+        return with_errors(rows, "gsq", learning, least)
 
     def _learn(self, block: BlockWork, modules: Sequence[CodesInTraining], norms: Sequence[nn.Parameter]) -> LeastError:
         training = BlockTraining(block, windows=self.windows)
