@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,8 +32,9 @@ from llmcompress.model.stock import stock_model
 from llmcompress.modules.manifest import Manifest, apply_manifest, changes
 from llmcompress.records.rows import SiteReport
 from llmcompress.storage.atomic import replacing
-from llmcompress.storage.disk import disk_errors, sha256, sync
+from llmcompress.storage.disk import disk_errors, sha256
 from llmcompress.storage.folder import run_folder
+from llmcompress.storage.json_lines import append_line, read_json_lines
 from llmcompress.storage.lock import ProcessLock
 from llmcompress.storage.ownership import begin_run_folder, clear_run_folder, remove_run_folder
 
@@ -288,22 +288,8 @@ class Run:
 
     def _read_journal(self) -> None:
         """Read the finished lines; a line that a crash tore off is cut."""
-        path = self.folder / "journal.jsonl"
-        data = path.read_bytes() if path.exists() else b""
-        good = 0
-        for raw in data.splitlines(keepends=True):
-            try:
-                line = json.loads(raw) if raw.endswith(b"\n") else None
-            except ValueError:
-                line = None
-            if line is None:
-                break
+        for line in read_json_lines(self.folder / "journal.jsonl"):
             self._journal[line["file"]] = line
-            good += len(raw)
-        if good < len(data):
-            with path.open("r+b") as file:
-                file.truncate(good)
-            sync(path)
 
 
 def _block_key(stage: int, index: int) -> str:
@@ -330,8 +316,4 @@ def _own_memory(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _append(path: Path, line: Mapping[str, Any], *, durable: bool = False) -> None:
-    with path.open("a") as file:
-        file.write(without_tokens(json.dumps(line, ensure_ascii=False)) + "\n")
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
+    append_line(path, without_tokens(json.dumps(line, ensure_ascii=False)), durable=durable)

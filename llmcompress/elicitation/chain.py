@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,8 @@ from llmcompress.elicitation.authors import Authors
 from llmcompress.elicitation.base import STEPS, DataStep, Row, Tools
 from llmcompress.errors import CompressError
 from llmcompress.progress import Progress
-from llmcompress.storage.disk import disk_errors, sync
+from llmcompress.storage.disk import disk_errors
+from llmcompress.storage.json_lines import append_line, read_json_lines
 
 
 def make_rows(
@@ -43,7 +43,7 @@ def make_rows(
 def _made(step: DataStep, given: Sequence[Row], tools: Tools, *, path: Path | None, progress: Progress) -> list[Row]:
     """All rows of a step; unit number k gets the seed of `tools` plus k."""
     name = STEPS.name_of(type(step))
-    units = list(_saved_units(path)) if path else []
+    units: list[list[Row]] = read_json_lines(path) if path else []
     made = [row for unit in units for row in unit]
     count = step.units(given)
     for number in range(len(units), count):
@@ -55,29 +55,7 @@ def _made(step: DataStep, given: Sequence[Row], tools: Tools, *, path: Path | No
     return made
 
 
-def _saved_units(path: Path) -> Iterator[list[Row]]:
-    """Of an earlier run; a line that a crash tore off is cut."""
-    data = path.read_bytes() if path.exists() else b""
-    good = 0
-    for raw in data.splitlines(keepends=True):
-        try:
-            rows = json.loads(raw) if raw.endswith(b"\n") else None
-        except ValueError:
-            rows = None
-        if rows is None:
-            break
-        good += len(raw)
-        yield rows
-    if good < len(data):
-        with path.open("r+b") as file:
-            file.truncate(good)
-        sync(path)
-
-
 def _append(path: Path, rows: Sequence[Row], *, units: int) -> None:
     with disk_errors(path, saved=f"{units} units in {path}: run the same command again to resume"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(list(rows), ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(path, json.dumps(list(rows), ensure_ascii=False))

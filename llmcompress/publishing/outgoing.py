@@ -26,6 +26,8 @@ class OutgoingFile:
     """Its path there."""
     content: Path | bytes
     """On this computer, or as it was written for the repository."""
+    known: str | None = None
+    """The sha256 of a file on this computer, which was verified a moment ago."""
 
     @property
     def size(self) -> int:
@@ -35,6 +37,8 @@ class OutgoingFile:
     @cached_property
     def sha256(self) -> str:
         """By which large files are known."""
+        if self.known is not None:
+            return self.known
         return hashlib.sha256(self.content).hexdigest() if isinstance(self.content, bytes) else sha256(self.content)
 
     @cached_property
@@ -122,10 +126,13 @@ def outgoing_files(
     """
     found: dict[str, OutgoingFile] = {}
     for artifact in artifacts:
+        digests = written_files(artifact.folder)
         for name, place in artifact.places(alone=artifact is artifacts[0]).items():
             path = artifact.folder / name
             if PurePosixPath(place).name != CARD:
-                found.setdefault(place, OutgoingFile(place, rewritten.get(path, path)))
+                digest = None if path in rewritten else digests.get(name)
+                known = None if digest is None else digest.sha256
+                found.setdefault(place, OutgoingFile(place, rewritten.get(path, path), known))
     lists = [_list_of(folder, found.values()) for folder in sorted({_top(name) for name in found})]
     return (*found.values(), *lists, OutgoingFile(CARD, card.encode()))
 

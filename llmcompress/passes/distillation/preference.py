@@ -52,7 +52,6 @@ class Preference(ModelPass):
     warmup: float = Field(0.1, ge=0, lt=1, description="fraction of the steps in which the learning rate rises")
 
     @override
-    @override
     def check_packages(self) -> None:
         try:
             import trl  # noqa: F401
