@@ -76,14 +76,22 @@ class Preference(ModelPass):
         given = whole.context.examples
         assert given is not None, "a recipe without `data` is refused"
         rows = _pairs(given)
+        reference = copy.deepcopy(whole.model).requires_grad_(False)  # before the model is on its device: TRL moves it
         with whole.resident() as model, as_it_was(model), tempfile.TemporaryDirectory() as folder:
-            self._trainer(whole, rows, given, Path(folder)).train()
+            self._trainer(whole, reference, rows, given, Path(folder)).train()
         return [
             SiteReport(site=site.name, algorithm="preference", sparsity=sparsity(site.weight_OI))
             for site in whole.sites()
         ]
 
-    def _trainer(self, whole: WholeModel, rows: Sequence[Mapping[str, str]], given: ExampleRows, folder: Path) -> Any:
+    def _trainer(
+        self,
+        whole: WholeModel,
+        reference: PreTrainedModel,
+        rows: Sequence[Mapping[str, str]],
+        given: ExampleRows,
+        folder: Path,
+    ) -> Any:
         """TRL's, which logs, saves and evaluates nothing."""
         import datasets
         from transformers.trainer_callback import PrinterCallback
@@ -104,6 +112,7 @@ class Preference(ModelPass):
             bf16=False,
             fp16=False,
             gradient_checkpointing=False,
+            dataloader_pin_memory=False,
             report_to=[],
             save_strategy="no",
             logging_strategy="no",
@@ -111,7 +120,7 @@ class Preference(ModelPass):
         )
         trainer = DPOTrainer(
             model=whole.model,
-            ref_model=copy.deepcopy(whole.model).requires_grad_(False),
+            ref_model=reference,
             args=settings,
             train_dataset=datasets.Dataset.from_list(list(rows)),
             processing_class=copy.deepcopy(given.tokenizer),
