@@ -103,5 +103,7 @@ class StoredBlock:
         tensors = {}
         for name in stored["tensors"]:
             full = _BETWEEN.join((*path, name))
-            tensors[name] = decode(lambda suffix, full=full: self._file.tensor(full + suffix), self._about["forms"][full])
+            tensors[name] = decode(
+                lambda suffix, full=full: self._file.tensor(full + suffix), self._about["forms"][full]
+            )
         return Difference(Manifest.from_json(stored["manifest"]), tensors)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmcompress.calibration.context import RunContext
@@ -221,7 +221,7 @@ def _check(space: PlanSpace) -> None:
     """Raises: CompressError for an option whose later passes need another map than the dense model's."""
     for kind, choices in (("bodies", space.space.bodies), ("sites", space.space.sites)):
         for name, passes in choices.items():
-            for earlier, later in zip(passes, passes[1:], strict=False):
+            for earlier, later in pairwise(passes):
                 if isinstance(earlier, BlockPass) and earlier.changes_sites:
                     raise CompressError(
                         "search.after-shapes",

@@ -48,8 +48,10 @@ def _narrowed(space: PlanSpace, info: BlockInfo, passes: Sequence[Pass]) -> Iter
         changed = {name for name, fraction in kept.items() if fraction < 1}
         for name in group.sites:
             site = info.structure.site(name)
-            yield replace(site, outputs=math.ceil(site.outputs * kept[name])), name in changed, not (
-                reached or name in changed
+            yield (
+                replace(site, outputs=math.ceil(site.outputs * kept[name])),
+                name in changed,
+                not (reached or name in changed),
             )
         reached = reached or bool(changed)
 
