@@ -16,7 +16,7 @@ from llmcompress.calibration.tokens import max_positions
 from llmcompress.cost import Cost, Machine, Offload, cost, must_offload
 from llmcompress.errors import CompressError
 from llmcompress.exporters.choose import Choice, choose, export_notes, limits_of
-from llmcompress.exporters.contents import planned_contents
+from llmcompress.exporters.contents import CodedLinear, planned_contents
 from llmcompress.exporters.dense_tables import bytes_of, dense_tables
 from llmcompress.exporters.loader import Loader, loader_of
 from llmcompress.formats import plain
@@ -193,8 +193,10 @@ def check_recipe(
         each.check(model_map)
     notes = [note for each in _on_this_model(recipe.passes) for note in each.notes(model_map)]
     contents = planned_contents(model_map, planned_schemes(recipe, model_map), loader, storage_dtype)
-    if any(each.rounds_embedding() for each in recipe.passes):
-        contents = replace(contents, rounded_embedding=model_map.embedding)
+    table = next((scheme for each in recipe.passes if (scheme := each.rounds_embedding()) is not None), None)
+    if table is not None:
+        sizes = model_map.vocabulary, model_map.hidden_size
+        contents = replace(contents, rounded_embedding=CodedLinear(model_map.embedding, table, *sizes))
     choice = choose(recipe.save.format, contents, zero_points=recipe.save.zero_points)
     notes += [note for exporter in recipe.export for note in export_notes(exporter, contents)]
     dtype = storage_dtype or torch.bfloat16

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from llmcompress.exporters.base import EXPORTERS, Answer, Converted, Exact, Exporter, Refused, Saved, Writing
+from llmcompress.exporters.cache_widths import cache_problem
 from llmcompress.exporters.contents import CodedLinear, Contents, contents_in
 from llmcompress.exporters.onnx_file import DATA, FILE, fill, read_back, tensors_of, write
 from llmcompress.exporters.onnx_graph import Plan, graph_with_holes, plan_of
@@ -76,6 +77,21 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))"""
         return Converted(_PER_BLOCK if level == _INT8 else _NOT_ROUNDED.format(level=level), keeps_codes=True)
 
     @override
+    def answers(self, contents: Contents) -> dict[str, Answer]:
+        """Of a table of codes its rows must be looked up too."""
+        tables = {site.name: self._check_rows(site, contents.storage_dtype) for site in contents.tables}
+        return {**super().answers(contents), **tables}
+
+    def _check_rows(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:
+        answer, grid = self.check(site, storage_dtype), site.scheme.weights
+        if isinstance(answer, Refused) or fields.layout(grid, site.inputs, looks_up=True) is not None:
+            return answer
+        why = f"GatherBlockQuantized takes equal blocks of 16 or more numbers, and rows of {site.inputs} have none"
+        if self.instead == "dense":
+            return Converted(f"{why}; the embedding is dequantized to ordinary weights")
+        return Refused(why)
+
+    @override
     def problem(self, contents: Contents) -> str | None:
         """Optimum has a graph for the family, and every module is made of matrices."""
         kind = contents.config.get("model_type")
@@ -90,6 +106,9 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))"""
         wrapped = [name for name, module in contents.modules.items() if module.wraps_original]
         for name in (*wrapped, *private):
             return f"{name} is not what the config says, and Optimum builds the graph from the config"
+        caches = cache_problem(contents)
+        if caches is not None:
+            return caches
         found = ((name, problem_of(module.expression())) for name, module in contents.modules.items())
         return next((f"{name} {why}" for name, why in found if why is not None), None)
 

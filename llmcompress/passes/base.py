@@ -17,6 +17,7 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.formats.named import Kind
 from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.model.site import LinearSite
+from llmcompress.modules.scheme import Scheme
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.records.rows import SiteReport
 from llmcompress.registry import Registry
@@ -99,9 +100,9 @@ class Pass(BaseModel, ABC):
         """What the files hold afterwards beside the linears of blocks, by full name, as far as the options tell."""
         return dict(tensors)
 
-    def rounds_embedding(self) -> bool:
-        """Whether the embedding holds codes afterwards."""
-        return False
+    def rounds_embedding(self) -> Scheme | None:
+        """Of which scheme the embedding holds codes afterwards; None: of none."""
+        return None
 
     def is_optional(self) -> bool:
         """Whether it is left out where the target or the memory has no room for it."""
