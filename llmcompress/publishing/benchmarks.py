@@ -1,4 +1,4 @@
-"""Scores of benchmarks as `.eval_results/*.yaml`, which the Hub shows on the model page and on the benchmark's leaderboard.
+"""Scores of benchmarks as `.eval_results/*.yaml`: the Hub shows them on the model page and on the leaderboard.
 
 Source: https://huggingface.co/docs/hub/eval-results. A benchmark is a dataset whose `eval.yaml` names its tasks, each a
 configuration and a split; the name of a task is read from there, because it changes.
