@@ -356,6 +356,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 _ID = r"(?P<name>[\w.-]+/[\w.-]+)"
+_DATASET = r"(?P<name>datasets/[\w.-]+/[\w.-]+)"
 ROUTES: list[tuple[str, Callable[..., None]]] = [
     (r"GET /api/whoami-v2", Handler.whoami),
     (r"POST /api/repos/create", Handler.create),
@@ -372,6 +373,7 @@ ROUTES: list[tuple[str, Callable[..., None]]] = [
     (rf"POST /{_ID}\.git/info/lfs/objects/batch", Handler.batch),
     (r"PUT /lfs/(?P<oid>\w+)", Handler.put),
     (r"POST /lfs/(?P<oid>\w+)/verify", Handler.check),
+    (rf"(?:GET|HEAD) /{_DATASET}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
     (rf"(?:GET|HEAD) /{_ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
 ]
 
