@@ -24,7 +24,8 @@ from llmcompress.exporters.base import EXPORTERS, Saved, Writing
 from llmcompress.exporters.cache_widths import cache_problem
 from llmcompress.exporters.contents import Contents, contents_in
 from llmcompress.exporters.gguf_architectures import head_size
-from llmcompress.exporters.onnx import OnnxExporter, problem_of
+from llmcompress.exporters.onnx import OnnxExporter
+from llmcompress.exporters.onnx_base import problem_of
 from llmcompress.exporters.onnx_file import DATA, FILE, fill, read_back, tensors_of, write
 from llmcompress.exporters.onnx_genai_builder import CONFIG, Skeleton, build, embedding_in, matrices_in
 from llmcompress.exporters.onnx_genai_matrices import Matrices

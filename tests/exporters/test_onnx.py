@@ -15,7 +15,8 @@ from llmcompress.calibration.offloading import InMemory
 from llmcompress.exporters.base import Converted, Exact, Refused
 from llmcompress.exporters.cache_widths import cache_problem
 from llmcompress.exporters.contents import CodedLinear, Contents, contents_in
-from llmcompress.exporters.onnx import OnnxExporter, problem_of
+from llmcompress.exporters.onnx import OnnxExporter
+from llmcompress.exporters.onnx_base import problem_of
 from llmcompress.exporters.onnx_file import DATA, FILE, fill, read_back, tensors_of, write
 from llmcompress.exporters.onnx_graph import Plan, plan_of
 from llmcompress.exporters.onnx_graph_program import DOMAIN
