@@ -164,9 +164,9 @@ class Pass(BaseModel, ABC):
         """What it needs for gradients of the loss through the whole model; None if it computes none."""
         return None
 
-    def forwards_through_model(self, blocks: int) -> float:
-        """About how often all windows go through the whole model before any block is touched; gradients not counted."""
-        return 0.0
+    def forwards_through_model(self, blocks: int) -> tuple[float, float]:
+        """About how often all windows go through all blocks, and through the head, beside gradients and `forwards`."""
+        return 0.0, 0.0
 
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
         """Decisions that need the whole model. Saved, so that a resumed run does not repeat them.
