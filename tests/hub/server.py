@@ -76,6 +76,8 @@ class HubDouble:
         self.requests: list[tuple[str, str]] = []
         self.bodies = b""
         self.faults: list[Fault] = []
+        self.moments: dict[int, Callable[[Handler], None]] = {}
+        """Number of a request → what happens in the place of an answer."""
         self.lock = threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
@@ -139,6 +141,11 @@ class Handler(BaseHTTPRequestHandler):
             fault = next((each for each in hub.faults if self.meets(each)), None)
             if fault is not None:
                 fault.times -= 1
+            moment = hub.moments.pop(len(hub.requests) - 1, None)
+        if moment is not None:
+            self.body = None
+            moment(self)
+            return
         self.body: bytes | None = None
         if fault is not None:
             fault.act(self)
