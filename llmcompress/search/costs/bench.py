@@ -16,7 +16,7 @@ from llmcompress.modules.expression_leaves import Dense, Quantized
 from llmcompress.modules.quant_linear import QuantLinear
 from llmcompress.modules.scheme import named_scheme
 from llmcompress.registry import Registry
-from llmcompress.runners.base import Runner
+from llmcompress.runners.base import RUNNERS, Runner
 from llmcompress.search.costs.forms import DENSE, Matrix
 
 
@@ -30,8 +30,6 @@ class Bench(ABC):
 
     head_sees_prompt: ClassVar[bool] = False
     """Whether a prefill computes logits of all tokens, and not of the last alone."""
-    measures_products: ClassVar[bool] = True
-    """Whether `products` is there; otherwise products are differences of small models."""
 
     @abstractmethod
     def products(self, matrix: Matrix, copies: int, *, tied: bool = False) -> Callable[[int], Callable[[], None]]:
@@ -43,8 +41,21 @@ class Bench(ABC):
         """
 
     @abstractmethod
+    def held_bytes(self, matrix: Matrix) -> int:
+        """That the runtime keeps of such a matrix in memory."""
+
+    def transient_bytes(self, matrix: Matrix) -> int:
+        """That a product takes besides, for as long as it computes."""
+        return 0
+
+    @abstractmethod
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        """A small model into an empty folder, so that the runner of the runtime opens it."""
+
     def open(self, model: PreTrainedModel, folder: Path) -> Runner:
-        """A small model as the runtime runs it; what it needs on disk goes into the folder, which is empty."""
+        """The small model as the runtime runs it; the folder is empty."""
+        self.save(model, folder)
+        return RUNNERS[BENCHES.name_of(type(self))].open(str(folder), device=self.device, dtype=self.dtype)
 
     @abstractmethod
     def versions(self) -> dict[str, str]:
@@ -67,13 +78,16 @@ def random_linear(matrix: Matrix, dtype: torch.dtype, device: torch.device) -> Q
         assert isinstance(linear, torch.nn.Linear)
         linear.weight.requires_grad_(False).uniform_(-1, 1)
         return linear
-    scheme = named_scheme(matrix.form)
-    spec = {"scheme": scheme.name, "outputs": matrix.outputs, "inputs": matrix.inputs, "bias": False}
-    made = QuantLinear.from_spec(spec, dtype).to(device)
-    made.codes_OI.copy_(
-        torch.randint(scheme.weights.low, scheme.weights.high + 1, made.codes_OI.shape, dtype=torch.int8, device=device)
-    )
+    made, grid = empty_codes(matrix, dtype).to(device), named_scheme(matrix.form).weights
+    codes_OI = torch.randint(grid.low, grid.high + 1, made.codes_OI.shape, dtype=torch.int8, device=device)
+    made.codes_OI.copy_(codes_OI)
     return made.eval()
+
+
+def empty_codes(matrix: Matrix, dtype: torch.dtype) -> QuantLinear:
+    """On the default device."""
+    spec = {"scheme": matrix.form, "outputs": matrix.outputs, "inputs": matrix.inputs, "bias": False}
+    return QuantLinear.from_spec(spec, dtype)
 
 
 def random_expression(matrix: Matrix, owner: str, *, tied: bool) -> Expression:

@@ -37,7 +37,7 @@ def small_model(config: PretrainedConfig, blocks: int, body: Passes) -> PreTrain
     """With so many blocks, all with that body."""
     model = _model(_shortened(config, blocks))
     if body:
-        model = apply_passes(model, map_model(model), body, RunContext(_windows())).model
+        model = apply_passes(model, map_model(model), body, RunContext(random_windows())).model
     return model.eval()
 
 
@@ -64,7 +64,7 @@ def plan_model(config: PretrainedConfig, space: PlanSpace, forms: Forms, plan: P
     passes += [each for each in after if each.rounds_embedding()]
     model = _model(copy.deepcopy(config))
     if passes:
-        model = apply_passes(model, map_model(model), passes, RunContext(_windows())).model
+        model = apply_passes(model, map_model(model), passes, RunContext(random_windows())).model
     kept = [index for index in range(len(space.model_map.blocks)) if index not in space.dropped(plan)]
     blocks = find_blocks(model)
     for unit, choice in zip(space.units, plan, strict=True):
@@ -105,7 +105,8 @@ def _sites(model: PreTrainedModel) -> list[LinearSite]:
     ]
 
 
-def _windows() -> Tensor:
+def random_windows() -> Tensor:
+    """Token ids of no meaning, for passes that must see some."""
     return torch.randint(VOCABULARY, (_WINDOWS, _TOKENS), generator=torch.Generator().manual_seed(0))
 
 

@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from llmcompress.exporters.base import EXPORTERS, Writing
+from llmcompress.exporters.contents import CodedLinear
+from llmcompress.exporters.dense_tables import bytes_of
 from llmcompress.exporters.onnx import OnnxExporter
 from llmcompress.exporters.onnx_nodes import MICROSOFT, Nodes
 from llmcompress.exporters.onnx_package import onnx_package
 from llmcompress.formats import onnx as fields
 from llmcompress.modules.scheme import named_scheme
-from llmcompress.runners.base import RUNNERS, Runner
 from llmcompress.search.costs.bench import BENCHES, Bench, Unmeasurable, random_expression
 from llmcompress.search.costs.forms import DENSE, Matrix
 
@@ -31,7 +32,7 @@ class OnnxRuntimeBench(Bench):
     """On the processor, as the runner runs it."""
 
     target: ClassVar[str] = "onnx"
-    """The exporter of small models; the runner of the same runtime opens them."""
+    """The exporter of small models."""
     head_sees_prompt: ClassVar[bool] = True
 
     @override
@@ -61,10 +62,15 @@ class OnnxRuntimeBench(Bench):
         return for_tokens
 
     @override
-    def open(self, model: PreTrainedModel, folder: Path) -> Runner:
-        exporter = EXPORTERS[self.target]()
-        exporter.write(model, folder, Writing(torch.float32))
-        return RUNNERS[exporter.runtime].open(str(folder), device=torch.device("cpu"), dtype=torch.float32)
+    def held_bytes(self, matrix: Matrix) -> int:
+        if matrix.form == DENSE:
+            return torch.float32.itemsize * matrix.weights
+        site = CodedLinear("", named_scheme(matrix.form), matrix.outputs, matrix.inputs)
+        return sum(bytes_of(kind) for kind in OnnxExporter().tensors(site, torch.float32).values())
+
+    @override
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        EXPORTERS[self.target]().write(model, folder, Writing(torch.float32))
 
     @override
     def versions(self) -> dict[str, str]:

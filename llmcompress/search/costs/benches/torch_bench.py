@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copyfile
 
 import torch
 import transformers
 from transformers import PreTrainedModel
 from typing_extensions import override
 
+from llmcompress.exporters.save import save_model
+from llmcompress.loading.source import find_source
 from llmcompress.runners.base import Runner
 from llmcompress.runners.torch_runner import TorchRunner
-from llmcompress.search.costs.bench import BENCHES, Bench, random_linear
-from llmcompress.search.costs.forms import Matrix
+from llmcompress.search.costs.bench import BENCHES, Bench, empty_codes, random_linear
+from llmcompress.search.costs.forms import DENSE, Matrix
+
+BUNDLED_MODEL = "builtin:books-llama"
 
 
 @BENCHES.register("torch")
@@ -37,6 +42,25 @@ class TorchBench(Bench):
             return run
 
         return for_tokens
+
+    @override
+    def held_bytes(self, matrix: Matrix) -> int:
+        if matrix.form == DENSE:
+            return self.dtype.itemsize * matrix.weights
+        with torch.device("meta"):
+            made = empty_codes(matrix, self.dtype)
+        return sum(each.nbytes for each in made.buffers())
+
+    @override
+    def transient_bytes(self, matrix: Matrix) -> int:
+        """The weights that codes stand for."""
+        return 0 if matrix.form == DENSE else self.dtype.itemsize * matrix.weights
+
+    @override
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        save_model(model, folder, "auto", storage_dtype=self.dtype)
+        for file in find_source(BUNDLED_MODEL).folder.glob("tokenizer*"):  # which no loader does without
+            copyfile(file, folder / file.name)
 
     @override
     def open(self, model: PreTrainedModel, folder: Path) -> Runner:
