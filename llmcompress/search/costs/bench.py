@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer, decoders, models
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from typing_extensions import override
 
+from llmcompress.exporters.base import EXPORTERS, Exporter, Writing
+from llmcompress.exporters.contents import CodedLinear
+from llmcompress.exporters.dense_tables import bytes_of
 from llmcompress.modules.expression import Expression, Tied
 from llmcompress.modules.expression_leaves import Dense, Quantized
 from llmcompress.modules.quant_linear import QuantLinear
@@ -31,7 +38,9 @@ class Bench(ABC):
     head_sees_prompt: ClassVar[bool] = False
     """Whether a prefill computes logits of all tokens, and not of the last alone."""
 
-    @abstractmethod
+    measures_products: ClassVar[bool] = True
+    """Whether there is `products`; otherwise what a product takes is a difference of small models."""
+
     def products(self, matrix: Matrix, copies: int, *, tied: bool = False) -> Callable[[int], Callable[[], None]]:
         """For a number of tokens: what computes that many products, each with weights of its own.
 
@@ -39,6 +48,7 @@ class Bench(ABC):
 
         Raises: Unmeasurable where the runtime has no such product.
         """
+        raise Unmeasurable(f"{type(self).__name__} measures no products alone")
 
     @abstractmethod
     def held_bytes(self, matrix: Matrix) -> int:
@@ -60,6 +70,34 @@ class Bench(ABC):
     @abstractmethod
     def versions(self) -> dict[str, str]:
         """Of the packages that compute."""
+
+
+@dataclass(frozen=True)
+class ExportedBench(Bench):
+    """A runtime that opens what an exporter wrote."""
+
+    target: ClassVar[str]
+    """Name of the exporter."""
+    options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """Of the exporter."""
+    storage_dtype: ClassVar[torch.dtype] = torch.float32
+    """Of dense weights in its files."""
+
+    @property
+    def exporter(self) -> Exporter:
+        """With its options."""
+        return EXPORTERS[self.target].model_validate(self.options)
+
+    @override
+    def held_bytes(self, matrix: Matrix) -> int:
+        if matrix.form == DENSE:
+            return self.storage_dtype.itemsize * matrix.weights
+        site = CodedLinear("", named_scheme(matrix.form), matrix.outputs, matrix.inputs)
+        return sum(bytes_of(kind) for kind in self.exporter.tensors(site, self.storage_dtype).values())
+
+    @override
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        self.exporter.write(model, folder, Writing(self.storage_dtype, tokenizer=byte_tokenizer()))
 
 
 class Unmeasurable(Exception):
@@ -88,6 +126,14 @@ def empty_codes(matrix: Matrix, dtype: torch.dtype) -> QuantLinear:
     """On the default device."""
     spec = {"scheme": matrix.form, "outputs": matrix.outputs, "inputs": matrix.inputs, "bias": False}
     return QuantLinear.from_spec(spec, dtype)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte is a token: for files that need a tokenizer."""
+    tokenizer = Tokenizer(models.BPE(vocab={each: n for n, each in enumerate(sorted(ByteLevel.alphabet()))}, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def random_expression(matrix: Matrix, owner: str, *, tied: bool) -> Expression:

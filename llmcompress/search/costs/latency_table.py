@@ -39,6 +39,9 @@ class Seconds(_Row):
         return Seconds(prefill=max(self.prefill, least), decode=max(self.decode, least))
 
 
+NOTHING = Seconds(prefill=0.0, decode=0.0)
+
+
 class Product(_Row):
     """A product of the inputs with one matrix."""
 

@@ -21,7 +21,7 @@ from llmcompress.progress import Progress, Silent
 from llmcompress.search.costs.bench import BENCHES, Unmeasurable
 from llmcompress.search.costs.forms import Forms, Matrix
 from llmcompress.search.costs.latency_table import LatencyTable, Product, Seconds
-from llmcompress.search.costs.seconds import wanted_matrices
+from llmcompress.search.costs.seconds import heads_of, wanted_matrices
 from llmcompress.search.costs.small_runs import TIMES_THE_CACHE, LatencySettings, SmallRuns, cache_bytes
 from llmcompress.search.plan_space import PlanSpace
 
@@ -47,8 +47,9 @@ def measure_latency(
     bench = BENCHES[runtime](torch.device(chosen.device), chosen.dtype)
     with pinned(chosen.threads) as pinning:
         runs = SmallRuns(space, config, bench, chosen, forms, progress)
-        products = _Products(runs).of_linears()
-        heads = _Products(runs).of_heads()
+        alone = _Products(runs)
+        products = alone.of_linears() if bench.measures_products else runs.differences(wanted_matrices(space, forms)[0])
+        heads = alone.of_heads() if bench.measures_products else runs.heads(heads_of(space))
         blocks, outside = runs.blocks({each.matrix: each for each in products})
         outside_bytes: int | None = None
         if chosen.memory:
@@ -56,7 +57,7 @@ def measure_latency(
         power = runs.power()
         return LatencyTable(
             runtime=runtime,
-            by="microbenchmarks",
+            by="microbenchmarks" if bench.measures_products else "differences",
             versions=bench.versions(),
             device=device_name(bench.device),
             processor=_processor(),

@@ -41,8 +41,15 @@ def wanted_matrices(space: PlanSpace, forms: Forms) -> tuple[tuple[Matrix, ...],
         for form in forms.of(unit, body, option)
         for matrix in (Matrix(form.site.outputs, form.site.inputs), *form.matrices)
     }
-    heads = {head_of(space, passes): None for passes in space.space.after.values()}
-    return tuple(sorted(found)), tuple(sorted(heads))
+    return tuple(sorted(found)), tuple(heads_of(space))
+
+
+def heads_of(space: PlanSpace) -> dict[Matrix, Passes]:
+    """The output heads that plans may have, and what makes them."""
+    return {
+        head_of(space, passes): tuple(each for each in passes if each.head_scheme(None, space.model_map) is not None)
+        for passes in space.space.after.values()
+    }
 
 
 def head_of(space: PlanSpace, passes: Passes) -> Matrix:

@@ -33,11 +33,13 @@ _WINDOWS, _TOKENS = 2, 8
 _PAIRS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
-def small_model(config: PretrainedConfig, blocks: int, body: Passes) -> PreTrainedModel:
-    """With so many blocks, all with that body."""
-    model = _model(_shortened(config, blocks))
-    if body:
-        model = apply_passes(model, map_model(model), body, RunContext(random_windows())).model
+def small_model(
+    config: PretrainedConfig, blocks: int, passes: Passes, *, vocabulary: int = VOCABULARY
+) -> PreTrainedModel:
+    """With so many blocks, to all of which these passes are applied, such as those of a body."""
+    model = _model(_shortened(config, blocks, vocabulary))
+    if passes:
+        model = apply_passes(model, map_model(model), passes, RunContext(random_windows())).model
     return model.eval()
 
 
@@ -110,16 +112,16 @@ def random_windows() -> Tensor:
     return torch.randint(VOCABULARY, (_WINDOWS, _TOKENS), generator=torch.Generator().manual_seed(0))
 
 
-def _shortened(config: PretrainedConfig, blocks: int) -> PretrainedConfig:
+def _shortened(config: PretrainedConfig, blocks: int, vocabulary: int) -> PretrainedConfig:
     config = copy.deepcopy(config)
     text = config.get_text_config()
     deep = text.num_hidden_layers
     for name, value in list(vars(text).items()):
         if isinstance(value, list | tuple) and len(value) == deep:
             setattr(text, name, type(value)(value[:blocks]))
-    text.num_hidden_layers, text.vocab_size = blocks, VOCABULARY
+    text.num_hidden_layers, text.vocab_size = blocks, vocabulary
     for name in _PAIRS:
-        if isinstance(value := getattr(text, name, None), int) and value >= VOCABULARY:
+        if isinstance(value := getattr(text, name, None), int) and value >= vocabulary:
             setattr(text, name, None)
     return config
 

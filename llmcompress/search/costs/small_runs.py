@@ -18,13 +18,17 @@ from llmcompress.evaluation.device.energy import Watch, measure_energy
 from llmcompress.evaluation.device.instruments import Unreadable, find_instrument
 from llmcompress.evaluation.device.peak_memory import MemoryRequest, peak_memory
 from llmcompress.evaluation.device.speed import ClockName, compare_speed, random_prompt
+from llmcompress.exporters.base import Refused
+from llmcompress.exporters.contents import CodedLinear
+from llmcompress.modules.scheme import named_scheme
 from llmcompress.progress import Progress
 from llmcompress.records.cost import Speed
-from llmcompress.search.costs.bench import BENCHES, Bench, Unmeasurable
-from llmcompress.search.costs.forms import Forms, Matrix
-from llmcompress.search.costs.latency_table import BlockRest, Power, Product, Seconds, shapes_of
-from llmcompress.search.costs.small_models import VOCABULARY, small_model
+from llmcompress.search.costs.bench import BENCHES, Bench, ExportedBench, Unmeasurable
+from llmcompress.search.costs.forms import DENSE, Forms, Matrix
+from llmcompress.search.costs.latency_table import NOTHING, BlockRest, Power, Product, Seconds, shapes_of
+from llmcompress.search.costs.small_models import VOCABULARY, small_model, with_matrix
 from llmcompress.search.plan_space import PlanSpace
+from llmcompress.search.space import Passes
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _USUAL_CACHE = 2**25
@@ -32,8 +36,8 @@ TIMES_THE_CACHE = 2
 """Weights of that many bytes leave nothing of the first ones in the cache when they come again."""
 _FLOAT = 4
 
-Name = tuple[str, int]
-"""Body, and how many blocks."""
+Name = tuple[object, ...]
+"""What a small model is told apart by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +107,60 @@ class SmallRuns:
                 BlockRest(shapes=shapes_of(info), seconds=block.at_least(0.0), spread=max(shallow.spread, deep.spread))
             )
         return tuple(rows), outside[0]
+
+    def differences(self, wanted: Sequence[Matrix]) -> tuple[Product, ...]:
+        """What linears take in another form than dense, each in a model of its own; dense ones count as nothing."""
+        bodies, (_, many) = self.space.space.bodies, self._depths()
+        body_of = {
+            Matrix(site.outputs, site.inputs): body
+            for body in reversed(bodies)
+            for site in self.forms.blocks[0, body].structure.sites
+        }
+        dense = {body: partial(small_model, self.config, many, passes) for body, passes in bodies.items()}
+        coded = {
+            matrix: partial(_with_matrix, dense[body_of[Matrix(matrix.outputs, matrix.inputs)]], matrix)
+            for matrix in wanted
+            if matrix.form != DENSE and self._can_hold(matrix)
+        }
+        speeds = self._speeds(
+            {**{("dense", body): make for body, make in dense.items()}, **{(m,): make for m, make in coded.items()}}
+        )
+        rows = [_row(matrix, [NOTHING], 0.0, self.bench) for matrix in wanted if matrix.form == DENSE]
+        for matrix in coded:
+            shape = Matrix(matrix.outputs, matrix.inputs)
+            sites = self.forms.blocks[0, body_of[shape]].structure.sites
+            count = many * sum((site.outputs, site.inputs) == (shape.outputs, shape.inputs) for site in sites)
+            changed, plain = speeds[(matrix,)], speeds["dense", body_of[shape]]
+            turns = [
+                _scaled(one.plus(other, -1.0), 1 / count) for one, other in zip(changed.turns, plain.turns, strict=True)
+            ]
+            rows.append(_row(matrix, turns, max(changed.spread, plain.spread), self.bench))
+        return tuple(rows)
+
+    def heads(self, passes_of: Mapping[Matrix, Passes]) -> tuple[Product, ...]:
+        """What the whole vocabulary takes, its head in each of these forms."""
+        few, _ = self._depths()
+        rows = self.space.model_map.vocabulary
+        makers = {
+            (head,): partial(small_model, self.config, few, passes, vocabulary=rows)
+            for head, passes in passes_of.items()
+        }
+        speeds = self._speeds({("short",): partial(small_model, self.config, few, ()), **makers})
+        short, found = speeds[("short",)], []
+        for head in passes_of:
+            whole = speeds[(head,)]
+            turns = [one.plus(other, -1.0) for one, other in zip(whole.turns, short.turns, strict=True)]
+            found.append(_row(head, turns, whole.spread, self.bench))
+        return tuple(found)
+
+    def _can_hold(self, matrix: Matrix) -> bool:
+        if isinstance(self.bench, ExportedBench):
+            site = CodedLinear("", named_scheme(matrix.form), matrix.outputs, matrix.inputs)
+            answer = self.bench.exporter.check(site, self.bench.dtype)
+            if isinstance(answer, Refused):
+                self.leave_out(f"{matrix.outputs}×{matrix.inputs} {matrix.form}", answer.why)
+                return False
+        return True
 
     def memory(self, blocks: Sequence[BlockRest]) -> tuple[tuple[BlockRest, ...], int | None]:
         """The same blocks with what they take in memory besides their linears, and what is left without any block."""
@@ -225,6 +283,15 @@ def cache_bytes(folder: Path = _CACHES) -> int:
         if text[:-1].isdigit() and text[-1] in "KM":
             sizes.append(int(text[:-1]) * {"K": 2**10, "M": 2**20}[text[-1]])
     return max(sizes, default=_USUAL_CACHE)
+
+
+def _with_matrix(make: Callable[[], PreTrainedModel], matrix: Matrix) -> PreTrainedModel:
+    return with_matrix(make(), matrix)
+
+
+def _row(matrix: Matrix, turns: Sequence[Seconds], spread: float, bench: Bench) -> Product:
+    size = {"outputs": matrix.outputs, "inputs": matrix.inputs, "bytes": bench.held_bytes(matrix)}
+    return Product(form=matrix.form, seconds=_median(turns), spread=spread, **size)
 
 
 def _median(turns: Iterable[Seconds]) -> Seconds:

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
-from transformers import PreTrainedModel
 from typing_extensions import override
 
-from llmcompress.exporters.base import EXPORTERS, Writing
-from llmcompress.exporters.contents import CodedLinear
-from llmcompress.exporters.dense_tables import bytes_of
 from llmcompress.exporters.onnx import OnnxExporter
 from llmcompress.exporters.onnx_nodes import MICROSOFT, Nodes
 from llmcompress.exporters.onnx_package import onnx_package
 from llmcompress.formats import onnx as fields
 from llmcompress.modules.scheme import named_scheme
-from llmcompress.search.costs.bench import BENCHES, Bench, Unmeasurable, random_expression
+from llmcompress.search.costs.bench import BENCHES, ExportedBench, Unmeasurable, random_expression
 from llmcompress.search.costs.forms import DENSE, Matrix
 
 _OPSET = 18
@@ -28,11 +23,10 @@ _ERRORS = 3
 
 
 @BENCHES.register("onnxruntime")
-class OnnxRuntimeBench(Bench):
+class OnnxRuntimeBench(ExportedBench):
     """On the processor, as the runner runs it."""
 
     target: ClassVar[str] = "onnx"
-    """The exporter of small models."""
     head_sees_prompt: ClassVar[bool] = True
 
     @override
@@ -60,17 +54,6 @@ class OnnxRuntimeBench(Bench):
             return run
 
         return for_tokens
-
-    @override
-    def held_bytes(self, matrix: Matrix) -> int:
-        if matrix.form == DENSE:
-            return torch.float32.itemsize * matrix.weights
-        site = CodedLinear("", named_scheme(matrix.form), matrix.outputs, matrix.inputs)
-        return sum(bytes_of(kind) for kind in OnnxExporter().tensors(site, torch.float32).values())
-
-    @override
-    def save(self, model: PreTrainedModel, folder: Path) -> None:
-        EXPORTERS[self.target]().write(model, folder, Writing(torch.float32))
 
     @override
     def versions(self) -> dict[str, str]:

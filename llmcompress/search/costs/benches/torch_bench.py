@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from shutil import copyfile
 
 import torch
 import transformers
@@ -12,13 +11,10 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from llmcompress.exporters.save import save_model
-from llmcompress.loading.source import find_source
 from llmcompress.runners.base import Runner
 from llmcompress.runners.torch_runner import TorchRunner
-from llmcompress.search.costs.bench import BENCHES, Bench, empty_codes, random_linear
+from llmcompress.search.costs.bench import BENCHES, Bench, byte_tokenizer, empty_codes, random_linear
 from llmcompress.search.costs.forms import DENSE, Matrix
-
-BUNDLED_MODEL = "builtin:books-llama"
 
 
 @BENCHES.register("torch")
@@ -59,8 +55,7 @@ class TorchBench(Bench):
     @override
     def save(self, model: PreTrainedModel, folder: Path) -> None:
         save_model(model, folder, "auto", storage_dtype=self.dtype)
-        for file in find_source(BUNDLED_MODEL).folder.glob("tokenizer*"):  # which no loader does without
-            copyfile(file, folder / file.name)
+        byte_tokenizer().save_pretrained(folder)  # without one nothing is loaded
 
     @override
     def open(self, model: PreTrainedModel, folder: Path) -> Runner:
