@@ -9,6 +9,7 @@ already stays there. Runtimes that need Optimum are measured under transformers 
 from __future__ import annotations
 
 import time
+from itertools import zip_longest
 from pathlib import Path
 
 import click
@@ -51,35 +52,43 @@ class Told(Silent):
 @click.option("--turns", default=5, help="How often everything is measured.")
 @click.option("--clock", type=click.Choice(["wall", "processor"]), default="processor", help="What counts.")
 @click.option("--schemes", default=",".join(SCHEMES), help="Of codes, besides dense weights.")
-@click.option("--check/--no-check", default=True, help="Measure whole models too.")
-def main(model: str, runtime: str, output: Path, turns: int, clock: ClockName, schemes: str, check: bool) -> None:
+@click.option("--measure/--no-measure", default=True, help="Otherwise the table that the file holds is checked.")
+@click.option("--plans", default=12, help="Whole models that are measured too; 0: none.")
+def main(
+    model: str, runtime: str, output: Path, turns: int, clock: ClockName, schemes: str, measure: bool, plans: int
+) -> None:
     """Measure a table for MODEL, and check it."""
     config = AutoConfig.from_pretrained(find_source(model).folder)
     sites = {"dense": [], **{name: [{"rtn": {"scheme": name}}] for name in schemes.split(",")}}
     space = PlanSpace(Space.model_validate({"sites": sites, "bodies": BODIES, "most_dropped": 0.2}), probe(config))
     settings = LatencySettings(turns=turns, clock=clock, threads=1 if clock == "processor" else None, memory=False)
-    table = measure_latency(space, config, runtime, settings=settings, progress=Told())
-    if check:
-        plans = chosen_plans(space)
-        checks = check_sums(space, config, table, list(plans.items()), settings=settings, progress=Told())
+    known = read_tables(output) if output.exists() else {}
+    if measure:
+        table = measure_latency(space, config, runtime, settings=settings, progress=Told())
+    else:
+        table = known[runtime]
+    if plans:
+        chosen = dict(list(chosen_plans(space).items())[:plans])
+        checks = check_sums(space, config, table, list(chosen.items()), settings=settings, progress=Told())
         table = table.model_copy(update={"checks": checks})
         for row in checks:
             errors = row.errors
             click.echo(f"{row.model}: prefill {errors.prefill:+.1%}, decode {errors.decode:+.1%}")
-        learned = corrected(space, table, list(plans.values()), checks)
+        learned = corrected(space, table, list(chosen.values()), checks)
         click.echo(f"mean error {learned.error_before}, corrected and left out {learned.error_left_out}")
         click.echo(f"factors {learned.factors}")
-    known = read_tables(output) if output.exists() else {}
     write_tables(output, {**known, runtime: table}.values())
 
 
 def chosen_plans(space: PlanSpace) -> dict[str, Plan]:
-    """Uniform ones, narrow ones, and random ones."""
-    names = list(space.space.sites)
-    found = {name: space.uniform(name) for name in names}
-    found |= {f"{name}, ffn-75": space.uniform(name, body="ffn-75") for name in names[:3]}
+    """Random ones, uniform ones, and narrow ones, by turns."""
     random = np.random.default_rng(0)
-    return found | {f"random {number}": space.random(random) for number in range(RANDOM_PLANS)}
+    kinds = [
+        {f"random {number}": space.random(random) for number in range(RANDOM_PLANS)},
+        {name: space.uniform(name) for name in space.space.sites},
+        {f"{name}, ffn-75": space.uniform(name, body="ffn-75") for name in space.space.sites},
+    ]
+    return dict(each for row in zip_longest(*(kind.items() for kind in kinds)) for each in row if each)
 
 
 if __name__ == "__main__":
