@@ -133,6 +133,27 @@ class LatencyTable(_Row):
     others took part of the time."""
     checks: tuple[Check, ...] = ()
 
+    @classmethod
+    def read(cls, file: Path, *, runtime: str | None = None) -> LatencyTable:
+        """The table of that runtime in a file; None: of the only one.
+
+        Raises: CompressError for a file that does not hold it.
+        """
+        tables = read_tables(file)
+        found = tables.get(runtime or next(iter(tables), ""))
+        if found is None or (runtime is None and len(tables) > 1):
+            raise CompressError(
+                "search.latency.runtime",
+                f"{file.name} has tables of {', '.join(tables) or 'no runtime'}, and not one of {runtime or 'them'}",
+                fix="name one of its runtimes, or measure a table with `python scripts/measure_latency.py`",
+                exit_code=ExitCode.USAGE,
+            )
+        return found
+
+    def write(self, file: Path) -> None:
+        """Alone into a file, whole or not at all."""
+        write_tables(file, [self])
+
     def product(self, matrix: Matrix) -> Product:
         """Raises: CompressError where it was not measured."""
         found = next((row for row in self.products if row.matrix == matrix), None)
