@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -73,6 +73,9 @@ class Selection(BaseModel, ABC):
     """One rule; the fields are exactly the options that a search file may set."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    only_one: ClassVar[bool] = True
+    """In a search file its options stand under its name, without a list."""
 
     @abstractmethod
     def ordered(self, outcomes: Sequence[Outcome], limits: Mapping[str, float]) -> list[Outcome]:
