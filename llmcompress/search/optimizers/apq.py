@@ -7,7 +7,7 @@ from pydantic import Field
 
 from llmcompress.search.optimizers.base import OPTIMIZERS
 from llmcompress.search.optimizers.budget import Budget
-from llmcompress.search.optimizers.judging import Explorer, Exploration, beginning
+from llmcompress.search.optimizers.judging import Exploration, Explorer, beginning
 from llmcompress.search.optimizers.optuna_samplers import log_loss
 from llmcompress.search.optimizers.predictors import Ensemble
 from llmcompress.search.plan_space import Plan
@@ -44,9 +44,8 @@ class APQ(Explorer):
             seen.update((each.plan, each) for each in told)
             ensemble = Ensemble(members=2, hidden=(64, 64))
             known = sorted(seen.values(), key=log_loss)
-            ensemble.fit(
-                problem.space.one_hot([each.plan for each in known]), np.array([log_loss(each) for each in known]), random
-            )
+            features = problem.space.one_hot([each.plan for each in known])
+            ensemble.fit(features, np.array([log_loss(each) for each in known]), random)
             population = [each.plan for each in known[: self.population]]
             for _ in range(self.generations):
                 population = self._next(population, ensemble, budget, random)

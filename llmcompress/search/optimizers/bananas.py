@@ -8,7 +8,7 @@ from pydantic import Field
 from llmcompress.search.encodings import PathEncoding
 from llmcompress.search.optimizers.base import OPTIMIZERS
 from llmcompress.search.optimizers.budget import Budget
-from llmcompress.search.optimizers.judging import Explorer, Exploration, badness, beginning
+from llmcompress.search.optimizers.judging import Exploration, Explorer, badness, beginning
 from llmcompress.search.optimizers.optuna_samplers import log_loss
 from llmcompress.search.optimizers.predictors import Ensemble
 from llmcompress.search.plan_space import Plan

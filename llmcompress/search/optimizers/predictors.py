@@ -38,7 +38,7 @@ class Ensemble:
         self._members = []
         for _ in range(self._count):
             model = MLPRegressor(
-                self._hidden,
+                hidden_layer_sizes=self._hidden,
                 alpha=1e-3,
                 learning_rate_init=0.01,
                 max_iter=150,
