@@ -46,13 +46,13 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "shells": ("shells", {}),
 }
 """Name in the figure → optimizer and options that are not its defaults."""
-SLOW = {"gp": 100}
+SLOW = {"gp": 50}
 """Trials of those that take long to think."""
-SHARES = (0.45, 0.6, 0.75)
+SHARES = (0.35, 0.5)
 """Limits of bytes: this far from the smallest plan to the largest."""
-BUDGETS = (10, 20, 50, 100, 200)
+BUDGETS = (10, 20, 50, 100)
 """Evaluations of one plan, in forward tokens, at which regret is reported."""
-TRIALS = 200
+TRIALS = 100
 GRADIENT = 4
 """Forward passes that one gradient costs, for each body that has a share."""
 

@@ -39,7 +39,7 @@ from llmcompress.search.tabular import Table, all_plans
 HERE = Path(__file__).resolve().parent
 MODEL = "builtin:books-llama"
 SPACE = {
-    "sites": {bits: [{"gptq": {"scheme": f"{bits}_g64"}}] for bits in ("int4", "int3", "int2")},
+    "sites": {bits: [{"gptq": {"scheme": f"{bits}_g64"}}] for bits in ("int4", "int2")},
     "per": "block",
     "bodies": {"whole": [], "ffn-50": [{"width": {"fraction": 0.5, "heads": False}}]},
     "most_dropped": 0.2,

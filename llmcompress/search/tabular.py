@@ -1,4 +1,4 @@
-"""A tabular benchmark: every plan of a small space measured once, so that optimizers are compared in seconds.
+"""A tabular benchmark: plans of a small space measured once, so that optimizers are compared in seconds.
 
 P = plans, U = units, S = stages.
 """
@@ -20,6 +20,8 @@ from llmcompress.model.map import BlockStructure, ModelMap
 from llmcompress.search.additive import Additive
 from llmcompress.search.plan_space import Plan, PlanSpace
 from llmcompress.search.problem import Outcome, Problem, Proposal, Relaxation, exceeded
+from llmcompress.search.proxies.correlation import RankCorrelation, held_out_losses, rank_correlation
+from llmcompress.search.proxies.predictors.base import PREDICTORS, PlanForecast, fit_plans
 from llmcompress.search.space import Space
 
 _MAP: TypeAdapter[ModelMap] = TypeAdapter(ModelMap)
@@ -27,7 +29,10 @@ _MAP: TypeAdapter[ModelMap] = TypeAdapter(ModelMap)
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """All legal plans of a space with what was measured of them."""
+    """Plans of a space with what was measured of them: all legal ones, unless a `Surrogate` is made of it.
+
+    In the role of NAS-Bench-101 and 201.
+    """
 
     space: PlanSpace
     stages: tuple[int, ...]
@@ -51,6 +56,10 @@ class Table:
     @cached_property
     def _relaxations(self) -> dict[int, MeanOfPlans]:
         return {tokens: MeanOfPlans(self, tokens) for tokens in self.stages}
+
+    def has(self, plan: Plan) -> bool:
+        """Whether it was measured."""
+        return self.space.canonical(plan) in self._rows
 
     def loss(self, plan: Plan, tokens: int) -> float:
         """What was measured."""
@@ -110,6 +119,48 @@ class Table:
                 _additive(header["estimate"]),
                 header["facts"],
             )
+
+
+@dataclass(frozen=True, eq=False)
+class Surrogate:
+    """A space too large to measure: some plans are measured, the loss of others is predicted from these.
+
+    In the role of NAS-Bench-301 (arXiv 2008.09777). What is smooth in it need not be smooth in the model.
+    """
+
+    measured: Table
+    """Plans drawn at random."""
+    forecast: PlanForecast
+    quality: RankCorrelation
+    """Of plans that the forecast has not seen, each predicted from the others."""
+
+    @staticmethod
+    def of(measured: Table, *, predictor: str = "mlp", seed: int = 0) -> Surrogate:
+        """Learned from the losses on the most tokens, beginning from the estimate that is a sum."""
+        plans = [tuple(int(choice) for choice in plan) for plan in measured.plans_PU]
+        losses, learner = measured.losses_PS[:, -1].tolist(), PREDICTORS[predictor]()
+        space, start = measured.space, measured.estimate
+        held_out = held_out_losses(learner, space, plans, losses, start=start, seed=seed)
+        forecast = fit_plans(learner, space, plans, losses, start=start, seed=seed)
+        return Surrogate(measured, forecast, rank_correlation(held_out, losses))
+
+    def judge(self, proposal: Proposal) -> Outcome:
+        """What was measured, or else what is predicted."""
+        if self.measured.has(proposal.plan):
+            return self.measured.judge(proposal)
+        costs = {axis: each.total(self.measured.space, proposal.plan) for axis, each in self.measured.costs.items()}
+        return Outcome(proposal.plan, proposal.tokens, float(self.forecast.losses([proposal.plan])[0]), costs)
+
+    def problem(self, limits: Mapping[str, float]) -> Problem:
+        """A search in this space; without a relaxation."""
+        return Problem(
+            space=self.measured.space,
+            costs=self.measured.costs,
+            limits=limits,
+            stages=self.measured.stages[-1:],
+            losses=self.measured.estimate,
+            starts=tuple(self.measured.space.uniform(option) for option in self.measured.space.space.sites),
+        )
 
 
 class MeanOfPlans(Relaxation):

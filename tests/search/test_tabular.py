@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from llmcompress.search.problem import Proposal
-from llmcompress.search.tabular import Table, all_plans
+from llmcompress.search.proxies.correlation import rank_correlation
+from llmcompress.search.tabular import Surrogate, Table, all_plans
 from tests.search import toy
 
 
@@ -70,3 +71,21 @@ def test_the_least_loss_is_that_of_trying_all(table: Table) -> None:
     task = table.problem(limits)
     wanted = min(table.loss(plan, 8) for plan in toy.all_plans(table.space) if task.fits(plan))
     assert table.least(limits, 8).loss == wanted
+
+
+def test_a_surrogate_answers_what_was_measured_and_orders_what_was_not() -> None:
+    space = toy.plan_space(blocks=4, options=3, most_dropped=0.25)
+    task = toy.problem(space)
+    assert task.losses is not None
+    plans = list(toy.all_plans(space))
+    random = np.random.default_rng(0)
+    drawn = [plans[index] for index in random.choice(len(plans), 60, replace=False)]
+    # losses that are no sums: what is lost together is more
+    losses_P = np.array([task.losses.total(space, plan) ** 1.3 for plan in drawn])
+    table = Table(space, (8,), np.array(drawn), losses_P[:, None], task.costs, toy.losses(space, seed=1), {})
+    surrogate = Surrogate.of(table, predictor="ridge")
+    assert surrogate.judge(Proposal(drawn[0], 8)).loss == losses_P[0]
+    unseen = [plan for plan in plans if not table.has(plan)][:200]
+    predicted = [surrogate.judge(Proposal(plan, 8)).loss for plan in unseen]
+    order = rank_correlation(predicted, [task.losses.total(space, plan) for plan in unseen])
+    assert order.tau > 0.6 and surrogate.quality.tau > 0.6
