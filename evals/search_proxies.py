@@ -127,7 +127,7 @@ class Laboratory:
             found[self.space.canonical(tuple(plan))] = None
         return list(found)
 
-    def of_one_size(self, count: int, seed: int, *, bits: float = 2.9, within: float = 0.01) -> list[Plan]:
+    def of_one_size(self, count: int, seed: int, *, bits: float = 2.6, within: float = 0.01) -> list[Plan]:
         """Random plans whose linears take so many bits per weight of the dense model, nearly."""
         weights = sum(site.outputs * site.inputs for info in self.whole.map.blocks for site in info.structure.sites)
         found: dict[Plan, None] = {}
