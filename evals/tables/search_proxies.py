@@ -64,13 +64,10 @@ def _recovery(facts: Facts) -> str:
     if not rows:
         return ""
     header = ["judged", "τ, shapes", "CPU s per plan", "τ, shapes and bits", "CPU s per plan"]
-    whole = ", ".join(
-        f"{seconds[f'{kind}: distilled']:.0f} s for {kind}"
-        for kind in ("shapes", "joint")
-        if f"{kind}: distilled" in seconds
-    )
+    whole = {kind: seconds[f"{kind}: distilled"] for kind in ("shapes", "joint") if f"{kind}: distilled" in seconds}
+    cost = ", ".join(f"{each:.0f} s for {kind}" for kind, each in whole.items())
     count = next(iter(found.values()))["count"]
-    return f"With the whole distillation, on {count} plans ({whole} per plan):\n\n{markdown(header, rows)}"
+    return f"With the whole distillation, on {count} plans ({cost} per plan):\n\n{markdown(header, rows)}"
 
 
 def _scaling(facts: Facts) -> str:
