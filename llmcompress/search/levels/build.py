@@ -112,7 +112,7 @@ class _Build:
         """Per pass, by its place: what it decided about the whole model."""
         key = f"{self._before:02d}-decisions"
         if not self._store.is_finished(key):
-            tensors = {}
+            tensors: dict[str, Tensor] = {}
             context = self._whole.context.at(key)
             for place, each in enumerate(self._passes()):
                 if each.decides:
@@ -121,8 +121,8 @@ class _Build:
             self._store.save(key, tensors, {})
         known: dict[int, dict[str, Tensor]] = {}
         for name, tensor in self._store.file(key).tensors().items():
-            place, _, own = name.partition(":")
-            known.setdefault(int(place), {})[own] = tensor
+            number, _, own = name.partition(":")
+            known.setdefault(int(number), {})[own] = tensor
         return {place: known.get(place, {}) for place in range(len(self._passes()))}
 
     def _levels(self, work: BlockWork, progress: Progress) -> BlockLevels:

@@ -93,6 +93,47 @@ def test_a_narrow_body_has_the_sizes_of_the_pass_and_is_described_by_a_plain_con
     assert model.config.intermediate_size == WHOLE.model.config.intermediate_size // 2
 
 
+FAMILIES = ["gpt2", "falcon_old", "gemma2", "phi3", "qwen3_moe"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kind_of_block_is_judged_as_it_is_assembled(family: str) -> None:
+    whole = whole_model(family)
+    bodies = {"bodies": {"whole": []}} if family == "qwen3_moe" else {}  # its experts are fused here
+    space = space_of(whole, per="group", most_dropped=0, **bodies)
+    plan = space.random(np.random.default_rng(2))
+    with benched(whole, space) as bench:
+        found = bench.divergences(plan, bench.text(TEXT))
+        model = bench.assembled(plan)
+    torch.testing.assert_close(found, full_divergences(whole.model, model, TEXT), rtol=2e-3, atol=1e-6)
+
+
+BEFORE = {"none": [], "rotated": [{"rotation": {}}], "sliced": [{"slicegpt": {"fraction": 0.2}}]}
+AFTER = {
+    "none": [],
+    "coded": [{"embeddings": {"embedding": "int4_channel", "head": "int4_channel"}}],
+    "healed": [{"recover": {"rank": 2, "training": {"steps": 2, "batch": 2, "learning_rate": 1e-3}}}],
+}
+
+
+@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("after", AFTER)
+def test_choices_for_the_whole_model_count(wide: tuple[PlanSpace, Bench], before: str, after: str) -> None:
+    space, bench = wide
+    plan = space.uniform("rtn4", before=before, after=after)
+    found = bench.divergences(plan, bench.text(TEXT))
+    model = bench.assembled(plan)
+    torch.testing.assert_close(found, full_divergences(WHOLE.model, model, TEXT), rtol=2e-3, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def wide() -> Iterator[tuple[PlanSpace, Bench]]:
+    sites = {"dense": [], "rtn4": [{"rtn": {"scheme": "int4_channel"}}]}
+    space = space_of(WHOLE, sites=sites, bodies={"whole": []}, most_dropped=0, before=BEFORE, after=AFTER)
+    with benched(WHOLE, space) as bench:
+        yield space, bench
+
+
 def test_the_model_is_as_it_was(bench: Bench) -> None:
     before = {name: tensor.clone() for name, tensor in WHOLE.model.state_dict().items()}
     for plan in plans(2, seed=8):
