@@ -140,7 +140,7 @@ class Surrogate:
         plans = [tuple(int(choice) for choice in plan) for plan in measured.plans_PU]
         losses, learner = measured.losses_PS[:, -1].tolist(), PREDICTORS[predictor]()
         space, start = measured.space, measured.estimate
-        held_out = held_out_losses(learner, space, plans, losses, start=start, seed=seed)
+        held_out = held_out_losses(learner, space, plans, losses, start=start)
         forecast = fit_plans(learner, space, plans, losses, start=start, seed=seed)
         return Surrogate(measured, forecast, rank_correlation(held_out, losses))
 
