@@ -312,7 +312,9 @@ class BlockStream:
                 recording = record(model, named, ids_BT)
                 first = self._calls[0] if self._calls else recording.calls
                 self._hidden.append(recording.hidden)
-                self._calls.append([sharing_tensors(call, same) for call, same in zip(recording.calls, first, strict=True)])
+                self._calls.append(
+                    [sharing_tensors(call, same) for call, same in zip(recording.calls, first, strict=True)]
+                )
 
     def __iter__(self) -> Iterator[BlockWork]:
         """Yield every block, on the device and in float32; when the caller is done with it, feed its outputs onward."""

@@ -178,9 +178,7 @@ def recorders(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> Iter
 def passing_on(recorder: Recorder, hidden_BTD: Tensor) -> Iterator[None]:
     """While this lasts, the recorder passes these states on, whatever it is given."""
 
-    def instead(
-        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def instead(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if HIDDEN_KEYWORD in kwargs:
             return args, {**kwargs, HIDDEN_KEYWORD: hidden_BTD}
         return (hidden_BTD, *args[1:]), kwargs

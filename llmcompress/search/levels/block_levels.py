@@ -12,7 +12,7 @@ from torch import Tensor
 from llmcompress.modules.manifest import Manifest
 from llmcompress.search.levels.difference import Difference
 from llmcompress.search.levels.encoding import decode, encode
-from llmcompress.search.levels.store import LevelStore, StoredFile
+from llmcompress.search.levels.folder import LevelFolder, StoredFile
 
 _BETWEEN = "|"
 """Between the parts of a tensor's name in the file."""
@@ -35,7 +35,7 @@ class BlockLevels:
     body_losses: dict[str, float] = field(default_factory=dict)
     """Body → estimated loss with dense linears; `dropped` among them."""
 
-    def save(self, store: LevelStore, key: str, storage: torch.dtype) -> None:
+    def save(self, store: LevelFolder, key: str, storage: torch.dtype) -> None:
         """Keep it under that key."""
         tensors: dict[str, Tensor] = {}
         forms: dict[str, Any] = {}
@@ -103,5 +103,7 @@ class StoredBlock:
         tensors = {}
         for name in stored["tensors"]:
             full = _BETWEEN.join((*path, name))
-            tensors[name] = decode(lambda suffix, full=full: self._file.tensor(full + suffix), self._about["forms"][full])
+            tensors[name] = decode(
+                lambda suffix, full=full: self._file.tensor(full + suffix), self._about["forms"][full]
+            )
         return Difference(Manifest.from_json(stored["manifest"]), tensors)

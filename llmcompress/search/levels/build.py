@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmcompress.calibration.context import RunContext
@@ -20,13 +20,13 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.environment import numeric_versions
 from llmcompress.loading.in_memory import identity_in_memory
-from llmcompress.model.map import ModelMap
 from llmcompress.numerics.statistics import Gram, Statistic
 from llmcompress.passes.base import BlockPass, Pass
 from llmcompress.progress import Progress, Silent
 from llmcompress.search.levels.before import model_after
 from llmcompress.search.levels.block_levels import BlockLevels
 from llmcompress.search.levels.difference import Difference
+from llmcompress.search.levels.folder import block_key
 from llmcompress.search.levels.losses import Sensitivities
 from llmcompress.search.levels.store import LevelStore
 from llmcompress.search.levels.work import BodyWork, Inputs, Known, OptionWork, not_local
@@ -50,7 +50,7 @@ def build_levels(
     with store.writing(settings_of(whole, space)):
         progress.stage("levels", len(space.space.before) * len(whole.map.blocks))
         for number, before in enumerate(space.space.before):
-            _Build(model_after(whole, space, store, before), space, store, f"{number:02d}").run(progress)
+            _Build(model_after(whole, space, store, before), space, store, number).run(progress)
     return store
 
 
@@ -83,13 +83,13 @@ def _written(choices: Mapping[str, Sequence[Pass]]) -> dict[str, Any]:
 class _Build:
     """The levels of one model: the dense one, or what a choice of `before` made of it."""
 
-    def __init__(self, whole: WholeModel, space: PlanSpace, store: LevelStore, prefix: str) -> None:
-        self._whole, self._space, self._store, self._prefix = whole, space.space, store, prefix
+    def __init__(self, whole: WholeModel, space: PlanSpace, store: LevelStore, before: int) -> None:
+        self._whole, self._space, self._store, self._before = whole, space.space, store, before
 
     def run(self, progress: Progress) -> None:
         """All blocks that the store does not have."""
         blocks = self._whole.map.blocks
-        keys = [f"{self._prefix}-{info.index:03d}" for info in blocks]
+        keys = [block_key(self._before, info.index) for info in blocks]
         if all(map(self._store.is_finished, keys)):
             return
         for each in self._passes():
@@ -110,10 +110,10 @@ class _Build:
 
     def _decided(self) -> dict[int, Decisions]:
         """Per pass, by its place: what it decided about the whole model."""
-        key = f"{self._prefix}-decisions"
+        key = f"{self._before:02d}-decisions"
         if not self._store.is_finished(key):
             tensors = {}
-            context = self._whole.context.at(self._prefix)
+            context = self._whole.context.at(key)
             for place, each in enumerate(self._passes()):
                 if each.decides:
                     found = each.decide(self._whole.within(context))
@@ -221,7 +221,7 @@ def _check(space: PlanSpace) -> None:
     """Raises: CompressError for an option whose later passes need another map than the dense model's."""
     for kind, choices in (("bodies", space.space.bodies), ("sites", space.space.sites)):
         for name, passes in choices.items():
-            for earlier, later in zip(passes, passes[1:], strict=False):
+            for earlier, later in pairwise(passes):
                 if isinstance(earlier, BlockPass) and earlier.changes_sites:
                     raise CompressError(
                         "search.after-shapes",
@@ -230,8 +230,3 @@ def _check(space: PlanSpace) -> None:
                         fix="name one pass that does both, or one choice of `bodies` and one of `sites`",
                         exit_code=ExitCode.USAGE,
                     )
-
-
-def size_before_building(space: PlanSpace, model_map: ModelMap, storage_dtype: torch.dtype) -> int:
-    """About how many bytes the store will have: codes, masks and dense weights where there are neither."""
-    raise NotImplementedError

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.skeleton import find_blocks, put_module
 from llmcompress.modules.base import CompressedModule
 from llmcompress.search.levels.block_levels import StoredBlock
 from llmcompress.search.levels.byte_cache import ByteCache
 from llmcompress.search.levels.difference import sharing
 from llmcompress.search.levels.path import Step
-from llmcompress.search.levels.store import LevelStore, block_key
-from llmcompress.calibration.whole import WholeModel
+from llmcompress.search.levels.store import LevelStore
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ class DecodedLevels:
 
     def stored(self, block: int) -> StoredBlock:
         """What the store holds of the block."""
-        return StoredBlock(self._store.file(block_key(self._before, block)))
+        return self._store.block(block, before=self._before)
 
     def _add(self, key: object, module: nn.Module) -> nn.Module:
         held = sum(each.numel() * each.element_size() for each in (*module.parameters(), *module.buffers()))

@@ -46,9 +46,7 @@ class Difference:
         """What concerns one linear, for `module`."""
         manifest = self.manifest
         return Difference(
-            Manifest(
-                _below(manifest.modules, site), _below(manifest.shapes, site), _below(manifest.attributes, site)
-            ),
+            Manifest(_below(manifest.modules, site), _below(manifest.shapes, site), _below(manifest.attributes, site)),
             _below(self.tensors, site),
         )
 

@@ -51,6 +51,11 @@ def encode(tensor: Tensor, storage: torch.dtype) -> Encoded:
     return Encoded({"": tensor.contiguous()}, {"dtype": dtype})
 
 
+def packed_bits(bits: int) -> int:
+    """In how many bits a code of so many lies in a store."""
+    return next((whole for whole in _WHOLE_IN_BYTES if bits <= whole), 8)
+
+
 def decode(read: Callable[[str], Tensor], form: Form) -> Tensor:
     """The tensor again; `read` gives its parts by suffix."""
     dtype = getattr(torch, form["dtype"])

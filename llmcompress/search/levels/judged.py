@@ -61,7 +61,9 @@ class JudgedText:
 
 def key_of(windows_NT: Tensor) -> str:
     """A hash of token ids and their shape."""
-    return hashlib.sha256(repr(tuple(windows_NT.shape)).encode() + windows_NT.contiguous().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(
+        repr(tuple(windows_NT.shape)).encode() + windows_NT.contiguous().numpy().tobytes()
+    ).hexdigest()
 
 
 def dense_top(predicted: Predictions) -> tuple[Tensor, Tensor]:

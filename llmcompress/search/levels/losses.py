@@ -10,12 +10,11 @@ longer than others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
@@ -23,11 +22,6 @@ from typing_extensions import override
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.numerics.grid import row_errors
-from llmcompress.search.additive import Additive
-from llmcompress.search.levels.block_levels import StoredBlock
-from llmcompress.search.levels.store import LevelStore, block_key
-from llmcompress.search.plan_space import PlanSpace
-from llmcompress.search.space import DROPPED
 from llmcompress.sensitivity.gradients import GradientObserver, OutputSquares, sweep
 
 
@@ -89,35 +83,3 @@ class Sensitivities:
             total += float((here_BTH * (other_BTH - dense_BTH).float()).sum(-1).double().square().sum())
         predictions = gradient_NTH.shape[1] - 1
         return 0.5 * total * predictions / self._windows
-
-
-def additive_losses(space: PlanSpace, store: LevelStore) -> Additive:
-    """The estimates of a finished store as a sum over units: of the model after the first choice of `before`."""
-    blocks = [StoredBlock(store.file(block_key(0, info.index))) for info in space.model_map.blocks]
-    of_unit: dict[int, np.ndarray] = {}
-    of_sites: dict[int, np.ndarray] = {}
-    bodies = list(space.space.bodies)
-    for index, unit in enumerate(space.units):
-        if unit.kind == "body":
-            of_unit[index] = np.array(
-                [sum(_body_loss(blocks[block].body_losses, option) for block in unit.blocks) for option in unit.options]
-            )
-        elif unit.kind == "sites":
-            of_sites[index] = np.array(
-                [
-                    [
-                        sum(
-                            blocks[block].losses(body).get(site, {}).get(option, 0.0)
-                            for block in unit.blocks
-                            for site in unit.sites
-                        )
-                        for option in unit.options
-                    ]
-                    for body in bodies
-                ]
-            )
-    return Additive(0.0, of_unit, of_sites)
-
-
-def _body_loss(losses: Mapping[str, float], option: str) -> float:
-    return losses[DROPPED] if option == DROPPED else losses[option]
