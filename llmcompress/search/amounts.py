@@ -53,16 +53,6 @@ def read_amount(text: str | float, axis: str) -> Amount:
     return Amount(number * _UNITS[axis][unit])
 
 
-def written_amount(value: float, axis: str) -> str:
-    """For people: `1.50 MB`, `12.3 ms/token`, `0.41 J/token`."""
-    if axis in ("bytes", "memory"):
-        unit, size = next(((name, size) for name, size in (("GB", 1e9), ("MB", 1e6)) if value >= size), ("kB", 1e3))
-        return f"{value / size:.4g} {unit}"
-    if axis == "energy":
-        return f"{value:.3g} J/token"
-    return f"{value * 1e3:.4g} ms/token"
-
-
 def _refused(text: str | float, axis: str) -> CompressError:
     return CompressError(
         "search.amount",

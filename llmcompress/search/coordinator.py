@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from llmcompress.progress import Progress, Silent
 from llmcompress.search.judging import key_of
 from llmcompress.search.optimizers.base import AskTell
-from llmcompress.search.plan_space import PlanSpace
-from llmcompress.search.problem import Outcome, Proposal
+from llmcompress.search.problem import Outcome, Problem, Proposal
 from llmcompress.search.trials import Trials
 from llmcompress.search.worker import OVER, POLL_SECONDS, Desk
 
@@ -28,7 +27,7 @@ def nobody() -> Sequence[str]:
 class Coordinator:
     """One search."""
 
-    space: PlanSpace
+    problem: Problem
     trials: Trials
     judge_fingerprint: str
     desk: Desk | None
@@ -47,13 +46,17 @@ class Coordinator:
         self._read()
         self.progress.stage("search", trials)
         while asked := search.ask():
-            outcomes = self._answered(asked)
+            outcomes = self.answers(asked)
             search.tell(outcomes)
             found += outcomes
-        self.trials.remember(OVER, True)
         return found
 
-    def _answered(self, asked: Sequence[Proposal]) -> list[Outcome]:
+    def end(self) -> None:
+        """Nothing more will be asked: workers may leave."""
+        self.trials.remember(OVER, True)
+
+    def answers(self, asked: Sequence[Proposal]) -> list[Outcome]:
+        """The outcomes of these proposals, in their order, from what is known or as soon as somebody judged them."""
         keys = [key_of(self.judge_fingerprint, each) for each in asked]
         wanted = dict(zip(keys, asked, strict=True))
         told: set[str] = set()
@@ -69,9 +72,10 @@ class Coordinator:
 
     def _enqueue(self, missing: dict[str, Proposal]) -> None:
         unfinished = self.trials.unfinished()
+        self._read()  # after the others were listed: one that ends in between is in one of the two
         for key, proposal in missing.items():
-            if key not in unfinished:
-                self.trials.enqueue(self.space, proposal, key)
+            if key not in unfinished and key not in self.known:
+                self.trials.enqueue(self.problem, proposal, key)
 
     def _read(self) -> None:
         for each in self.trials.finished():

@@ -56,6 +56,9 @@ class Patience:
 
 
 def is_down(problem: BaseException) -> bool:
-    """Whether an error says that the database, or the gRPC proxy before it, could not be reached or used just now."""
+    """Whether an error says that the database, or the gRPC proxy before it, could not be reached or used just now.
+
+    An IntegrityError comes from two processes that make the tables, or a trial, at the same moment.
+    """
     kinds = {each.__name__ for each in type(problem).__mro__}
-    return bool(kinds & {"StorageInternalError", "OperationalError", "InterfaceError", "RpcError"})
+    return bool(kinds & {"StorageInternalError", "OperationalError", "InterfaceError", "IntegrityError", "RpcError"})

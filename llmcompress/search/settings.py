@@ -21,6 +21,7 @@ from llmcompress.recipe.model import Save
 from llmcompress.recipe.stages import Grouped
 from llmcompress.search.amounts import AXES, read_amount
 from llmcompress.search.optimizers.base import OPTIMIZERS, Optimizer
+from llmcompress.search.selection import SELECTIONS, LeastLoss, Selection
 from llmcompress.search.space import Space
 
 Axis = Literal["bytes", "memory", "prefill", "decode", "energy"]
@@ -81,25 +82,11 @@ class Limits(_Settings):
         return {axis: read_amount(text, axis).of(dense.get(axis, 0.0)) for axis, text in self.given.items()}
 
 
-class Selection(_Settings):
-    """Which plan of the front is proposed."""
-
-    by: Literal["loss", "lexicographic", "scalar", "hybrid"] = "loss"
-    """`loss`: the lowest within all limits; `lexicographic`: the cheapest within `tolerance` of the lowest loss;
-    `scalar`: MnasNet's product of quality and cost; `hybrid`: the product among those within the tolerance."""
-    axis: Axis = "bytes"
-    """The cost of the rules other than `loss`."""
-    tolerance: float = Field(default=0.05, ge=0)
-    """By which fraction a loss may exceed the lowest and still count as equal."""
-    target: str | None = None
-    """Of `scalar`: the cost aimed at; None: the limit on the axis, or the median of the front."""
-    weight: float = -0.07
-    """Of `scalar`: MnasNet's exponent w of (cost ÷ target)^w."""
-
-
 class Finish(_Settings):
-    """What is done when the search is over."""
+    """What is done when the optimizer is done."""
 
+    front: int = Field(default=16, ge=1)
+    """So many plans of the front found on few tokens are judged on the most, with all uniform plans that fit."""
     compress: int = Field(default=1, ge=0)
     """So many plans of the front, the selected one first, are compressed for real and evaluated beside uniform plans;
     0: none."""
@@ -127,7 +114,8 @@ class SearchSettings(_Settings):
     optimizer: Annotated[tuple[Optimizer, ...], Grouped(OPTIMIZERS)]
     """One optimizer with its options: `{evolution: {trials: 200}}`."""
     limits: Limits = Limits()
-    select: Selection = Selection()
+    select: Annotated[tuple[Selection, ...], Grouped(SELECTIONS)] = (LeastLoss(),)
+    """The rule that takes one plan of the front: `{lexicographic: {tolerances: [0.05]}}`."""
     finish: Finish = Finish()
     evaluate: Annotated[tuple[MetricSettings, ...], Grouped(METRIC_SETTINGS)] = BUNDLED_TEXT
     """What the models that are compressed at the end are evaluated on; no plan is chosen by it."""
@@ -136,6 +124,8 @@ class SearchSettings(_Settings):
     def _one_optimizer(self) -> Self:
         if len(self.optimizer) != 1:
             raise ValueError("`optimizer` must name exactly one optimizer, e.g. `optimizer: {evolution: {}}`")
+        if len(self.select) != 1:
+            raise ValueError("`select` must name exactly one rule, e.g. `select: {least_loss: {}}`")
         return self
 
     @property

@@ -28,7 +28,7 @@ from llmcompress.storage.json_file import read_json
 from llmcompress.storage.json_lines import append_line, read_json_lines
 from llmcompress.storage.lock import ProcessLock
 
-SETTINGS, ABOUT, DATABASE = "search.yaml", "study.json", "study.db"
+SETTINGS, ABOUT, DATABASE, FRONT = "search.yaml", "study.json", "study.db", "front.json"
 NAME = "llmcompress"
 """Of the study in a database of its own."""
 

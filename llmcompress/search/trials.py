@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmcompress.search.library import optuna_library
 from llmcompress.search.patience import Patience, is_down
-from llmcompress.search.plan_space import PlanSpace
-from llmcompress.search.problem import Outcome, Proposal
+from llmcompress.search.plan_space import Plan, PlanSpace
+from llmcompress.search.problem import Outcome, Problem, Proposal
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -40,6 +40,10 @@ class Claimed:
     number: int
     key: str
     proposal: Proposal
+    costs: Mapping[str, float]
+    """What is known without judging."""
+    excess: Mapping[str, float]
+    """Axis → by which share its limit is exceeded; negative: it is kept."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,10 @@ class Trials:
         """Keep plain data with the study."""
         self._patience(lambda: self._storage.set_study_user_attr(self._id, key, value))
 
-    def enqueue(self, space: PlanSpace, proposal: Proposal, key: str) -> None:
+    def enqueue(self, problem: Problem, proposal: Proposal, key: str) -> None:
         """One more trial that waits for a worker."""
+        space, costs = problem.space, problem.cost(proposal.plan)
+        excess = {axis: costs[axis] / limit - 1.0 for axis, limit in problem.limits.items() if axis in costs}
         optuna = optuna_library()
         chosen = {space.units[index].name + _suffix(space, index): index for index in space.free}
         params: dict[str, Any] = {
@@ -111,7 +117,13 @@ class Trials:
             state=optuna.trial.TrialState.WAITING,
             params=params,
             distributions=distributions,
-            user_attrs={"key": key, "plan": list(proposal.plan), "tokens": proposal.tokens},
+            user_attrs={
+                "key": key,
+                "plan": list(proposal.plan),
+                "tokens": proposal.tokens,
+                "costs": costs,
+                "excess": excess,
+            },
         )
         self._patience(lambda: self._storage.create_new_trial(self._id, template_trial=trial))
 
@@ -123,7 +135,10 @@ class Trials:
                 self._patience(
                     lambda trial=trial: self._storage.set_trial_user_attr(trial._trial_id, "worker", worker)  # type: ignore[misc]
                 )
-                return Claimed(trial._trial_id, trial.number, str(trial.user_attrs["key"]), _proposal(trial))
+                about = trial.user_attrs
+                return Claimed(
+                    trial._trial_id, trial.number, str(about["key"]), _proposal(trial), about["costs"], about["excess"]
+                )
         return None
 
     @contextmanager
@@ -153,18 +168,17 @@ class Trials:
             over.set()
             thread.join()
 
-    def finish(self, claimed: Claimed, outcome: Outcome, excess: Mapping[str, float], axes: Sequence[str]) -> None:
+    def finish(self, claimed: Claimed, outcome: Outcome) -> None:
         """Tell the outcome. One that is not valid, or exceeds a limit, is infeasible by constraint.
 
         A trial that was given to another worker meanwhile stays that one's.
         """
-        optuna = optuna_library()
-        self._patience(lambda: self._tell(claimed, outcome, excess, axes, optuna.exceptions.UpdateFinishedTrialError))
+        over = optuna_library().exceptions.UpdateFinishedTrialError
+        self._patience(lambda: self._tell(claimed, outcome, over))
 
-    def _tell(
-        self, claimed: Claimed, outcome: Outcome, excess: Mapping[str, float], axes: Sequence[str], over: type[Exception]
-    ) -> None:
-        constraints = {"failed": 0.0 if outcome.is_valid else 1.0, **excess}
+    def _tell(self, claimed: Claimed, outcome: Outcome, over: type[Exception]) -> None:
+        constraints = {"failed": 0.0 if outcome.is_valid else 1.0, **claimed.excess}
+        _, *axes = self._study.metric_names or ("loss",)
         values = [outcome.loss, *(outcome.costs.get(axis, math.inf) for axis in axes)]
         try:
             for name, value in {"costs": dict(outcome.costs), "problem": outcome.problem}.items():
@@ -201,6 +215,12 @@ class Trials:
                 )
             )
         return found
+
+    def plan(self, number: int) -> Plan | None:
+        """What that trial was about; None: there is no such trial."""
+        trials = self._patience(lambda: self._storage.get_all_trials(self._id, deepcopy=False))
+        found = (_proposal(trial).plan for trial in trials if trial.number == number and "plan" in trial.user_attrs)
+        return next(found, None)
 
     def unfinished(self) -> dict[str, str]:
         """Key → worker, empty where none has it yet, of trials that wait or run."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 from llmcompress.progress import Progress, Silent
 from llmcompress.search.judging import Judge, judged
@@ -25,8 +25,6 @@ class Desk:
     trials: Trials
     judge: Judge
     worker: Worker
-    axes: Sequence[str]
-    limits: Mapping[str, float]
     known: dict[str, Outcome] = field(default_factory=dict)
     """Key → outcome that this process, or a dead one in its folder, found before; grows."""
     progress: Progress = field(default_factory=Silent)
@@ -37,20 +35,16 @@ class Desk:
         if claimed is None:
             return None
         outcome = self.known.get(claimed.key) or self._judged(claimed)
-        self.trials.finish(claimed, outcome, excess_of(outcome, self.limits), self.axes)
+        self.trials.finish(claimed, outcome)
         return outcome
 
     def _judged(self, claimed: Claimed) -> Outcome:
         with self.trials.alive(claimed):
-            outcome = judged(self.judge, claimed.proposal)
+            found = judged(self.judge, claimed.proposal)
+        outcome = replace(found, costs={**claimed.costs, **found.costs})
         self.worker.keep(claimed.key, outcome)  # before the database is told, which may be down
         self.known[claimed.key] = outcome
         return outcome
-
-
-def excess_of(outcome: Outcome, limits: Mapping[str, float]) -> dict[str, float]:
-    """Axis → by which share its limit is exceeded; negative: it is kept."""
-    return {axis: outcome.costs[axis] / limit - 1.0 for axis, limit in limits.items() if axis in outcome.costs}
 
 
 def work(desk: Desk, *, is_wanted: Callable[[], bool], sleep: Callable[[float], None] = time.sleep) -> int:

@@ -102,7 +102,7 @@ def trials(folder: StudyFolder, *, url: str | None = None, patience: Patience | 
 def desk(folder: StudyFolder, found: Trials, judge: Judge, **options: Any) -> Desk:
     worker = folder.worker(new_worker_name())
     worker.begin()
-    return Desk(trials=found, judge=judge, worker=worker, axes=["bytes"], limits={}, **options)
+    return Desk(trials=found, judge=judge, worker=worker, **options)
 
 
 def searched(folder: StudyFolder, judge: Judge, *, count: int = 12, url: str | None = None, **options: Any) -> list[Outcome]:
@@ -112,14 +112,16 @@ def searched(folder: StudyFolder, judge: Judge, *, count: int = 12, url: str | N
     own = desk(folder, found, judge, known=known)
     try:
         coordinator = Coordinator(
-            space=plan_space(),
+            problem=problem(),
             trials=found,
             judge_fingerprint=judge.fingerprint,
             desk=own,
             dead_workers=lambda: [each.name for each in folder.workers() if not each.is_alive],
             sleep=lambda seconds: time.sleep(0.01),
         )
-        return coordinator.run(AskTell(Walk(trials=count), problem()), count)
+        found_all = coordinator.run(AskTell(Walk(trials=count), problem()), count)
+        coordinator.end()
+        return found_all
     finally:
         own.worker.end()
 

@@ -35,9 +35,12 @@ class Marking:
         self._folder, self._hangs = folder, hangs
 
     def __call__(self, plan, tokens) -> Outcome:
-        asked = len(list(self._folder.glob("*.asked")))
         (self._folder / f"{os.getpid()}-{time.monotonic_ns()}.asked").touch()
-        if asked < self._hangs:
+        for number in range(self._hangs):
+            try:
+                (self._folder / f"hung-{number}").touch(exist_ok=False)
+            except FileExistsError:
+                continue
             (self._folder / f"{os.getpid()}.hangs").touch()
             time.sleep(600)
         return outcome(plan, tokens)
@@ -55,16 +58,25 @@ def start(folder: StudyFolder, judge: Callable[..., Outcome], url: str | None = 
     return process
 
 
+def begun(path: Path) -> StudyFolder:
+    """A folder with its database: workers may join."""
+    folder = study(path)
+    trials(folder)
+    return folder
+
+
 def coordinated(folder: StudyFolder, dead: Callable[[], list[str]] | None = None, url: str | None = None) -> list[Outcome]:
     coordinator = Coordinator(
-        space=plan_space(),
+        problem=problem(),
         trials=trials(folder, url=url),
         judge_fingerprint="small",
         desk=None,
         dead_workers=dead or (lambda: [each.name for each in folder.workers() if not each.is_alive]),
         sleep=lambda seconds: time.sleep(0.02),
     )
-    return coordinator.run(AskTell(Walk(trials=12), problem()), 12)
+    found = coordinator.run(AskTell(Walk(trials=12), problem()), 12)
+    coordinator.end()
+    return found
 
 
 def killing(folder: StudyFolder, marks: Path, processes: list[multiprocessing.Process], judge: Marking) -> list[str]:
@@ -82,8 +94,8 @@ def test_g1_a_killed_worker_costs_one_repetition_and_changes_nothing(tmp_path: P
     import optuna
 
     whole = searched(study(tmp_path / "whole"), function_judge())
-    folder, judge = study(tmp_path), Marking(tmp_path, hangs=1)
-    processes = [start(folder, judge) for _ in range(2)]
+    folder, judge = begun(tmp_path), Marking(tmp_path, hangs=1)
+    processes = [start(folder, judge), start(folder, judge)]
     assert coordinated(folder, lambda: killing(folder, tmp_path, processes, judge)) == whole
     for process in processes:
         process.join()
@@ -97,7 +109,7 @@ def test_g1_a_killed_worker_costs_one_repetition_and_changes_nothing(tmp_path: P
 
 
 def test_g1_a_plan_that_kills_every_worker_is_infeasible(tmp_path: Path) -> None:
-    folder, judge = study(tmp_path), Marking(tmp_path, hangs=2)
+    folder, judge = begun(tmp_path), Marking(tmp_path, hangs=2)
     processes = [start(folder, judge)]
     found = coordinated(folder, lambda: killing(folder, tmp_path, processes, judge))
     for process in processes:
@@ -109,7 +121,7 @@ def test_a_waiting_trial_is_claimed_by_one_worker_only(tmp_path: Path) -> None:
     folder = study(tmp_path)
     found = trials(folder)
     for number in range(6):
-        found.enqueue(plan_space(), Proposal((0,) * len(plan_space().units), number), str(number))
+        found.enqueue(problem(), Proposal((0,) * len(plan_space().units), number), str(number))
     processes = [start(folder, Marking(tmp_path, hangs=0)) for _ in range(3)]
     found.remember("over", True)
     for process in processes:
@@ -138,7 +150,7 @@ def test_the_heartbeat_of_a_remote_worker_that_stopped_frees_its_trial(tmp_path:
     monkeypatch.setattr(module, "GRACE_SECONDS", 1)
     folder = study(tmp_path)
     found = trials(folder)
-    found.enqueue(plan_space(), Proposal((0,) * len(plan_space().units), 4), "key")
+    found.enqueue(problem(), Proposal((0,) * len(plan_space().units), 4), "key")
     claimed = found.claim("elsewhere")
     assert claimed is not None
     with found.alive(claimed):
