@@ -27,6 +27,7 @@ from llmcompress.search.levels.decoded import DecodedLevels, Shell
 from llmcompress.search.levels.judged import JudgedText, dense_top, judged, key_of
 from llmcompress.search.levels.outside import Outside
 from llmcompress.search.levels.path import Step, path_of, whole_model_choices
+from llmcompress.search.levels.relaxation import Given, MixedModel
 from llmcompress.search.levels.store import LevelStore
 from llmcompress.search.plan_space import Plan, PlanSpace
 
@@ -137,6 +138,14 @@ class Bench:
         steps = path_of(self._space, plan)
         context = replace(self._whole.context, keep=None, state=None)
         return assemble(model, steps, self.levels(before), self._space.space.after[after], context)
+
+    def relaxation(self, text: JudgedText, *, before: str | None = None, after: str | None = None) -> MixedModel:
+        """The mixture of options, judged on one batch of the text at a time; `before` and `after` are fixed, by default
+        to the first choices. Choices of `after` that train count as nothing."""
+        names = before or self._names(0, 0)[0], after or self._names(0, 0)[1]
+        started = self._start(*names, text)
+        given = Given(text, started.states, started.calls, self._outside(*names))
+        return MixedModel(self._space, self.levels(names[0]), given)
 
     def levels(self, before: str) -> DecodedLevels:
         """Levels of the dense model, or of what that choice made of it."""

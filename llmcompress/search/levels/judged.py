@@ -5,7 +5,7 @@ window, R = rows (predictions of some windows, one after the other), K = top tok
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -48,15 +48,16 @@ class JudgedText:
 
     def divergences(self, batch: int, predicted: Predictions) -> Tensor:
         """Mean KL(dense ‖ other) of every window of a batch, float64 on the CPU."""
-        ids_RK, dense_RK = self.ids[batch], self.logprobs[batch]
+        return torch.cat(list(self.parts(batch, predicted))).reshape(len(self.batches[batch]), -1).mean(-1).cpu()
+
+    def parts(self, batch: int, predicted: Predictions) -> Iterator[Tensor]:
+        """KL(dense ‖ other) of every prediction of a batch, some rows at a time, with gradients where enabled."""
         size = _rows(predicted)
-        found = [
-            divergences(dense_QK, _log_probabilities(predicted, rows, ids_QK))
-            for rows, ids_QK, dense_QK in zip(
-                predicted.values_RX.split(size), ids_RK.split(size), dense_RK.split(size), strict=True
-            )
-        ]
-        return torch.cat(found).reshape(len(self.batches[batch]), -1).mean(-1).cpu()
+        values, ids, logprobs = (
+            each.split(size) for each in (predicted.values_RX, self.ids[batch], self.logprobs[batch])
+        )
+        for rows, ids_QK, dense_QK in zip(values, ids, logprobs, strict=True):
+            yield divergences(dense_QK, _log_probabilities(predicted, rows, ids_QK))
 
 
 def key_of(windows_NT: Tensor) -> str:
@@ -89,5 +90,6 @@ def _log_probabilities(predicted: Predictions, rows_QX: Tensor, ids_QK: Tensor) 
 
 
 def _rows(predicted: Predictions) -> int:
-    vocabulary = predicted.logits(predicted.values_RX[:1]).shape[-1]
+    with torch.no_grad():
+        vocabulary = predicted.logits(predicted.values_RX[:1]).shape[-1]
     return max(1, _ROWS_BYTES // (4 * vocabulary))

@@ -1,0 +1,81 @@
+"""APQ-like search: evolution on a predictor, which is trained on plans that were judged."""
+
+from __future__ import annotations
+
+import numpy as np
+from pydantic import Field
+
+from llmcompress.search.optimizers.base import OPTIMIZERS
+from llmcompress.search.optimizers.budget import Budget
+from llmcompress.search.optimizers.judging import Explorer, Exploration, beginning
+from llmcompress.search.optimizers.optuna_samplers import log_loss
+from llmcompress.search.optimizers.predictors import Ensemble
+from llmcompress.search.plan_space import Plan
+from llmcompress.search.problem import Outcome, Problem
+
+
+@OPTIMIZERS.register("apq")
+class APQ(Explorer):
+    """A predictor on the one-hot plan takes the place of judging; evolution on it proposes what is judged next.
+
+    Each round half of the children are mutations and half crossovers of the best quarter; those beyond the limits are
+    repaired. The best plans of the last generation are judged, and the predictor is trained again with them.
+    Source: Wang et al., APQ, arXiv 2006.08509: population 100, 50 mutations and 50 crossovers, a quarter as parents,
+    each unit mutated with probability 0.1.
+    Differs: several rounds of few generations instead of one of 500, so that the predictor learns where it is asked;
+    two networks of two layers of 64 instead of one of three of 400, for hundreds of plans instead of thousands.
+    """
+
+    start: int = Field(default=40, ge=2)
+    """Plans judged before the first predictor: given ones that fit, and random ones."""
+    population: int = Field(default=100, ge=4)
+    generations: int = Field(default=10, ge=1)
+    """On the predictor, each round."""
+    mutation: float = Field(default=0.1, gt=0, le=1)
+    """Probability of each unit."""
+    batch: int = Field(default=10, ge=1)
+    """Plans judged each round."""
+
+    def explore(self, problem: Problem, random: np.random.Generator) -> Exploration:
+        """Round by round."""
+        budget, seen = Budget(problem), dict[Plan, Outcome]()
+        told = yield beginning(problem, budget, random, self.start)
+        while told or seen:
+            seen.update((each.plan, each) for each in told)
+            ensemble = Ensemble(members=2, hidden=(64, 64))
+            known = sorted(seen.values(), key=log_loss)
+            ensemble.fit(
+                problem.space.one_hot([each.plan for each in known]), np.array([log_loss(each) for each in known]), random
+            )
+            population = [each.plan for each in known[: self.population]]
+            for _ in range(self.generations):
+                population = self._next(population, ensemble, budget, random)
+            new = [plan for plan in population if plan not in seen]
+            told = yield new[: self.batch] or [budget.random(random)]
+
+    def _next(
+        self, population: list[Plan], ensemble: Ensemble, budget: Budget, random: np.random.Generator
+    ) -> list[Plan]:
+        """Parents and their children, the best first."""
+        parents = population[: max(2, self.population // 4)]
+        children = dict.fromkeys(parents)
+        for index in range(self.population):
+            one, other = (parents[int(random.integers(len(parents)))] for _ in range(2))
+            child = self._mutated(one, budget, random) if index % 2 else crossed(one, other, random)
+            children.setdefault(budget.within(child, random))
+        plans = list(children)
+        predicted_N = ensemble.predict(budget.space.one_hot(plans)).mean(0)
+        return [plans[index] for index in predicted_N.argsort()[: self.population]]
+
+    def _mutated(self, plan: Plan, budget: Budget, random: np.random.Generator) -> Plan:
+        found = list(plan)
+        for unit in budget.free:
+            if random.random() < self.mutation:
+                found[unit] = int(random.integers(len(budget.space.units[unit].options)))
+        return tuple(found)
+
+
+def crossed(one: Plan, other: Plan, random: np.random.Generator) -> Plan:
+    """Every unit from one of two plans."""
+    takes = random.random(len(one)) < 0.5
+    return tuple(first if mine else second for first, second, mine in zip(one, other, takes, strict=True))
