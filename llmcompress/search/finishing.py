@@ -13,6 +13,7 @@ from llmcompress.recipe import Recipe
 from llmcompress.records.report import Report, read_report
 from llmcompress.records.search import MadeModel
 from llmcompress.search.additive import Additive
+from llmcompress.search.baselines import changes_something
 from llmcompress.search.ending import Found
 from llmcompress.search.plan_recipe import recipe_of
 from llmcompress.search.plan_space import Plan, PlanSpace
@@ -27,14 +28,6 @@ def recipes_of(found: Found, settings: Mapping[str, Any]) -> dict[int, Recipe]:
     return {
         found.number(each): recipe_of(space, each.plan, settings) for each in wanted if changes_something(space, each.plan)
     }
-
-
-def changes_something(space: PlanSpace, plan: Plan) -> bool:
-    """Whether it is not the dense model."""
-    choices = {"sites": space.space.sites, "before": space.space.before, "after": space.space.after}
-    choices["body"] = {**space.space.bodies}
-    options = ((unit.kind, unit.options[choice]) for unit, choice in zip(space.units, plan, strict=True))
-    return bool(space.dropped(plan)) or any(choices[kind].get(option) for kind, option in options)
 
 
 def write_recipes(recipes: Mapping[int, Recipe], folder: Path) -> None:

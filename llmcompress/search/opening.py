@@ -24,6 +24,7 @@ from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.probe import map_model
 from llmcompress.planning import KnownModel, check_recipe, known_model, storage_dtype_of
 from llmcompress.progress import Progress
+from llmcompress.recipe import Recipe
 from llmcompress.search.additive import Additive
 from llmcompress.search.costs.file_bytes import bytes_of, with_settled_format
 from llmcompress.search.costs.forms import Forms
@@ -31,7 +32,7 @@ from llmcompress.search.costs.latency_table import LatencyTable
 from llmcompress.search.costs.measuring import LatencySettings, measure_latency
 from llmcompress.search.costs.seconds import seconds_of
 from llmcompress.search.plan_recipe import recipe_of
-from llmcompress.search.plan_space import Plan, PlanSpace
+from llmcompress.search.plan_space import PlanSpace
 from llmcompress.search.settings import SearchSettings
 from llmcompress.search.space import Space
 
@@ -55,6 +56,11 @@ class Subject:
     """Of every plan's recipe, with a format that holds all plans."""
 
     @property
+    def judged_space(self) -> PlanSpace:
+        """Whose candidates are judged: with short trainings where the settings say so; plans mean the same in it."""
+        return self.settings.judge.space_of(self.space)
+
+    @property
     def identity(self) -> dict[str, str]:
         """Hashes of what decides what the model computes."""
         assert self.loaded.folder is not None
@@ -72,16 +78,15 @@ def open_subject(settings: SearchSettings, *, device: str, progress: Progress) -
     unfuse_experts(loaded.model, loaded.weights)
     known = known_model(source, trust_remote_code=settings.trust_remote_code)
     space = PlanSpace(settings.space, map_model(loaded.model))
-    check_options(space, known, settings)
+    recipe = check_options(space, known, settings)
     where = usable_device(device)
     torch.manual_seed(settings.seed)
     windows_NT, judged_NT = _texts(settings, loaded, progress)
-    first, *_ = uniform_plans(space).values()
     context = RunContext(
         windows_NT,
         batch=settings.calibration.batch,
         device=where,
-        storage_dtype=storage_dtype_of(recipe_of(space, first, settings.recipe_settings()), loaded.preflight),
+        storage_dtype=storage_dtype_of(recipe, loaded.preflight),
         seed=settings.seed,
         experts=settings.calibration.experts,
         progress=progress,
@@ -97,15 +102,10 @@ def open_subject(settings: SearchSettings, *, device: str, progress: Progress) -
     )
 
 
-def uniform_plans(space: PlanSpace) -> dict[str, Plan]:
-    """Option of all linears → its plan, with whole blocks and nothing else; without the one that changes nothing."""
-    return {name: space.uniform(name) for name, passes in space.space.sites.items() if passes}
+def check_options(space: PlanSpace, known: KnownModel, settings: SearchSettings) -> Recipe:
+    """Every option by itself makes a recipe that fits the model; any of these recipes.
 
-
-def check_options(space: PlanSpace, known: KnownModel, settings: SearchSettings) -> None:
-    """Every option by itself makes a recipe that fits the model; those that the model cannot have are refused.
-
-    Raises: CompressError naming the option.
+    Raises: CompressError naming the option that does not.
     """
     plain = next(iter(space.space.sites))
     plans = {f"sites: {name}": space.uniform(name) for name, passes in space.space.sites.items() if passes}
@@ -119,11 +119,13 @@ def check_options(space: PlanSpace, known: KnownModel, settings: SearchSettings)
             exit_code=ExitCode.USAGE,
         )  # fmt: skip
     for name, plan in plans.items():
+        recipe = recipe_of(space, plan, settings.recipe_settings())
         try:
-            check_recipe(recipe_of(space, plan, settings.recipe_settings()), space.model_map, known.loader)
+            check_recipe(recipe, space.model_map, known.loader)
         except CompressError as refused:
             refused.where = f"space ({name}), {refused.where}".rstrip(", ")
             raise
+    return recipe
 
 
 def costs_of(subject: Subject, folder: Path, *, progress: Progress) -> tuple[dict[str, Additive], dict[str, float]]:
@@ -171,7 +173,13 @@ def latency_table(subject: Subject, folder: Path, forms: Forms, *, progress: Pro
     if costs.table is not None or file.is_file():
         return LatencyTable.read(file)
     progress.stage("measure latency", 0)
-    settings = LatencySettings(device=subject.whole.context.device.type)
+    settings = LatencySettings(
+        batch=costs.batch,
+        context=costs.context,
+        turns=costs.turns,
+        threads=costs.threads,
+        device=subject.whole.context.device.type,
+    )
     config = subject.loaded.model.config
     table = measure_latency(subject.space, config, costs.runtime, settings=settings, forms=forms, progress=progress)
     table.write(file)

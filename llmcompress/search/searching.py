@@ -18,7 +18,8 @@ from llmcompress.records.search import SearchReport
 from llmcompress.report.folder import write_report
 from llmcompress.report.searched import written_cost
 from llmcompress.search.additive import Additive
-from llmcompress.search.bench_judge import BenchJudge, whole_windows
+from llmcompress.search.baselines import uniform_plans
+from llmcompress.search.bench_judge import BenchJudge, bench_judge, supernet_of, whole_windows
 from llmcompress.search.coordinator import Coordinator
 from llmcompress.search.costs.file_bytes import bytes_of
 from llmcompress.search.ending import Found, beside_uniform, found_of, promoted, report_of
@@ -28,7 +29,7 @@ from llmcompress.search.levels.build import build_levels
 from llmcompress.search.levels.losses import additive_losses
 from llmcompress.search.levels.store import LevelStore
 from llmcompress.search.library import optuna_library
-from llmcompress.search.opening import Subject, costs_of, open_subject, uniform_plans
+from llmcompress.search.opening import Subject, costs_of, open_subject
 from llmcompress.search.optimizers.additive_optimum import nearest
 from llmcompress.search.optimizers.base import AskTell
 from llmcompress.search.patience import Patience
@@ -125,8 +126,9 @@ class _Search:
             store = build_levels(
                 self.subject.whole, self.subject.space, LevelStore(self.folder.levels), progress=self.progress
             )
-            bench = stack.enter_context(Bench(self.subject.whole, self.subject.space, store))
-            judge = BenchJudge(bench, self.subject.judged_NT, store.fingerprint)
+            supernet = supernet_of(self.subject)
+            bench = stack.enter_context(Bench(self.subject.whole, self.subject.judged_space, store))
+            judge = bench_judge(bench, self.subject, store.fingerprint, supernet)
             problem = self._problem(costs, limits, bench, judge, store)
             patience = Patience(self.place.patience, progress=self.progress)
             url, name = self.folder.database()
@@ -163,6 +165,7 @@ class _Search:
             limits=limits,
             stages=stages,
             losses=additive_losses(subject.space, store),
+            relaxation=bench.relaxation(judge.text(stages[0])),
             starts=tuple(uniform_plans(subject.space).values()),
         )
 
@@ -267,8 +270,9 @@ def join(
     worker.begin()
     try:
         store = _levels(subject, place, told)
-        with Bench(subject.whole, subject.space, store) as bench:
-            judge = BenchJudge(bench, subject.judged_NT, store.fingerprint)
+        supernet = supernet_of(subject)
+        with Bench(subject.whole, subject.judged_space, store) as bench:
+            judge = bench_judge(bench, subject, store.fingerprint, supernet)
             if trials.about("judge") != judge.fingerprint:
                 raise _other_study(place)
             desk = Desk(trials=trials, judge=judge, worker=worker, known=place.outcomes(told), progress=told)

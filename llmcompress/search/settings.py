@@ -21,6 +21,8 @@ from llmcompress.recipe.model import Save
 from llmcompress.recipe.stages import Grouped
 from llmcompress.search.amounts import AXES, read_amount
 from llmcompress.search.optimizers.base import OPTIMIZERS, Optimizer
+from llmcompress.search.proxies.settings import ProxySettings
+from llmcompress.search.proxies.supernet.elastic import ElasticSettings
 from llmcompress.search.selection import SELECTIONS, LeastLoss, Selection
 from llmcompress.search.space import Space
 
@@ -31,7 +33,7 @@ class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class JudgeSettings(_Settings):
+class JudgeSettings(ProxySettings):
     """How plans are judged: the KL divergence from the dense model on text that no pass measures."""
 
     text: Calibration | None = None
@@ -39,6 +41,9 @@ class JudgeSettings(_Settings):
     """
     stages: tuple[Annotated[int, Field(ge=2)], ...] = Field(default=(2048, 16384), min_length=1)
     """Tokens: all plans are judged on few, the best of them on more. Rounded to whole windows."""
+    supernet: ElasticSettings | None = None
+    """Plans are judged by the sub-network that they choose in a supernet, which is trained first (OFA); linears of it
+    are dense. None: by their levels."""
 
 
 class CostSettings(_Settings):
@@ -49,7 +54,16 @@ class CostSettings(_Settings):
     runtime: str = "torch"
     """The runtime whose operations are timed."""
     table: str | None = None
-    """A latency table measured before, here or on another device; None: measured here when seconds are asked for."""
+    """A latency table measured before, here or on another device (scripts/measure_latency.py); None: measured here when
+    seconds are asked for, as the following options say."""
+    batch: int = Field(default=1, ge=1)
+    """Sequences."""
+    context: int = Field(default=128, ge=1)
+    """Tokens of the prompt."""
+    turns: int = Field(default=5, ge=1)
+    """How often everything is measured; medians are taken."""
+    threads: int | None = Field(default=None, ge=1)
+    """Threads; None: as many as PyTorch has."""
 
 
 class Limits(_Settings):

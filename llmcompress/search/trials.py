@@ -10,10 +10,13 @@ import math
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
 
 from llmcompress.search.library import optuna_library
 from llmcompress.search.patience import Patience, is_down
@@ -62,8 +65,8 @@ class Finished:
 class Trials:
     """The trials of one study; every call waits for a database that is down."""
 
-    def __init__(self, study: Study, patience: Patience) -> None:
-        self._study, self._patience = study, patience
+    def __init__(self, study: Study, patience: Patience, changing: AbstractContextManager[object]) -> None:
+        self._study, self._patience, self._changing = study, patience, changing
         self._storage, self._id = study._storage, study._study_id  # it remembers what is finished
 
     @classmethod
@@ -90,7 +93,7 @@ class Trials:
                     )
                 )
                 patience(lambda: study.set_metric_names(["loss", *axes]))
-        return cls(study, patience)
+        return cls(study, patience, _one_at_a_time(url))
 
     def about(self, key: str) -> Any:
         """What the study remembers under that key; None: nothing."""
@@ -131,10 +134,8 @@ class Trials:
         """The oldest waiting trial, which this worker has from now on; None: none waits."""
         states = optuna_library().trial.TrialState
         for trial in self._trials(states.WAITING):
-            if self._patience(lambda trial=trial: _set_state(self._storage, trial, states.RUNNING)):  # type: ignore[misc]
-                self._patience(
-                    lambda trial=trial: self._storage.set_trial_user_attr(trial._trial_id, "worker", worker)  # type: ignore[misc]
-                )
+            if self._patience(partial(self._set_state, trial, states.RUNNING)):
+                self._patience(partial(self._storage.set_trial_user_attr, trial._trial_id, "worker", worker))
                 about = trial.user_attrs
                 return Claimed(
                     trial._trial_id, trial.number, str(about["key"]), _proposal(trial), about["costs"], about["excess"]
@@ -186,7 +187,8 @@ class Trials:
             for name, value in constraints.items():
                 self._storage.set_trial_system_attr(claimed.id, f"constraints:{name}", value)
             state = optuna_library().trial.TrialState.COMPLETE
-            self._storage.set_trial_state_values(claimed.id, state=state, values=values)
+            with self._changing:
+                self._storage.set_trial_state_values(claimed.id, state=state, values=values)
         except over:
             return
 
@@ -241,8 +243,20 @@ class Trials:
                 worker, began = trial.user_attrs.get("worker"), trial.datetime_start
                 unowned = worker is None and began is not None and time.time() - began.timestamp() > GRACE_SECONDS
                 if worker in dead or unowned:
-                    self._patience(lambda trial=trial: _fail(self._storage, self._study, trial, again))  # type: ignore[misc]
-            self._patience(lambda: optuna.storages.fail_stale_trials(self._study))
+                    self._patience(partial(self._fail, trial, again))
+            with self._changing:
+                self._patience(lambda: optuna.storages.fail_stale_trials(self._study))
+
+    def _set_state(self, trial: FrozenTrial, state: Any) -> bool:
+        try:
+            with self._changing:
+                return self._storage.set_trial_state_values(trial._trial_id, state=state)
+        except optuna_library().exceptions.UpdateFinishedTrialError:
+            return False
+
+    def _fail(self, trial: FrozenTrial, again: Callable[[Study, FrozenTrial], None]) -> None:
+        if self._set_state(trial, optuna_library().trial.TrialState.FAIL):
+            again(self._study, self._storage.get_trial(trial._trial_id))
 
     def _trials(self, *states: Any) -> list[FrozenTrial]:
         def read() -> list[FrozenTrial]:
@@ -272,16 +286,10 @@ def _storage(url: str) -> BaseStorage:
     return storage
 
 
-def _set_state(storage: BaseStorage, trial: FrozenTrial, state: Any) -> bool:
-    try:
-        return storage.set_trial_state_values(trial._trial_id, state=state)
-    except optuna_library().exceptions.UpdateFinishedTrialError:
-        return False
-
-
-def _fail(storage: BaseStorage, study: Study, trial: FrozenTrial, again: Any) -> None:
-    if _set_state(storage, trial, optuna_library().trial.TrialState.FAIL):
-        again(study, storage.get_trial(trial._trial_id))
+def _one_at_a_time(url: str) -> AbstractContextManager[object]:
+    """Held while the state of a trial changes. SQLite reads it and then writes, so that two could claim one trial."""
+    path = url.removeprefix("sqlite:///")
+    return FileLock(f"{path}.lock") if url.startswith("sqlite:///") else nullcontext()
 
 
 def _proposal(trial: FrozenTrial) -> Proposal:

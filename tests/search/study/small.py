@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from functools import cache
@@ -23,7 +24,7 @@ from llmcompress.search.problem import Outcome, Problem, Proposal
 from llmcompress.search.space import Space
 from llmcompress.search.study_folder import StudyFolder, new_worker_name
 from llmcompress.search.trials import Trials
-from llmcompress.search.worker import Desk
+from llmcompress.search.worker import Desk, work
 
 SPACE = Space.model_validate(
     {
@@ -132,3 +133,31 @@ def study(path: Path) -> StudyFolder:
 
 def function_judge() -> FunctionJudge:
     return FunctionJudge(outcome, "small")
+
+
+class Marking:
+    """A judge that leaves a file per call; the first of all processes wait to be killed."""
+
+    fingerprint = "small"
+
+    def __init__(self, folder: Path, *, hangs: int) -> None:
+        self._folder, self._hangs = folder, hangs
+
+    def __call__(self, plan: Plan, tokens: int) -> Outcome:
+        (self._folder / f"{os.getpid()}-{time.monotonic_ns()}.asked").touch()
+        for number in range(self._hangs):
+            try:
+                (self._folder / f"hung-{number}").touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            (self._folder / f"{os.getpid()}.hangs").touch()
+            time.sleep(600)
+        return outcome(plan, tokens)
+
+
+def joined(path: Path, judge: Judge, *, url: str | None = None) -> None:
+    """A worker that joins a study that was begun, until its search is over."""
+    folder = study(path)
+    own = desk(folder, trials(folder, url=url), judge)
+    work(own, is_wanted=lambda: True, sleep=lambda seconds: time.sleep(0.05))
+    own.worker.end()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import optuna
 import pytest
 
 from llmcompress.errors import CompressError, ExitCode
@@ -18,44 +20,27 @@ from llmcompress.search.optimizers.base import AskTell
 from llmcompress.search.problem import Outcome, Proposal
 from llmcompress.search.processes import RESTARTS, WorkerProcesses
 from llmcompress.search.study_folder import StudyFolder
-from llmcompress.search.worker import work
-from tests.search.study.small import (
-    Walk, desk, function_judge, outcome, plan_space, problem, searched, study, trials,
-)  # fmt: skip
+from tests.search.study.small import Walk, function_judge, plan_space, problem, searched, study, trials
+from tests.warm_python import WarmPython
 
-FORK = multiprocessing.get_context("fork")
-
-
-class Marking:
-    """A judge that leaves a file per call; the first in a folder may wait to be killed."""
-
-    fingerprint = "small"
-
-    def __init__(self, folder: Path, *, hangs: int) -> None:
-        self._folder, self._hangs = folder, hangs
-
-    def __call__(self, plan, tokens) -> Outcome:
-        (self._folder / f"{os.getpid()}-{time.monotonic_ns()}.asked").touch()
-        for number in range(self._hangs):
-            try:
-                (self._folder / f"hung-{number}").touch(exist_ok=False)
-            except FileExistsError:
-                continue
-            (self._folder / f"{os.getpid()}.hangs").touch()
-            time.sleep(600)
-        return outcome(plan, tokens)
+WORKER = """
+import sys
+from pathlib import Path
+from tests.search.study.small import Marking, joined
+joined(Path(sys.argv[1]), Marking(Path(sys.argv[1]), hangs=int(sys.argv[2])))
+"""
+"""Three of them start at the same time; those that hang are killed."""
 
 
-def start(folder: StudyFolder, judge: Callable[..., Outcome], url: str | None = None) -> multiprocessing.Process:
-    def run() -> None:
-        own = desk(folder, trials(folder, url=url), judge)
-        work(own, is_wanted=lambda: True, sleep=lambda seconds: time.sleep(0.02))
-        own.worker.end()
-        os._exit(0)
-
-    process = FORK.Process(target=run)
-    process.start()
-    return process
+@contextmanager
+def workers(our_python: WarmPython, folder: Path, *, hangs: int) -> Iterator[None]:
+    """Until the search is over."""
+    running = threading.Thread(target=our_python.run_ranks, args=(WORKER, folder, hangs), kwargs={"count": 3, "folder": folder})
+    running.start()
+    try:
+        yield
+    finally:
+        running.join()
 
 
 def begun(path: Path) -> StudyFolder:
@@ -65,69 +50,54 @@ def begun(path: Path) -> StudyFolder:
     return folder
 
 
-def coordinated(folder: StudyFolder, dead: Callable[[], list[str]] | None = None, url: str | None = None) -> list[Outcome]:
+def coordinated(folder: StudyFolder, marks: Path) -> list[Outcome]:
+    """A search whose plans others judge; whoever hangs is killed."""
+
+    def dead() -> list[str]:
+        for mark in marks.glob("*.hangs"):
+            os.kill(int(mark.name.partition(".")[0]), signal.SIGKILL)
+            mark.unlink()
+        return [each.name for each in folder.workers() if not each.is_alive]
+
     coordinator = Coordinator(
         problem=problem(),
-        trials=trials(folder, url=url),
+        trials=trials(folder),
         judge_fingerprint="small",
         desk=None,
-        dead_workers=dead or (lambda: [each.name for each in folder.workers() if not each.is_alive]),
-        sleep=lambda seconds: time.sleep(0.02),
+        dead_workers=dead,
+        sleep=lambda seconds: time.sleep(0.05),
     )
-    found = coordinator.run(AskTell(Walk(trials=12), problem()), 12)
-    coordinator.end()
-    return found
+    try:
+        return coordinator.run(AskTell(Walk(trials=12), problem()), 12)
+    finally:
+        coordinator.end()
 
 
-def killing(folder: StudyFolder, marks: Path, processes: list[multiprocessing.Process], judge: Marking) -> list[str]:
-    """Kill whoever hangs, and start another in its place; names of the dead."""
-    for mark in marks.glob("*.hangs"):
-        os.kill(int(mark.name.partition(".")[0]), signal.SIGKILL)
-        mark.unlink()
-        processes.append(start(folder, judge))
-    for process in processes:
-        process.join(0)
-    return [each.name for each in folder.workers() if not each.is_alive]
-
-
-def test_g1_a_killed_worker_costs_one_repetition_and_changes_nothing(tmp_path: Path) -> None:
-    import optuna
-
+def test_g1_a_killed_worker_costs_one_repetition_and_changes_nothing(our_python: WarmPython, tmp_path: Path) -> None:
     whole = searched(study(tmp_path / "whole"), function_judge())
-    folder, judge = begun(tmp_path), Marking(tmp_path, hangs=1)
-    processes = [start(folder, judge), start(folder, judge)]
-    assert coordinated(folder, lambda: killing(folder, tmp_path, processes, judge)) == whole
-    for process in processes:
-        process.join()
+    folder = begun(tmp_path)
+    with workers(our_python, tmp_path, hangs=1):
+        assert coordinated(folder, tmp_path) == whole
     kept = optuna.load_study(study_name="test", storage=folder.url_of(None)).trials
     failed = [trial for trial in kept if trial.state == optuna.trial.TrialState.FAIL]
     assert len(failed) == 1
-    assert [trial.system_attrs["failed_trial"] for trial in kept if trial.system_attrs.get("retry_history")] == [
-        failed[0].number
-    ]
-    assert len(list(tmp_path.glob("*.asked"))) == len(kept)
+    again = [trial for trial in kept if trial.system_attrs.get("retry_history")]
+    assert [trial.system_attrs["failed_trial"] for trial in again] == [failed[0].number]
+    assert len(list(tmp_path.glob("*.asked"))) == len(kept), "no other trial was judged twice"
 
 
-def test_g1_a_plan_that_kills_every_worker_is_infeasible(tmp_path: Path) -> None:
-    folder, judge = begun(tmp_path), Marking(tmp_path, hangs=2)
-    processes = [start(folder, judge)]
-    found = coordinated(folder, lambda: killing(folder, tmp_path, processes, judge))
-    for process in processes:
-        process.join()
-    assert [each.problem for each in found if not each.is_valid] == ["its worker died, 2 times"]
-
-
-def test_a_waiting_trial_is_claimed_by_one_worker_only(tmp_path: Path) -> None:
-    folder = study(tmp_path)
+def test_g1_a_plan_that_kills_every_worker_is_infeasible(our_python: WarmPython, tmp_path: Path) -> None:
+    folder = begun(tmp_path)
     found = trials(folder)
-    for number in range(6):
-        found.enqueue(problem(), Proposal((0,) * len(plan_space().units), number), str(number))
-    processes = [start(folder, Marking(tmp_path, hangs=0)) for _ in range(3)]
-    found.remember("over", True)
-    for process in processes:
-        process.join()
-    assert sorted(each.key for each in found.finished()) == list("012345")
-    assert len(list(tmp_path.glob("*.asked"))) == 6
+    found.enqueue(problem(), Proposal((0,) * len(plan_space().units), 4), "deadly")
+    dying = [folder.worker(name) for name in ("one", "two")]
+    for each in dying:
+        claimed = found.claim(each.name)
+        assert claimed is not None and claimed.key == "deadly"
+        found.retry_dead([each.name])
+    assert found.claim("three") is None
+    (over,) = found.finished()
+    assert over.outcome.problem == "its worker died, 2 times" and not over.outcome.is_valid
 
 
 def test_a_process_that_dies_is_started_again_and_one_that_dies_always_is_told_with_its_last_words(
