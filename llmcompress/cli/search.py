@@ -18,7 +18,7 @@ from llmcompress.errors import CompressError, ExitCode
     "--space", metavar="FILE", help="A search file, or the name of one that comes with the package, such as joint."
 )
 @click.option("-o", "--output", metavar="DIR", type=click.Path(path_type=Path), help="The folder of the study.")
-@click.option("--fit", metavar="BYTES", help="The most that the weight files may take: 4GB, or 0.25x of the dense ones.")
+@click.option("--fit", metavar="BYTES", help="The most that the weight files may take: 4GB, or 0.25x of dense.")
 @click.option("--latency", metavar="TIME", help="The most that a generated token may take: 50ms/token, 20tokens/s.")
 @click.option("--memory", metavar="BYTES", help="The most memory that the model may take: 6GB.")
 @click.option("--energy", metavar="JOULES", help="The most that a generated token may take: 0.4J/token.")
@@ -33,7 +33,9 @@ from llmcompress.errors import CompressError, ExitCode
     help="Processes that judge plans, one GPU each; 0: this one does.",
 )
 @click.option(
-    "--database", metavar="URL", help="Keep the study in PostgreSQL (postgresql+psycopg://…), for workers on many hosts."
+    "--database",
+    metavar="URL",
+    help="Keep the study in PostgreSQL (postgresql+psycopg://…), for many hosts.",
 )
 @click.option("--study", metavar="NAME", default="llmcompress", show_default=True, help="Its name in that database.")
 @click.option(
@@ -73,7 +75,7 @@ def search(
       llmcompress search --join study
     """
     if join is None and (space is None or output is None):
-        raise click.UsageError("Name a search file with --space FILE and a folder with -o DIR, or join one with --join.")
+        raise click.UsageError("Name a search file with --space FILE and a folder with -o DIR, or join a study.")
     quiet_libraries()
     from llmcompress.cli.terminal import TerminalProgress
 

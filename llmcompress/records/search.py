@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from llmcompress.records.rows import Record
 
 VERSION: Literal[1] = 1
@@ -82,11 +84,11 @@ class SearchReport(Record):
     """The plan that exceeds the limits least, where none keeps them."""
     better_uniform: int | None = None
     """A uniform plan that costs no more than the selected one and loses less; None: there is none."""
-    beside_uniform: dict[int, Difference] = {}
+    beside_uniform: dict[int, Difference] = Field(default_factory=dict)
     """Uniform plan by its trial → its loss minus that of the selected plan, on the text that plans were judged on."""
-    kept: dict[int, dict[str, float]] = {}
+    kept: dict[int, dict[str, float]] = Field(default_factory=dict)
     """Trial of the front → site → bytes ÷ bytes of the dense linear; 0 in a dropped block."""
-    importance: dict[str, float] = {}
+    importance: dict[str, float] = Field(default_factory=dict)
     """What was decided → the share of the loss's variance that it explains, over all trials on the first text."""
     hypervolume: tuple[tuple[int, float], ...] = ()
     """After so many trials, how much of the plane of loss and first cost the front dominates, as a share."""

@@ -32,7 +32,12 @@ def scatter(
         axes.scatter(*zip(*line, strict=True), s=22, color=SERIES[0], zorder=4, label="front")
     if uniform:
         axes.scatter(
-            *zip(*uniform.values(), strict=True), s=34, marker="s", color=SERIES[1], zorder=4, label="one option for all"
+            *zip(*uniform.values(), strict=True),
+            s=34,
+            marker="s",
+            color=SERIES[1],
+            zorder=4,
+            label="uniform",
         )
         for text, (across, up) in uniform.items():
             axes.annotate(

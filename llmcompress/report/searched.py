@@ -105,8 +105,8 @@ def _verdict(found: SearchReport) -> list[Block]:
     if found.beside_uniform:
         blocks.append(
             Paragraph(
-                "`minus selected` is the mean difference of the loss from that of the selected plan on the same windows, "
-                "± its paired standard error. Plans were chosen on that text; the models below are measured on another.",
+                "`minus selected` is the mean difference of the loss from that of the selected plan on equal windows, "
+                "± its paired standard error. Plans were chosen on that text; models are measured on another.",
                 "note",
             )
         )
@@ -123,9 +123,7 @@ def _scatters(found: SearchReport) -> list[Block]:
             for each in found.trials
             if each.loss is not None and axis in each.costs and each.tokens == most
         }
-        uniform = {
-            each.uniform: places[each.number] for each in found.trials if each.uniform and each.number in places
-        }
+        uniform = {each.uniform: places[each.number] for each in found.trials if each.uniform and each.number in places}
         limit = found.limits.get(axis)
         svg = search_plots.scatter(
             [place for number, place in places.items() if number not in found.front],
@@ -158,7 +156,9 @@ def _made_table(made: tuple[MadeModel, ...]) -> Table:
         for each in made
     ]
     bos = "with" if first.bos else "without"
-    title = f"On {first.text}, windows of {first.window} tokens {bos} BOS; dense perplexity {first.perplexity_dense:.3f}"
+    title = (
+        f"On {first.text}, windows of {first.window} tokens {bos} BOS; dense perplexity {first.perplexity_dense:.3f}"
+    )
     return Table(headings, rows, title=title)
 
 

@@ -1,4 +1,4 @@
-"""What was found, made for real: recipes of the front, and its best plans compressed and measured beside uniform ones."""
+"""What was found, made for real: recipes of the front, and its best plans compressed beside uniform ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def recipes_of(found: Found, settings: Mapping[str, Any]) -> dict[int, Recipe]:
     wanted = [*found.front, *_uniform(found)]
     space = found.problem.space
     return {
-        found.number(each): recipe_of(space, each.plan, settings) for each in wanted if changes_something(space, each.plan)
+        found.number(each): recipe_of(space, each.plan, settings)
+        for each in wanted
+        if changes_something(space, each.plan)
     }
 
 
@@ -52,7 +54,13 @@ def to_make(found: Found, count: int) -> list[Outcome]:
 
 
 def make_models(
-    found: Found, recipes: Mapping[int, Recipe], outcomes: Sequence[Outcome], folder: Path, *, device: str, progress: Progress
+    found: Found,
+    recipes: Mapping[int, Recipe],
+    outcomes: Sequence[Outcome],
+    folder: Path,
+    *,
+    device: str,
+    progress: Progress,
 ) -> tuple[MadeModel, ...]:
     """Compress each by its recipe into the folder, or find it there; measured as the recipe says."""
     made = []

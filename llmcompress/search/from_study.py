@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.loading.source import find_source
 from llmcompress.planning import known_model

@@ -1,4 +1,4 @@
-"""A model and a search file → everything that a search needs: space, text, exact costs, limits; no weight is changed."""
+"""A model and a search file → what a search needs: space, text, exact costs; no weight is changed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from llmcompress.calibration.devices import usable_device
 from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.exporters.loader import loader_of
 from llmcompress.loading.identity import identity_of_folder
 from llmcompress.loading.load import Loaded, load_for_compression
 from llmcompress.loading.source import find_source
@@ -110,9 +109,7 @@ def check_options(space: PlanSpace, known: KnownModel, settings: SearchSettings)
     plain = next(iter(space.space.sites))
     plans = {f"sites: {name}": space.uniform(name) for name, passes in space.space.sites.items() if passes}
     for kind, choices in (("body", space.space.bodies), ("before", space.space.before), ("after", space.space.after)):
-        plans |= {
-            f"{kind}: {name}": space.uniform(plain, **{kind: name}) for name, passes in choices.items() if passes
-        }
+        plans |= {f"{kind}: {name}": space.uniform(plain, **{kind: name}) for name, passes in choices.items() if passes}
     if not plans:
         raise CompressError(
             "search.nothing", "the space has no option that changes anything", fix="add options to `space.sites`",

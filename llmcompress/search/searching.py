@@ -153,7 +153,12 @@ class _Search:
         return self._finished(found, report)
 
     def _problem(
-        self, costs: Mapping[str, Additive], limits: Mapping[str, float], bench: Bench, judge: BenchJudge, store: LevelStore
+        self,
+        costs: Mapping[str, Additive],
+        limits: Mapping[str, float],
+        bench: Bench,
+        judge: BenchJudge,
+        store: LevelStore,
     ) -> Problem:
         subject = self.subject
         stages = whole_windows(subject.settings.judge.stages, subject.judged_NT)
@@ -230,9 +235,7 @@ class _Search:
             write_recipes({0: recipe_of(subject.space, found.nearest.plan, subject.recipe_settings)}, path / "nearest")
             raise no_plan(found.nearest.costs, found.problem.limits, str(path / "nearest" / "0.yaml"))
         outcomes = to_make(found, subject.settings.finish.compress)
-        made = make_models(
-            found, recipes, outcomes, path / "models", device=self.device, progress=self.progress
-        )
+        made = make_models(found, recipes, outcomes, path / "models", device=self.device, progress=self.progress)
         report = report.model_copy(update={"made": made})
         write_front(report, path)
         write_report(report, path / "report")
@@ -322,4 +325,3 @@ def _other_study(folder: StudyFolder) -> CompressError:
         saved="everything; nothing was changed",
         exit_code=ExitCode.USAGE,
     )
-

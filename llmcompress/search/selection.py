@@ -122,7 +122,8 @@ class Lexicographic(Selection):
             least = min(value(each, axis) for each in left)
             left = [each for each in left if value(each, axis) <= least + tolerance * abs(least)]
         rest = sorted(
-            (each for each in points if each is not left[0]), key=lambda each: [value(each, axis) for axis in self.order]
+            (each for each in points if each is not left[0]),
+            key=lambda each: [value(each, axis) for axis in self.order],
         )
         return [left[0], *rest]
 

@@ -189,7 +189,7 @@ def hashed(value: Any) -> str:
 
 
 def read_search(file: str | Path, *, settings: Sequence[str] = ()) -> SearchSettings:
-    """Read a search file, or one that comes with the package by its name (`joint`); settings such as `seed=1` change it.
+    """A search file, or one that comes with the package by its name (`joint`); settings such as `seed=1` change it.
 
     Raises: CompressError with line and fix.
     """

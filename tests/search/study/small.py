@@ -106,7 +106,9 @@ def desk(folder: StudyFolder, found: Trials, judge: Judge, **options: Any) -> De
     return Desk(trials=found, judge=judge, worker=worker, **options)
 
 
-def searched(folder: StudyFolder, judge: Judge, *, count: int = 12, url: str | None = None, **options: Any) -> list[Outcome]:
+def searched(
+    folder: StudyFolder, judge: Judge, *, count: int = 12, url: str | None = None, **options: Any
+) -> list[Outcome]:
     """A whole search in this process, as the command makes it."""
     found = trials(folder, url=url)
     known = folder.outcomes(options.get("progress", Silent()))

@@ -35,7 +35,9 @@ joined(Path(sys.argv[1]), Marking(Path(sys.argv[1]), hangs=int(sys.argv[2])))
 @contextmanager
 def workers(our_python: WarmPython, folder: Path, *, hangs: int) -> Iterator[None]:
     """Until the search is over."""
-    running = threading.Thread(target=our_python.run_ranks, args=(WORKER, folder, hangs), kwargs={"count": 3, "folder": folder})
+    running = threading.Thread(
+        target=our_python.run_ranks, args=(WORKER, folder, hangs), kwargs={"count": 3, "folder": folder}
+    )
     running.start()
     try:
         yield
@@ -103,13 +105,15 @@ def test_g1_a_plan_that_kills_every_worker_is_infeasible(our_python: WarmPython,
 def test_a_process_that_dies_is_started_again_and_one_that_dies_always_is_told_with_its_last_words(
     tmp_path: Path,
 ) -> None:
-    program = "import pathlib, sys; pathlib.Path(sys.argv[1]).open('a').write('x'); print('no memory left'); sys.exit(7)"
+    program = (
+        "import pathlib, sys; pathlib.Path(sys.argv[1]).open('a').write('x'); print('no memory left'); sys.exit(7)"
+    )
     started = tmp_path / "started"
-    with WorkerProcesses(lambda index: [sys.executable, "-ISc", program, str(started)], 1, tmp_path) as crew:
-        with pytest.raises(CompressError) as told:
-            for _ in range(2000):
-                crew.tend()
-                time.sleep(0.01)
+    command = [sys.executable, "-ISc", program, str(started)]
+    with WorkerProcesses(lambda index: command, 1, tmp_path) as crew, pytest.raises(CompressError) as told:
+        for _ in range(2000):
+            crew.tend()
+            time.sleep(0.01)
     assert len(started.read_text()) == 1 + RESTARTS
     assert "no memory left" in told.value.what and told.value.exit_code is ExitCode.RESOURCES
 
