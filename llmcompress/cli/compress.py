@@ -55,6 +55,9 @@ if TYPE_CHECKING:
     help="Export the result too, into DIR-TARGET (see `llmcompress targets`). Repeatable.",
 )
 @click.option("--dry-run", is_flag=True, help="Only show the plan: sites, bytes, memory and time. Reads no weights.")
+@click.option(
+    "--probe", is_flag=True, help="With --dry-run: compress one block of each kind, unsaved, to estimate the time."
+)
 @overwrite_option
 @click.option("--fresh", is_flag=True, help="Start over instead of resuming an interrupted run.")
 @yes_option
@@ -71,6 +74,7 @@ def compress(
     settings: tuple[str, ...],
     targets: tuple[str, ...],
     dry_run: bool,
+    probe: bool,
     overwrite: bool,
     fresh: bool,
     yes: bool,
@@ -95,6 +99,8 @@ def compress(
         raise click.UsageError("Give one of --preset NAME, --recipe FILE and --from STUDY:TRIAL, e.g. --preset w4.")
     if output is None and not dry_run:
         raise click.UsageError("Name the output folder with -o DIR, or preview with --dry-run.")
+    if probe and not dry_run:
+        raise click.UsageError("--probe belongs to --dry-run: a run itself needs no estimate.")
     quiet_libraries()
     from llmcompress.cli.tables import plan_tables, report_tables
     from llmcompress.cli.terminal import TerminalProgress
@@ -127,8 +133,15 @@ def compress(
             from llmcompress.publishing.rights import check_all_rights
 
             check_all_rights(recipe.publish)
-            here = this_machine(usable_device(device))
-            foreseen = pipeline.plan(recipe.model, recipe, offload=offload, machine=here)
+            where = usable_device(device)
+            foreseen = pipeline.plan(
+                recipe.model,
+                recipe,
+                offload=offload,
+                machine=this_machine(where),
+                probe_on=where if probe else None,
+                progress=progress,
+            )
             plan = foreseen.model_dump(mode="json")
         else:
             assert output is not None
