@@ -216,7 +216,8 @@ def described(setting: Setting, plan: Plan) -> dict[str, Any]:
 
 def plan_of_bits(setting: Setting, bits: Mapping[str, int]) -> Plan:
     """The plan in which every linear has these bits."""
-    chosen = {name: f"int{count}" for name, count in bits.items()}
+    known = {unit.name for unit in setting.space.units}
+    chosen = {name: f"int{count}" for name, count in bits.items() if name in known}
     return setting.space.plan({**chosen, "after": "int8"})
 
 

@@ -29,7 +29,7 @@ from llmcompress.passes.apply import stages
 from llmcompress.passes.base import PASSES, Pass
 from llmcompress.passes.quantization.target_limits import within_limits
 from llmcompress.passes.schemes import site_schemes, with_fitted_schemes
-from llmcompress.recipe.model import Recipe
+from llmcompress.recipe.model import Recipe, Save
 from llmcompress.recipe.order import check_order, check_sites
 
 
@@ -93,10 +93,10 @@ def make_plan(
     known = known_model(model, trust_remote_code=recipe.trust_remote_code) if isinstance(model, Source) else model
     checked, model_map = known.checked, known.map
     recipe, offloaded = with_weights_placed(recipe, offload, weight_bytes=checked.bytes_weights)
-    dtype = storage_dtype_of(recipe, checked)
+    dtype = storage_dtype_of(recipe.save, checked)
     stored = check_recipe(recipe, model_map, known.loader, dtype)
     sites = _sites(recipe, model_map, stored, dtype)
-    tensors = _other_tensors(checked, model_map, dtype)
+    tensors = tensors_outside_sites(checked, model_map, dtype)
     for each in recipe.passes:
         tensors = each.tensors_outside(tensors, model_map, dtype)
     taken = cost(recipe, model_map, size_of(checked), offloaded=offloaded)
@@ -220,10 +220,10 @@ def planned_schemes(recipe: Recipe, model_map: ModelMap) -> dict[str, Scheme]:
     return schemes
 
 
-def storage_dtype_of(recipe: Recipe, checked: ModelFacts) -> torch.dtype:
+def storage_dtype_of(save: Save, checked: ModelFacts) -> torch.dtype:
     """The dtype of scales and dense tensors in the saved files."""
     named = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    return named.get(recipe.save.dtype, checked.storage_dtype)
+    return named.get(save.dtype, checked.storage_dtype)
 
 
 def refused(model_map: ModelMap, *, rounded: Collection[str] = ()) -> dict[str, str]:
@@ -293,7 +293,7 @@ def _sites(recipe: Recipe, model_map: ModelMap, stored: Choice, dtype: torch.dty
     return found
 
 
-def _other_tensors(checked: ModelFacts, model_map: ModelMap, dtype: torch.dtype) -> dict[str, Kind]:
+def tensors_outside_sites(checked: ModelFacts, model_map: ModelMap, dtype: torch.dtype) -> dict[str, Kind]:
     """Everything but the sites: embedding, norms, head, what was refused."""
     names = model_map.site_names()
     sites = {f"{name}.{part}" for name in names for part in ("weight", "bias")}

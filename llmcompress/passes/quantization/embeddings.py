@@ -104,6 +104,10 @@ class Embeddings(ModelPass):
         return None if self.embedding is None else named_scheme(self.embedding)
 
     @override
+    def head_scheme(self, scheme: str | None, model_map: ModelMap) -> str | None:
+        return self.head
+
+    @override
     def is_optional(self) -> bool:
         return not self.required
 
