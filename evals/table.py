@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tables import cost, distillation, exports, headline, hub, presets, pruning, quantization, real, search_proxies, training
+from tables import cost, distillation, exports, headline, hub, latency, presets, pruning, quantization, real, search_proxies, training
 from tables.cells import Facts
 from tables.summary import LINES, MODEL, summary
 
@@ -131,6 +131,7 @@ def sections() -> list[Section]:
         Section("Tokens per second", cost.speed, "speed-*.json"),
         Section("Two runs of `llmcompress speed`", cost.repeated_speed, "repeat-speed-*.json"),
         Section("Tokens per second, dynamic inference", cost.dynamic_speed, "dynamic-speed-*.json"),
+        Section("Latency of plans: sums of parts, and whole models", latency.latency, "latency-*.json"),
         Section("Compression time, against llm-compressor", cost.seconds, "seconds.json"),
         Section("Memory of a run with weight offloading", cost.memory, "memory-*.json"),
         Section("Mapping a family from its config", cost.map_time, "map-time.json"),
