@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,11 +100,10 @@ class StoredBlock:
         found: Mapping[str, float] = self._about["body_losses"]
         return found
 
+    def _part(self, name: str, suffix: str) -> Tensor:
+        return self._file.tensor(name + suffix)
+
     def _difference(self, stored: Mapping[str, Any], *path: str) -> Difference:
-        tensors = {}
-        for name in stored["tensors"]:
-            full = _BETWEEN.join((*path, name))
-            tensors[name] = decode(
-                lambda suffix, full=full: self._file.tensor(full + suffix), self._about["forms"][full]
-            )
+        full = {name: _BETWEEN.join((*path, name)) for name in stored["tensors"]}
+        tensors = {name: decode(partial(self._part, own), self._about["forms"][own]) for name, own in full.items()}
         return Difference(Manifest.from_json(stored["manifest"]), tensors)

@@ -37,7 +37,7 @@ class StoredFile:
     """One finished file: its data without tensors, and tensors that are read when they are asked for."""
 
     def __init__(self, path: Path) -> None:
-        self._file = safe_open(path, framework="pt")
+        self._file: Any = safe_open(path, framework="pt")
         self.about: dict[str, Any] = json.loads(self._file.metadata()[_ABOUT])
 
     def tensor(self, name: str) -> Tensor:

@@ -54,7 +54,7 @@ class JudgedText:
         """KL(dense ‖ other) of every prediction of a batch, some rows at a time, with gradients where enabled."""
         size = _rows(predicted)
         values, ids, logprobs = (
-            each.split(size) for each in (predicted.values_RX, self.ids[batch], self.logprobs[batch])
+            torch.split(each, size) for each in (predicted.values_RX, self.ids[batch], self.logprobs[batch])
         )
         for rows, ids_QK, dense_QK in zip(values, ids, logprobs, strict=True):
             yield divergences(dense_QK, _log_probabilities(predicted, rows, ids_QK))
@@ -70,7 +70,7 @@ def key_of(windows_NT: Tensor) -> str:
 def dense_top(predicted: Predictions) -> tuple[Tensor, Tensor]:
     """What is kept of the dense model's predictions: token ids and log-probabilities, R×K."""
     parts = []
-    for rows in predicted.values_RX.split(_rows(predicted)):
+    for rows in torch.split(predicted.values_RX, _rows(predicted)):
         logits_QV = predicted.logits(rows)
         ids_QK = top_tokens(logits_QV, min(TOP, logits_QV.shape[-1]))[1]
         parts.append((ids_QK.int(), logits_QV.gather(-1, ids_QK) - logits_QV.logsumexp(-1, keepdim=True)))

@@ -71,21 +71,21 @@ class MixedModel(Relaxation):
         return loss, gradients
 
     def _block(self, index: int, hidden_BTD: Tensor, mixture: Sequence[np.ndarray], batch: int) -> _Mixed:
-        """What the mixture of bodies gives; bodies without a share are run only where gradients are not needed."""
+        """What the mixture of bodies gives; those without a share are not run."""
         unit, call = self._units[index], self._given.calls[batch][index]
-        shares = dict(zip(self._space.units[unit.body].options, mixture[unit.body].tolist(), strict=True))
-        found = _Mixed(hidden_BTD * shares.get(DROPPED, 0.0), {}, {})
-        if shares.get(DROPPED, 0.0) == 1 and not any(share for body, share in shares.items() if body != DROPPED):
-            found = _Mixed(hidden_BTD, {}, {})
-        for body in self._space.space.bodies:
-            if not shares[body]:
+        weights: dict[str, dict[str, list[nn.Parameter]]] = {}
+        outputs: dict[str, Tensor] = {}
+        terms: list[Tensor] = []
+        for body, share in zip(self._space.units[unit.body].options, mixture[unit.body].tolist(), strict=True):
+            if not share:
                 continue
-            module, found.weights[body] = self._module(index, body, mixture)
-            found.outputs[body] = output_BTD = call.run(module, hidden_BTD)
-            weighted_BTD = output_BTD if shares[body] == 1 else output_BTD * shares[body]
-            alone = len(found.outputs) == 1 and not shares.get(DROPPED)
-            found.output = weighted_BTD if alone else found.output + weighted_BTD
-        return found
+            outputs[body] = hidden_BTD
+            if body != DROPPED:
+                module, weights[body] = self._module(index, body, mixture)
+                outputs[body] = call.run(module, hidden_BTD)
+            terms.append(outputs[body] if share == 1 else outputs[body] * share)
+        output_BTD = torch.stack(terms).sum(0) if len(terms) > 1 else terms[0] if terms else hidden_BTD * 0
+        return _Mixed(output_BTD, outputs, weights)
 
     def _module(
         self, index: int, body: str, mixture: Sequence[np.ndarray]
@@ -163,10 +163,10 @@ class MixedModel(Relaxation):
         self, index: int, body: str, hidden_BTD: Tensor, mixture: Sequence[np.ndarray], batch: int, mixed: _Mixed
     ) -> Tensor:
         """What the block gives with that body alone."""
-        if body == DROPPED:
-            return hidden_BTD
         if body in mixed.outputs:
             return mixed.outputs[body]
+        if body == DROPPED:
+            return hidden_BTD
         return self._given.calls[batch][index].run(self._module(index, body, mixture)[0], hidden_BTD)
 
     def _in_shares(self, index: int, body: str, site: str, felt: Sequence[Tensor]) -> np.ndarray:

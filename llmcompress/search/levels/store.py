@@ -44,4 +44,5 @@ class LevelStore(LevelFolder):
 def _of_options(losses: Mapping[str, Mapping[str, float]], unit: Unit) -> np.ndarray:
     """Of the unit's sites together, option by option; an option that changes nothing loses nothing."""
     rows = [[losses.get(site, {}).get(option, 0.0) for option in unit.options] for site in unit.sites]
-    return np.array(rows).sum(0)
+    found: np.ndarray = np.array(rows).sum(0)
+    return found
