@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tables import cost, distillation, exports, headline, hub, presets, pruning, quantization, real
+from tables import cost, distillation, exports, headline, hub, presets, pruning, quantization, real, training
 from tables.cells import Facts
 from tables.summary import LINES, MODEL, summary
 
@@ -95,6 +95,9 @@ def sections() -> list[Section]:
         Section("Bytes, quality, tasks and cost of presets on a real model", headline.headline, "headline-*.json"),
         Section("Presets on a real model", presets.presets, "presets-*.json"),
         Section("Export targets on a real model", exports.exports, "export-*.json"),
+        Section("Quantization-aware training on a real model", training.qat, "qat-SmolLM2-*.json"),
+        Section("Healing a pruned real model", training.healing, "healing-*.json"),
+        Section("Training steps, against TRL", training.speed, "training-speed-*.json"),
         Section("A real model, against llm-compressor and AutoRound", real.everything, "real-*.json"),
         Section("Weight-only quantization", quantization.quantization, "quantization-*.json"),
         Section(

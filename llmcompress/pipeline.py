@@ -46,13 +46,14 @@ from llmcompress.evaluation.inspection import inspect_folder
 from llmcompress.evaluation.measuring import Observed, comparisons, observe, results
 from llmcompress.evaluation.stopwatch import Stopwatch
 from llmcompress.hub_upload import publish_run
+from llmcompress.known_model import known_in_memory, known_model
 from llmcompress.loading.borrowed import lent, told_if_changed
 from llmcompress.loading.source import IN_MEMORY, find_source
 from llmcompress.model.describe import describe
 from llmcompress.model.probe import map_model, probe
 from llmcompress.passes.apply import apply_passes, steps
 from llmcompress.passes.shared_resume_store import shared
-from llmcompress.planning import Plan, known_in_memory, make_plan, refused, within_target_limits
+from llmcompress.planning import Plan, make_plan, refused, within_target_limits
 from llmcompress.preparation import CompressionRequest, Prepared, estimate, examples_of, prepare, teachers_of
 from llmcompress.presets import RecipeLike, as_recipe
 from llmcompress.progress import ProgressLike, Silent, as_progress
@@ -63,6 +64,7 @@ from llmcompress.records.rows import SiteReport
 from llmcompress.run import Run
 from llmcompress.runners.torch_runner import TorchRunner
 from llmcompress.saving import Result, bytes_to_write, save_run
+from llmcompress.trial_run import Bench, with_trial
 
 
 def compress(
@@ -271,9 +273,17 @@ def _saved(request: CompressionRequest, result: Result) -> Report:
 
 
 def plan(
-    model: ModelLike | None, recipe: RecipeLike, *, offload: Offload = "auto", machine: Machine | None = None
+    model: ModelLike | None,
+    recipe: RecipeLike,
+    *,
+    offload: Offload = "auto",
+    machine: Machine | None = None,
+    probe_on: torch.device | None = None,
+    progress: ProgressLike = None,
 ) -> Plan:
     """What `compress` would do: sites, bytes, memory, and on `machine` time. Reads config and headers, no weights.
+
+    `probe_on`: compress a block of each kind on this device, unsaved, to estimate the time from that.
 
     Raises: CompressError for what `compress` would refuse.
     """
@@ -283,7 +293,11 @@ def plan(
     if live is not None:
         return make_plan(known_in_memory(live), chosen, offload="never", machine=machine)
     source = find_source(str(chosen.model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
-    return make_plan(source, chosen, offload=offload, machine=machine)
+    known = known_model(source, trust_remote_code=chosen.trust_remote_code)
+    planned = make_plan(known, chosen, offload=offload, machine=machine)
+    if probe_on is None:
+        return planned
+    return with_trial(planned, chosen, Bench(source, known, probe_on, progress=as_progress(progress)))
 
 
 def inspect(model: ModelLike) -> dict[str, Any]:

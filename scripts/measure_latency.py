@@ -18,7 +18,8 @@ from llmcompress.loading.source import find_source
 from llmcompress.model.probe import probe
 from llmcompress.progress import Silent
 from llmcompress.recipe.document import read_document
-from llmcompress.search.costs.measuring import LatencySettings, measure_latency
+from llmcompress.search.costs.measuring import measure_latency
+from llmcompress.search.costs.small_runs import LatencySettings
 from llmcompress.search.plan_space import PlanSpace
 from llmcompress.search.space import Space
 
@@ -45,6 +46,7 @@ class Told(Silent):
 @click.option("--turns", default=5, help="How often everything is measured; medians are taken.")
 @click.option("--threads", type=int, help="Threads; left out: as many as PyTorch has.")
 @click.option("--clock", type=click.Choice(["wall", "processor"]), default="wall", help="processor: on a busy machine.")
+@click.option("--memory/--no-memory", default=True, help="Peak memory too: two more processes for every body.")
 @click.option("--device", default="cpu", help="cpu, or cuda for the runtime torch.")
 def main(
     model: str,
@@ -56,13 +58,16 @@ def main(
     turns: int,
     threads: int | None,
     clock: ClockName,
+    memory: bool,
     device: str,
 ) -> None:
     """Measure everything that a plan of SPACE for MODEL may have."""
     config = AutoConfig.from_pretrained(find_source(model).folder)
     found = read_document(space.read_text(encoding="utf-8"), str(space)).data
     plans = PlanSpace(Space.model_validate(found.get("space", found)), probe(config, unfuse=True))
-    settings = LatencySettings(batch=batch, context=context, turns=turns, threads=threads, clock=clock, device=device)
+    settings = LatencySettings(
+        batch=batch, context=context, turns=turns, threads=threads, clock=clock, memory=memory, device=device
+    )
     table = measure_latency(plans, config, runtime, settings=settings, progress=Told())
     table.write(output)
     click.echo(f"{len(table.products)} products, {len(table.blocks)} kinds of blocks: {output}")

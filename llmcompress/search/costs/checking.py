@@ -16,9 +16,9 @@ from llmcompress.progress import Progress, Silent
 from llmcompress.search.costs.bench import BENCHES
 from llmcompress.search.costs.forms import Forms
 from llmcompress.search.costs.latency_table import Check, LatencyTable, Seconds
-from llmcompress.search.costs.measuring import LatencySettings
 from llmcompress.search.costs.seconds import seconds_of
 from llmcompress.search.costs.small_models import plan_model
+from llmcompress.search.costs.small_runs import LatencySettings
 from llmcompress.search.plan_space import Plan, PlanSpace
 
 

@@ -17,16 +17,19 @@ from llmcompress.exporters.base import EXPORTERS, Exact, Exporter
 from llmcompress.exporters.compressed_tensors import CompressedTensorsExporter
 from llmcompress.exporters.contents import CodedLinear, Contents
 from llmcompress.exporters.dense_tables import bytes_of as bytes_of_kind
+from llmcompress.exporters.manifest import ManifestExporter
 from llmcompress.exporters.plain import PlainExporter
 from llmcompress.formats import plain
 from llmcompress.formats.named import Kind
+from llmcompress.known_model import KnownModel
 from llmcompress.loading.tensors import write_header
 from llmcompress.modules.scheme import named_scheme
 from llmcompress.passes.base import PASSES
-from llmcompress.planning import KnownModel, storage_dtype_of, tensors_outside_sites
+from llmcompress.planning import storage_dtype_of, tensors_outside_sites
 from llmcompress.recipe.model import Save
 from llmcompress.search.additive import Additive
 from llmcompress.search.costs.forms import Form, Forms, bodies_of
+from llmcompress.search.costs.trying import forms_of
 from llmcompress.search.plan_space import PlanSpace, Unit
 from llmcompress.search.space import DROPPED, Passes
 
@@ -43,7 +46,7 @@ def bytes_of(
     save = Save.model_validate(settings.get("save", {}))
     dtype = storage_dtype_of(save, known.checked)
     sizes = _Sizes(known, _exporter(save), dtype)
-    forms = forms or Forms(space)
+    forms = forms or forms_of(space, known.checked.config, storage_dtype=dtype)
     outside = tensors_outside_sites(known.checked, space.model_map, dtype)
     of_unit: dict[int, np.ndarray] = {}
     of_sites: dict[int, np.ndarray] = {}
@@ -61,9 +64,7 @@ def bytes_of(
     return Additive(float(base), of_unit, of_sites)
 
 
-def with_settled_format(
-    space: PlanSpace, known: KnownModel, settings: Mapping[str, Any], *, forms: Forms | None = None
-) -> dict[str, Any]:
+def with_settled_format(space: PlanSpace, known: KnownModel, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The same settings with a `save.format` that holds every plan of the space.
 
     `auto` becomes compressed-tensors where that holds every option and every plan has the shapes that a config can say;
@@ -72,16 +73,13 @@ def with_settled_format(
     save = Save.model_validate(settings.get("save", {}))
     if save.format != "auto":
         return dict(settings)
-    dtype, forms = storage_dtype_of(save, known.checked), forms or Forms(space)
+    dtype, forms = storage_dtype_of(save, known.checked), Forms(space)
     exporter = CompressedTensorsExporter(zero_points=save.zero_points)
-    changing = len(space.space.bodies) > 1 or bool(forms.unknown) or bool(forms.tried)
+    changing = len(space.space.bodies) > 1 or bool(forms.unknown)
     stock = not changing and not any(
         each.rounds_embedding() for choice in space.space.after.values() for each in choice
     )
-    coded = {each.scheme: each for unit in space.units if unit.kind == "sites" for each in _all(forms, unit)}
-    able = stock and all(
-        _holds(exporter, _coded(form, known), known, dtype) for scheme, form in coded.items() if scheme
-    )
+    able = stock and all(_holds(exporter, _coded(form, known), known, dtype) for form in _all(forms) if form.scheme)
     wanted = "compressed-tensors" if able else "llmcompress"
     return {**settings, "save": {**settings.get("save", {}), "format": wanted}}
 
@@ -102,6 +100,7 @@ class _Sizes:
         """Of all that is stored of it."""
         scheme = form.scheme
         if form.tensors is not None:
+            assert isinstance(self._exporter, ManifestExporter), "what was tried was stored in our own format"
             tensors = dict(form.tensors)
         elif scheme is not None:
             tensors = self._exporter.tensors(_coded(form, self._known), self._dtype)
@@ -154,9 +153,10 @@ def _of_sites(space: PlanSpace, unit: Unit, forms: Forms, sizes: _Sizes) -> np.n
     )
 
 
-def _all(forms: Forms, unit: Unit) -> Iterable[Form]:
+def _all(forms: Forms) -> Iterable[Form]:
     (body, *_) = forms.space.space.bodies
-    return (form for option in unit.options for form in forms.of(unit, body, option))
+    units = (unit for unit in forms.space.units if unit.kind == "sites")
+    return (form for unit in units for option in unit.options for form in forms.of(unit, body, option))
 
 
 def _inside(outside: Mapping[str, Kind], space: PlanSpace, block: int) -> dict[str, Kind]:

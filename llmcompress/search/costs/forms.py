@@ -12,7 +12,6 @@ from functools import cached_property
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.formats.named import Kind
 from llmcompress.model.map import BlockInfo, SiteInfo
-from llmcompress.modules.scheme import named_scheme
 from llmcompress.passes.base import BlockPass, Pass
 from llmcompress.passes.schemes import site_schemes
 from llmcompress.search.plan_space import PlanSpace, Unit
@@ -34,11 +33,6 @@ class Matrix:
     def weights(self) -> int:
         """How many there are."""
         return self.outputs * self.inputs
-
-    @property
-    def bits_per_weight(self) -> int:
-        """Of codes alone; 32 for dense weights, as a processor computes with them."""
-        return 32 if self.form == DENSE else named_scheme(self.form).weights.bits
 
 
 @dataclass(frozen=True)
@@ -128,7 +122,7 @@ def _by_arithmetic(space: PlanSpace, block: BlockInfo, site: str, option: str) -
             "search.costs.unknown",
             f"no arithmetic tells what `sites: {option}` makes of a linear",
             where=name,
-            fix="let it be tried on a block of random weights: `trial_forms`",
+            fix="let it be tried on a block of random weights: `forms_of`",
             exit_code=ExitCode.USAGE,
         )
     here = replace(space.model_map, blocks=(replace(block, structure=replace(block.structure, sites=(info,))),))

@@ -5,11 +5,11 @@ A table that was measured on another device is read like any other: `scripts/mea
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.evaluation.device.speed import ClockName
@@ -33,6 +33,10 @@ class Seconds(_Row):
         """The weighted sum of two."""
         return Seconds(prefill=self.prefill + weight * other.prefill, decode=self.decode + weight * other.decode)
 
+    def at_least(self, least: float) -> Seconds:
+        """No less: a difference of what is short may come out negative."""
+        return Seconds(prefill=max(self.prefill, least), decode=max(self.decode, least))
+
 
 NOTHING = Seconds(prefill=0.0, decode=0.0)
 
@@ -48,6 +52,8 @@ class Product(_Row):
     """Relative to the dense one where `by` is `differences`, so it may be negative."""
     spread: float
     """(Highest - lowest) ÷ median of the turns, the larger of both phases."""
+    bytes: int
+    """That the runtime holds of it, and of an output head what a product needs besides."""
 
     @property
     def matrix(self) -> Matrix:
@@ -62,6 +68,16 @@ class BlockRest(_Row):
     """Sizes of its linears, as `shapes_of` writes them: blocks of equal sizes take as long."""
     seconds: Seconds
     spread: float
+    bytes: int | None = None
+    """Besides its linears; None: not measured."""
+
+
+class Power(_Row):
+    """Watts above idle, from a counter of the machine."""
+
+    instrument: str
+    prefill: float
+    decode: float
 
 
 class Check(_Row):
@@ -106,65 +122,94 @@ class LatencyTable(_Row):
     blocks: tuple[BlockRest, ...]
     outside: Seconds
     """Everything but blocks and head."""
+    outside_bytes: int | None = None
+    """Peak memory of a process without blocks and head, libraries included; None: not measured."""
+    power: Power | None = None
+    """While a small model ran; None: no counter could be read."""
+    not_measured: tuple[str, ...] = ()
+    """What is not in the table, and why."""
     load: float | None = None
     """Processes that wanted the processor while it was measured (the mean of a minute): above the cores that are there,
     others took part of the time."""
     checks: tuple[Check, ...] = ()
 
     @classmethod
-    def read(cls, file: Path) -> Self:
-        """The table in a file.
+    def read(cls, file: Path, *, runtime: str | None = None) -> LatencyTable:
+        """The table of that runtime in a file; None: of the only one.
 
-        Raises: CompressError where it is none.
+        Raises: CompressError for a file that does not hold it.
         """
-        return cls.model_validate(read_json(file))
+        tables = read_tables(file)
+        found = tables.get(runtime or next(iter(tables), ""))
+        if found is None or (runtime is None and len(tables) > 1):
+            raise CompressError(
+                "search.latency.runtime",
+                f"{file.name} has tables of {', '.join(tables) or 'no runtime'}, and not one of {runtime or 'them'}",
+                fix="name one of its runtimes, or measure a table with `python scripts/measure_latency.py`",
+                exit_code=ExitCode.USAGE,
+            )
+        return found
 
     def write(self, file: Path) -> None:
-        """Into a file, whole or not at all."""
-        with replacing(file) as place:
-            place.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        """Alone into a file, whole or not at all."""
+        write_tables(file, [self])
 
-    def product(self, matrix: Matrix) -> Seconds:
+    def product(self, matrix: Matrix) -> Product:
         """Raises: CompressError where it was not measured."""
-        if matrix not in self._products:
-            raise _missing(f"a product with a matrix of {matrix.outputs}×{matrix.inputs} as {matrix.form}", self)
-        return self._products[matrix]
+        found = next((row for row in self.products if row.matrix == matrix), None)
+        return found or self._lacks(f"a product with a matrix of {matrix.outputs}×{matrix.inputs} as {matrix.form}")
 
-    def head(self, matrix: Matrix) -> Seconds:
+    def head(self, matrix: Matrix) -> Product:
         """Raises: CompressError where it was not measured."""
-        if matrix not in self._heads:
-            raise _missing(f"an output head of {matrix.outputs}×{matrix.inputs} as {matrix.form}", self)
-        return self._heads[matrix]
+        found = next((row for row in self.heads if row.matrix == matrix), None)
+        return found or self._lacks(f"an output head of {matrix.outputs}×{matrix.inputs} as {matrix.form}")
 
-    def rest(self, block: BlockInfo) -> Seconds:
+    def rest(self, block: BlockInfo) -> BlockRest:
         """Raises: CompressError where it was not measured."""
         shapes = shapes_of(block)
-        if shapes not in self._rests:
-            raise _missing(f"a block of these sizes: {shapes}", self)
-        return self._rests[shapes]
+        found = next((row for row in self.blocks if row.shapes == shapes), None)
+        return found or self._lacks(f"a block of these sizes: {shapes}")
 
-    @cached_property
-    def _products(self) -> dict[Matrix, Seconds]:
-        return {row.matrix: row.seconds for row in self.products}
+    def _lacks(self, what: str) -> NoReturn:
+        raise CompressError(
+            "search.latency.missing",
+            f"the latency table of {self.runtime} on {self.device} does not have {what}",
+            fix="measure a table for this space: `python scripts/measure_latency.py MODEL SPACE --runtime RUNTIME`",
+            exit_code=ExitCode.USAGE,
+        )
 
-    @cached_property
-    def _heads(self) -> dict[Matrix, Seconds]:
-        return {row.matrix: row.seconds for row in self.heads}
 
-    @cached_property
-    def _rests(self) -> dict[str, Seconds]:
-        return {row.shapes: row.seconds for row in self.blocks}
+def read_tables(file: Path) -> dict[str, LatencyTable]:
+    """Runtime → its table.
+
+    Raises: CompressError for a file that holds none.
+    """
+    try:
+        found = _Tables.model_validate(read_json(file, code="search.latency.file"))
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        raise CompressError(
+            "search.latency.file",
+            f"{file.name} holds no latency tables: {first['msg']}",
+            where=".".join(map(str, first["loc"])),
+            fix="make one with `python scripts/measure_latency.py`",
+            exit_code=ExitCode.USAGE,
+        ) from problem
+    return {table.runtime: table for table in found.tables}
+
+
+def write_tables(file: Path, tables: Iterable[LatencyTable]) -> None:
+    """Into one file, whole or not at all."""
+    with replacing(file) as place:
+        place.write_text(_Tables(tables=tuple(tables)).model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+class _Tables(_Row):
+    """What a file holds: of one device, one table for each runtime."""
+
+    tables: tuple[LatencyTable, ...]
 
 
 def shapes_of(block: BlockInfo) -> str:
     """Its linears and their sizes: `self_attn.q_proj 576×576, …`."""
     return ", ".join(f"{site.name} {site.outputs}×{site.inputs}" for site in block.structure.sites)
-
-
-def _missing(what: str, table: LatencyTable) -> CompressError:
-    return CompressError(
-        "search.latency.missing",
-        f"the latency table of {table.runtime} on {table.device} does not have {what}",
-        fix="measure a table for this space: `python scripts/measure_latency.py MODEL SPACE --runtime RUNTIME`",
-        exit_code=ExitCode.USAGE,
-    )

@@ -41,8 +41,15 @@ def wanted_matrices(space: PlanSpace, forms: Forms) -> tuple[tuple[Matrix, ...],
         for form in forms.of(unit, body, option)
         for matrix in (Matrix(form.site.outputs, form.site.inputs), *form.matrices)
     }
-    heads = {head_of(space, passes): None for passes in space.space.after.values()}
-    return tuple(sorted(found)), tuple(sorted(heads))
+    return tuple(sorted(found)), tuple(heads_of(space))
+
+
+def heads_of(space: PlanSpace) -> dict[Matrix, Passes]:
+    """The output heads that plans may have, and what makes them."""
+    return {
+        head_of(space, passes): tuple(each for each in passes if each.head_scheme(None, space.model_map) is not None)
+        for passes in space.space.after.values()
+    }
 
 
 def head_of(space: PlanSpace, passes: Passes) -> Matrix:
@@ -63,7 +70,7 @@ def _additive(space: PlanSpace, table: LatencyTable, forms: Forms, phase: Phase)
             of_unit[index] = np.zeros(len(unit.options))
         elif unit.kind == "after":
             heads = (head_of(space, space.space.after[option]) for option in unit.options)
-            of_unit[index] = np.array([phase(table.head(head)) for head in heads])
+            of_unit[index] = np.array([phase(table.head(head).seconds) for head in heads])
         elif unit.kind == "body":
             of_unit[index] = np.array([_rest(unit, option, table, forms, phase) for option in unit.options])
         else:
@@ -83,11 +90,11 @@ def _additive(space: PlanSpace, table: LatencyTable, forms: Forms, phase: Phase)
 def _rest(unit: Unit, option: str, table: LatencyTable, forms: Forms, phase: Phase) -> float:
     if option == DROPPED:
         return 0.0
-    return sum(phase(table.rest(forms.blocks[index, option])) for index in unit.blocks)
+    return sum(phase(table.rest(forms.blocks[index, option]).seconds) for index in unit.blocks)
 
 
 def _product(form: Form, table: LatencyTable) -> Seconds:
-    first, *others = (table.product(matrix) for matrix in form.matrices)
+    first, *others = (table.product(matrix).seconds for matrix in form.matrices)
     for each in others:
         first = first.plus(each)
     return first

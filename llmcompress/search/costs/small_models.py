@@ -33,11 +33,13 @@ _WINDOWS, _TOKENS = 2, 8
 _PAIRS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
-def small_model(config: PretrainedConfig, blocks: int, body: Passes) -> PreTrainedModel:
-    """With so many blocks, all with that body."""
-    model = _model(_shortened(config, blocks))
-    if body:
-        model = apply_passes(model, map_model(model), body, RunContext(_windows())).model
+def small_model(
+    config: PretrainedConfig, blocks: int, passes: Passes, *, vocabulary: int = VOCABULARY
+) -> PreTrainedModel:
+    """With so many blocks, to all of which these passes are applied, such as those of a body."""
+    model = _model(_shortened(config, blocks, vocabulary))
+    if passes:
+        model = apply_passes(model, map_model(model), passes, RunContext(random_windows())).model
     return model.eval()
 
 
@@ -64,7 +66,7 @@ def plan_model(config: PretrainedConfig, space: PlanSpace, forms: Forms, plan: P
     passes += [each for each in after if each.rounds_embedding()]
     model = _model(copy.deepcopy(config))
     if passes:
-        model = apply_passes(model, map_model(model), passes, RunContext(_windows())).model
+        model = apply_passes(model, map_model(model), passes, RunContext(random_windows())).model
     kept = [index for index in range(len(space.model_map.blocks)) if index not in space.dropped(plan)]
     blocks = find_blocks(model)
     for unit, choice in zip(space.units, plan, strict=True):
@@ -105,20 +107,21 @@ def _sites(model: PreTrainedModel) -> list[LinearSite]:
     ]
 
 
-def _windows() -> Tensor:
+def random_windows() -> Tensor:
+    """Token ids of no meaning, for passes that must see some."""
     return torch.randint(VOCABULARY, (_WINDOWS, _TOKENS), generator=torch.Generator().manual_seed(0))
 
 
-def _shortened(config: PretrainedConfig, blocks: int) -> PretrainedConfig:
+def _shortened(config: PretrainedConfig, blocks: int, vocabulary: int) -> PretrainedConfig:
     config = copy.deepcopy(config)
     text = config.get_text_config()
     deep = text.num_hidden_layers
     for name, value in list(vars(text).items()):
         if isinstance(value, list | tuple) and len(value) == deep:
             setattr(text, name, type(value)(value[:blocks]))
-    text.num_hidden_layers, text.vocab_size = blocks, VOCABULARY
+    text.num_hidden_layers, text.vocab_size = blocks, vocabulary
     for name in _PAIRS:
-        if isinstance(value := getattr(text, name, None), int) and value >= VOCABULARY:
+        if isinstance(value := getattr(text, name, None), int) and value >= vocabulary:
             setattr(text, name, None)
     return config
 

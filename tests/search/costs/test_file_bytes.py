@@ -9,9 +9,9 @@ import pytest
 
 from llmcompress.errors import CompressError
 from llmcompress.evaluation.footprint import bytes_on_disk
+from llmcompress.known_model import KnownModel, known_model
 from llmcompress.loading.source import find_source
 from llmcompress.pipeline import compress
-from llmcompress.planning import KnownModel, known_model
 from llmcompress.search.costs.file_bytes import bytes_of, with_settled_format
 from llmcompress.search.plan_recipe import recipe_of
 from llmcompress.search.plan_space import Plan, PlanSpace
@@ -89,3 +89,14 @@ def test_a_body_that_data_decide_is_refused(known: KnownModel) -> None:
     space = _space(known, bodies={"whole": [], "any": [{"width": {"fraction": 0.25, "allocation": "global"}}]})
     with pytest.raises(CompressError, match="depends on data"):
         bytes_of(space, known, {**SETTINGS, "save": {"format": "llmcompress"}})
+
+
+def test_factors_and_branches_are_tried_once_and_counted(folder: Path, known: KnownModel, tmp_path: Path) -> None:
+    branch = {"low_rank_correction": {"quantizer": {"rtn": {"scheme": "int4_g16"}}, "rank": 4}}
+    sites = {"dense": [], "factored": [{"svd": {"rank": 24, "whitening": "none"}}], "branched": [branch]}
+    space = _space(known, sites=sites, bodies=BODIES)
+    settings = with_settled_format(space, known, {**SETTINGS, "calibration": {"samples": 2, "tokens": 16}})
+    plan = space.random(np.random.default_rng(3))
+    assert {"factored", "branched", "narrow"} <= set(space.chosen(plan).values())
+    written = _written(folder, tmp_path / "out", space, plan, settings)
+    assert bytes_of(space, known, settings).total(space, plan) == pytest.approx(written, rel=1e-3)

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
-from transformers import PreTrainedModel
 from typing_extensions import override
 
-from llmcompress.exporters.base import EXPORTERS, Writing
 from llmcompress.exporters.onnx import OnnxExporter
 from llmcompress.exporters.onnx_nodes import MICROSOFT, Nodes
 from llmcompress.exporters.onnx_package import onnx_package
 from llmcompress.formats import onnx as fields
 from llmcompress.modules.scheme import named_scheme
-from llmcompress.runners.base import RUNNERS, Runner
-from llmcompress.search.costs.bench import BENCHES, Bench, Unmeasurable, random_expression
+from llmcompress.search.costs.bench import BENCHES, ExportedBench, Unmeasurable, random_expression
 from llmcompress.search.costs.forms import DENSE, Matrix
 
 _OPSET = 18
@@ -27,11 +23,10 @@ _ERRORS = 3
 
 
 @BENCHES.register("onnxruntime")
-class OnnxRuntimeBench(Bench):
+class OnnxRuntimeBench(ExportedBench):
     """On the processor, as the runner runs it."""
 
     target: ClassVar[str] = "onnx"
-    """The exporter of small models; the runner of the same runtime opens them."""
     head_sees_prompt: ClassVar[bool] = True
 
     @override
@@ -59,12 +54,6 @@ class OnnxRuntimeBench(Bench):
             return run
 
         return for_tokens
-
-    @override
-    def open(self, model: PreTrainedModel, folder: Path) -> Runner:
-        exporter = EXPORTERS[self.target]()
-        exporter.write(model, folder, Writing(torch.float32))
-        return RUNNERS[exporter.runtime].open(str(folder), device=torch.device("cpu"), dtype=torch.float32)
 
     @override
     def versions(self) -> dict[str, str]:

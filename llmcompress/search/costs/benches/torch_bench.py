@@ -10,10 +10,11 @@ import transformers
 from transformers import PreTrainedModel
 from typing_extensions import override
 
+from llmcompress.exporters.save import save_model
 from llmcompress.runners.base import Runner
 from llmcompress.runners.torch_runner import TorchRunner
-from llmcompress.search.costs.bench import BENCHES, Bench, random_linear
-from llmcompress.search.costs.forms import Matrix
+from llmcompress.search.costs.bench import BENCHES, Bench, byte_tokenizer, empty_codes, random_linear
+from llmcompress.search.costs.forms import DENSE, Matrix
 
 
 @BENCHES.register("torch")
@@ -37,6 +38,24 @@ class TorchBench(Bench):
             return run
 
         return for_tokens
+
+    @override
+    def held_bytes(self, matrix: Matrix) -> int:
+        if matrix.form == DENSE:
+            return self.dtype.itemsize * matrix.weights
+        with torch.device("meta"):
+            made = empty_codes(matrix, self.dtype)
+        return sum(each.nbytes for each in made.buffers())
+
+    @override
+    def transient_bytes(self, matrix: Matrix) -> int:
+        """The weights that codes stand for."""
+        return 0 if matrix.form == DENSE else self.dtype.itemsize * matrix.weights
+
+    @override
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        save_model(model, folder, "auto", storage_dtype=self.dtype)
+        byte_tokenizer().save_pretrained(folder)  # without one nothing is loaded
 
     @override
     def open(self, model: PreTrainedModel, folder: Path) -> Runner:
