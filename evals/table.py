@@ -15,7 +15,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tables import cost, distillation, exports, headline, hub, presets, pruning, quantization, real, training
+from tables import (
+    cost,
+    distillation,
+    exports,
+    headline,
+    hub,
+    presets,
+    pruning,
+    quantization,
+    real,
+    search_proxies,
+    training,
+)
 from tables.cells import Facts
 from tables.summary import LINES, MODEL, summary
 
@@ -126,6 +138,7 @@ def sections() -> list[Section]:
         Section("Pruning at initialization and during training", pruning.at_init, "at-init-*.json"),
         Section("Distillation: every objective on one student", distillation.objectives, "distillation-*.json"),
         Section("Healing after pruning, by tokens", distillation.healing, "healing-*.json"),
+        Section("Search: what stands in for the loss", search_proxies.proxies, "search-proxies-*.json"),
         Section("Dynamic inference", cost.dynamic, "dynamic-*.json"),
         Section("Tokens per second", cost.speed, "speed-*.json"),
         Section("Two runs of `llmcompress speed`", cost.repeated_speed, "repeat-speed-*.json"),

@@ -129,8 +129,9 @@ def fit_plans(
             exit_code=ExitCode.USAGE,
         )
     features_PF = space.one_hot([plan for plan, good in zip(plans, usable, strict=True) if good])
-    targets_P = _logarithms(losses_P[usable])
-    before = SumForecast(space, start) if isinstance(start, Additive) else start.forecast if start else None
+    floor = _FLOOR * float(np.median(losses_P[usable])) or 1.0
+    targets_P = np.log(np.maximum(losses_P[usable], floor))
+    before = SumForecast(space, start, floor) if isinstance(start, Additive) else start.forecast if start else None
     return PlanForecast(space, predictor.fitted(features_PF, targets_P, start=before, seed=seed))
 
 
@@ -140,19 +141,15 @@ class SumForecast(Forecast):
 
     space: PlanSpace
     losses: Additive
+    floor: float
+    """Estimates below count as that much."""
 
     @override
     def mean(self, features_PF: np.ndarray) -> np.ndarray:
         totals = [self.losses.total(self.space, self.space.from_one_hot(row_F)) for row_F in features_PF]
-        return _logarithms(np.asarray(totals))
+        mean: np.ndarray = np.log(np.maximum(totals, self.floor))
+        return mean
 
     @override
     def spread(self, features_PF: np.ndarray) -> np.ndarray:
         return np.zeros(len(features_PF))
-
-
-def _logarithms(losses_P: np.ndarray) -> np.ndarray:
-    above = losses_P[losses_P > 0]
-    floor = _FLOOR * float(np.median(above)) if len(above) else 1.0
-    logarithms: np.ndarray = np.log(np.maximum(losses_P, floor))
-    return logarithms
