@@ -15,6 +15,9 @@ import numpy as np
 from llmcompress.search.additive import Additive
 from llmcompress.search.plan_space import Plan, PlanSpace
 
+ROUNDING = 1e-9
+"""A share by which a sum may exceed its limit: sums of the same numbers in another order end in other digits."""
+
 
 @dataclass(frozen=True)
 class Proposal:
@@ -86,5 +89,10 @@ class Problem:
 
     def excess(self, plan: Plan) -> float:
         """By which share the limits are exceeded, summed; 0 when all are kept."""
-        found = self.cost(plan)
-        return sum(max(0.0, found[axis] / limit - 1.0) for axis, limit in self.limits.items() if axis in found)
+        return exceeded(self.cost(plan), self.limits)
+
+
+def exceeded(costs: Mapping[str, float], limits: Mapping[str, float]) -> float:
+    """By which share costs exceed their limits, summed; 0 up to rounding."""
+    over = (costs[axis] / limit - 1.0 for axis, limit in limits.items() if axis in costs)
+    return sum(share for share in over if share > ROUNDING)

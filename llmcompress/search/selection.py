@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from llmcompress.registry import Registry
-from llmcompress.search.problem import Outcome
+from llmcompress.search.problem import Outcome, exceeded
 
 LOSS = "loss"
 """The axis of `Outcome.loss`; others are those of `Outcome.costs`."""
@@ -20,11 +20,6 @@ LOSS = "loss"
 def value(outcome: Outcome, axis: str) -> float:
     """Of one axis; less is better."""
     return outcome.loss if axis == LOSS else outcome.costs[axis]
-
-
-def exceeded(costs: Mapping[str, float], limits: Mapping[str, float]) -> float:
-    """By which share costs exceed their limits, summed."""
-    return sum(max(0.0, costs[axis] / limit - 1.0) for axis, limit in limits.items() if axis in costs)
 
 
 def comparable(outcomes: Sequence[Outcome], limits: Mapping[str, float]) -> list[Outcome]:

@@ -1,4 +1,4 @@
-"""A search without a model: a map of made-up blocks, costs and losses that are sums, and a driver that answers at once."""
+"""A search without a model: made-up blocks, costs and losses that are sums, and a driver that answers at once."""
 
 from __future__ import annotations
 
@@ -48,7 +48,10 @@ def sizes(space: PlanSpace, seed: int = 0, noise: float = 0.0) -> Additive:
     of_sites = {
         index: np.array(
             [
-                [width[body] * BITS[option] * len(unit.sites) * np.exp(noise * random.standard_normal()) for option in unit.options]
+                [
+                    width[body] * BITS[option] * len(unit.sites) * np.exp(noise * random.standard_normal())
+                    for option in unit.options
+                ]
                 for body in space.space.bodies
             ]
         )

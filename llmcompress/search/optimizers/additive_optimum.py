@@ -15,7 +15,7 @@ from scipy.sparse import lil_array
 
 from llmcompress.search.additive import Additive
 from llmcompress.search.plan_space import Plan, PlanSpace
-from llmcompress.search.problem import Problem
+from llmcompress.search.problem import ROUNDING, Problem, exceeded
 
 MOST_STATES = 1 << 14
 """Of the table, for each number of dropped blocks; above it the limit is cut into so many steps, and the best of each
@@ -55,9 +55,7 @@ class _States:
         loss = (self.loss[:, None] + other.loss).ravel()
         kept = _unbeaten(cost, loss, gone, np.flatnonzero((cost <= most) & (gone <= most_gone)), most)
         mine, theirs = np.divmod(kept, other.cost.size)
-        return _States(
-            cost[kept], loss[kept], gone[kept], self.choices[mine] + other.choices[theirs]
-        )
+        return _States(cost[kept], loss[kept], gone[kept], self.choices[mine] + other.choices[theirs])
 
 
 def _unbeaten(cost: np.ndarray, loss: np.ndarray, gone: np.ndarray, among: np.ndarray, most: float) -> np.ndarray:
@@ -79,13 +77,12 @@ def by_table(space: PlanSpace, losses: Additive, cost: Additive, limit: float) -
     """The least loss within one limit, exactly while the table stays below `MOST_STATES`."""
     blocks = len(space.model_map.blocks)
     most_gone = min(math.floor(space.space.most_dropped * blocks + 1e-9), blocks - 1)
-    width, most = len(space.units), limit - cost.base
+    width, most = len(space.units), limit - cost.base  # sums here end in other digits than `Additive.total`
     items = [_item(space, losses, cost, index) for index, unit in enumerate(space.units) if unit.body is None]
     rest = np.cumsum([0.0, *(each.cost.min() for each in reversed(items))])[::-1]
     found = _States(np.zeros(1), np.zeros(1), np.zeros(1, dtype=int), np.zeros((1, width), dtype=np.int16))
     for each, later in zip(items, rest[1:], strict=True):
-        # a hair more than the limit: sums in another order end in other last digits
-        found = found.plus(each, most - later + 1e-12 * abs(limit), most_gone)
+        found = found.plus(each, most - later + ROUNDING * abs(limit), most_gone)
         if not found.cost.size:
             return None
     plan = found.choices[found.loss.argmin()]
@@ -179,19 +176,25 @@ def by_integer_program(
 ) -> Plan | None:
     """The least loss within any number of limits, by branch and bound (HiGHS)."""
     program = _Program(space)
-    keep = [
-        LinearConstraint(program.row(costs[axis])[None] / limit, -np.inf, 1.0 - costs[axis].base / limit)
-        for axis, limit in limits.items()
-    ]
     row = program.row(losses)
-    found = milp(
-        row / (np.abs(row).max() or 1.0),
-        integrality=np.ones(program.count),
-        bounds=Bounds(0, 1),
-        constraints=[program.choose_once(0), *keep],
-        options={"mip_rel_gap": 0.0},
-    )
-    return None if found.x is None else program.plan(found.x)
+    for slack in (0.0, 2e-6, 1e-5):  # the solver's constraints hold up to 1e-6
+        keep = [
+            LinearConstraint(program.row(costs[axis])[None] / limit, -np.inf, 1.0 - slack - costs[axis].base / limit)
+            for axis, limit in limits.items()
+        ]
+        found = milp(
+            row / (np.abs(row).max() or 1.0),
+            integrality=np.ones(program.count),
+            bounds=Bounds(0, 1),
+            constraints=[program.choose_once(0), *keep],
+            options={"mip_rel_gap": 0.0},
+        )
+        if found.x is None:
+            return None
+        plan = program.plan(found.x)
+        if not exceeded({axis: costs[axis].total(space, plan) for axis in limits}, limits):
+            return plan
+    return None
 
 
 def nearest(problem: Problem) -> Plan:

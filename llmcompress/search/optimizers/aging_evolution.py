@@ -9,7 +9,7 @@ from pydantic import Field
 
 from llmcompress.search.optimizers.base import OPTIMIZERS
 from llmcompress.search.optimizers.budget import Budget
-from llmcompress.search.optimizers.judging import Explorer, Exploration, badness, beginning
+from llmcompress.search.optimizers.judging import Exploration, Explorer, badness, beginning
 from llmcompress.search.problem import Outcome, Problem
 
 

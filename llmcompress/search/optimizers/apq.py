@@ -7,11 +7,13 @@ from pydantic import Field
 
 from llmcompress.search.optimizers.base import OPTIMIZERS
 from llmcompress.search.optimizers.budget import Budget
-from llmcompress.search.optimizers.judging import Explorer, Exploration, beginning
-from llmcompress.search.optimizers.optuna_samplers import log_loss
-from llmcompress.search.optimizers.predictors import Ensemble
+from llmcompress.search.optimizers.judging import Exploration, Explorer, badness, beginning
 from llmcompress.search.plan_space import Plan
 from llmcompress.search.problem import Outcome, Problem
+from llmcompress.search.proxies.predictors.base import PREDICTORS, PlanForecast, fit_plans
+
+_FEWEST = 4
+"""Valid outcomes from which a predictor can learn."""
 
 
 @OPTIMIZERS.register("apq")
@@ -23,11 +25,16 @@ class APQ(Explorer):
     Source: Wang et al., APQ, arXiv 2006.08509: population 100, 50 mutations and 50 crossovers, a quarter as parents,
     each unit mutated with probability 0.1.
     Differs: several rounds of few generations instead of one of 500, so that the predictor learns where it is asked;
-    two networks of two layers of 64 instead of one of three of 400, for hundreds of plans instead of thousands.
+    smaller networks, for hundreds of plans instead of thousands; the predictor begins from the estimate of losses that
+    is a sum, where APQ's begins from plans without quantization.
     """
 
     start: int = Field(default=40, ge=2)
     """Plans judged before the first predictor: given ones that fit, and random ones."""
+    predictor: str = "mlp"
+    """What predicts the loss: `mlp`, `gp` or `ridge`."""
+    transfer: bool = True
+    """Whether it learns the error of the estimate that is a sum, where there is one; else the loss itself."""
     population: int = Field(default=100, ge=4)
     generations: int = Field(default=10, ge=1)
     """On the predictor, each round."""
@@ -42,19 +49,26 @@ class APQ(Explorer):
         told = yield beginning(problem, budget, random, self.start)
         while told or seen:
             seen.update((each.plan, each) for each in told)
-            ensemble = Ensemble(members=2, hidden=(64, 64))
-            known = sorted(seen.values(), key=log_loss)
-            ensemble.fit(
-                problem.space.one_hot([each.plan for each in known]), np.array([log_loss(each) for each in known]), random
+            known = sorted(seen.values(), key=lambda each: badness(problem, each))
+            if sum(each.is_valid for each in known) < _FEWEST:
+                told = yield [budget.random(random)]
+                continue
+            forecast = fit_plans(
+                PREDICTORS[self.predictor](),
+                problem.space,
+                [each.plan for each in known],
+                [each.loss for each in known],
+                start=problem.losses if self.transfer else None,
+                seed=int(random.integers(1 << 20)),
             )
             population = [each.plan for each in known[: self.population]]
             for _ in range(self.generations):
-                population = self._next(population, ensemble, budget, random)
+                population = self._next(population, forecast, budget, random)
             new = [plan for plan in population if plan not in seen]
             told = yield new[: self.batch] or [budget.random(random)]
 
     def _next(
-        self, population: list[Plan], ensemble: Ensemble, budget: Budget, random: np.random.Generator
+        self, population: list[Plan], forecast: PlanForecast, budget: Budget, random: np.random.Generator
     ) -> list[Plan]:
         """Parents and their children, the best first."""
         parents = population[: max(2, self.population // 4)]
@@ -64,8 +78,7 @@ class APQ(Explorer):
             child = self._mutated(one, budget, random) if index % 2 else crossed(one, other, random)
             children.setdefault(budget.within(child, random))
         plans = list(children)
-        predicted_N = ensemble.predict(budget.space.one_hot(plans)).mean(0)
-        return [plans[index] for index in predicted_N.argsort()[: self.population]]
+        return [plans[index] for index in forecast.losses(plans).argsort()[: self.population]]
 
     def _mutated(self, plan: Plan, budget: Budget, random: np.random.Generator) -> Plan:
         found = list(plan)

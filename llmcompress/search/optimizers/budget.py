@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 
 import numpy as np
 
 from llmcompress.search.additive import Additive
 from llmcompress.search.optimizers.additive_optimum import nearest
 from llmcompress.search.plan_space import Plan, PlanSpace
-from llmcompress.search.problem import Problem
+from llmcompress.search.problem import ROUNDING, Problem
 
 _ILLEGAL = 1e6
 """More than any plan exceeds its limits by."""
@@ -42,7 +43,7 @@ class Totals:
 
 
 class Budget:
-    """The limits of a problem. Where there are none every legal plan fits, and its costs relative to the first count."""
+    """The limits of a problem. Where there are none every legal plan fits."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem, self.space = problem, problem.space
@@ -68,7 +69,8 @@ class Budget:
 
     def excess(self, plans_NU: np.ndarray) -> np.ndarray:
         """By which share limits are exceeded, summed; plans that are not legal exceed them by far."""
-        over_N = np.maximum(self.shares(plans_NU) - 1.0, 0.0).sum(1) if self._limits else np.zeros(len(plans_NU))
+        over_NA = self.shares(plans_NU) - 1.0
+        over_N = np.where(over_NA > ROUNDING, over_NA, 0.0).sum(1) if self._limits else np.zeros(len(plans_NU))
         gone_N = ((plans_NU[:, self._bodies] == self._dropped) * self._blocks_of).sum(1)
         blocks = len(self.space.model_map.blocks)
         most = min(math.floor(self.space.space.most_dropped * blocks + 1e-9), blocks - 1)
@@ -89,6 +91,11 @@ class Budget:
         """Whether it is legal and keeps all limits."""
         return bool(self.excess(np.array([plan]))[0] == 0.0)
 
+    @cached_property
+    def nearest(self) -> Plan:
+        """The plan that exceeds the limits least."""
+        return nearest(self.problem)
+
     def repaired(self, plan: Plan, random: np.random.Generator) -> Plan:
         """The plan with cheaper options, one step down at a time in units drawn at random, until it fits.
 
@@ -108,7 +115,7 @@ class Budget:
                     progress = True
         if self.excess(current_U[None])[0] == 0.0:
             return self._plan(current_U)
-        return nearest(self.problem)
+        return self.nearest
 
     def filled(self, plan: Plan, random: np.random.Generator) -> Plan:
         """The plan with dearer options that still fit, in units drawn at random: what is left of the limits is used."""
@@ -138,6 +145,11 @@ class Budget:
             others = [option for option in range(len(self.space.units[unit].options)) if option != plan[unit]]
             found[unit] = int(random.choice(others))
         return self.within(tuple(found), random)
+
+    @cached_property
+    def has_plans(self) -> bool:
+        """Whether any plan fits."""
+        return self.fits(self.repaired((0,) * len(self.space.units), np.random.default_rng(0)))
 
     def starts(self) -> Iterator[Plan]:
         """The problem's plans to begin with that fit, each once."""

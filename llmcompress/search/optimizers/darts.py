@@ -12,7 +12,7 @@ from pydantic import Field
 
 from llmcompress.search.optimizers.base import OPTIMIZERS
 from llmcompress.search.optimizers.budget import Budget
-from llmcompress.search.optimizers.judging import Explorer, Exploration
+from llmcompress.search.optimizers.judging import Exploration, Explorer
 from llmcompress.search.optimizers.mixture import Adam, ExpectedCosts, Logits, relaxation_of
 from llmcompress.search.plan_space import Plan
 from llmcompress.search.problem import Problem
@@ -70,7 +70,9 @@ class DARTS(Explorer):
             if (step + 1) % max(1, self.steps // self.judged) == 0:
                 yield [self._plan(logits_L, logits, problem, budget, random)]
         while True:
-            yield [self._plan(logits_L / self.coldest + random.gumbel(size=logits.size), logits, problem, budget, random)]
+            yield [
+                self._plan(logits_L / self.coldest + random.gumbel(size=logits.size), logits, problem, budget, random)
+            ]
 
     def _combined(self, loss_L: np.ndarray, logits_L: np.ndarray, costs: ExpectedCosts) -> np.ndarray:
         over_A = np.maximum(costs.shares(logits_L) - 1.0, 0.0)

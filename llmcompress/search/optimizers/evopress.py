@@ -7,7 +7,7 @@ from pydantic import Field
 
 from llmcompress.search.optimizers.base import OPTIMIZERS, Optimizer, Proposals
 from llmcompress.search.optimizers.budget import Budget
-from llmcompress.search.optimizers.judging import IDLE, Judge, beginning, best
+from llmcompress.search.optimizers.judging import IDLE, Judge, beginning, best, hopeless
 from llmcompress.search.plan_space import Plan
 from llmcompress.search.problem import Outcome, Problem, Proposal
 
@@ -38,6 +38,9 @@ class EvoPress(Optimizer):
     def proposals(self, problem: Problem, random: np.random.Generator) -> Proposals:
         """Generation by generation."""
         budget, judge = Budget(problem), Judge()
+        if (closest := hopeless(problem)) is not None:
+            yield from judge.ask([Proposal(closest, problem.stages[0])])
+            return
         starts = list(budget.starts()) or beginning(problem, budget, random, self.drawn)
         filled = dict.fromkeys([*starts, *(budget.filled(plan, random) for plan in starts)])
         told = yield from judge.ask([Proposal(plan, problem.stages[0]) for plan in filled])

@@ -9,7 +9,7 @@ from llmcompress.errors import CompressError, ExitCode
 from llmcompress.search.additive import Additive
 from llmcompress.search.optimizers.additive_optimum import least_loss
 from llmcompress.search.optimizers.base import OPTIMIZERS
-from llmcompress.search.optimizers.judging import Explorer, Exploration
+from llmcompress.search.optimizers.judging import Exploration, Explorer
 from llmcompress.search.problem import Problem
 
 

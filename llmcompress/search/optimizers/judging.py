@@ -10,8 +10,7 @@ import numpy as np
 from llmcompress.search.optimizers.base import Optimizer, Proposals
 from llmcompress.search.optimizers.budget import Budget
 from llmcompress.search.plan_space import Plan
-from llmcompress.search.problem import Outcome, Problem, Proposal
-from llmcompress.search.selection import exceeded
+from llmcompress.search.problem import Outcome, Problem, Proposal, exceeded
 
 Asking = Generator[Sequence[Proposal], Sequence[Outcome], list[Outcome]]
 Exploration = Generator[Sequence[Plan], Sequence[Outcome], None]
@@ -80,6 +79,9 @@ class Explorer(Optimizer):
     def proposals(self, problem: Problem, random: np.random.Generator) -> Proposals:
         """What `explore` yields until its trials are used, then the best of it on the tokens of later stages."""
         judge, later = Judge(), later_stages(problem, self.trials)
+        if (closest := hopeless(problem)) is not None:
+            yield from judge.ask([Proposal(closest, problem.stages[0])])
+            return
         left = self.trials - sum(count for _, count in later)
         first, steps, idle = problem.stages[0], self.explore(problem, random), 0
         told: Sequence[Outcome] | None = None
@@ -99,6 +101,12 @@ class Explorer(Optimizer):
         found = judge.known(first)
         for tokens, count in later:
             found = yield from judge.ask([Proposal(each.plan, tokens) for each in best(problem, found, count)])
+
+
+def hopeless(problem: Problem) -> Plan | None:
+    """The plan that exceeds the limits least, where every plan exceeds them: there is nothing to search."""
+    budget = Budget(problem)
+    return None if budget.has_plans else budget.nearest
 
 
 def beginning(problem: Problem, budget: Budget, random: np.random.Generator, count: int) -> list[Plan]:

@@ -144,7 +144,7 @@ class ExpectedCosts:
 
         Source: Helcig, Alistarh, arXiv 2605.00649, the retraction of its budget manifold.
         """
-        each, limit = self._costs[axis]
+        each, _limit = self._costs[axis]
         parts = self._logits.split(self._logits.softmax(logits_L))
         direction_L = np.concatenate(expected(self._space, each, parts)[1])
         direction_L /= np.abs(direction_L).max() or 1.0

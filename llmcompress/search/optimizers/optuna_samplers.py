@@ -15,7 +15,7 @@ from pydantic import Field
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.search.optimizers.base import OPTIMIZERS
 from llmcompress.search.optimizers.budget import Budget
-from llmcompress.search.optimizers.judging import Explorer, Exploration, beginning
+from llmcompress.search.optimizers.judging import Exploration, Explorer, beginning
 from llmcompress.search.plan_space import Plan, PlanSpace
 from llmcompress.search.problem import Outcome, Problem
 
@@ -153,7 +153,10 @@ class GaussianProcess(ModelBased):
 
 
 class MultiObjective(Explorer):
-    """A genetic algorithm on the loss and all costs; plans beyond the limits are told as violations, unjudged."""
+    """A genetic algorithm on the loss and all costs; plans beyond the limits are told as violations, unjudged.
+
+    The first generation are given plans that fit, and random ones.
+    """
 
     population: int = Field(default=24, ge=2)
 
@@ -173,7 +176,7 @@ class MultiObjective(Explorer):
             study = create_study(
                 sampler=self.sampler(int(random.integers(1 << 31))), directions=["minimize"] * (1 + len(axes))
             )
-            for plan in budget.starts():
+            for plan in beginning(problem, budget, random, self.population):
                 study.enqueue_trial(levels.params(plan))
         while True:
             with _quiet():

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from llmcompress.search.optimizers.base import OPTIMIZERS
 from llmcompress.search.optimizers.budget import Budget
-from llmcompress.search.optimizers.judging import Explorer, Exploration
+from llmcompress.search.optimizers.judging import Exploration, Explorer
 from llmcompress.search.optimizers.mixture import Adam, Logits
 from llmcompress.search.plan_space import Plan
 from llmcompress.search.problem import Outcome, Problem

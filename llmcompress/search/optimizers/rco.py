@@ -10,7 +10,7 @@ from pydantic import Field
 
 from llmcompress.search.optimizers.base import OPTIMIZERS
 from llmcompress.search.optimizers.budget import Budget
-from llmcompress.search.optimizers.judging import Explorer, Exploration
+from llmcompress.search.optimizers.judging import Exploration, Explorer
 from llmcompress.search.optimizers.mixture import Adam, ExpectedCosts, Logits, relaxation_of
 from llmcompress.search.plan_space import Plan
 from llmcompress.search.problem import Problem

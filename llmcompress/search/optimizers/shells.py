@@ -9,7 +9,7 @@ from pydantic import Field
 
 from llmcompress.search.optimizers.base import OPTIMIZERS
 from llmcompress.search.optimizers.budget import Budget
-from llmcompress.search.optimizers.judging import Explorer, Exploration, badness, beginning
+from llmcompress.search.optimizers.judging import Exploration, Explorer, badness, beginning
 from llmcompress.search.plan_space import Plan
 from llmcompress.search.problem import Outcome, Problem
 
@@ -68,7 +68,8 @@ class Shells(Explorer):
         alike = [
             other
             for other in budget.free
-            if plan[other] != plan[one] and (units[other].kind, units[other].sites) == (units[one].kind, units[one].sites)
+            if plan[other] != plan[one]
+            and (units[other].kind, units[other].sites) == (units[one].kind, units[one].sites)
         ]
         if not alike:
             return plan

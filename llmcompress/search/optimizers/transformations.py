@@ -8,7 +8,7 @@ from pydantic import Field
 from llmcompress.search.optimizers.base import OPTIMIZERS
 from llmcompress.search.optimizers.budget import Budget
 from llmcompress.search.optimizers.evopress import swapped
-from llmcompress.search.optimizers.judging import Explorer, Exploration, badness
+from llmcompress.search.optimizers.judging import Exploration, Explorer, badness
 from llmcompress.search.plan_space import Plan
 from llmcompress.search.problem import Outcome, Problem
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from llmcompress.search.optimizers.base import OPTIMIZERS
 from llmcompress.search.optimizers.budget import Budget
-from llmcompress.search.optimizers.judging import Explorer, Exploration
+from llmcompress.search.optimizers.judging import Exploration, Explorer
 from llmcompress.search.plan_space import Plan, PlanSpace
 from llmcompress.search.problem import Problem
 

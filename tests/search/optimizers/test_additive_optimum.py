@@ -54,7 +54,10 @@ def test_both_ways_find_what_trying_all_finds(space: PlanSpace, share: float) ->
 def test_two_limits_are_kept_and_cost_what_they_must() -> None:
     task = toy.problem(toy.plan_space(blocks=3))
     assert task.losses is not None
-    limits = {"bytes": task.limits["bytes"], "decode": 0.5 * task.costs["decode"].total(task.space, (0,) * 7)}
+    limits = {
+        "bytes": task.limits["bytes"],
+        "decode": 0.5 * task.costs["decode"].total(task.space, (0,) * len(task.space.units)),
+    }
     found = least_loss(task.space, task.losses, task.costs, limits)
     assert found is not None
     assert task.losses.total(task.space, found) == pytest.approx(by_trying_all(task, limits))
