@@ -29,7 +29,9 @@ from llmcompress.search.costs.file_bytes import bytes_of, with_settled_format
 from llmcompress.search.costs.forms import Forms
 from llmcompress.search.costs.latency_table import LatencyTable
 from llmcompress.search.costs.measuring import LatencySettings, measure_latency
+from llmcompress.search.costs.resources import energy_of, memory_of
 from llmcompress.search.costs.seconds import seconds_of
+from llmcompress.search.costs.trying import forms_of
 from llmcompress.search.plan_recipe import recipe_of
 from llmcompress.search.plan_space import PlanSpace
 from llmcompress.search.settings import SearchSettings
@@ -128,36 +130,38 @@ def check_options(space: PlanSpace, known: KnownModel, settings: SearchSettings)
 def costs_of(subject: Subject, folder: Path, *, progress: Progress) -> tuple[dict[str, Additive], dict[str, float]]:
     """What each choice adds on every axis of the search, and what the dense model costs.
 
-    Seconds come from the table that the settings name, or from one measured now and kept in the folder.
+    All but bytes come from the table that the settings name, or from one measured now and kept in the folder.
 
-    Raises: CompressError for an axis that cannot be known here.
+    Raises: CompressError for an axis that the table does not have.
     """
-    settings, space = subject.settings, subject.space
-    forms = Forms(space)
+    settings, space, config = subject.settings, subject.space, subject.loaded.model.config
+    forms = forms_of(space, config, storage_dtype=subject.whole.context.storage_dtype)
     found: dict[str, Additive] = {}
     dense: dict[str, float] = {}
     if "bytes" in settings.axes:
         found["bytes"] = bytes_of(space, subject.known, subject.recipe_settings, forms=forms)
         dense["bytes"] = float(subject.known.checked.bytes_weights)
-    if {"prefill", "decode"} & set(settings.axes):
+    if set(settings.axes) - {"bytes"}:
         table = latency_table(subject, folder, forms, progress=progress)
-        seconds = seconds_of(space, table, forms=forms)
         untouched = PlanSpace(Space(sites={"dense": ()}), space.model_map)
-        of_dense = seconds_of(untouched, table)
-        for axis in ("prefill", "decode"):
-            if axis in settings.axes:
-                found[axis] = seconds[axis]
-                dense[axis] = of_dense[axis].total(untouched, untouched.uniform("dense"))
-    for axis in settings.axes:
-        if axis not in found:
-            raise CompressError(
-                "search.axis",
-                f"{axis} of a plan cannot be known before it is made on this device",
-                where="costs.axes, limits",
-                fix="use bytes, prefill or decode",
-                exit_code=ExitCode.USAGE,
-            )
+        of_all, of_dense = _measured(space, table, forms), _measured(untouched, table, Forms(untouched))
+        for axis in settings.axes[settings.axes[0] == "bytes" :]:
+            ours, whole = of_all[axis], of_dense[axis]
+            if ours is None or whole is None:
+                raise CompressError(
+                    "search.axis",
+                    f"the latency table of {table.runtime} on {table.device} has no {axis}: it could not be measured",
+                    where="costs.axes, limits",
+                    fix="measure a table where it can be, or leave that axis out",
+                    exit_code=ExitCode.USAGE,
+                )
+            found[axis], dense[axis] = ours, whole.total(untouched, untouched.uniform("dense"))
     return found, dense
+
+
+def _measured(space: PlanSpace, table: LatencyTable, forms: Forms) -> dict[str, Additive | None]:
+    memory, energy = memory_of(space, table, forms=forms), energy_of(space, table, forms=forms)
+    return {**seconds_of(space, table, forms=forms), "memory": memory, "energy": energy}
 
 
 def latency_table(subject: Subject, folder: Path, forms: Forms, *, progress: Progress) -> LatencyTable:
@@ -168,13 +172,14 @@ def latency_table(subject: Subject, folder: Path, forms: Forms, *, progress: Pro
     costs = subject.settings.costs
     file = folder / TABLE if costs.table is None else Path(costs.table)
     if costs.table is not None or file.is_file():
-        return LatencyTable.read(file)
+        return LatencyTable.read(file, runtime=costs.runtime)
     progress.stage("measure latency", 0)
     settings = LatencySettings(
         batch=costs.batch,
         context=costs.context,
         turns=costs.turns,
         threads=costs.threads,
+        memory="memory" in subject.settings.axes,
         device=subject.whole.context.device.type,
     )
     config = subject.loaded.model.config
