@@ -14,6 +14,7 @@ from llmcompress.errors import CompressError, ExitCode
 from llmcompress.recipe import parse_recipe
 from tests.hub.conftest import RECIPE
 from tests.hub.server import TOKEN, HubDouble
+from tests.tiny_folder import write_tiny_llama
 
 NAME = "me/tiny-w4"
 PUBLISHED = {**RECIPE, "evaluate": {}, "publish": {"hub": [NAME]}}
@@ -43,7 +44,7 @@ def test_a_recipe_pushes_what_it_makes(hub: HubDouble, tiny: Path, tmp_path: Pat
     assert made.recipe.publish and made.recipe.hash() == parse_recipe(made.recipe.to_yaml(), "r").hash()
 
 
-def test_one_command_compresses_heals_exports_and_publishes(hub: HubDouble, tiny: Path, tmp_path: Path) -> None:
+def test_one_command_compresses_heals_exports_and_publishes(hub: HubDouble, tmp_path: Path) -> None:
     """The command of docs/publishing.md, with a text that is here and a training of two steps."""
     quick = [
         *("--set", "calibration={source: builtin:calibration, samples: 8, tokens: 32}"),
@@ -51,6 +52,7 @@ def test_one_command_compresses_heals_exports_and_publishes(hub: HubDouble, tiny
         *("--set", "evaluate={perplexity: [{source: builtin:evaluation, window: 32, max_windows: 2}]}"),
     ]
     out = tmp_path / "small"
+    tiny = write_tiny_llama(tmp_path / "dense", intermediate_size=64)
     assert run("compress", tiny, "--preset", "w4-heal", *quick, "--publish", NAME, "-o", out) == 0
     files = hub.repos[NAME].files
     assert files["model.safetensors"] == (out / "model.safetensors").read_bytes()
