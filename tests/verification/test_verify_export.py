@@ -26,8 +26,8 @@ OF_A_PASS = {
     ],
 }
 BY_THEMSELVES = ("gguf", "tensorrt_llm", "onnx_genai")
-ELSEWHERE = ("onnx", "openvino")
-"""Where Optimum is: tests/exporters/test_onnx_families.py and test_openvino_families.py verify what they export."""
+ELSEWHERE = ("onnx", "onnx_static_int8", "openvino", "aot_inductor")
+"""Optimum or a compiler makes them: their own tests in tests/exporters verify what they export."""
 
 
 @pytest.fixture(scope="module")
