@@ -86,9 +86,7 @@ logits, cache = run(logits[:, -1:].argmax(-1), cache)  # the next token"""
             return plain.tensors((site.outputs, site.inputs), torch.float32, bias=site.has_bias)
         grid, bits = site.scheme.weights, field_bits(site.scheme)
         scales = grid.scale_shape(site.outputs, site.inputs)
-        codes: Kind = (torch.int8, (site.outputs, site.inputs))
-        if bits < 8:
-            codes = (torch.uint8, (site.outputs, packed_bytes(site.inputs, bits)))
+        codes: Kind = (torch.uint8, (site.outputs, packed_bytes(site.inputs, bits)))
         zeros: dict[str, Kind] = {} if grid.symmetric else {"zero_OG": (torch.int8, scales)}
         bias: dict[str, Kind] = {"bias": (torch.float32, (site.outputs,))} if site.has_bias else {}
         return {"codes": codes, "scale_OG": (torch.float32, scales), **zeros, **bias}

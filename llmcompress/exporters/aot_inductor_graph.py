@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from transformers import DynamicCache, PreTrainedModel
 from llmcompress.calibration.tokens import max_positions
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.model.skeleton import put_module
-from llmcompress.modules.expression_leaves import Quantized
 from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.modules.rounded_inputs import round_inputs
 from llmcompress.modules.scheme import Scheme
+from llmcompress.numerics.grid import spread
 from llmcompress.numerics.packing import pack_bits
 
 _EXAMPLE = (7, 5)
@@ -64,12 +65,15 @@ class Step(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A quantized linear whose codes of up to four bits are packed into bytes, lowest bits first."""
+    """A quantized linear whose codes are fields of 2, 4 or 8 bits, packed into bytes with the lowest bits first.
+
+    It spreads scales over the inputs. A ragged last group filled with zeros, as modules do it, became NaN when it was
+    compiled (torch 2.13).
+    """
 
     def __init__(self, site: QuantLinear) -> None:
         super().__init__()
         self.leaf, self.bits = site.leaf(), field_bits(site.scheme)
-        self.out_features, self.in_features = site.out_features, site.in_features
         tensor = self.leaf.tensor
         self.register_buffer("codes", pack_bits(tensor.codes, self.bits, self.low))
         self.register_buffer("scale_OG", tensor.scale)
@@ -83,21 +87,21 @@ class PackedLinear(nn.Module):
         return -(1 << (self.bits - 1))
 
     def unpacked(self, codes_OB: Tensor) -> Tensor:
-        """O×I int8."""
+        """O×I int16."""
+        outputs, inputs = self.leaf.shape
         fields = [codes_OB >> place & (1 << self.bits) - 1 for place in range(0, 8, self.bits)]
-        fields_OI = torch.stack(fields, -1).reshape(self.out_features, -1)[:, : self.in_features]
-        return fields_OI.to(torch.int8) + self.low
+        return torch.stack(fields, -1).reshape(outputs, -1)[:, :inputs].to(torch.int16) + self.low
 
     def forward(self, x: Tensor) -> Tensor:
         """As the linear that was packed."""
-        held = dict(self.named_buffers())
-        tensor = replace(
-            self.leaf.tensor,
-            codes=self.unpacked(held["codes"]),
-            scale=held["scale_OG"],
-            zero_point=held.get("zero_OG"),
-        )
-        return Quantized(tensor, self.leaf.activations, held.get("input_scale"), bias=held.get("bias"))(x)
+        held, grid, inputs = dict(self.named_buffers()), self.leaf.tensor.grid, self.leaf.shape[1]
+        weight_OI = self.unpacked(held["codes"]).to(x.dtype)
+        if "zero_OG" in held:
+            weight_OI = weight_OI - spread(held["zero_OG"], grid, inputs).to(x.dtype)
+        weight_OI = weight_OI * spread(held["scale_OG"], grid, inputs)
+        if self.leaf.activations is not None:
+            x = round_inputs(x, self.leaf.scheme, held.get("input_scale"))
+        return nn.functional.linear(x, weight_OI, held.get("bias"))
 
 
 def field_bits(scheme: Scheme) -> int:
@@ -107,15 +111,14 @@ def field_bits(scheme: Scheme) -> int:
 
 @contextmanager
 def packed_linears(model: PreTrainedModel) -> Iterator[None]:
-    """The same model with small codes packed, and afterwards as it was."""
+    """The same model with the codes of its linears packed, and afterwards as it was."""
     found = {name: part for name, part in model.named_modules() if type(part) is QuantLinear}
-    small = {name: part for name, part in found.items() if field_bits(part.scheme) < 8}
     try:
-        for name, part in small.items():
+        for name, part in found.items():
             put_module(model, name, PackedLinear(part))
         yield
     finally:
-        for name, part in small.items():
+        for name, part in found.items():
             put_module(model, name, part)
 
 
