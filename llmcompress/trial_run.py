@@ -7,6 +7,7 @@ computed too (gradients, searches by perplexity), two runs of different depth te
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -145,7 +146,7 @@ class Bench:
         with TemporaryDirectory() as scratch:
             model, weights = map_weights(
                 self.source.folder,
-                self._checked.config,
+                copy.deepcopy(self._checked.config),  # blocks are taken out of it too
                 Path(scratch),
                 dtype=self._checked.storage_dtype,
                 trust_remote_code=recipe.trust_remote_code,
