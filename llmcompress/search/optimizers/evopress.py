@@ -61,7 +61,7 @@ class EvoPress(Optimizer):
     def _survivors(self, problem: Problem) -> list[int]:
         before_last = len(problem.stages) - 1
         counts = self.survivors or tuple(max(1, self.offspring // 4 ** (stage + 1)) for stage in range(before_last))
-        return [*counts, *(1 for _ in range(before_last))][:before_last] + [1]
+        return [*[*counts, *(1 for _ in range(before_last))][:before_last], 1]
 
     def _offspring(self, parent: Plan, budget: Budget, random: np.random.Generator) -> list[Plan]:
         found: dict[Plan, None] = {}
