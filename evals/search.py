@@ -23,11 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from llmcompress.search.costs.file_bytes import bytes_of
-from llmcompress.search.levels.bench import Bench
-from llmcompress.search.levels.build import build_levels
-from llmcompress.search.levels.store import LevelStore
-from llmcompress.search.optimizers.additive_optimum import least_loss
 from torch import Tensor
 
 from llmcompress.calibration.context import RunContext
@@ -40,6 +35,11 @@ from llmcompress.loading.source import find_source
 from llmcompress.model.probe import map_model
 from llmcompress.planning import known_model
 from llmcompress.progress import Silent
+from llmcompress.search.costs.file_bytes import bytes_of
+from llmcompress.search.levels.bench import Bench
+from llmcompress.search.levels.build import build_levels
+from llmcompress.search.levels.store import LevelStore
+from llmcompress.search.optimizers.additive_optimum import least_loss
 from llmcompress.search.optimizers.base import OPTIMIZERS, AskTell
 from llmcompress.search.plan_recipe import recipe_of
 from llmcompress.search.plan_space import Plan, PlanSpace
@@ -216,7 +216,8 @@ def described(setting: Setting, plan: Plan) -> dict[str, Any]:
 
 def plan_of_bits(setting: Setting, bits: Mapping[str, int]) -> Plan:
     """The plan in which every linear has these bits."""
-    chosen = {name: f"int{count}" for name, count in bits.items()}
+    known = {unit.name for unit in setting.space.units}
+    chosen = {name: f"int{count}" for name, count in bits.items() if name in known}
     return setting.space.plan({**chosen, "after": "int8"})
 
 

@@ -1,15 +1,16 @@
-"""The recipe for real on a few blocks of the model, to foretell how long it takes on all of them.
+"""The recipe for real on a few blocks of the model, to estimate how long it takes on all of them.
 
-What an operation of this recipe takes is measured on one block of each kind, its calibration windows and settings
-included, and multiplied by the operations of the whole run (`cost.py`). Where logits of calibration windows are computed
-too (gradients, searches by perplexity), two runs of different depth tell blocks and head apart.
+What an operation of this recipe takes is measured on one block of each kind, with its calibration windows and
+settings, and multiplied by the operations of the whole run (`cost.py`). Where logits of calibration windows are
+computed too (gradients, searches by perplexity), two runs of different depth tell blocks and head apart.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -49,18 +50,20 @@ class Trial:
     left_out: tuple[str, ...]
     """Passes that train the whole model."""
 
+    def seconds(self, taken: Cost) -> float:
+        """How long a recipe of that cost takes on this machine."""
+        return self.seconds_per_operation * taken.operations + self.seconds_per_head_operation * taken.head_operations
+
     def applied_to(self, plan: Plan, taken: Cost) -> Plan:
         """The plan with the seconds that the whole recipe is going to take."""
-        seconds = self.seconds_per_operation * taken.operations
-        seconds += self.seconds_per_head_operation * taken.head_operations
         note = f"{', '.join(self.left_out)}: not part of the trial, estimated from operations" if self.left_out else ""
         warnings = (*plan.warnings, note) if note else plan.warnings
-        found = {"estimated_seconds": seconds, "tried_blocks": self.blocks, "warnings": warnings}
+        found = {"estimated_seconds": self.seconds(taken), "probed_blocks": self.blocks, "warnings": warnings}
         return plan.model_copy(update=found)
 
 
 def with_trial(plan: Plan, recipe: Recipe, bench: Bench) -> Plan:
-    """The plan with the seconds that a trial foretells; as it was, with the reason, where few blocks do not do.
+    """The plan with the seconds that a trial estimates; as it was, with the reason, where few blocks do not do.
 
     Raises: CompressError as the calibration text does.
     """
@@ -71,7 +74,7 @@ def with_trial(plan: Plan, recipe: Recipe, bench: Bench) -> Plan:
         return plan.model_copy(
             update={"warnings": (*plan.warnings, f"time is estimated from operations: {problem.what}")}
         )
-    return trial.applied_to(plan, cost(recipe, bench.known.map, size_of(bench.known.checked)))
+    return trial.applied_to(plan, bench.cost(recipe))
 
 
 @dataclass(frozen=True)
@@ -91,14 +94,18 @@ class Bench:
     device: torch.device
     clock: Callable[[], float] = time.perf_counter
     """Of seconds: those of the wall, unless a program asks otherwise."""
-    progress: Progress = Silent()
+    progress: Progress = field(default_factory=Silent)
+
+    def cost(self, recipe: Recipe) -> Cost:
+        """Of the recipe on the whole model."""
+        return cost(recipe, self.known.map, size_of(self.known.checked))
 
     def trial(self, recipe: Recipe, data: CalibrationData | None) -> Trial:
         """Run the recipe's passes on a few blocks; the model's files stay as they are.
 
         Raises: CompressError where the passes cannot work on few blocks, and whatever `compress` would.
         """
-        recipe, model_map, size = fitted_to_model(recipe, self.known.map), self.known.map, size_of(self._checked)
+        recipe = fitted_to_model(recipe, self.known.map)
         left_out = tuple(PASSES.name_of(type(each)) for each in recipe.passes if _trains(each))
         tried = recipe.model_copy(update={"passes": tuple(each for each in recipe.passes if not _trains(each))})
         if not tried.passes:
@@ -108,10 +115,8 @@ class Bench:
                 where=", ".join(left_out),
                 fix="plan without --probe",
             )
-        with_head = cost(tried, model_map, size).head_operations > 0
-        chosen = [
-            blocks_of_each_kind(tried, model_map, count) for count in (_WITH_HEAD if with_head else _OF_EACH_KIND)
-        ]
+        counts = _WITH_HEAD if self.cost(tried).head_operations else _OF_EACH_KIND
+        chosen = [blocks_of_each_kind(tried, self.known.map, count) for count in counts]
         runs = [self._measured(tried, blocks, data) for blocks in dict.fromkeys(chosen)]
         return Trial(*_speeds(runs), blocks=chosen[-1], left_out=left_out)
 
@@ -141,7 +146,7 @@ class Bench:
         with TemporaryDirectory() as scratch:
             model, weights = map_weights(
                 self.source.folder,
-                self._checked.config,
+                copy.deepcopy(self._checked.config),  # blocks are taken out of it too
                 Path(scratch),
                 dtype=self._checked.storage_dtype,
                 trust_remote_code=recipe.trust_remote_code,
@@ -156,7 +161,7 @@ class Bench:
                 held_out_NT=data.held_out_NT if data and recipe.guard.fall_back else None,
                 batch=recipe.calibration.batch,
                 device=self.device,
-                storage_dtype=storage_dtype_of(recipe, self._checked),
+                storage_dtype=storage_dtype_of(recipe.save, self._checked),
                 seed=recipe.seed,
                 experts=recipe.calibration.experts,
             )
@@ -188,7 +193,9 @@ def at_new_places(recipe: Recipe, model_map: ModelMap, few: ModelMap, blocks: Se
 
 
 def _renamed(passes: Sequence[Pass], old: Mapping[str, str]) -> Iterator[Pass]:
-    """`old`: new name of a site → its name in the whole model. Later stages keep their globs: factors have new names."""
+    """`old`: new name of a site → its name in the whole model. Where globs match none of these they stay as they are:
+    they name what an earlier pass makes.
+    """
     for each in passes:
         selected = tuple(new for new, name in old.items() if each.selects(name))
         if not isinstance(each, BlockPass) or not selected:

@@ -34,6 +34,8 @@ BUDGET_SECONDS: dict[str, int] = {
     "tests/exporters/test_manifest.py": 40,
     "tests/exporters/test_openvino_families.py": 140,
     "tests/exporters/test_onnx_genai.py": 60,
+    "tests/exporters/test_aot_inductor.py": 100,
+    "tests/exporters/test_onnx_static_families.py": 40,
     "tests/passes/pruning/test_gates.py": 40,
     "tests/passes/pruning/test_sparse.py": 40,
     "tests/test_composition.py": 40,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llmcompress.calibration.offloading import WeightStore
 from llmcompress.exporters.checkpoint import block_of
+from llmcompress.exporters.onnx_fold import fold_constants
 from llmcompress.exporters.onnx_graph import Plan, holes_in
 from llmcompress.exporters.onnx_graph_program import DOMAIN
 from llmcompress.exporters.onnx_nodes import MICROSOFT, Held, HeldCodes, Nodes
@@ -39,8 +40,13 @@ _TYPES = {
 
 
 def fill(proto: Any, plan: Plan, nodes: Nodes) -> None:
-    """Replace every hole by the nodes of its expression, in place, and take placeholders of parameters out."""
+    """Replace every hole by the nodes of its expression, in place, and take placeholders of parameters out.
+
+    Where all sizes are fixed, what follows from them is computed first.
+    """
     graph = proto.graph
+    if plan.sequence is not None:
+        fold_constants(proto, plan.parameters.keys())
     made = {
         hole.output[0]: nodes.fill(plan.holes[name], name, hole.input[0], hole.output[0])
         for name, hole in holes_in(proto).items()

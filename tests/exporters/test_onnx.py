@@ -55,6 +55,8 @@ def coded(name: str, outputs: int, inputs: int = INPUTS, *, bias: bool = True) -
 class Filled:
     """Expressions as files: every one between an input and an output of its own."""
 
+    options: Any = None
+
     def __init__(self, holes: dict[str, Expression], folder: Path) -> None:
         self.folder, self.plan = folder, Plan({"vocab_size": 40}, holes, {}, {})
         self.nodes = Nodes(torch.bfloat16, accuracy_level=0, tied=self.plan.tied)
@@ -64,7 +66,9 @@ class Filled:
         self.size = write(self.proto, self.nodes, folder, nn.Module(), InMemory())
 
     def run(self) -> dict[str, Tensor]:
-        session = onnxruntime.InferenceSession(str(self.folder / FILE), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            str(self.folder / FILE), self.options, providers=["CPUExecutionProvider"]
+        )
         fed = {each.name: (IDS_BT if each.type == "tensor(int64)" else X_BTI).numpy() for each in session.get_inputs()}
         names = [each.name for each in session.get_outputs()]
         return dict(zip(names, map(torch.from_numpy, session.run(names, fed)), strict=True))
