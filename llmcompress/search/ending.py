@@ -11,8 +11,8 @@ from llmcompress.evaluation.environment import machine, versions
 from llmcompress.records.search import Difference, SearchReport, SearchTrial
 from llmcompress.search.bench_judge import BenchJudge
 from llmcompress.search.plan_space import Plan, PlanSpace
-from llmcompress.search.problem import Outcome, Problem, Proposal
-from llmcompress.search.selection import LOSS, better_uniform, comparable, exceeded, front, hypervolume
+from llmcompress.search.problem import Outcome, Problem, Proposal, exceeded
+from llmcompress.search.selection import LOSS, better_uniform, comparable, front, hypervolume
 from llmcompress.search.settings import SearchSettings
 from llmcompress.search.trials import Finished
 

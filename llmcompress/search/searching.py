@@ -26,7 +26,6 @@ from llmcompress.search.ending import Found, beside_uniform, found_of, promoted,
 from llmcompress.search.finishing import kept_bytes, make_models, recipes_of, to_make, write_recipes
 from llmcompress.search.levels.bench import Bench
 from llmcompress.search.levels.build import build_levels
-from llmcompress.search.levels.losses import additive_losses
 from llmcompress.search.levels.store import LevelStore
 from llmcompress.search.library import optuna_library
 from llmcompress.search.opening import Subject, costs_of, open_subject
@@ -169,7 +168,7 @@ class _Search:
             costs=costs,
             limits=limits,
             stages=stages,
-            losses=additive_losses(subject.space, store),
+            losses=store.losses(subject.space),
             relaxation=bench.relaxation(judge.text(stages[0])),
             starts=tuple(uniform_plans(subject.space).values()),
         )
@@ -231,6 +230,8 @@ class _Search:
         kept = {found.number(each): kept_bytes(subject.space, each.plan, sizes, bits) for each in found.front}
         report = report.model_copy(update={"kept": kept})
         write_front(report, path)
+        if found.selected is None and found.nearest is None:
+            raise nothing_judged(next((each.outcome.problem for each in found.trials), None), path)
         if found.selected is None and found.nearest is not None:
             write_recipes({0: recipe_of(subject.space, found.nearest.plan, subject.recipe_settings)}, path / "nearest")
             raise no_plan(found.nearest.costs, found.problem.limits, str(path / "nearest" / "0.yaml"))
@@ -313,6 +314,17 @@ def no_plan(costs: Mapping[str, float], limits: Mapping[str, float], recipe: str
         fix="raise the limits, or add cheaper options to the space",
         saved=f"the recipe of the nearest plan: {recipe}",
         exit_code=ExitCode.GATE,
+    )
+
+
+def nothing_judged(problem: str | None, folder: Path) -> CompressError:
+    """No trial has an outcome."""
+    return CompressError(
+        "search.no-outcome",
+        f"no plan could be judged: {problem or 'the optimizer proposed none'}",
+        where=str(folder),
+        fix="correct what the message says, and search into another folder",
+        saved="all trials",
     )
 
 
