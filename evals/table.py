@@ -15,19 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tables import (
-    cost,
-    distillation,
-    exports,
-    headline,
-    hub,
-    presets,
-    pruning,
-    quantization,
-    real,
-    search_proxies,
-    training,
-)
+from tables import cost, distillation, exports, headline, hub, presets, pruning, quantization, real, search_proxies, training
 from tables.cells import Facts
 from tables.summary import LINES, MODEL, summary
 
