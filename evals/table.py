@@ -15,7 +15,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tables import cost, distillation, exports, headline, hub, presets, pruning, quantization, real, search_proxies
+from tables import (
+    cost,
+    distillation,
+    exports,
+    headline,
+    hub,
+    presets,
+    pruning,
+    quantization,
+    real,
+    search_optimizers,
+    search_proxies,
+)
 from tables.cells import Facts
 from tables.summary import LINES, MODEL, summary
 
@@ -124,6 +136,7 @@ def sections() -> list[Section]:
         Section("Distillation: every objective on one student", distillation.objectives, "distillation-*.json"),
         Section("Healing after pruning, by tokens", distillation.healing, "healing-*.json"),
         Section("Search: what stands in for the loss", search_proxies.proxies, "search-proxies-*.json"),
+        Section("Search: optimizers on a table of all plans", search_optimizers.optimizers, "optimizers-*.json"),
         Section("Dynamic inference", cost.dynamic, "dynamic-*.json"),
         Section("Tokens per second", cost.speed, "speed-*.json"),
         Section("Two runs of `llmcompress speed`", cost.repeated_speed, "repeat-speed-*.json"),
