@@ -184,8 +184,8 @@ class Trials:
         try:
             for name, value in {"costs": dict(outcome.costs), "problem": outcome.problem}.items():
                 self._storage.set_trial_user_attr(claimed.id, name, value)
-            for name, value in constraints.items():
-                self._storage.set_trial_system_attr(claimed.id, f"constraints:{name}", value)
+            for name, excess in constraints.items():
+                self._storage.set_trial_system_attr(claimed.id, f"constraints:{name}", excess)
             state = optuna_library().trial.TrialState.COMPLETE
             with self._changing:
                 self._storage.set_trial_state_values(claimed.id, state=state, values=values)
