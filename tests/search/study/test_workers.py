@@ -53,7 +53,7 @@ def begun(path: Path) -> StudyFolder:
 
 
 def coordinated(folder: StudyFolder, marks: Path) -> list[Outcome]:
-    """A search whose plans others judge; whoever hangs is killed."""
+    """A search whose plans others judge; a process that hangs is killed."""
 
     def dead() -> list[str]:
         for mark in marks.glob("*.hangs"):
