@@ -93,7 +93,7 @@ def cost(recipe: Recipe, model_map: ModelMap, size: ModelSize, *, offloaded: boo
     forwards = [once + sum(each.forwards for each in passes if any(groups_of(each, block))) for block in blocks]
     through_model = with_logits = 0.0
     for each in recipe.passes:
-        plain, logits = each.forwards_through_model(len(blocks))
+        plain, logits = each.forwards_through_model(len(model_map.blocks))
         gradients = each.backward()
         times = (gradients.trained_on or samples) / samples if gradients else 0.0
         recomputed = gradients.recomputes if gradients else 0

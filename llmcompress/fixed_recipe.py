@@ -72,7 +72,7 @@ def allocate(
         windows_NT,
         batch=chosen.calibration.batch,
         device=usable_device(device),
-        storage_dtype=storage_dtype_of(chosen, loaded.preflight),
+        storage_dtype=storage_dtype_of(chosen.save, loaded.preflight),
         seed=chosen.seed,
         experts=chosen.calibration.experts,
         progress=progress,

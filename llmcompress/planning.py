@@ -14,7 +14,7 @@ from llmcompress.calibration.sources import check_source
 from llmcompress.cost import Machine, Offload, cost, must_offload
 from llmcompress.errors import CompressError
 from llmcompress.exporters.choose import Choice, choose, export_notes, limits_of
-from llmcompress.exporters.contents import planned_contents
+from llmcompress.exporters.contents import CodedLinear, planned_contents
 from llmcompress.exporters.dense_tables import bytes_of, dense_tables
 from llmcompress.exporters.loader import Loader
 from llmcompress.formats import plain
@@ -29,7 +29,7 @@ from llmcompress.passes.apply import stages
 from llmcompress.passes.base import PASSES, Pass
 from llmcompress.passes.quantization.target_limits import within_limits
 from llmcompress.passes.schemes import site_schemes, with_fitted_schemes
-from llmcompress.recipe.model import Recipe
+from llmcompress.recipe.model import Recipe, Save
 from llmcompress.recipe.order import check_order, check_sites
 
 
@@ -97,10 +97,10 @@ def make_plan(
     known = known_model(model, trust_remote_code=recipe.trust_remote_code) if isinstance(model, Source) else model
     checked, model_map = known.checked, known.map
     recipe, offloaded = with_weights_placed(recipe, offload, weight_bytes=checked.bytes_weights)
-    dtype = storage_dtype_of(recipe, checked)
+    dtype = storage_dtype_of(recipe.save, checked)
     stored = check_recipe(recipe, model_map, known.loader, dtype)
     sites = _sites(recipe, model_map, stored, dtype)
-    tensors = _other_tensors(checked, model_map, dtype)
+    tensors = tensors_outside_sites(checked, model_map, dtype)
     for each in recipe.passes:
         tensors = each.tensors_outside(tensors, model_map, dtype)
     taken = cost(recipe, model_map, size_of(checked), offloaded=offloaded)
@@ -156,8 +156,10 @@ def check_recipe(
         each.check(model_map)
     notes = [note for each in _on_this_model(recipe.passes) for note in each.notes(model_map)]
     contents = planned_contents(model_map, planned_schemes(recipe, model_map), loader, storage_dtype)
-    if any(each.rounds_embedding() for each in recipe.passes):
-        contents = replace(contents, rounded_embedding=model_map.embedding)
+    table = next((scheme for each in recipe.passes if (scheme := each.rounds_embedding()) is not None), None)
+    if table is not None:
+        sizes = model_map.vocabulary, model_map.hidden_size
+        contents = replace(contents, rounded_embedding=CodedLinear(model_map.embedding, table, *sizes))
     choice = choose(recipe.save.format, contents, zero_points=recipe.save.zero_points)
     notes += [note for exporter in recipe.export for note in export_notes(exporter, contents)]
     dtype = storage_dtype or torch.bfloat16
@@ -224,10 +226,10 @@ def planned_schemes(recipe: Recipe, model_map: ModelMap) -> dict[str, Scheme]:
     return schemes
 
 
-def storage_dtype_of(recipe: Recipe, checked: ModelFacts) -> torch.dtype:
+def storage_dtype_of(save: Save, checked: ModelFacts) -> torch.dtype:
     """The dtype of scales and dense tensors in the saved files."""
     named = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    return named.get(recipe.save.dtype, checked.storage_dtype)
+    return named.get(save.dtype, checked.storage_dtype)
 
 
 def refused(model_map: ModelMap, *, rounded: Collection[str] = ()) -> dict[str, str]:
@@ -297,7 +299,7 @@ def _sites(recipe: Recipe, model_map: ModelMap, stored: Choice, dtype: torch.dty
     return found
 
 
-def _other_tensors(checked: ModelFacts, model_map: ModelMap, dtype: torch.dtype) -> dict[str, Kind]:
+def tensors_outside_sites(checked: ModelFacts, model_map: ModelMap, dtype: torch.dtype) -> dict[str, Kind]:
     """Everything but the sites: embedding, norms, head, what was refused."""
     names = model_map.site_names()
     sites = {f"{name}.{part}" for name in names for part in ("weight", "bias")}

@@ -128,7 +128,7 @@ def _prepared(request: CompressionRequest) -> Prepared:
     recipe, loaded = _loaded(request) if request.live is None else (recipe, _in_memory(request, request.live))
     unfuse_experts(loaded.model, loaded.weights)
     model_map = map_model(loaded.model)
-    storage_dtype = storage_dtype_of(recipe, loaded.preflight)
+    storage_dtype = storage_dtype_of(recipe.save, loaded.preflight)
     notes = check_recipe(recipe, model_map, loader_of(loaded.model.config), storage_dtype).notes
     limit = max_positions(loaded.model.config)
     subject = Subject(loaded.tokenizer, limit, loaded.preflight.contents.embedding_rows)

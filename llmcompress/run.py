@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmcompress.errors import NOTHING_SAVED, CompressError, ExitCode, note_saved, without_tokens
-from llmcompress.model.stock import stock_model
+from llmcompress.model.snapshot import about_model, model_again
 from llmcompress.modules.manifest import Manifest, apply_manifest, changes
 from llmcompress.records.rows import SiteReport
 from llmcompress.storage.atomic import replacing
@@ -176,21 +176,14 @@ class Run:
 
         Raises: CompressError when the disk is full; all before is kept.
         """
-        about = {"config": model.config.to_dict(), **changes(model, stock_model(model)).to_json()}
-        self._save(f"{stage:02d}{_MODEL}", model.state_dict(), about, rows)
+        self._save(f"{stage:02d}{_MODEL}", model.state_dict(), about_model(model), rows)
         for path in (self.folder / "work").glob(f"{stage:02d}{_TRAINING}*"):
             path.unlink()
 
     def restore_model(self, stage: int, model: PreTrainedModel) -> tuple[PreTrainedModel, list[SiteReport]]:
         """The model that was kept after that stage, and all rows until then; `model` is what the run began with."""
         key = f"{stage:02d}{_MODEL}"
-        tensors, about = self._read(key)
-        kept = stock_model(model, config=type(model.config).from_dict(about["config"]))
-        apply_manifest(kept, Manifest.from_json(about), model.dtype)
-        kept.load_state_dict(tensors, strict=True, assign=True)
-        kept.tie_weights()
-        kept.generation_config = model.generation_config
-        return kept.eval().requires_grad_(False), self._rows(key)
+        return model_again(model, *self._read(key)), self._rows(key)
 
     def training_file(self, stage: int, name: str) -> Path:
         """Where a training keeps its state until the stage's model is kept."""

@@ -1,4 +1,4 @@
-"""The recipe for real on a few blocks of the model, to foretell how long it takes on all of them.
+"""The recipe for real on a few blocks of the model, to estimate how long it takes on all of them.
 
 What an operation of this recipe takes is measured on one block of each kind, with its calibration windows and
 settings, and multiplied by the operations of the whole run (`cost.py`). Where something does not grow with the blocks
@@ -67,7 +67,7 @@ class Trial:
 
 
 def with_trial(plan: Plan, recipe: Recipe, bench: Bench) -> Plan:
-    """The plan with the seconds that a trial foretells; as it was, with the reason, where few blocks do not do.
+    """The plan with the seconds that a trial estimates; as it was, with the reason, where few blocks do not do.
 
     Raises: CompressError as the calibration text does.
     """
@@ -166,7 +166,7 @@ class Bench:
                 held_out_NT=data.held_out_NT if data and recipe.guard.fall_back else None,
                 batch=recipe.calibration.batch,
                 device=self.device,
-                storage_dtype=storage_dtype_of(recipe, self._checked),
+                storage_dtype=storage_dtype_of(recipe.save, self._checked),
                 seed=recipe.seed,
                 experts=recipe.calibration.experts,
             )

@@ -6,10 +6,11 @@ is several times slower on processors without its instructions, and every statis
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ from llmcompress.model.surgery import apply_fold
 from llmcompress.numerics.statistics import Statistic
 
 _ALL = slice(None)
+
+Work = TypeVar("Work", bound="BlockWork")
 
 
 class BlockWork:
@@ -50,6 +53,14 @@ class BlockWork:
         """What it then gave."""
         self._known_outputs: list[Tensor] | None = None
         self._name_sites()
+
+    def copy(self, kind: type[Work], context: RunContext) -> Work:
+        """The block as it is now with tensors of its own and the same inputs, to try something on; unmeasured."""
+        # buffers are cloned one by one: a copy of the storage behind them would take what they share with others along
+        cloned = {id(buffer): buffer.clone() for buffer in self.module.buffers()}
+        found = kind(self.info, copy.deepcopy(self.module, cloned), self._inputs, self._calls, context)
+        found.dense_inputs, found.dense_outputs = self.dense_inputs, self.dense_outputs
+        return found
 
     def folds_into(self, sites: Sequence[LinearSite]) -> list[Fold]:
         """Folds all of whose consumers are among `sites`, and which touch nothing that is compressed already."""
@@ -301,7 +312,9 @@ class BlockStream:
                 recording = record(model, named, ids_BT)
                 first = self._calls[0] if self._calls else recording.calls
                 self._hidden.append(recording.hidden)
-                self._calls.append([_sharing(call, same) for call, same in zip(recording.calls, first, strict=True)])
+                self._calls.append(
+                    [sharing_tensors(call, same) for call, same in zip(recording.calls, first, strict=True)]
+                )
 
     def __iter__(self) -> Iterator[BlockWork]:
         """Yield every block, on the device and in float32; when the caller is done with it, feed its outputs onward."""
@@ -319,7 +332,7 @@ class BlockStream:
             self._context.weights_at.leave(info.name, work.module)
 
 
-def _sharing(call: BlockCall, first: BlockCall) -> BlockCall:
+def sharing_tensors(call: BlockCall, first: BlockCall) -> BlockCall:
     """The same call with the first batch's tensors wherever they are equal: masks and rotary tables are kept once."""
     known: list[Tensor] = []
 

@@ -174,6 +174,22 @@ def recorders(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> Iter
             put_module(model, name, block)
 
 
+@contextmanager
+def passing_on(recorder: Recorder, hidden_BTD: Tensor) -> Iterator[None]:
+    """While this lasts, the recorder passes these states on, whatever it is given."""
+
+    def instead(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if HIDDEN_KEYWORD in kwargs:
+            return args, {**kwargs, HIDDEN_KEYWORD: hidden_BTD}
+        return (hidden_BTD, *args[1:]), kwargs
+
+    handle = recorder.register_forward_pre_hook(instead, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 @torch.no_grad()
 def record(model: PreTrainedModel, blocks: Sequence[tuple[str, nn.Module]], input_ids_BT: Tensor) -> Recording:
     """What the blocks of the model would be called with for these tokens; no block runs on them.

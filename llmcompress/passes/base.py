@@ -15,8 +15,9 @@ from torch import Tensor
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.formats.named import Kind
-from llmcompress.model.map import ModelMap, SiteInfo
+from llmcompress.model.map import BlockInfo, ModelMap, SiteInfo
 from llmcompress.model.site import LinearSite
+from llmcompress.modules.scheme import Scheme
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.records.rows import SiteReport
 from llmcompress.registry import Registry
@@ -99,9 +100,13 @@ class Pass(BaseModel, ABC):
         """What the files hold afterwards beside the linears of blocks, by full name, as far as the options tell."""
         return dict(tensors)
 
-    def rounds_embedding(self) -> bool:
-        """Whether the embedding holds codes afterwards."""
-        return False
+    def head_scheme(self, scheme: str | None, model_map: ModelMap) -> str | None:
+        """The scheme of the output head afterwards, given what it was before; None: an ordinary matrix."""
+        return scheme
+
+    def rounds_embedding(self) -> Scheme | None:
+        """Of which scheme the embedding holds codes afterwards; None: of none."""
+        return None
 
     def is_optional(self) -> bool:
         """Whether it is left out where the target or the memory has no room for it."""
@@ -250,11 +255,11 @@ class BlockPass(Pass):
 
         The options in `dropped` are removed from all other overrides.
         """
-        others = {glob: options for glob, options in self.overrides.items() if glob not in of_site}
         overrides = {
             glob: left
-            for glob, options in others.items()
-            if (left := {option: value for option, value in options.items() if option not in dropped})
+            for glob, options in self.overrides.items()
+            if glob not in of_site
+            and (left := {option: value for option, value in options.items() if option not in dropped})
         }
         for site, options in of_site.items():
             # the site's name may be a glob of an earlier override, and stands last now: it says what held in the end
@@ -286,6 +291,10 @@ class BlockPass(Pass):
     def wants_dense(self) -> bool:
         """Whether `apply` reads `block.dense_outputs`: one more forward, and the memory of the hidden states again."""
         return False
+
+    def block_after(self, block: BlockInfo) -> BlockInfo | None:
+        """The block with the sizes that its linears will have; None: data decide."""
+        return None if "shapes" in self.traits() else block
 
     def plain(self) -> Sequence[BlockPass] | None:
         """The baseline of this pass: passes that leave the same traits without data. None where there is none.
@@ -336,15 +345,3 @@ def _matches(site: str, globs: tuple[str, ...]) -> bool:
 
 
 PASSES: Registry[Pass] = Registry("pass", "llmcompress.passes")
-
-
-def with_options_of(each: BlockPass, name: str, options: Sequence[str]) -> BlockPass:
-    """Another registered pass, on the same sites and with these options of `each`, its overrides included."""
-    overrides = {
-        glob: {option: value for option, value in said.items() if option in options}
-        for glob, said in each.overrides.items()
-    }
-    same = {option: getattr(each, option) for option in (*options, "sites", "exclude")}
-    found = PASSES[name].model_validate({**same, "overrides": overrides})
-    assert isinstance(found, BlockPass)
-    return found

@@ -19,7 +19,8 @@ from llmcompress.modules.rounded_inputs import fixed_scale
 from llmcompress.modules.scheme import DESCRIPTION, Scheme, named_scheme
 from llmcompress.numerics.grid import Fitted, output_error, restore, row_pieces
 from llmcompress.numerics.statistics import AbsMax, Gram, Statistic
-from llmcompress.passes.base import BlockPass, Trait, with_options_of
+from llmcompress.passes.base import BlockPass, Trait
+from llmcompress.passes.baselines import with_options_of
 from llmcompress.passes.schemes import OnIndivisible, fitting_notes, resolve_scheme, site_schemes
 from llmcompress.records.rows import SiteReport
 

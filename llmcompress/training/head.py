@@ -30,6 +30,10 @@ class Predictions:
     logits: Change
     """Rows of `values_RX` → float32 logits R×V."""
 
+    def with_values(self, values_RX: Tensor) -> Predictions:
+        """Of other inputs of the head."""
+        return Predictions(values_RX, self.logits)
+
     def cut(self, vocabulary: int | None) -> Predictions:
         """Without the logits of padding tokens behind that number; None: all."""
         if vocabulary is None:

@@ -80,7 +80,7 @@ class SpectrumStore:
         if block in self._in_memory:
             return self._in_memory[block]
         found = self._keep.measurement(self._key(block)) if self._keep else None
-        assert found is not None, "nobody removes what a run has kept"
+        assert found is not None, "a run keeps its measurements"
         parts = {name: [found[0][f"{name}.{part}"] for part in _PARTS] for name in self._names[block]}
         return {name: DenseSite(weight, Spectrum(basis, energy)) for name, (weight, basis, energy) in parts.items()}
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +15,7 @@ from transformers import PreTrainedModel
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError
-from llmcompress.model.skeleton import HIDDEN_KEYWORD, BlockCall, Recorder, find_blocks, recorders
+from llmcompress.model.skeleton import BlockCall, Recorder, find_blocks, passing_on, recorders
 from llmcompress.numerics.loss import next_token_loss
 
 Show = Callable[[float], None]
@@ -88,11 +86,8 @@ class _Bench:
 
     def loss(self, ids_BT: Tensor, hidden_BTD: Tensor) -> Tensor:
         """Of the model whose last block gives these states."""
-        handle = self._standing[-1].register_forward_pre_hook(partial(_instead, hidden_BTD), with_kwargs=True)
-        try:
+        with passing_on(self._standing[-1], hidden_BTD):
             return next_token_loss(self._model(input_ids=ids_BT, use_cache=False).logits, ids_BT)
-        finally:
-            handle.remove()
 
 
 @contextmanager
@@ -103,14 +98,6 @@ def _without_blocks(model: PreTrainedModel, windows_NT: Tensor) -> Iterator[_Ben
             device = next(model.parameters()).device
             model.base_model(input_ids=windows_NT[:1, :2].to(device), use_cache=False)  # see `recorders`
         yield _Bench(model, [block for _, block in named], standing)
-
-
-def _instead(
-    hidden_BTD: Tensor, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if HIDDEN_KEYWORD in kwargs:
-        return args, {**kwargs, HIDDEN_KEYWORD: hidden_BTD}
-    return (hidden_BTD, *args[1:]), kwargs
 
 
 class _Steps:

@@ -29,7 +29,8 @@ from llmcompress.numerics.masks import (
     named_pattern,
     zeros_first,
 )
-from llmcompress.passes.base import Backward, BlockPass, Trait, with_options_of
+from llmcompress.passes.base import Backward, BlockPass, Trait
+from llmcompress.passes.baselines import with_options_of
 from llmcompress.passes.pruning.sparse_counts import decide_shares
 
 Allocation = Literal["uniform", "outliers", "loss"]

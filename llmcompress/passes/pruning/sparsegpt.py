@@ -27,7 +27,8 @@ from llmcompress.numerics.masks import count_of_zeros, lowest, lowest_per_group,
 from llmcompress.numerics.ranges import RangeSearch, fit
 from llmcompress.numerics.repair import repair_kept
 from llmcompress.numerics.statistics import AbsMax, Gram, Statistic
-from llmcompress.passes.base import PASSES, BlockPass, Trait, with_options_of
+from llmcompress.passes.base import PASSES, BlockPass, Trait
+from llmcompress.passes.baselines import with_options_of
 from llmcompress.passes.pruning.sparse import SparsePass, magnitude_mask, sparsity
 from llmcompress.passes.quantizing import put_codes, report_row
 from llmcompress.passes.schemes import OnIndivisible, resolve_scheme, site_schemes

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -19,6 +20,7 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.model.map import BlockInfo, ModelMap, SiteInfo
 from llmcompress.model.site import LinearSite
+from llmcompress.model.slices import cut_structure, cuts
 from llmcompress.model.units import UnitGroup, groups_of, kept_fraction, unit_groups
 from llmcompress.numerics import index_ranges
 from llmcompress.numerics.refit import Refitted
@@ -27,6 +29,7 @@ from llmcompress.passes.base import PASSES, Backward, BlockPass, Pass, Trait
 from llmcompress.passes.pruning.allocation import ALLOCATIONS, Request, balanced, kept_units
 from llmcompress.passes.pruning.refits import REFITS, RefitName
 from llmcompress.passes.pruning.scores.base import SCORES, Allocate, Score
+from llmcompress.passes.pruning.width_rows import rows_of_smaller
 from llmcompress.records.rows import SiteReport
 
 _AFTER_THE_CHOICE = ("channels", "heads", "refit", "damping", "sites", "exclude", "overrides")
@@ -141,6 +144,19 @@ class WidthPass(BlockPass):
         return kept_fraction(groups, site, removed)
 
     @override
+    def block_after(self, block: BlockInfo) -> BlockInfo | None:
+        """Every unit of a group is as large as the others, so how many go is all that counts."""
+        if self.allocation != "uniform":
+            return None
+        groups = self._groups(groups_of(block))
+        keep = {each.group.index: range(kept_units(each)) for each in self._requests(groups)}
+        for group in groups:
+            if (gone := self._given(group)) is not None:
+                keep[group.index] = range(group.units - len(gone))
+        structure = block.structure
+        return replace(block, structure=cut_structure(structure, cuts(structure, keep), keep))
+
+    @override
     def notes(self, model_map: ModelMap) -> list[str]:
         """Where whole heads cannot be the fraction asked for: what goes of heads, of channels and in all."""
         if self.allocation != "uniform":
@@ -203,7 +219,7 @@ class WidthPass(BlockPass):
         # heads first: the FFN behind them is refitted on what it gets once they are gone
         for kind in ("heads", "channels"):
             refitted |= self._cut_off(block, {group: units for group, units in kept.items() if group.kind == kind})
-        rows = self._rows(block, kept, refitted)
+        rows = rows_of_smaller(PASSES.name_of(type(self)), block, kept, refitted)
         block.shrink({group.index: units.tolist() for group, units in kept.items()})
         return rows
 
@@ -268,38 +284,6 @@ class WidthPass(BlockPass):
             done[site.name] = new
         block.forget()
         return done
-
-    def _rows(
-        self, block: BlockWork, kept: Mapping[UnitGroup, Tensor], refitted: Mapping[str, Refitted]
-    ) -> list[SiteReport]:
-        """One row per site that becomes smaller."""
-        rows = []
-        for site in block.sites:
-            sizes = {"rows": site.info.outputs, "columns": site.info.inputs}
-            removed = 0
-            for group, units in kept.items():
-                for part in group.parts:
-                    if part.site == site.info.name:
-                        stay = set(units.tolist())
-                        gone = (len(indices) for unit, indices in enumerate(part.indices) if unit not in stay)
-                        sizes[part.axis] -= sum(gone)
-                        removed += group.units - len(stay)
-            if not removed:
-                continue
-            new = refitted.get(site.name)
-            biases = 0 if site.bias_O is None else sizes["rows"]
-            rows.append(
-                SiteReport(
-                    site=site.name,
-                    algorithm=PASSES.name_of(type(self)),
-                    error=new.error if new else None,
-                    error_before=new.error_deleted if new else None,
-                    parameters=sizes["rows"] * sizes["columns"] + biases,
-                    removed=removed,
-                    degraded=new.degraded if new else None,
-                )
-            )
-        return rows
 
 
 @PASSES.register("width")

@@ -1,0 +1,1 @@
+"""Optimizers of plans: one algorithm = one file."""
