@@ -41,6 +41,8 @@ BUDGET_SECONDS: dict[str, int] = {
     "tests/test_composition.py": 40,
     "tests/calibration/test_data.py": 30,
     "tests/search/levels/test_bench.py": 60,
+    "tests/search/study/test_search.py": 30,
+    "tests/search/study/test_search_files.py": 45,
     "tests/search/study/test_workers.py": 30,
     "tests/cli/test_footprint_and_speed.py": 40,
     "tests/evaluation/test_protocols.py": 60,

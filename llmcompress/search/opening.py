@@ -16,21 +16,23 @@ from llmcompress.calibration.devices import usable_device
 from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
+from llmcompress.known_model import KnownModel, known_model
 from llmcompress.loading.identity import identity_of_folder
 from llmcompress.loading.load import Loaded, load_for_compression
 from llmcompress.loading.source import find_source
 from llmcompress.loading.teachers import TeacherFiles
 from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.probe import map_model
-from llmcompress.planning import KnownModel, check_recipe, known_model, storage_dtype_of
+from llmcompress.planning import check_recipe, storage_dtype_of
 from llmcompress.progress import Progress
 from llmcompress.search.additive import Additive
 from llmcompress.search.costs.file_bytes import bytes_of, with_settled_format
 from llmcompress.search.costs.forms import Forms
 from llmcompress.search.costs.latency_table import LatencyTable
-from llmcompress.search.costs.measuring import LatencySettings, measure_latency
+from llmcompress.search.costs.measuring import measure_latency
 from llmcompress.search.costs.resources import energy_of, memory_of
 from llmcompress.search.costs.seconds import seconds_of
+from llmcompress.search.costs.small_runs import LatencySettings
 from llmcompress.search.costs.trying import forms_of
 from llmcompress.search.plan_recipe import recipe_of
 from llmcompress.search.plan_space import PlanSpace

@@ -17,6 +17,7 @@ from llmcompress.records.report import read_report
 from llmcompress.records.search import SearchReport
 from llmcompress.search.bench_judge import BenchJudge
 from llmcompress.search.from_study import recipe_from_study
+from llmcompress.search.joining import join
 from llmcompress.search.searching import as_search, search
 from llmcompress.search.settings import SearchSettings, read_search
 from tests.tiny_folder import write_tiny_llama
@@ -163,6 +164,19 @@ def test_g6_a_study_is_not_continued_with_other_settings_or_another_model(
     (tmp_path / "mine" / "letter.txt").write_text("mine")
     with pytest.raises(CompressError, match="something else"):
         search(tiny, SEARCH, tmp_path / "mine")
+
+
+def test_a_worker_of_another_host_makes_the_levels_once_more_and_leaves_when_the_search_is_over(
+    study: Path, tmp_path: Path
+) -> None:
+    database = f"sqlite:///{study}/study.db"
+    assert join(tmp_path / "host", database=database) == 0
+    first, second = (json.loads((place / "levels" / "levels.json").read_text()) for place in (study, tmp_path / "host"))
+    assert first == second
+    with pytest.raises(CompressError, match="no study 'other'"):
+        join(tmp_path / "other", database=database, name="other")
+    with pytest.raises(CompressError, match=r"~/\.pgpass"):
+        join(tmp_path / "other", database="postgresql+psycopg://me:secret@host/searches")
 
 
 def test_g7_limits_that_no_plan_keeps_are_told_before_the_work_with_the_nearest_plan(tiny: str, tmp_path: Path) -> None:

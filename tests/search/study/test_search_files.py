@@ -38,7 +38,7 @@ FEWER = {
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    return str(write_tiny_llama(folder, hidden_size=32, intermediate_size=64, num_hidden_layers=3))
+    return str(write_tiny_llama(folder, hidden_size=32, intermediate_size=128, num_hidden_layers=3))
 
 
 def test_every_search_file_names_its_budget_here() -> None:
