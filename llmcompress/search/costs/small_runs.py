@@ -54,6 +54,8 @@ class LatencySettings:
     clock: ClockName = "wall"
     memory: bool = True
     """Two processes are started for every body."""
+    power: bool = True
+    """Takes seconds where a counter can be read."""
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
 
