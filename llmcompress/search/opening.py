@@ -16,21 +16,23 @@ from llmcompress.calibration.devices import usable_device
 from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
+from llmcompress.known_model import KnownModel, known_model
 from llmcompress.loading.identity import identity_of_folder
 from llmcompress.loading.load import Loaded, load_for_compression
 from llmcompress.loading.source import find_source
+from llmcompress.loading.teachers import TeacherFiles
 from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.probe import map_model
-from llmcompress.planning import KnownModel, check_recipe, known_model, storage_dtype_of
+from llmcompress.planning import check_recipe, storage_dtype_of
 from llmcompress.progress import Progress
-from llmcompress.recipe import Recipe
 from llmcompress.search.additive import Additive
 from llmcompress.search.costs.file_bytes import bytes_of, with_settled_format
 from llmcompress.search.costs.forms import Forms
 from llmcompress.search.costs.latency_table import LatencyTable
-from llmcompress.search.costs.measuring import LatencySettings, measure_latency
+from llmcompress.search.costs.measuring import measure_latency
 from llmcompress.search.costs.resources import energy_of, memory_of
 from llmcompress.search.costs.seconds import seconds_of
+from llmcompress.search.costs.small_runs import LatencySettings
 from llmcompress.search.costs.trying import forms_of
 from llmcompress.search.plan_recipe import recipe_of
 from llmcompress.search.plan_space import PlanSpace
@@ -79,7 +81,7 @@ def open_subject(settings: SearchSettings, *, device: str, progress: Progress) -
     unfuse_experts(loaded.model, loaded.weights)
     known = known_model(source, trust_remote_code=settings.trust_remote_code)
     space = PlanSpace(settings.space, map_model(loaded.model))
-    recipe = check_options(space, known, settings)
+    check_options(space, known, settings)
     where = usable_device(device)
     torch.manual_seed(settings.seed)
     windows_NT, judged_NT = _texts(settings, loaded, progress)
@@ -87,10 +89,11 @@ def open_subject(settings: SearchSettings, *, device: str, progress: Progress) -
         windows_NT,
         batch=settings.calibration.batch,
         device=where,
-        storage_dtype=storage_dtype_of(recipe, loaded.preflight),
+        storage_dtype=storage_dtype_of(settings.save, loaded.preflight),
         seed=settings.seed,
         experts=settings.calibration.experts,
         progress=progress,
+        teachers=TeacherFiles(settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code),
     )
     return Subject(
         settings=settings,
@@ -103,8 +106,8 @@ def open_subject(settings: SearchSettings, *, device: str, progress: Progress) -
     )
 
 
-def check_options(space: PlanSpace, known: KnownModel, settings: SearchSettings) -> Recipe:
-    """Every option by itself makes a recipe that fits the model; any of these recipes.
+def check_options(space: PlanSpace, known: KnownModel, settings: SearchSettings) -> None:
+    """Every option by itself makes a recipe that fits the model.
 
     Raises: CompressError naming the option that does not.
     """
@@ -124,7 +127,6 @@ def check_options(space: PlanSpace, known: KnownModel, settings: SearchSettings)
         except CompressError as refused:
             refused.where = f"space ({name}), {refused.where}".rstrip(", ")
             raise
-    return recipe
 
 
 def costs_of(subject: Subject, folder: Path, *, progress: Progress) -> tuple[dict[str, Additive], dict[str, float]]:
