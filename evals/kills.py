@@ -1,19 +1,21 @@
 """Kills commands at random moments, gives them again, and compares what they leave with an uninterrupted run.
 
     python evals/kills.py --count 40 --seed 0 --rows evals/results/kills.json
+    python evals/kills.py --count 12 --seed 0 --only push --rows evals/results/kills.json   # the other rows stay
 
 Each command runs once in peace; then it is killed (SIGKILL, its children too) after a random share of that time, up to
 three times in a row, and at last runs to its end. A second process reads the output folder all the while: whatever
-appears there must be complete. Weights, configs, tokenizer and recipe must be the same, bit for bit. Exit code 1 when
-one differs, a command fails, or a reader saw part of a folder.
+appears there must be complete. Weights, configs, tokenizer and recipe must be the same, bit for bit. Pushes are killed
+at requests of the Hub (`killed_pushes.py`). Exit code 1 when one differs, a command fails, or a reader saw part of a
+folder.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,12 +25,12 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
-
-from llmcompress.evaluation.environment import machine, versions
+from kill_rows import Row, write_rows
+from killed_pushes import PUSH, PushPlace, push_place
 
 MODEL = "builtin:books-llama"
 PASSES = (
@@ -50,6 +52,14 @@ PASSES = (
     "kv-cache",
 )
 """One preset of each family of passes."""
+MAKING = {
+    "w4": (
+        *("compress", MODEL, "--preset", "tiny/gptq", "--set", "passes.gptq.scheme=int4_g32"),
+        *("--set", "evaluate={}", "-o", "w4"),
+    ),
+    "gguf": ("export", "w4", "--to", "gguf", "-o", "gguf"),
+}
+"""Folders that commands need, and how they are made."""
 TIMED = {
     "llmcompress_report.json",
     "export_report.json",
@@ -74,21 +84,6 @@ class Command:
     """Folders that must be there before."""
 
 
-@dataclass
-class Row:
-    """One command that was killed."""
-
-    command: str
-    kills: list[float] = field(default_factory=list)
-    """Seconds after its start."""
-    seconds_in_peace: float = 0.0
-    seconds_of_last: float = 0.0
-    same: bool = False
-    partial: list[str] = field(default_factory=list)
-    """What a reader saw that was not complete."""
-    differing: list[str] = field(default_factory=list)
-
-
 @click.command()
 @click.option("--count", default=40, show_default=True, help="Commands that are killed.")
 @click.option("--seed", default=0, show_default=True)
@@ -98,28 +93,41 @@ def main(count: int, seed: int, only: tuple[str, ...], rows: Path | None) -> Non
     """Run, kill, run again, compare."""
     chosen = [each for each in commands() if not only or each.name in only]
     draw = random.Random(seed)
+    found = []
     with tempfile.TemporaryDirectory() as scratch:
         place = Place(Path(scratch))
         peaceful = {each.name: place.in_peace(each) for each in chosen}
-        found = []
-        for number in range(count):
-            found.append(place.killed(chosen[number % len(chosen)], peaceful, draw, number))
-            click.echo(f"{number + 1}/{count} {found[-1].command}: {'same' if found[-1].same else found[-1]}", err=True)
+        names = [each.name for each in chosen]
+        with pushing(place, PUSH in only or not only) as pushes:
+            names += [PUSH] if pushes else []
+            for number in range(count):
+                name = names[number % len(names)]
+                if pushes is not None and name == PUSH:
+                    found.append(pushes.killed(draw))
+                else:
+                    command = next(each for each in chosen if each.name == name)
+                    found.append(place.killed(command, peaceful, draw, number))
+                said = "same" if found[-1].same else found[-1]
+                click.echo(f"{number + 1}/{count} {name}: {said}", err=True)
     bad = [row for row in found if not row.same or row.partial]
-    facts = {
-        "seed": seed,
-        "commands": count,
-        "kills": sum(len(row.kills) for row in found),
-        "same": sum(row.same for row in found),
-        "partial_folders_seen": sum(len(row.partial) for row in found),
-        "rows": [asdict(row) for row in found],
-        "versions": versions(),
-        "machine": machine(),
-    }
     if rows:
-        rows.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    click.echo(f"{facts['same']} of {count} the same after {facts['kills']} kills, {len(bad)} faults")
+        words = [f"--only {shlex.quote(name)}" for name in only]
+        typed = " ".join(["python evals/kills.py", f"--count {count} --seed {seed}", *words])
+        write_rows(rows, found, measured=names, typed=typed)
+    kills = sum(len(row.kills) for row in found)
+    click.echo(f"{sum(row.same for row in found)} of {count} the same after {kills} kills, {len(bad)} faults")
     sys.exit(bool(bad))
+
+
+@contextmanager
+def pushing(place: Place, wanted: bool) -> Iterator[PushPlace | None]:
+    """Where pushes are killed, if any are."""
+    if not wanted:
+        yield None
+        return
+    made = place.made("w4"), place.made("gguf")
+    with push_place(*made, place.root) as found:
+        yield found
 
 
 def commands() -> Iterator[Command]:
@@ -129,8 +137,7 @@ def commands() -> Iterator[Command]:
         yield Command(f"compress {name}", words, "out")
     base = ("--baseline", MODEL, "--perplexity", "builtin:evaluation", "--window", "128", "--max-windows", "24")
     yield Command("evaluate", ("evaluate", MODEL, *base, "-o", "report"), "report")
-    export = ("export", "w4", "--to", "gguf", "-o", "gguf")
-    yield Command("export", export, "gguf", needs=("w4",))
+    yield Command("export", MAKING["gguf"], "gguf", needs=("w4",))
 
 
 @dataclass(frozen=True)
@@ -141,9 +148,9 @@ class Place:
 
     def in_peace(self, command: Command) -> tuple[float, Mapping[str, str]]:
         """Seconds and digests of an uninterrupted run."""
-        folder = self._prepared(command, "peace")
+        folder = self.prepared(command, "peace")
         began = time.monotonic()
-        done = self._start(command, folder).communicate()
+        done = self.start(command, folder).communicate()
         seconds = time.monotonic() - began
         if not (folder / command.output).is_dir():
             raise SystemExit(f"{command.name} failed when nothing disturbed it:\n{done[1]}")
@@ -159,10 +166,10 @@ class Place:
         """The same command, killed up to `MOST_KILLS` times."""
         seconds, wanted = peaceful[command.name]
         row = Row(command.name, seconds_in_peace=round(seconds, 2))
-        folder = self._prepared(command, f"killed-{number}")
+        folder = self.prepared(command, f"killed-{number}")
         with watched(folder / command.output, wanted, row.partial):
             for _ in range(draw.randint(1, MOST_KILLS)):
-                process, after = self._start(command, folder), draw.uniform(0, seconds)
+                process, after = self.start(command, folder), draw.uniform(0, seconds)
                 try:
                     process.communicate(timeout=after)
                     break  # it was faster this time: there is nothing left to kill
@@ -172,7 +179,7 @@ class Place:
                     row.kills.append(round(after, 2))
             began = time.monotonic()
             if not (folder / command.output).is_dir():
-                last = self._start(command, folder)
+                last = self.start(command, folder)
                 _, said = last.communicate()
                 if last.returncode:
                     row.differing.append(f"exit code {last.returncode}: {said.strip()[-300:]}")
@@ -183,24 +190,29 @@ class Place:
         shutil.rmtree(folder)
         return row
 
-    def _prepared(self, command: Command, name: str) -> Path:
+    def prepared(self, command: Command, name: str) -> Path:
+        """A folder with what the command needs."""
         folder = self.root / f"{command.name.replace(' ', '-')}-{name}"
         folder.mkdir()
         for needed in command.needs:
-            shutil.copytree(self._made(needed), folder / needed)
+            shutil.copytree(self.made(needed), folder / needed)
         return folder
 
-    def _made(self, needed: str) -> Path:
-        """A compressed folder for commands that read one; made once."""
-        made = self.root / "needed" / needed
-        if not made.exists():
-            made.parent.mkdir(exist_ok=True)
-            scheme = ("--set", "passes.gptq.scheme=int4_g32", "--set", "evaluate={}")
-            words = ("compress", MODEL, "--preset", "tiny/gptq", *scheme, "-o", needed)
-            self._start(Command(needed, words, needed), made.parent).communicate()
-        return made
+    def made(self, needed: str) -> Path:
+        """A compressed folder for commands that read one, or its export; made once."""
+        folder = self.root / "needed"
+        folder.mkdir(exist_ok=True)
+        words = MAKING[needed]
+        if not (folder / needed).exists():
+            if words[1] == "w4":
+                self.made("w4")
+            _, said = self.start(Command(needed, words, needed), folder).communicate()
+            if not (folder / needed).exists():
+                raise SystemExit(f"{needed} was not made:\n{said}")
+        return folder / needed
 
-    def _start(self, command: Command, folder: Path) -> subprocess.Popen[str]:
+    def start(self, command: Command, folder: Path) -> subprocess.Popen[str]:
+        """The command in a process group of its own."""
         quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "LLMCOMPRESS_CACHE": str(folder / "cache")}
         return subprocess.Popen(
             [sys.executable, "-m", "llmcompress", *command.words],

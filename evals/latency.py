@@ -63,10 +63,7 @@ def main(
     space = PlanSpace(Space.model_validate({"sites": sites, "bodies": BODIES, "most_dropped": 0.2}), probe(config))
     settings = LatencySettings(turns=turns, clock=clock, threads=1 if clock == "processor" else None, memory=False)
     known = read_tables(output) if output.exists() else {}
-    if measure:
-        table = measure_latency(space, config, runtime, settings=settings, progress=Told())
-    else:
-        table = known[runtime]
+    table = measure_latency(space, config, runtime, settings=settings, progress=Told()) if measure else known[runtime]
     if plans:
         chosen = dict(list(chosen_plans(space).items())[:plans])
         checks = check_sums(space, config, table, list(chosen.items()), settings=settings, progress=Told())

@@ -21,12 +21,14 @@ from tables import (
     exports,
     headline,
     hub,
+    latency,
     presets,
     pruning,
     quantization,
     real,
     search_optimizers,
     search_proxies,
+    training,
 )
 from tables.cells import Facts
 from tables.summary import LINES, MODEL, summary
@@ -107,6 +109,9 @@ def sections() -> list[Section]:
         Section("Bytes, quality, tasks and cost of presets on a real model", headline.headline, "headline-*.json"),
         Section("Presets on a real model", presets.presets, "presets-*.json"),
         Section("Export targets on a real model", exports.exports, "export-*.json"),
+        Section("Quantization-aware training on a real model", training.qat, "qat-SmolLM2-*.json"),
+        Section("Healing a pruned real model", training.healing, "healing-*.json"),
+        Section("Training steps, against TRL", training.speed, "training-speed-*.json"),
         Section("A real model, against llm-compressor and AutoRound", real.everything, "real-*.json"),
         Section("Weight-only quantization", quantization.quantization, "quantization-*.json"),
         Section(
@@ -141,6 +146,7 @@ def sections() -> list[Section]:
         Section("Tokens per second", cost.speed, "speed-*.json"),
         Section("Two runs of `llmcompress speed`", cost.repeated_speed, "repeat-speed-*.json"),
         Section("Tokens per second, dynamic inference", cost.dynamic_speed, "dynamic-speed-*.json"),
+        Section("Latency of plans: sums of parts, and whole models", latency.latency, "latency-*.json"),
         Section("Compression time, against llm-compressor", cost.seconds, "seconds.json"),
         Section("Memory of a run with weight offloading", cost.memory, "memory-*.json"),
         Section("Mapping a family from its config", cost.map_time, "map-time.json"),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from llmcompress.records.report import Report
     from llmcompress.report.folder import write_report
     from llmcompress.report.tracking import track
+    from llmcompress.search.searching import search
     from llmcompress.verification.verifying import verify
 
 __version__ = "0.2.0"
@@ -75,6 +76,7 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "search",
     "speed",
     "track",
     "verify",
@@ -92,6 +94,8 @@ def _register_plugin(_: object) -> None:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "search":  # a package that can be called
+        return importlib.import_module("llmcompress.search")
     if name not in _HOMES:
         raise AttributeError(f"module 'llmcompress' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,16 +1,13 @@
-"""The resource estimate: memory and operations of a recipe. N = calibration tokens; O, I = a site's sizes.
+"""The resource estimate of a recipe: operations here, memory in `peak_memory.py`; the speed of a machine.
 
-Memory: the model in float32 (offloaded: its largest part), the hidden states of all calibration tokens before and after
-a block, one batch inside a block, and the largest pass's statistics with the copies made while solving; where gradients
-go through the whole model, all activations of one batch and what the pass keeps. Time: operations ÷ the speed of a
-matrix product on this machine. Time should be right within a factor of two, memory within a fifth, and both should
-order alternatives correctly.
+Time: operations ÷ the speed of a matrix product on this machine, right within a factor of two, and in the order of
+alternatives; `trial_run.py` measures what an operation of this recipe takes on a few blocks, and is closer.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -18,39 +15,20 @@ import psutil
 import torch
 
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.model.map import BlockInfo, InputGroup, ModelMap
-from llmcompress.numerics.loss import LOGITS_BYTES, LOGITS_COPIES, windows_at_once
-from llmcompress.numerics.statistics import Gram
+from llmcompress.model.map import BlockInfo, ModelMap
 from llmcompress.passes.base import PASSES, BlockPass, Pass
+from llmcompress.peak_memory import BACKWARD_FORWARDS, Measuring, ModelSize, groups_of, inputs_of, peak_bytes
 from llmcompress.recipe.model import Recipe
-from llmcompress.sensitivity.gradients import rows_at_once
 
 Offload = Literal["auto", "always", "never"]
 """Whether weights are offloaded to disk; auto: if they would not fit into memory."""
 
-_FLOAT = 4
 _SHARE_OF_MEMORY = 0.7
 """Fraction of the free memory for weights; passes need the rest."""
-_SOLVING_COPIES = 2
-"""Of a Gram matrix, in float32: permuted and factored; it is inverted in its place."""
-_WEIGHT_COPIES = 4
-"""Of a site's weights while it is solved: as they are, permuted, transposed for the sweep, codes and masks."""
-_SAVED_HIDDEN = 10
-"""Hidden states that a block keeps per token for the gradient, besides its linears' outputs: norms, turned queries and
-keys, sums."""
-_SAVED_OUTPUTS = 2
-"""The outputs of linears themselves, and what is computed from them."""
-_BACKWARD_FORWARDS = 3
-"""Forward passes that one forward and its gradients cost; one more where blocks are computed again."""
-_LEARNING_COPIES = 12
-"""Of a block's weights while its codes are learned: latent ones with gradient, two moments and the best so far, first
-codes, what codes are relaxed to, the weights these give, and their graph."""
 _EVALUATED_MODELS = 2
 """The dense one, unless its scores are known already, and the compressed one."""
 _SOLVING_PRODUCTS = 40
 """Products ΔW·G of O×I by I×I that solving one site takes in time: AWQ tries about twenty scales and twenty ranges."""
-
-
 _ROUNDED_WEIGHT = 1000.0
 """Operations of a matrix product in whose time one weight gets its range and its code."""
 
@@ -61,33 +39,14 @@ class Cost:
 
     operations: float
     """Multiplications and additions of passes over all blocks and of gradients, without the output head."""
+    head_operations: float
+    """Those of the output head: gradients and searches by perplexity compute logits of the calibration windows."""
     forwards: float
     """How often all calibration windows pass through all blocks; a forward and backward pass counts as three."""
     peak_bytes: int
     """Peak bytes, without the interpreter and its libraries."""
     evaluation_operations: float | None = None
     """Of evaluating the dense and the compressed model; None: the length of a text is not known before it is read."""
-
-
-@dataclass(frozen=True)
-class _Measuring:
-    """What a pass measures, asked once and not for every block."""
-
-    selects: Callable[[str], bool]
-    forwards: float
-    wants_dense: bool
-    solves: bool
-    """Whether Gram matrices are measured, and systems solved with them."""
-    rounds: bool
-    """Whether it ends in codes."""
-    learns: bool
-    """Whether gradients go through single blocks."""
-
-    @classmethod
-    def of(cls, each: BlockPass, samples: int) -> _Measuring:
-        learning = _BACKWARD_FORWARDS * each.trained_windows() / samples
-        solves, forwards = Gram in each.measures(), each.forwards() + learning
-        return cls(each.selects, forwards, each.wants_dense(), solves, each.quantizes(), learns=learning > 0)
 
 
 class Machine(NamedTuple):
@@ -125,33 +84,28 @@ def must_offload(offload: Offload, passes: Sequence[Pass], *, weight_bytes: int,
     return offload == "always" or (too_large and not blocked and processes == 1)
 
 
-def cost(
-    recipe: Recipe,
-    model_map: ModelMap,
-    *,
-    parameters: int,
-    vocabulary: int,
-    max_positions: int | None = None,
-    offloaded: bool = False,
-) -> Cost:
-    """The cost of a recipe, from the map and the recipe only: nothing is computed, measured or read.
-
-    `vocabulary` = embedding rows.
-    """
+def cost(recipe: Recipe, model_map: ModelMap, size: ModelSize, *, offloaded: bool = False) -> Cost:
+    """The cost of a recipe, from the map and the recipe only: nothing is computed, measured or read."""
     samples = recipe.calibration.samples
-    passes = [_Measuring.of(each, samples) for each in recipe.passes if isinstance(each, BlockPass)]
+    passes = [Measuring.of(each, samples) for each in recipe.passes if isinstance(each, BlockPass)]
     once = int(any(each.uses_data() for each in recipe.passes))  # without windows nothing goes through the blocks
-    forwards = [once + sum(each.forwards for each in passes if any(_groups(each, block))) for block in model_map.blocks]
-    through_model = sum(
-        (_BACKWARD_FORWARDS + gradients.recomputes) * (gradients.trained_on or samples) / samples
-        for each in recipe.passes
-        if (gradients := each.backward())
-    ) + sum(each.forwards_through_model(len(model_map.blocks)) for each in recipe.passes)
+    blocks = model_map.blocks
+    forwards = [once + sum(each.forwards for each in passes if any(groups_of(each, block))) for block in blocks]
+    through_model = with_logits = 0.0
+    for each in recipe.passes:
+        plain, logits = each.forwards_through_model(len(model_map.blocks))
+        gradients = each.backward()
+        times = (gradients.trained_on or samples) / samples if gradients else 0.0
+        recomputed = gradients.recomputes if gradients else 0
+        through_model += plain + (BACKWARD_FORWARDS + recomputed) * times
+        with_logits += logits + BACKWARD_FORWARDS * times
+    head = 2.0 * samples * recipe.calibration.tokens * size.vocabulary * model_map.hidden_size
     return Cost(
         operations=_operations(recipe, model_map, passes, [times + through_model for times in forwards]),
+        head_operations=head * with_logits,
         forwards=sum(forwards) / max(len(forwards), 1) + through_model,
-        peak_bytes=_peak_bytes(recipe, model_map, passes, parameters, vocabulary, offloaded=offloaded),
-        evaluation_operations=_evaluation(recipe, model_map, vocabulary, max_positions),
+        peak_bytes=peak_bytes(recipe, model_map, passes, size, offloaded=offloaded),
+        evaluation_operations=_evaluation(recipe, model_map, size),
     )
 
 
@@ -174,34 +128,7 @@ def this_machine(device: torch.device, *, size: int = 512, seconds: float = 0.05
     return Machine(speed, psutil.Process().memory_info().rss)
 
 
-def _peak_bytes(
-    recipe: Recipe,
-    model_map: ModelMap,
-    passes: Sequence[_Measuring],
-    parameters: int,
-    vocabulary: int,
-    *,
-    offloaded: bool,
-) -> int:
-    tokens = recipe.calibration.samples * recipe.calibration.tokens
-    needs_data = any(each.uses_data() for each in recipe.passes)
-    streams = 2 if any(each.wants_dense for each in passes) else 1
-    hidden = 2 * streams * _FLOAT * tokens * model_map.hidden_size if needs_data else 0
-    batch = recipe.calibration.batch * recipe.calibration.tokens if needs_data else 0
-    working = max((_working_bytes(each, block, batch) for each in passes for block in model_map.blocks), default=0)
-    working += _baseline_bytes(recipe, model_map) if needs_data else 0
-    evaluating = LOGITS_BYTES if recipe.evaluate else 0
-    if not offloaded:
-        gradients = max(
-            (_gradient_bytes(each, recipe, model_map, parameters, vocabulary) for each in recipe.passes), default=0
-        )
-        return _FLOAT * parameters + max(hidden + working, gradients, evaluating)
-    blocks = (sum(site.outputs * site.inputs for site in block.structure.sites) for block in model_map.blocks)
-    table = _FLOAT * vocabulary * model_map.hidden_size
-    return max(hidden + working + _FLOAT * max(blocks, default=0), hidden + table, table + evaluating)
-
-
-def _operations(recipe: Recipe, model_map: ModelMap, passes: Sequence[_Measuring], forwards: Sequence[float]) -> float:
+def _operations(recipe: Recipe, model_map: ModelMap, passes: Sequence[Measuring], forwards: Sequence[float]) -> float:
     """Operations of passes over all blocks and of gradients, without the output head."""
     window = recipe.calibration.tokens
     tokens = recipe.calibration.samples * window
@@ -215,13 +142,15 @@ def _operations(recipe: Recipe, model_map: ModelMap, passes: Sequence[_Measuring
     return total
 
 
-def _evaluation(recipe: Recipe, model_map: ModelMap, vocabulary: int, max_positions: int | None) -> float | None:
+def _evaluation(recipe: Recipe, model_map: ModelMap, size: ModelSize) -> float | None:
     """The head counts here: it computes logits of every token."""
-    weights = vocabulary * model_map.hidden_size + sum(
+    weights = size.vocabulary * model_map.hidden_size + sum(
         site.outputs * site.inputs for block in model_map.blocks for site in block.structure.sites
     )
     total = 0.0
-    for window, tokens in (each for settings in recipe.evaluate for each in settings.evaluated_tokens(max_positions)):
+    for window, tokens in (
+        each for settings in recipe.evaluate for each in settings.evaluated_tokens(size.max_positions)
+    ):
         if tokens is None:
             return None
         attention = 4.0 * window * model_map.hidden_size * len(model_map.blocks)
@@ -229,73 +158,14 @@ def _evaluation(recipe: Recipe, model_map: ModelMap, vocabulary: int, max_positi
     return total
 
 
-def _working_bytes(each: _Measuring, block: BlockInfo, tokens: int) -> int:
-    """Besides weights and hidden states: one batch inside the block; then its statistics and what solving a site takes.
-
-    Gram matrices of all input groups are there at once; vectors do not count.
-    """
-    sites = block.structure.sites
-    inside = _FLOAT * tokens * sum(site.outputs for site in sites)
-    if each.learns:
-        inside += _LEARNING_COPIES * _FLOAT * sum(site.outputs * site.inputs for site in sites)
-    if not each.solves:
-        return inside
-    squares = [_inputs(block, group) ** 2 for group in _groups(each, block)]
-    weights = max((site.outputs * site.inputs for site in sites), default=0)
-    solving = _SOLVING_COPIES * max(squares, default=0) + _WEIGHT_COPIES * weights
-    return _FLOAT * sum(squares) + max(inside, _FLOAT * solving)
-
-
-def _baseline_bytes(recipe: Recipe, model_map: ModelMap) -> int:
-    """A second block, which the guard compares the first one with."""
-    blocks = (sum(site.outputs * site.inputs for site in block.structure.sites) for block in model_map.blocks)
-    return _FLOAT * max(blocks, default=0) if recipe.guard.windows and recipe.guard.fall_back else 0
-
-
-def _gradient_bytes(each: Pass, recipe: Recipe, model_map: ModelMap, parameters: int, vocabulary: int) -> int:
-    """Besides the weights, while gradients of the loss are computed; 0 for a pass without gradients."""
-    found = each.backward()
-    if not found:
-        return 0
-    most = windows_at_once(recipe.calibration.tokens, vocabulary)
-    windows = found.windows or recipe.calibration.batch
-    with_logits = min(windows, most) * recipe.calibration.tokens
-    # a training computes logits in parts, but a batch goes through the blocks as a whole
-    tokens = windows * recipe.calibration.tokens if found.trained_on else with_logits
-    selects = each.selects if isinstance(each, BlockPass) else lambda _: True
-    weights, saved = 0, list[int]()
-    for block in model_map.blocks:
-        sites = block.structure.sites
-        weights += sum(site.outputs * site.inputs for site in sites if selects(block.full(site.name)))
-        saved.append(_SAVED_OUTPUTS * sum(site.outputs for site in sites) + _SAVED_HIDDEN * model_map.hidden_size)
-    kept = found.copies * weights + found.of_all * parameters
-    if found.recomputes:
-        with_logits = min(with_logits, rows_at_once(vocabulary))
-        of_token = max(saved, default=0) + len(saved) * model_map.hidden_size
-    else:
-        of_token = sum(saved)
-    return int(_FLOAT * (kept + with_logits * LOGITS_COPIES * vocabulary + tokens * of_token))
-
-
-def _selected_weights(each: _Measuring, block: BlockInfo) -> int:
+def _selected_weights(each: Measuring, block: BlockInfo) -> int:
     sites = block.structure.sites
     return sum(site.outputs * site.inputs for site in sites if each.selects(block.full(site.name)))
 
 
-def _statistics_operations(each: _Measuring, block: BlockInfo, tokens: int) -> float:
+def _statistics_operations(each: Measuring, block: BlockInfo, tokens: int) -> float:
     if not each.solves:
         return 0.0
-    measuring = sum(2.0 * tokens * _inputs(block, group) ** 2 for group in _groups(each, block))
+    measuring = sum(2.0 * tokens * inputs_of(block, group) ** 2 for group in groups_of(each, block))
     sites = [site for site in block.structure.sites if each.selects(block.full(site.name))]
     return measuring + sum(2.0 * _SOLVING_PRODUCTS * site.outputs * site.inputs**2 for site in sites)
-
-
-def _groups(each: _Measuring, block: BlockInfo) -> Iterator[InputGroup]:
-    """Input groups with at least one selected site."""
-    for group in block.structure.groups:
-        if any(each.selects(block.full(name)) for name in group.sites):
-            yield group
-
-
-def _inputs(block: BlockInfo, group: InputGroup) -> int:
-    return block.structure.site(group.sites[0]).inputs

@@ -16,6 +16,7 @@ from llmcompress.exporters.base import EXPORTERS
 from llmcompress.exporting import export_folders
 from llmcompress.progress import ProgressLike, as_progress
 from llmcompress.publishing.base_model import base_model
+from llmcompress.publishing.benchmarks import benchmark_files
 from llmcompress.publishing.card import card_text
 from llmcompress.publishing.card_merge import merged_card
 from llmcompress.publishing.card_metadata import CardFacts, metadata
@@ -30,6 +31,7 @@ from llmcompress.recipe import Recipe, parse_recipe
 from llmcompress.records.evaluation import Comparison, Evaluation
 from llmcompress.records.export_report import EXPORT_REPORT
 from llmcompress.records.report import RECIPE, REPORT, Report, read_report
+from llmcompress.records.tasks import TaskResult
 from llmcompress.report.folder import read_measured
 from llmcompress.report.forms import size
 from llmcompress.report.saved import evaluation_of_result
@@ -198,7 +200,8 @@ def outgoing_of(
     )
     own = own_card(first) or (published_card.read_text(encoding="utf-8") if published_card else None)
     card = merged_card(own, metadata(facts), without_tokens(renamed(card_text(facts), names)))
-    files = outgoing_files(artifacts, card=card, rewritten=rewritten)
+    scores = benchmark_files(facts.evaluation.of_kind(TaskResult), repository=wanted.repository, api=api)
+    files = outgoing_files(artifacts, card=card, rewritten=rewritten, more=scores)
     secrets = [str(each) for file in files for each in secrets_in(file)]
     if secrets:
         what = f"{len(secrets)} places in the files look like secrets or name a folder on this computer"

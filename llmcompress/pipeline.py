@@ -18,26 +18,12 @@ from llmcompress.calibration.in_memory import as_calibration
 from llmcompress.calibration.process_group import own_device, process_group
 from llmcompress.calibration.token_windows import CalibrationData
 from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
-from llmcompress.compressed_model import (
-    CompressedModel,
-    ModelLike,
-    in_memory,
-    is_dense,
-    live_model,
-    named_models,
-)
+from llmcompress.compressed_model import CompressedModel, ModelLike, in_memory, is_dense, live_model, named_models
 from llmcompress.cost import Machine, Offload
 from llmcompress.evaluation.beside import score_cache, text_warnings
 from llmcompress.evaluation.corpora import corpus_warnings
 from llmcompress.evaluation.coverage import coverage_warnings, overlap_warnings
-from llmcompress.evaluation.device.cost import (
-    CostSettings,
-    CostTable,
-    Skipped,
-    as_candidates,
-    measure_costs,
-    several,
-)
+from llmcompress.evaluation.device.cost import CostSettings, CostTable, Skipped, as_candidates, measure_costs, several
 from llmcompress.evaluation.environment import machine, numeric_versions, versions
 from llmcompress.evaluation.footprint import bytes_on_disk
 from llmcompress.evaluation.gate import gate_of, judged
@@ -46,13 +32,14 @@ from llmcompress.evaluation.inspection import inspect_folder
 from llmcompress.evaluation.measuring import Observed, comparisons, observe, results
 from llmcompress.evaluation.stopwatch import Stopwatch
 from llmcompress.hub_upload import publish_run
+from llmcompress.known_model import known_in_memory, known_model
 from llmcompress.loading.borrowed import lent, told_if_changed
 from llmcompress.loading.source import IN_MEMORY, find_source
 from llmcompress.model.describe import describe
 from llmcompress.model.probe import map_model, probe
 from llmcompress.passes.apply import apply_passes, steps
 from llmcompress.passes.shared_resume_store import shared
-from llmcompress.planning import Plan, known_in_memory, make_plan, refused, within_target_limits
+from llmcompress.planning import Plan, make_plan, refused, within_target_limits
 from llmcompress.preparation import CompressionRequest, Prepared, estimate, examples_of, prepare, teachers_of
 from llmcompress.presets import RecipeLike, as_recipe
 from llmcompress.progress import ProgressLike, Silent, as_progress
@@ -63,6 +50,7 @@ from llmcompress.records.rows import SiteReport
 from llmcompress.run import Run
 from llmcompress.runners.torch_runner import TorchRunner
 from llmcompress.saving import Result, bytes_to_write, save_run
+from llmcompress.trial_run import Bench, with_trial
 
 
 def compress(
@@ -271,9 +259,17 @@ def _saved(request: CompressionRequest, result: Result) -> Report:
 
 
 def plan(
-    model: ModelLike | None, recipe: RecipeLike, *, offload: Offload = "auto", machine: Machine | None = None
+    model: ModelLike | None,
+    recipe: RecipeLike,
+    *,
+    offload: Offload = "auto",
+    machine: Machine | None = None,
+    probe_on: torch.device | None = None,
+    progress: ProgressLike = None,
 ) -> Plan:
     """What `compress` would do: sites, bytes, memory, and on `machine` time. Reads config and headers, no weights.
+
+    `probe_on`: compress a block of each kind on this device, unsaved, to estimate the time from that.
 
     Raises: CompressError for what `compress` would refuse.
     """
@@ -283,7 +279,11 @@ def plan(
     if live is not None:
         return make_plan(known_in_memory(live), chosen, offload="never", machine=machine)
     source = find_source(str(chosen.model), revision=chosen.revision, trust_remote_code=chosen.trust_remote_code)
-    return make_plan(source, chosen, offload=offload, machine=machine)
+    known = known_model(source, trust_remote_code=chosen.trust_remote_code)
+    planned = make_plan(known, chosen, offload=offload, machine=machine)
+    if probe_on is None:
+        return planned
+    return with_trial(planned, chosen, Bench(source, known, probe_on, progress=as_progress(progress)))
 
 
 def inspect(model: ModelLike) -> dict[str, Any]:

@@ -9,30 +9,26 @@ from math import prod
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from transformers import PreTrainedModel
 
 from llmcompress.calibration.sources import check_source
-from llmcompress.calibration.tokens import max_positions
-from llmcompress.cost import Cost, Machine, Offload, cost, must_offload
+from llmcompress.cost import Machine, Offload, cost, must_offload
 from llmcompress.errors import CompressError
 from llmcompress.exporters.choose import Choice, choose, export_notes, limits_of
-from llmcompress.exporters.contents import planned_contents
+from llmcompress.exporters.contents import CodedLinear, planned_contents
 from llmcompress.exporters.dense_tables import bytes_of, dense_tables
-from llmcompress.exporters.loader import Loader, loader_of
+from llmcompress.exporters.loader import Loader
 from llmcompress.formats import plain
 from llmcompress.formats.named import Kind
-from llmcompress.loading.in_memory import dense_model, facts_in_memory
-from llmcompress.loading.preflight import ModelFacts, preflight
+from llmcompress.known_model import KnownModel, known_model, size_of
+from llmcompress.loading.preflight import ModelFacts
 from llmcompress.loading.source import IN_MEMORY, Source
 from llmcompress.loading.tensors import write_header
 from llmcompress.model.map import ModelMap
-from llmcompress.model.probe import probe
 from llmcompress.modules.scheme import Scheme
 from llmcompress.passes.apply import stages
 from llmcompress.passes.base import PASSES, Pass
 from llmcompress.passes.quantization.target_limits import within_limits
 from llmcompress.passes.schemes import site_schemes, with_fitted_schemes
-from llmcompress.progress import Progress
 from llmcompress.recipe.model import Recipe, Save
 from llmcompress.recipe.order import check_order, check_sites
 
@@ -77,38 +73,15 @@ class Plan(_Row):
     """Multiplications and additions of compression."""
     estimated_seconds: float | None = None
     """Of compression on the machine that was given; text, evaluation and saving come on top."""
+    probed_blocks: tuple[int, ...] = ()
+    """Blocks that were compressed to find these seconds; none: from operations alone, right within a factor of two."""
     evaluation_seconds: float | None = None
     """Of measuring the dense and the compressed model there; None too where the length of a text is not known."""
+    license: str
+    """That of the dense model, and what it says of publishing the result."""
+    publishes: tuple[str, ...] = ()
+    """Repositories on the Hub that the recipe publishes to."""
     warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class KnownModel:
-    """What all plans for one model share, independent of the recipe."""
-
-    name: str
-    checked: ModelFacts
-    map: ModelMap
-    loader: Loader
-
-
-def known_model(source: Source, *, trust_remote_code: bool = False, progress: Progress | None = None) -> KnownModel:
-    """Read config and headers, and map the model by experiment; no weights are read.
-
-    Raises: CompressError when the files are not a model that can be compressed.
-    """
-    checked = preflight(source, trust_remote_code=trust_remote_code, progress=progress)
-    return KnownModel(source.name, checked, probe(checked.config, unfuse=True), loader_of(checked.config))
-
-
-def known_in_memory(model: PreTrainedModel) -> KnownModel:
-    """The same of a dense model in memory, which stays as it is.
-
-    Raises: CompressError when it cannot be compressed.
-    """
-    found = dense_model(model)
-    name = f"{IN_MEMORY}{type(found).__name__}"
-    return KnownModel(name, facts_in_memory(found), probe(found.config, unfuse=True), loader_of(found.config))
 
 
 def make_plan(
@@ -130,7 +103,7 @@ def make_plan(
     tensors = tensors_outside_sites(checked, model_map, dtype)
     for each in recipe.passes:
         tensors = each.tensors_outside(tensors, model_map, dtype)
-    taken = estimated_cost(recipe, model_map, checked, offloaded=offloaded)
+    taken = cost(recipe, model_map, size_of(checked), offloaded=offloaded)
     evaluating = taken.evaluation_operations
     tensors |= {f"{row.name}.{part}": kind for row in sites for part, kind in row.tensors.items()}
     return Plan(
@@ -141,23 +114,13 @@ def make_plan(
         bytes_dense=checked.bytes_weights,
         output_bytes=_file_bytes(tensors) - sum(row.removed for row in sites),
         offloaded=offloaded,
-        peak_memory_bytes=taken.peak_bytes + (machine.process_bytes if machine else 0),
+        peak_memory_bytes=taken.peak_bytes + (machine.process_bytes + known.process_bytes if machine else 0),
         operations=taken.operations,
         estimated_seconds=taken.operations / machine.operations_per_second if machine else None,
         evaluation_seconds=evaluating / machine.operations_per_second if machine and evaluating is not None else None,
+        license=known.license.note,
+        publishes=tuple(str(each.repository) for each in recipe.publish),
         warnings=tuple(dict.fromkeys([*checked.warnings, *stored.notes])),
-    )
-
-
-def estimated_cost(recipe: Recipe, model_map: ModelMap, checked: ModelFacts, *, offloaded: bool) -> Cost:
-    """Operations and memory of the recipe for a model that was checked."""
-    return cost(
-        recipe,
-        model_map,
-        parameters=sum(prod(shape) for shape in checked.contents.shapes.values()),
-        vocabulary=checked.contents.embedding_rows,
-        max_positions=max_positions(checked.config),
-        offloaded=offloaded,
     )
 
 
@@ -193,8 +156,10 @@ def check_recipe(
         each.check(model_map)
     notes = [note for each in _on_this_model(recipe.passes) for note in each.notes(model_map)]
     contents = planned_contents(model_map, planned_schemes(recipe, model_map), loader, storage_dtype)
-    if any(each.rounds_embedding() for each in recipe.passes):
-        contents = replace(contents, rounded_embedding=model_map.embedding)
+    table = next((scheme for each in recipe.passes if (scheme := each.rounds_embedding()) is not None), None)
+    if table is not None:
+        sizes = model_map.vocabulary, model_map.hidden_size
+        contents = replace(contents, rounded_embedding=CodedLinear(model_map.embedding, table, *sizes))
     choice = choose(recipe.save.format, contents, zero_points=recipe.save.zero_points)
     notes += [note for exporter in recipe.export for note in export_notes(exporter, contents)]
     dtype = storage_dtype or torch.bfloat16

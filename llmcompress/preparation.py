@@ -14,7 +14,7 @@ from llmcompress.calibration.in_memory import GivenData
 from llmcompress.calibration.offloading import InMemory, OnDisk, WeightStore
 from llmcompress.calibration.process_group import ProcessGroup
 from llmcompress.calibration.tokens import max_positions
-from llmcompress.cost import Offload, about, this_machine
+from llmcompress.cost import Offload, about, cost, this_machine
 from llmcompress.elicitation.authors import Author, Authors
 from llmcompress.elicitation.base import Row
 from llmcompress.elicitation.chain import make_rows
@@ -26,6 +26,7 @@ from llmcompress.evaluation.settings.cost import refuse_cost
 from llmcompress.exporters.base import EXPORTERS
 from llmcompress.exporters.loader import loader_of
 from llmcompress.exporting import export_folders
+from llmcompress.known_model import size_of
 from llmcompress.loading.identity import identity_of_folder
 from llmcompress.loading.in_memory import LiveModel, identity_in_memory
 from llmcompress.loading.load import Loaded, load_for_compression
@@ -39,7 +40,6 @@ from llmcompress.passes.base import PASSES
 from llmcompress.planning import (
     check_recipe,
     check_texts,
-    estimated_cost,
     fitted_to_model,
     storage_dtype_of,
     with_weights_placed,
@@ -105,7 +105,7 @@ def prepare(request: CompressionRequest) -> Prepared:
 def estimate(prepared: Prepared, device: torch.device) -> str:
     """How long the run will take on `device`: a measured speed, and the recipe's operations."""
     offloaded = not isinstance(prepared.weights_at, InMemory)
-    taken = estimated_cost(prepared.recipe, prepared.map, prepared.loaded.preflight, offloaded=offloaded)
+    taken = cost(prepared.recipe, prepared.map, size_of(prepared.loaded.preflight), offloaded=offloaded)
     speed = this_machine(device).operations_per_second
     evaluating = taken.evaluation_operations
     ending = f", and {about(evaluating / speed)} to evaluate" if evaluating else ""

@@ -18,7 +18,6 @@ from llmcompress.loading.source import find_source
 from llmcompress.model.probe import probe
 from llmcompress.progress import Silent
 from llmcompress.recipe.document import read_document
-from llmcompress.search.costs.latency_table import write_tables
 from llmcompress.search.costs.measuring import measure_latency
 from llmcompress.search.costs.small_runs import LatencySettings
 from llmcompress.search.plan_space import PlanSpace
@@ -70,7 +69,7 @@ def main(
         batch=batch, context=context, turns=turns, threads=threads, clock=clock, memory=memory, device=device
     )
     table = measure_latency(plans, config, runtime, settings=settings, progress=Told())
-    write_tables(output, [table])
+    table.write(output)
     click.echo(f"{len(table.products)} products, {len(table.blocks)} kinds of blocks: {output}")
 
 

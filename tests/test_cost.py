@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmcompress.cost import Cost, cost
+from llmcompress.peak_memory import ModelSize
 from llmcompress.presets import load_preset, preset_names
 from llmcompress.recipe import Recipe, parse_recipe
 from tests.passes.decomposition.factored import map_of
@@ -26,7 +27,7 @@ class NoTorch(TorchDispatchMode):
 
 
 def cost_of(recipe: Recipe, **options: Any) -> Cost:
-    return cost(recipe, map_of("llama_gqa"), parameters=10_000, vocabulary=120, **options)
+    return cost(recipe, map_of("llama_gqa"), ModelSize(10_000, 120), **options)
 
 
 def test_no_tensor_is_computed_and_no_file_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,8 +78,8 @@ def test_memory_is_the_sum_done_by_hand(tokens: int, inside: bool) -> None:
 
 def test_weights_on_disk_take_less_memory() -> None:
     given = recipe("{gptq: {}}")
-    large = {"parameters": 10**9, "vocabulary": 120}
-    there, here = (cost(given, map_of("llama_gqa"), offloaded=off, **large) for off in (True, False))
+    large = ModelSize(10**9, 120)
+    there, here = (cost(given, map_of("llama_gqa"), large, offloaded=off) for off in (True, False))
     assert there.peak_bytes < here.peak_bytes
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig
 from llmcompress.cost import Machine
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.exporters.save import save_model
+from llmcompress.known_model import known_model
 from llmcompress.loading.load import load_for_compression
 from llmcompress.loading.source import Source, find_source
 from llmcompress.model.probe import probe
@@ -30,7 +31,7 @@ from llmcompress.passes.quantization.rtn import RoundToNearest
 from llmcompress.passes.quantization.smoothquant import SmoothQuant
 from llmcompress.passes.schemes import resolve_scheme, site_schemes
 from llmcompress.pipeline import compress
-from llmcompress.planning import Plan, known_model, make_plan, with_weights_placed, within_target_limits
+from llmcompress.planning import Plan, make_plan, with_weights_placed, within_target_limits
 from llmcompress.recipe import parse_recipe
 from llmcompress.recipe.model import Recipe, Save
 from tests.tiny_folder import write_tiny_llama

@@ -40,6 +40,7 @@ class InMemory:
     def leave(self, name: str, module: nn.Module) -> None:
         """Move it back from the device."""
         module.to("cpu")
+        give_back_freed_memory()
 
     def moved(self, name: str, read: Callable[[], Mapping[str, Tensor]]) -> None:
         """It is here already."""
@@ -52,6 +53,7 @@ class InMemory:
             yield
         finally:
             model.to("cpu")
+            give_back_freed_memory()
 
     def require_memory(self, what: str) -> None:
         """Always true."""
@@ -76,7 +78,7 @@ class OnDisk:
                 module.load_state_dict(self._kept[name](), strict=True, assign=True)
             else:
                 put_weights(module, self._weights, name)
-        _give_back()
+        give_back_freed_memory()
 
     def moved(self, name: str, read: Callable[[], Mapping[str, Tensor]]) -> None:
         """It is mapped from another file now."""
@@ -129,8 +131,9 @@ def _keep_no_large_memory() -> None:
     _ask_glibc("mallopt", _M_MMAP_THRESHOLD, _LARGE)
 
 
-def _give_back() -> None:
-    """What is freed in smaller pieces, too."""
+def give_back_freed_memory() -> None:
+    """Whole pages between pieces that are in use, which glibc keeps for later: they count as the process's memory, and
+    grow from block to block where later pieces do not fit."""
     _ask_glibc("malloc_trim", 0)
 
 

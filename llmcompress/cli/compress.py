@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 @click.option(
     "--recipe", "recipe_file", metavar="FILE", type=click.Path(path_type=Path), help="Your recipe, a YAML file."
 )
+@click.option(
+    "--from", "study", metavar="STUDY:TRIAL", help="The recipe of a trial that `search` found; STUDY: the selected one."
+)
 @click.option("-o", "--output", metavar="DIR", type=click.Path(path_type=Path), help="The folder to write.")
 @click.option(
     "--set",
@@ -51,7 +55,17 @@ if TYPE_CHECKING:
     multiple=True,
     help="Export the result too, into DIR-TARGET (see `llmcompress targets`). Repeatable.",
 )
+@click.option(
+    "--publish",
+    "repositories",
+    metavar="USER/NAME",
+    multiple=True,
+    help="Push the result and its exports to this repository on the Hub, private where it is created. Repeatable.",
+)
 @click.option("--dry-run", is_flag=True, help="Only show the plan: sites, bytes, memory and time. Reads no weights.")
+@click.option(
+    "--probe", is_flag=True, help="With --dry-run: compress one block of each kind, unsaved, to estimate the time."
+)
 @overwrite_option
 @click.option("--fresh", is_flag=True, help="Start over instead of resuming an interrupted run.")
 @yes_option
@@ -63,10 +77,13 @@ def compress(
     model: str | None,
     preset: str | None,
     recipe_file: Path | None,
+    study: str | None,
     output: Path | None,
     settings: tuple[str, ...],
     targets: tuple[str, ...],
+    repositories: tuple[str, ...],
     dry_run: bool,
+    probe: bool,
     overwrite: bool,
     fresh: bool,
     yes: bool,
@@ -84,12 +101,16 @@ def compress(
     Examples:
       llmcompress compress builtin:books-llama --preset tiny/gptq -o out
       llmcompress compress Qwen/Qwen3-0.6B --preset w4 -o Qwen3-0.6B-w4 --dry-run
+      llmcompress compress Qwen/Qwen3-0.6B --preset w4-heal --publish me/Qwen3-0.6B-w4 -o Qwen3-0.6B-w4
       llmcompress compress --recipe recipe.yaml -o out --set passes.gptq.scheme=int3_g64
+      llmcompress compress --from study:17 -o out
     """
-    if (preset is None) == (recipe_file is None):
-        raise click.UsageError("Give either --preset NAME or --recipe FILE, e.g. --preset w4.")
+    if sum(given is not None for given in (preset, recipe_file, study)) != 1:
+        raise click.UsageError("Give one of --preset NAME, --recipe FILE and --from STUDY:TRIAL, e.g. --preset w4.")
     if output is None and not dry_run:
         raise click.UsageError("Name the output folder with -o DIR, or preview with --dry-run.")
+    if probe and not dry_run:
+        raise click.UsageError("--probe belongs to --dry-run: a run itself needs no estimate.")
     quiet_libraries()
     from llmcompress.cli.tables import plan_tables, report_tables
     from llmcompress.cli.terminal import TerminalProgress
@@ -97,10 +118,13 @@ def compress(
 
     if targets:
         settings = (*settings, f"export=[{', '.join(targets)}]")
-    file = recipe_file or preset_path(str(preset))
-    # of several processes (torchrun) only the first may touch what lies at the output, and it is not known yet
-    written = None if dry_run or "RANK" in os.environ else output
-    refuse_mistakes(file, settings, model=model, output=written, overwrite=overwrite)
+    if repositories:
+        settings = (*settings, f"publish={json.dumps({'hub': repositories})}")
+    file = None if study is not None else recipe_file or preset_path(str(preset))
+    if file is not None:
+        # of several processes (torchrun) only the first may touch what lies at the output, and it is not known yet
+        written = None if dry_run or "RANK" in os.environ else output
+        refuse_mistakes(file, settings, model=model, output=written, overwrite=overwrite)
     if tracker is not None:
         from llmcompress.report.tracking import check_tracker
 
@@ -110,7 +134,8 @@ def compress(
             from llmcompress import pipeline
             from llmcompress.hub_upload import NotPublished
             from llmcompress.recipe import read_recipe
-        recipe = read_recipe(file, settings=settings).for_model(model)
+        found = _from_study(str(study), settings) if file is None else read_recipe(file, settings=settings)
+        recipe = found.for_model(model)
         assert recipe.model is not None
         with progress.paused():
             _confirm_remote_code(recipe, yes=yes)
@@ -120,8 +145,15 @@ def compress(
             from llmcompress.publishing.rights import check_all_rights
 
             check_all_rights(recipe.publish)
-            here = this_machine(usable_device(device))
-            foreseen = pipeline.plan(recipe.model, recipe, offload=offload, machine=here)
+            where = usable_device(device)
+            foreseen = pipeline.plan(
+                recipe.model,
+                recipe,
+                offload=offload,
+                machine=this_machine(where),
+                probe_on=where if probe else None,
+                progress=progress,
+            )
             plan = foreseen.model_dump(mode="json")
         else:
             assert output is not None
@@ -156,6 +188,14 @@ def compress(
         for each in done.published:
             tell(each)
     fail_by_gate(done.report, as_json=as_json, saved=str(output))
+
+
+def _from_study(study: str, settings: tuple[str, ...]) -> Recipe:
+    """The recipe of a trial, with settings."""
+    from llmcompress.presets import as_recipe
+    from llmcompress.search.from_study import recipe_from_study
+
+    return as_recipe(recipe_from_study(study), settings=settings)
 
 
 def _confirm_remote_code(recipe: Recipe, *, yes: bool) -> None:

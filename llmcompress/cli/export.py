@@ -31,6 +31,11 @@ from llmcompress.cli.output import json_option, overwrite_option, print_json, pr
     multiple=True,
     help="An option of a target, e.g. --set gguf.instead=dense. Repeatable.",
 )
+@click.option(
+    "--profile",
+    type=click.Choice(["static-int8"]),
+    help="Of the target onnx: fixed sizes and 8-bit integers in QDQ form (the target onnx_static_int8).",
+)
 @click.option("--no-run", is_flag=True, help="Do not run what was written in the target's own runtime.")
 @click.option("--memory", is_flag=True, help="Also run it in a fresh process, and report the peak memory.")
 @overwrite_option
@@ -40,6 +45,7 @@ def export(
     targets: tuple[str, ...],
     output: Path,
     settings: tuple[str, ...],
+    profile: str | None,
     no_run: bool,
     memory: bool,
     overwrite: bool,
@@ -54,8 +60,13 @@ def export(
     Examples:
       llmcompress export out --to gguf -o out-gguf
       llmcompress export out --to gguf,plain -o exports --set gguf.instead=dense
+      llmcompress export out --to onnx --profile static-int8 -o out-static --set onnx_static_int8.sequence=64
     """
     names = [name.strip() for group in targets for name in group.split(",") if name.strip()]
+    if profile is not None:
+        if "onnx" not in names:
+            raise click.BadParameter("only the target onnx has profiles: add --to onnx", param_hint="--profile")
+        names = [f"onnx_{profile.replace('-', '_')}" if name == "onnx" else name for name in names]
     options: dict[str, dict[str, str]] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")

@@ -34,6 +34,7 @@ COMMANDS = (
     "report",
     "resume",
     "schema",
+    "search",
     "speed",
     "targets",
     "verify",

@@ -26,6 +26,7 @@ SCHEMES = (
     "nvfp4",
     "nf4_g64",
     "int8_channel_a8token",
+    "int8_channel_a8tensor",
 )
 
 

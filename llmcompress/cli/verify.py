@@ -39,7 +39,7 @@ def verify(model: str, deep: bool, as_json: bool) -> None:
     if as_json:
         print_json({**found.model_dump(mode="json"), "ok": not found.failed})
     else:
-        rows = [(each.name, each.result, "; ".join([each.found, *each.where])) for each in found.checks]
+        rows = [(each.title, each.result, "; ".join([each.found, *each.where])) for each in found.checks]
         print_tables(plain_table(("check", "", "found"), rows))
     failure = failure_of(found, saved=f"{model}, as it is")
     if failure is not None:

@@ -16,6 +16,7 @@ from llmcompress.exporters.loader import Loader, linears_of_loader, merges_on_lo
 from llmcompress.model.map import ModelMap
 from llmcompress.model.stock import stock_model
 from llmcompress.modules.base import MODULES, CompressedModule
+from llmcompress.modules.expression import Gather
 from llmcompress.modules.manifest import Manifest, changes
 from llmcompress.modules.quant_linear import QuantLinear, quantized_linears
 from llmcompress.modules.scheme import Scheme
@@ -62,13 +63,21 @@ class Contents:
     """Attentions with a quantized KV cache that compressed-tensors can represent."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """The model's, with every setting spelled for both majors of transformers."""
-    rounded_embedding: str | None = None
-    """Its name, where a plan rounds it; found in a model it is among the differences."""
+    rounded_embedding: CodedLinear | None = None
+    """Where a plan rounds it; found in a model it is among the sites and the differences."""
 
     @property
     def is_stock(self) -> bool:
         """Whether ordinary weights are all there is."""
         return not self.sites and not self.differences and self.rounded_embedding is None
+
+    @property
+    def tables(self) -> tuple[CodedLinear, ...]:
+        """Embeddings that are, or will be, codes."""
+        if self.rounded_embedding is not None:
+            return (self.rounded_embedding,)
+        found = (site for site in self.sites if site.name in self.modules)
+        return tuple(site for site in found if isinstance(self.modules[site.name].expression(), Gather))
 
     @property
     def rearranged(self) -> tuple[str, ...]:
@@ -82,7 +91,7 @@ class Contents:
         found = self.differences
         other = (name for name, spec in found.modules.items() if not MODULES[spec["type"]].has_stock_format)
         named = (name for name in other if name not in self.named_caches)
-        rounded = () if self.rounded_embedding is None else (self.rounded_embedding,)
+        rounded = () if self.rounded_embedding is None else (self.rounded_embedding.name,)
         return (*rounded, *named, *found.reshaped, *found.shapes, *found.attributes)
 
 

@@ -5,37 +5,23 @@ Codes and scales are carried, never rounded again (docs/decisions/0037).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from transformers import PreTrainedModel
 from typing_extensions import override
 
-from llmcompress.exporters.base import EXPORTERS, Answer, Converted, Exact, Exporter, Refused, Saved, Writing
-from llmcompress.exporters.contents import CodedLinear, Contents, contents_in
-from llmcompress.exporters.onnx_file import DATA, FILE, fill, read_back, tensors_of, write
-from llmcompress.exporters.onnx_graph import Plan, graph_with_holes, plan_of
+from llmcompress.exporters.base import EXPORTERS, Answer, Converted, Exact, Refused, Writing
+from llmcompress.exporters.contents import CodedLinear, Contents
+from llmcompress.exporters.onnx_base import OnnxGraphExporter
+from llmcompress.exporters.onnx_graph import Plan
 from llmcompress.exporters.onnx_nodes import Nodes
 from llmcompress.formats import onnx as fields
 from llmcompress.formats import plain
 from llmcompress.formats.named import Kind
-from llmcompress.modules.expression import Expression, InputTransform, Opaque
-from llmcompress.modules.expression_leaves import Quantized
 from llmcompress.modules.limits import TargetLimits
-from llmcompress.records.export_report import ReadBack
 
-MODEL_TYPES = frozenset(
-    {
-        *("arcee", "bloom", "codegen", "cohere", "falcon", "gemma", "gemma2", "gemma3_text", "glm", "gpt2", "gpt_neo"),
-        *("gpt_neox", "gptj", "granite", "helium", "llama", "mistral", "mpt", "nemotron", "olmo", "olmo2", "opt"),
-        *("phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm"),
-    }
-)
-"""Causal models that optimum-onnx 0.1 exports with a KV cache and whose matrices are ordinary linears."""
 _INT8 = 4
 """The accuracy level at which MatMulNBits multiplies integers."""
 _PER_BLOCK = "activations are rounded to 8 bits per block of a row, which is finer"
@@ -43,7 +29,7 @@ _NOT_ROUNDED = "with accuracy_level {level} activations are not rounded"
 
 
 @EXPORTERS.register("onnx")
-class OnnxExporter(Exporter):
+class OnnxExporter(OnnxGraphExporter):
     """Integers of 2 to 8 bits and ternary, in groups that are multiples of 16; low-rank factors; ordinary weights."""
 
     limits: ClassVar[TargetLimits] = TargetLimits(integers_only=True, group_multiple=16, rounded_embedding=True)
@@ -76,22 +62,19 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))"""
         return Converted(_PER_BLOCK if level == _INT8 else _NOT_ROUNDED.format(level=level), keeps_codes=True)
 
     @override
-    def problem(self, contents: Contents) -> str | None:
-        """Optimum has a graph for the family, and every module is made of matrices."""
-        kind = contents.config.get("model_type")
-        if kind is not None and kind not in MODEL_TYPES:
-            known = ", ".join(sorted(MODEL_TYPES))
-            return f"Optimum's exporter has no graph for `{kind}` with ordinary linears; it has: {known}"
-        if contents.banks:
-            return f"{contents.banks[0]} is one of the experts of a bank, which has no graph here"
-        private = [
-            name for name, values in contents.differences.attributes.items() if any("config." in key for key in values)
-        ]
-        wrapped = [name for name, module in contents.modules.items() if module.wraps_original]
-        for name in (*wrapped, *private):
-            return f"{name} is not what the config says, and Optimum builds the graph from the config"
-        found = ((name, problem_of(module.expression())) for name, module in contents.modules.items())
-        return next((f"{name} {why}" for name, why in found if why is not None), None)
+    def answers(self, contents: Contents) -> dict[str, Answer]:
+        """Of a table of codes its rows must be looked up too."""
+        tables = {site.name: self._check_rows(site, contents.storage_dtype) for site in contents.tables}
+        return {**super().answers(contents), **tables}
+
+    def _check_rows(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:
+        answer, grid = self.check(site, storage_dtype), site.scheme.weights
+        if isinstance(answer, Refused) or fields.layout(grid, site.inputs, looks_up=True) is not None:
+            return answer
+        why = f"GatherBlockQuantized takes equal blocks of 16 or more numbers, and rows of {site.inputs} have none"
+        if self.instead == "dense":
+            return Converted(f"{why}; the embedding is dequantized to ordinary weights")
+        return Refused(why)
 
     @override
     def notes(self, contents: Contents, answers: Mapping[str, Answer]) -> list[str]:
@@ -113,38 +96,8 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))"""
         return fields.tensors(shape, site.scheme, kind, bias=site.has_bias)
 
     @override
-    def write(self, model: PreTrainedModel, folder: Path, writing: Writing) -> Saved:
-        """`model.onnx`, its tensors in `model.onnx_data`, and the config."""
-        plan = self._plan(model, writing)
-        proto, nodes = graph_with_holes(plan, writing.progress), self._nodes(plan, writing)
-        fill(proto, plan, nodes)
-        size = write(proto, tensors_of(plan, nodes, model), folder, model, writing.weights_at)
-        (folder / "config.json").write_text(json.dumps(dict(plan.config), indent=2, sort_keys=True) + "\n")
-        return Saved((FILE, DATA), size, "onnx")
-
-    @override
-    def read_back(self, model: PreTrainedModel, folder: Path, writing: Writing) -> list[ReadBack]:
-        """From the places that the graph names, by our layouts."""
-        plan = self._plan(model, writing)
-        return read_back(folder, tensors_of(plan, self._nodes(plan, writing), model))
-
-    def _plan(self, model: PreTrainedModel, writing: Writing) -> Plan:
-        return plan_of(model, contents_in(model, writing.storage_dtype), writing.storage_dtype)
-
     def _nodes(self, plan: Plan, writing: Writing) -> Nodes:
         return Nodes(writing.storage_dtype, self.accuracy_level, tied=plan.tied)
-
-
-def problem_of(form: Expression) -> str | None:
-    """Why no nodes compute an expression; None: they do."""
-    for node in form.nodes():
-        if isinstance(node, Opaque):
-            return f"has no expression: {node.reason}"
-        if isinstance(node, InputTransform) and not node.change.is_linear:
-            return f"changes its inputs by {type(node.change).__name__} (dynamic inference)"
-        if isinstance(node, Quantized) and node.activations == "group":
-            return f"rounds activations as {node.scheme.name} does"
-    return None
 
 
 def _wider(site: CodedLinear) -> str | None:

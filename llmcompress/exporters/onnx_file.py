@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llmcompress.calibration.offloading import WeightStore
 from llmcompress.exporters.checkpoint import block_of
+from llmcompress.exporters.onnx_fold import fold_constants
 from llmcompress.exporters.onnx_graph import Plan, holes_in
 from llmcompress.exporters.onnx_graph_program import DOMAIN
 from llmcompress.exporters.onnx_nodes import MICROSOFT, Held, HeldCodes, Nodes
@@ -39,8 +40,13 @@ _TYPES = {
 
 
 def fill(proto: Any, plan: Plan, nodes: Nodes) -> None:
-    """Replace every hole by the nodes of its expression, in place, and take placeholders of parameters out."""
+    """Replace every hole by the nodes of its expression, in place, and take placeholders of parameters out.
+
+    Where all sizes are fixed, what follows from them is computed first.
+    """
     graph = proto.graph
+    if plan.sequence is not None:
+        fold_constants(proto, plan.parameters.keys())
     made = {
         hole.output[0]: nodes.fill(plan.holes[name], name, hole.input[0], hole.output[0])
         for name, hole in holes_in(proto).items()
@@ -53,7 +59,8 @@ def fill(proto: Any, plan: Plan, nodes: Nodes) -> None:
     graph.initializer.extend(kept)
     domains = [each for each in proto.opset_import if each.domain not in (DOMAIN, MICROSOFT)]
     del proto.opset_import[:]
-    proto.opset_import.extend([*domains, onnx_package().helper.make_opsetid(MICROSOFT, 1)])
+    own = [onnx_package().helper.make_opsetid(MICROSOFT, 1)] if any(node.domain == MICROSOFT for node in new) else []
+    proto.opset_import.extend([*domains, *own])
     _fix_outputs(graph, plan)
 
 
@@ -164,6 +171,12 @@ def _point(tensor: Any, offset: int, length: int) -> None:
 
 def _fix_outputs(graph: Any, plan: Plan) -> None:
     """Sizes that do not change stand in the graph: loaders look there for the vocabulary and the shape of the cache."""
+    vocabulary = int(plan.config["vocab_size"])
+    if plan.sequence is not None:
+        for each in (*graph.input, *graph.output):
+            logits = (vocabulary,) if each.name == "logits" else ()
+            _set_sizes(each, (1, plan.sequence, *logits))
+        return
     inputs = {each.name: each for each in graph.input}
     for output in graph.output:
         dims = output.type.tensor_type.shape.dim
@@ -173,4 +186,11 @@ def _fix_outputs(graph: Any, plan: Plan) -> None:
                 if dim.HasField("dim_value"):
                     dims[number].dim_value = dim.dim_value
         elif output.name == "logits":
-            dims[len(dims) - 1].dim_value = int(plan.config["vocab_size"])
+            dims[len(dims) - 1].dim_value = vocabulary
+
+
+def _set_sizes(value: Any, sizes: tuple[int, ...]) -> None:
+    dims = value.type.tensor_type.shape.dim
+    del dims[:]
+    for size in sizes:
+        dims.add().dim_value = size

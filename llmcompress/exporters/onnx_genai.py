@@ -21,9 +21,11 @@ from typing_extensions import override
 
 from llmcompress.errors import CompressError
 from llmcompress.exporters.base import EXPORTERS, Saved, Writing
+from llmcompress.exporters.cache_widths import cache_problem
 from llmcompress.exporters.contents import Contents, contents_in
 from llmcompress.exporters.gguf_architectures import head_size
-from llmcompress.exporters.onnx import OnnxExporter, problem_of
+from llmcompress.exporters.onnx import OnnxExporter
+from llmcompress.exporters.onnx_base import problem_of
 from llmcompress.exporters.onnx_file import DATA, FILE, fill, read_back, tensors_of, write
 from llmcompress.exporters.onnx_genai_builder import CONFIG, Skeleton, build, embedding_in, matrices_in
 from llmcompress.exporters.onnx_genai_matrices import Matrices
@@ -70,6 +72,9 @@ while not generator.is_done(): generator.generate_next_token(); print(tokenizer.
             return why
         if contents.rearranged:
             return f"the builder of onnxruntime-genai has no graph for {', '.join(contents.rearranged[:3])}"
+        caches = cache_problem(contents)
+        if caches is not None:
+            return caches
         found = ((name, problem_of(module.expression())) for name, module in contents.modules.items())
         return next((f"{name} {reason}" for name, reason in found if reason is not None), None)
 

@@ -39,6 +39,8 @@ class Plan:
     """All others, with their shapes."""
     attributes: Mapping[str, Mapping[str, Any]]
     """Numbers that modules were built with, where they differ from what the config says."""
+    sequence: int | None = None
+    """Tokens of a graph whose sizes are all fixed, for one sequence and without a cache; None: any number, with one."""
 
     @property
     def tied(self) -> frozenset[str]:
@@ -51,7 +53,8 @@ class Plan:
             name: {"width": form.shape[1 if isinstance(form, Gather) else 0], "looks_up": isinstance(form, Gather)}
             for name, form in self.holes.items()
         }
-        return {"holes": holes, "parameters": dict(self.parameters), "attributes": dict(self.attributes)}
+        parameters, attributes = dict(self.parameters), dict(self.attributes)
+        return {"holes": holes, "parameters": parameters, "attributes": attributes, "sequence": self.sequence}
 
 
 def plan_of(model: PreTrainedModel, contents: Contents, storage_dtype: torch.dtype) -> Plan:

@@ -27,10 +27,40 @@ def main(plan_file: str, output: str) -> None:
 
     plan = json.loads(Path(plan_file).read_text(encoding="utf-8"))
     model = skeleton(Path(plan_file).parent, plan)
+    if plan["sequence"] is not None:
+        write_fixed(model, plan["sequence"], Path(output))
+        return
     made = TasksManager.get_exporter_config_constructor("onnx", model=model, task=TASK, library_name="transformers")
     config = made(model.config, int_dtype="int64", float_dtype="fp32", use_past_in_inputs=True)
     # without folding a parameter stays what it is, under its name
     export_pytorch(model, config, config.DEFAULT_ONNX_OPSET, Path(output), do_constant_folding=False)
+
+
+def write_fixed(model: Any, tokens: int, output: Path) -> None:
+    """The graph without a cache, for one sequence of exactly so many tokens."""
+    from optimum.exporters.onnx.convert import export_pytorch
+    from optimum.exporters.tasks import TasksManager
+
+    task = TASK.removesuffix("-with-past")
+    made = TasksManager.get_exporter_config_constructor("onnx", model=model, task=task, library_name="transformers")
+    settings = {"int_dtype": "int64", "float_dtype": "fp32"}
+    kind = type(made(model.config, **settings))
+
+    class Fixed(kind):  # type: ignore[valid-type, misc]
+        """Without names for axes, which would make their sizes free."""
+
+        @property
+        def inputs(self) -> Any:
+            return {name: {} for name in super().inputs}
+
+        @property
+        def outputs(self) -> Any:
+            return {name: {} for name in super().outputs}
+
+    shapes = {"batch_size": 1, "sequence_length": tokens}
+    config = Fixed(model.config, task=task, **settings)
+    opset = config.DEFAULT_ONNX_OPSET
+    export_pytorch(model, config, opset, output, input_shapes=shapes, do_constant_folding=False)
 
 
 def skeleton(folder: Path, plan: dict[str, Any]) -> Any:
@@ -44,7 +74,9 @@ def skeleton(folder: Path, plan: dict[str, Any]) -> Any:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for name, hole in plan["holes"].items():
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, hole_of(name, hole["width"], looks_up=hole["looks_up"]))
+        fixed = plan["sequence"] is not None
+        made = hole_of(name, hole["width"], looks_up=hole["looks_up"], fixed=fixed)
+        setattr(model.get_submodule(parent), leaf, made)
     for name, values in plan["attributes"].items():
         for key, value in values.items():
             setattr(model.get_submodule(name), key, tuple(value) if isinstance(value, list) else value)
@@ -58,8 +90,8 @@ def skeleton(folder: Path, plan: dict[str, Any]) -> Any:
     return model
 
 
-def hole_of(name: str, width: int, *, looks_up: bool) -> Any:
-    """A module with a result of the right shape, which becomes one node of the graph."""
+def hole_of(name: str, width: int, *, looks_up: bool, fixed: bool = False) -> Any:
+    """A module with a result of the right shape, which becomes one node of the graph; `fixed`: and says it there."""
     import torch
 
     class Hole(torch.autograd.Function):
@@ -70,7 +102,11 @@ def hole_of(name: str, width: int, *, looks_up: bool) -> Any:
 
         @staticmethod
         def symbolic(graph: Any, x: Any) -> Any:
-            return graph.op(f"{DOMAIN}::Hole", x, module_s=name)
+            made, sizes = graph.op(f"{DOMAIN}::Hole", x, module_s=name), x.type().sizes()
+            if fixed and sizes is not None:
+                leading = sizes if looks_up else sizes[:-1]
+                made.setType(x.type().with_dtype(torch.float32).with_sizes([*leading, width]))
+            return made
 
     class HoleModule(torch.nn.Module):
         def __init__(self) -> None:

@@ -119,9 +119,7 @@ class Nodes:
         inner = form.inner
         if isinstance(inner, Quantized) and (kind := layout(inner.tensor.grid, inner.shape[1], looks_up=True)):
             return self._biased(self._n_bits(inner, kind, form.owner, name, x), inner.bias, name)
-        table = self._table(form.owner, inner)
-        turned = self._node("FusedMatMul", [x, table], name, domain=MICROSOFT, transB=1)
-        return self._biased(turned, inner.dense_bias(), name)
+        return self._biased(self._times_rows(x, self._table(form.owner, inner), name), inner.dense_bias(), name)
 
     @_emit.register
     def _(self, form: Gather, name: str, x: str) -> str:
@@ -144,6 +142,10 @@ class Nodes:
         if kind is None:
             return self._one_matrix(form, name, x)
         return self._biased(self._n_bits(form, kind, name, name, x), form.bias, name)
+
+    def _times_rows(self, x: str, table: str, name: str) -> str:
+        """Products with the rows of a table."""
+        return self._node("FusedMatMul", [x, table], name, domain=MICROSOFT, transB=1)
 
     def _n_bits(self, form: Quantized, kind: NBits, owner: str, name: str, x: str) -> str:
         """MatMulNBits on the fields that `owner` has."""

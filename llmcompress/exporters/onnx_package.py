@@ -15,7 +15,7 @@ def onnx_package() -> ModuleType:
     """
     try:
         package = importlib.import_module("onnx")
-        for part in ("helper", "external_data_helper", "numpy_helper"):
+        for part in ("helper", "external_data_helper", "numpy_helper", "shape_inference", "defs"):
             importlib.import_module(f"onnx.{part}")
     except ImportError as problem:
         raise CompressError(

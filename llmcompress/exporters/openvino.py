@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from llmcompress.exporters.base import EXPORTERS, Answer, Converted, Exact, Exporter, Refused, Saved, Writing
+from llmcompress.exporters.cache_widths import cache_problem
 from llmcompress.exporters.config import portable_config
 from llmcompress.exporters.contents import CodedLinear, Contents
 from llmcompress.exporters.openvino_form import why_not
@@ -79,7 +80,7 @@ model = OVModelForCausalLM.from_pretrained(".")
             why = why_not(form)
             if why is not None and (self.instead == "refuse" or not form.is_linear):
                 return f"{name} {why}"
-        return _cache_problem(contents)
+        return cache_problem(contents)
 
     @override
     def notes(self, contents: Contents, answers: Mapping[str, Answer]) -> list[str]:
@@ -142,11 +143,3 @@ model = OVModelForCausalLM.from_pretrained(".")
         if scheme.activations and scheme.weights.number is not None:
             scheme = replace(scheme, activations=None)
         return self.limits.nearest(scheme, inputs)
-
-
-def _cache_problem(contents: Contents) -> str | None:
-    """Optimum gives all blocks a KV cache of one size."""
-    for name, values in contents.differences.attributes.items():
-        if any(key.endswith("num_key_value_heads") for key in values):
-            return f"{name} has another number of key-value heads than the config, and caches have one size there"
-    return None

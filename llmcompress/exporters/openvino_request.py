@@ -23,6 +23,7 @@ from llmcompress.exporters.checkpoint import owner_of
 from llmcompress.exporters.config import portable_config
 from llmcompress.exporters.contents import contents_in
 from llmcompress.exporters.openvino_form import form_of
+from llmcompress.exporters.openvino_tokenizer import simplify_decoder
 from llmcompress.modules.expression import Expression, Tied
 from llmcompress.progress import LOG
 
@@ -122,6 +123,7 @@ def write_request(model: PreTrainedModel, request: GraphRequest, folder: Path, w
     if writing.tokenizer is not None:
         (folder / "tokenizer").mkdir()
         copy_auxiliary_files(None, folder / "tokenizer", writing.tokenizer)
+        simplify_decoder(folder / "tokenizer")
         (folder / "tokenizer" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     request.write(folder)
 

@@ -17,6 +17,7 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.formats.named import Kind
 from llmcompress.model.map import BlockInfo, ModelMap, SiteInfo
 from llmcompress.model.site import LinearSite
+from llmcompress.modules.scheme import Scheme
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.records.rows import SiteReport
 from llmcompress.registry import Registry
@@ -103,9 +104,9 @@ class Pass(BaseModel, ABC):
         """The scheme of the output head afterwards, given what it was before; None: an ordinary matrix."""
         return scheme
 
-    def rounds_embedding(self) -> bool:
-        """Whether the embedding holds codes afterwards."""
-        return False
+    def rounds_embedding(self) -> Scheme | None:
+        """Of which scheme the embedding holds codes afterwards; None: of none."""
+        return None
 
     def is_optional(self) -> bool:
         """Whether it is left out where the target or the memory has no room for it."""
@@ -167,9 +168,9 @@ class Pass(BaseModel, ABC):
         """What it needs for gradients of the loss through the whole model; None if it computes none."""
         return None
 
-    def forwards_through_model(self, blocks: int) -> float:
-        """About how often all windows go through the whole model before any block is touched; gradients not counted."""
-        return 0.0
+    def forwards_through_model(self, blocks: int) -> tuple[float, float]:
+        """About how often all windows go through all blocks, and through the head, beside gradients and `forwards`."""
+        return 0.0, 0.0
 
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
         """Decisions that need the whole model. Saved, so that a resumed run does not repeat them.

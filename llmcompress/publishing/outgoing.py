@@ -118,11 +118,12 @@ def own_card(folder: Path) -> str | None:
 
 
 def outgoing_files(
-    artifacts: Sequence[Artifact], *, card: str, rewritten: Mapping[Path, bytes]
+    artifacts: Sequence[Artifact], *, card: str, rewritten: Mapping[Path, bytes], more: Iterable[OutgoingFile]
 ) -> tuple[OutgoingFile, ...]:
     """Every file of a repository: the first artifact at the root, the card, and a list with digests for each folder.
 
-    `rewritten`: files whose text differs from the saved one, because that names places on this computer.
+    `rewritten`: files whose text differs from the saved one, because that names places on this computer. `more`: what
+    stands in no folder, in the place of a file of the same name.
     """
     found: dict[str, OutgoingFile] = {}
     for artifact in artifacts:
@@ -133,6 +134,7 @@ def outgoing_files(
                 digest = None if path in rewritten else digests.get(name)
                 known = None if digest is None else digest.sha256
                 found.setdefault(place, OutgoingFile(place, rewritten.get(path, path), known))
+    found |= {each.name: each for each in more}
     lists = [_list_of(folder, found.values()) for folder in sorted({_top(name) for name in found})]
     return (*found.values(), *lists, OutgoingFile(CARD, card.encode()))
 

@@ -20,6 +20,18 @@ class TaskScore(Record):
     higher_is_better: bool
 
 
+class TaskDataset(Record):
+    """Where the documents of a task come from, if that is a dataset of the Hub."""
+
+    path: str
+    """`ORG/NAME`."""
+    config: str
+    """`default` where it has only one."""
+    split: str
+    rows: int
+    """Of the whole split, however many of them the task uses."""
+
+
 class TaskResult(Record):
     """The scores of a task with everything that is needed to reproduce them."""
 
@@ -36,6 +48,8 @@ class TaskResult(Record):
     scores: tuple[TaskScore, ...]
     main: str
     """The metric that comparisons and means use."""
+    dataset: TaskDataset | None = None
+    """None: a file of the user's, or not known."""
 
     @property
     def main_score(self) -> TaskScore:

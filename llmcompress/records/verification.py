@@ -16,6 +16,13 @@ class Check(Record):
     """What was found; of a skipped check, why it was not made."""
     where: tuple[str, ...] = ()
     """Files or tensors."""
+    folder: str = ""
+    """`onnx`, where several formats of a model were published together; empty: where the model itself is."""
+
+    @property
+    def title(self) -> str:
+        """`files`, or `onnx: files`."""
+        return f"{self.folder}: {self.name}" if self.folder else self.name
 
 
 class Verification(Record):

@@ -11,11 +11,13 @@ from pydantic import TypeAdapter, ValidationError
 from llmcompress.errors import CompressError, ExitCode, without_tokens
 from llmcompress.records.evaluation import Comparison, Evaluation
 from llmcompress.records.export_report import EXPORT_REPORT, ExportReport
+from llmcompress.records.search import SearchReport
 from llmcompress.report.comparing import comparison_document
 from llmcompress.report.document import Document
 from llmcompress.report.exported import export_document
 from llmcompress.report.html import as_html
 from llmcompress.report.markdown import as_markdown
+from llmcompress.report.searched import search_document
 from llmcompress.report.sections import document_of
 from llmcompress.report.svg import require_plots
 from llmcompress.storage.folder import check_output, publish, staging_folder
@@ -25,12 +27,13 @@ from llmcompress.storage.paths import from_home
 
 HTML, MARKDOWN, JSON = "report.html", "report.md", "report.json"
 
-Reported = Evaluation | Comparison | ExportReport
+Reported = Evaluation | Comparison | ExportReport | SearchReport
 
 _DOCUMENTS: Mapping[type[Reported], Callable[[Any], Document]] = {
     Evaluation: document_of,
     Comparison: comparison_document,
     ExportReport: export_document,
+    SearchReport: search_document,
 }
 
 
@@ -85,10 +88,11 @@ def read_measured(path: Path) -> Evaluation | Comparison:
     Raises: CompressError as `read_reported` does, and for the proof of an export.
     """
     found = read_reported(path)
-    if isinstance(found, ExportReport):
+    if isinstance(found, ExportReport | SearchReport):
+        what = "the proof of an export" if isinstance(found, ExportReport) else "the report on a search"
         raise CompressError(
             "report.kind",
-            "this is the proof of an export; it measures no model beside another",
+            f"this is {what}; it measures no model beside another",
             where=str(path),
             fix="give a folder that `evaluate` or `compare` wrote with an output",
             exit_code=ExitCode.USAGE,

@@ -154,7 +154,7 @@ def _layer_plot(
     title: str, field: str, found: dict[str, float], form: Callable[[float], str], *, logarithmic: bool
 ) -> Block:
     """A heat map, or a sentence where all are the same or none is in a block."""
-    placed = {place: value for name, value in found.items() if (place := _place(name)) is not None}
+    placed = {place: value for name, value in found.items() if (place := place_of(name)) is not None}
     if len(set(found.values())) == 1 or not placed:
         values = sorted(set(found.values()))
         what = form(values[0]) if len(values) == 1 else f"{form(values[0])} to {form(values[-1])}"
@@ -175,7 +175,7 @@ def _spread(values: list[float]) -> tuple[float, float, float]:
     return ordered[0], ordered[len(ordered) // 2], ordered[-1]
 
 
-def _place(site: str) -> tuple[int, str] | None:
+def place_of(site: str) -> tuple[int, str] | None:
     """Block and the name within it; None for what is in no block."""
     parts = site.split(".")
     number = next((index for index, part in enumerate(parts) if part.isdecimal()), None)

@@ -33,7 +33,8 @@ _NUMBERS = {"tensor(float)": numpy.float32, "tensor(float16)": numpy.float16}
 class OnnxRuntimeRunner(Runner):
     """The graph on the CPU, whatever device is asked for, with as many threads as PyTorch has.
 
-    What inputs there are and what the cache is called stands in the graph: some models take no positions.
+    What inputs there are and what the cache is called stands in the graph: some models take no positions. A graph of
+    fixed sizes computes the whole text again for every token.
     """
 
     name = "ONNX Runtime"
@@ -46,9 +47,10 @@ class OnnxRuntimeRunner(Runner):
         self._session = library.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         self._inputs = {each.name: each for each in self._session.get_inputs()}
         self._past = {name: name.replace("past_key_values", "present") for name in self._inputs if "past" in name}
+        self._fixed = self._fixed_tokens()
         self.device = torch.device("cpu")
         self.vocabulary = int(config.get_text_config().vocab_size)
-        self.max_positions = max_positions(config)
+        self.max_positions = self._fixed or max_positions(config)
 
     @classmethod
     @override
@@ -73,10 +75,18 @@ class OnnxRuntimeRunner(Runner):
 
     @override
     def logits(self, ids_BT: Tensor) -> Tensor:
+        if self._fixed is not None:
+            return torch.cat([self._filled(ids_1T) for ids_1T in ids_BT.cpu().split(1)])
         return self._step(ids_BT.cpu(), self._empty(len(ids_BT)), 0)[0]
 
     @override
     def stream(self, ids_BT: Tensor, *, max_new_tokens: int) -> Iterator[Tensor]:
+        if self._fixed is not None:
+            for _ in range(max_new_tokens):
+                new_B1 = self.logits(ids_BT)[:, -1:].argmax(-1)
+                yield new_B1[:, 0]
+                ids_BT = torch.cat([ids_BT.cpu(), new_B1], 1)
+            return
         fed_BT, past, length = ids_BT.cpu(), self._empty(len(ids_BT)), 0
         for _ in range(max_new_tokens):
             logits_BTV, past = self._step(fed_BT, past, length)
@@ -93,6 +103,18 @@ class OnnxRuntimeRunner(Runner):
     @override
     def close(self) -> None:
         del self._session
+
+    def _fixed_tokens(self) -> int | None:
+        """Tokens of a graph of fixed sizes, which has no cache; None: any number."""
+        _, *sizes = self._inputs["input_ids"].shape
+        return sizes[0] if sizes and isinstance(sizes[0], int) else None
+
+    def _filled(self, ids_1T: Tensor) -> Tensor:
+        """Logits of a text that is filled up at its end, where no token before it looks."""
+        assert self._fixed is not None
+        tokens = ids_1T.shape[1]
+        padded = torch.nn.functional.pad(ids_1T, (0, self._fixed - tokens))
+        return self._step(padded, {}, 0)[0][:, :tokens]
 
     def _step(self, ids_BT: Tensor, past: Mapping[str, Any], length: int) -> tuple[Tensor, dict[str, Any]]:
         """Logits of these tokens, `length` of which are in the cache before them, and the cache after them."""

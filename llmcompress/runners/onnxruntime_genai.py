@@ -37,13 +37,13 @@ class OnnxRuntimeGenaiRunner(Runner):
         said = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model"]
         config = library.Config(str(folder))
         options = {"intra_op_num_threads": torch.get_num_threads()}
-        # at these tokens its loop would end, and fill batches with padding
-        own = {"eos_token_id": [], "decoder": {"session_options": options}}
+        self.vocabulary = int(said["vocab_size"])
+        # where its loop ends; a list would be added to those of the file, and without any it takes the padding token
+        own = {"eos_token_id": self._end, "decoder": {"session_options": options}}
         config.overlay(json.dumps({"model": own}))
         self._model = library.Model(config)
         self._file = folder / str(said["decoder"]["filename"])
         self.device = torch.device("cpu")
-        self.vocabulary = int(said["vocab_size"])
         self.max_positions = int(said["context_length"])
 
     @classmethod
@@ -74,11 +74,23 @@ class OnnxRuntimeGenaiRunner(Runner):
 
     @override
     def stream(self, ids_BT: Tensor, *, max_new_tokens: int) -> Iterator[Tensor]:
-        """By its own greedy search, whose loop keeps the logits inside."""
-        generator = self._generator(ids_BT, max_new_tokens)
-        for _ in range(max_new_tokens):
+        """By its own greedy search, whose loop keeps the logits inside.
+
+        It never continues a sequence after the one token that ends texts: then it begins again with all tokens so far.
+        """
+        generator, ids_BT = self._generator(ids_BT, max_new_tokens), ids_BT.cpu()
+        for left in range(max_new_tokens, 0, -1):
             generator.generate_next_token()
-            yield torch.from_numpy(numpy.array(generator.get_next_tokens())).long()
+            new_B = torch.from_numpy(numpy.array(generator.get_next_tokens())).long()
+            yield new_B
+            ids_BT = torch.cat([ids_BT, new_B[:, None]], 1)
+            if left > 1 and bool((new_B == self._end).any()):
+                generator = self._generator(ids_BT, left - 1)
+
+    @property
+    def _end(self) -> int:
+        """The token at which its loop ends: one of the vocabulary, and the rarest that is known without a tokenizer."""
+        return self.vocabulary - 1
 
     @override
     def work(self, ids_BT: Tensor) -> Work | None:

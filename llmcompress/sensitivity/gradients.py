@@ -19,8 +19,10 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from llmcompress.calibration.measurement_cache import CachedMeasurements
+from llmcompress.calibration.offloading import give_back_freed_memory
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.site import LinearSite
+from llmcompress.model.skeleton import find_blocks
 from llmcompress.model.units import UnitGroup, masked
 from llmcompress.training import head
 from llmcompress.training.data.batch import Sample, padded
@@ -92,6 +94,7 @@ def _sweep(whole: WholeModel, observers: Sequence[GradientObserver], *, one_by_o
         for parameter in model.parameters():
             if parameter.requires_grad:  # behind the observers' own hooks
                 attached.callback(parameter.register_post_accumulate_grad_hook(_freed).remove)
+        parts = [*(block for _, block in find_blocks(model)), *([found.module] if found else [])]
         batches = torch.split(windows_NT, 1) if one_by_one else whole.batches()
         done = 0
         for ids_BT in batches:
@@ -99,6 +102,7 @@ def _sweep(whole: WholeModel, observers: Sequence[GradientObserver], *, one_by_o
                 for each in observers:
                     around.enter_context(each.during_batch(model))
                 around.enter_context(checkpointed_blocks(model, True))
+                around.enter_context(_giving_back(parts))
                 summed_loss(model, ids_BT.to(whole.context.device), found, rows).backward()  # type: ignore[no-untyped-call]
             for each in observers:
                 each.collect()
@@ -117,6 +121,15 @@ def summed_loss(model: PreTrainedModel, ids_BT: Tensor, found: head.Head | None,
 
 def _freed(parameter: Tensor) -> None:
     parameter.grad = None
+
+
+@contextmanager
+def _giving_back(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Behind every module: states that are kept between what it freed would else hold all of that in the process."""
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(_hooked(module.register_forward_hook(lambda *_: give_back_freed_memory())))
+        yield
 
 
 class OutputSquares(GradientObserver):

@@ -40,7 +40,8 @@ def train(
     any number of processes up to the order of the sums. Whoever launched the processes decides about DDP, FSDP or
     DeepSpeed (docs/training.md says what of that is tested).
 
-    Raises: CompressError when the loss or its gradient is no longer finite; the model then is what was saved last.
+    Raises: CompressError when the loss or its gradient is no longer finite; the model then has its best weights by
+    validation, or without validation those saved last.
     """
     objective, job = objective or CrossEntropy(), job or Job()
     if objective.needs_teacher() and teacher is None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from llmcompress.calibration.context import RunContext
 from llmcompress.errors import NOTHING_SAVED, CompressError
+from llmcompress.training.best import BestWeights
 from llmcompress.training.checkpoint import Checkpoint, Reached, Stateful, random_states, restore_random
 from llmcompress.training.data.base import BatchRange, IndexedSamples, TrainingData
 from llmcompress.training.data.batch import Batch, padded
@@ -83,6 +84,7 @@ class Session:
         settings, context, trained = task.settings, task.context, task.parameters()
         require_whole_parameters(accelerator, trained, task.job, context)
         learned, self._kept_out = task.data.held_out(settings.validation, context.seed)
+        self._best = BestWeights()
         head, at_once = self._head_and_samples(learned)
         self._pieces = settings.batch // at_once * settings.gradient_accumulation
         accelerator.gradient_accumulation_steps = self._pieces
@@ -105,6 +107,7 @@ class Session:
         before = self._reached.validation
         if before is None and self._kept_out is not None:
             before = self._validation_loss(self._kept_out)
+            self._best.consider(0, before, self._trained)
             self._reached = replace(self._reached, validation=before)
         torch.manual_seed(self._task.context.seed)
         self._restore()
@@ -130,7 +133,10 @@ class Session:
             self._reached = replace(
                 self._reached, step=number, losses=losses, tokens=self._reached.tokens + tokens, finished=finished
             )
-            if self._keep and (finished or number % settings.save_every == 0):
+            due = number % settings.save_every == 0
+            if due and not finished and self._kept_out is not None:
+                self._best.consider(number, self._validation_loss(self._kept_out), self._trained)
+            if self._keep and (finished or due):
                 self._save(self._keep)
             if stop:
                 return
@@ -177,7 +183,7 @@ class Session:
         return 0.0 if norm is None else float(norm)
 
     def _check_finite(self, number: int, loss: float, norm: float) -> None:
-        """Raises: CompressError when it has diverged; what was saved last is put back."""
+        """Raises: CompressError when it has diverged; the best weights are put back, without validation those saved."""
         finite = math.isfinite(loss) and math.isfinite(norm)
         self._skipped = 0 if finite else self._skipped + 1
         # fp16 skips a step whose scaled gradient overflows, and lowers the scale
@@ -187,11 +193,14 @@ class Session:
         if self._keep:
             self._keep.load()
         settings = self._task.settings
+        back = self._best.put_back(self._trained)
         raise CompressError(
             "training.not-finite",
             f"training diverged: loss {loss:g}, gradient norm {norm:g}",
             where=f"{self._task.job.title}: step {number} of {settings.steps}, "
-            f"learning rate {settings.learning_rate:g}",
+            f"learning rate {settings.learning_rate:g}"
+            + f"; the model has the weights of step {self._best.step} again, the best in validation"
+            * back,
             fix=f"try learning_rate: {settings.learning_rate / 10:g}, or a longer warmup"
             + (", or remove mixed_precision" if settings.mixed_precision else ""),
             saved=saved,
@@ -234,6 +243,8 @@ class Session:
         if context.keep is None:
             return None
         parts: dict[str, Stateful] = {"mask": self._masks, "objective": self._task.objective}
+        if self._kept_out is not None:
+            parts["best"] = self._best
         if job.callback:
             parts["callback"] = job.callback
         if job.sampler:

@@ -36,7 +36,8 @@ class Training(BaseModel):
     float32: tuple[str, ...] = ()
     """Globs of modules that compute in float32 under `mixed_precision`, such as `lm_head` or `*.layers.0.*`."""
     validation: float = Field(default=0.0, ge=0, le=0.5)
-    """Fraction of the samples used for validation; their loss is reported before and after."""
+    """Fraction of the samples used for validation; their loss is reported before and after, and measured at every save,
+    so that a training that diverges goes back to its best weights."""
     save_every: int = Field(default=100, ge=1)
     """Steps between two saves of the state from which an interrupted run resumes."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from llmcompress.loading.source import find_source
@@ -13,27 +14,31 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def published_folder(model: str) -> Path:
-    """The folder of `ORG/NAME` or `ORG/NAME@REVISION` in the cache, with every file that its list names.
+    """The folder of `ORG/NAME` or `ORG/NAME@REVISION` in the cache, with every file that its lists name.
 
-    A repository without such a list is downloaded as a model is for compression.
+    Beside the list of the root, every format that was published with others has one in its folder. A repository without
+    any is downloaded as a model is for compression.
 
     Raises: CompressError (exit code 5) when it cannot be had.
     """
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError
 
     repository, _, revision = model.partition("@")
     api = hub_api()
     with hub_errors(repository, saved="files that were downloaded completely"):
         info = asked(lambda: api.model_info(repository, revision=revision or None))
-        try:
-            listed = Path(asked(lambda: api.hf_hub_download(repository, FILES, revision=info.sha)))
-        except EntryNotFoundError:
+        there = [each.rfilename for each in info.siblings or ()]
+        lists = [name for name in there if PurePosixPath(name).name == FILES and name.count("/") <= 1]
+        if not lists:
             return find_source(model).folder
-        names = [name for name in written_files(listed.parent) if _may_be_had(name)]
+        named: list[str] = []
+        for place in lists:
+            listed = Path(asked(partial(api.hf_hub_download, repository, place, revision=info.sha)))
+            named += [f"{place.removesuffix(FILES)}{each}" for each in written_files(listed.parent)]
+        wanted = sorted({name for name in named if _may_be_had(name)} & set(there))
         folder = asked(
             lambda: huggingface_hub.snapshot_download(
-                repository, revision=info.sha, allow_patterns=names, library_name="llmcompress"
+                repository, revision=info.sha, allow_patterns=wanted, library_name="llmcompress"
             )
         )
     return Path(folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.loading.source import local_source
 from llmcompress.records.verification import Check, Verification
+from llmcompress.storage.names import FILES
 from llmcompress.storage.paths import from_home
 from llmcompress.verification import provenance, reloading, stored
 from llmcompress.verification.published import published_folder
@@ -25,7 +26,7 @@ CHECKS: tuple[Callable[[Path], Check], ...] = (
 
 
 def verify(model: str | Path, *, deep: bool = False) -> Verification:
-    """Check a folder that llmcompress wrote, or a repository of the Hub that it published.
+    """Check a folder that llmcompress wrote, or a repository of the Hub that it published, with every format in it.
 
     Digests of all files, names and shapes of all tensors against config.json, NaN and Inf, recipe against report, and
     where the model came from. `deep` also loads it in a fresh process and compares its logits with those of the stored
@@ -38,11 +39,24 @@ def verify(model: str | Path, *, deep: bool = False) -> Verification:
     if not folder.is_dir():
         found = local_source(name)
         folder = found.folder if found is not None else published_folder(name)
-    return verified(folder, name=name, deep=deep)
+    return verified_whole(folder, name=name, deep=deep)
+
+
+def verified_whole(
+    folder: Path, *, name: str, deep: bool = False, fresh: FreshProcess = in_fresh_process
+) -> Verification:
+    """A folder and the formats below it: `onnx/` of a repository that was published with several."""
+    below = sorted(path.parent for path in folder.glob(f"*/{FILES}"))
+    alone = not below or (folder / FILES).is_file()
+    checks = verified(folder, name=name, deep=deep, fresh=fresh).checks if alone else ()
+    for part in below:
+        found = verified(part, name=name, deep=deep, fresh=fresh).checks
+        checks = (*checks, *(each.model_copy(update={"folder": part.name}) for each in found))
+    return Verification(model=name, checks=checks)
 
 
 def verified(folder: Path, *, name: str, deep: bool = False, fresh: FreshProcess = in_fresh_process) -> Verification:
-    """The same of a folder; `fresh` runs a program in another process."""
+    """The same of one folder by itself; `fresh` runs a program in another process."""
     checks = [_made(check, folder) for check in CHECKS]
     if deep:
         checks.append(_made(lambda place: reloading.logits(place, fresh), folder, name="reload"))
@@ -56,8 +70,8 @@ def failure_of(found: Verification, *, saved: str) -> CompressError | None:
     first = found.failed[0]
     return CompressError(
         "verify.failed",
-        "; ".join(f"{each.name}: {each.found}" for each in found.failed),
-        where=", ".join(first.where[:5]),
+        "; ".join(f"{each.title}: {each.found}" for each in found.failed),
+        where=", ".join(f"{first.folder}/{place}".lstrip("/") for place in first.where[:5]),
         fix="compress or export the model again, or download it again; do not use or publish this folder",
         saved=saved,
         exit_code=ExitCode.GATE,

@@ -13,20 +13,25 @@ from torch import Tensor, nn
 
 from llmcompress.calibration.offloading import InMemory
 from llmcompress.exporters.base import Converted, Exact, Refused
+from llmcompress.exporters.cache_widths import cache_problem
 from llmcompress.exporters.contents import CodedLinear, Contents, contents_in
-from llmcompress.exporters.onnx import OnnxExporter, problem_of
+from llmcompress.exporters.onnx import OnnxExporter
+from llmcompress.exporters.onnx_base import problem_of
 from llmcompress.exporters.onnx_file import DATA, FILE, fill, read_back, tensors_of, write
 from llmcompress.exporters.onnx_graph import Plan, plan_of
 from llmcompress.exporters.onnx_graph_program import DOMAIN
 from llmcompress.exporters.onnx_nodes import Nodes
+from llmcompress.exporters.openvino import OpenVinoExporter
 from llmcompress.modules.expression import Chain, Expression, Gather, InputTransform, Opaque, OutputPlaces, Sum, Tied
 from llmcompress.modules.expression_leaves import Dense, Quantized
 from llmcompress.modules.input_transforms import Hadamard, Selection, Threshold
+from llmcompress.modules.quant_embedding import QuantEmbedding
 from llmcompress.modules.scheme import named_scheme
 from llmcompress.numerics.grid import round_to_codes
 from llmcompress.numerics.quantized import QuantizedTensor
 from llmcompress.numerics.ranges import fit
 from tests.exporters.gguf_models import tiny, tiny_quantized
+from tests.exporters.quantized import quantize
 
 INPUTS = 48
 X_BTI = torch.randn(2, 5, INPUTS, generator=torch.Generator().manual_seed(3))
@@ -50,6 +55,8 @@ def coded(name: str, outputs: int, inputs: int = INPUTS, *, bias: bool = True) -
 class Filled:
     """Expressions as files: every one between an input and an output of its own."""
 
+    options: Any = None
+
     def __init__(self, holes: dict[str, Expression], folder: Path) -> None:
         self.folder, self.plan = folder, Plan({"vocab_size": 40}, holes, {}, {})
         self.nodes = Nodes(torch.bfloat16, accuracy_level=0, tied=self.plan.tied)
@@ -59,7 +66,9 @@ class Filled:
         self.size = write(self.proto, self.nodes, folder, nn.Module(), InMemory())
 
     def run(self) -> dict[str, Tensor]:
-        session = onnxruntime.InferenceSession(str(self.folder / FILE), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            str(self.folder / FILE), self.options, providers=["CPUExecutionProvider"]
+        )
         fed = {each.name: (IDS_BT if each.type == "tensor(int64)" else X_BTI).numpy() for each in session.get_inputs()}
         names = [each.name for each in session.get_outputs()]
         return dict(zip(names, map(torch.from_numpy, session.run(names, fed)), strict=True))
@@ -165,6 +174,43 @@ def test_a_model_without_a_graph_or_with_inputs_that_change_is_refused() -> None
     assert "Threshold" in str(problem_of(InputTransform(Threshold(0.1), dense(3))))
     assert "because" in str(problem_of(Opaque("because")))
     assert problem_of(FORMS["low rank"]) is None
+
+
+def test_a_table_of_codes_whose_rows_cannot_be_looked_up_is_refused_before_any_work() -> None:
+    width = 72
+    live = with_coded_table(tiny("llama", hidden_size=width, head_dim=16))
+    planned = Contents(rounded_embedding=CodedLinear("embed", named_scheme("int8_channel"), 288, width))
+    for contents in (contents_in(live, torch.bfloat16), planned):
+        (table,) = contents.tables
+        found = OnnxExporter().answers(contents)[table.name]
+        assert isinstance(found, Refused) and "rows of 72" in found.why
+        assert isinstance(OnnxExporter(instead="dense").answers(contents)[table.name], Converted)
+    stored = contents_in(with_coded_table(tiny("llama")), torch.bfloat16)
+    assert OnnxExporter().answers(stored) == {"model.embed_tokens": Exact()}
+
+
+def with_coded_table(model: Any) -> Any:
+    scheme, table_VD = named_scheme("int8_channel"), model.get_input_embeddings().weight.detach()
+    fitted = fit(table_VD, scheme.weights, scale_dtype=torch.bfloat16)
+    model.model.embed_tokens = QuantEmbedding.of(scheme, round_to_codes(table_VD, fitted), fitted, 1.0)
+    return model
+
+
+@pytest.mark.parametrize("coded", [False, True])
+def test_blocks_with_other_key_value_heads_than_the_config_are_refused(coded: bool) -> None:
+    model = tiny("llama", num_key_value_heads=4)
+    attention = model.model.layers[1].self_attn
+    for name in ("q_proj", "k_proj", "v_proj"):
+        setattr(attention, name, nn.Linear(64, 32, bias=False))
+    attention.o_proj = nn.Linear(32, 64, bias=False)
+    if coded:
+        quantize(model, ["int4_g32"])
+    contents = contents_in(model, torch.bfloat16)
+    for exporter in (OnnxExporter(), OpenVinoExporter()):
+        assert "layers.1.self_attn" in str(exporter.problem(contents)) and "heads" in str(exporter.problem(contents))
+    attention.q_proj, attention.o_proj = nn.Linear(64, 32, bias=False), nn.Linear(32, 64, bias=False)
+    attention.k_proj, attention.v_proj = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+    assert cache_problem(contents_in(model, torch.bfloat16)) is None
 
 
 def test_the_plan_names_every_matrix_once_and_every_parameter_beside_them() -> None:

@@ -24,6 +24,7 @@ from llmcompress.modules.expression import Chain, Opaque, Sum
 from llmcompress.modules.expression_leaves import Dense
 from llmcompress.modules.low_rank import LowRankLinear
 from llmcompress.runners.base import RUNNERS
+from llmcompress.runners.onnxruntime_genai import OnnxRuntimeGenaiRunner
 from llmcompress.runners.torch_runner import TorchRunner
 from tests.exporters.gguf_models import tiny, tiny_quantized, tokenizer
 from tests.formats.test_layouts import form
@@ -77,6 +78,25 @@ def test_every_tensor_is_in_the_graph_and_it_computes_the_same(made: str, reques
         assert torch.equal(*steps)
         work = runner.work(IDS_BT)
         assert work is not None and work.cache_bytes == reference.work(IDS_BT).cache_bytes > 0
+
+
+def test_tokens_that_end_a_text_for_its_own_loop_do_not_end_ours(shared_table, tmp_path: Path) -> None:
+    model, folder, _ = shared_table
+    with TorchRunner(model) as reference:
+        wanted = torch.stack(list(reference.stream(IDS_BT, max_new_tokens=8)), 1)
+    for file in folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((folder / CONFIG).read_text())
+    config["model"] |= {"eos_token_id": wanted[:, 2].tolist(), "pad_token_id": 5}
+    (tmp_path / CONFIG).unlink()
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+
+    class EndsEarly(OnnxRuntimeGenaiRunner):
+        _end = int(wanted[1, 4])
+
+    for kind in (OnnxRuntimeGenaiRunner, EndsEarly):
+        with kind.open(str(tmp_path), device=CPU, dtype=torch.float32) as runner:
+            assert torch.equal(torch.stack(list(runner.stream(IDS_BT, max_new_tokens=8)), 1), wanted)
 
 
 def opened(folder: Path):

@@ -76,6 +76,8 @@ class HubDouble:
         self.requests: list[tuple[str, str]] = []
         self.bodies = b""
         self.faults: list[Fault] = []
+        self.moments: dict[int, Callable[[Handler], None]] = {}
+        """Number of a request → what happens in the place of an answer."""
         self.lock = threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
@@ -139,6 +141,11 @@ class Handler(BaseHTTPRequestHandler):
             fault = next((each for each in hub.faults if self.meets(each)), None)
             if fault is not None:
                 fault.times -= 1
+            moment = hub.moments.pop(len(hub.requests) - 1, None)
+        if moment is not None:
+            self.body = None
+            moment(self)
+            return
         self.body: bytes | None = None
         if fault is not None:
             fault.act(self)
@@ -356,6 +363,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 _ID = r"(?P<name>[\w.-]+/[\w.-]+)"
+_DATASET = r"(?P<name>datasets/[\w.-]+/[\w.-]+)"
 ROUTES: list[tuple[str, Callable[..., None]]] = [
     (r"GET /api/whoami-v2", Handler.whoami),
     (r"POST /api/repos/create", Handler.create),
@@ -372,6 +380,7 @@ ROUTES: list[tuple[str, Callable[..., None]]] = [
     (rf"POST /{_ID}\.git/info/lfs/objects/batch", Handler.batch),
     (r"PUT /lfs/(?P<oid>\w+)", Handler.put),
     (r"POST /lfs/(?P<oid>\w+)/verify", Handler.check),
+    (rf"(?:GET|HEAD) /{_DATASET}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
     (rf"(?:GET|HEAD) /{_ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
 ]
 

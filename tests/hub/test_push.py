@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from huggingface_hub import snapshot_download
 
+from llmcompress import verify
 from llmcompress.compressed_model import CompressedModel
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.hub_upload import push
 from llmcompress.publishing.destinations import HubRepository
+from llmcompress.verification.published import published_folder
+from llmcompress.verification.verifying import verified_whole
 from tests.hub.server import HubDouble
+from tests.warm_python import WarmPython
 
 NAME = "me/tiny-w4"
 
@@ -40,8 +45,6 @@ def test_a_push_is_one_commit_of_the_whole_folder_in_a_private_repository(
 
 
 def test_what_is_downloaded_again_has_the_digests_of_its_list(hub: HubDouble, made: CompressedModel) -> None:
-    from llmcompress import verify
-
     made.push(NAME)
     found = verify(NAME)
     assert not found.failed and {each.name for each in found.checks if each.result == "ok"} >= {
@@ -50,6 +53,40 @@ def test_what_is_downloaded_again_has_the_digests_of_its_list(hub: HubDouble, ma
         "recipe",
     }
     assert Path(snapshot_download(NAME)).joinpath("model.safetensors").read_bytes()
+
+
+def test_every_format_of_a_repository_is_verified(
+    hub: HubDouble, made: CompressedModel, tmp_path: Path, our_python: WarmPython
+) -> None:
+    """Its files, and with `deep` each in a fresh process: not the root alone."""
+
+    def fresh(program: str, arguments: Sequence[str]) -> str:
+        done = our_python.run(program, *arguments, imports_us=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    made.export("plain", tmp_path / "dense")
+    push([folder_of(made), tmp_path / "dense"], wanted())
+    folder = published_folder(NAME)
+    checks = verified_whole(folder, name=NAME, deep=True, fresh=fresh).checks
+    assert {each.folder for each in checks if each.result != "skipped" and each.name == "files"} == {"", "plain"}
+    assert [each.result for each in checks if each.name == "reload"] == ["ok", "ok"]
+    assert not [each for each in checks if each.result == "failed"]
+    repo = hub.repos[NAME]
+    weights = bytearray(repo.files["plain/model.safetensors"])
+    weights[-1] ^= 1
+    del (files := dict(repo.files))["model.safetensors"]
+    repo.commit({**files, "plain/model.safetensors": bytes(weights)}, "main")
+    failed = {(each.folder, each.name): each.where for each in verify(NAME).failed}
+    assert failed[("", "files")] == failed[("plain", "files")] == ("model.safetensors",)
+
+
+def test_formats_without_a_model_at_the_root_are_verified_too(
+    hub: HubDouble, made: CompressedModel, tmp_path: Path
+) -> None:
+    made.export("plain", tmp_path / "results" / "plain")
+    found = verify(tmp_path / "results")
+    assert {each.folder for each in found.checks} == {"plain"} and not found.failed
 
 
 def test_the_same_again_says_so_and_makes_no_commit(hub: HubDouble, made: CompressedModel) -> None:

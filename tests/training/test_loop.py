@@ -206,6 +206,35 @@ def test_a_diverged_training_goes_back_to_what_was_saved_and_says_so(tmp_path: P
     assert same(weights(model), saved[3])
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_with_validation_a_diverged_training_goes_back_to_its_best_weights(killed: bool, tmp_path: Path) -> None:
+    """The rate is so high that validation soon gets worse: what was saved last is not the best."""
+    settings = FEW.model_copy(update={"steps": 8, "save_every": 1, "validation": 0.3, "learning_rate": 0.3})
+    model, seen = tiny_model("llama"), list[dict[str, torch.Tensor]]()
+
+    class Killed(Exception):
+        pass
+
+    def after(step: int) -> None:
+        seen.append(weights(model))
+        if killed and len(seen) == 5:
+            raise Killed
+        if step == 6:
+            with torch.no_grad():
+                model.model.norm.weight.fill_(float("inf"))
+
+    keep = KeptIn(tmp_path)
+    start = weights(model)
+    if killed:
+        with pytest.raises(Killed):
+            run(model, windows(count=10), settings, keep=keep, after=after)
+        model.load_state_dict(start)
+    with pytest.raises(CompressError) as caught:
+        run(model, windows(count=10), settings, keep=keep, after=after)
+    assert "step 0 again, the best in validation" in str(caught.value.where)
+    assert same(weights(model), start) and not same(seen[-2], start)
+
+
 def test_only_the_given_parameters_move_and_flags_come_back() -> None:
     model = tiny_model("llama")
     model.lm_head.weight.requires_grad_(False)

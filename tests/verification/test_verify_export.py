@@ -10,17 +10,30 @@ import pytest
 
 from llmcompress import compress
 from llmcompress.compressed_model import CompressedModel
+from llmcompress.exporters.base import EXPORTERS
 from llmcompress.model_export import export
 from llmcompress.records.export_report import EXPORT_REPORT
 from llmcompress.verification.verifying import verified
 from tests.tiny_folder import write_tiny_llama
 from tests.warm_python import WarmPython
 
+FOR_TRANSFORMERS = ("plain", "archive", "compressed-tensors", "gptq", "llmcompress")
+OF_A_PASS = {
+    "bitsandbytes": [{"bnb_nf4": {}}],
+    "peft": [
+        {"rtn": {"scheme": "int4_g16"}},
+        {"recover": {"rank": 2, "training": {"steps": 1, "batch": 2, "learning_rate": 0.001}}},
+    ],
+}
+BY_THEMSELVES = ("gguf", "tensorrt_llm", "onnx_genai")
+ELSEWHERE = ("onnx", "onnx_static_int8", "openvino", "aot_inductor")
+"""Optimum or a compiler makes them: their own tests in tests/exporters verify what they export."""
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> CompressedModel:
     root = tmp_path_factory.mktemp("exports")
-    tiny = write_tiny_llama(root / "tiny", intermediate_size=64)
+    tiny = write_tiny_llama(root / "tiny", hidden_size=64, intermediate_size=64)
     return compress(str(tiny), {"passes": [{"rtn": {"scheme": "int4_g32"}}], "evaluate": {}}, root / "out")
 
 
@@ -47,13 +60,39 @@ def test_gguf_is_run_again_by_llama_cpp_and_another_perplexity_is_told(
     assert again["reload"] == again["files"] == "failed"
 
 
-@pytest.mark.parametrize("target", ["plain", "archive"])
+@pytest.mark.parametrize("target", FOR_TRANSFORMERS)
 def test_what_transformers_loads_is_compared_with_config_json(
     made: CompressedModel, tmp_path: Path, target: str
 ) -> None:
     made.export(target, tmp_path / target)
-    found = {each.name: each.result for each in verified(tmp_path / target, name="x").checks}
-    assert found["tensors"] == found["finite"] == found["files"] == found["export"] == "ok"
+    found = {each.name: each for each in verified(tmp_path / target, name="x").checks}
+    assert [each for each in found.values() if each.result == "failed"] == []
+    assert found["tensors"].result == found["finite"].result == found["files"].result == "ok"
+    assert found["export"].result == "ok"
+
+
+@pytest.mark.parametrize("target", OF_A_PASS)
+def test_what_only_a_certain_pass_makes_is_verified_too(made: CompressedModel, tmp_path: Path, target: str) -> None:
+    assert made.recipe.model is not None
+    text = {"source": "builtin:calibration", "samples": 4, "tokens": 32}
+    done = compress(made.recipe.model, {"passes": OF_A_PASS[target], "calibration": text, "evaluate": {}})
+    done.export(target, tmp_path / target)
+    found = {each.name: each for each in verified(tmp_path / target, name="x").checks}
+    assert [each for each in found.values() if each.result == "failed"] == []
+    assert found["files"].result == "ok" and found["origin"].result in ("ok", "skipped")
+
+
+def test_a_graph_is_verified_and_what_was_changed_in_it_is_told(made: CompressedModel, tmp_path: Path) -> None:
+    made.export("onnx_genai", tmp_path / "graph")
+    assert not verified(tmp_path / "graph", name="x").failed
+    (data,) = (path for path in (tmp_path / "graph").iterdir() if path.name.endswith(".data"))
+    data.write_bytes(data.read_bytes()[:-1] + b"\x7f")
+    (failed,) = verified(tmp_path / "graph", name="x").failed
+    assert failed.name == "files" and failed.where == (data.name,)
+
+
+def test_every_target_is_verified_by_one_of_these_tests() -> None:
+    assert {*FOR_TRANSFORMERS, *OF_A_PASS, *BY_THEMSELVES, *ELSEWHERE} == set(EXPORTERS)
 
 
 def test_what_has_another_layout_is_not_taken_for_a_model_of_transformers(

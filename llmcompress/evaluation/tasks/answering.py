@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from llmcompress.evaluation.settings.tasks import TaskSettings
 from llmcompress.evaluation.tasks.definitions import WHERE, LoadedTasks, first_line
 from llmcompress.evaluation.tasks.observation import Answer, TaskAnswers, TaskObservation, main_metric
 from llmcompress.progress import Progress
-from llmcompress.records.tasks import TaskScore
+from llmcompress.records.tasks import TaskDataset, TaskScore
 from llmcompress.runners.base import Runner
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 SEED, OTHER_SEED = 0, 1234
 """lm-eval's own: Python's generator; numpy's, torch's and that of the few-shot examples."""
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def answer(
@@ -111,8 +113,21 @@ def _task_answers(name: str, task: Any, results: Mapping[str, Any], settings: Ta
         chat_template=settings.chat_template,
         scores=tuple(scores),
         main=main_metric(holds),
+        dataset=_dataset(task),
         answers=answers,
     )
+
+
+def _dataset(task: Any) -> TaskDataset | None:
+    """Of the Hub; tasks that read files have `json` or a folder there."""
+    path, config = task.DATASET_PATH, task.config
+    split = config.test_split if task.has_test_docs() else config.validation_split
+    if not _HUB_ID.fullmatch(path or "") or (config.dataset_kwargs or {}).get("data_files") or not split:
+        return None
+    rows = (task.dataset or {}).get(split)
+    if rows is None:
+        return None
+    return TaskDataset(path=path, config=task.DATASET_NAME or "default", split=split, rows=len(rows))
 
 
 def _label(metric: str, filtered: str) -> str:

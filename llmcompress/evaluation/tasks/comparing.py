@@ -24,6 +24,7 @@ def task_results(found: TaskObservation, of: Which) -> list[TaskResult]:
             chat_template=each.chat_template,
             scores=each.scores,
             main=each.main,
+            dataset=each.dataset,
         )
         for each in found.tasks
     ]

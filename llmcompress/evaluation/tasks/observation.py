@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from llmcompress.records.rows import Record
-from llmcompress.records.tasks import TaskScore
+from llmcompress.records.tasks import TaskDataset, TaskScore
 
 RIGHT = ("acc_norm", "acc", "exact_match")
 """Metrics that tell right from wrong, in the order in which they are preferred as a task's main one."""
@@ -34,6 +34,7 @@ class TaskAnswers(Record):
     chat_template: bool
     scores: tuple[TaskScore, ...]
     main: str
+    dataset: TaskDataset | None = None
     answers: tuple[Answer, ...]
 
     def values(self, metric: str) -> list[float] | None:

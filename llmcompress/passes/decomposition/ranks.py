@@ -14,9 +14,10 @@ from typing_extensions import override
 from llmcompress.calibration.stream import BlockWork
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.model.site import LinearSite
-from llmcompress.numerics.low_rank import Spectrum, break_even, output_spectrum, truncate
+from llmcompress.numerics.low_rank import output_spectrum
 from llmcompress.numerics.rank_allocation import Matrix, equal_shares, uniform_rank
 from llmcompress.numerics.statistics import Statistic
+from llmcompress.passes.decomposition.spectra import DenseSite, SpectrumStore
 from llmcompress.sensitivity.allocation import by_slopes
 from llmcompress.sensitivity.gradients import squared_gradients
 from llmcompress.sensitivity.loss_estimators import Kinds, LossEstimator, cached_table, dense_stream, measure_losses
@@ -109,47 +110,30 @@ class _EnergyEstimator(LossEstimator):
 
 def _by_energy(options: FactorOptions, whole: WholeModel) -> dict[str, int]:
     def measured() -> LossTable:
-        (table,) = measure_losses(whole, [_EnergyEstimator(options, _deciding(options, whole))])
+        (table,) = measure_losses(whole, [_EnergyEstimator(options, _names(options, whole))])
         return table
 
     return _within_budget(options, cached_table(whole, "rank-energies", measured))
-
-
-@dataclass(frozen=True)
-class _Site:
-    """A dense weight and its spectrum, on the CPU; the float32 basis takes as much memory as the weight."""
-
-    weight_OI: Tensor
-    """In the dtype of the checkpoint where that loses nothing."""
-    spectrum: Spectrum
-    bits_per_weight: int
-
-    def of_rank(self, rank: int, device: torch.device) -> Tensor:
-        """The best weight of that rank; the weight itself where factors would not be smaller."""
-        if rank >= break_even(*self.weight_OI.shape):
-            return self.weight_OI.float()
-        spectrum = Spectrum(self.spectrum.basis_OK.to(device).double(), self.spectrum.energy_K)
-        return truncate(self.weight_OI.to(device).float(), spectrum, rank).product()
 
 
 def _by_loss(options: FactorOptions, whole: WholeModel) -> dict[str, int]:
     """Gradients are measured with uniform ranks: at the dense model, whose gradients all but vanish, they say little
     of what hurts when everything has become worse.
     """
-    found = _spectra(options, whole)
-    if not found:
+    found, deciding = _spectra(options, whole), {site.name: site for site in _deciding(options, whole)}
+    if not deciding:
         return {}
-    uniform = {name: _uniform(options, name, *each.weight_OI.shape) for name, each in found.items()}
+    uniform = {name: _uniform(options, name, site.info.outputs, site.info.inputs) for name, site in deciding.items()}
     with _truncated(whole, found, uniform) as rough:
         whole.context.progress.substep("gradients with uniform ranks")
-        gradients = squared_gradients(rough, list(found))
+        gradients = squared_gradients(rough, list(deciding))
         before = perplexity(rough)
     rows = []
-    for name, each in found.items():
+    for name, each in found:
         outputs, inputs = each.weight_OI.shape
         felt_K = each.spectrum.basis_OK.double().square().T @ gradients[name].double().cpu()
         matrix = Matrix(outputs, inputs, each.spectrum.energy_K * felt_K, options.for_site(name).round_to)
-        rows.append(rank_row(name, matrix, each.bits_per_weight))
+        rows.append(rank_row(name, matrix, _bits(deciding[name])))
     ranks = _within_budget(options, LossTable(tuple(rows)))
     with _truncated(whole, found, ranks) as rough:
         after = perplexity(rough)
@@ -160,22 +144,18 @@ def _by_loss(options: FactorOptions, whole: WholeModel) -> dict[str, int]:
     return ranks if after < before else uniform
 
 
-def _spectra(options: FactorOptions, whole: WholeModel) -> dict[str, _Site]:
-    names, found = _deciding(options, whole), dict[str, _Site]()
+def _spectra(options: FactorOptions, whole: WholeModel) -> SpectrumStore:
+    names, found = _names(options, whole), SpectrumStore(whole)
     for block in dense_stream(whole, [(names, options.needs())]):
-        for site in block.sites:
-            if site.name in names:
-                block.context.progress.substep(f"spectrum of {site.name}")
-                spectrum = output_spectrum(site.weight_OI, options.metric(site))
-                on_cpu = Spectrum(spectrum.basis_OK.float().cpu(), spectrum.energy_K.cpu())
-                found[site.name] = _Site(_as_stored(site).cpu(), on_cpu, _bits(site))
+        sites = [site for site in block.sites if site.name in names]
+        if not sites or found.has(block.info.index, [site.name for site in sites]):
+            continue
+        of_block = {}
+        for site in sites:
+            block.context.progress.substep(f"spectrum of {site.name}")
+            of_block[site.name] = DenseSite.of(site, output_spectrum(site.weight_OI, options.metric(site)))
+        found.add(block.info.index, of_block)
     return found
-
-
-def _as_stored(site: LinearSite) -> Tensor:
-    weight_OI = site.weight_OI
-    stored_OI = weight_OI.to(site.storage_dtype)
-    return stored_OI if torch.equal(stored_OI.float(), weight_OI) else weight_OI
 
 
 def _within_budget(options: FactorOptions, table: LossTable) -> dict[str, int]:
@@ -199,20 +179,24 @@ def _bits(site: LinearSite) -> int:
 
 
 @contextmanager
-def _truncated(whole: WholeModel, found: Mapping[str, _Site], ranks: Mapping[str, int]) -> Iterator[WholeModel]:
+def _truncated(whole: WholeModel, found: SpectrumStore, ranks: Mapping[str, int]) -> Iterator[WholeModel]:
     """The model with weights of these ranks; the dense ones again afterwards."""
-    sites = [site for site in whole.sites() if site.name in found]
+    sites = {site.name: site for site in whole.sites()}
     try:
-        for site in sites:
-            site.write(found[site.name].of_rank(ranks[site.name], whole.context.device))
+        for name, each in found:
+            sites[name].write(each.of_rank(ranks[name], whole.context.device))
         # what is measured now must not pass for what the dense model gives
         yield whole.within(whole.context.changing())
     finally:
-        for site in sites:
-            site.write(found[site.name].weight_OI)
+        for name, each in found:
+            sites[name].write(each.weight_OI)
 
 
-def _deciding(options: FactorOptions, whole: WholeModel) -> frozenset[str]:
+def _deciding(options: FactorOptions, whole: WholeModel) -> list[LinearSite]:
     """Sites whose rank comes from the common budget: an override may fix it."""
-    names = (site.name for site in whole.sites() if options.selects(site.name))
-    return frozenset(name for name in names if options.for_site(name).rule == options.rule)
+    selected = [site for site in whole.sites() if options.selects(site.name)]
+    return [site for site in selected if options.for_site(site.name).rule == options.rule]
+
+
+def _names(options: FactorOptions, whole: WholeModel) -> frozenset[str]:
+    return frozenset(site.name for site in _deciding(options, whole))

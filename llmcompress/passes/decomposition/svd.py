@@ -113,8 +113,14 @@ class SingularValues(BlockPass):
         return super().forwards() + 2 * (self.rule != "uniform") + 4 * self.refit
 
     def backward(self) -> Backward | None:
-        """For ranks by loss; weights and the bases of their spectra are kept meanwhile."""
-        return Backward(copies=2, recomputes=True) if self.rule == "loss" else None
+        """For ranks by loss; weights and the bases of their spectra wait in the run folder. A run without one keeps
+        them in memory: about one and a half copies of the selected weights."""
+        return Backward(recomputes=True) if self.rule == "loss" else None
+
+    @override
+    def forwards_through_model(self, blocks: int) -> tuple[float, float]:
+        """Ranks by loss are compared with uniform ones by perplexity."""
+        return (2.0, 2.0) if self.rule == "loss" else (0.0, 0.0)
 
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:
         """The rank of every site, where that depends on all the others."""

@@ -138,17 +138,20 @@ class Depth(ModelPass):
         return wanted
 
     @override
-    def forwards_through_model(self, blocks: int) -> float:
-        """By influence one for every scoring; by perplexity half of one for every candidate."""
+    def forwards_through_model(self, blocks: int) -> tuple[float, float]:
+        """By influence one for every scoring; by perplexity half of one for every candidate, each with its logits."""
         if not self.uses_data():
-            return 0.0
+            return 0.0, 0.0
         count = self.blocks_to_remove(blocks)
         if self.score == "block_influence":
-            return float(count if self.mode == "greedy" else 1)
+            return float(count if self.mode == "greedy" else 1), 0.0
         if self.mode == "greedy":
             left = range(blocks, blocks - count, -1)
-            return sum(each / 2 if self.screen is None else 1 + min(self.screen, each) / 2 for each in left)
-        return (blocks if self.mode == "one_shot" else blocks - count + 1) / 2
+            candidates = [each if self.screen is None else min(self.screen, each) for each in left]
+            screened = sum(each < all_of for each, all_of in zip(candidates, left, strict=True))
+            return screened + sum(candidates) / 2, float(sum(candidates))
+        candidate_sets = blocks if self.mode == "one_shot" else blocks - count + 1
+        return candidate_sets / 2, float(candidate_sets)
 
     @override
     def decide(self, whole: WholeModel) -> dict[str, Tensor]:

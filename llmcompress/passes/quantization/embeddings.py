@@ -100,8 +100,8 @@ class Embeddings(ModelPass):
             )
 
     @override
-    def rounds_embedding(self) -> bool:
-        return self.embedding is not None
+    def rounds_embedding(self) -> Scheme | None:
+        return None if self.embedding is None else named_scheme(self.embedding)
 
     @override
     def head_scheme(self, scheme: str | None, model_map: ModelMap) -> str | None:

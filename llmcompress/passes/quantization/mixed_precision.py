@@ -41,7 +41,7 @@ WITHIN = 0.01
 _BACKWARD: Mapping[Sensitivity, Backward | None] = {
     "gradients": Backward(recomputes=True),
     "rate": Backward(recomputes=True),
-    "fisher": Backward(copies=2, windows=1, recomputes=True),
+    "fisher": Backward(copies=1, windows=1, recomputes=True),
     "hessian": Backward(copies=4, windows=1),
     "kl": None,
     "output": None,

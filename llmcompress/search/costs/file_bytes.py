@@ -21,10 +21,11 @@ from llmcompress.exporters.manifest import ManifestExporter
 from llmcompress.exporters.plain import PlainExporter
 from llmcompress.formats import plain
 from llmcompress.formats.named import Kind
+from llmcompress.known_model import KnownModel
 from llmcompress.loading.tensors import write_header
 from llmcompress.modules.scheme import named_scheme
 from llmcompress.passes.base import PASSES
-from llmcompress.planning import KnownModel, storage_dtype_of, tensors_outside_sites
+from llmcompress.planning import storage_dtype_of, tensors_outside_sites
 from llmcompress.recipe.model import Save
 from llmcompress.search.additive import Additive
 from llmcompress.search.costs.forms import Form, Forms, bodies_of

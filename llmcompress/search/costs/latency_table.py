@@ -6,9 +6,8 @@ A table that was measured on another device is read like any other: `scripts/mea
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -134,36 +133,50 @@ class LatencyTable(_Row):
     others took part of the time."""
     checks: tuple[Check, ...] = ()
 
+    @classmethod
+    def read(cls, file: Path, *, runtime: str | None = None) -> LatencyTable:
+        """The table of that runtime in a file; None: of the only one.
+
+        Raises: CompressError for a file that does not hold it.
+        """
+        tables = read_tables(file)
+        found = tables.get(runtime or next(iter(tables), ""))
+        if found is None or (runtime is None and len(tables) > 1):
+            raise CompressError(
+                "search.latency.runtime",
+                f"{file.name} has tables of {', '.join(tables) or 'no runtime'}, and not one of {runtime or 'them'}",
+                fix="name one of its runtimes, or measure a table with `python scripts/measure_latency.py`",
+                exit_code=ExitCode.USAGE,
+            )
+        return found
+
+    def write(self, file: Path) -> None:
+        """Alone into a file, whole or not at all."""
+        write_tables(file, [self])
+
     def product(self, matrix: Matrix) -> Product:
         """Raises: CompressError where it was not measured."""
-        if matrix not in self._products:
-            raise _missing(f"a product with a matrix of {matrix.outputs}×{matrix.inputs} as {matrix.form}", self)
-        return self._products[matrix]
+        found = next((row for row in self.products if row.matrix == matrix), None)
+        return found or self._lacks(f"a product with a matrix of {matrix.outputs}×{matrix.inputs} as {matrix.form}")
 
     def head(self, matrix: Matrix) -> Product:
         """Raises: CompressError where it was not measured."""
-        if matrix not in self._heads:
-            raise _missing(f"an output head of {matrix.outputs}×{matrix.inputs} as {matrix.form}", self)
-        return self._heads[matrix]
+        found = next((row for row in self.heads if row.matrix == matrix), None)
+        return found or self._lacks(f"an output head of {matrix.outputs}×{matrix.inputs} as {matrix.form}")
 
     def rest(self, block: BlockInfo) -> BlockRest:
         """Raises: CompressError where it was not measured."""
         shapes = shapes_of(block)
-        if shapes not in self._rests:
-            raise _missing(f"a block of these sizes: {shapes}", self)
-        return self._rests[shapes]
+        found = next((row for row in self.blocks if row.shapes == shapes), None)
+        return found or self._lacks(f"a block of these sizes: {shapes}")
 
-    @cached_property
-    def _products(self) -> dict[Matrix, Product]:
-        return {row.matrix: row for row in self.products}
-
-    @cached_property
-    def _heads(self) -> dict[Matrix, Product]:
-        return {row.matrix: row for row in self.heads}
-
-    @cached_property
-    def _rests(self) -> dict[str, BlockRest]:
-        return {row.shapes: row for row in self.blocks}
+    def _lacks(self, what: str) -> NoReturn:
+        raise CompressError(
+            "search.latency.missing",
+            f"the latency table of {self.runtime} on {self.device} does not have {what}",
+            fix="measure a table for this space: `python scripts/measure_latency.py MODEL SPACE --runtime RUNTIME`",
+            exit_code=ExitCode.USAGE,
+        )
 
 
 def read_tables(file: Path) -> dict[str, LatencyTable]:
@@ -200,12 +213,3 @@ class _Tables(_Row):
 def shapes_of(block: BlockInfo) -> str:
     """Its linears and their sizes: `self_attn.q_proj 576×576, …`."""
     return ", ".join(f"{site.name} {site.outputs}×{site.inputs}" for site in block.structure.sites)
-
-
-def _missing(what: str, table: LatencyTable) -> CompressError:
-    return CompressError(
-        "search.latency.missing",
-        f"the latency table of {table.runtime} on {table.device} does not have {what}",
-        fix="measure a table for this space: `python scripts/measure_latency.py MODEL SPACE --runtime RUNTIME`",
-        exit_code=ExitCode.USAGE,
-    )

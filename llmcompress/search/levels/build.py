@@ -96,6 +96,7 @@ class _Build:
             each.check(self._whole.map)
         progress.substep("decisions")
         self._decisions = self._decided()
+        self._check_narrow()
         progress.substep("gradients")
         self._felt = Sensitivities(self._whole)
         for work in self._whole.stream():
@@ -103,6 +104,17 @@ class _Build:
                 levels = self._levels(work, progress)
                 levels.save(self._store, keys[work.info.index], self._whole.context.storage_dtype)
             progress.step(f"block {work.info.index + 1}/{len(blocks)}")
+
+    def _check_narrow(self) -> None:
+        """Every option fits what the bodies make of the first block: told now, not after minutes of gradients."""
+        work = next(self._whole.stream())
+        _run_dense(work)
+        for body in self._space.bodies.values():
+            info = self._body(work, body).info if body else work.info
+            names = [info.full(site.name) for site in info.structure.sites]
+            for each in (each for passes in self._space.sites.values() for each in passes):
+                if any(map(each.selects, names)):
+                    each.check(replace(self._whole.map, blocks=(info,)))
 
     def _passes(self) -> list[BlockPass]:
         choices = (*self._space.bodies.values(), *self._space.sites.values())
@@ -128,14 +140,12 @@ class _Build:
     def _levels(self, work: BlockWork, progress: Progress) -> BlockLevels:
         """Of one block, which stays as it is."""
         found = BlockLevels()
-        dense = work.outputs()
-        work.replace_module(work.module, dense)
-        work.dense_inputs, work.dense_outputs = work.inputs(), dense
+        dense = _run_dense(work)
         found.body_losses[DROPPED] = self._felt.block_loss(work.info.index, dense, work.dense_inputs)
         first: Inputs | None = None
         for body in self._space.bodies:
             progress.substep(f"body {body} of {work.info.name}")
-            narrow = self._body(work, body)
+            narrow = self._body(work, self._space.bodies[body])
             found.bodies[body] = difference = Difference.of(narrow.module, work.module)
             found.sizes[body] = {site.name: (site.outputs, site.inputs) for site in narrow.info.structure.sites}
             outputs = narrow.outputs() if difference else dense
@@ -156,9 +166,8 @@ class _Build:
                 found.losses[body] |= {name: whole_losses.get(name, {}) for name in same}
         return found
 
-    def _body(self, work: BlockWork, body: str) -> BodyWork:
+    def _body(self, work: BlockWork, passes: Sequence[Pass]) -> BodyWork:
         """The block with that body."""
-        passes = self._space.bodies[body]
         narrow = work.copy(BodyWork, _quiet(self._whole.context, passes))
         narrow.begin()
         for each in passes:
@@ -209,6 +218,14 @@ class _Build:
         """What all options need, and what losses are computed from."""
         asked = [each for passes in self._space.sites.values() for each in passes if isinstance(each, BlockPass)]
         return tuple(dict.fromkeys((Gram, *(kind for each in asked for kind in each.needs()))))
+
+
+def _run_dense(work: BlockWork) -> list[Tensor]:
+    """The block's outputs, which it then knows."""
+    dense = work.outputs()
+    work.replace_module(work.module, dense)
+    work.dense_inputs, work.dense_outputs = work.inputs(), dense
+    return dense
 
 
 def _quiet(context: RunContext, passes: Sequence[Pass]) -> RunContext:

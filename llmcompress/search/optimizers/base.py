@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
+from typing import ClassVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,6 +24,9 @@ class Optimizer(BaseModel, ABC):
     """One algorithm; the fields are exactly the options that a search file may set."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    only_one: ClassVar[bool] = True
+    """In a search file its options stand under its name, without a list."""
 
     trials: int = Field(default=200, ge=1)
     """It ends when so many plans were judged; a plan judged on more tokens counts again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
@@ -15,6 +16,7 @@ from llmcompress.evaluation.tasks.answering import answer
 from llmcompress.evaluation.tasks.definitions import TaskLoader
 from llmcompress.loading.load import load
 from llmcompress.progress import Silent
+from llmcompress.records.tasks import TaskDataset
 from llmcompress.runners.torch_runner import TorchRunner
 from tests.tiny_text import byte_tokenizer, tiny_llama
 
@@ -118,8 +120,33 @@ def test_scores_of_a_task_on_the_bundled_model_equal_those_of_lm_eval():
     result, samples = theirs["results"][settings.task], theirs["samples"][settings.task]
     assert ours.main == "acc" and ours.scores[0].value == result["acc,none"] > 0.5
     assert ours.scores[0].standard_error == pytest.approx(result["acc_stderr,none"])
+    assert ours.dataset is None, "its documents are a file"
     assert ours.values("acc") == [sample["acc"] for sample in samples]
     for own, sample in zip(ours.answers, samples, strict=True):
         likelihoods = [each[0] for each in sample["filtered_resps"]]
         right = likelihoods.pop(sample["target"])
         assert own.margin == pytest.approx(right - max(likelihoods), abs=1e-3)
+
+
+def test_a_task_on_a_dataset_of_the_hub_tells_which_and_how_many_rows_its_split_has(monkeypatch, tmp_path):
+    rows = [{"text": "The quick", "choices": [" fox", " dog"], "gold": number % 2} for number in range(6)]
+    held = DatasetDict(test=Dataset.from_list(rows), train=Dataset.from_list(rows[:1]))
+    asked = []
+
+    def read(path, name=None, **_):
+        asked.append((path, name))
+        return held
+
+    monkeypatch.setattr("datasets.load_dataset", read)
+    file = tmp_path / "task.yaml"
+    file.write_text(
+        "task: of_the_hub\ndataset_path: lab/questions\ndataset_name: hard\noutput_type: multiple_choice\n"
+        "test_split: test\ndoc_to_text: text\ndoc_to_choice: choices\ndoc_to_target: gold\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    loaded = TaskLoader().load(str(file), data=None)
+    settings = TaskSettings(task=str(file), limit=2)
+    with TorchRunner(tiny_llama()) as runner:
+        (found,) = answer(runner, byte_tokenizer(), loaded, settings, progress=Silent()).tasks
+    assert asked == [("lab/questions", "hard")] and len(found.answers) == 2
+    assert found.dataset == TaskDataset(path="lab/questions", config="hard", split="test", rows=6)

@@ -9,9 +9,9 @@ import pytest
 
 from llmcompress.errors import CompressError
 from llmcompress.evaluation.footprint import bytes_on_disk
+from llmcompress.known_model import KnownModel, known_model
 from llmcompress.loading.source import find_source
 from llmcompress.pipeline import compress
-from llmcompress.planning import KnownModel, known_model
 from llmcompress.search.costs.file_bytes import bytes_of, with_settled_format
 from llmcompress.search.plan_recipe import recipe_of
 from llmcompress.search.plan_space import Plan, PlanSpace

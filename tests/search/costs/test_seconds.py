@@ -10,7 +10,7 @@ import pytest
 from llmcompress.errors import CompressError
 from llmcompress.search.costs.checking import check_sums
 from llmcompress.search.costs.forms import Form, Forms, Matrix
-from llmcompress.search.costs.latency_table import Check, Power, Seconds, read_tables, write_tables
+from llmcompress.search.costs.latency_table import Check, LatencyTable, Power, Seconds, read_tables, write_tables
 from llmcompress.search.costs.learned import corrected
 from llmcompress.search.costs.measuring import measure_latency
 from llmcompress.search.costs.resources import energy_of, memory_of
@@ -126,6 +126,11 @@ def test_tables_are_read_as_they_were_written(space: PlanSpace, tmp_path: Path) 
     tables = {name: table_of(space).model_copy(update={"runtime": name}) for name in ("torch", "onnxruntime")}
     write_tables(tmp_path / "table.json", tables.values())
     assert read_tables(tmp_path / "table.json") == tables
+    assert LatencyTable.read(tmp_path / "table.json", runtime="torch") == tables["torch"]
+    with pytest.raises(CompressError, match="tables of torch, onnxruntime, and not one of openvino"):
+        LatencyTable.read(tmp_path / "table.json", runtime="openvino")
+    tables["torch"].write(tmp_path / "torch.json")
+    assert LatencyTable.read(tmp_path / "torch.json") == tables["torch"]
 
 
 def test_a_file_without_tables_says_so(tmp_path: Path) -> None:

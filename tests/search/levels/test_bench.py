@@ -10,8 +10,13 @@ import pytest
 import torch
 
 from llmcompress.model.depth import drop_blocks
+from llmcompress.model.skeleton import find_blocks
 from llmcompress.passes.apply import apply_passes
 from llmcompress.search.levels.bench import Bench
+from llmcompress.search.levels.build import build_levels
+from llmcompress.search.levels.decoded import DecodedLevels
+from llmcompress.search.levels.path import Step
+from llmcompress.search.levels.store import LevelStore
 from llmcompress.search.plan_recipe import recipe_of
 from llmcompress.search.plan_space import Plan, PlanSpace
 from tests.passes.test_laws import windows
@@ -23,8 +28,13 @@ TEXT = windows(seed=5, count=5)
 
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
-    with benched(WHOLE, SPACE) as found:
+def store(tmp_path_factory: pytest.TempPathFactory) -> LevelStore:
+    return build_levels(WHOLE, SPACE, LevelStore(tmp_path_factory.mktemp("levels")))
+
+
+@pytest.fixture(scope="module")
+def bench(store: LevelStore) -> Iterator[Bench]:
+    with Bench(WHOLE, SPACE, store) as found:
         yield found
 
 
@@ -48,6 +58,19 @@ def test_a_plan_of_data_free_options_is_what_compress_makes_of_its_recipe(bench:
     plan = SPACE.uniform("rtn4")
     assert_same_as_compressed(bench, SPACE, plan)
     assert_same_as_compressed(bench, SPACE, with_dropped(plan, 1))
+
+
+@pytest.mark.parametrize("body", SPACE.space.bodies)
+@pytest.mark.parametrize("option", ["gptq3", "sparse", "rank"])
+def test_levels_of_the_first_block_are_what_compress_makes_of_it(bench: Bench, option: str, body: str) -> None:
+    """Nothing before it is compressed, so its inputs are those of the dense model in both."""
+    plan = SPACE.uniform(option, body=body)
+    passes = recipe_of(SPACE, plan, {"model": "tiny"}).passes
+    model = apply_passes(copy.deepcopy(WHOLE.model), WHOLE.map, passes, without_state(WHOLE)).model
+    wanted, found = (find_blocks(each)[0][1].state_dict() for each in (model, bench.assembled(plan)))
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def with_dropped(plan: Plan, *blocks: int) -> Plan:
@@ -77,15 +100,34 @@ def test_dropped_blocks_are_those_that_drop_blocks_removes(bench: Bench) -> None
     )
 
 
-def test_the_order_of_plans_and_the_room_of_the_caches_change_no_number(bench: Bench) -> None:
-    several = plans(8, seed=3)
+def test_the_order_of_plans_and_the_room_of_the_caches_change_no_number(bench: Bench, store: LevelStore) -> None:
+    dense = SPACE.uniform("rtn4")
+    several = [*plans(4, seed=3), *list(SPACE.neighbours(dense))[::7], dense]
     text = bench.text(TEXT)
     found = {plan: bench.divergences(plan, text) for plan in several}
     for plan in reversed(several):
         assert torch.equal(bench.divergences(plan, text), found[plan])
-    with benched(WHOLE, SPACE, decoded_bytes=0, states_bytes=0) as poor:
-        for plan in several:
-            assert torch.equal(poor.divergences(plan, poor.text(TEXT)), found[plan])
+    states = TEXT[:, 1:].numel() * WHOLE.map.hidden_size * 4
+    for decoded, room in ((0, 0), (2 * 64 * 96 * 4, 3 * states)):
+        with Bench(WHOLE, SPACE, store, decoded_bytes=decoded, states_bytes=room) as poor:
+            for plan in several:
+                assert torch.equal(poor.divergences(plan, poor.text(TEXT)), found[plan])
+
+
+def test_states_of_earlier_plans_are_used_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    run: list[int] = []
+    sound = DecodedLevels.block
+
+    def noting(self: DecodedLevels, step: Step) -> torch.nn.Module:
+        run.append(step.block)
+        return sound(self, step)
+
+    monkeypatch.setattr(DecodedLevels, "block", noting)
+    plan = SPACE.uniform("gptq3")
+    last = max(SPACE.free)
+    bench.divergences(plan, bench.text(TEXT))
+    bench.divergences((*plan[:last], 0, *plan[last + 1 :]), bench.text(TEXT))
+    assert run == [0, 1, 2, 2]
 
 
 def test_a_narrow_body_has_the_sizes_of_the_pass_and_is_described_by_a_plain_config(bench: Bench) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from llmcompress.errors import CompressError
 from llmcompress.progress import Silent
+from llmcompress.search.levels import build
 from llmcompress.search.levels.build import build_levels
 from llmcompress.search.levels.encoding import decode, encode
 from llmcompress.search.levels.folder import block_key
@@ -88,6 +89,15 @@ def test_a_store_that_is_not_complete_says_so(tmp_path: Path) -> None:
 def test_an_option_that_changes_other_modules_is_refused(tmp_path: Path) -> None:
     space = space_of(WHOLE, sites={"dense": [], "awq": [{"awq": {"scheme": "int4_g32"}}]}, bodies={"whole": []})
     with pytest.raises(CompressError, match=r"search\.not-local"):
+        build_levels(WHOLE, space, LevelStore(tmp_path))
+
+
+def test_an_option_that_does_not_fit_a_body_is_told_before_the_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "Sensitivities", None)
+    space = space_of(WHOLE, sites={"dense": [], "rtn": [{"rtn": {"scheme": "int4_g32"}}]})
+    with pytest.raises(CompressError, match=r"mlp\.down_proj: 48 inputs"):
         build_levels(WHOLE, space, LevelStore(tmp_path))
 
 

@@ -23,7 +23,7 @@ class _Taylor(Score):
     """A sum over the weights of a unit of a Taylor term of the loss."""
 
     estimates_loss: ClassVar[bool] = True
-    backward: ClassVar[Backward | None] = Backward(copies=2, recomputes=True)
+    backward: ClassVar[Backward | None] = Backward(copies=1, recomputes=True)
     second: ClassVar[bool] = False
     """Whether squared gradients of single windows are needed: they take as much memory again."""
 
@@ -95,7 +95,7 @@ class TaylorSecond(_Taylor):
     Source: Ma et al., arXiv 2305.11627.
     """
 
-    backward: ClassVar[Backward | None] = Backward(copies=3, windows=1, recomputes=True)
+    backward: ClassVar[Backward | None] = Backward(copies=2, windows=1, recomputes=True)
     second: ClassVar[bool] = True
 
     @override
@@ -110,7 +110,7 @@ class TaylorMix(_Taylor):
     Source: Ma et al., arXiv 2305.11627, eq. 5.
     """
 
-    backward: ClassVar[Backward | None] = Backward(copies=3, windows=1, recomputes=True)
+    backward: ClassVar[Backward | None] = Backward(copies=2, windows=1, recomputes=True)
     second: ClassVar[bool] = True
 
     @override
