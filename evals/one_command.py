@@ -34,9 +34,13 @@ COMMAND = re.compile(r"^llmcompress compress .* --preset w4-heal .*$", re.MULTIL
 @click.option("--text", default="builtin:calibration", show_default=True, help="What it is calibrated and healed on.")
 @click.option("--judged", default="builtin:evaluation", show_default=True, help="What perplexity is measured on.")
 @click.option("--samples", default=64, show_default=True)
+@click.option("--tokens", default=512, show_default=True, help="Of a sample.")
+@click.option("--windows", default=16, show_default=True, help="Of 512 tokens, on which perplexity is measured.")
 @click.option("--steps", default=20, show_default=True, help="Of the training.")
 @click.option("--rows", type=click.Path(path_type=Path), help="Where to write the result.")
-def main(model: str, text: str, judged: str, samples: int, steps: int, rows: Path | None) -> None:
+def main(
+    model: str, text: str, judged: str, samples: int, tokens: int, windows: int, steps: int, rows: Path | None
+) -> None:
     """Run it."""
     found = COMMAND.search(PAGE.read_text(encoding="utf-8"))
     assert found is not None, f"{PAGE.name} has no such command"
@@ -45,8 +49,9 @@ def main(model: str, text: str, judged: str, samples: int, steps: int, rows: Pat
     quick = {
         "calibration.source": text,
         "calibration.samples": str(samples),
+        "calibration.tokens": str(tokens),
         "passes.qat.training.steps": str(steps),
-        "evaluate.perplexity": f"[{judged}]",
+        "evaluate.perplexity": json.dumps([{"source": judged, "window": 512, "max_windows": windows}]),
     }
     changed = [word for key, value in quick.items() for word in ("--set", f"{key}={value}")]
     with tempfile.TemporaryDirectory() as scratch, HubDouble().running() as hub:
@@ -65,6 +70,8 @@ def main(model: str, text: str, judged: str, samples: int, steps: int, rows: Pat
         "text": "/".join(Path(text).parts[-2:]),
         "judged": "/".join(Path(judged).parts[-2:]),
         "samples": samples,
+        "tokens": tokens,
+        "windows": windows,
         "steps": steps,
         "seconds": told,
         "seconds_of_verify_deep": verified,

@@ -30,10 +30,10 @@ from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.settings import Calibration
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.evaluation.environment import machine, versions
+from llmcompress.known_model import known_model
 from llmcompress.loading.load import load_for_compression
 from llmcompress.loading.source import find_source
 from llmcompress.model.probe import map_model
-from llmcompress.planning import known_model
 from llmcompress.progress import Silent
 from llmcompress.search.costs.file_bytes import bytes_of
 from llmcompress.search.levels.bench import Bench

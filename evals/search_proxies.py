@@ -144,6 +144,7 @@ def recovery(lab: Laboratory, results: Results, count: int) -> None:
     for kind, plans, train in (
         ("shapes", [lab.dense_linears(plan) for plan in _of_different_shapes(lab, count)], "weights"),
         ("joint", _of_different_shapes(lab, count), "norms_and_scales"),
+        ("one size", lab.of_one_size(count, seed=11), "norms_and_scales"),
     ):
         distilled = _recovery_judges(lab, train)
         full = results.losses(f"{kind}: distilled", distilled["in full"], plans, 64 * WINDOW)

@@ -26,6 +26,7 @@ from tables import (
     pruning,
     quantization,
     real,
+    search_optimizers,
     search_proxies,
     training,
 )
@@ -140,6 +141,7 @@ def sections() -> list[Section]:
         Section("Distillation: every objective on one student", distillation.objectives, "distillation-*.json"),
         Section("Healing after pruning, by tokens", distillation.healing, "healing-*.json"),
         Section("Search: what stands in for the loss", search_proxies.proxies, "search-proxies-*.json"),
+        Section("Search: optimizers on a table of all plans", search_optimizers.optimizers, "optimizers-*.json"),
         Section("Dynamic inference", cost.dynamic, "dynamic-*.json"),
         Section("Tokens per second", cost.speed, "speed-*.json"),
         Section("Two runs of `llmcompress speed`", cost.repeated_speed, "repeat-speed-*.json"),
