@@ -132,10 +132,10 @@ def compile_program(model: PreTrainedModel, file: Path) -> Program:
             fix="install torch 2.9 or newer",
             exit_code=ExitCode.REFUSED,
         )
+    model.eval()  # which puts factors in column order: a program remembers the order in memory, and the file has one
     for each in (*model.parameters(), *model.buffers()):
-        # a program remembers the order in memory, and the file has one order
         each.data = each.data.contiguous()
-    step, (tokens, cached) = Step(model.eval()), _EXAMPLE
+    step, (tokens, cached) = Step(model), _EXAMPLE
     cache = cache_sizes(model)
     given = (torch.zeros(1, tokens, dtype=torch.long), [torch.zeros(1, heads, cached, size) for heads, size in cache])
     most = max_positions(model.config) or _UNLIMITED
@@ -156,7 +156,9 @@ def compile_program(model: PreTrainedModel, file: Path) -> Program:
         ) from problem
     held = {**followed.state_dict, **{name: each for name, each in followed.constants.items() if torch.is_tensor(each)}}
     asked = inductor.aoti_load_package(str(file)).get_constant_fqns()
-    return Program({name: held[name] for name in sorted(asked)}, cache)
+    found = {name: held[name].detach() for name in sorted(asked)}  # in row order, also when factors are turned again
+    model.eval()
+    return Program(found, cache)
 
 
 def cache_sizes(model: PreTrainedModel) -> list[tuple[int, int]]:
