@@ -1,4 +1,4 @@
-"""What `plan --probe` foretells of presets, against what the run then takes: bytes, peak memory, time.
+"""What `plan --probe` estimates for presets, against what the run then takes: bytes, peak memory, time.
 
     python evals/plan.py --model FOLDER --calibration valid.txt --name NAME --out FOLDER [--only w4 …]
 

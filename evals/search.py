@@ -23,11 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from llmcompress.search.costs.file_bytes import bytes_of
-from llmcompress.search.levels.bench import Bench
-from llmcompress.search.levels.build import build_levels
-from llmcompress.search.levels.store import LevelStore
-from llmcompress.search.optimizers.additive_optimum import least_loss
 from torch import Tensor
 
 from llmcompress.calibration.context import RunContext
@@ -35,11 +30,16 @@ from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.settings import Calibration
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.evaluation.environment import machine, versions
+from llmcompress.known_model import known_model
 from llmcompress.loading.load import load_for_compression
 from llmcompress.loading.source import find_source
 from llmcompress.model.probe import map_model
-from llmcompress.planning import known_model
 from llmcompress.progress import Silent
+from llmcompress.search.costs.file_bytes import bytes_of
+from llmcompress.search.levels.bench import Bench
+from llmcompress.search.levels.build import build_levels
+from llmcompress.search.levels.store import LevelStore
+from llmcompress.search.optimizers.additive_optimum import least_loss
 from llmcompress.search.optimizers.base import OPTIMIZERS, AskTell
 from llmcompress.search.plan_recipe import recipe_of
 from llmcompress.search.plan_space import Plan, PlanSpace

@@ -15,7 +15,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tables import cost, distillation, exports, headline, hub, presets, pruning, quantization, real, search_proxies, training
+from tables import (
+    cost,
+    distillation,
+    exports,
+    headline,
+    hub,
+    latency,
+    presets,
+    pruning,
+    quantization,
+    real,
+    search_optimizers,
+    search_proxies,
+    training,
+)
 from tables.cells import Facts
 from tables.summary import LINES, MODEL, summary
 
@@ -127,10 +141,12 @@ def sections() -> list[Section]:
         Section("Distillation: every objective on one student", distillation.objectives, "distillation-*.json"),
         Section("Healing after pruning, by tokens", distillation.healing, "healing-*.json"),
         Section("Search: what stands in for the loss", search_proxies.proxies, "search-proxies-*.json"),
+        Section("Search: optimizers on a table of all plans", search_optimizers.optimizers, "optimizers-*.json"),
         Section("Dynamic inference", cost.dynamic, "dynamic-*.json"),
         Section("Tokens per second", cost.speed, "speed-*.json"),
         Section("Two runs of `llmcompress speed`", cost.repeated_speed, "repeat-speed-*.json"),
         Section("Tokens per second, dynamic inference", cost.dynamic_speed, "dynamic-speed-*.json"),
+        Section("Latency of plans: sums of parts, and whole models", latency.latency, "latency-*.json"),
         Section("Compression time, against llm-compressor", cost.seconds, "seconds.json"),
         Section("Memory of a run with weight offloading", cost.memory, "memory-*.json"),
         Section("Mapping a family from its config", cost.map_time, "map-time.json"),

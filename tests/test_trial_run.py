@@ -60,6 +60,12 @@ def test_with_logits_two_runs_tell_blocks_and_head_apart(tiny: Source) -> None:
     assert trial.seconds(bench.cost(given)) == pytest.approx(6 * 3 + 5, rel=1e-6)
 
 
+def test_what_a_pass_on_the_whole_model_takes_is_not_multiplied(tiny: Source) -> None:
+    bench = Bench(tiny, known_model(tiny), torch.device("cpu"), clock=Steady(3 + 5, 2 * 3 + 5))
+    given = recipe("{rtn: {scheme: int4_g16}}, {embeddings: {}}")
+    assert bench.trial(given, None).seconds(bench.cost(given)) == pytest.approx(6 * 3 + 5, rel=1e-6)
+
+
 def test_blocks_that_the_recipe_treats_differently_are_of_different_kinds(tiny: Source) -> None:
     model_map = known_model(tiny).map
     given = recipe(

@@ -15,6 +15,12 @@ RECOVERY = {
     "supernet": "sub-network of a supernet",
 }
 
+KINDS = {
+    "shapes": "shapes, all weights trained",
+    "joint": "shapes and bits, norms and scales trained",
+    "one size": "the same, of one size",
+}
+
 
 def proxies(facts: Facts) -> str:
     """All that the file holds."""
@@ -53,21 +59,18 @@ def _predictors(facts: Facts) -> str:
 
 def _recovery(facts: Facts) -> str:
     found, seconds = facts.get("recovery", {}), facts.get("seconds_per_plan", {})
+    kinds = {kind: title for kind, title in KINDS.items() if any(row.startswith(f"{kind}: ") for row in found)}
     rows = []
     for name, title in RECOVERY.items():
-        if any(f"{kind}: {name}" in found for kind in ("shapes", "joint")):
-            cells = []
-            for kind in ("shapes", "joint"):
-                row = found.get(f"{kind}: {name}")
-                cells += ["–" if row is None else _tau(row), f"{seconds.get(f'{kind}: {name}', 0):.1f}" if row else "–"]
-            rows.append([title, *cells])
+        cells = [found.get(f"{kind}: {name}") for kind in kinds]
+        if any(cells):
+            cost = max(seconds.get(f"{kind}: {name}", 0.0) for kind in kinds)
+            rows.append([title, *("–" if cell is None else _tau(cell) for cell in cells), f"{cost:.1f}"])
     if not rows:
         return ""
-    header = ["judged", "τ, shapes", "CPU s per plan", "τ, shapes and bits", "CPU s per plan"]
-    whole = {kind: seconds[f"{kind}: distilled"] for kind in ("shapes", "joint") if f"{kind}: distilled" in seconds}
-    cost = ", ".join(f"{each:.0f} s for {kind}" for kind, each in whole.items())
-    count = next(iter(found.values()))["count"]
-    return f"With the whole distillation, on {count} plans ({cost} per plan):\n\n{markdown(header, rows)}"
+    count, most = next(iter(found.values()))["count"], max(seconds[f"{kind}: distilled"] for kind in kinds)
+    about = f"With the whole distillation, which takes {most:.0f} CPU seconds per plan, on {count} plans each:"
+    return f"{about}\n\n{markdown(['judged', *kinds.values(), 'CPU s per plan'], rows)}"
 
 
 def _scaling(facts: Facts) -> str:

@@ -22,7 +22,6 @@ from llmcompress.exporters.aot_inductor_graph import compile_program, field_bits
 from llmcompress.exporters.base import EXPORTERS, Answer, Converted, Exporter, Refused, Saved, Writing
 from llmcompress.exporters.config import portable_config
 from llmcompress.exporters.contents import CodedLinear, Contents
-from llmcompress.formats import plain
 from llmcompress.formats.named import Kind
 from llmcompress.modules.limits import TargetLimits
 from llmcompress.numerics.packing import packed_bytes
@@ -55,6 +54,12 @@ logits, cache = run(logits[:, -1:].argmax(-1), cache)  # the next token"""
         return Converted(_EXPANDED, keeps_codes=True)
 
     @override
+    def answers(self, contents: Contents) -> dict[str, Answer]:
+        """Tables of codes too."""
+        tables = {site.name: self.check(site, contents.storage_dtype) for site in contents.tables}
+        return {**super().answers(contents), **tables}
+
+    @override
     def problem(self, contents: Contents) -> str | None:
         """A family that was compared, and modules that compute the same for every input."""
         kind = contents.config.get("model_type")
@@ -82,13 +87,9 @@ logits, cache = run(logits[:, -1:].argmax(-1), cache)  # the next token"""
     @override
     def tensors(self, site: CodedLinear, storage_dtype: torch.dtype) -> dict[str, Kind]:
         """Its fields; everything dense is float32."""
-        if site.scheme.weights.number is not None:
-            return plain.tensors((site.outputs, site.inputs), torch.float32, bias=site.has_bias)
         grid, bits = site.scheme.weights, field_bits(site.scheme)
         scales = grid.scale_shape(site.outputs, site.inputs)
-        codes: Kind = (torch.int8, (site.outputs, site.inputs))
-        if bits < 8:
-            codes = (torch.uint8, (site.outputs, packed_bytes(site.inputs, bits)))
+        codes: Kind = (torch.uint8, (site.outputs, packed_bytes(site.inputs, bits)))
         zeros: dict[str, Kind] = {} if grid.symmetric else {"zero_OG": (torch.int8, scales)}
         bias: dict[str, Kind] = {"bias": (torch.float32, (site.outputs,))} if site.has_bias else {}
         return {"codes": codes, "scale_OG": (torch.float32, scales), **zeros, **bias}

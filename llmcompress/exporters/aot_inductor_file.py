@@ -44,17 +44,18 @@ def read_back(model: nn.Module, folder: Path) -> list[ReadBack]:
 
 
 def _codes(site: str, module: PackedLinear | QuantLinear, found: dict[str, Tensor]) -> ReadBack:
-    packed = isinstance(module, PackedLinear)
-    tensor = module.leaf.tensor if isinstance(module, PackedLinear) else module.quantized
-    codes = module.unpacked(found.pop("codes")) if isinstance(module, PackedLinear) else found.pop("codes_OI")
-    bits = module.bits if isinstance(module, PackedLinear) else 8
-    buffers = dict(module.named_buffers()) | dict(module.named_parameters())
+    """`found`: what the file has of it, by last name. Tables are int8 as they are."""
+    if isinstance(module, PackedLinear):
+        tensor, kind, codes = module.leaf.tensor, f"{module.bits} bits", module.unpacked(found.pop("codes"))
+    else:
+        tensor, kind, codes = module.quantized, "int8", found.pop("codes_OI")
+    own = dict(module.named_buffers()) | dict(module.named_parameters())
     return ReadBack(
         source=site,
-        stored_as=f"{bits} bits" if packed else "int8",
+        stored_as=kind,
         values=tensor.weights,
         codes_differing=int((codes != tensor.codes).sum()),
-        scales_differing=sum(int((value != buffers[name]).sum()) for name, value in found.items()),
+        scales_differing=sum(int((value != own[name]).sum()) for name, value in found.items()),
         rounding_in_steps=0.0,
     )
 

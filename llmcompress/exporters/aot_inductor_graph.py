@@ -64,12 +64,11 @@ class Step(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A quantized linear whose codes of up to four bits are packed into bytes, lowest bits first."""
+    """A quantized linear whose codes are fields of 2, 4 or 8 bits, packed into bytes with the lowest bits first."""
 
     def __init__(self, site: QuantLinear) -> None:
         super().__init__()
         self.leaf, self.bits = site.leaf(), field_bits(site.scheme)
-        self.out_features, self.in_features = site.out_features, site.in_features
         tensor = self.leaf.tensor
         self.register_buffer("codes", pack_bits(tensor.codes, self.bits, self.low))
         self.register_buffer("scale_OG", tensor.scale)
@@ -84,9 +83,9 @@ class PackedLinear(nn.Module):
 
     def unpacked(self, codes_OB: Tensor) -> Tensor:
         """O×I int8."""
+        outputs, inputs = self.leaf.shape
         fields = [codes_OB >> place & (1 << self.bits) - 1 for place in range(0, 8, self.bits)]
-        fields_OI = torch.stack(fields, -1).reshape(self.out_features, -1)[:, : self.in_features]
-        return fields_OI.to(torch.int8) + self.low
+        return (torch.stack(fields, -1).reshape(outputs, -1)[:, :inputs].to(torch.int16) + self.low).to(torch.int8)
 
     def forward(self, x: Tensor) -> Tensor:
         """As the linear that was packed."""
@@ -107,15 +106,14 @@ def field_bits(scheme: Scheme) -> int:
 
 @contextmanager
 def packed_linears(model: PreTrainedModel) -> Iterator[None]:
-    """The same model with small codes packed, and afterwards as it was."""
+    """The same model with the codes of its linears packed, and afterwards as it was."""
     found = {name: part for name, part in model.named_modules() if type(part) is QuantLinear}
-    small = {name: part for name, part in found.items() if field_bits(part.scheme) < 8}
     try:
-        for name, part in small.items():
+        for name, part in found.items():
             put_module(model, name, PackedLinear(part))
         yield
     finally:
-        for name, part in small.items():
+        for name, part in found.items():
             put_module(model, name, part)
 
 
@@ -134,6 +132,9 @@ def compile_program(model: PreTrainedModel, file: Path) -> Program:
             fix="install torch 2.9 or newer",
             exit_code=ExitCode.REFUSED,
         )
+    for each in (*model.parameters(), *model.buffers()):
+        # a program remembers the order in memory, and the file has one order
+        each.data = each.data.contiguous()
     step, (tokens, cached) = Step(model.eval()), _EXAMPLE
     cache = cache_sizes(model)
     given = (torch.zeros(1, tokens, dtype=torch.long), [torch.zeros(1, heads, cached, size) for heads, size in cache])

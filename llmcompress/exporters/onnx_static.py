@@ -76,9 +76,7 @@ logits, = session.run(["logits"], {each.name: numpy.ones(shape, "int64") for eac
         coded = {site.name for site in contents.sites}
         dense = [name for name in contents.linears if block_of(name) and name not in coded]
         if dense:
-            return (
-                f"{dense[0]} is not quantized ({len(dense)} linears of blocks are not), and the profile is of integers"
-            )
+            return f"{dense[0]} (of {len(dense)} in blocks) is not quantized, and the profile is of integers alone"
         return super().problem(contents)
 
     @override

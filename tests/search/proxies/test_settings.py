@@ -24,7 +24,7 @@ def test_healing_and_short_trainings_are_asked_for_by_two_keys():
     judge = settings.judge(bench, judged_windows(), bench.whole, bench.space)
     assert isinstance(judge, ChangedJudge) and "healed" in judge.fingerprint
     assert settings.space_of(bench.space).space.after["trained"][0].training.steps == 2
-    assert 0 < judge.loss(bench.space.uniform("int2"), 16)
+    assert judge.loss(bench.space.uniform("int2"), 16) > 0
 
 
 def test_mistakes_are_told():
