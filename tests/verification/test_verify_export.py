@@ -11,13 +11,14 @@ import pytest
 from llmcompress import compress
 from llmcompress.compressed_model import CompressedModel
 from llmcompress.exporters.base import EXPORTERS
+from llmcompress.exporters.onnx_file import DATA
 from llmcompress.model_export import export
 from llmcompress.records.export_report import EXPORT_REPORT
 from llmcompress.verification.verifying import verified
 from tests.tiny_folder import write_tiny_llama
 from tests.warm_python import WarmPython
 
-FOR_TRANSFORMERS = ("plain", "archive", "compressed-tensors", "gptq", "llmcompress")
+FOR_TRANSFORMERS = ("plain", "archive", "compressed-tensors", "llmcompress")
 OF_A_PASS = {
     "bitsandbytes": [{"bnb_nf4": {}}],
     "peft": [
@@ -25,7 +26,7 @@ OF_A_PASS = {
         {"recover": {"rank": 2, "training": {"steps": 1, "batch": 2, "learning_rate": 0.001}}},
     ],
 }
-BY_THEMSELVES = ("gguf", "tensorrt_llm", "onnx_genai")
+BY_THEMSELVES = ("gguf", "gptq", "tensorrt_llm", "onnx_genai")
 ELSEWHERE = ("onnx", "onnx_static_int8", "openvino", "aot_inductor")
 """Optimum or a compiler makes them: their own tests in tests/exporters verify what they export."""
 
@@ -82,13 +83,19 @@ def test_what_only_a_certain_pass_makes_is_verified_too(made: CompressedModel, t
     assert found["files"].result == "ok" and found["origin"].result in ("ok", "skipped")
 
 
-def test_a_graph_is_verified_and_what_was_changed_in_it_is_told(made: CompressedModel, tmp_path: Path) -> None:
-    made.export("onnx_genai", tmp_path / "graph")
-    assert not verified(tmp_path / "graph", name="x").failed
-    (data,) = (path for path in (tmp_path / "graph").iterdir() if path.name.endswith(".data"))
-    data.write_bytes(data.read_bytes()[:-1] + b"\x7f")
-    (failed,) = verified(tmp_path / "graph", name="x").failed
-    assert failed.name == "files" and failed.where == (data.name,)
+@pytest.mark.parametrize(("target", "held"), [("onnx_genai", DATA), ("gptq", "model.safetensors")])
+def test_what_another_runtime_reads_is_verified_and_what_was_changed_in_it_is_told(
+    made: CompressedModel, tmp_path: Path, target: str, held: str
+) -> None:
+    made.export(target, tmp_path / "out")
+    checks = verified(tmp_path / "out", name="x").checks
+    assert not [each for each in checks if each.result == "failed"]
+    assert {"files", "export"} <= {each.name for each in checks if each.result == "ok"}
+    content = bytearray((tmp_path / "out" / held).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "out" / held).write_bytes(content)
+    failed = {each.name: each.where for each in verified(tmp_path / "out", name="x").failed}
+    assert failed["files"] == (held,)
 
 
 def test_every_target_is_verified_by_one_of_these_tests() -> None:
