@@ -55,9 +55,14 @@ logits, cache = run(logits[:, -1:].argmax(-1), cache)  # the next token"""
 
     @override
     def answers(self, contents: Contents) -> dict[str, Answer]:
-        """Tables of codes too."""
-        tables = {site.name: self.check(site, contents.storage_dtype) for site in contents.tables}
-        return {**super().answers(contents), **tables}
+        """Tables of codes too; their rows must be whole groups: ragged ones become NaN when compiled (torch 2.13)."""
+        found = super().answers(contents)
+        for site in contents.tables:
+            found[site.name] = self.check(site, contents.storage_dtype)
+            group = site.scheme.weights.group or site.inputs
+            if site.inputs % group:
+                found[site.name] = Refused(f"rows of {site.inputs} numbers do not divide into groups of {group}")
+        return found
 
     @override
     def problem(self, contents: Contents) -> str | None:
