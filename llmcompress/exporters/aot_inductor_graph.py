@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,9 @@ from transformers import DynamicCache, PreTrainedModel
 from llmcompress.calibration.tokens import max_positions
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.model.skeleton import put_module
+from llmcompress.modules.expression_leaves import Quantized
 from llmcompress.modules.quant_linear import QuantLinear
-from llmcompress.modules.rounded_inputs import round_inputs
 from llmcompress.modules.scheme import Scheme
-from llmcompress.numerics.grid import spread
 from llmcompress.numerics.packing import pack_bits
 
 _EXAMPLE = (7, 5)
@@ -65,11 +64,7 @@ class Step(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A quantized linear whose codes are fields of 2, 4 or 8 bits, packed into bytes with the lowest bits first.
-
-    It spreads scales over the inputs. A ragged last group filled with zeros, as `restore` does it, becomes NaN when it
-    is compiled (torch 2.13).
-    """
+    """A quantized linear whose codes are fields of 2, 4 or 8 bits, packed into bytes with the lowest bits first."""
 
     def __init__(self, site: QuantLinear) -> None:
         super().__init__()
@@ -94,14 +89,14 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """As the linear that was packed."""
-        held, grid, inputs = dict(self.named_buffers()), self.leaf.tensor.grid, self.leaf.shape[1]
-        weight_OI = self.unpacked(held["codes"]).to(x.dtype)
-        if "zero_OG" in held:
-            weight_OI = weight_OI - spread(held["zero_OG"], grid, inputs).to(x.dtype)
-        weight_OI = weight_OI * spread(held["scale_OG"], grid, inputs)
-        if self.leaf.activations is not None:
-            x = round_inputs(x, self.leaf.scheme, held.get("input_scale"))
-        return nn.functional.linear(x, weight_OI, held.get("bias"))
+        held = dict(self.named_buffers())
+        tensor = replace(
+            self.leaf.tensor,
+            codes=self.unpacked(held["codes"]),
+            scale=held["scale_OG"],
+            zero_point=held.get("zero_OG"),
+        )
+        return Quantized(tensor, self.leaf.activations, held.get("input_scale"), bias=held.get("bias"))(x)
 
 
 def field_bits(scheme: Scheme) -> int:

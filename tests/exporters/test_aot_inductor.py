@@ -27,7 +27,7 @@ from tests.exporters.gguf_models import tiny, tiny_quantized, tokenizer
 
 CPU = torch.device("cpu")
 IDS_BT = torch.randint(3, 280, (2, 20), generator=torch.Generator().manual_seed(0))
-SCHEMES = ["int4_g32", "int8_channel", "int3_g48_asym", "int2_g16", "int8_channel_a8tensor"]
+SCHEMES = ["int4_g32", "int8_channel", "int3_g16_asym", "int2_g16", "int8_channel_a8tensor"]
 
 
 @pytest.fixture(scope="module")
