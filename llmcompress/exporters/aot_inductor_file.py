@@ -45,8 +45,8 @@ def read_back(model: nn.Module, folder: Path) -> list[ReadBack]:
             seen |= set(own)
         wanted = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
         for name in sorted(names - seen):
-            found, expected = file.get_tensor(name), wanted[name.removeprefix(PREFIX)]
-            rows.append(_plain(name.removeprefix(PREFIX), found, expected))
+            stored, expected = file.get_tensor(name), wanted[name.removeprefix(PREFIX)]
+            rows.append(_plain(name.removeprefix(PREFIX), stored, expected))
     return rows
 
 
