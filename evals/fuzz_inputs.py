@@ -198,6 +198,8 @@ def run(folder: Path, command: Sequence[str]) -> Ended:
             llmcompress([*command, "--json"])
     except SystemExit as end:
         code = int(end.code or 0)
+        if code in (ExitCode.INTERRUPTED, ExitCode.TERMINATED):  # the signal was for this program, not for the command
+            raise KeyboardInterrupt from end
     except BaseException as problem:  # what the command line lets through shows a traceback and exits with 1
         return Ended(int(ExitCode.BUG), f"{type(problem).__name__}: {problem!s:.100}")
     finally:
@@ -236,18 +238,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rows", type=Path, help="write the counts there, as JSON")
+    parser.add_argument("--minutes", type=float, help="stop after so many, however many files are left")
+    parser.add_argument("--rows", type=Path, help="add the counts to those that are there, as JSON")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     tempfile.tempdir = str(folder)
     codes: defaultdict[str, Counter[str]] = defaultdict(Counter)
     ways: Counter[tuple[int, str]] = Counter()
     examples: dict[tuple[int, str], str] = {}
-    began = time.process_time()
+    began, began_at, files = time.process_time(), time.monotonic(), 0
     try:
         write_inputs(folder)
         write_compressed(folder)
         for mutation in mutations(folder, count=options.count, seed=options.seed):
+            if options.minutes is not None and time.monotonic() > began_at + 60 * options.minutes:
+                break
+            files += 1
             commands = DAMAGED[mutation.file]
             for command, ended in zip(commands, damaged(folder, mutation, commands), strict=True):
                 dry = " --dry-run" if "--dry-run" in command else ""
@@ -262,24 +268,36 @@ def main() -> int:
     for (code, how), times in sorted(ways.items(), key=lambda item: (item[0][0], -item[1])):
         print(f"{times:5d}  exit {code}  {how:40s}  {examples[code, how]}")
     bugs = sum(each[str(int(ExitCode.BUG))] for each in codes.values())
-    print(f"{options.count} damaged files, {ways.total()} commands, {bugs} exits with 1")
+    print(f"{files} damaged files, {ways.total()} commands, {bugs} exits with 1")
     if options.rows:
-        _write(options, codes, ways, seconds=time.process_time() - began)
+        run = {
+            "command": f"python evals/fuzz_inputs.py --count {files} --seed {options.seed}",
+            "versions": versions(),
+            "damaged_files": files,
+            "cpu_seconds": round(time.process_time() - began),
+            "seconds": round(time.monotonic() - began_at),
+            "exit_codes_by_command": {name: dict(sorted(codes[name].items())) for name in sorted(codes)},
+            "refusals": {how: times for (code, how), times in ways.most_common() if code},
+        }
+        _add(options.rows, run)
     return 1 if bugs else 0
 
 
-def _write(
-    options: argparse.Namespace, codes: Mapping[str, Counter[str]], ways: Counter[tuple[int, str]], *, seconds: float
-) -> None:
-    rows = {
-        "command": f"python evals/fuzz_inputs.py --count {options.count} --seed {options.seed}",
-        "versions": versions(),
-        "damaged_files": options.count,
-        "cpu_seconds": round(seconds),
-        "exit_codes_by_command": {name: dict(sorted(codes[name].items())) for name in sorted(codes)},
-        "refusals": {how: times for (code, how), times in ways.most_common() if code},
-    }
-    options.rows.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def _add(file: Path, run: Mapping[str, Any]) -> None:
+    """A run beside the earlier ones, in the place of one with the same seed; and what they are together."""
+    before = json.loads(file.read_text(encoding="utf-8")).get("runs", []) if file.is_file() else []
+    seed = run["command"].rpartition(" ")[2]
+    runs = [*(each for each in before if each["command"].rpartition(" ")[2] != seed), run]
+    codes: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for each in runs:
+        for name, counts in each["exit_codes_by_command"].items():
+            codes[name].update(counts)
+    together = {key: sum(each[key] for each in runs) for key in ("damaged_files", "cpu_seconds", "seconds")}
+    bugs = sum(each[str(int(ExitCode.BUG))] for each in codes.values())
+    totals = {name: dict(sorted(codes[name].items())) for name in sorted(codes)}
+    facts = {**together, "commands": sum(each.total() for each in codes.values()), "bugs": bugs}
+    rows = {**facts, "exit_codes_by_command": totals, "runs": runs}
+    file.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -23,11 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from llmcompress.search.costs.file_bytes import bytes_of
-from llmcompress.search.levels.bench import Bench
-from llmcompress.search.levels.build import build_levels
-from llmcompress.search.levels.store import LevelStore
-from llmcompress.search.optimizers.additive_optimum import least_loss
 from torch import Tensor
 
 from llmcompress.calibration.context import RunContext
@@ -35,11 +30,16 @@ from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.settings import Calibration
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.evaluation.environment import machine, versions
+from llmcompress.known_model import known_model
 from llmcompress.loading.load import load_for_compression
 from llmcompress.loading.source import find_source
 from llmcompress.model.probe import map_model
-from llmcompress.planning import known_model
 from llmcompress.progress import Silent
+from llmcompress.search.costs.file_bytes import bytes_of
+from llmcompress.search.levels.bench import Bench
+from llmcompress.search.levels.build import build_levels
+from llmcompress.search.levels.store import LevelStore
+from llmcompress.search.optimizers.additive_optimum import least_loss
 from llmcompress.search.optimizers.base import OPTIMIZERS, AskTell
 from llmcompress.search.plan_recipe import recipe_of
 from llmcompress.search.plan_space import Plan, PlanSpace
@@ -80,6 +80,8 @@ class Row:
     optimizer: str
     from_exact: bool = False
     """Whether it begins at the optimum of the losses that add up."""
+    tokens: int | None = None
+    """The most that it may take; None: as asked for."""
 
     @property
     def name(self) -> str:
@@ -91,16 +93,13 @@ ROWS = (
     Row(3.25, "bits", "exact"),
     Row(3.25, "bits", "evopress", from_exact=True),
     Row(2.75, "bits", "exact"),
-    Row(2.75, "joint", "exact"),
+    *(Row(average, "bits", "exact", tokens=STAGES[0]) for average in (3.5, 3.0, 2.5)),
+    *(Row(average, "joint", "exact", tokens=STAGES[0]) for average in (3.25, 2.75, 2.5)),
     Row(3.25, "bits", "rco"),
     Row(3.25, "bits", "evopress"),
-    Row(3.0, "bits", "evopress", from_exact=True),
-    Row(2.75, "joint", "evopress", from_exact=True),
-    Row(2.75, "bits", "evopress", from_exact=True),
+    Row(2.5, "joint", "evopress", from_exact=True),
+    Row(2.5, "bits", "evopress", from_exact=True),
     Row(3.25, "bits", "random"),
-    Row(3.5, "bits", "evopress", from_exact=True),
-    Row(2.75, "bits and width", "evopress", from_exact=True),
-    Row(2.75, "bits and depth", "evopress", from_exact=True),
 )
 
 
@@ -301,7 +300,7 @@ def main(
                 keep(title, described(setting, plan_of_bits(setting, bits_of)))
         for row in ROWS:
             if row.name not in told["rows"] and (not only or any(part in row.name for part in only)):
-                keep(row.name, searched(setting, row, tokens))
+                keep(row.name, searched(setting, row, row.tokens or tokens))
 
 
 if __name__ == "__main__":

@@ -19,31 +19,18 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import torch
-from torch import Tensor
+from search_laboratory import SPACE, WINDOW, Laboratory
 
-from llmcompress.calibration.context import RunContext
-from llmcompress.calibration.data import calibration_windows
-from llmcompress.calibration.settings import Calibration
-from llmcompress.calibration.whole import WholeModel
 from llmcompress.evaluation.environment import machine, versions
-from llmcompress.loading.load import load_for_compression
-from llmcompress.loading.source import find_source
-from llmcompress.loading.teachers import TeacherFiles
-from llmcompress.model.probe import map_model
-from llmcompress.progress import Silent
 from llmcompress.recipe import parse_recipe
 from llmcompress.search.additive import Additive
-from llmcompress.search.levels.bench import Bench
-from llmcompress.search.levels.build import build_levels
-from llmcompress.search.levels.store import LevelStore
-from llmcompress.search.plan_space import Plan, PlanSpace
+from llmcompress.search.plan_space import Plan
 from llmcompress.search.proxies.base import ChangedJudge, Judge, StreamedJudge
 from llmcompress.search.proxies.correlation import rank_correlation
 from llmcompress.search.proxies.flash import AppliedPasses, shortened
@@ -52,100 +39,12 @@ from llmcompress.search.proxies.predictors.base import PREDICTORS, PlanForecast,
 from llmcompress.search.proxies.scaling_law import fit_scaling_law
 from llmcompress.search.proxies.single_options import kl_sensitivity
 from llmcompress.search.proxies.supernet.elastic import ElasticSettings, SupernetJudge, trained_supernet
-from llmcompress.search.space import Space
 from llmcompress.training.settings import Training
 
 EVALS = Path(__file__).resolve().parent
-WINDOW = 256
-SPACE = {
-    "sites": {
-        "dense": [],
-        "int4": [{"gptq": {"scheme": "int4_g64"}}],
-        "int3": [{"gptq": {"scheme": "int3_g64"}}],
-        "int2": [{"gptq": {"scheme": "int2_g64"}}],
-    },
-    "per": "group",
-    "bodies": {
-        "whole": [],
-        "ffn-75": [{"width": {"fraction": 0.25, "heads": False}}],
-        "ffn-50": [{"width": {"fraction": 0.5, "heads": False}}],
-    },
-    "most_dropped": 0.2,
-}
-BITS = {"dense": 16.0, "int4": 4.25, "int3": 3.25, "int2": 2.25}
-KEPT = {"whole": 1.0, "ffn-75": 0.75, "ffn-50": 0.5}
 TRAINING = {"steps": 80, "batch": 2, "learning_rate": 5e-4, "save_every": 10**6}
 """2 × 256 tokens in every step."""
 FLASH = 0.05
-
-
-class Laboratory:
-    """The model, its space and levels, and texts."""
-
-    def __init__(self, model: str, texts: dict[str, str], scratch: Path) -> None:
-        loaded = load_for_compression(find_source(model), dtype=torch.float32)
-        self._tokenizer, self._texts = loaded.tokenizer, texts
-        context = RunContext(
-            self.windows("calibration", 128),
-            storage_dtype=loaded.preflight.storage_dtype,
-            teachers=TeacherFiles(model),
-        )
-        self.whole = WholeModel(loaded.model, map_model(loaded.model), context)
-        self.space = PlanSpace(Space.model_validate(SPACE), self.whole.map)
-        self._store = LevelStore(scratch)
-
-    def windows(self, text: str, count: int) -> Tensor:
-        """N×T of a text, with BOS."""
-        settings = Calibration(source=self._texts[text], samples=count, tokens=WINDOW)
-        made = calibration_windows(settings, self._tokenizer, max_positions=WINDOW, seed=0, progress=Silent())
-        return made.windows_NT
-
-    @cached_property
-    def bench(self) -> Bench:
-        """Of all levels."""
-        build_levels(self.whole, self.space, self._store)
-        return Bench(self.whole, self.space, self._store).__enter__()
-
-    @property
-    def estimate(self) -> Additive:
-        """Gradient × error, from the stream that made the levels."""
-        return self._store.losses(self.space)
-
-    def dense_linears(self, plan: Plan) -> Plan:
-        """The same shapes with dense linears."""
-        units = zip(self.space.units, plan, strict=True)
-        return self.space.canonical(tuple(0 if unit.kind == "sites" else choice for unit, choice in units))
-
-    def compressed(self, count: int, seed: int) -> list[Plan]:
-        """Random plans with no dense linears."""
-        random, found = np.random.default_rng(seed), dict[Plan, None]()
-        while len(found) < count:
-            plan = list(self.space.random(random))
-            for index, unit in enumerate(self.space.units):
-                if unit.kind == "sites" and plan[index] == 0:
-                    plan[index] = int(random.integers(1, len(unit.options)))
-            found[self.space.canonical(tuple(plan))] = None
-        return list(found)
-
-    def of_one_size(self, count: int, seed: int, *, bits: float = 2.6, within: float = 0.01) -> list[Plan]:
-        """Random plans whose linears take so many bits per weight of the dense model, nearly."""
-        weights = sum(site.outputs * site.inputs for info in self.whole.map.blocks for site in info.structure.sites)
-        found: dict[Plan, None] = {}
-        while len(found) < count:
-            drawn = self.compressed(500, seed)
-            found |= {plan: None for plan in drawn if abs(self._bits(plan) / weights / bits - 1) < within}
-            seed += 1_000
-        return list(found)[:count]
-
-    def _bits(self, plan: Plan) -> float:
-        total, sizes = 0.0, self.whole.map.blocks[0].structure
-        for unit, choice in zip(self.space.units, plan, strict=True):
-            if unit.body is not None and not self.space.is_dropped(plan, unit.body):
-                body = KEPT[self.space.units[unit.body].options[plan[unit.body]]]
-                for name in unit.sites:
-                    site = sizes.site(name)
-                    total += (body if "mlp" in name else 1.0) * site.outputs * site.inputs * BITS[unit.options[choice]]
-        return total
 
 
 class Results:
@@ -245,6 +144,7 @@ def recovery(lab: Laboratory, results: Results, count: int) -> None:
     for kind, plans, train in (
         ("shapes", [lab.dense_linears(plan) for plan in _of_different_shapes(lab, count)], "weights"),
         ("joint", _of_different_shapes(lab, count), "norms_and_scales"),
+        ("one size", lab.of_one_size(count, seed=11), "norms_and_scales"),
     ):
         distilled = _recovery_judges(lab, train)
         full = results.losses(f"{kind}: distilled", distilled["in full"], plans, 64 * WINDOW)

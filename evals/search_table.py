@@ -20,10 +20,10 @@ from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.settings import Calibration
 from llmcompress.calibration.whole import WholeModel
+from llmcompress.known_model import known_model
 from llmcompress.loading.load import load_for_compression
 from llmcompress.loading.source import find_source
 from llmcompress.model.probe import map_model
-from llmcompress.planning import known_model
 from llmcompress.progress import Silent
 from llmcompress.search.additive import Additive
 from llmcompress.search.costs.file_bytes import bytes_of, with_settled_format
@@ -44,8 +44,8 @@ SPACE = {
     "bodies": {"whole": [], "ffn-50": [{"width": {"fraction": 0.5, "heads": False}}]},
     "most_dropped": 0.2,
 }
-WINDOW = 256
-PASSES, JUDGED = 64, 8
+WINDOW = 128
+PASSES, JUDGED = 32, 16
 """Windows that passes measure, and windows behind them on which plans are judged."""
 
 
@@ -65,6 +65,7 @@ def main(levels: Path, latency: Path | None, runtime: str, minutes: float) -> No
         settings, loaded.tokenizer, max_positions=WINDOW, seed=0, progress=Silent()
     ).windows_NT
     space = PlanSpace(Space.model_validate(SPACE), map_model(loaded.model))
+    assert len(windows_NT) == PASSES + JUDGED, "the text is too short"
     context = RunContext(windows_NT[:PASSES], storage_dtype=torch.bfloat16)
     whole = WholeModel(loaded.model, space.model_map, context)
     store = build_levels(whole, space, LevelStore(levels / "levels"))

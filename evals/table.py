@@ -15,7 +15,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tables import cost, distillation, exports, headline, hub, presets, pruning, quantization, real, search_proxies, training
+from tables import (
+    cost,
+    distillation,
+    exports,
+    headline,
+    hub,
+    latency,
+    presets,
+    pruning,
+    quantization,
+    real,
+    search,
+    search_optimizers,
+    search_proxies,
+    training,
+)
 from tables.cells import Facts
 from tables.summary import LINES, MODEL, summary
 
@@ -95,6 +110,7 @@ def sections() -> list[Section]:
         Section("Bytes, quality, tasks and cost of presets on a real model", headline.headline, "headline-*.json"),
         Section("Presets on a real model", presets.presets, "presets-*.json"),
         Section("Export targets on a real model", exports.exports, "export-*.json"),
+        Section("Search on a real model, at equal bytes", search.search, "search-SmolLM2-*.json"),
         Section("Quantization-aware training on a real model", training.qat, "qat-SmolLM2-*.json"),
         Section("Healing a pruned real model", training.healing, "healing-*.json"),
         Section("Training steps, against TRL", training.speed, "training-speed-*.json"),
@@ -127,10 +143,12 @@ def sections() -> list[Section]:
         Section("Distillation: every objective on one student", distillation.objectives, "distillation-*.json"),
         Section("Healing after pruning, by tokens", distillation.healing, "healing-*.json"),
         Section("Search: what stands in for the loss", search_proxies.proxies, "search-proxies-*.json"),
+        Section("Search: optimizers on a table of all plans", search_optimizers.optimizers, "optimizers-*.json"),
         Section("Dynamic inference", cost.dynamic, "dynamic-*.json"),
         Section("Tokens per second", cost.speed, "speed-*.json"),
         Section("Two runs of `llmcompress speed`", cost.repeated_speed, "repeat-speed-*.json"),
         Section("Tokens per second, dynamic inference", cost.dynamic_speed, "dynamic-speed-*.json"),
+        Section("Latency of plans: sums of parts, and whole models", latency.latency, "latency-*.json"),
         Section("Compression time, against llm-compressor", cost.seconds, "seconds.json"),
         Section("Memory of a run with weight offloading", cost.memory, "memory-*.json"),
         Section("Mapping a family from its config", cost.map_time, "map-time.json"),

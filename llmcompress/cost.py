@@ -89,9 +89,8 @@ def cost(recipe: Recipe, model_map: ModelMap, size: ModelSize, *, offloaded: boo
     samples = recipe.calibration.samples
     passes = [Measuring.of(each, samples) for each in recipe.passes if isinstance(each, BlockPass)]
     once = int(any(each.uses_data() for each in recipe.passes))  # without windows nothing goes through the blocks
-    forwards = [
-        once + sum(each.forwards for each in passes if any(groups_of(each, block))) for block in model_map.blocks
-    ]
+    blocks = model_map.blocks
+    forwards = [once + sum(each.forwards for each in passes if any(groups_of(each, block))) for block in blocks]
     through_model = with_logits = 0.0
     for each in recipe.passes:
         plain, logits = each.forwards_through_model(len(model_map.blocks))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import psutil
@@ -18,6 +18,7 @@ from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import probe
 from llmcompress.peak_memory import ModelSize
 from llmcompress.progress import Progress
+from llmcompress.publishing.license import License, license_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class KnownModel:
     checked: ModelFacts
     map: ModelMap
     loader: Loader
+    license: License = field(default_factory=License)
     process_bytes: int = 0
     """By how much the process grew: the tokenizer, the family's code, what mapping imports."""
 
@@ -40,7 +42,9 @@ def known_model(source: Source, *, trust_remote_code: bool = False, progress: Pr
     before = _resident_bytes()
     checked = preflight(source, trust_remote_code=trust_remote_code, progress=progress)
     model_map, loader = probe(checked.config, unfuse=True), loader_of(checked.config)
-    return KnownModel(source.name, checked, model_map, loader, max(0, _resident_bytes() - before))
+    grown = max(0, _resident_bytes() - before)
+    hub_id = source.name.partition("@")[0] if source.revision else None
+    return KnownModel(source.name, checked, model_map, loader, license_of(source.folder, hub_id=hub_id), grown)
 
 
 def known_in_memory(model: PreTrainedModel) -> KnownModel:

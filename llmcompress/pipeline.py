@@ -18,26 +18,12 @@ from llmcompress.calibration.in_memory import as_calibration
 from llmcompress.calibration.process_group import own_device, process_group
 from llmcompress.calibration.token_windows import CalibrationData
 from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
-from llmcompress.compressed_model import (
-    CompressedModel,
-    ModelLike,
-    in_memory,
-    is_dense,
-    live_model,
-    named_models,
-)
+from llmcompress.compressed_model import CompressedModel, ModelLike, in_memory, is_dense, live_model, named_models
 from llmcompress.cost import Machine, Offload
 from llmcompress.evaluation.beside import score_cache, text_warnings
 from llmcompress.evaluation.corpora import corpus_warnings
 from llmcompress.evaluation.coverage import coverage_warnings, overlap_warnings
-from llmcompress.evaluation.device.cost import (
-    CostSettings,
-    CostTable,
-    Skipped,
-    as_candidates,
-    measure_costs,
-    several,
-)
+from llmcompress.evaluation.device.cost import CostSettings, CostTable, Skipped, as_candidates, measure_costs, several
 from llmcompress.evaluation.environment import machine, numeric_versions, versions
 from llmcompress.evaluation.footprint import bytes_on_disk
 from llmcompress.evaluation.gate import gate_of, judged

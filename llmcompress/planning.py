@@ -73,10 +73,14 @@ class Plan(_Row):
     """Multiplications and additions of compression."""
     estimated_seconds: float | None = None
     """Of compression on the machine that was given; text, evaluation and saving come on top."""
-    tried_blocks: tuple[int, ...] = ()
+    probed_blocks: tuple[int, ...] = ()
     """Blocks that were compressed to find these seconds; none: from operations alone, right within a factor of two."""
     evaluation_seconds: float | None = None
     """Of measuring the dense and the compressed model there; None too where the length of a text is not known."""
+    license: str
+    """That of the dense model, and what it says of publishing the result."""
+    publishes: tuple[str, ...] = ()
+    """Repositories on the Hub that the recipe publishes to."""
     warnings: tuple[str, ...]
 
 
@@ -114,6 +118,8 @@ def make_plan(
         operations=taken.operations,
         estimated_seconds=taken.operations / machine.operations_per_second if machine else None,
         evaluation_seconds=evaluating / machine.operations_per_second if machine and evaluating is not None else None,
+        license=known.license.note,
+        publishes=tuple(str(each.repository) for each in recipe.publish),
         warnings=tuple(dict.fromkeys([*checked.warnings, *stored.notes])),
     )
 

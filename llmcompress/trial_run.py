@@ -1,15 +1,16 @@
-"""The recipe for real on a few blocks of the model, to foretell how long it takes on all of them.
+"""The recipe for real on a few blocks of the model, to estimate how long it takes on all of them.
 
-What an operation of this recipe takes is measured on one block of each kind, its calibration windows and settings
-included, and multiplied by the operations of the whole run (`cost.py`). Where logits of calibration windows are computed
-too (gradients, searches by perplexity), two runs of different depth tell blocks and head apart.
+What an operation of this recipe takes is measured on one block of each kind, with its calibration windows and
+settings, and multiplied by the operations of the whole run (`cost.py`). Where something does not grow with the blocks
+(logits for gradients and searches by perplexity, a rounded embedding), two runs of different depth tell it apart.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,13 +30,14 @@ from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
 from llmcompress.passes.apply import apply_passes
-from llmcompress.passes.base import PASSES, BlockPass, Pass, matches
+from llmcompress.passes.base import PASSES, BlockPass, ModelPass, Pass, matches
 from llmcompress.planning import Plan, fitted_to_model, storage_dtype_of
 from llmcompress.progress import Progress, Silent
 from llmcompress.recipe.model import Recipe
 
-_OF_EACH_KIND, _WITH_HEAD = (1,), (2, 4)
-"""How many blocks of each kind the runs have."""
+_OF_EACH_KIND, _WITH_FIXED, _WITH_HEAD = (1,), (1, 2), (2, 4)
+"""How many blocks of each kind the runs have: where all grows with the blocks; where passes on the whole model take a
+time of their own; where the head computes logits, which takes longer than a block."""
 
 
 @dataclass(frozen=True)
@@ -44,23 +46,28 @@ class Trial:
 
     seconds_per_operation: float
     seconds_per_head_operation: float
+    fixed_seconds: float
+    """Of passes on the whole model, whatever its depth."""
     blocks: tuple[int, ...]
     """Those of the largest run."""
     left_out: tuple[str, ...]
     """Passes that train the whole model."""
 
+    def seconds(self, taken: Cost) -> float:
+        """How long a recipe of that cost takes on this machine."""
+        head = self.seconds_per_head_operation * taken.head_operations
+        return self.seconds_per_operation * taken.operations + head + self.fixed_seconds
+
     def applied_to(self, plan: Plan, taken: Cost) -> Plan:
         """The plan with the seconds that the whole recipe is going to take."""
-        seconds = self.seconds_per_operation * taken.operations
-        seconds += self.seconds_per_head_operation * taken.head_operations
         note = f"{', '.join(self.left_out)}: not part of the trial, estimated from operations" if self.left_out else ""
         warnings = (*plan.warnings, note) if note else plan.warnings
-        found = {"estimated_seconds": seconds, "tried_blocks": self.blocks, "warnings": warnings}
+        found = {"estimated_seconds": self.seconds(taken), "probed_blocks": self.blocks, "warnings": warnings}
         return plan.model_copy(update=found)
 
 
 def with_trial(plan: Plan, recipe: Recipe, bench: Bench) -> Plan:
-    """The plan with the seconds that a trial foretells; as it was, with the reason, where few blocks do not do.
+    """The plan with the seconds that a trial estimates; as it was, with the reason, where few blocks do not do.
 
     Raises: CompressError as the calibration text does.
     """
@@ -71,7 +78,7 @@ def with_trial(plan: Plan, recipe: Recipe, bench: Bench) -> Plan:
         return plan.model_copy(
             update={"warnings": (*plan.warnings, f"time is estimated from operations: {problem.what}")}
         )
-    return trial.applied_to(plan, cost(recipe, bench.known.map, size_of(bench.known.checked)))
+    return trial.applied_to(plan, bench.cost(recipe))
 
 
 @dataclass(frozen=True)
@@ -91,14 +98,18 @@ class Bench:
     device: torch.device
     clock: Callable[[], float] = time.perf_counter
     """Of seconds: those of the wall, unless a program asks otherwise."""
-    progress: Progress = Silent()
+    progress: Progress = field(default_factory=Silent)
+
+    def cost(self, recipe: Recipe) -> Cost:
+        """Of the recipe on the whole model."""
+        return cost(recipe, self.known.map, size_of(self.known.checked))
 
     def trial(self, recipe: Recipe, data: CalibrationData | None) -> Trial:
         """Run the recipe's passes on a few blocks; the model's files stay as they are.
 
         Raises: CompressError where the passes cannot work on few blocks, and whatever `compress` would.
         """
-        recipe, model_map, size = fitted_to_model(recipe, self.known.map), self.known.map, size_of(self._checked)
+        recipe = fitted_to_model(recipe, self.known.map)
         left_out = tuple(PASSES.name_of(type(each)) for each in recipe.passes if _trains(each))
         tried = recipe.model_copy(update={"passes": tuple(each for each in recipe.passes if not _trains(each))})
         if not tried.passes:
@@ -108,10 +119,9 @@ class Bench:
                 where=", ".join(left_out),
                 fix="plan without --probe",
             )
-        with_head = cost(tried, model_map, size).head_operations > 0
-        chosen = [
-            blocks_of_each_kind(tried, model_map, count) for count in (_WITH_HEAD if with_head else _OF_EACH_KIND)
-        ]
+        counts = _WITH_FIXED if any(isinstance(each, ModelPass) for each in tried.passes) else _OF_EACH_KIND
+        counts = _WITH_HEAD if self.cost(tried).head_operations else counts
+        chosen = [blocks_of_each_kind(tried, self.known.map, count) for count in counts]
         runs = [self._measured(tried, blocks, data) for blocks in dict.fromkeys(chosen)]
         return Trial(*_speeds(runs), blocks=chosen[-1], left_out=left_out)
 
@@ -141,7 +151,7 @@ class Bench:
         with TemporaryDirectory() as scratch:
             model, weights = map_weights(
                 self.source.folder,
-                self._checked.config,
+                copy.deepcopy(self._checked.config),  # blocks are taken out of it too
                 Path(scratch),
                 dtype=self._checked.storage_dtype,
                 trust_remote_code=recipe.trust_remote_code,
@@ -156,7 +166,7 @@ class Bench:
                 held_out_NT=data.held_out_NT if data and recipe.guard.fall_back else None,
                 batch=recipe.calibration.batch,
                 device=self.device,
-                storage_dtype=storage_dtype_of(recipe, self._checked),
+                storage_dtype=storage_dtype_of(recipe.save, self._checked),
                 seed=recipe.seed,
                 experts=recipe.calibration.experts,
             )
@@ -188,7 +198,9 @@ def at_new_places(recipe: Recipe, model_map: ModelMap, few: ModelMap, blocks: Se
 
 
 def _renamed(passes: Sequence[Pass], old: Mapping[str, str]) -> Iterator[Pass]:
-    """`old`: new name of a site → its name in the whole model. Later stages keep their globs: factors have new names."""
+    """`old`: new name of a site → its name in the whole model. Where globs match none of these they stay as they are:
+    they name what an earlier pass makes.
+    """
     for each in passes:
         selected = tuple(new for new, name in old.items() if each.selects(name))
         if not isinstance(each, BlockPass) or not selected:
@@ -207,17 +219,16 @@ def _trains(each: Pass) -> bool:
     return bool(gradients and gradients.trained_on) or bool(each.teachers())
 
 
-def _speeds(runs: Sequence[_Measured]) -> tuple[float, float]:
-    """Seconds per operation of blocks, and of the head."""
+def _speeds(runs: Sequence[_Measured]) -> tuple[float, float, float]:
+    """Seconds per operation of blocks, seconds per operation of the head, seconds besides."""
     seconds = sum(run.seconds for run in runs)
-    everything = sum(run.taken.operations + run.taken.head_operations for run in runs)
-    together = seconds / max(everything, 1.0)
-    if len(runs) < 2:
-        return together, together
-    operations = torch.tensor([[run.taken.operations, run.taken.head_operations] for run in runs], dtype=torch.float64)
-    wanted = torch.tensor([run.seconds for run in runs], dtype=torch.float64)
-    try:
-        blocks, head = torch.linalg.solve(operations, wanted).tolist()
-    except RuntimeError:  # the runs were alike
-        return together, together
-    return (blocks, head) if blocks > 0 and head >= 0 else (together, together)
+    together = seconds / max(sum(run.taken.operations + run.taken.head_operations for run in runs), 1.0)
+    has_head = any(run.taken.head_operations for run in runs)
+    parts = [[run.taken.operations, run.taken.head_operations if has_head else 1.0] for run in runs]
+    alike = len(runs) < 2 or parts[0][0] == parts[1][0]
+    if not alike:
+        wanted = torch.tensor([run.seconds for run in runs], dtype=torch.float64)
+        of_blocks, besides = torch.linalg.solve(torch.tensor(parts, dtype=torch.float64), wanted).tolist()
+        if of_blocks > 0 and besides >= 0:
+            return (of_blocks, besides, 0.0) if has_head else (of_blocks, 0.0, besides)
+    return together, together, 0.0

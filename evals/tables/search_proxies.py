@@ -15,6 +15,13 @@ RECOVERY = {
     "supernet": "sub-network of a supernet",
 }
 
+WHERE = ["all over the space", "of one size"]
+KINDS = {
+    "shapes": "shapes, all weights trained",
+    "joint": "shapes and bits, norms and scales trained",
+    "one size": "the same, of one size",
+}
+
 
 def proxies(facts: Facts) -> str:
     """All that the file holds."""
@@ -40,34 +47,46 @@ def _stages(facts: Facts) -> str:
 
 
 def _predictors(facts: Facts) -> str:
-    """Estimates, and every predictor by what it starts from and how many plans it has seen."""
+    """Estimates alone, and every predictor by how many plans it has seen and what it starts from."""
     found: Mapping[str, Any] = facts.get("predictors", {})
-    pairs = dict.fromkeys(row.rsplit(", ", 1)[0] for row in found)
-    rows = []
-    for title in pairs:
-        cells = [found.get(f"{title}, {where}") for where in ("all over the space", "of one size")]
-        rows.append([title, *("–" if cell is None else _tau(cell) for cell in cells)])
-    header = ["predicted by", "held-out plans all over the space", "held-out plans of one size"]
-    return markdown(header, rows) if rows else ""
+    cells: dict[tuple[str, str], list[str]] = {}
+    for row, tau in found.items():
+        title, where = row.rsplit(", ", 1)
+        learner, _, start = title.partition(", from ")
+        key = (learner, start) if start else ("the estimate alone", learner)
+        cells.setdefault(key, ["–", "–"])[WHERE.index(where)] = f"{tau['tau']:.2f}"
+    if not cells:
+        return ""
+    starts = sorted({start for _, start in cells}, key=lambda start: (start != "nothing", start))
+    lines = sorted({learner for learner, _ in cells}, key=lambda learner: (learner[:3] == "the", _natural(learner)))
+    rows = [[line, *(" / ".join(cells.get((line, start), ["–"])) for start in starts)] for line in lines]
+    first = next(iter(found.values()))
+    about = (
+        f"Predictors on {first['count']} + {first['count']} held-out plans, τ with the loss that the judge finds, "
+        f"all over the space / of one size (standard errors are at most "
+        f"{max(each['error'] for each in found.values()):.2f}), by what they correct:"
+    )
+    return f"{about}\n\n{markdown(['learned from', *(f'from {start}' for start in starts)], rows)}"
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", text)]
 
 
 def _recovery(facts: Facts) -> str:
     found, seconds = facts.get("recovery", {}), facts.get("seconds_per_plan", {})
+    kinds = {kind: title for kind, title in KINDS.items() if any(row.startswith(f"{kind}: ") for row in found)}
     rows = []
     for name, title in RECOVERY.items():
-        if any(f"{kind}: {name}" in found for kind in ("shapes", "joint")):
-            cells = []
-            for kind in ("shapes", "joint"):
-                row = found.get(f"{kind}: {name}")
-                cells += ["–" if row is None else _tau(row), f"{seconds.get(f'{kind}: {name}', 0):.1f}" if row else "–"]
-            rows.append([title, *cells])
+        cells = [found.get(f"{kind}: {name}") for kind in kinds]
+        if any(cells):
+            cost = max(seconds.get(f"{kind}: {name}", 0.0) for kind in kinds)
+            rows.append([title, *("–" if cell is None else _tau(cell) for cell in cells), f"{cost:.1f}"])
     if not rows:
         return ""
-    header = ["judged", "τ, shapes", "CPU s per plan", "τ, shapes and bits", "CPU s per plan"]
-    whole = {kind: seconds[f"{kind}: distilled"] for kind in ("shapes", "joint") if f"{kind}: distilled" in seconds}
-    cost = ", ".join(f"{each:.0f} s for {kind}" for kind, each in whole.items())
-    count = next(iter(found.values()))["count"]
-    return f"With the whole distillation, on {count} plans ({cost} per plan):\n\n{markdown(header, rows)}"
+    count, most = next(iter(found.values()))["count"], max(seconds[f"{kind}: distilled"] for kind in kinds)
+    about = f"With the whole distillation, which takes {most:.0f} CPU seconds per plan, on {count} plans each:"
+    return f"{about}\n\n{markdown(['judged', *kinds.values(), 'CPU s per plan'], rows)}"
 
 
 def _scaling(facts: Facts) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -54,7 +55,17 @@ if TYPE_CHECKING:
     multiple=True,
     help="Export the result too, into DIR-TARGET (see `llmcompress targets`). Repeatable.",
 )
+@click.option(
+    "--publish",
+    "repositories",
+    metavar="USER/NAME",
+    multiple=True,
+    help="Push the result and its exports to this repository on the Hub, private where it is created. Repeatable.",
+)
 @click.option("--dry-run", is_flag=True, help="Only show the plan: sites, bytes, memory and time. Reads no weights.")
+@click.option(
+    "--probe", is_flag=True, help="With --dry-run: compress one block of each kind, unsaved, to estimate the time."
+)
 @overwrite_option
 @click.option("--fresh", is_flag=True, help="Start over instead of resuming an interrupted run.")
 @yes_option
@@ -70,7 +81,9 @@ def compress(
     output: Path | None,
     settings: tuple[str, ...],
     targets: tuple[str, ...],
+    repositories: tuple[str, ...],
     dry_run: bool,
+    probe: bool,
     overwrite: bool,
     fresh: bool,
     yes: bool,
@@ -88,6 +101,7 @@ def compress(
     Examples:
       llmcompress compress builtin:books-llama --preset tiny/gptq -o out
       llmcompress compress Qwen/Qwen3-0.6B --preset w4 -o Qwen3-0.6B-w4 --dry-run
+      llmcompress compress Qwen/Qwen3-0.6B --preset w4-heal --publish me/Qwen3-0.6B-w4 -o Qwen3-0.6B-w4
       llmcompress compress --recipe recipe.yaml -o out --set passes.gptq.scheme=int3_g64
       llmcompress compress --from study:17 -o out
     """
@@ -95,6 +109,8 @@ def compress(
         raise click.UsageError("Give one of --preset NAME, --recipe FILE and --from STUDY:TRIAL, e.g. --preset w4.")
     if output is None and not dry_run:
         raise click.UsageError("Name the output folder with -o DIR, or preview with --dry-run.")
+    if probe and not dry_run:
+        raise click.UsageError("--probe belongs to --dry-run: a run itself needs no estimate.")
     quiet_libraries()
     from llmcompress.cli.tables import plan_tables, report_tables
     from llmcompress.cli.terminal import TerminalProgress
@@ -102,6 +118,8 @@ def compress(
 
     if targets:
         settings = (*settings, f"export=[{', '.join(targets)}]")
+    if repositories:
+        settings = (*settings, f"publish={json.dumps({'hub': repositories})}")
     file = None if study is not None else recipe_file or preset_path(str(preset))
     if file is not None:
         # of several processes (torchrun) only the first may touch what lies at the output, and it is not known yet
@@ -127,8 +145,15 @@ def compress(
             from llmcompress.publishing.rights import check_all_rights
 
             check_all_rights(recipe.publish)
-            here = this_machine(usable_device(device))
-            foreseen = pipeline.plan(recipe.model, recipe, offload=offload, machine=here)
+            where = usable_device(device)
+            foreseen = pipeline.plan(
+                recipe.model,
+                recipe,
+                offload=offload,
+                machine=this_machine(where),
+                probe_on=where if probe else None,
+                progress=progress,
+            )
             plan = foreseen.model_dump(mode="json")
         else:
             assert output is not None

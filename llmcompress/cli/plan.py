@@ -9,7 +9,7 @@ import click
 
 from llmcompress.cli.compress import compress
 
-SHARED = ("model", "preset", "recipe_file", "settings", "targets", "offload", "device", "as_json")
+SHARED = ("model", "preset", "recipe_file", "settings", "targets", "offload", "probe", "device", "as_json")
 """Arguments and options of `compress` that a plan depends on."""
 
 
@@ -19,12 +19,15 @@ SHARED = ("model", "preset", "recipe_file", "settings", "targets", "offload", "d
 def plan(context: click.Context, /, output: Path | None, **options: Any) -> None:
     """Show what `llmcompress compress` would do with the same words; nothing is written and no weight is read.
 
-    Every linear with its passes and bits, bytes of the result, peak memory, and time on this machine. Whatever
-    `compress` would refuse is refused here; of a recipe that publishes, the login and its rights are checked.
+    Every linear with its passes and bits, bytes of the result, peak memory, time on this machine, risks, and what the
+    model's license says of publishing the result. Whatever `compress` would refuse is refused here; of a recipe that
+    publishes, the login and its rights are checked. With --probe one block of each kind is read and compressed for
+    real: the time is then no count of operations, but a measurement.
 
     \b
     Examples:
       llmcompress plan Qwen/Qwen3-0.6B --preset w4
+      llmcompress plan Qwen/Qwen3-0.6B --preset w4 --probe
       llmcompress plan --recipe recipe.yaml --json
     """
     context.invoke(compress, output=output, dry_run=True, **options)

@@ -84,9 +84,10 @@ def search(
     with TerminalProgress() as progress:
         with loading_libraries(progress):
             from llmcompress.search import searching
+            from llmcompress.search.joining import join as join_study
             from llmcompress.search.settings import read_search
         if join is not None:
-            done = searching.join(join, device=device, database=database, name=study, progress=progress)
+            done = join_study(join, device=device, database=database, name=study, progress=progress)
             click.echo(f"judged {done} plans", err=True)
             return
         assert space is not None and output is not None

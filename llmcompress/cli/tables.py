@@ -80,11 +80,19 @@ def plan_tables(plan: dict[str, Any]) -> list[RenderableType]:
             "time",
             f"about {duration(plan['estimated_seconds'])}" if plan["estimated_seconds"] is not None else "unknown",
         ),
+        ("the time is", _found_by(plan.get("probed_blocks"))),
         ("and to evaluate", f"about {duration(evaluating)}" if evaluating is not None else "unknown"),
     ]
     tables.append(plain_table(("", "#"), facts, title="estimate"))
+    tables.append(Text(f"license of the model: {plan['license']}"))
+    tables += [Text(f"publishes to {name}: this login may write there") for name in plan.get("publishes") or ()]
     tables += [Text(f"warning: {warning}", style="yellow") for warning in plan["warnings"]]
     return tables
+
+
+def _found_by(blocks: Sequence[int] | None) -> str:
+    """How the seconds of a plan were estimated."""
+    return f"measured on {len(blocks)} of its blocks" if blocks else "counted, within a factor of two (--probe: closer)"
 
 
 def footprint_tables(found: Sequence[Footprint], compared: dict[str, float] | None) -> list[RenderableType]:

@@ -97,9 +97,7 @@ def refuse_outside(folder: Path, files: dict[str, str]) -> None:
     Raises: CompressError naming every such entry.
     """
     real = folder.resolve()
-    inside = (
-        real.parents[1] if real.parent.name == "snapshots" and real.parents[1].name.startswith("models--") else real
-    )
+    inside = next((each.parent for each in real.parents if _is_cached_repository(each)), real)
     outside = [
         called
         for file, called in files.items()
@@ -112,6 +110,11 @@ def refuse_outside(folder: Path, files: dict[str, str]) -> None:
             where=shortened_list(outside),
             fix="do not use this model unless you trust it; copy the real files into the folder (no links, no paths)",
         )
+
+
+def _is_cached_repository(snapshots: Path) -> bool:
+    """Whether a folder holds the snapshots of a repository; the model is one of them, or a format below one."""
+    return snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
 
 
 def read_index(index: Path) -> dict[str, str]:

@@ -46,11 +46,15 @@ def base_model(report: Report | None, *, stated: str | None, api: HfApi) -> Base
     folder = from_home(report.model)
     if found is None:
         last = name.rstrip("/\\").replace("\\", "/").rpartition("/")[2].removeprefix("builtin:")
-        return BaseModel(last, inherited=_in_folder(folder))
-    return BaseModel(found, found, commit, _on_hub(api, found) or _in_folder(folder))
+        return BaseModel(last, inherited=card_in_folder(folder))
+    return BaseModel(found, found, commit, card_on_hub(api, found) or card_in_folder(folder))
 
 
-def _on_hub(api: HfApi, name: str) -> dict[str, Any]:
+def card_on_hub(api: HfApi, name: str) -> dict[str, Any]:
+    """What goes on of the model's card there; empty where there is none.
+
+    Raises: errors of huggingface_hub.
+    """
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
@@ -60,7 +64,7 @@ def _on_hub(api: HfApi, name: str) -> dict[str, Any]:
     return {} if card is None else _chosen(card.to_dict())  # type: ignore[no-untyped-call]
 
 
-def _in_folder(folder: Path) -> dict[str, Any]:
+def card_in_folder(folder: Path) -> dict[str, Any]:
     """The front matter of its README.md; a licence file without one is told of as such."""
     try:
         text = (folder / CARD).read_text(encoding="utf-8")

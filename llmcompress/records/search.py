@@ -91,11 +91,10 @@ class SearchReport(Record):
     importance: dict[str, float] = Field(default_factory=dict)
     """What was decided → the share of the loss's variance that it explains, over all trials on the first text."""
     hypervolume: tuple[tuple[int, float], ...] = ()
-    """After so many trials, how much of the plane of loss and first cost the front dominates, as a share."""
+    """After so many trials, the hypervolume of the front in loss and first cost, relative to the end."""
     made: tuple[MadeModel, ...] = ()
     settings: str
     """The search file, resolved."""
-    command: str | None = None
     versions: dict[str, str]
     machine: dict[str, str]
     notes: tuple[str, ...] = ()

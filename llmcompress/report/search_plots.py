@@ -71,12 +71,12 @@ def bars(found: Mapping[str, float], *, x: str, name: str) -> str:
 
 
 def growth(found: Sequence[tuple[int, float]], *, name: str) -> str:
-    """The share that the front dominates, after so many trials."""
+    """Hypervolume after so many trials, relative to the end."""
     figure, axes = new_figure(4.4, 2.2)
     axes.step(*zip(*found, strict=True), where="post", color=SERIES[0], linewidth=1.6)
     axes.set_ylim(0, 1)
     axes.set_xlabel("trials", color=MUTED, fontsize=9)
-    axes.set_ylabel("dominated share", color=MUTED, fontsize=9)
+    axes.set_ylabel("hypervolume", color=MUTED, fontsize=9)
     return as_svg(figure, name)
 
 

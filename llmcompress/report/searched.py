@@ -66,10 +66,10 @@ def said(found: SearchReport, trial: SearchTrial) -> str:
     """A plan in a line: how often each option was chosen."""
     if trial.uniform is not None:
         return f"{trial.uniform} everywhere"
-    first = {options[0] for options in found.units.values()}
-    counts = Counter(trial.chosen.values())
-    named = [f"{count}× {option}" for option, count in sorted(counts.items(), key=lambda each: -each[1])]
-    return ", ".join(named) if named else ", ".join(sorted(first))
+    chosen = trial.chosen.items()
+    whole = {unit for unit, option in chosen if unit.endswith("(body)") and option == found.units[unit][0]}
+    counts = Counter(option for unit, option in chosen if unit not in whole)
+    return ", ".join(f"{count}× {option}" for option, count in counts.most_common())
 
 
 def front_table(found: SearchReport) -> Table:
@@ -182,7 +182,7 @@ def _history(found: SearchReport) -> list[Block]:
     blocks: list[Block] = []
     if found.hypervolume:
         svg = search_plots.growth(found.hypervolume, name="search-growth")
-        caption = "Share of the rectangle of the largest loss and cost that the front dominates (hypervolume)."
+        caption = "Hypervolume of the front in the plane of loss and first cost, as a share of what it is at the end."
         blocks.append(Plot("How the front grew", svg, caption))
     if found.importance:
         shown = dict(list(found.importance.items())[:MOST_BARS])
@@ -205,7 +205,7 @@ def _history(found: SearchReport) -> list[Block]:
 
 
 def _again(found: SearchReport) -> list[Block]:
-    blocks: list[Block] = [Code(found.command, "Command")] if found.command else []
+    blocks: list[Block] = []
     if found.selected is not None:
         blocks.append(Code(f"llmcompress compress --from {found.folder}:{found.selected} -o out", "The selected plan"))
     blocks.append(Code(found.settings, "Search file", "yaml"))

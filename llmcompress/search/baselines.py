@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from llmcompress.search.plan_space import Plan, PlanSpace
 from llmcompress.search.space import DROPPED
 
@@ -19,7 +21,7 @@ def uniform_plans(space: PlanSpace) -> dict[str, Plan]:
 
 def changes_something(space: PlanSpace, plan: Plan) -> bool:
     """Whether it is not the dense model."""
-    choices = {
+    choices: dict[str, Mapping[str, Sequence[object]]] = {
         "sites": space.space.sites,
         "body": {**space.space.bodies, DROPPED: ("depth",)},
         "before": space.space.before,

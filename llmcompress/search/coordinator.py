@@ -18,7 +18,7 @@ from llmcompress.search.trials import Trials
 from llmcompress.search.worker import OVER, POLL_SECONDS, Desk
 
 
-def nobody() -> Sequence[str]:
+def no_worker() -> Sequence[str]:
     """No worker has died."""
     return ()
 
@@ -32,7 +32,7 @@ class Coordinator:
     judge_fingerprint: str
     desk: Desk | None
     """Where this process judges plans itself; None: workers do."""
-    dead_workers: Callable[[], Sequence[str]] = nobody
+    dead_workers: Callable[[], Sequence[str]] = no_worker
     """Names of workers whose processes ended; asked whenever there is nothing to do. Others may join or be started."""
     progress: Progress = field(default_factory=Silent)
     sleep: Callable[[float], None] = time.sleep
@@ -56,7 +56,7 @@ class Coordinator:
         self.trials.remember(OVER, True)
 
     def answers(self, asked: Sequence[Proposal]) -> list[Outcome]:
-        """The outcomes of these proposals, in their order, from what is known or as soon as somebody judged them."""
+        """The outcomes of these proposals, in their order, from what is known or as soon as they were judged."""
         keys = [key_of(self.judge_fingerprint, each) for each in asked]
         wanted = dict(zip(keys, asked, strict=True))
         told: set[str] = set()

@@ -11,8 +11,8 @@ from llmcompress.evaluation.environment import machine, versions
 from llmcompress.records.search import Difference, SearchReport, SearchTrial
 from llmcompress.search.bench_judge import BenchJudge
 from llmcompress.search.plan_space import Plan, PlanSpace
-from llmcompress.search.problem import Outcome, Problem, Proposal
-from llmcompress.search.selection import LOSS, better_uniform, comparable, exceeded, front, hypervolume
+from llmcompress.search.problem import Outcome, Problem, Proposal, exceeded
+from llmcompress.search.selection import LOSS, better_uniform, comparable, front, hypervolume
 from llmcompress.search.settings import SearchSettings
 from llmcompress.search.trials import Finished
 
@@ -56,8 +56,8 @@ def promoted(
     few = [each for each in kept if each.tokens == first]
     by_loss = sorted(few, key=lambda each: each.loss)
     spread = front(few, [LOSS, *problem.costs])
-    places = np.linspace(0, len(spread) - 1, min(len(spread), count)).round().astype(int) if spread else []
-    wanted = [*by_loss[: -(-count // 2)], *(spread[place] for place in places)]
+    places = np.linspace(0, max(len(spread) - 1, 0), min(len(spread), count)).round().astype(int)
+    wanted = [*by_loss[: -(-count // 2)], *(spread[place] for place in places.tolist())]
     plans = dict.fromkeys(each.plan for each in wanted)
     most = [each.plan for each in kept if each.tokens == last]
     return [Proposal(plan, last) for plan in dict.fromkeys([*list(plans)[:count], *most, *uniform.values()])]
@@ -164,14 +164,14 @@ def importance(space: PlanSpace, outcomes: Sequence[Outcome]) -> dict[str, float
 
 
 def growth(problem: Problem, trials: Sequence[Finished]) -> tuple[tuple[int, float], ...]:
-    """How the front grew, in the plane of loss and first cost, as a share of the largest rectangle that was seen."""
+    """How the front grew: its hypervolume in the plane of loss and first cost, as a share of what it is at the end."""
     axis = next(iter(problem.costs), None)
     valid = [each.outcome for each in trials if each.outcome.is_valid]
     few = [each for each in valid if each.tokens == min(one.tokens for one in valid)]
     if axis is None or len(few) < 2:
         return ()
     reference = {LOSS: max(each.loss for each in few), axis: max(each.costs[axis] for each in few)}
-    whole = reference[LOSS] * reference[axis]
+    whole = hypervolume(few, reference)
     step = max(1, len(few) // 100)
     counts = [*range(1, len(few), step), len(few)]
     return tuple((count, hypervolume(few[:count], reference) / whole if whole else 0.0) for count in counts)

@@ -79,7 +79,7 @@ def make_models(
 def kept_bytes(space: PlanSpace, plan: Plan, sizes: Additive, bits_of_dense: float) -> dict[str, float]:
     """Site → bytes ÷ bytes of the dense linear; linears that are decided together have equal shares."""
     names = [info.name for info in space.model_map.blocks]
-    found = {}
+    found: dict[str, float] = {}
     for index, unit in enumerate(space.units):
         if unit.body is None:
             continue

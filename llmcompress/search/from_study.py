@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from llmcompress.errors import CompressError, ExitCode
+from llmcompress.known_model import known_model
 from llmcompress.loading.source import find_source
-from llmcompress.planning import known_model
 from llmcompress.recipe import Recipe, read_recipe
 from llmcompress.records.search import SearchReport
 from llmcompress.search.costs.file_bytes import with_settled_format

@@ -16,20 +16,24 @@ from llmcompress.calibration.devices import usable_device
 from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
+from llmcompress.known_model import KnownModel, known_model
 from llmcompress.loading.identity import identity_of_folder
 from llmcompress.loading.load import Loaded, load_for_compression
 from llmcompress.loading.source import find_source
+from llmcompress.loading.teachers import TeacherFiles
 from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.probe import map_model
-from llmcompress.planning import KnownModel, check_recipe, known_model, storage_dtype_of
+from llmcompress.planning import check_recipe, storage_dtype_of
 from llmcompress.progress import Progress
-from llmcompress.recipe import Recipe
 from llmcompress.search.additive import Additive
 from llmcompress.search.costs.file_bytes import bytes_of, with_settled_format
 from llmcompress.search.costs.forms import Forms
 from llmcompress.search.costs.latency_table import LatencyTable
-from llmcompress.search.costs.measuring import LatencySettings, measure_latency
+from llmcompress.search.costs.measuring import measure_latency
+from llmcompress.search.costs.resources import energy_of, memory_of
 from llmcompress.search.costs.seconds import seconds_of
+from llmcompress.search.costs.small_runs import LatencySettings
+from llmcompress.search.costs.trying import forms_of
 from llmcompress.search.plan_recipe import recipe_of
 from llmcompress.search.plan_space import PlanSpace
 from llmcompress.search.settings import SearchSettings
@@ -77,7 +81,7 @@ def open_subject(settings: SearchSettings, *, device: str, progress: Progress) -
     unfuse_experts(loaded.model, loaded.weights)
     known = known_model(source, trust_remote_code=settings.trust_remote_code)
     space = PlanSpace(settings.space, map_model(loaded.model))
-    recipe = check_options(space, known, settings)
+    check_options(space, known, settings)
     where = usable_device(device)
     torch.manual_seed(settings.seed)
     windows_NT, judged_NT = _texts(settings, loaded, progress)
@@ -85,10 +89,11 @@ def open_subject(settings: SearchSettings, *, device: str, progress: Progress) -
         windows_NT,
         batch=settings.calibration.batch,
         device=where,
-        storage_dtype=storage_dtype_of(recipe, loaded.preflight),
+        storage_dtype=storage_dtype_of(settings.save, loaded.preflight),
         seed=settings.seed,
         experts=settings.calibration.experts,
         progress=progress,
+        teachers=TeacherFiles(settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code),
     )
     return Subject(
         settings=settings,
@@ -101,8 +106,8 @@ def open_subject(settings: SearchSettings, *, device: str, progress: Progress) -
     )
 
 
-def check_options(space: PlanSpace, known: KnownModel, settings: SearchSettings) -> Recipe:
-    """Every option by itself makes a recipe that fits the model; any of these recipes.
+def check_options(space: PlanSpace, known: KnownModel, settings: SearchSettings) -> None:
+    """Every option by itself makes a recipe that fits the model.
 
     Raises: CompressError naming the option that does not.
     """
@@ -122,42 +127,43 @@ def check_options(space: PlanSpace, known: KnownModel, settings: SearchSettings)
         except CompressError as refused:
             refused.where = f"space ({name}), {refused.where}".rstrip(", ")
             raise
-    return recipe
 
 
 def costs_of(subject: Subject, folder: Path, *, progress: Progress) -> tuple[dict[str, Additive], dict[str, float]]:
     """What each choice adds on every axis of the search, and what the dense model costs.
 
-    Seconds come from the table that the settings name, or from one measured now and kept in the folder.
+    All but bytes come from the table that the settings name, or from one measured now and kept in the folder.
 
-    Raises: CompressError for an axis that cannot be known here.
+    Raises: CompressError for an axis that the table does not have.
     """
-    settings, space = subject.settings, subject.space
-    forms = Forms(space)
+    settings, space, config = subject.settings, subject.space, subject.loaded.model.config
+    forms = forms_of(space, config, storage_dtype=subject.whole.context.storage_dtype)
     found: dict[str, Additive] = {}
     dense: dict[str, float] = {}
     if "bytes" in settings.axes:
         found["bytes"] = bytes_of(space, subject.known, subject.recipe_settings, forms=forms)
         dense["bytes"] = float(subject.known.checked.bytes_weights)
-    if {"prefill", "decode"} & set(settings.axes):
+    if set(settings.axes) - {"bytes"}:
         table = latency_table(subject, folder, forms, progress=progress)
-        seconds = seconds_of(space, table, forms=forms)
         untouched = PlanSpace(Space(sites={"dense": ()}), space.model_map)
-        of_dense = seconds_of(untouched, table)
-        for axis in ("prefill", "decode"):
-            if axis in settings.axes:
-                found[axis] = seconds[axis]
-                dense[axis] = of_dense[axis].total(untouched, untouched.uniform("dense"))
-    for axis in settings.axes:
-        if axis not in found:
-            raise CompressError(
-                "search.axis",
-                f"{axis} of a plan cannot be known before it is made on this device",
-                where="costs.axes, limits",
-                fix="use bytes, prefill or decode",
-                exit_code=ExitCode.USAGE,
-            )
+        of_all, of_dense = _measured(space, table, forms), _measured(untouched, table, Forms(untouched))
+        for axis in settings.axes[settings.axes[0] == "bytes" :]:
+            ours, whole = of_all[axis], of_dense[axis]
+            if ours is None or whole is None:
+                raise CompressError(
+                    "search.axis",
+                    f"the latency table of {table.runtime} on {table.device} has no {axis}: it could not be measured",
+                    where="costs.axes, limits",
+                    fix="measure a table where it can be, or leave that axis out",
+                    exit_code=ExitCode.USAGE,
+                )
+            found[axis], dense[axis] = ours, whole.total(untouched, untouched.uniform("dense"))
     return found, dense
+
+
+def _measured(space: PlanSpace, table: LatencyTable, forms: Forms) -> dict[str, Additive | None]:
+    memory, energy = memory_of(space, table, forms=forms), energy_of(space, table, forms=forms)
+    return {**seconds_of(space, table, forms=forms), "memory": memory, "energy": energy}
 
 
 def latency_table(subject: Subject, folder: Path, forms: Forms, *, progress: Progress) -> LatencyTable:
@@ -168,13 +174,14 @@ def latency_table(subject: Subject, folder: Path, forms: Forms, *, progress: Pro
     costs = subject.settings.costs
     file = folder / TABLE if costs.table is None else Path(costs.table)
     if costs.table is not None or file.is_file():
-        return LatencyTable.read(file)
+        return LatencyTable.read(file, runtime=costs.runtime)
     progress.stage("measure latency", 0)
     settings = LatencySettings(
         batch=costs.batch,
         context=costs.context,
         turns=costs.turns,
         threads=costs.threads,
+        memory="memory" in subject.settings.axes,
         device=subject.whole.context.device.type,
     )
     config = subject.loaded.model.config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,7 +25,6 @@ from llmcompress.search.ending import Found, beside_uniform, found_of, promoted,
 from llmcompress.search.finishing import kept_bytes, make_models, recipes_of, to_make, write_recipes
 from llmcompress.search.levels.bench import Bench
 from llmcompress.search.levels.build import build_levels
-from llmcompress.search.levels.losses import additive_losses
 from llmcompress.search.levels.store import LevelStore
 from llmcompress.search.library import optuna_library
 from llmcompress.search.opening import Subject, costs_of, open_subject
@@ -37,9 +35,9 @@ from llmcompress.search.plan_recipe import recipe_of
 from llmcompress.search.problem import Problem
 from llmcompress.search.processes import WorkerProcesses
 from llmcompress.search.settings import Limits, SearchSettings, parse_search, read_search, search_from
-from llmcompress.search.study_folder import FRONT, NAME, StudyFolder, new_worker_name
+from llmcompress.search.study_folder import FRONT, NAME, StudyFolder, new_worker_name, other_study
 from llmcompress.search.trials import Trials
-from llmcompress.search.worker import Desk, work
+from llmcompress.search.worker import Desk
 from llmcompress.storage.atomic import replacing
 from llmcompress.storage.paths import from_home
 
@@ -148,7 +146,12 @@ class _Search:
             found = self._searched(coordinator, problem)
             differences = beside_uniform(found, judge)
         report = report_of(
-            found, self.subject.settings, folder=str(self.folder.path), dense=dense, differences=differences
+            found,
+            self.subject.settings,
+            folder=str(self.folder.path),
+            dense=dense,
+            differences=differences,
+            notes=self._notes(problem),
         )
         return self._finished(found, report)
 
@@ -162,17 +165,24 @@ class _Search:
     ) -> Problem:
         subject = self.subject
         stages = whole_windows(subject.settings.judge.stages, subject.judged_NT)
-        if stages[-1] < max(subject.settings.judge.stages):
-            self.progress.note(f"there is text for {stages[-1]} tokens to judge plans on, fewer than asked for")
         return Problem(
             space=subject.space,
             costs=costs,
             limits=limits,
             stages=stages,
-            losses=additive_losses(subject.space, store),
+            losses=store.losses(subject.space),
             relaxation=bench.relaxation(judge.text(stages[0])),
             starts=tuple(uniform_plans(subject.space).values()),
         )
+
+    def _notes(self, problem: Problem) -> list[str]:
+        """What differs from what was asked for; told too."""
+        asked, most = max(self.subject.settings.judge.stages), problem.stages[-1]
+        is_short = most + self.subject.judged_NT.shape[1] <= asked
+        notes = [f"there is text for {most} tokens to judge plans on, {asked} were asked for"] if is_short else []
+        for note in notes:
+            self.progress.note(note)
+        return notes
 
     def _searched(self, coordinator: Coordinator, problem: Problem) -> Found:
         settings, uniform = self.subject.settings, uniform_plans(self.subject.space)
@@ -197,7 +207,7 @@ class _Search:
     def _claim_study(self, trials: Trials, judge: BenchJudge) -> None:
         known = trials.about("judge")
         if known not in (None, judge.fingerprint):
-            raise _other_study(self.folder)
+            raise other_study(self.folder)
         trials.remember("judge", judge.fingerprint)
         trials.remember("settings", self.subject.settings.to_yaml())
         trials.remember("over", None)
@@ -231,6 +241,8 @@ class _Search:
         kept = {found.number(each): kept_bytes(subject.space, each.plan, sizes, bits) for each in found.front}
         report = report.model_copy(update={"kept": kept})
         write_front(report, path)
+        if found.selected is None and found.nearest is None:
+            raise nothing_judged(next((each.outcome.problem for each in found.trials), None), path)
         if found.selected is None and found.nearest is not None:
             write_recipes({0: recipe_of(subject.space, found.nearest.plan, subject.recipe_settings)}, path / "nearest")
             raise no_plan(found.nearest.costs, found.problem.limits, str(path / "nearest" / "0.yaml"))
@@ -240,57 +252,6 @@ class _Search:
         write_front(report, path)
         write_report(report, path / "report")
         return report
-
-
-def join(
-    folder: str | Path,
-    *,
-    device: str = "auto",
-    database: str | None = None,
-    name: str = NAME,
-    progress: ProgressLike = None,
-) -> int:
-    """Judge plans of a search that runs elsewhere, until it is over; how many were judged.
-
-    `folder`: that of the study, or with `database` a folder of this host, where levels are made once more.
-
-    Raises: CompressError when there is no such study, or the levels here are not those of the study.
-    """
-    told, place = as_progress(progress), StudyFolder(from_home(str(folder)))
-    optuna_library()
-    patience = Patience(progress=told)
-    if database is not None and not place.exists:
-        trials = Trials.open(database, name, axes=None, patience=patience)
-        settings = parse_search(str(trials.about("settings")))
-    else:
-        settings = place.settings()
-    subject = open_subject(settings, device=device, progress=told)
-    if not place.exists:
-        place.begin(settings, subject.identity, url=database, name=name)
-    url, name = place.database()
-    trials = Trials.open(url, name, axes=None, patience=patience)
-    worker, parent = place.worker(new_worker_name()), os.getppid()
-    worker.begin()
-    try:
-        store = _levels(subject, place, told)
-        supernet = supernet_of(subject)
-        with Bench(subject.whole, subject.judged_space, store) as bench:
-            judge = bench_judge(bench, subject, store.fingerprint, supernet)
-            if trials.about("judge") != judge.fingerprint:
-                raise _other_study(place)
-            desk = Desk(trials=trials, judge=judge, worker=worker, known=place.outcomes(told), progress=told)
-            told.stage("search", 0)
-            return work(desk, is_wanted=lambda: os.getppid() == parent)
-    finally:
-        worker.end()
-
-
-def _levels(subject: Subject, folder: StudyFolder, progress: Progress) -> LevelStore:
-    """Those of the folder, which are complete where a coordinator works in it; made here where it does not."""
-    store = LevelStore(folder.levels)
-    if folder.worker("coordinator").is_alive:
-        return store
-    return build_levels(subject.whole, subject.space, store, progress=progress)
 
 
 def write_front(report: SearchReport, folder: Path) -> None:
@@ -316,12 +277,12 @@ def no_plan(costs: Mapping[str, float], limits: Mapping[str, float], recipe: str
     )
 
 
-def _other_study(folder: StudyFolder) -> CompressError:
+def nothing_judged(problem: str | None, folder: Path) -> CompressError:
+    """No trial has an outcome."""
     return CompressError(
-        "search.other-study",
-        "the study in this database was made with another model, space, text or version",
-        where=str(folder.path),
-        fix="use the same settings and versions, or another study",
-        saved="everything; nothing was changed",
-        exit_code=ExitCode.USAGE,
+        "search.no-outcome",
+        f"no plan could be judged: {problem or 'the optimizer proposed none'}",
+        where=str(folder),
+        fix="correct what the message says, and search into another folder",
+        saved="all trials",
     )

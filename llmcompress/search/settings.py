@@ -171,12 +171,6 @@ class SearchSettings(_Settings):
         return write_yaml(self.model_dump(mode="json"))
 
     @property
-    def of_levels(self) -> dict[str, Any]:
-        """What decides the levels: of searches that agree in it and in the model, each can use those of the other."""
-        names = {"space", "calibration", "seed", "save", "revision"}
-        return self.model_dump(mode="json", include=names)
-
-    @property
     def of_trials(self) -> dict[str, Any]:
         """What decides which plans are tried and what is found of them."""
         return self.model_dump(mode="json", exclude={"select", "finish", "evaluate", "guard"})

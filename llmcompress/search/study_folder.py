@@ -21,7 +21,7 @@ from typing import Any
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.progress import Progress
 from llmcompress.search.problem import Outcome
-from llmcompress.search.settings import SearchSettings, hashed, read_search
+from llmcompress.search.settings import SearchSettings, read_search
 from llmcompress.storage.atomic import replacing
 from llmcompress.storage.disk import disk_errors
 from llmcompress.storage.json_file import read_json
@@ -208,6 +208,13 @@ def new_worker_name() -> str:
     return uuid.uuid4().hex[:12]
 
 
-def fingerprint_of_levels(settings: SearchSettings, identity: Mapping[str, str]) -> str:
-    """Of what decides the levels."""
-    return hashed([settings.of_levels, dict(identity)])
+def other_study(folder: StudyFolder) -> CompressError:
+    """What a database holds was found with other levels or another text."""
+    return CompressError(
+        "search.other-study",
+        "the study in this database was made with another model, space, text or version",
+        where=str(folder.path),
+        fix="use the same settings and versions, or another study",
+        saved="everything; nothing was changed",
+        exit_code=ExitCode.USAGE,
+    )

@@ -11,28 +11,28 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
+from llmcompress.search.database import (
+    GRACE_SECONDS,
+    HEARTBEAT_SECONDS,
+    RETRIES,
+    no_study,
+    one_at_a_time,
+    refuse_password,
+    storage_at,
+)
 from llmcompress.search.library import optuna_library
 from llmcompress.search.patience import Patience, is_down
 from llmcompress.search.plan_space import Plan, PlanSpace
 from llmcompress.search.problem import Outcome, Problem, Proposal
 
 if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
     from optuna.study import Study
     from optuna.trial import FrozenTrial
-
-RETRIES = 1
-"""So often a trial is tried again after its worker died."""
-
-HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60
-"""A worker tells so often that it lives; a trial whose worker did not for so long is tried again."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,20 @@ class Trials:
         `url`: of SQLite or PostgreSQL, or `grpc://HOST:PORT` of a proxy that `optuna.storages.run_grpc_proxy_server`
         runs.
 
-        Raises: CompressError when the database cannot be reached for too long, or optuna is missing.
+        Raises: CompressError when the database cannot be reached for too long, there is no such study, the URL has a
+        password, or optuna is missing.
         """
+        refuse_password(url)
         optuna = optuna_library()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # heartbeats are marked as experimental
-            storage = patience(lambda: _storage(url))
+            storage = patience(lambda: storage_at(url))
             sampler = optuna.samplers.RandomSampler(seed=0)
             if axes is None:
-                study = patience(lambda: optuna.load_study(study_name=name, storage=storage, sampler=sampler))
+                try:
+                    study = patience(lambda: optuna.load_study(study_name=name, storage=storage, sampler=sampler))
+                except KeyError:
+                    raise no_study(url, name) from None
             else:
                 directions = ["minimize"] * (1 + len(axes))
                 study = patience(
@@ -93,7 +98,7 @@ class Trials:
                     )
                 )
                 patience(lambda: study.set_metric_names(["loss", *axes]))
-        return cls(study, patience, _one_at_a_time(url))
+        return cls(study, patience, one_at_a_time(url))
 
     def about(self, key: str) -> Any:
         """What the study remembers under that key; None: nothing."""
@@ -184,8 +189,8 @@ class Trials:
         try:
             for name, value in {"costs": dict(outcome.costs), "problem": outcome.problem}.items():
                 self._storage.set_trial_user_attr(claimed.id, name, value)
-            for name, value in constraints.items():
-                self._storage.set_trial_system_attr(claimed.id, f"constraints:{name}", value)
+            for name, excess in constraints.items():
+                self._storage.set_trial_system_attr(claimed.id, f"constraints:{name}", excess)
             state = optuna_library().trial.TrialState.COMPLETE
             with self._changing:
                 self._storage.set_trial_state_values(claimed.id, state=state, values=values)
@@ -267,29 +272,6 @@ class Trials:
             ]
 
         return self._patience(read)
-
-
-def _storage(url: str) -> BaseStorage:
-    optuna = optuna_library()
-    if url.startswith("grpc://"):
-        host, _, port = url.removeprefix("grpc://").partition(":")
-        proxy: BaseStorage = optuna.storages.GrpcStorageProxy(host=host, port=int(port or 13000))
-        return proxy
-    waiting = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-    storage: BaseStorage = optuna.storages.RDBStorage(
-        url,
-        engine_kwargs=waiting,
-        heartbeat_interval=HEARTBEAT_SECONDS,
-        grace_period=GRACE_SECONDS,
-        heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
-    )
-    return storage
-
-
-def _one_at_a_time(url: str) -> AbstractContextManager[object]:
-    """Held while the state of a trial changes. SQLite reads it and then writes, so that two could claim one trial."""
-    path = url.removeprefix("sqlite:///")
-    return FileLock(f"{path}.lock") if url.startswith("sqlite:///") else nullcontext()
 
 
 def _proposal(trial: FrozenTrial) -> Proposal:

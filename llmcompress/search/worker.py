@@ -48,7 +48,7 @@ class Desk:
 
 
 def work(desk: Desk, *, is_wanted: Callable[[], bool], sleep: Callable[[float], None] = time.sleep) -> int:
-    """Work until the search is over or nobody wants it any more; how many trials it finished."""
+    """Work until the search is over, or as long as it is wanted; how many trials it finished."""
     done = 0
     while is_wanted():
         if desk.work_once() is not None:

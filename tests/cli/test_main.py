@@ -73,6 +73,8 @@ PLAN = {
     "output_bytes": 1_500_000,
     "peak_memory_bytes": 90_000_000,
     "estimated_seconds": 75.0,
+    "license": "mit: the result may be published, with the model's notice",
+    "publishes": ["me/small"],
     "warnings": ["few samples"],
 }  # fmt: skip
 
@@ -98,8 +100,8 @@ class FakePipeline(types.ModuleType):
         progress.step("block 1/2")
         return types.SimpleNamespace(report=report(), published=())
 
-    def plan(self, model, recipe, *, offload, machine):
-        self._called(model, recipe)
+    def plan(self, model, recipe, *, offload, machine, probe_on, progress):
+        self._called(model, recipe, probed=probe_on is not None)
         return types.SimpleNamespace(model_dump=lambda mode: PLAN)
 
     def evaluations(self, model, tasks, *, baseline, runner, device, progress):
@@ -171,7 +173,8 @@ else:
 
 def test_no_module_has_the_name_of_a_public_function():
     modules = {path.stem for path in (ROOT / "llmcompress").iterdir()}
-    assert not modules & set(llmcompress.__all__), "importing that module would replace the function"
+    found = modules & set(llmcompress.__all__)
+    assert found == {"search"}, "importing a module replaces the function; that package can be called"
 
 
 def test_python_dash_m_shows_the_version_of_the_project():
@@ -190,8 +193,8 @@ def test_python_dash_m_shows_the_version_of_the_project():
         (["compres", "m"], "did you mean `compress`?"),
         (["recipes", "sho"], "No such command 'sho'"),
         (["compress", "m", "--presett", "w4"], "--preset"),
-        (["compress", "m", "-o", "out"], "--preset NAME or --recipe FILE"),
-        (["compress", "m", "-o", "out", "--preset", "w4", "--recipe", "r.yaml"], "--preset NAME or --recipe FILE"),
+        (["compress", "m", "-o", "out"], "--preset NAME, --recipe FILE"),
+        (["compress", "m", "-o", "out", "--preset", "w4", "--recipe", "r.yaml"], "--preset NAME, --recipe FILE"),
         (["compress", "m", "--preset", "w4"], "-o DIR"),
         (["evaluate", "m", "--window", "1"], "--window"),
         ([], "Usage: llmcompress"),
@@ -256,7 +259,15 @@ def test_dry_run_shows_the_plan_and_compresses_nothing(run, pipeline):
     assert re.search(r"model\.layers\.\*\.mlp\.up_proj +awq, gptq +int4_g32 +2 +4\.50 +2\.0 kB", out)
     assert re.search(r"model\.layers\.\*\.mlp\.gate +awq, gptq +dense", out)
     assert "4.9 MB → 1.5 MB" in out and "90.0 MB" in out and "1:15" in out and "few samples" in out
+    assert "mit: the result may be published" in out and "publishes to me/small" in out
     assert json.loads(run("compress", "m", "--preset", "tiny/rtn", "--dry-run", "--json")[1]) == PLAN
+
+
+def test_a_plan_probes_where_it_is_asked_to_and_a_run_never_does(run, pipeline):
+    assert run("plan", "m", "--preset", "tiny/rtn", "--probe")[0] == 0
+    assert pipeline.calls[-1][1] == {"probed": True}
+    code, _, err = run("compress", "m", "--preset", "tiny/rtn", "-o", "out", "--probe")
+    assert code == 2 and "--dry-run" in err
 
 
 def test_a_recipe_file_is_read_and_its_mistakes_are_told_with_the_line(run, pipeline, tmp_path):

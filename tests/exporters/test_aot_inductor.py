@@ -23,6 +23,7 @@ from llmcompress.numerics.grid import round_to_codes
 from llmcompress.numerics.ranges import fit
 from llmcompress.runners.base import RUNNERS
 from llmcompress.runners.torch_runner import TorchRunner
+from llmcompress.verification.verifying import verified
 from tests.exporters.gguf_models import tiny, tiny_quantized, tokenizer
 
 CPU = torch.device("cpu")
@@ -50,6 +51,7 @@ def compiled(tmp_path_factory):
 def test_logits_and_greedy_tokens_are_pytorchs_and_every_tensor_is_read_back(compiled) -> None:
     model, folder, report = compiled
     assert not report.differing and report.runtime is not None
+    assert not verified(folder, name="out").failed
     coded = sum(row.values for row in report.read_back if row.codes_differing == 0)
     assert coded == sum(site.outputs * site.inputs for site in contents_in(model, torch.bfloat16).sites)
     with RUNNERS["aot_inductor"].open(str(folder), device=CPU, dtype=torch.float32) as runner:

@@ -23,6 +23,7 @@ from llmcompress.numerics.grid import round_to_codes
 from llmcompress.numerics.ranges import fit
 from llmcompress.runners.base import RUNNERS
 from llmcompress.runners.torch_runner import TorchRunner
+from llmcompress.verification.verifying import verified
 from tests.exporters.gguf_models import MODELS, tiny, tokenizer
 from tests.exporters.quantized import quantize
 
@@ -110,6 +111,7 @@ def test_an_exported_folder_loads_in_optimum_and_says_how_it_was_proven(tmp_path
     ]
     assert not made.differing and made.runtime is not None
     assert made.runtime.greedy_same == made.runtime.greedy_tokens and made.runtime.largest_logit_difference < 1e-4
+    assert not verified(tmp_path / "out", name="out").failed
     assert "ORTModelForCausalLM" in (tmp_path / "out" / "README.md").read_text()
     loaded = ORTModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():

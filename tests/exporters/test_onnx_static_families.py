@@ -12,6 +12,7 @@ from llmcompress import export
 from llmcompress.exporters.onnx_file import FILE
 from llmcompress.runners.base import RUNNERS
 from llmcompress.runners.torch_runner import TorchRunner
+from llmcompress.verification.verifying import verified
 from tests.exporters.gguf_models import MODELS, tiny_quantized, tokenizer
 from tests.exporters.test_onnx import with_coded_table
 from tests.exporters.test_onnx_families import in_process  # noqa: F401  (a fixture)
@@ -30,6 +31,7 @@ def test_no_size_is_free_and_logits_are_pytorchs(in_process, monkeypatch, tmp_pa
         options = {"onnx_static_int8": {"sequence": TOKENS}}
         report = export(model, "onnx_static_int8", folder, tokenizer=tokenizer(), options=options)["onnx_static_int8"]
         assert not report.differing and report.runtime is not None
+        assert not verified(folder, name="out").failed
         onnx.checker.check_model(str(folder / FILE), full_check=True)
         found = onnx.shape_inference.infer_shapes(onnx.load(str(folder / FILE)), data_prop=True)
         assert {each.domain for each in found.opset_import} == {""}

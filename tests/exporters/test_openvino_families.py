@@ -23,6 +23,7 @@ from llmcompress.model.rotation import untie
 from llmcompress.modules.low_rank import LowRankLinear
 from llmcompress.runners.openvino import EXACT, OpenVinoRunner
 from llmcompress.runners.torch_runner import TorchRunner
+from llmcompress.verification.verifying import verified
 from tests.exporters.gguf_models import MODELS, tiny, tokenizer
 from tests.exporters.quantized import quantize
 from tests.families import tiny_model
@@ -96,6 +97,7 @@ def test_an_exported_folder_opens_in_optimum_and_in_openvino_genai(tmp_path: Pat
     report = export(model, "openvino", tmp_path / "out", tokenizer=tokenizer())["openvino"]
     assert not report.differing and report.runtime is not None
     assert report.runtime.greedy_same == report.runtime.greedy_tokens and report.runtime.largest_logit_difference < 1e-4
+    assert not verified(tmp_path / "out", name="out").failed
     opened = OVModelForCausalLM.from_pretrained(tmp_path / "out", ov_config=dict(EXACT))
     with torch.no_grad():
         wanted = model(IDS_BT).logits

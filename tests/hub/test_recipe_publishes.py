@@ -14,6 +14,7 @@ from llmcompress.errors import CompressError, ExitCode
 from llmcompress.recipe import parse_recipe
 from tests.hub.conftest import RECIPE
 from tests.hub.server import TOKEN, HubDouble
+from tests.tiny_folder import write_tiny_llama
 
 NAME = "me/tiny-w4"
 PUBLISHED = {**RECIPE, "evaluate": {}, "publish": {"hub": [NAME]}}
@@ -41,6 +42,24 @@ def test_a_recipe_pushes_what_it_makes(hub: HubDouble, tiny: Path, tmp_path: Pat
     text = hub.repos[NAME].files["llmcompress_recipe.yaml"].decode()
     assert parse_recipe(text, "published").publish == (), "who runs it again does not publish under this name"
     assert made.recipe.publish and made.recipe.hash() == parse_recipe(made.recipe.to_yaml(), "r").hash()
+
+
+def test_one_command_compresses_heals_exports_and_publishes(hub: HubDouble, tmp_path: Path) -> None:
+    """The command of docs/publishing.md, with a text that is here and a training of two steps."""
+    quick = [
+        *("--set", "calibration={source: builtin:calibration, samples: 8, tokens: 32}"),
+        *("--set", "passes.qat.training={steps: 2, batch: 4, learning_rate: 0.0001}"),
+        *("--set", "evaluate={perplexity: [{source: builtin:evaluation, window: 32, max_windows: 2}]}"),
+    ]
+    out = tmp_path / "small"
+    tiny = write_tiny_llama(tmp_path / "dense", intermediate_size=64)
+    assert run("compress", tiny, "--preset", "w4-heal", *quick, "--publish", NAME, "-o", out) == 0
+    files = hub.repos[NAME].files
+    assert files["model.safetensors"] == (out / "model.safetensors").read_bytes()
+    (gguf,) = (name for name in files if name.endswith(".gguf"))
+    assert files[gguf] == (tmp_path / "small-gguf" / gguf).read_bytes()
+    card = files["README.md"].decode()
+    assert "qat" in card and "llama-cli -hf" in card and "| gguf | / |" in card and hub.repos[NAME].private
 
 
 def test_formats_go_where_the_recipe_says(hub: HubDouble, tiny: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzz_inputs import CHEAPEST, PLAIN_MODEL, damaged, mutations, write_inputs
+from fuzz_inputs import CHEAPEST, PLAIN_MODEL, damaged, mutations, run, write_inputs
 
 from llmcompress.calibration.devices import usable_device
 from llmcompress.cli.failures import report_failure
@@ -209,3 +209,15 @@ def test_code_of_another_repository_is_refused_even_when_trusted(with_code):
     edit_json(with_code / "config.json", auto_map={"AutoConfig": "org/name--own.OwnConfig"})
     error = refused(lambda: read_config(with_code, trust_remote_code=True))
     assert error.code == "model.code-elsewhere" and "org/name--own.OwnConfig" in error.what
+
+
+@pytest.mark.parametrize("code", [ExitCode.TERMINATED, ExitCode.INTERRUPTED])
+def test_a_signal_ends_the_fuzzing_and_not_one_of_its_commands(
+    code: ExitCode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(words: list[str]) -> None:
+        raise SystemExit(int(code))
+
+    monkeypatch.setattr("fuzz_inputs.llmcompress", ended)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, ["inspect", "dense"])

@@ -65,7 +65,7 @@ class SpectrumStore:
         if self._keep is None or self._state is None:
             self._in_memory[block] = sites
             return
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, site in sites.items():
             kept = (site.weight_OI, site.spectrum.basis_OK, site.spectrum.energy_K)
             tensors |= {f"{name}.{part}": tensor for part, tensor in zip(_PARTS, kept, strict=True)}

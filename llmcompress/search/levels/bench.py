@@ -49,7 +49,7 @@ class _Started:
 
 
 class Bench:
-    """Use it as a context manager: meanwhile the model is on the context's device and nobody else may change it."""
+    """Use it as a context manager: meanwhile the model is on the context's device and must not be changed."""
 
     def __init__(
         self,

@@ -37,7 +37,7 @@ class StoredFile:
     """One finished file: its data without tensors, and tensors that are read when they are asked for."""
 
     def __init__(self, path: Path) -> None:
-        self._file: Any = safe_open(path, framework="pt")
+        self._file = _opened(path)
         self.about: dict[str, Any] = json.loads(self._file.metadata()[_ABOUT])
 
     def tensor(self, name: str) -> Tensor:
@@ -160,6 +160,10 @@ class LevelFolder:
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
+
+
+def _opened(path: Path) -> Any:
+    return safe_open(path, framework="pt")
 
 
 def block_key(before: int, block: int) -> str:

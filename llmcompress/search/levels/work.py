@@ -52,7 +52,7 @@ class Inputs:
     def statistics(self, names: Sequence[str], kinds: Sequence[type[Statistic]]) -> Known:
         """All of these kinds, of these sites' inputs."""
         missing = {name for name in names if any(kind not in self._known.get(name, {}) for kind in kinds)}
-        # sites that share an input get the same objects, whoever asks
+        # sites that share an input get the same objects, whichever of them is asked for
         groups = [group for group in self._block.input_groups() if missing & {site.info.name for site in group}]
         sites = [site for group in groups for site in group]
         if sites:

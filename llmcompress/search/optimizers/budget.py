@@ -138,10 +138,17 @@ class Budget:
         """Any plan that fits and uses its limits."""
         return self.within(self.space.random(random), random)
 
+    def active(self, plan: Plan) -> np.ndarray:
+        """Units with a choice that counts: those inside dropped blocks have none."""
+        units, dropped = self.space.units, self.space.is_dropped
+        counts = [unit for unit in self.free if (body := units[unit].body) is None or not dropped(plan, body)]
+        return np.array(counts, dtype=int)
+
     def mutated(self, plan: Plan, random: np.random.Generator, *, changes: int = 1) -> Plan:
         """The plan with other options in so many units drawn at random, brought within the limits."""
         found = list(plan)
-        for unit in random.choice(self.free, size=min(changes, self.free.size), replace=False):
+        active = self.active(plan)
+        for unit in random.choice(active, size=min(changes, active.size), replace=False):
             others = [option for option in range(len(self.space.units[unit].options)) if option != plan[unit]]
             found[unit] = int(random.choice(others))
         return self.within(tuple(found), random)

@@ -31,7 +31,7 @@ class EvoPress(Optimizer):
     offspring: int = Field(default=16, ge=1)
     """Of each generation."""
     survivors: tuple[int, ...] = ()
-    """How many survive each stage; the last is 1. None: a quarter of those before, at least 1."""
+    """How many survive each stage but the last, which one does. None: a quarter of those before, at least 1."""
     drawn: int = Field(default=16, ge=1)
     """Plans drawn at random in which the first parent is searched, where no given plan to begin with fits."""
 
@@ -59,9 +59,9 @@ class EvoPress(Optimizer):
             idle = 0 if judge.count > known else idle + 1
 
     def _survivors(self, problem: Problem) -> list[int]:
-        if self.survivors:
-            return [*self.survivors[: len(problem.stages) - 1], 1]
-        return [max(1, self.offspring // 4 ** (stage + 1)) for stage in range(len(problem.stages) - 1)] + [1]
+        before_last = len(problem.stages) - 1
+        counts = self.survivors or tuple(max(1, self.offspring // 4 ** (stage + 1)) for stage in range(before_last))
+        return [*[*counts, *(1 for _ in range(before_last))][:before_last], 1]
 
     def _offspring(self, parent: Plan, budget: Budget, random: np.random.Generator) -> list[Plan]:
         found: dict[Plan, None] = {}
@@ -112,7 +112,7 @@ def _exchanged(plan: Plan, budget: Budget, random: np.random.Generator) -> Plan:
 
 def _moved(plan: Plan, budget: Budget, random: np.random.Generator, step: int) -> Plan:
     """One unit, drawn among those that can move, one level up or down."""
-    for unit in random.permutation(budget.free):
+    for unit in random.permutation(budget.active(plan)):
         ladder = budget.ladder(plan, int(unit))
         place = ladder.index(plan[unit]) + step
         if 0 <= place < len(ladder):

@@ -15,7 +15,7 @@ from llmcompress.search.optimizers.base import OPTIMIZERS
 from llmcompress.search.optimizers.budget import Budget
 from llmcompress.search.optimizers.judging import Exploration, Explorer
 from llmcompress.search.optimizers.mixture import Adam, Logits
-from llmcompress.search.plan_space import Plan
+from llmcompress.search.plan_space import Plan, PlanSpace
 from llmcompress.search.problem import Outcome, Problem
 from llmcompress.search.selection import scalar_reward
 
@@ -64,9 +64,7 @@ class PolicyGradient(Explorer):
         plan = tuple(int(row.argmax()) for row in noisy)
         if self.reward == "constrained":
             return budget.within(plan, random)
-        while not budget.space.is_legal(plan):
-            plan = tuple(int(row.argmax()) for row in logits.split(random.gumbel(size=logits.size)))
-        return budget.space.canonical(plan)
+        return legal(plan, noisy, budget.space, random)
 
     def _reward(self, outcome: Outcome, problem: Problem) -> float:
         if self.reward == "constrained" or not outcome.is_valid:
@@ -76,3 +74,12 @@ class PolicyGradient(Explorer):
         below, above = (-0.07, -0.07) if self.reward == "soft" else (0.0, -1.0)
         targets = {axis: limit for axis, limit in problem.limits.items() if axis in costs}
         return math.log(max(scalar_reward(known, targets, below=below, above=above), 1e-12))
+
+
+def legal(plan: Plan, noisy: list[np.ndarray], space: PlanSpace, random: np.random.Generator) -> Plan:
+    """The plan with fewer dropped blocks, until no more are than may be: some of them have the next likely body."""
+    found, gone = list(plan), [body for body in space.bodies if space.is_dropped(plan, body)]
+    while not space.is_legal(tuple(found)):
+        body = gone.pop(int(random.integers(len(gone))))
+        found[body] = int(noisy[body][: len(space.space.bodies)].argmax())
+    return space.canonical(tuple(found))

@@ -46,7 +46,7 @@ class Healing:
     """Heals candidates of one space on the calibration windows of the run: never on the text that they are judged on.
 
     A block reads what the healed blocks before it give, and is to give what the dense block at its place gave: so the
-    block behind a dropped one learns to make up for it. The numbers with which a block erred least on windows kept
+    block behind a dropped one learns to compensate for it. The numbers with which a block erred least on windows kept
     apart stay, the start among them, so no block becomes worse there. Targets are the outputs of all dense blocks,
     computed once, from a copy of the model, and kept in memory: blocks × windows × tokens × hidden size numbers.
 

@@ -1,5 +1,7 @@
 """Factoring sites: exact at full rank, never more error than the spectrum says, ranks under one budget."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from llmcompress.numerics.low_rank import break_even
 from llmcompress.numerics.rank_allocation import uniform_rank
 from llmcompress.numerics.statistics import Gram
 from llmcompress.passes.decomposition import ranks
+from llmcompress.run import Run
 from llmcompress.sensitivity import perplexity as measured_perplexity
 from llmcompress.sensitivity.gradients import squared_gradients
 from tests.families import FAMILIES, tiny_model
@@ -164,6 +167,22 @@ def test_ranks_by_loss_stay_uniform_unless_the_loss_falls(monkeypatch: pytest.Mo
         for site in block.structure.sites
     }
     assert ({name: int(rank) for name, rank in decided.items()} == uniform) == (after > 10)
+
+
+def test_spectra_wait_in_the_run_folder_and_an_interrupted_decision_finds_them_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks are those found in memory; the second time no spectrum is computed."""
+    each, whole = block_pass("svd", fraction=0.3, ranks="loss", exclude="*.0.*.q_proj"), whole_model("llama_gqa")
+    in_memory = each.decide(whole.within(whole.context.at("00")))
+    with Run.open(tmp_path / "out", fingerprint={"recipe": "1"}, lock_text="", fresh=False) as run:
+        kept = whole.within(replace(whole.context.at("00"), keep=run))
+        first = each.decide(kept)
+        files = [path.name for path in (run.folder / "work").iterdir()]
+        monkeypatch.setattr(ranks, "output_spectrum", None)
+        second = each.decide(kept)
+    assert len([name for name in files if "-spectra-" in name]) == len(whole.map.blocks)
+    assert in_memory == first == second and list(first) == list(second)
 
 
 def test_squared_gradients_equal_those_taken_one_site_at_a_time() -> None:

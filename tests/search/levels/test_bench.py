@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llmcompress.model.depth import drop_blocks
+from llmcompress.model.skeleton import find_blocks
 from llmcompress.passes.apply import apply_passes
 from llmcompress.search.levels.bench import Bench
 from llmcompress.search.levels.build import build_levels
@@ -57,6 +58,19 @@ def test_a_plan_of_data_free_options_is_what_compress_makes_of_its_recipe(bench:
     plan = SPACE.uniform("rtn4")
     assert_same_as_compressed(bench, SPACE, plan)
     assert_same_as_compressed(bench, SPACE, with_dropped(plan, 1))
+
+
+@pytest.mark.parametrize("body", SPACE.space.bodies)
+@pytest.mark.parametrize("option", ["gptq3", "sparse", "rank"])
+def test_levels_of_the_first_block_are_what_compress_makes_of_it(bench: Bench, option: str, body: str) -> None:
+    """Nothing before it is compressed, so its inputs are those of the dense model in both."""
+    plan = SPACE.uniform(option, body=body)
+    passes = recipe_of(SPACE, plan, {"model": "tiny"}).passes
+    model = apply_passes(copy.deepcopy(WHOLE.model), WHOLE.map, passes, without_state(WHOLE)).model
+    wanted, found = (find_blocks(each)[0][1].state_dict() for each in (model, bench.assembled(plan)))
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def with_dropped(plan: Plan, *blocks: int) -> Plan:

@@ -40,6 +40,7 @@ class Compressing:
     def __init__(self, whole: WholeModel, space: PlanSpace) -> None:
         self.whole, self.space = whole, space
         self.asked: list[Plan] = []
+        self._made: dict[Plan, PreTrainedModel] = {}
 
     @torch.no_grad()
     def text(self, windows_NT: Tensor) -> FullText:
@@ -56,6 +57,11 @@ class Compressing:
         return functional.kl_div(found_NTV, wanted_NTV, log_target=True, reduction="none").sum(-1).mean(-1)
 
     def assembled(self, plan: Plan) -> PreTrainedModel:
+        if plan not in self._made:
+            self._made[plan] = self._compressed(plan)
+        return copy.deepcopy(self._made[plan])
+
+    def _compressed(self, plan: Plan) -> PreTrainedModel:
         model = copy.deepcopy(self.whole.model)
         try:
             passes = recipe_of(self.space, plan, {}).passes

@@ -91,14 +91,14 @@ def test_healing_brings_candidates_nearer_to_the_dense_model_and_leaves_codes_an
     healing = Healing(bench.whole, bench.space, settings)
     # random models learn nothing about other text from a few random tokens: they are judged on those
     plain, healed = (ChangedJudge(bench, bench.whole.context.windows_NT, each) for each in ([], [healing]))
-    plans = [bench.space.uniform("int2"), bench.space.uniform("int4", body="narrow")]
-    dropped = list(bench.space.uniform("int4"))
+    quantized = bench.space.uniform("int2")
+    dropped = list(bench.space.uniform("int4", body="narrow"))
     dropped[bench.space.bodies[1]] = bench.space.units[bench.space.bodies[1]].options.index("dropped")
-    for plan in (*plans, tuple(dropped)):
+    for plan in (quantized, tuple(dropped)):
         assert healed.loss(plan, 256) < 0.98 * plain.loss(plan, 256)
     assert all(torch.equal(value, before[name]) for name, value in bench.whole.model.state_dict().items())
-    codes = [module.state_dict() for module in bench.assembled(plans[0]).modules() if hasattr(module, "codes")]
-    after = healing(plans[0], bench.assembled(plans[0]))
+    codes = [module.state_dict() for module in bench.assembled(quantized).modules() if hasattr(module, "codes")]
+    after = healing(quantized, bench.assembled(quantized))
     kept = [module.state_dict() for module in after.modules() if hasattr(module, "codes")]
     if train == "norms_and_scales":
         assert all(torch.equal(one["codes"], other["codes"]) for one, other in zip(codes, kept, strict=True))

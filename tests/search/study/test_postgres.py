@@ -27,7 +27,7 @@ class Server:
 
     def __init__(self, programs: Path, folder: Path) -> None:
         self._programs, self._folder = programs, folder
-        self._user = pwd.getpwnam("nobody").pw_name if os.getuid() == 0 else None
+        self._user = pwd.getpwuid(65534).pw_name if os.getuid() == 0 else None
         if self._user:
             shutil.chown(folder, self._user)
         with socket.socket() as free:

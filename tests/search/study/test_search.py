@@ -1,4 +1,4 @@
-"""A whole search on a tiny model: the front, recipes, models and report; and every search file in configs/."""
+"""A whole search on a tiny model: the front, recipes, models and report; what is refused."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from llmcompress.records.report import read_report
 from llmcompress.records.search import SearchReport
 from llmcompress.search.bench_judge import BenchJudge
 from llmcompress.search.from_study import recipe_from_study
-from llmcompress.search.optimizers.base import OPTIMIZERS
+from llmcompress.search.joining import join
 from llmcompress.search.searching import as_search, search
-from llmcompress.search.settings import SearchSettings, read_search, search_names
+from llmcompress.search.settings import SearchSettings, read_search
 from tests.tiny_folder import write_tiny_llama
 
 SEARCH: dict[str, Any] = {
@@ -166,6 +166,19 @@ def test_g6_a_study_is_not_continued_with_other_settings_or_another_model(
         search(tiny, SEARCH, tmp_path / "mine")
 
 
+def test_a_worker_of_another_host_makes_the_levels_once_more_and_leaves_when_the_search_is_over(
+    study: Path, tmp_path: Path
+) -> None:
+    database = f"sqlite:///{study}/study.db"
+    assert join(tmp_path / "host", database=database) == 0
+    first, second = (json.loads((place / "levels" / "levels.json").read_text()) for place in (study, tmp_path / "host"))
+    assert first == second
+    with pytest.raises(CompressError, match="no study 'other'"):
+        join(tmp_path / "other", database=database, name="other")
+    with pytest.raises(CompressError, match=r"~/\.pgpass"):
+        join(tmp_path / "other", database="postgresql+psycopg://me:secret@host/searches")
+
+
 def test_g7_limits_that_no_plan_keeps_are_told_before_the_work_with_the_nearest_plan(tiny: str, tmp_path: Path) -> None:
     (tmp_path / "search.yaml").write_text(json.dumps(SEARCH))
     arguments = [
@@ -200,45 +213,6 @@ def test_mistakes_of_a_search_file_are_told_with_line_and_fix(tmp_path: Path) ->
     assert SearchSettings.model_validate_json(json.dumps(as_search(SEARCH).model_dump(mode="json"))) == as_search(
         SEARCH
     )
-
-
-TINY = [
-    "calibration.samples=2",
-    "calibration.tokens=32",
-    "judge.stages=[32, 64]",
-    "finish={compress: 0, front: 2}",
-    "evaluate={}",
-    "limits={bytes: 0.95x}",
-]
-FEWER = {
-    "apq": ["optimizer.apq={trials: 6, start: 4, population: 4, generations: 1, batch: 2}"],
-    "darts": ["optimizer.darts={trials: 3, steps: 2, judged: 2}"],
-    "autodistill": ["optimizer.gp={trials: 4, start: 3}", "judge.flash=0.05"],
-    "ofa": ["optimizer.aging_evolution={trials: 6, population: 3, sample: 2}", "judge.supernet.training.steps=1"],
-    "mnasnet": [
-        "optimizer.policy_gradient={trials: 6, batch: 2}",
-        "costs={axes: [bytes, decode], turns: 1, context: 4, threads: 1}",
-    ],
-    "bananas": ["optimizer.bananas={trials: 6, start: 4, members: 2, candidates: 4, batch: 2}"],
-    "amc": ["optimizer.policy_gradient={trials: 6, batch: 2}"],
-    "evopress": ["optimizer.evopress={trials: 6, offspring: 3}"],
-    "rco": ["optimizer.rco={trials: 3, steps: 2, samples: 1, judged: 2}"],
-    "joint": ["optimizer.evopress={trials: 6, offspring: 3}"],
-}
-
-
-def test_every_search_file_names_its_budget_here() -> None:
-    assert set(FEWER) == set(search_names())
-    assert {type(read_search(name).optimizer[0]) for name in search_names()} <= {
-        OPTIMIZERS[name] for name in OPTIMIZERS
-    }
-
-
-@pytest.mark.parametrize("name", FEWER)
-def test_every_search_file_runs(name: str, tiny: str, tmp_path: Path) -> None:
-    found = search(tiny, read_search(name, settings=[*TINY, *FEWER[name]]), tmp_path / "study")
-    assert found.selected is not None and found.front
-    assert all(each.problem is None for each in found.trials)
 
 
 def test_the_package_is_the_function(tiny: str, study: Path, tmp_path: Path) -> None:

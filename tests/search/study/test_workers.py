@@ -53,7 +53,7 @@ def begun(path: Path) -> StudyFolder:
 
 
 def coordinated(folder: StudyFolder, marks: Path) -> list[Outcome]:
-    """A search whose plans others judge; whoever hangs is killed."""
+    """A search whose plans others judge; a process that hangs is killed."""
 
     def dead() -> list[str]:
         for mark in marks.glob("*.hangs"):
@@ -119,7 +119,7 @@ def test_a_process_that_dies_is_started_again_and_one_that_dies_always_is_told_w
 
 
 def test_the_heartbeat_of_a_remote_worker_that_stopped_frees_its_trial(tmp_path: Path, monkeypatch) -> None:
-    import llmcompress.search.trials as module
+    import llmcompress.search.database as module
 
     monkeypatch.setattr(module, "GRACE_SECONDS", 1)
     folder = study(tmp_path)

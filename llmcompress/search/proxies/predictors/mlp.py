@@ -66,7 +66,7 @@ class MLPEnsemble(Predictor):
                 solver="lbfgs",
                 alpha=self.penalty,
                 max_iter=self.steps,
-                random_state=seed * 1_000_003 + index,
+                random_state=(seed * 1_000_003 + index) % 2**32,
             )
             for index in range(self.members)
         ]
