@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from llmcompress.errors import CompressError
 from llmcompress.exporters.aot_inductor import AotInductorExporter
 from llmcompress.exporters.aot_inductor_file import TENSORS
-from llmcompress.exporters.aot_inductor_graph import PackedLinear, packed_linears
+from llmcompress.exporters.aot_inductor_graph import PackedCodes, packed_linears
 from llmcompress.exporters.base import Converted, Refused, Writing
 from llmcompress.exporters.contents import CodedLinear, Contents, contents_in
 from llmcompress.model_export import export
@@ -89,7 +89,7 @@ def test_packed_linears_are_there_only_while_it_is_written() -> None:
     model = tiny_quantized("llama")
     before = dict(model.named_modules())
     with pytest.raises(ValueError, match="stop"), packed_linears(model):
-        assert any(isinstance(part, PackedLinear) for part in model.modules())
+        assert any(isinstance(part, PackedCodes) for part in model.modules())
         raise ValueError("stop")
     assert dict(model.named_modules()) == before
 
