@@ -24,11 +24,11 @@ def optimizers(facts: Facts) -> str:
     shares = " and ".join(f"{100 * share:.0f} %" for share in protocol["shares"])
     about = (
         f"log(loss ÷ least loss within the limit), mean ± standard error over {protocol['seeds']} seeds and limits of "
-        f"bytes {shares} of the way from the smallest plan to the largest; in bold what is not worse than the best "
-        f"of its column by more than two standard errors of the difference. What is spent is counted in forward tokens, "
-        f"in units of one plan judged: a gradient counts four for every body that has a share. All "
-        f"{protocol['plans']} plans of `{protocol['model']}` were judged on {protocol['judged']} windows of {protocol['window']} tokens. "
-        f"–: with some seed no plan within the limit was judged yet."
+        f"bytes {shares} of the way from the smallest plan to the largest; in bold what is not worse than the best of "
+        "its column by more than two standard errors of the difference. What is spent is counted in forward tokens, "
+        "in units of one plan judged: a gradient counts four for every body that has a share. "
+        f"All {protocol['plans']} plans of `{protocol['model']}` were judged on {protocol['judged']} windows of "
+        f"{protocol['window']} tokens. –: with some seed no plan within the limit was judged yet."
     )
     return f"{markdown(header, lines)}\n\n{about}"
 

@@ -15,6 +15,7 @@ RECOVERY = {
     "supernet": "sub-network of a supernet",
 }
 
+WHERE = ["all over the space", "of one size"]
 KINDS = {
     "shapes": "shapes, all weights trained",
     "joint": "shapes and bits, norms and scales trained",
@@ -46,15 +47,30 @@ def _stages(facts: Facts) -> str:
 
 
 def _predictors(facts: Facts) -> str:
-    """Estimates, and every predictor by what it starts from and how many plans it has seen."""
+    """Estimates alone, and every predictor by how many plans it has seen and what it starts from."""
     found: Mapping[str, Any] = facts.get("predictors", {})
-    pairs = dict.fromkeys(row.rsplit(", ", 1)[0] for row in found)
-    rows = []
-    for title in pairs:
-        cells = [found.get(f"{title}, {where}") for where in ("all over the space", "of one size")]
-        rows.append([title, *("–" if cell is None else _tau(cell) for cell in cells)])
-    header = ["predicted by", "held-out plans all over the space", "held-out plans of one size"]
-    return markdown(header, rows) if rows else ""
+    cells: dict[tuple[str, str], list[str]] = {}
+    for row, tau in found.items():
+        title, where = row.rsplit(", ", 1)
+        learner, _, start = title.partition(", from ")
+        key = (learner, start) if start else ("the estimate alone", learner)
+        cells.setdefault(key, ["–", "–"])[WHERE.index(where)] = f"{tau['tau']:.2f}"
+    if not cells:
+        return ""
+    starts = sorted({start for _, start in cells}, key=lambda start: (start != "nothing", start))
+    lines = sorted({learner for learner, _ in cells}, key=lambda learner: (learner[:3] == "the", _natural(learner)))
+    rows = [[line, *(" / ".join(cells.get((line, start), ["–"])) for start in starts)] for line in lines]
+    first = next(iter(found.values()))
+    about = (
+        f"Predictors on {first['count']} + {first['count']} held-out plans, τ with the loss that the judge finds, "
+        f"all over the space / of one size (standard errors are at most "
+        f"{max(each['error'] for each in found.values()):.2f}), by what they correct:"
+    )
+    return f"{about}\n\n{markdown(['learned from', *(f'from {start}' for start in starts)], rows)}"
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", text)]
 
 
 def _recovery(facts: Facts) -> str:

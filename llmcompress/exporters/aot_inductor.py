@@ -36,9 +36,10 @@ _EXPANDED = "the file holds codes, and the compiled program expands them to floa
 class AotInductorExporter(Exporter):
     """Integers of 2 to 8 bits with their scales, low-rank factors, pruned shapes; computed in float32."""
 
-    limits: ClassVar[TargetLimits] = TargetLimits(integers_only=True, rounded_embedding=True)
+    # a shorter last group, filled with zeros to be expanded, becomes NaN when it is compiled (torch 2.13)
+    limits: ClassVar[TargetLimits] = TargetLimits(integers_only=True, rounded_embedding=True, ragged_groups=False)
     runtime: ClassVar[str] = "aot_inductor"
-    fix: ClassVar[str] = "use a scheme of integers"
+    fix: ClassVar[str] = "use a scheme of integers with equal groups"
     how_to_run: ClassVar[str] = """import json, torch; from safetensors.torch import load_file
 run, cache = torch._inductor.aoti_load_package("model.pt2"), json.load(open("aot_inductor.json"))["cache"]
 run.load_constants(tensors := load_file("model.safetensors"), check_full_update=False, user_managed=True)

@@ -9,8 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llmcompress.exporters.aot_inductor_graph import PackedLinear, Program
-from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.exporters.aot_inductor_graph import PackedCodes, Program
+from llmcompress.modules.quant_linear import quantized_linears
+from llmcompress.numerics.quantized import QuantizedTensor
 from llmcompress.records.export_report import ReadBack
 
 PROGRAM, TENSORS, DESCRIPTION = "model.pt2", "model.safetensors", "aot_inductor.json"
@@ -27,28 +28,32 @@ def write_tensors(program: Program, folder: Path) -> int:
 
 @torch.no_grad()
 def read_back(model: nn.Module, folder: Path) -> list[ReadBack]:
-    """A row for every coded matrix and for every other tensor of the file; the model's small codes are packed."""
-    rows, seen = list[ReadBack](), set[str]()
+    """A row for every coded matrix and for every other tensor of the file; the model's linears are packed."""
+    rows, seen, tables = list[ReadBack](), set[str](), quantized_linears(model)
     with safe_open(folder / TENSORS, "pt") as file:
         names = set(file.keys())
         for site, module in model.named_modules():
-            own = [name for name in names if name.startswith(f"{PREFIX}{site}.")]
-            if own and isinstance(module, PackedLinear | QuantLinear):
-                rows.append(_codes(site, module, {name.rpartition(".")[2]: file.get_tensor(name) for name in own}))
-                seen |= set(own)
+            packed = isinstance(module, PackedCodes)
+            own = [name for name in names if name.startswith(f"{PREFIX}{site}.")] if packed or site in tables else []
+            found = {name.rpartition(".")[2]: file.get_tensor(name) for name in own}
+            if own and isinstance(module, PackedCodes):
+                codes = module.unpacked(found.pop("codes"))
+                rows.append(_codes(site, f"{module.bits} bits", codes, module.leaf.tensor, module, found))
+            elif own:
+                codes = found.pop("codes_OI")
+                rows.append(_codes(site, "int8", codes, tables[site].quantized, module, found))
+            seen |= set(own)
         wanted = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
         for name in sorted(names - seen):
-            found, expected = file.get_tensor(name), wanted[name.removeprefix(PREFIX)]
-            rows.append(_plain(name.removeprefix(PREFIX), found, expected))
+            stored, expected = file.get_tensor(name), wanted[name.removeprefix(PREFIX)]
+            rows.append(_plain(name.removeprefix(PREFIX), stored, expected))
     return rows
 
 
-def _codes(site: str, module: PackedLinear | QuantLinear, found: dict[str, Tensor]) -> ReadBack:
-    """`found`: what the file has of it, by last name. Tables are int8 as they are."""
-    if isinstance(module, PackedLinear):
-        tensor, kind, codes = module.leaf.tensor, f"{module.bits} bits", module.unpacked(found.pop("codes"))
-    else:
-        tensor, kind, codes = module.quantized, "int8", found.pop("codes_OI")
+def _codes(
+    site: str, kind: str, codes: Tensor, tensor: QuantizedTensor, module: nn.Module, found: dict[str, Tensor]
+) -> ReadBack:
+    """`found`: what else the file has of it, by last name."""
     own = dict(module.named_buffers()) | dict(module.named_parameters())
     return ReadBack(
         source=site,

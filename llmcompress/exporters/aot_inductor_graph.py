@@ -20,7 +20,7 @@ from llmcompress.calibration.tokens import max_positions
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.model.skeleton import put_module
 from llmcompress.modules.expression_leaves import Quantized
-from llmcompress.modules.quant_linear import QuantLinear
+from llmcompress.modules.quant_linear import QuantLinear, quantized_linears
 from llmcompress.modules.scheme import Scheme
 from llmcompress.numerics.packing import pack_bits
 
@@ -63,7 +63,7 @@ class Step(nn.Module):
         return out.logits, [each for layer in cache.layers for each in (layer.keys, layer.values)]
 
 
-class PackedLinear(nn.Module):
+class PackedCodes(nn.Module):
     """A quantized linear whose codes are fields of 2, 4 or 8 bits, packed into bytes with the lowest bits first."""
 
     def __init__(self, site: QuantLinear) -> None:
@@ -107,10 +107,11 @@ def field_bits(scheme: Scheme) -> int:
 @contextmanager
 def packed_linears(model: PreTrainedModel) -> Iterator[None]:
     """The same model with the codes of its linears packed, and afterwards as it was."""
-    found = {name: part for name, part in model.named_modules() if type(part) is QuantLinear}
+    coded = quantized_linears(model)
+    found = {name: part for name, part in coded.items() if isinstance(part.expression(), Quantized)}
     try:
         for name, part in found.items():
-            put_module(model, name, PackedLinear(part))
+            put_module(model, name, PackedCodes(part))
         yield
     finally:
         for name, part in found.items():
@@ -132,10 +133,10 @@ def compile_program(model: PreTrainedModel, file: Path) -> Program:
             fix="install torch 2.9 or newer",
             exit_code=ExitCode.REFUSED,
         )
+    model.eval()  # which puts factors in column order: a program remembers the order in memory, and the file has one
     for each in (*model.parameters(), *model.buffers()):
-        # a program remembers the order in memory, and the file has one order
         each.data = each.data.contiguous()
-    step, (tokens, cached) = Step(model.eval()), _EXAMPLE
+    step, (tokens, cached) = Step(model), _EXAMPLE
     cache = cache_sizes(model)
     given = (torch.zeros(1, tokens, dtype=torch.long), [torch.zeros(1, heads, cached, size) for heads, size in cache])
     most = max_positions(model.config) or _UNLIMITED
@@ -156,7 +157,9 @@ def compile_program(model: PreTrainedModel, file: Path) -> Program:
         ) from problem
     held = {**followed.state_dict, **{name: each for name, each in followed.constants.items() if torch.is_tensor(each)}}
     asked = inductor.aoti_load_package(str(file)).get_constant_fqns()
-    return Program({name: held[name] for name in sorted(asked)}, cache)
+    found = {name: held[name].detach() for name in sorted(asked)}  # in row order, also when factors are turned again
+    model.eval()
+    return Program(found, cache)
 
 
 def cache_sizes(model: PreTrainedModel) -> list[tuple[int, int]]:

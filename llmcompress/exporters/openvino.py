@@ -20,11 +20,11 @@ from typing_extensions import override
 from llmcompress.exporters.base import EXPORTERS, Answer, Converted, Exact, Exporter, Refused, Saved, Writing
 from llmcompress.exporters.cache_widths import cache_problem
 from llmcompress.exporters.config import portable_config
-from llmcompress.exporters.contents import CodedLinear, Contents
+from llmcompress.exporters.contents import CodedLinear, Contents, contents_in
 from llmcompress.exporters.openvino_form import why_not
 from llmcompress.exporters.openvino_read_back import read_back
 from llmcompress.exporters.openvino_request import GRAPH, TOKENIZER, build_graph, request_of
-from llmcompress.exporters.openvino_surgery import read_graph, replace_placeholders, write_graph
+from llmcompress.exporters.openvino_surgery import keep_activations, read_graph, replace_placeholders, write_graph
 from llmcompress.formats import openvino, plain
 from llmcompress.formats.named import Kind
 from llmcompress.modules.limits import TargetLimits
@@ -33,7 +33,7 @@ from llmcompress.records.export_report import ReadBack
 
 _PER_TOKEN = (
     "activations are rounded by the runtime, in groups of inputs instead of per token, where its dynamic quantization "
-    "is on (the default)"
+    "is on (the option `dynamic_quantization`)"
 )
 _EXPANDED = (
     "OpenVINO on a CPU expands fp8 to bfloat16 or float32 in memory: the files are small, decoding is not faster"
@@ -57,6 +57,9 @@ model = OVModelForCausalLM.from_pretrained(".")
 
     instead: Literal["refuse", "dense"] = "refuse"
     """What happens to a linear that the graph cannot hold as it is. `dense`: it becomes ordinary weights."""
+    dynamic_quantization: bool | None = None
+    """Whether the runtime rounds activations to 8 bits before compressed matrices, as it does by itself: prefill is a
+    tenth faster, and perplexity moves by a third of a percent. None: only where a scheme rounds them per token."""
 
     @override
     def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:
@@ -94,7 +97,9 @@ model = OVModelForCausalLM.from_pretrained(".")
                 and (kind := openvino.element_type(site.scheme.weights)).bits != site.scheme.weights.bits
             }
         )
-        return [*changed, *wide]
+        rounds = self._rounds_activations(contents)
+        how = "the runtime rounds activations to 8 bits (dynamic quantization)"
+        return [*changed, *wide, how if rounds else "the file turns dynamic quantization of activations off"]
 
     @override
     def tensors(self, site: CodedLinear, storage_dtype: torch.dtype) -> dict[str, Kind]:
@@ -114,6 +119,8 @@ model = OVModelForCausalLM.from_pretrained(".")
             made = build_graph(model, request, scratch, writing)
             graph = read_graph(made)
             kept = replace_placeholders(graph, request, writing.storage_dtype, weights_at=writing.weights_at)
+            if not self._rounds_activations(contents_in(model, writing.storage_dtype)):
+                keep_activations(graph)
             write_graph(graph, file)
             del graph, kept  # in this order: the constants share the memory of what is kept
             for name in TOKENIZER:
@@ -131,6 +138,11 @@ model = OVModelForCausalLM.from_pretrained(".")
         """From the XML and the bytes beside it, without OpenVINO."""
         request = request_of(model, writing.storage_dtype, as_dense=self.instead == "dense")
         return read_back(folder / f"{GRAPH}.xml", request, writing.storage_dtype)
+
+    def _rounds_activations(self, contents: Contents) -> bool:
+        if self.dynamic_quantization is not None:
+            return self.dynamic_quantization
+        return any(site.scheme.activations == "token" for site in contents.sites)
 
     def _problem(self, scheme: Scheme, inputs: int) -> str | None:
         if scheme.activations == "group":

@@ -52,6 +52,11 @@ def read_graph(file: Path) -> Any:
     return openvino_package("export.package").Core().read_model(str(file))
 
 
+def keep_activations(graph: Any) -> None:
+    """Tell the runtime not to round activations before compressed matrices, unless a caller asks for it."""
+    graph.set_rt_info("0", ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
+
+
 def write_graph(graph: Any, file: Path) -> None:
     """The `.xml` file and its `.bin`."""
     openvino_package("export.package").save_model(graph, str(file), compress_to_fp16=False)

@@ -41,5 +41,5 @@ def _does_nothing(step: Mapping[str, Any], tokens: list[str]) -> bool:
         return True
     if step["type"] == "ByteFallback":
         return not any(_BYTE.fullmatch(token) for token in tokens)
-    pattern = step.get("pattern", {}).get("String") if step["type"] == "Replace" else None
-    return bool(pattern) and not set(pattern) <= set("".join(tokens))
+    pattern = str(step.get("pattern", {}).get("String", "")) if step["type"] == "Replace" else ""
+    return not set(pattern) <= set("".join(tokens))

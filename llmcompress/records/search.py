@@ -95,7 +95,6 @@ class SearchReport(Record):
     made: tuple[MadeModel, ...] = ()
     settings: str
     """The search file, resolved."""
-    command: str | None = None
     versions: dict[str, str]
     machine: dict[str, str]
     notes: tuple[str, ...] = ()

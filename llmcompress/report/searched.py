@@ -205,7 +205,7 @@ def _history(found: SearchReport) -> list[Block]:
 
 
 def _again(found: SearchReport) -> list[Block]:
-    blocks: list[Block] = [Code(found.command, "Command")] if found.command else []
+    blocks: list[Block] = []
     if found.selected is not None:
         blocks.append(Code(f"llmcompress compress --from {found.folder}:{found.selected} -o out", "The selected plan"))
     blocks.append(Code(found.settings, "Search file", "yaml"))

@@ -62,12 +62,12 @@ class AotInductorRunner(Runner):
     @override
     @torch.inference_mode()
     def logits(self, ids_BT: Tensor) -> Tensor:
-        return torch.cat([self._run(ids_1T, self._empty())[0] for ids_1T in ids_BT.cpu().long().split(1)])
+        return torch.cat([self._run(ids_T[None], self._empty())[0] for ids_T in ids_BT.cpu().long()])
 
     @override
     @torch.inference_mode()
     def stream(self, ids_BT: Tensor, *, max_new_tokens: int) -> Iterator[Tensor]:
-        fed, caches = list(ids_BT.cpu().long().split(1)), [self._empty() for _ in ids_BT]
+        fed, caches = [ids_T[None] for ids_T in ids_BT.cpu().long()], [self._empty() for _ in ids_BT]
         for _ in range(max_new_tokens):
             for place, ids_1T in enumerate(fed):
                 logits_1TV, caches[place] = self._run(ids_1T, caches[place])

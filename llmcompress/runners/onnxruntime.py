@@ -76,7 +76,7 @@ class OnnxRuntimeRunner(Runner):
     @override
     def logits(self, ids_BT: Tensor) -> Tensor:
         if self._fixed is not None:
-            return torch.cat([self._filled(ids_1T) for ids_1T in ids_BT.cpu().split(1)])
+            return torch.cat([self._filled(ids_T[None]) for ids_T in ids_BT.cpu()])
         return self._step(ids_BT.cpu(), self._empty(len(ids_BT)), 0)[0]
 
     @override

@@ -146,7 +146,12 @@ class _Search:
             found = self._searched(coordinator, problem)
             differences = beside_uniform(found, judge)
         report = report_of(
-            found, self.subject.settings, folder=str(self.folder.path), dense=dense, differences=differences
+            found,
+            self.subject.settings,
+            folder=str(self.folder.path),
+            dense=dense,
+            differences=differences,
+            notes=self._notes(problem),
         )
         return self._finished(found, report)
 
@@ -160,8 +165,6 @@ class _Search:
     ) -> Problem:
         subject = self.subject
         stages = whole_windows(subject.settings.judge.stages, subject.judged_NT)
-        if stages[-1] < max(subject.settings.judge.stages):
-            self.progress.note(f"there is text for {stages[-1]} tokens to judge plans on, fewer than asked for")
         return Problem(
             space=subject.space,
             costs=costs,
@@ -171,6 +174,15 @@ class _Search:
             relaxation=bench.relaxation(judge.text(stages[0])),
             starts=tuple(uniform_plans(subject.space).values()),
         )
+
+    def _notes(self, problem: Problem) -> list[str]:
+        """What differs from what was asked for; told too."""
+        asked, most = max(self.subject.settings.judge.stages), problem.stages[-1]
+        is_short = most + self.subject.judged_NT.shape[1] <= asked
+        notes = [f"there is text for {most} tokens to judge plans on, {asked} were asked for"] if is_short else []
+        for note in notes:
+            self.progress.note(note)
+        return notes
 
     def _searched(self, coordinator: Coordinator, problem: Problem) -> Found:
         settings, uniform = self.subject.settings, uniform_plans(self.subject.space)

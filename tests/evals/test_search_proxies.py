@@ -23,7 +23,7 @@ def test_every_table_shows_what_was_measured_and_leaves_out_what_was_not():
         {
             **facts,
             "stages": {"2048 tokens": row},
-            "predictors": {"gp, 40 plans, from nothing, of one size": row},
+            "predictors": {"gp, 40 plans, from nothing, of one size": row, "sums, all over the space": row},
             "recovery": {"joint: flash": row},
             "seconds_per_plan": {"joint: flash": 2.34, "joint: distilled": 40.2},
             "scaling": {
@@ -32,7 +32,8 @@ def test_every_table_shows_what_was_measured_and_leaves_out_what_was_not():
         }
     )
     assert "| 2,048 tokens | 0.71 ± 0.05 | 8 |" in shown
-    assert "| gp, 40 plans, from nothing | – | 0.71 ± 0.05 |" in shown
+    assert "| learned from | from nothing | from sums |" in shown
+    assert "| gp, 40 plans | – / 0.71 | – |" in shown and "| the estimate alone | – | 0.71 / – |" in shown
     assert "| flash distillation | 0.71 ± 0.05 | 2.3 |" in shown and "40 CPU seconds per plan, on 8 plans" in shown
     assert "| plan 0 | 0.100 + 30 / N^0.50 | 0.260 | 0.250 |" in shown and "after 120 (61,440 tokens)" in shown
     assert "`a.txt`" in shown and "`c.txt`" in shown

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from llmcompress.errors import CompressError
 from llmcompress.exporters.aot_inductor import AotInductorExporter
 from llmcompress.exporters.aot_inductor_file import TENSORS
-from llmcompress.exporters.aot_inductor_graph import PackedLinear, packed_linears
+from llmcompress.exporters.aot_inductor_graph import PackedCodes, packed_linears
 from llmcompress.exporters.base import Converted, Refused, Writing
-from llmcompress.exporters.contents import CodedLinear, contents_in
+from llmcompress.exporters.contents import CodedLinear, Contents, contents_in
 from llmcompress.model_export import export
 from llmcompress.modules.low_rank import LowRankLinear
 from llmcompress.modules.quant_embedding import QuantEmbedding, SharedHead
@@ -28,7 +28,7 @@ from tests.exporters.gguf_models import tiny, tiny_quantized, tokenizer
 
 CPU = torch.device("cpu")
 IDS_BT = torch.randint(3, 280, (2, 20), generator=torch.Generator().manual_seed(0))
-SCHEMES = ["int4_g32", "int8_channel", "int3_g48_asym", "int2_g16", "int8_channel_a8tensor"]
+SCHEMES = ["int4_g32", "int8_channel", "int3_g16_asym", "int2_g16", "int8_channel_a8tensor"]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_packed_linears_are_there_only_while_it_is_written() -> None:
     model = tiny_quantized("llama")
     before = dict(model.named_modules())
     with pytest.raises(ValueError, match="stop"), packed_linears(model):
-        assert any(isinstance(part, PackedLinear) for part in model.modules())
+        assert any(isinstance(part, PackedCodes) for part in model.modules())
         raise ValueError("stop")
     assert dict(model.named_modules()) == before
 
@@ -99,6 +99,8 @@ def test_what_it_holds_and_what_it_refuses(tmp_path: Path) -> None:
     for name, kind in (("int4_g64", Converted), ("int8_channel_a8token", Converted), ("nf4_g64", Refused)):
         assert isinstance(exporter.check(CodedLinear("x", named_scheme(name), 8, 128), torch.bfloat16), kind)
     assert exporter.problem(contents_in(tiny("llama"), torch.bfloat16)) is None
+    table = CodedLinear("embed", named_scheme("int8_g48"), 8, 64)
+    assert isinstance(exporter.answers(Contents(rounded_embedding=table))["embed"], Refused)
     assert "`gemma2`" in str(exporter.problem(contents_in(tiny("gemma2"), torch.bfloat16)))
     with pytest.raises(CompressError, match=r"model\.pt2"):
         RUNNERS["aot_inductor"].open(str(tmp_path), device=CPU, dtype=torch.float32)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import openvino
 import pytest
 import torch
 from torch import nn
 
 from llmcompress.errors import CompressError
+from llmcompress.exporters.openvino_surgery import keep_activations, read_graph, write_graph
 from llmcompress.runners.base import RUNNERS
-from llmcompress.runners.openvino import OpenVinoRunner
+from llmcompress.runners.openvino import FILE, OpenVinoRunner
 from tests.exporters.openvino_graphs import Sequence, write_sequence
 from tests.exporters.test_openvino import coded, table
 from tests.families import tiny_config
@@ -54,6 +56,18 @@ def test_logits_texts_and_streams_are_those_of_whole_forwards(model: Sequence, f
         steps = torch.stack(list(runner.stream(IDS_BT, max_new_tokens=4)), dim=1)
         assert steps.tolist() == [greedy(model, prompt, 4) for prompt in IDS_BT.tolist()]
         torch.testing.assert_close(runner.logits(IDS_BT[:1]), model(IDS_BT[:1]), rtol=0, atol=2e-5)  # no state is left
+
+
+def test_a_folder_may_turn_dynamic_quantization_off(folder: Path, tmp_path: Path) -> None:
+    graph = read_graph(folder / FILE)
+    keep_activations(graph)
+    write_graph(graph, tmp_path / FILE)
+    core, name = openvino.Core(), "DYNAMIC_QUANTIZATION_GROUP_SIZE"
+    for place, rounds in ((folder, True), (tmp_path, False)):
+        compiled = core.compile_model(str(place / FILE), "CPU")
+        assert (int(compiled.get_property(name)) > 0) == rounds
+    asked = core.compile_model(str(tmp_path / FILE), "CPU", {name: "32"})
+    assert int(asked.get_property(name)) == 32
 
 
 def test_work_is_read_from_the_graph(folder: Path) -> None:

@@ -129,8 +129,9 @@ def empty_codes(matrix: Matrix, dtype: torch.dtype) -> QuantLinear:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Every byte is a token: for files that need a tokenizer."""
-    tokenizer = Tokenizer(models.BPE(vocab={each: n for n, each in enumerate(sorted(ByteLevel.alphabet()))}, merges=[]))
+    """Every byte is a token: for files that need a tokenizer. llama.cpp needs one merge too."""
+    vocabulary = {each: number for number, each in enumerate([*sorted(ByteLevel.alphabet()), "th"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("t", "h")]))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)

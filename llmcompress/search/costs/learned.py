@@ -74,7 +74,7 @@ def _fit(parts_PK: np.ndarray, target_P: np.ndarray, ridge: float) -> np.ndarray
     strength = ridge * float((parts_PK**2).sum(1).mean())
     gram_KK = parts_PK.T @ parts_PK / len(parts_PK) + strength * np.eye(parts_PK.shape[1])
     change_K = np.linalg.solve(gram_KK, parts_PK.T @ missing_P / len(parts_PK))
-    return np.maximum(1 + change_K, 0.0)
+    return np.asarray(np.maximum(1 + change_K, 0.0))
 
 
 def _left_out(parts_PK: np.ndarray, target_P: np.ndarray, ridge: float) -> float:

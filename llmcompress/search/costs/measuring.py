@@ -54,7 +54,7 @@ def measure_latency(
         outside_bytes: int | None = None
         if chosen.memory:
             blocks, outside_bytes = runs.memory(blocks)
-        power = runs.power()
+        power = runs.power() if chosen.power else None
         return LatencyTable(
             runtime=runtime,
             by="microbenchmarks" if bench.measures_products else "differences",

@@ -27,7 +27,8 @@ from llmcompress.search.plan_recipe import recipe_of
 from llmcompress.search.plan_space import Plan, PlanSpace
 from llmcompress.search.space import UNTOUCHED, Passes
 
-VOCABULARY = 256
+VOCABULARY = 272
+"""Rows of the embedding: every token of `byte_tokenizer` has one."""
 _WINDOWS, _TOKENS = 2, 8
 """Of random text, on which a body is cut out: which channels go does not matter."""
 _PAIRS = ("pad_token_id", "bos_token_id", "eos_token_id")

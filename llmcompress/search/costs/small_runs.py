@@ -54,6 +54,8 @@ class LatencySettings:
     clock: ClockName = "wall"
     memory: bool = True
     """Two processes are started for every body."""
+    power: bool = True
+    """Takes seconds where a counter can be read."""
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
 
@@ -141,7 +143,7 @@ class SmallRuns:
         """What the whole vocabulary takes, its head in each of these forms."""
         few, _ = self._depths()
         rows = self.space.model_map.vocabulary
-        makers = {
+        makers: dict[tuple[object, ...], Callable[[], PreTrainedModel]] = {
             (head,): partial(small_model, self.config, few, passes, vocabulary=rows)
             for head, passes in passes_of.items()
         }

@@ -82,7 +82,7 @@ class DARTS(Explorer):
         length = float(np.linalg.norm(loss_L)) / (float(np.linalg.norm(cost_L)) or 1.0)
         if self.combine == "min_norm":
             return min_norm(loss_L, cost_L * length)
-        return loss_L + self.weight * length * cost_L
+        return np.asarray(loss_L + self.weight * length * cost_L)
 
     def _plan(
         self, logits_L: np.ndarray, logits: Logits, problem: Problem, budget: Budget, random: np.random.Generator

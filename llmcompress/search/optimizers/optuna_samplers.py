@@ -180,11 +180,11 @@ class MultiObjective(Explorer):
                 study.enqueue_trial(levels.params(plan))
         while True:
             with _quiet():
-                number, plan = self._fitting(study, levels, distributions, budget)
-            if plan is None:
+                number, drawn = self._fitting(study, levels, distributions, budget)
+            if drawn is None:
                 return
-            (outcome,) = yield [plan]
-            costs = problem.cost(plan)
+            (outcome,) = yield [drawn]
+            costs = problem.cost(drawn)
             with _quiet():
                 study.tell(number, [log_loss(outcome), *(costs[axis] for axis in axes)])
 

@@ -67,7 +67,7 @@ def test_the_model_of_a_plan_has_its_shapes_and_forms() -> None:
 def test_llama_cpp_is_measured_by_differences() -> None:
     sites = {name: [{"rtn": {"scheme": name}}] for name in ("int4_g32", "int4_g16")}
     space = PlanSpace(Space.model_validate({"sites": {"dense": [], **sites}}), small_space().model_map)
-    settings = LatencySettings(context=8, new_tokens=3, turns=1, memory=False)
+    settings = LatencySettings(context=8, new_tokens=3, turns=1, memory=False, power=False)
     table = measure_latency(space, CONFIG, "llama_cpp", settings=settings)
     assert table.by == "differences"
     assert {row.form for row in table.products} == {"dense", "int4_g32"}

@@ -96,7 +96,11 @@ def test_factors_and_branches_are_tried_once_and_counted(folder: Path, known: Kn
     sites = {"dense": [], "factored": [{"svd": {"rank": 24, "whitening": "none"}}], "branched": [branch]}
     space = _space(known, sites=sites, bodies=BODIES)
     settings = with_settled_format(space, known, {**SETTINGS, "calibration": {"samples": 2, "tokens": 16}})
-    plan = space.random(np.random.default_rng(3))
-    assert {"factored", "branched", "narrow"} <= set(space.chosen(plan).values())
+    narrow, *rest = space.bodies
+    plan = space.plan(
+        {f"{space.units[narrow].name} (body)": "narrow"}
+        | {space.units[index].name: "factored" for index in (*space.inside(narrow), *space.inside(rest[0]))[2:6]}
+        | {space.units[index].name: "branched" for index in space.inside(rest[1])}
+    )
     written = _written(folder, tmp_path / "out", space, plan, settings)
     assert bytes_of(space, known, settings).total(space, plan) == pytest.approx(written, rel=1e-3)

@@ -147,7 +147,7 @@ def test_a_table_that_lacks_a_part_says_which(space: PlanSpace) -> None:
 
 
 def test_a_measured_table_has_all_that_a_plan_may_have(space: PlanSpace) -> None:
-    settings = LatencySettings(context=8, new_tokens=3, turns=1, memory=False)
+    settings = LatencySettings(context=8, new_tokens=3, turns=1, memory=False, power=False)
     table = measure_latency(space, CONFIG, "torch", settings=settings)
     assert seconds_of(space, table)["decode"].total(space, space.uniform("int4", body="narrow", after="rounded")) > 0
     assert {row.form for row in table.products} == {"dense", "int4_g16"}

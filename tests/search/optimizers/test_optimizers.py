@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from llmcompress.errors import CompressError
 from llmcompress.search.optimizers.base import OPTIMIZERS, AskTell, Optimizer
 from llmcompress.search.optimizers.darts import min_norm
 from llmcompress.search.problem import Outcome, Problem, Proposal
-from llmcompress.search.selection import scalar_reward
+from llmcompress.search.selection import hypervolume, scalar_reward
 from tests.search import toy
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -21,12 +22,16 @@ SMALL: dict[str, dict[str, Any]] = {
     "gp": {"trials": 22},
     "nsga2": {"population": 12},
     "nsga3": {"population": 12},
+    "bananas": {"predictor": "ridge"},
     "apq": {"start": 16, "population": 40, "generations": 3},
 }
 """Options that make an optimizer fast."""
 
 BEYOND = ("transformations",)
 """They begin with plans beyond the limits."""
+
+MULTI_OBJECTIVE = ("nsga2", "nsga3")
+"""They look for the whole front, not for the least loss at one limit."""
 
 TRIALS = 48
 
@@ -64,7 +69,22 @@ def test_the_same_answers_lead_to_the_same_proposals(name: str, task: Problem, f
     assert again == [Proposal(each.plan, each.tokens) for each in found[name]]
 
 
-@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"random", "uniform"}))
+@pytest.mark.parametrize("name", MULTI_OBJECTIVE)
+def test_fronts_dominate_more_than_those_of_random_plans(name: str) -> None:
+    ours, theirs = [], []
+    for seed in range(3):
+        limited = toy.problem(toy.plan_space(blocks=5), seed=seed)
+        task = replace(limited, limits={})
+        dearest = task.cost((0,) * len(task.space.units))
+        reference = {"loss": 2.0, **dearest}
+        searches = (optimizer(name, trials=96), optimizer("random", trials=96))
+        volumes = [hypervolume(toy.searched(each, task, seed=seed), reference) for each in searches]
+        ours.append(volumes[0])
+        theirs.append(volumes[1])
+    assert np.mean(ours) > np.mean(theirs)
+
+
+@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"random", "uniform", *MULTI_OBJECTIVE}))
 def test_none_is_worse_than_random_where_losses_add_up(name: str) -> None:
     ours, theirs, best = [], [], []
     for seed in range(3):

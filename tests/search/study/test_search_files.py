@@ -6,6 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from llmcompress.known_model import KnownModel, known_model
+from llmcompress.loading.source import find_source
+from llmcompress.search.costs.file_bytes import bytes_of, with_settled_format
+from llmcompress.search.opening import check_options
+from llmcompress.search.optimizers.additive_optimum import nearest
+from llmcompress.search.plan_space import PlanSpace
+from llmcompress.search.problem import Problem
 from llmcompress.search.searching import search
 from llmcompress.search.settings import read_search, search_names
 from tests.tiny_folder import write_tiny_llama
@@ -41,6 +48,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_tiny_llama(folder, hidden_size=32, intermediate_size=128, num_hidden_layers=3))
 
 
+@pytest.fixture(scope="module")
+def bundled() -> KnownModel:
+    return known_model(find_source("builtin:books-llama"))
+
+
 def test_every_search_file_names_its_budget_here() -> None:
     assert set(FEWER) == set(search_names())
 
@@ -50,3 +62,15 @@ def test_every_search_file_runs(name: str, tiny: str, tmp_path: Path) -> None:
     found = search(tiny, read_search(name, settings=[*TINY, *FEWER[name]]), tmp_path / "study")
     assert found.selected is not None and found.front
     assert all(each.problem is None for each in found.trials)
+
+
+@pytest.mark.parametrize("name", FEWER)
+def test_every_search_file_fits_the_bundled_model_and_its_limits_can_be_kept(name: str, bundled: KnownModel) -> None:
+    settings = read_search(name).for_model(None)
+    space = PlanSpace(settings.space, bundled.map)
+    check_options(space, bundled, settings)
+    sizes = bytes_of(space, bundled, with_settled_format(space, bundled, settings.recipe_settings()))
+    limits = settings.limits.model_copy(update={"decode": None}).values({"bytes": bundled.checked.bytes_weights})
+    problem = Problem(space=space, costs={"bytes": sizes}, limits=limits)
+    assert problem.fits(nearest(problem))
+    assert not problem.fits((0,) * len(space.units)) or not limits, "a limit that everything keeps decides nothing"
