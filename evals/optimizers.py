@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -80,9 +80,10 @@ def main(name: str, seeds: int, only: tuple[str, ...]) -> None:
     table = Table.read(HERE / "results" / f"search-table-{name}.npz")
     out = HERE / "results" / f"optimizers-{name}.json"
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"] if only and out.exists() else []
+    cases = [case_of(table, share) for share in SHARES]
     for label in only or SETTINGS:
         began = time.process_time()
-        curves = [regrets(table, label, share, seed) for share in SHARES for seed in range(seeds)]
+        curves = [regrets(table, label, case, seed) for case in cases for seed in range(seeds)]
         rows = [row for row in rows if row["optimizer"] != label]
         rows.append({"optimizer": label, "seconds": round(time.process_time() - began, 1), **summary(curves)})
         found = rows[-1]["regret"]
@@ -91,21 +92,26 @@ def main(name: str, seeds: int, only: tuple[str, ...]) -> None:
         out.write_text(json.dumps({"protocol": facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
-def limits_of(table: Table, share: float) -> dict[str, float]:
+class Case(NamedTuple):
+    """One limit, and the least loss within it."""
+
+    limits: dict[str, float]
+    least: float
+
+
+def case_of(table: Table, share: float) -> Case:
     """Bytes between the smallest and the largest plan."""
-    task = table.problem({})
-    found = [task.cost(tuple(int(each) for each in plan))["bytes"] for plan in table.plans_PU]
-    return {"bytes": min(found) + share * (max(found) - min(found))}
+    found = [table.costs["bytes"].total(table.space, tuple(plan)) for plan in table.plans_PU.tolist()]
+    limits = {"bytes": min(found) + share * (max(found) - min(found))}
+    return Case(limits, table.least(limits, table.stages[-1]).loss)
 
 
-def regrets(table: Table, label: str, share: float, seed: int) -> list[float]:
+def regrets(table: Table, label: str, case: Case, seed: int) -> list[float]:
     """Regret after 1, 2, … TRIALS evaluations' worth of tokens; infinite while no plan within the limits was judged."""
-    limits = limits_of(table, share)
-    task = table.problem(limits)
+    task = table.problem(case.limits)
     assert task.relaxation is not None
     counting = Counting(task.relaxation, task)
     task = replace(task, relaxation=counting)
-    least = table.least(limits, table.stages[-1]).loss
     kind, options = SETTINGS[label]
     optimizer = OPTIMIZERS[kind].model_validate({"trials": SLOW.get(kind, TRIALS), **options})
     asking, best, spent = AskTell(optimizer, task, seed=seed), math.inf, GRADIENT if kind == "exact" else 0.0
@@ -118,7 +124,7 @@ def regrets(table: Table, label: str, share: float, seed: int) -> list[float]:
                 best = min(best, outcome.loss)
             place = math.ceil(spent + counting.spent) - 1
             if place < TRIALS:
-                found[place] = min(found[place], math.log(best / least))
+                found[place] = min(found[place], math.log(best / case.least))
         asking.tell(told)
     return np.minimum.accumulate(found).tolist()
 

@@ -1,6 +1,6 @@
 """Every plan of a small space on the bundled model, judged once: the table on which optimizers are compared.
 
-    OMP_NUM_THREADS=1 python evals/search_table.py --levels FOLDER --latency evals/results/latency-books-llama.json
+    OMP_NUM_THREADS=1 python evals/search_table.py --levels FOLDER --latency evals/results/search-table-latency.json
 
 Five blocks, for each its bits, half of its FFN or all of it, or nothing: one block may be dropped. Losses are KL
 divergences from the dense model on the first windows of the bundled calibration text that no pass has seen. Goes on
@@ -53,7 +53,7 @@ PASSES, JUDGED = 32, 16
 @click.option(
     "--levels", required=True, type=click.Path(path_type=Path), help="A folder for levels and partial results."
 )
-@click.option("--latency", type=click.Path(exists=True, path_type=Path), help="Tables that evals/latency.py wrote.")
+@click.option("--latency", type=click.Path(exists=True, path_type=Path), help="What scripts/measure_latency.py wrote.")
 @click.option("--runtime", default="torch", help="Whose table of them.")
 @click.option("--minutes", default=1e9, help="Stop after so many; give the command again to go on.")
 def main(levels: Path, latency: Path | None, runtime: str, minutes: float) -> None:
