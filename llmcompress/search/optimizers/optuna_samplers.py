@@ -176,8 +176,8 @@ class MultiObjective(Explorer):
             study = create_study(
                 sampler=self.sampler(int(random.integers(1 << 31))), directions=["minimize"] * (1 + len(axes))
             )
-            for plan in beginning(problem, budget, random, self.population):
-                study.enqueue_trial(levels.params(plan))
+            for first in beginning(problem, budget, random, self.population):
+                study.enqueue_trial(levels.params(first))
         while True:
             with _quiet():
                 number, drawn = self._fitting(study, levels, distributions, budget)
