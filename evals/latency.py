@@ -19,14 +19,14 @@ from transformers import AutoConfig
 from llmcompress.evaluation.device.speed import ClockName
 from llmcompress.loading.source import find_source
 from llmcompress.model.probe import probe
+from llmcompress.plan_search.costs.checking import check_sums
+from llmcompress.plan_search.costs.latency_table import read_tables, write_tables
+from llmcompress.plan_search.costs.learned import corrected
+from llmcompress.plan_search.costs.measuring import measure_latency
+from llmcompress.plan_search.costs.small_runs import LatencySettings
+from llmcompress.plan_search.plan_space import Plan, PlanSpace
+from llmcompress.plan_search.space import Space
 from llmcompress.progress import Silent
-from llmcompress.search.costs.checking import check_sums
-from llmcompress.search.costs.latency_table import read_tables, write_tables
-from llmcompress.search.costs.learned import corrected
-from llmcompress.search.costs.measuring import measure_latency
-from llmcompress.search.costs.small_runs import LatencySettings
-from llmcompress.search.plan_space import Plan, PlanSpace
-from llmcompress.search.space import Space
 
 SCHEMES = ("int8_channel", "int4_g64", "int3_g64", "int2_g64")
 BODIES = {"whole": [], "ffn-75": [{"width": {"fraction": 0.25, "heads": False}}]}

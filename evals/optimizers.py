@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 
-from llmcompress.search.optimizers.base import OPTIMIZERS, AskTell
-from llmcompress.search.problem import Problem, Relaxation
-from llmcompress.search.tabular import Table
+from llmcompress.plan_search.optimizers.base import OPTIMIZERS, AskTell
+from llmcompress.plan_search.problem import Problem, Relaxation
+from llmcompress.plan_search.tabular import Table
 
 HERE = Path(__file__).resolve().parent
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,7 +45,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "shells": ("shells", {}),
     "Gaussian process": ("gp", {}),
 }
-"""Name in the figure → optimizer and options that are not its defaults: methods that follow gradients get steps that take
+"""Name in the figure → optimizer and options that are not its defaults: methods that follow gradients get steps taking
 80 of the 100 evaluations' worth of tokens."""
 SLOW = {"gp": 40}
 """Trials of those that take long to think."""

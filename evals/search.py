@@ -34,17 +34,17 @@ from llmcompress.known_model import known_model
 from llmcompress.loading.load import load_for_compression
 from llmcompress.loading.source import find_source
 from llmcompress.model.probe import map_model
+from llmcompress.plan_search.costs.file_bytes import bytes_of
+from llmcompress.plan_search.levels.bench import Bench
+from llmcompress.plan_search.levels.build import build_levels
+from llmcompress.plan_search.levels.store import LevelStore
+from llmcompress.plan_search.optimizers.additive_optimum import least_loss
+from llmcompress.plan_search.optimizers.base import OPTIMIZERS, AskTell
+from llmcompress.plan_search.plan_recipe import recipe_of
+from llmcompress.plan_search.plan_space import Plan, PlanSpace
+from llmcompress.plan_search.problem import Outcome, Problem, Relaxation
+from llmcompress.plan_search.space import Space
 from llmcompress.progress import Silent
-from llmcompress.search.costs.file_bytes import bytes_of
-from llmcompress.search.levels.bench import Bench
-from llmcompress.search.levels.build import build_levels
-from llmcompress.search.levels.store import LevelStore
-from llmcompress.search.optimizers.additive_optimum import least_loss
-from llmcompress.search.optimizers.base import OPTIMIZERS, AskTell
-from llmcompress.search.plan_recipe import recipe_of
-from llmcompress.search.plan_space import Plan, PlanSpace
-from llmcompress.search.problem import Outcome, Problem, Relaxation
-from llmcompress.search.space import Space
 
 HERE = Path(__file__).resolve().parent
 WINDOW = 512
@@ -129,6 +129,7 @@ class Setting:
         self.space = self.family("joint")
         self.store = build_levels(whole, self.space, LevelStore(store))
         self.bench = Bench(whole, self.space, self.store)
+        self.relaxed = {name: Bench(whole, self.family(name), self.store) for name in FAMILIES}
         self.judged_NT = self.windows(judge, STAGES[-1] // WINDOW)
         self.tests = {name: self.windows(path, TESTED) for name, path in texts.items()}
 
@@ -148,9 +149,10 @@ class Setting:
         slope = (known[4] - known[2]) / 2.0
         return known[2] + slope * (average - (2 + 16 / GROUP))
 
-    def problem(self, space: PlanSpace, average: float, *, from_exact: bool) -> tuple[Problem, Counted]:
+    def problem(self, family: str, average: float, *, from_exact: bool) -> tuple[Problem, Counted]:
         """What an optimizer sees."""
-        counted = Counted(self.bench.relaxation(self.bench.text(self.judged_NT[: STAGES[0] // WINDOW])))
+        space, bench = self.family(family), self.relaxed[family]
+        counted = Counted(bench.relaxation(bench.text(self.judged_NT[: STAGES[0] // WINDOW])))
         problem = Problem(
             space=space,
             costs={"bytes": bytes_of(space, self.known, SETTINGS)},
@@ -179,8 +181,9 @@ class Setting:
 
 def searched(setting: Setting, row: Row, tokens: int) -> dict[str, Any]:
     """One row: the best plan of the last stage within so many tokens, and how the best came down."""
-    space, began, spent = setting.family(row.family), time.process_time(), 0
-    problem, counted = setting.problem(space, row.average, from_exact=row.from_exact)
+    began, spent = time.process_time(), 0
+    problem, counted = setting.problem(row.family, row.average, from_exact=row.from_exact)
+    space = problem.space
     asking = AskTell(OPTIMIZERS[row.optimizer].model_validate({"trials": 10_000}), problem, seed=0)
     found: dict[tuple[Plan, int], float] = {}
     curve: list[list[float]] = []

@@ -17,13 +17,13 @@ from llmcompress.loading.load import load_for_compression
 from llmcompress.loading.source import find_source
 from llmcompress.loading.teachers import TeacherFiles
 from llmcompress.model.probe import map_model
+from llmcompress.plan_search.additive import Additive
+from llmcompress.plan_search.levels.bench import Bench
+from llmcompress.plan_search.levels.build import build_levels
+from llmcompress.plan_search.levels.store import LevelStore
+from llmcompress.plan_search.plan_space import Plan, PlanSpace
+from llmcompress.plan_search.space import Space
 from llmcompress.progress import Silent
-from llmcompress.search.additive import Additive
-from llmcompress.search.levels.bench import Bench
-from llmcompress.search.levels.build import build_levels
-from llmcompress.search.levels.store import LevelStore
-from llmcompress.search.plan_space import Plan, PlanSpace
-from llmcompress.search.space import Space
 
 WINDOW = 256
 SPACE = {

@@ -28,17 +28,17 @@ import torch
 from search_laboratory import SPACE, WINDOW, Laboratory
 
 from llmcompress.evaluation.environment import machine, versions
+from llmcompress.plan_search.additive import Additive
+from llmcompress.plan_search.plan_space import Plan
+from llmcompress.plan_search.proxies.base import ChangedJudge, Judge, StreamedJudge
+from llmcompress.plan_search.proxies.correlation import rank_correlation
+from llmcompress.plan_search.proxies.flash import AppliedPasses, shortened
+from llmcompress.plan_search.proxies.healing import Healing, HealingSettings
+from llmcompress.plan_search.proxies.predictors.base import PREDICTORS, PlanForecast, fit_plans
+from llmcompress.plan_search.proxies.scaling_law import fit_scaling_law
+from llmcompress.plan_search.proxies.single_options import kl_sensitivity
+from llmcompress.plan_search.proxies.supernet.elastic import ElasticSettings, SupernetJudge, trained_supernet
 from llmcompress.recipe import parse_recipe
-from llmcompress.search.additive import Additive
-from llmcompress.search.plan_space import Plan
-from llmcompress.search.proxies.base import ChangedJudge, Judge, StreamedJudge
-from llmcompress.search.proxies.correlation import rank_correlation
-from llmcompress.search.proxies.flash import AppliedPasses, shortened
-from llmcompress.search.proxies.healing import Healing, HealingSettings
-from llmcompress.search.proxies.predictors.base import PREDICTORS, PlanForecast, fit_plans
-from llmcompress.search.proxies.scaling_law import fit_scaling_law
-from llmcompress.search.proxies.single_options import kl_sensitivity
-from llmcompress.search.proxies.supernet.elastic import ElasticSettings, SupernetJudge, trained_supernet
 from llmcompress.training.settings import Training
 
 EVALS = Path(__file__).resolve().parent

@@ -24,17 +24,17 @@ from llmcompress.known_model import known_model
 from llmcompress.loading.load import load_for_compression
 from llmcompress.loading.source import find_source
 from llmcompress.model.probe import map_model
+from llmcompress.plan_search.additive import Additive
+from llmcompress.plan_search.costs.file_bytes import bytes_of, with_settled_format
+from llmcompress.plan_search.costs.latency_table import read_tables
+from llmcompress.plan_search.costs.seconds import seconds_of
+from llmcompress.plan_search.levels.bench import Bench
+from llmcompress.plan_search.levels.build import build_levels
+from llmcompress.plan_search.levels.store import LevelStore
+from llmcompress.plan_search.plan_space import PlanSpace
+from llmcompress.plan_search.space import Space
+from llmcompress.plan_search.tabular import Table, all_plans
 from llmcompress.progress import Silent
-from llmcompress.search.additive import Additive
-from llmcompress.search.costs.file_bytes import bytes_of, with_settled_format
-from llmcompress.search.costs.latency_table import read_tables
-from llmcompress.search.costs.seconds import seconds_of
-from llmcompress.search.levels.bench import Bench
-from llmcompress.search.levels.build import build_levels
-from llmcompress.search.levels.store import LevelStore
-from llmcompress.search.plan_space import PlanSpace
-from llmcompress.search.space import Space
-from llmcompress.search.tabular import Table, all_plans
 
 HERE = Path(__file__).resolve().parent
 MODEL = "builtin:books-llama"

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from llmcompress.model_evaluation import compare, evaluate
     from llmcompress.model_export import export
     from llmcompress.pipeline import compress, inspect, plan, speed
+    from llmcompress.plan_search.searching import search
     from llmcompress.progress import ProgressEvent
     from llmcompress.recipe import Recipe
     from llmcompress.records.evaluation import Evaluation
     from llmcompress.records.report import Report
     from llmcompress.report.folder import write_report
     from llmcompress.report.tracking import track
-    from llmcompress.search.searching import search
     from llmcompress.verification.verifying import verify
 
 __version__ = "0.2.0"
@@ -51,6 +51,7 @@ _HOMES = {
     "inspect": "llmcompress.pipeline",
     "load": "llmcompress.loading.load",
     "plan": "llmcompress.pipeline",
+    "search": "llmcompress.plan_search.searching",
     "speed": "llmcompress.pipeline",
     "track": "llmcompress.report.tracking",
     "verify": "llmcompress.verification.verifying",
@@ -94,8 +95,6 @@ def _register_plugin(_: object) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "search":  # a package that can be called
-        return importlib.import_module("llmcompress.search")
     if name not in _HOMES:
         raise AttributeError(f"module 'llmcompress' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

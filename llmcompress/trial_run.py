@@ -117,7 +117,7 @@ class Bench:
                 "plan.no-trial",
                 "every pass of this recipe trains the whole model: a few blocks say nothing of that",
                 where=", ".join(left_out),
-                fix="plan without --probe",
+                fix="make the plan without a probe",
             )
         counts = _WITH_FIXED if any(isinstance(each, ModelPass) for each in tried.passes) else _OF_EACH_KIND
         counts = _WITH_HEAD if self.cost(tried).head_operations else counts

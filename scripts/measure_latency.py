@@ -16,12 +16,12 @@ from transformers import AutoConfig
 from llmcompress.evaluation.device.speed import ClockName
 from llmcompress.loading.source import find_source
 from llmcompress.model.probe import probe
+from llmcompress.plan_search.costs.measuring import measure_latency
+from llmcompress.plan_search.costs.small_runs import LatencySettings
+from llmcompress.plan_search.plan_space import PlanSpace
+from llmcompress.plan_search.space import Space
 from llmcompress.progress import Silent
 from llmcompress.recipe.document import read_document
-from llmcompress.search.costs.measuring import measure_latency
-from llmcompress.search.costs.small_runs import LatencySettings
-from llmcompress.search.plan_space import PlanSpace
-from llmcompress.search.space import Space
 
 
 class Told(Silent):

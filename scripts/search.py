@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from llmcompress.search.searching import search
+from llmcompress.plan_search.searching import search
 
 
 @click.command()

@@ -307,15 +307,12 @@ PUBLIC_FUNCTIONS = {name for name in llmcompress.__all__ if name.islower() and n
 LATER = {"export", "save", "push", "recover", "distill", "compare", "verify"}
 """Names that users will look for."""
 
-CALLED = {"search"}
-"""Packages that are the function of their name (docs/decisions/0055)."""
-
 
 def test_no_module_carries_the_name_of_a_public_function() -> None:
     modules = {found.name for found in pkgutil.iter_modules(llmcompress.__path__)}
-    assert modules & (PUBLIC_FUNCTIONS | LATER) == CALLED
+    assert not modules & (PUBLIC_FUNCTIONS | LATER)
     importlib.import_module("llmcompress.pipeline")
     importlib.import_module("llmcompress.fixed_recipe")
     assert all(callable(getattr(llmcompress, name)) for name in PUBLIC_FUNCTIONS)
-    found = [name for name in PUBLIC_FUNCTIONS - CALLED if isinstance(getattr(llmcompress, name), ModuleType)]
+    found = [name for name in PUBLIC_FUNCTIONS if isinstance(getattr(llmcompress, name), ModuleType)]
     assert not found

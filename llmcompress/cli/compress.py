@@ -192,8 +192,8 @@ def compress(
 
 def _from_study(study: str, settings: tuple[str, ...]) -> Recipe:
     """The recipe of a trial, with settings."""
+    from llmcompress.plan_search.from_study import recipe_from_study
     from llmcompress.presets import as_recipe
-    from llmcompress.search.from_study import recipe_from_study
 
     return as_recipe(recipe_from_study(study), settings=settings)
 

@@ -83,9 +83,9 @@ def search(
         refuse_missing_models(model)
     with TerminalProgress() as progress:
         with loading_libraries(progress):
-            from llmcompress.search import searching
-            from llmcompress.search.joining import join as join_study
-            from llmcompress.search.settings import read_search
+            from llmcompress.plan_search import searching
+            from llmcompress.plan_search.joining import join as join_study
+            from llmcompress.plan_search.settings import read_search
         if join is not None:
             done = join_study(join, device=device, database=database, name=study, progress=progress)
             click.echo(f"judged {done} plans", err=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llmcompress.search.encodings import PathEncoding, graph_of, plan_of
+from llmcompress.plan_search.encodings import PathEncoding, graph_of, plan_of
 from tests.search import toy
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmcompress.search.problem import Outcome
-from llmcompress.search.selection import (
+from llmcompress.plan_search.problem import Outcome
+from llmcompress.plan_search.selection import (
     SELECTIONS,
     better_uniform,
     front,

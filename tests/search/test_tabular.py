@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmcompress.search.problem import Proposal
-from llmcompress.search.proxies.correlation import rank_correlation
-from llmcompress.search.tabular import Surrogate, Table, all_plans
+from llmcompress.plan_search.problem import Proposal
+from llmcompress.plan_search.proxies.correlation import rank_correlation
+from llmcompress.plan_search.tabular import Surrogate, Table, all_plans
 from tests.search import toy
 
 

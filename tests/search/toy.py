@@ -8,12 +8,12 @@ from itertools import product
 import numpy as np
 
 from llmcompress.model.map import BlockInfo, BlockStructure, InputGroup, ModelMap, SiteInfo
-from llmcompress.search.additive import Additive
-from llmcompress.search.optimizers.base import AskTell, Optimizer
-from llmcompress.search.optimizers.mixture import expected
-from llmcompress.search.plan_space import Plan, PlanSpace
-from llmcompress.search.problem import Outcome, Problem, Proposal, Relaxation
-from llmcompress.search.space import Space
+from llmcompress.plan_search.additive import Additive
+from llmcompress.plan_search.optimizers.base import AskTell, Optimizer
+from llmcompress.plan_search.optimizers.mixture import expected
+from llmcompress.plan_search.plan_space import Plan, PlanSpace
+from llmcompress.plan_search.problem import Outcome, Problem, Proposal, Relaxation
+from llmcompress.plan_search.space import Space
 
 GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 SITES = {

@@ -5,11 +5,11 @@ from __future__ import annotations
 from transformers import LlamaConfig
 
 from llmcompress.model.probe import probe
-from llmcompress.search.costs.forms import Forms, Matrix
-from llmcompress.search.costs.latency_table import BlockRest, LatencyTable, Product, Seconds, shapes_of
-from llmcompress.search.costs.seconds import wanted_matrices
-from llmcompress.search.plan_space import PlanSpace
-from llmcompress.search.space import Space
+from llmcompress.plan_search.costs.forms import Forms, Matrix
+from llmcompress.plan_search.costs.latency_table import BlockRest, LatencyTable, Product, Seconds, shapes_of
+from llmcompress.plan_search.costs.seconds import wanted_matrices
+from llmcompress.plan_search.plan_space import PlanSpace
+from llmcompress.plan_search.space import Space
 
 CONFIG = LlamaConfig(
     hidden_size=32,

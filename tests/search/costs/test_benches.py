@@ -7,13 +7,13 @@ import torch
 
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.modules.quant_linear import QuantLinear, quantized_linears
-from llmcompress.search.costs.bench import BENCHES, Unmeasurable, byte_tokenizer
-from llmcompress.search.costs.forms import Forms, Matrix
-from llmcompress.search.costs.measuring import measure_latency
-from llmcompress.search.costs.small_models import plan_model, small_model, with_matrix
-from llmcompress.search.costs.small_runs import LatencySettings
-from llmcompress.search.plan_space import PlanSpace
-from llmcompress.search.space import Space
+from llmcompress.plan_search.costs.bench import BENCHES, Unmeasurable, byte_tokenizer
+from llmcompress.plan_search.costs.forms import Forms, Matrix
+from llmcompress.plan_search.costs.measuring import measure_latency
+from llmcompress.plan_search.costs.small_models import plan_model, small_model, with_matrix
+from llmcompress.plan_search.costs.small_runs import LatencySettings
+from llmcompress.plan_search.plan_space import PlanSpace
+from llmcompress.plan_search.space import Space
 from tests.search.costs.latency_tables import CONFIG, small_space
 
 CPU = torch.device("cpu")

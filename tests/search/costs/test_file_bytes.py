@@ -12,10 +12,10 @@ from llmcompress.evaluation.footprint import bytes_on_disk
 from llmcompress.known_model import KnownModel, known_model
 from llmcompress.loading.source import find_source
 from llmcompress.pipeline import compress
-from llmcompress.search.costs.file_bytes import bytes_of, with_settled_format
-from llmcompress.search.plan_recipe import recipe_of
-from llmcompress.search.plan_space import Plan, PlanSpace
-from llmcompress.search.space import Space
+from llmcompress.plan_search.costs.file_bytes import bytes_of, with_settled_format
+from llmcompress.plan_search.plan_recipe import recipe_of
+from llmcompress.plan_search.plan_space import Plan, PlanSpace
+from llmcompress.plan_search.space import Space
 from tests.tiny_folder import write_tiny_llama
 
 SITES = {

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from llmcompress.errors import CompressError
-from llmcompress.search.costs.checking import check_sums
-from llmcompress.search.costs.forms import Form, Forms, Matrix
-from llmcompress.search.costs.latency_table import Check, LatencyTable, Power, Seconds, read_tables, write_tables
-from llmcompress.search.costs.learned import corrected
-from llmcompress.search.costs.measuring import measure_latency
-from llmcompress.search.costs.resources import energy_of, memory_of
-from llmcompress.search.costs.seconds import seconds_of
-from llmcompress.search.costs.small_runs import LatencySettings, cache_bytes
-from llmcompress.search.plan_space import Plan, PlanSpace
+from llmcompress.plan_search.costs.checking import check_sums
+from llmcompress.plan_search.costs.forms import Form, Forms, Matrix
+from llmcompress.plan_search.costs.latency_table import Check, LatencyTable, Power, Seconds, read_tables, write_tables
+from llmcompress.plan_search.costs.learned import corrected
+from llmcompress.plan_search.costs.measuring import measure_latency
+from llmcompress.plan_search.costs.resources import energy_of, memory_of
+from llmcompress.plan_search.costs.seconds import seconds_of
+from llmcompress.plan_search.costs.small_runs import LatencySettings, cache_bytes
+from llmcompress.plan_search.plan_space import Plan, PlanSpace
 from tests.search.costs.latency_tables import CONFIG, seconds_of_bits, small_space, table_of
 
 

@@ -12,13 +12,13 @@ import torch
 from llmcompress.model.depth import drop_blocks
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.passes.apply import apply_passes
-from llmcompress.search.levels.bench import Bench
-from llmcompress.search.levels.build import build_levels
-from llmcompress.search.levels.decoded import DecodedLevels
-from llmcompress.search.levels.path import Step
-from llmcompress.search.levels.store import LevelStore
-from llmcompress.search.plan_recipe import recipe_of
-from llmcompress.search.plan_space import Plan, PlanSpace
+from llmcompress.plan_search.levels.bench import Bench
+from llmcompress.plan_search.levels.build import build_levels
+from llmcompress.plan_search.levels.decoded import DecodedLevels
+from llmcompress.plan_search.levels.path import Step
+from llmcompress.plan_search.levels.store import LevelStore
+from llmcompress.plan_search.plan_recipe import recipe_of
+from llmcompress.plan_search.plan_space import Plan, PlanSpace
 from tests.passes.test_laws import windows
 from tests.search.levels.tiny import benched, full_divergences, space_of, whole_model, without_state
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from scipy.stats import kendalltau
 
-from llmcompress.search.levels.bench import Bench
-from llmcompress.search.levels.build import build_levels
-from llmcompress.search.levels.store import LevelStore
+from llmcompress.plan_search.levels.bench import Bench
+from llmcompress.plan_search.levels.build import build_levels
+from llmcompress.plan_search.levels.store import LevelStore
 from tests.search.levels.tiny import space_of, whole_model
 
 WHOLE = whole_model()

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from llmcompress.search.levels.bench import Bench
-from llmcompress.search.levels.relaxation import MixedModel
-from llmcompress.search.plan_space import Plan
+from llmcompress.plan_search.levels.bench import Bench
+from llmcompress.plan_search.levels.relaxation import MixedModel
+from llmcompress.plan_search.plan_space import Plan
 from tests.passes.test_laws import windows
 from tests.search.levels.tiny import benched, space_of, whole_model
 

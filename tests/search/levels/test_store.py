@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcompress.errors import CompressError
+from llmcompress.plan_search.levels import build
+from llmcompress.plan_search.levels.build import build_levels
+from llmcompress.plan_search.levels.encoding import decode, encode
+from llmcompress.plan_search.levels.folder import block_key
+from llmcompress.plan_search.levels.size import estimated_bytes
+from llmcompress.plan_search.levels.store import LevelStore
 from llmcompress.progress import Silent
-from llmcompress.search.levels import build
-from llmcompress.search.levels.build import build_levels
-from llmcompress.search.levels.encoding import decode, encode
-from llmcompress.search.levels.folder import block_key
-from llmcompress.search.levels.size import estimated_bytes
-from llmcompress.search.levels.store import LevelStore
 from tests.search.levels.tiny import space_of, whole_model
 
 WHOLE = whole_model()

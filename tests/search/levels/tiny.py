@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.whole import WholeModel
-from llmcompress.search.levels.bench import Bench
-from llmcompress.search.levels.build import build_levels
-from llmcompress.search.levels.store import LevelStore
-from llmcompress.search.plan_space import PlanSpace
-from llmcompress.search.space import Space
+from llmcompress.plan_search.levels.bench import Bench
+from llmcompress.plan_search.levels.build import build_levels
+from llmcompress.plan_search.levels.store import LevelStore
+from llmcompress.plan_search.plan_space import PlanSpace
+from llmcompress.plan_search.space import Space
 from tests.families import tiny_model
 from tests.passes.test_laws import map_of, windows
 

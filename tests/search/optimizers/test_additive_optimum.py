@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llmcompress.search.optimizers.additive_optimum import by_integer_program, by_table, least_loss, nearest
-from llmcompress.search.optimizers.budget import Budget
-from llmcompress.search.plan_space import Plan, PlanSpace
-from llmcompress.search.problem import Problem
+from llmcompress.plan_search.optimizers.additive_optimum import by_integer_program, by_table, least_loss, nearest
+from llmcompress.plan_search.optimizers.budget import Budget
+from llmcompress.plan_search.plan_space import Plan, PlanSpace
+from llmcompress.plan_search.problem import Problem
 from tests.search import toy
 
 
@@ -77,7 +77,7 @@ def test_where_the_table_grows_too_long_it_stays_within_the_limit_and_near_the_o
     task = toy.problem(toy.plan_space(blocks=4, per="group"))
     assert task.losses is not None
     exact = by_table(task.space, task.losses, task.costs["decode"], 400.0)
-    monkeypatch.setattr("llmcompress.search.optimizers.additive_optimum.MOST_STATES", 64)
+    monkeypatch.setattr("llmcompress.plan_search.optimizers.additive_optimum.MOST_STATES", 64)
     rough = by_table(task.space, task.losses, task.costs["decode"], 400.0)
     assert exact is not None and rough is not None
     assert task.costs["decode"].total(task.space, rough) <= 400.0

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llmcompress.search.additive import Additive
-from llmcompress.search.optimizers.mixture import ExpectedCosts, Logits, expected
-from llmcompress.search.plan_space import PlanSpace
-from llmcompress.search.problem import Problem
+from llmcompress.plan_search.additive import Additive
+from llmcompress.plan_search.optimizers.mixture import ExpectedCosts, Logits, expected
+from llmcompress.plan_search.plan_space import PlanSpace
+from llmcompress.plan_search.problem import Problem
 from tests.search import toy
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from llmcompress.errors import CompressError
-from llmcompress.search.optimizers.base import OPTIMIZERS, AskTell, Optimizer
-from llmcompress.search.optimizers.darts import min_norm
-from llmcompress.search.problem import Outcome, Problem, Proposal
-from llmcompress.search.selection import hypervolume, scalar_reward
+from llmcompress.plan_search.optimizers.base import OPTIMIZERS, AskTell, Optimizer
+from llmcompress.plan_search.optimizers.darts import min_norm
+from llmcompress.plan_search.problem import Outcome, Problem, Proposal
+from llmcompress.plan_search.selection import hypervolume, scalar_reward
 from tests.search import toy
 
 SMALL: dict[str, dict[str, Any]] = {

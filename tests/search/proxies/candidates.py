@@ -15,9 +15,9 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError
 from llmcompress.model.probe import map_model
 from llmcompress.passes.apply import apply_passes
-from llmcompress.search.plan_recipe import recipe_of
-from llmcompress.search.plan_space import Plan, PlanSpace
-from llmcompress.search.space import Space
+from llmcompress.plan_search.plan_recipe import recipe_of
+from llmcompress.plan_search.plan_space import Plan, PlanSpace
+from llmcompress.plan_search.space import Space
 from tests.families import tiny_model, tiny_tokens
 
 SPACE = {

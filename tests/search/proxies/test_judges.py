@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from llmcompress.errors import CompressError
-from llmcompress.search.plan_space import PlanSpace
-from llmcompress.search.problem import Outcome, Proposal
-from llmcompress.search.proxies.base import ChangedJudge, StreamedJudge, answered
-from llmcompress.search.proxies.flash import AppliedPasses, shortened, with_short_trainings
-from llmcompress.search.proxies.halving import stage_correlations, successive_halving
-from llmcompress.search.proxies.healing import Healing, HealingSettings
-from llmcompress.search.proxies.single_options import kl_sensitivity, single_changes
-from llmcompress.search.space import Space
+from llmcompress.plan_search.plan_space import PlanSpace
+from llmcompress.plan_search.problem import Outcome, Proposal
+from llmcompress.plan_search.proxies.base import ChangedJudge, StreamedJudge, answered
+from llmcompress.plan_search.proxies.flash import AppliedPasses, shortened, with_short_trainings
+from llmcompress.plan_search.proxies.halving import stage_correlations, successive_halving
+from llmcompress.plan_search.proxies.healing import Healing, HealingSettings
+from llmcompress.plan_search.proxies.single_options import kl_sensitivity, single_changes
+from llmcompress.plan_search.space import Space
 from tests.search.proxies.candidates import SPACE, candidates, judged_windows
 
 DISTILLED = {**SPACE, "after": {"none": [], "healed": [{"distill": {"training": {"steps": 40, "batch": 2}}}]}}

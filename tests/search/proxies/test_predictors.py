@@ -10,11 +10,11 @@ from transformers import LlamaConfig
 
 from llmcompress.errors import CompressError
 from llmcompress.model.probe import probe
-from llmcompress.search.additive import Additive
-from llmcompress.search.plan_space import Plan, PlanSpace
-from llmcompress.search.proxies.correlation import held_out_losses, rank_correlation
-from llmcompress.search.proxies.predictors.base import PREDICTORS, fit_plans
-from llmcompress.search.space import Space
+from llmcompress.plan_search.additive import Additive
+from llmcompress.plan_search.plan_space import Plan, PlanSpace
+from llmcompress.plan_search.proxies.correlation import held_out_losses, rank_correlation
+from llmcompress.plan_search.proxies.predictors.base import PREDICTORS, fit_plans
+from llmcompress.plan_search.space import Space
 
 QUICK = {"mlp": {"members": 3, "hidden": (16,)}}
 SPACE = {

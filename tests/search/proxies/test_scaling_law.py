@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llmcompress.errors import CompressError
-from llmcompress.search.proxies.scaling_law import ScalingLaw, fit_scaling_law
+from llmcompress.plan_search.proxies.scaling_law import ScalingLaw, fit_scaling_law
 
 TOKENS = [2.0**power for power in range(12, 20)]
 

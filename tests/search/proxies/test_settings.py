@@ -6,8 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from llmcompress.errors import CompressError
-from llmcompress.search.proxies.base import ChangedJudge, StreamedJudge
-from llmcompress.search.proxies.settings import ProxySettings
+from llmcompress.plan_search.proxies.base import ChangedJudge, StreamedJudge
+from llmcompress.plan_search.proxies.settings import ProxySettings
 from tests.search.proxies.candidates import SPACE, candidates, judged_windows
 
 

@@ -13,16 +13,16 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError
 from llmcompress.model.probe import map_model
 from llmcompress.model.units import unit_groups
-from llmcompress.search.plan_space import PlanSpace
-from llmcompress.search.proxies.supernet.elastic import (
+from llmcompress.plan_search.plan_space import PlanSpace
+from llmcompress.plan_search.proxies.supernet.elastic import (
     ElasticSettings,
     SupernetJudge,
     phases,
     smallest,
     trained_supernet,
 )
-from llmcompress.search.proxies.supernet.nested import SubNet, running_as, sliced, sort_channels, subnet_of
-from llmcompress.search.space import Space
+from llmcompress.plan_search.proxies.supernet.nested import SubNet, running_as, sliced, sort_channels, subnet_of
+from llmcompress.plan_search.space import Space
 from llmcompress.training.settings import Training
 from tests.families import tiny_model, tiny_tokens
 from tests.search.proxies.candidates import candidates

@@ -13,18 +13,18 @@ import numpy as np
 from transformers import LlamaConfig
 
 from llmcompress.model.probe import probe
+from llmcompress.plan_search.additive import Additive
+from llmcompress.plan_search.coordinator import Coordinator
+from llmcompress.plan_search.judging import FunctionJudge, Judge
+from llmcompress.plan_search.optimizers.base import AskTell, Optimizer, Proposals
+from llmcompress.plan_search.patience import Patience
+from llmcompress.plan_search.plan_space import Plan, PlanSpace
+from llmcompress.plan_search.problem import Outcome, Problem, Proposal
+from llmcompress.plan_search.space import Space
+from llmcompress.plan_search.study_folder import StudyFolder, new_worker_name
+from llmcompress.plan_search.trials import Trials
+from llmcompress.plan_search.worker import Desk, work
 from llmcompress.progress import Silent
-from llmcompress.search.additive import Additive
-from llmcompress.search.coordinator import Coordinator
-from llmcompress.search.judging import FunctionJudge, Judge
-from llmcompress.search.optimizers.base import AskTell, Optimizer, Proposals
-from llmcompress.search.patience import Patience
-from llmcompress.search.plan_space import Plan, PlanSpace
-from llmcompress.search.problem import Outcome, Problem, Proposal
-from llmcompress.search.space import Space
-from llmcompress.search.study_folder import StudyFolder, new_worker_name
-from llmcompress.search.trials import Trials
-from llmcompress.search.worker import Desk, work
 
 SPACE = Space.model_validate(
     {

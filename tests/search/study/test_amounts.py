@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llmcompress.errors import CompressError
-from llmcompress.search.amounts import Amount, read_amount
+from llmcompress.plan_search.amounts import Amount, read_amount
 
 
 @pytest.mark.parametrize(

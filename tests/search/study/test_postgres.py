@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from llmcompress.search.coordinator import Coordinator
-from llmcompress.search.optimizers.base import AskTell
-from llmcompress.search.patience import Patience
+from llmcompress.plan_search.coordinator import Coordinator
+from llmcompress.plan_search.optimizers.base import AskTell
+from llmcompress.plan_search.patience import Patience
 from tests.search.study.small import Walk, desk, function_judge, problem, searched, study, trials
 
 FAST = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off", "shared_buffers": "16MB"}
@@ -122,9 +122,9 @@ def test_g3_a_database_that_goes_down_is_waited_for_and_nothing_is_lost(server: 
 
 
 def test_workers_on_one_database_claim_every_trial_once(server: Server, tmp_path: Path) -> None:
-    from llmcompress.search.problem import Proposal
-    from llmcompress.search.trials import Trials
-    from llmcompress.search.worker import work
+    from llmcompress.plan_search.problem import Proposal
+    from llmcompress.plan_search.trials import Trials
+    from llmcompress.plan_search.worker import work
     from tests.search.study.small import Counting, plan_space
 
     def opened() -> Trials:

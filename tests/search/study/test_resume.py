@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llmcompress.search.problem import Outcome
-from llmcompress.search.study_folder import StudyFolder
+from llmcompress.plan_search.problem import Outcome
+from llmcompress.plan_search.study_folder import StudyFolder
 from tests.search.study.small import Counting, function_judge, outcome, searched, study, trials
 
 
@@ -61,7 +61,7 @@ def bad(plan, tokens) -> Outcome:
 def test_g4_a_trial_without_a_number_is_infeasible_and_never_the_best(tmp_path: Path) -> None:
     import optuna
 
-    from llmcompress.search.judging import FunctionJudge
+    from llmcompress.plan_search.judging import FunctionJudge
 
     found = searched(study(tmp_path), FunctionJudge(bad, "bad"))
     problems = {each.problem for each in found}
@@ -73,7 +73,7 @@ def test_g4_a_trial_without_a_number_is_infeasible_and_never_the_best(tmp_path: 
 
 
 def test_an_error_that_is_a_bug_is_raised_and_the_search_can_go_on(tmp_path: Path) -> None:
-    from llmcompress.search.judging import FunctionJudge
+    from llmcompress.plan_search.judging import FunctionJudge
 
     def broken(plan, tokens):
         raise TypeError("a bug")
@@ -108,8 +108,8 @@ def test_what_a_worker_wrote_down_is_told_to_the_database_later(tmp_path: Path) 
     whole = searched(study(tmp_path / "whole"), function_judge())
     worker = folder.worker("earlier")
     worker.begin()
-    from llmcompress.search.judging import key_of
-    from llmcompress.search.problem import Proposal
+    from llmcompress.plan_search.judging import key_of
+    from llmcompress.plan_search.problem import Proposal
 
     for each in whole[:6]:
         worker.keep(key_of("small", Proposal(each.plan, each.tokens)), each)

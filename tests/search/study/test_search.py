@@ -12,14 +12,14 @@ from click.testing import CliRunner
 import llmcompress
 from llmcompress.cli.main import llmcompress as command
 from llmcompress.errors import CompressError, ExitCode
+from llmcompress.plan_search.bench_judge import BenchJudge
+from llmcompress.plan_search.from_study import recipe_from_study
+from llmcompress.plan_search.joining import join
+from llmcompress.plan_search.searching import as_search, search
+from llmcompress.plan_search.settings import SearchSettings, read_search
 from llmcompress.recipe import read_recipe
 from llmcompress.records.report import read_report
 from llmcompress.records.search import SearchReport
-from llmcompress.search.bench_judge import BenchJudge
-from llmcompress.search.from_study import recipe_from_study
-from llmcompress.search.joining import join
-from llmcompress.search.searching import as_search, search
-from llmcompress.search.settings import SearchSettings, read_search
 from tests.tiny_folder import write_tiny_llama
 
 SEARCH: dict[str, Any] = {

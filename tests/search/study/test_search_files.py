@@ -8,13 +8,13 @@ import pytest
 
 from llmcompress.known_model import KnownModel, known_model
 from llmcompress.loading.source import find_source
-from llmcompress.search.costs.file_bytes import bytes_of, with_settled_format
-from llmcompress.search.opening import check_options
-from llmcompress.search.optimizers.additive_optimum import nearest
-from llmcompress.search.plan_space import PlanSpace
-from llmcompress.search.problem import Problem
-from llmcompress.search.searching import search
-from llmcompress.search.settings import read_search, search_names
+from llmcompress.plan_search.costs.file_bytes import bytes_of, with_settled_format
+from llmcompress.plan_search.opening import check_options
+from llmcompress.plan_search.optimizers.additive_optimum import nearest
+from llmcompress.plan_search.plan_space import PlanSpace
+from llmcompress.plan_search.problem import Problem
+from llmcompress.plan_search.searching import search
+from llmcompress.plan_search.settings import read_search, search_names
 from tests.tiny_folder import write_tiny_llama
 
 TINY = [

@@ -15,11 +15,11 @@ import optuna
 import pytest
 
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.search.coordinator import Coordinator
-from llmcompress.search.optimizers.base import AskTell
-from llmcompress.search.problem import Outcome, Proposal
-from llmcompress.search.processes import RESTARTS, WorkerProcesses
-from llmcompress.search.study_folder import StudyFolder
+from llmcompress.plan_search.coordinator import Coordinator
+from llmcompress.plan_search.optimizers.base import AskTell
+from llmcompress.plan_search.problem import Outcome, Proposal
+from llmcompress.plan_search.processes import RESTARTS, WorkerProcesses
+from llmcompress.plan_search.study_folder import StudyFolder
 from tests.search.study.small import Walk, function_judge, plan_space, problem, searched, study, trials
 from tests.warm_python import WarmPython
 
@@ -119,7 +119,7 @@ def test_a_process_that_dies_is_started_again_and_one_that_dies_always_is_told_w
 
 
 def test_the_heartbeat_of_a_remote_worker_that_stopped_frees_its_trial(tmp_path: Path, monkeypatch) -> None:
-    import llmcompress.search.database as module
+    import llmcompress.plan_search.database as module
 
     monkeypatch.setattr(module, "GRACE_SECONDS", 1)
     folder = study(tmp_path)

@@ -1,0 +1,54 @@
+"""The exact optimum of losses that are sums over units, by dynamic programming or as an integer program."""
+
+from __future__ import annotations
+
+import numpy as np
+from pydantic import Field
+
+from llmcompress.errors import CompressError, ExitCode
+from llmcompress.plan_search.additive import Additive
+from llmcompress.plan_search.optimizers.additive_optimum import least_loss
+from llmcompress.plan_search.optimizers.base import OPTIMIZERS
+from llmcompress.plan_search.optimizers.judging import Exploration, Explorer
+from llmcompress.plan_search.problem import Problem
+
+
+@OPTIMIZERS.register("exact")
+class Exact(Explorer):
+    """The plan of least estimated loss within the limits; then the same for losses with noise.
+
+    The first plan is the optimum where losses add up. They do not quite, and estimates have errors: optima of losses
+    that are a little different are the plans next to it which are worth judging.
+    Source: the multiple-choice knapsack of AutoRound's AutoScheme and EvoPress's dynamic programming, here with bodies,
+    dropping and several limits.
+    """
+
+    spread: float = Field(default=0.5, ge=0)
+    """Standard deviation of the noise on the logarithm of each loss."""
+
+    def explore(self, problem: Problem, random: np.random.Generator) -> Exploration:
+        """The optimum, then optima with noise.
+
+        Raises: CompressError where the problem has no estimate that adds up.
+        """
+        losses = problem.losses
+        if losses is None:
+            raise CompressError(
+                "search.no-losses",
+                "the exact optimum needs losses that are sums over units, and this search has none",
+                fix="choose an optimizer that judges plans only, such as evopress",
+                exit_code=ExitCode.USAGE,
+            )
+        plan = least_loss(problem.space, losses, problem.costs, problem.limits)
+        while plan is not None:
+            yield [plan]
+            noisy = Additive(
+                losses.base,
+                {unit: row * _noise(row, self.spread, random) for unit, row in losses.of_unit.items()},
+                {unit: rows * _noise(rows, self.spread, random) for unit, rows in losses.of_sites.items()},
+            )
+            plan = least_loss(problem.space, noisy, problem.costs, problem.limits)
+
+
+def _noise(like: np.ndarray, spread: float, random: np.random.Generator) -> np.ndarray:
+    return np.asarray(np.exp(spread * random.standard_normal(like.shape)))
