@@ -36,6 +36,7 @@ BUDGET_SECONDS: dict[str, int] = {
     "tests/exporters/test_onnx_genai.py": 60,
     "tests/exporters/test_aot_inductor.py": 100,
     "tests/exporters/test_onnx_static_families.py": 40,
+    "tests/search/optimizers/test_optimizers.py": 70,
     "tests/passes/pruning/test_gates.py": 40,
     "tests/passes/pruning/test_sparse.py": 40,
     "tests/test_composition.py": 40,

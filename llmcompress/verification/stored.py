@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from llmcompress.evaluation.checkpoint_codes import CodedSite, codes_in
+from llmcompress.evaluation.checkpoint_codes import codes_in
 from llmcompress.evaluation.footprint import CACHE_SCALES
 from llmcompress.exporters.base import EXPORTERS
 from llmcompress.formats.packed_linear import enter_file_forms
@@ -109,14 +109,12 @@ def _unpacked(folder: Path) -> dict[str, TensorHeader]:
 def _as_weights(folder: Path) -> dict[str, TensorHeader]:
     """The checkpoint as if its codes were the weights that they stand for."""
     stored = codes_in(folder)
-    coded = [site for site in stored.coded if isinstance(site, CodedSite)]
     weights = (
         TensorHeader(f"{site.name}.weight", torch.bfloat16, (site.outputs, site.inputs), folder / SINGLE, 0)
-        for site in coded
+        for site in stored.coded
     )
-    others = [each for site in stored.coded if not isinstance(site, CodedSite) for each in site.tensors.values()]
     dense = (each for each in stored.dense if not each.name.endswith(CACHE_SCALES))
-    return {each.name: each for each in (*weights, *dense, *others)}
+    return {each.name: each for each in (*weights, *dense)}
 
 
 def _against_manifest(
