@@ -45,13 +45,8 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "shells": ("shells", {}),
     "Gaussian process": ("gp", {}),
 }
-<<<<<<< HEAD
-"""Name in the figure → optimizer and options that are not its defaults: methods that follow gradients get steps taking
-80 of the 100 evaluations' worth of tokens."""
-=======
 """Name in the figure → optimizer and options that are not its defaults: methods that follow gradients get steps that
 take 80 of the 100 evaluations' worth of tokens."""
->>>>>>> s-optimizers
 SLOW = {"gp": 40}
 """Trials of those that take long to think."""
 SHARES = (0.35, 0.5)
