@@ -37,7 +37,7 @@ def main(name: str) -> None:
     figure, panels = pyplot.subplots(1, len(PANELS), figsize=(11, 4), sharey=True, layout="constrained")
     for panel, (title, labels) in zip(panels, PANELS.items(), strict=True):
         colours = iter(COLOURS)
-        for label in labels:
+        for label in (each for each in labels if each in rows):
             draw(panel, rows[label], GREY if label == "random" else next(colours))
         panel.set_title(title, color=GREY)
         panel.set_xscale("log")
