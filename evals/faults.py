@@ -82,7 +82,7 @@ def main(seed: int, only: tuple[str, ...], rows: Path | None) -> None:
         "command": f"python evals/faults.py --seed {seed}",
         "faults": len(found),
         "as_they_should": sum(not row.wrong for row in found),
-        "rows": [asdict(row) for row in found],
+        "rows": [{**asdict(row), "said": row.said.replace(f"{scratch}/", "")} for row in found],
         "versions": versions(),
         "machine": machine(),
     }
