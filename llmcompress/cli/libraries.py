@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
 import warnings
@@ -25,11 +26,17 @@ _SWITCHES = {
 }
 """Each library's own, read when it is imported. compressed-tensors asks tqdm and loguru."""
 
+_CHATTY = ("bitsandbytes",)
+"""Loggers that recommend further packages, on every machine without a GPU."""
+
 
 def quiet_libraries() -> None:
     """Ask the libraries for silence, before they are imported: one display only. The environment's own wish wins."""
     for name, value in _SWITCHES.items():
         os.environ.setdefault(name, value)
+    for name in _CHATTY:
+        if logging.getLogger(name).level == logging.NOTSET:
+            logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.warnoptions:  # neither -W nor PYTHONWARNINGS
         warnings.simplefilter("ignore")
 
