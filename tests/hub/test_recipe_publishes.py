@@ -53,7 +53,7 @@ def test_one_command_compresses_heals_exports_and_publishes(hub: HubDouble, tmp_
     ]
     out = tmp_path / "small"
     tiny = write_tiny_llama(tmp_path / "dense", intermediate_size=64)
-    assert run("compress", tiny, "--preset", "w4-heal", *quick, "--publish", NAME, "-o", out) == 0
+    assert run("compress", tiny, "--preset", "w4-heal", *quick, "--export", "gguf", "--publish", NAME, "-o", out) == 0
     files = hub.repos[NAME].files
     assert files["model.safetensors"] == (out / "model.safetensors").read_bytes()
     (gguf,) = (name for name in files if name.endswith(".gguf"))

