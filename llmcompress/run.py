@@ -21,7 +21,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -32,6 +31,7 @@ from llmcompress.model.snapshot import about_model, model_again
 from llmcompress.modules.manifest import Manifest, apply_manifest, changes
 from llmcompress.records.rows import SiteReport
 from llmcompress.storage.atomic import replacing
+from llmcompress.storage.checked_tensors import own_memory
 from llmcompress.storage.disk import disk_errors, sha256
 from llmcompress.storage.folder import run_folder
 from llmcompress.storage.json_lines import append_line, read_json_lines
@@ -202,7 +202,7 @@ class Run:
         path = self._file(key)
         with disk_errors(path, saved=self.saved):
             with replacing(path) as part:
-                save_file(_own_memory(tensors), part, metadata={_ABOUT: json.dumps(about)})
+                save_file(own_memory(tensors), part, metadata={_ABOUT: json.dumps(about)})
             line = {
                 "file": key,
                 "sha256": sha256(path),
@@ -294,18 +294,6 @@ def _load(block: nn.Module, tensors: Mapping[str, Tensor], key: str) -> None:
     wrong = {name for name, tensor in tensors.items() if name in here and here[name].dtype != tensor.dtype}
     assert not wrong, f"{key} was saved in another dtype: {sorted(wrong)[:3]}"
     block.load_state_dict(tensors, strict=True)
-
-
-def _own_memory(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as safetensors wants them: contiguous, and no two in one memory."""
-    seen: set[int] = set()
-    kept: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        place = tensor.untyped_storage().data_ptr()
-        kept[name] = torch.clone(tensor) if place in seen else tensor
-        kept[name] = kept[name].contiguous()
-        seen.add(place)
-    return kept
 
 
 def _append(path: Path, line: Mapping[str, Any], *, durable: bool = False) -> None:

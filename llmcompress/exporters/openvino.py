@@ -58,8 +58,9 @@ model = OVModelForCausalLM.from_pretrained(".")
     instead: Literal["refuse", "dense"] = "refuse"
     """What happens to a linear that the graph cannot hold as it is. `dense`: it becomes ordinary weights."""
     dynamic_quantization: bool | None = None
-    """Whether the runtime rounds activations to 8 bits before compressed matrices, as it does by itself: prefill is a
-    tenth faster, and perplexity moves by a third of a percent. None: only where a scheme rounds them per token."""
+    """Whether the runtime rounds activations to 8 bits before compressed matrices, as it does by itself: that is
+    faster, and moves perplexity by some tenths of a percent (docs/log.md). None: only where a scheme rounds them per
+    token."""
 
     @override
     def check(self, site: CodedLinear, storage_dtype: torch.dtype | None) -> Answer:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import Field, field_validator
 
 from llmcompress.passes.base import PASSES
 from llmcompress.passes.quantizing import QuantizingPass
@@ -75,3 +77,24 @@ def _serving(*, sitewise: bool) -> Collection[str]:
         for name, cls in found
         if issubclass(cls, QuantizingPass) and cls.leaves == frozenset({"codes"}) and (cls.sitewise or not sitewise)
     ]
+
+
+class AroundQuantizer(QuantizingPass):
+    """A pass on whole blocks in which another one quantizes, with the scheme and the sites of this pass."""
+
+    sitewise: ClassVar[bool] = False
+
+    quantizer: dict[str, dict[str, Any]] = Field(
+        {"gptq": {}},
+        description="one quantization pass with its options, without its scheme, e.g. {gptq: {damping: 0.02}}",
+    )
+
+    @field_validator("quantizer")
+    @classmethod
+    def _known_quantizer(cls, named: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        return checked(named)
+
+    @property
+    def inner(self) -> QuantizingPass:
+        """The quantization pass, with this pass's other options."""
+        return nested(self, self.quantizer)

@@ -120,7 +120,7 @@ def report_of(
         axes=tuple(problem.costs),
         limits=dict(problem.limits),
         dense=dict(dense),
-        units={name_of(space, index): space.units[index].options for index in space.free},
+        units={space.units[index].label: space.units[index].options for index in space.free},
         plans=space.size,
         trials=tuple(_trial(found, each, start) for each in found.trials),
         front=tuple(found.number(each) for each in found.front),
@@ -135,12 +135,6 @@ def report_of(
         machine=machine(),
         notes=tuple(notes),
     )
-
-
-def name_of(space: PlanSpace, index: int) -> str:
-    """A unit as people read it, and as parameters of trials are called."""
-    unit = space.units[index]
-    return f"{unit.name} (body)" if unit.kind == "body" else unit.name
 
 
 def importance(space: PlanSpace, outcomes: Sequence[Outcome]) -> dict[str, float]:
@@ -159,7 +153,7 @@ def importance(space: PlanSpace, outcomes: Sequence[Outcome]) -> dict[str, float
         chosen = np.array([each.plan[index] for each in few])
         groups = [losses[chosen == option] for option in set(chosen.tolist())]
         between = sum(len(group) * (group.mean() - losses.mean()) ** 2 for group in groups) / len(few)
-        found[name_of(space, index)] = float(between) / total
+        found[space.units[index].label] = float(between) / total
     return dict(sorted(found.items(), key=lambda each: -each[1]))
 
 
@@ -181,7 +175,7 @@ def _trial(found: Found, each: Finished, start: float) -> SearchTrial:
     space, outcome = found.problem.space, each.outcome
     return SearchTrial(
         number=each.number,
-        chosen={name_of(space, index): space.units[index].options[outcome.plan[index]] for index in space.free},
+        chosen={space.units[index].label: space.units[index].options[outcome.plan[index]] for index in space.free},
         tokens=outcome.tokens,
         loss=outcome.loss if outcome.is_valid else None,
         costs=dict(outcome.costs),

@@ -16,7 +16,8 @@ from llmcompress.calibration.devices import usable_device
 from llmcompress.calibration.tokens import max_positions, refuse_beyond_embedding
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
-from llmcompress.known_model import KnownModel, known_model
+from llmcompress.exporters.loader import loader_of
+from llmcompress.known_model import KnownModel
 from llmcompress.loading.identity import identity_of_folder
 from llmcompress.loading.load import Loaded, load_for_compression
 from llmcompress.loading.source import find_source
@@ -79,8 +80,9 @@ def open_subject(settings: SearchSettings, *, device: str, progress: Progress) -
     source = find_source(str(settings.model), revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     loaded = load_for_compression(source, trust_remote_code=settings.trust_remote_code, progress=progress)
     unfuse_experts(loaded.model, loaded.weights)
-    known = known_model(source, trust_remote_code=settings.trust_remote_code)
-    space = PlanSpace(settings.space, map_model(loaded.model))
+    model_map = map_model(loaded.model)
+    known = KnownModel(source.name, loaded.preflight, model_map, loader_of(loaded.model.config))
+    space = PlanSpace(settings.space, model_map)
     check_options(space, known, settings)
     where = usable_device(device)
     torch.manual_seed(settings.seed)

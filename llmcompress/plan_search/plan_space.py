@@ -33,6 +33,11 @@ class Unit:
     body: int | None = None
     """Of kind `sites`: the unit, by its index, that decides about the body of these blocks."""
 
+    @property
+    def label(self) -> str:
+        """Its name where those of all units are listed: a body and its block would have the same."""
+        return f"{self.name} (body)" if self.kind == "body" else self.name
+
 
 @dataclass(frozen=True, eq=False)
 class PlanSpace:
@@ -115,17 +120,14 @@ class PlanSpace:
 
     def chosen(self, plan: Plan) -> dict[str, str]:
         """Unit → option, by name."""
-        return {
-            unit.name + f" ({unit.kind})" * (unit.kind == "body"): unit.options[choice]
-            for unit, choice in zip(self.units, plan, strict=True)
-        }
+        return {unit.label: unit.options[choice] for unit, choice in zip(self.units, plan, strict=True)}
 
     def plan(self, chosen: Mapping[str, str]) -> Plan:
         """The plan of such names; units that are not named have their first option.
 
         Raises: CompressError for a unit or an option that does not exist.
         """
-        names = {unit.name + " (body)" * (unit.kind == "body"): index for index, unit in enumerate(self.units)}
+        names = {unit.label: index for index, unit in enumerate(self.units)}
         found = [0] * len(self.units)
         for name, option in chosen.items():
             if name not in names:

@@ -27,7 +27,7 @@ from llmcompress.plan_search.database import (
 )
 from llmcompress.plan_search.library import optuna_library
 from llmcompress.plan_search.patience import Patience, is_down
-from llmcompress.plan_search.plan_space import Plan, PlanSpace
+from llmcompress.plan_search.plan_space import Plan
 from llmcompress.plan_search.problem import Outcome, Problem, Proposal
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class Trials:
         space, costs = problem.space, problem.cost(proposal.plan)
         excess = {axis: costs[axis] / limit - 1.0 for axis, limit in problem.limits.items() if axis in costs}
         optuna = optuna_library()
-        chosen = {space.units[index].name + _suffix(space, index): index for index in space.free}
+        chosen = {space.units[index].label: index for index in space.free}
         params: dict[str, Any] = {
             name: space.units[index].options[proposal.plan[index]] for name, index in chosen.items()
         }
@@ -276,7 +276,3 @@ class Trials:
 
 def _proposal(trial: FrozenTrial) -> Proposal:
     return Proposal(tuple(trial.user_attrs["plan"]), int(trial.user_attrs["tokens"]))
-
-
-def _suffix(space: PlanSpace, index: int) -> str:
-    return " (body)" if space.units[index].kind == "body" else ""

@@ -36,6 +36,17 @@ def load_checked(path: Path) -> dict[str, Tensor] | None:
     return tensors if intact else None
 
 
+def own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As safetensors wants them: contiguous, and no two in one memory."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = (tensor.clone() if place in seen and tensor.numel() else tensor).contiguous()
+        seen.add(place)
+    return found
+
+
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     """Of names, types, shapes and every byte."""
     found = hashlib.sha256()

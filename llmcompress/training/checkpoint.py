@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from llmcompress.errors import NOTHING_SAVED
 from llmcompress.storage.atomic import replacing
+from llmcompress.storage.checked_tensors import own_memory
 from llmcompress.storage.disk import disk_errors
 
 _FACTS = "llmcompress.training"
@@ -89,7 +90,7 @@ class Checkpoint:
         with disk_errors(self.path, saved=self.saved):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self.path) as part_file:
-                save_file(_apart(tensors), part_file, metadata={_FACTS: json.dumps(facts)})
+                save_file(own_memory(tensors), part_file, metadata={_FACTS: json.dumps(facts)})
 
     def load(self) -> Reached | None:
         """Bring everything to where `save` left it; None, and nothing touched, when there is no such file."""
@@ -131,17 +132,6 @@ class Checkpoint:
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous and without shared memory, as safetensors requires."""
-    seen: set[int] = set()
-    found: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        shared = tensor.numel() > 0 and tensor.data_ptr() in seen
-        found[name] = (tensor.clone() if shared else tensor).contiguous()
-        seen.add(found[name].data_ptr())
-    return found
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import nn
 
 from llmcompress.calibration.experts import in_expert
@@ -15,13 +15,13 @@ from llmcompress.model.site import LinearSite
 from llmcompress.numerics.error_compensation import Drift, compensated
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES, BlockPass
-from llmcompress.passes.nested_quantizer import checked, nested
+from llmcompress.passes.nested_quantizer import AroundQuantizer
 from llmcompress.passes.quantizing import QuantizingPass
 from llmcompress.records.rows import SiteReport
 
 
 @PASSES.register("error_propagation")
-class ErrorPropagation(QuantizingPass):
+class ErrorPropagation(AroundQuantizer):
     """Adjust each block's weights to reproduce the dense model's outputs from the compressed model's inputs, then
     quantize them with another pass.
 
@@ -36,13 +36,8 @@ class ErrorPropagation(QuantizingPass):
     count less, and each linear's own share of the way is found on the other half of the tokens (docs/log.md).
     """
 
-    sitewise: ClassVar[bool] = False
     whole_block: ClassVar[frozenset[str]] = frozenset({"quantizer", "strength", "damping"})
 
-    quantizer: dict[str, dict[str, Any]] = Field(
-        {"gptq": {}},
-        description="one quantization pass with its options, without its scheme, e.g. {gptq: {damping: 0.02}}",
-    )
     strength: float = Field(
         1.0,
         gt=0,
@@ -52,16 +47,6 @@ class ErrorPropagation(QuantizingPass):
     damping: float = Field(
         0.1, gt=0, description="ridge towards the original weights, as a fraction of the mean input energy"
     )
-
-    @field_validator("quantizer")
-    @classmethod
-    def _known_quantizer(cls, named: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        return checked(named)
-
-    @property
-    def inner(self) -> QuantizingPass:
-        """The quantization pass, with this pass's other options."""
-        return nested(self, self.quantizer)
 
     def needs(self) -> tuple[type[Statistic], ...]:
         """Nothing that could be measured beforehand: every input group waits for the ones before it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
@@ -12,23 +11,17 @@ from llmcompress.calibration.stream import BlockWork
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.scheme import DESCRIPTION, named_scheme
 from llmcompress.numerics.statistics import Statistic
-from llmcompress.passes.nested_quantizer import checked, nested
+from llmcompress.passes.nested_quantizer import AroundQuantizer
 from llmcompress.passes.quantization.block_training import LeastError
-from llmcompress.passes.quantizing import QuantizingPass
 from llmcompress.records.rows import SiteReport
 
 FIRST_CODES = frozenset({"quantizer", "steps", "windows"})
 """Options of a block as a whole."""
 
 
-class LearnedCodes(QuantizingPass):
+class LearnedCodes(AroundQuantizer):
     """Another quantizer finds the first codes of a block; then `learned` trains them on an integer grid."""
 
-    sitewise: ClassVar[bool] = False
-
-    quantizer: dict[str, dict[str, Any]] = Field(
-        {"gptq": {}}, description="one quantizing pass with its options but its scheme, which finds the first codes"
-    )
     steps: int = Field(64, ge=1, description="optimization steps per block")
     windows: int = Field(1, ge=1, description="windows per step")
 
@@ -39,16 +32,6 @@ class LearnedCodes(QuantizingPass):
         if scheme.weights.number is not None:
             raise ValueError(f"codes are learned on integer grids, and {name} is none: {DESCRIPTION}")
         return scheme.name
-
-    @field_validator("quantizer")
-    @classmethod
-    def _known_quantizer(cls, named: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        return checked(named)
-
-    @property
-    def inner(self) -> QuantizingPass:
-        """The quantizer that finds the first codes."""
-        return nested(self, self.quantizer)
 
     def needs(self) -> tuple[type[Statistic], ...]:
         """What the quantizer reads."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.storage.atomic import replacing
+from llmcompress.storage.checked_tensors import own_memory
 from llmcompress.storage.disk import disk_errors, sha256
 from llmcompress.storage.json_file import read_json
 from llmcompress.storage.json_lines import append_line, read_json_lines
@@ -113,7 +114,7 @@ class LevelFolder:
         path = self._path(key)
         with disk_errors(path, saved=f"{len(self._journal)} finished files in {self.folder}"):
             with replacing(path) as part:
-                save_file(_own_memory(tensors), part, metadata={_ABOUT: json.dumps(about)})
+                save_file(own_memory(tensors), part, metadata={_ABOUT: json.dumps(about)})
             line = {"file": key, "sha256": sha256(path), "bytes": path.stat().st_size}
             append_line(self.folder / _JOURNAL, json.dumps(line))
         self._journal[key] = line
@@ -178,15 +179,4 @@ def _lines(path: Path) -> list[Any]:
         if not raw.endswith(b"\n"):
             break
         found.append(json.loads(raw))
-    return found
-
-
-def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As safetensors wants them: contiguous, and no two in one memory."""
-    seen: set[int] = set()
-    found = {}
-    for name, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr()
-        found[name] = tensor.clone().contiguous() if place in seen and tensor.numel() else tensor.contiguous()
-        seen.add(place)
     return found
