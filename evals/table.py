@@ -109,6 +109,7 @@ def sections() -> list[Section]:
     return [
         Section("Bytes, quality, tasks and cost of presets on a real model", headline.headline, "headline-*.json"),
         Section("Presets on a real model", presets.presets, "presets-*.json"),
+        Section("What a plan estimates, on a real model", presets.plans, "plan-*.json"),
         Section("Export targets on a real model", exports.exports, "export-*.json"),
         Section("Search on a real model, at equal bytes", search.search, "search-SmolLM2-*.json"),
         Section("Quantization-aware training on a real model", training.qat, "qat-SmolLM2-*.json"),

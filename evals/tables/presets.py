@@ -47,3 +47,24 @@ def _ratio(found: Facts) -> str:
 
 def _estimated(measured: float, estimated: float | None, form: str) -> str:
     return form.format(measured) + ("" if estimated is None else f" ({form.format(estimated)})")
+
+
+def plans(facts: Facts) -> str:
+    """What `plan --probe` estimated beside what the run took."""
+    head = (
+        f"**{facts['model']}**, at most {facts['samples']} × {facts['tokens']} tokens of `{facts['calibration']}`: found "
+        "(estimated by `plan --probe`), and estimated ÷ found. CPU seconds of one thread, peak of the process."
+    )
+    body = []
+    for row in facts["rows"]:
+        estimated, found, ratios = row["foretold"], row["found"], row["ratios"]
+        body.append(
+            [
+                f"`{row['preset']}`",
+                f"{_estimated(found['bytes'] / 1e6, estimated['bytes'] / 1e6, '{:.1f}')}, ×{ratios['bytes']:.3f}",
+                f"{_estimated(found['peak_bytes'] / 1e9, estimated['peak_bytes'] / 1e9, '{:.2f}')}, "
+                f"×{ratios['peak_bytes']:.2f}",
+                f"{_estimated(found['seconds'], estimated['seconds'], '{:.0f}')}, ×{ratios['seconds']:.2f}",
+            ]
+        )
+    return "\n\n".join([head, markdown(["preset", "MB", "peak, GB", "CPU s"], body), environment(facts)])

@@ -37,6 +37,11 @@ class Found:
         """None: no plan keeps the limits."""
         return self.ordered[0] if self.ordered else None
 
+    @property
+    def rivals(self) -> list[Outcome]:
+        """What was found of uniform plans, on few tokens and on many."""
+        return [each.outcome for each in self.trials if each.outcome.plan in self.uniform.values()]
+
     def number(self, outcome: Outcome) -> int:
         """Of the trial."""
         same = (each.number for each in self.trials if _is(each.outcome, outcome))
@@ -88,9 +93,8 @@ def beside_uniform(found: Found, judge: BenchJudge) -> dict[int, Difference]:
     if chosen is None:
         return {}
     ours = judge.windows(chosen.plan, chosen.tokens)
-    rivals = [each.outcome for each in found.trials if each.outcome.plan in found.uniform.values()]
     differences = {}
-    for each in rivals:
+    for each in found.rivals:
         if each.is_valid and each.tokens == chosen.tokens and each.plan != chosen.plan:
             other = judge.windows(each.plan, chosen.tokens) - ours
             error = float(other.std() / len(other) ** 0.5) if len(other) > 1 else 0.0
@@ -110,8 +114,7 @@ def report_of(
     """Everything as plain data."""
     problem, space = found.problem, found.problem.space
     chosen, (optimizer,) = found.selected, settings.optimizer
-    rivals = [each.outcome for each in found.trials if each.outcome.plan in found.uniform.values()]
-    better = None if chosen is None else better_uniform(chosen, rivals)
+    better = None if chosen is None else better_uniform(chosen, found.rivals)
     start = min((each.began for each in found.trials), default=0.0)
     return SearchReport(
         model=str(settings.model),

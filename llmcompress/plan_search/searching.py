@@ -28,6 +28,7 @@ from llmcompress.plan_search.optimizers.additive_optimum import nearest
 from llmcompress.plan_search.optimizers.base import AskTell
 from llmcompress.plan_search.patience import Patience
 from llmcompress.plan_search.plan_recipe import recipe_of
+from llmcompress.plan_search.plan_space import Plan
 from llmcompress.plan_search.problem import Problem
 from llmcompress.plan_search.processes import WorkerProcesses
 from llmcompress.plan_search.settings import Limits, SearchSettings, parse_search, read_search, search_from
@@ -199,10 +200,13 @@ class _Search:
         problem = Problem(space=self.subject.space, costs=costs, limits=limits)
         plan = nearest(problem)
         if not problem.fits(plan):
-            found = problem.cost(plan)
-            recipe = recipe_of(self.subject.space, plan, self.subject.recipe_settings)
-            write_recipes({0: recipe}, self.folder.path / "nearest")
-            raise no_plan(found, limits, str(self.folder.path / "nearest" / "0.yaml"))
+            raise self._no_plan(plan, problem.cost(plan), limits)
+
+    def _no_plan(self, nearest: Plan, costs: Mapping[str, float], limits: Mapping[str, float]) -> CompressError:
+        """The error; the recipe of the nearest plan is there already."""
+        folder = self.folder.path / "nearest"
+        write_recipes({0: recipe_of(self.subject.space, nearest, self.subject.recipe_settings)}, folder)
+        return no_plan(costs, limits, str(folder / "0.yaml"))
 
     def _claim_study(self, trials: Trials, judge: BenchJudge) -> None:
         known = trials.about("judge")
@@ -244,8 +248,7 @@ class _Search:
         if found.selected is None and found.nearest is None:
             raise nothing_judged(next((each.outcome.problem for each in found.trials), None), path)
         if found.selected is None and found.nearest is not None:
-            write_recipes({0: recipe_of(subject.space, found.nearest.plan, subject.recipe_settings)}, path / "nearest")
-            raise no_plan(found.nearest.costs, found.problem.limits, str(path / "nearest" / "0.yaml"))
+            raise self._no_plan(found.nearest.plan, found.nearest.costs, found.problem.limits)
         outcomes = to_make(found, subject.settings.finish.compress)
         made = make_models(found, recipes, outcomes, path / "models", device=self.device, progress=self.progress)
         report = report.model_copy(update={"made": made})
