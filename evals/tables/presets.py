@@ -52,8 +52,8 @@ def _estimated(measured: float, estimated: float | None, form: str) -> str:
 def plans(facts: Facts) -> str:
     """What `plan --probe` estimated beside what the run took."""
     head = (
-        f"**{facts['model']}**, at most {facts['samples']} × {facts['tokens']} tokens of `{facts['calibration']}`: found "
-        "(estimated by `plan --probe`), and estimated ÷ found. CPU seconds of one thread, peak of the process."
+        f"**{facts['model']}**, at most {facts['samples']} × {facts['tokens']} tokens of `{facts['calibration']}`: "
+        "found (estimated by `plan --probe`), and estimated ÷ found. CPU seconds of one thread, peak of the process."
     )
     body = []
     for row in facts["rows"]:
