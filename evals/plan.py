@@ -3,7 +3,7 @@
     python evals/plan.py --model FOLDER --calibration valid.txt --name NAME --out FOLDER [--only w4 …]
 
 Each preset is planned and run as shipped in two processes of their own, with two changes: the calibration text, and at
-most SAMPLES × TOKENS of it; two windows of the same text are evaluated. Times are CPU seconds of one thread, foretold
+most SAMPLES × TOKENS of it; two windows of the same text are evaluated. Times are CPU seconds of one thread, estimated
 and found, so that other programs on the machine do not matter; the peak is the kernel's of the running process.
 Writes evals/results/plan-NAME.json after every preset, and goes on where it was stopped.
 """
@@ -52,7 +52,7 @@ def main(
     if one is not None:
         what, preset = one
         given = recipe(preset, calibration, samples, tokens)
-        print(json.dumps(foretold(model, given) if what == "foretold" else found(model, given, out / preset)))
+        print(json.dumps(estimated(model, given) if what == "estimated" else found(model, given, out / preset)))
         return
     path = Path(__file__).parent / "results" / f"plan-{name}.json"
     facts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
@@ -66,8 +66,8 @@ def main(
     }
     done = {row["preset"] for row in facts["rows"]}
     for preset in [each for each in chosen if each not in done]:
-        row = {key: in_its_own_process(key, preset) for key in ("foretold", "found")}
-        ratios = {key: row["foretold"][key] / row["found"][key] for key in ("bytes", "peak_bytes", "seconds")}
+        row = {key: in_its_own_process(key, preset) for key in ("estimated", "found")}
+        ratios = {key: row["estimated"][key] / row["found"][key] for key in ("bytes", "peak_bytes", "seconds")}
         facts["rows"].append({"preset": preset, **row, "ratios": ratios})
         path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
         click.echo(json.dumps({"preset": preset, "ratios": ratios}), err=True)
@@ -111,7 +111,7 @@ def recipe(preset: str, calibration: str, samples: int, tokens: int) -> Recipe:
     return load_preset(preset, settings=settings)
 
 
-def foretold(model: str, given: Recipe) -> dict[str, Any]:
+def estimated(model: str, given: Recipe) -> dict[str, Any]:
     """The plan, with CPU seconds in place of those of the wall."""
     import torch
 

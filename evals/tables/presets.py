@@ -57,7 +57,7 @@ def plans(facts: Facts) -> str:
     )
     body = []
     for row in facts["rows"]:
-        estimated, found, ratios = row["foretold"], row["found"], row["ratios"]
+        estimated, found, ratios = row["estimated"], row["found"], row["ratios"]
         body.append(
             [
                 f"`{row['preset']}`",
