@@ -25,7 +25,8 @@ from pathlib import Path
 
 import click
 from forked import Forked, ForkServer
-from kills import MODEL, Command, Place, commands, digests, watched
+from kills import MODEL, Command, Place, commands
+from left_behind import differing, digests, watched
 
 from llmcompress.errors import ExitCode
 from llmcompress.evaluation.environment import machine, versions
@@ -253,8 +254,7 @@ def _no_output(row: Row, folder: Path) -> None:
 
 
 def _differing(wanted: Mapping[str, str], output: Path) -> list[str]:
-    left = digests(output) if output.is_dir() else {}
-    return sorted(f"other: {name}" for name in wanted.keys() | left.keys() if wanted.get(name) != left.get(name))
+    return [f"other: {name}" for name in differing(wanted, digests(output) if output.is_dir() else {})]
 
 
 def _wait_for_blocks(folder: Path, process: Forked) -> None:
