@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from llmcompress.cli.main import main
 from tests.faults import injected
@@ -65,17 +64,23 @@ SHORT = '{"text": "the quick brown fox jumps over the lazy dog and the small mod
 CASES = (
     damaged("it has 76,168", lambda content: content[: len(content) // 2]),
     Case("A2", file("dense/model.safetensors", b""), DENSE, 3, ("model.safetensors: 0 bytes",), "--force-download"),
-    Case("A3", file("dense/model.safetensors", bytes(range(1, 200))), DENSE, 3, ("not those of a safetensors file",), "d"),
+    Case(
+        "A3", file("dense/model.safetensors", bytes(range(1, 200))), DENSE, 3, ("not those of a safetensors file",), "d"
+    ),
     Case("A4", injected.two_shards_missing, SHARDS, 3, ("model-00002-of-00003", "model-00003-of-00003"), "hf download"),
     Case("A5", injected.tensor_missing, DENSE, 3, ("missing", injected.Q), "download the whole checkpoint"),
-    Case("A6", config(intermediate_size=40), DENSE, 3, ("[32, 64]", "[32, 40]", "intermediate_size = 40"), "config.json"),
+    Case(
+        "A6", config(intermediate_size=40), DENSE, 3, ("[32, 64]", "[32, 40]", "intermediate_size = 40"), "config.json"
+    ),
     Case("A7", injected.not_a_number, DENSE, 3, (injected.Q, "model.safetensors", "2 of 1024"), "download it again"),
     Case("A8", file("dense/config.json", BROKEN), DENSE, 3, ("config.json", "line 3, column 16"), "correct the file"),
     Case("A9", config(model_type="lllama9"), DENSE, 3, ("'lllama9'", "config.json"), "pip install -U transformers"),
     Case("A9", config(model_type=None), DENSE, 3, ("no model_type", "config.json"), "model_type"),
     Case("A10", config(architectures=["BertForMaskedLM"]), DENSE, 3, ("BertForMaskedLM",), "ForCausalLM"),
     Case("A10", injected.diffusion_pipeline, DENSE, 3, ("diffusion", "model_index.json"), "ForCausalLM"),
-    Case("A11", config(quantization_config={"quant_method": "gptq", "bits": 4}), DENSE, 3, ("gptq, 4 bits",), "original"),
+    Case(
+        "A11", config(quantization_config={"quant_method": "gptq", "bits": 4}), DENSE, 3, ("gptq, 4 bits",), "original"
+    ),
     Case("A12", injected.adapter_only, DENSE, 3, ("adapter_config.json",), "merge_and_unload"),
     Case("A13", injected.pickle_only, DENSE, 3, ("pickle", "pytorch_model.bin"), "safetensors"),
     Case("A14", injected.beyond_float16, RECIPE, 3, ("float16", "layers.1.self_attn.v_proj"), "bfloat16", ("out.run",)),
@@ -83,21 +88,36 @@ CASES = (
     Case("A16", config(tie_word_embeddings=True), DENSE, 3, ("lm_head.weight",), "tie_word_embeddings"),
     Case("A17", recipe(WIDE), RECIPE, 2, ("14 sites", "32 inputs, int4_g24"), "on_indivisible"),
     Case("A20", injected.far_token, TEXT, 3, ("'<far>' = 300", "288 rows"), "resize_token_embeddings(301)"),
-    Case("A21", config("dense/tokenizer_config.json", eos_token=None, pad_token=None), TEXT, 0, ("padding token",), left=OUT),
+    Case(
+        "A21",
+        config("dense/tokenizer_config.json", eos_token=None, pad_token=None),
+        TEXT,
+        0,
+        ("padding token",),
+        left=OUT,
+    ),
     Case("A22", text(MESSAGES), TEXT, 3, ("text.jsonl", "chat template"), "chat_template"),
     Case("A23", config("dense/generation_config.json", temperature=0.6), DENSE, 0, ("temperature=0.6",), left=OUT),
     Case("A24", injected.second_checkpoint, DENSE, 3, ("model.safetensors.index.json",), "delete the one"),
-    Case("B1", injected.index_leaves_the_folder, SHARDS, 3, ("'../outside.safetensors'", "weight_map"), "copy the real"),
+    Case(
+        "B1", injected.index_leaves_the_folder, SHARDS, 3, ("'../outside.safetensors'", "weight_map"), "copy the real"
+    ),
     Case("B1", injected.link_leaves_the_folder, DENSE, 3, ("model.safetensors",), "no links"),
     Case("B2", injected.other_code, DENSE, 3, ("evil.py sha256", "not run"), "trust_remote_code"),
     Case("B3", injected.pickle_only, DENSE, 3, ("pytorch_model.bin",), "safetensors"),
     Case("B4", config(_attn_implementation_internal="a/b"), DENSE, 0, ("_attn_implementation_internal",), left=OUT),
-    Case("B5", recipe("passes: [rtn: !!python/object/apply:os.system [touch canary]]\n"), RECIPE, 2, ("line 1",), "plain"),
+    Case(
+        "B5", recipe("passes: [rtn: !!python/object/apply:os.system [touch canary]]\n"), RECIPE, 2, ("line 1",), "plain"
+    ),
     Case("B6", recipe(LAUGHS), RECIPE, 2, ("recipe.yaml line", "too many"), "write the values out"),
     Case("B7", recipe(f"{CHEAPEST}output: ../../etc\n"), RECIPE, 2, ("'output'", "line 3"), "use one of"),
     Case(
-        "B12", injected.onnx_data_outside, "evaluate dense --runner onnxruntime --perplexity builtin:evaluation", 3,
-        ("../secret.bin", "model.onnx"), "export it again",
+        "B12",
+        injected.onnx_data_outside,
+        "evaluate dense --runner onnxruntime --perplexity builtin:evaluation",
+        3,
+        ("../secret.bin", "model.onnx"),
+        "export it again",
     ),
     Case("C1", recipe(CHEAPEST.replace("scheme", "shceme")), RECIPE, 2, ("'shceme'", "line 1"), "`scheme`"),
     Case("C2", recipe(f"{CHEAPEST}evaluate: {{}}\n"), RECIPE, 2, ("lines 2 and 3",), "keep one"),
@@ -110,15 +130,21 @@ CASES = (
     Case("D1", text(""), TEXT, 3, ("text.jsonl", "empty"), "another source"),
     Case("D2", text('{"text": "a b"}\n' * 40), TEXT, 3, ("2-3 tokens: 40 samples", "min_tokens"), "min_tokens"),
     Case("D3", text(SHORT), f"{TEXT} --set calibration.samples=64", 0, ("64",), left=OUT),
-    Case("D4", text('{"text": "the fox"}\n{"text": 3\n'), TEXT, 3, ("line 2", "column 11", "text.jsonl"), "skip_bad_rows"),
-    Case("D4", text('{"text": "caf\xe9"}\n'.encode("latin-1") * 40), TEXT, 3, ("line 1", "byte 14"), "correct that row"),
+    Case(
+        "D4", text('{"text": "the fox"}\n{"text": 3\n'), TEXT, 3, ("line 2", "column 11", "text.jsonl"), "skip_bad_rows"
+    ),
+    Case(
+        "D4", text('{"text": "caf\xe9"}\n'.encode("latin-1") * 40), TEXT, 3, ("line 1", "byte 14"), "correct that row"
+    ),
     Case("D5", text('{"body": "the quick brown fox"}\n' * 40), TEXT, 3, ("columns found: body",), "`column`"),
     Case("D6", nothing, f"{TEXT} --set calibration.tokens=500 --set calibration.samples=1", 0, ("64",), left=OUT),
     Case("D9", nothing, f"{TEXT} --set calibration.source=org/none", 5, ("org/none",), "builtin:calibration"),
     Case("E8", nothing, f"{DENSE} --set {shlex.quote(f'evaluate={TIGHT_GATE}')}", 6, ("kl_mean",), left=OUT),
     Case("F4", injected.output_is_a_file, DENSE, 2, ("is a file",), "does not exist yet"),
-    Case("G7", injected.search_file, "search dense --space search.yaml --fit 1kB -o study", 6, ("1 kB",), left=("study",)),
-)  # fmt: skip
+    Case(
+        "G7", injected.search_file, "search dense --space search.yaml --fit 1kB -o study", 6, ("1 kB",), left=("study",)
+    ),
+)
 
 
 @pytest.fixture(scope="module")
@@ -190,11 +216,25 @@ class Push:
 
 PUSHES = (
     Push("H1", {"method": "GET", "path": "whoami", "status": 401}, "", 5, ("401",), "hf auth login"),
-    Push("H3", {"method": "PUT", "path": "/lfs/", "status": 403, "message": "quota exceeded"}, "", 5, ("quota exceeded",), "token"),
-    Push("H4", {"method": "POST", "path": "/commit/", "status": 429, "times": 99, "Retry_After": "3"}, "", 5, ("429",), "again"),
+    Push(
+        "H3",
+        {"method": "PUT", "path": "/lfs/", "status": 403, "message": "quota exceeded"},
+        "",
+        5,
+        ("quota exceeded",),
+        "token",
+    ),
+    Push(
+        "H4",
+        {"method": "POST", "path": "/commit/", "status": 429, "times": 99, "Retry_After": "3"},
+        "",
+        5,
+        ("429",),
+        "again",
+    ),
     Push("H5", {"method": "PUT", "path": "/lfs/"}, "", 5, (NAME,), "push again"),
     Push("H8", {}, "--public", 2, ("is private, and public was asked for",), "settings"),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("push", PUSHES, ids=[push.row for push in PUSHES])
