@@ -3,17 +3,18 @@
     python evals/kills.py --count 40 --seed 0 --rows evals/results/kills.json
     python evals/kills.py --count 12 --seed 0 --only push --rows evals/results/kills.json   # the other rows stay
 
-Each command runs once in peace; then it is killed (SIGKILL, its children too) after a random share of that time, up to
-three times in a row, and at last runs to its end. A second process reads the output folder all the while: whatever
-appears there must be complete. Weights, configs, tokenizer and recipe must be the same, bit for bit; of a search every
-plan that was judged and its loss, the front, recipes and models. Pushes are killed at requests of the Hub
-(`killed_pushes.py`). Exit code 1 when one differs, a command fails, or a reader saw part of a folder.
+Each command runs once in peace; then it is killed (SIGKILL, its children too) after a random share of the CPU time that
+this took, up to three times in a row, and at last runs to its end. A second process reads the output folder all the
+while: whatever appears there must be complete. Weights, configs, tokenizer and recipe must be the same, bit for bit; of
+a search every plan that was judged and its loss, the front, recipes and models. Pushes are killed at requests of the
+Hub (`killed_pushes.py`). Exit code 1 when one differs, a command fails, or a reader saw part of a folder.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import resource
 import shlex
 import shutil
 import signal
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
+import psutil
 from kill_rows import Row, write_rows
 from killed_pushes import PUSH, PushPlace, push_place
 from left_behind import differing, digests, digests_of_study, watched
@@ -60,8 +62,8 @@ MAKING = {
 }
 """Folders that commands need, and how they are made."""
 SEARCH = (
-    *("search", MODEL, "--space", "joint", "--fit", "0.3x", "--set", "calibration.samples=8"),
-    *("--set", "optimizer.evopress.trials=12", "--set", "judge.stages=[256,512]"),
+    *("search", MODEL, "--space", "joint", "--fit", "0.3x", "--set", "calibration.samples=4"),
+    *("--set", "optimizer.evopress.trials=8", "--set", "judge.stages=[256,512]"),
     *("--set", "evaluate.perplexity=[{source: builtin:evaluation, window: 128, max_windows: 2}]", "-o", "study"),
 )
 MOST_KILLS = 3
@@ -151,11 +153,11 @@ class Place:
     root: Path
 
     def in_peace(self, command: Command) -> tuple[float, Mapping[str, str]]:
-        """Seconds and digests of an uninterrupted run."""
+        """CPU seconds and digests of an uninterrupted run."""
         folder = self.prepared(command, "peace")
-        began = time.monotonic()
+        began = children_cpu_seconds()
         done = self.start(command, folder).communicate()
-        seconds = time.monotonic() - began
+        seconds = children_cpu_seconds() - began
         if not (folder / command.output).is_dir():
             raise SystemExit(f"{command.name} failed when nothing disturbed it:\n{done[1]}")
         return seconds, command.left(folder)
@@ -175,14 +177,12 @@ class Place:
             is_over = False
             for _ in range(draw.randint(1, MOST_KILLS)):
                 process, after = self.start(command, folder), draw.uniform(0, seconds)
-                try:
-                    process.communicate(timeout=after)
-                    is_over = process.returncode == 0  # it was faster this time: there is nothing left to kill
+                if has_ended(process, after):
+                    is_over = process.returncode == 0  # it took less this time: there is nothing left to kill
                     break
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.communicate()
-                    row.kills.append(round(after, 2))
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+                row.kills.append(round(after, 2))
             began = time.monotonic()
             if not (is_over or ((folder / command.output).is_dir() and not command.parts)):
                 last = self.start(command, folder)
@@ -228,6 +228,26 @@ class Place:
             text=True,
             start_new_session=True,
         )
+
+
+def children_cpu_seconds() -> float:
+    """Of everything that was started and has ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def has_ended(process: subprocess.Popen[str], seconds: float) -> bool:
+    """Waits until it has taken so many CPU seconds, its children's included; whether it ended before."""
+    while process.poll() is None:
+        try:
+            tree = psutil.Process(process.pid)
+            times = [each.cpu_times() for each in (tree, *tree.children(recursive=True))]
+        except psutil.NoSuchProcess:
+            continue
+        if sum(each.user + each.system for each in times) >= seconds:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def names_of(wanted: Mapping[str, str], command: Command) -> set[str]:
