@@ -166,6 +166,7 @@ def _timed(words: Sequence[str], place: Path, hub: HubDouble) -> float:
         "HF_ENDPOINT": hub.url,
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "300",  # the double is a thread of this process, and the machine may be busy
         "HF_HOME": str(place / "home"),
         "HF_TOKEN": TOKEN,
         "LLMCOMPRESS_CACHE": str(place / "cache"),
