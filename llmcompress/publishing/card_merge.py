@@ -43,8 +43,9 @@ def _merged(own: dict[str, Any], ours: Mapping[str, Any], *, again: bool) -> dic
     if again:
         found |= {key: ours[key] for key in OURS if key in ours}
     for key in JOINED:
-        theirs = [each for each in _list(own.get(key)) if not (again and _BITS.fullmatch(str(each)))]
-        joined = list(dict.fromkeys([*theirs, *_list(ours.get(key))]))
+        added = _list(ours.get(key))
+        outdated = [each for each in _list(own.get(key)) if again and _BITS.fullmatch(str(each)) and each not in added]
+        joined = [each for each in dict.fromkeys([*_list(own.get(key)), *added]) if each not in outdated]
         if joined:
             found[key] = joined
     return found

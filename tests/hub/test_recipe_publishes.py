@@ -53,6 +53,7 @@ def test_one_command_compresses_heals_exports_and_publishes(hub: HubDouble, tmp_
     ]
     out = tmp_path / "small"
     tiny = write_tiny_llama(tmp_path / "dense", intermediate_size=64)
+    (tiny / "chat_template.jinja").write_text("{% for each in messages %}{{ each.content }}{% endfor %}")
     assert run("compress", tiny, "--preset", "w4-heal", *quick, "--export", "gguf", "--publish", NAME, "-o", out) == 0
     files = hub.repos[NAME].files
     assert files["model.safetensors"] == (out / "model.safetensors").read_bytes()
@@ -62,6 +63,9 @@ def test_one_command_compresses_heals_exports_and_publishes(hub: HubDouble, tmp_
     assert "qat" in card and "llama-cli -hf" in card and "| gguf | / |" in card and hub.repos[NAME].private
     config = json.loads(files["config.json"])
     assert config["quantization_config"]["quant_method"] == "compressed-tensors" and "needs llmcompress" not in card
+    commits = len(hub.repos[NAME].commits)
+    assert run("push", out, NAME, "--also", f"{out}-gguf") == 0
+    assert hub.repos[NAME].files["README.md"].decode() == card and len(hub.repos[NAME].commits) == commits
 
 
 def test_formats_go_where_the_recipe_says(hub: HubDouble, tiny: Path, tmp_path: Path) -> None:
