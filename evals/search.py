@@ -77,7 +77,8 @@ class Row:
         return {"bytes": setting.bytes_limit(float(self.limit.removesuffix(" bits")))}
 
 
-ONE = STAGES[0]
+ONE, OPTIMA = STAGES[0], 7 * STAGES[0]
+"""Tokens for the optimum of the losses alone, and for those of all families."""
 RELAXED = {"steps": 60, "samples": 1}
 """Of `rco`: with its own 4 samples a step, the first gradients alone would take all tokens."""
 ROWS = (
@@ -85,15 +86,15 @@ ROWS = (
     Row("3.25 bits", "bits", "evopress", from_exact=True),
     Row("2.75 bits", "bits", "exact"),
     *(Row(f"{average} bits", "bits", "exact", tokens=ONE) for average in (3.5, 3.0, 2.5)),
-    *(Row(f"{average} bits", "joint", "exact", tokens=ONE) for average in (3.5, 3.25, 3.0, 2.75, 2.5)),
+    *(Row(f"{average} bits", "joint", "exact", tokens=OPTIMA) for average in (3.5, 3.25, 3.0, 2.75, 2.5)),
     *(
-        Row(f"{average} bits", family, "exact", tokens=ONE)
+        Row(f"{average} bits", family, "exact", tokens=OPTIMA)
         for average in (2.75, 2.5)
         for family in ("bits and width", "bits and depth")
     ),
     *(Row(f"{average} bits", "bits and width", PRUNE_FIRST) for average in (3.25, 3.0, 2.75, 2.5)),
     *(
-        Row(f"decode {part}", family, "exact", tokens=ONE)
+        Row(f"decode {part}", family, "exact", tokens=OPTIMA)
         for part in (0.85, 0.9, 1.0, 1.2)
         for family in ("bits", "width", "depth", "joint")
     ),
