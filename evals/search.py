@@ -95,10 +95,10 @@ ROWS = (
     *(Row(f"{average} bits", "bits and width", PRUNE_FIRST) for average in (3.25, 3.0, 2.75, 2.5)),
     *(
         Row(f"decode {part}", family, "exact", tokens=OPTIMA)
-        for part in (0.85, 0.9, 1.0, 1.2)
+        for part in (0.9, 0.98, 1.1)
         for family in ("bits", "width", "depth", "joint")
     ),
-    *(Row(f"decode {part}", "bits and width", PRUNE_FIRST) for part in (0.9, 1.0)),
+    *(Row(f"decode {part}", "bits and width", PRUNE_FIRST) for part in (0.9, 0.98)),
     Row("3.25 bits", "bits", "evopress", tokens=FULL_SEARCH),
     Row("3.25 bits", "bits", "rco", tokens=FULL_SEARCH, options=RELAXED),
     Row("2.75 bits", "joint", "random", tokens=100 * ONE),
