@@ -1,6 +1,6 @@
 """A codebook for every column of a weight, or one for all.
 
-O = outputs, C = columns, L = levels, I = inputs, N = outliers, or values of any shape.
+O = outputs, C = columns, L = levels, I = inputs, B = columns of a lazy block, N = outliers, or values of any shape.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from llmcompress.numerics.columns import DropWeights, sweep_columns_
+from llmcompress.numerics.gptq import Visit
 
 
 def column_levels(weight_CO: Tensor, levels: int, *, turns: int = 15) -> Tensor:
@@ -62,6 +65,39 @@ def shared_levels(values_N: Tensor, levels: int, weight_N: Tensor | None = None,
 def nearest_level(weight_CO: Tensor, levels_CL: Tensor) -> Tensor:
     """The index of the nearest of its row's rising levels for every value, as int16."""
     return torch.searchsorted(_borders(levels_CL), weight_CO.contiguous()).to(torch.int16)
+
+
+class RoundToLevels:
+    """Rounds columns of a sweep to the nearest of a few rising levels, the same for all, and keeps the codes."""
+
+    every = 0
+
+    def __init__(self, levels_1L: Tensor, inputs: int, outputs: int) -> None:
+        self._levels_L, self._borders_L = levels_1L[0], _borders(levels_1L)[0]
+        self.codes_IO = torch.zeros(inputs, outputs, dtype=torch.int16, device=levels_1L.device)
+
+    def begin(self, column: int, ahead_BO: Tensor) -> None:
+        """Levels are fixed beforehand: the whole matrix shares them."""
+
+    def __call__(self, column: int, weight_O: Tensor) -> Tensor:
+        """Nearest levels of one column."""
+        code_O = torch.searchsorted(self._borders_L, weight_O)
+        self.codes_IO[column] = code_O
+        return self._levels_L[code_O]
+
+
+def swept_levels(weight_OI: Tensor, levels_1L: Tensor, visit: Visit, pruned_OI: Tensor) -> Tensor:
+    """Codes, I×O, every error pushed onto the columns still to come; what is pruned stays zero, which is a level then.
+
+    Source: Frantar et al., arXiv 2210.17323, Algorithm 1, with a codebook for a grid.
+    """
+    assert visit.factor is not None
+    visited_IO, zero_IO = weight_OI.T[visit.visit_I], pruned_OI.T[visit.visit_I]
+    rounding = RoundToLevels(levels_1L, *visited_IO.shape)
+    sweep_columns_(visited_IO, visit.factor.upper_II, DropWeights(zero_IO, rounding), block=visit.block)
+    codes_IO = torch.empty_like(rounding.codes_IO)
+    codes_IO[visit.visit_I] = rounding.codes_IO
+    return codes_IO
 
 
 def level_values(codes_CO: Tensor, levels_CL: Tensor) -> Tensor:
