@@ -22,7 +22,7 @@ import torch
 from qat import dense_nats, shown
 from real_model import NAME, real_model
 from real_trials import Results, named
-from study import Bench, Study, Trial
+from study import Bench, Study, Trial, per_window
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -65,7 +65,9 @@ def trained(steps: int, rate: float) -> dict[str, dict[str, Any]]:
 
 
 TABLE: Passes = ({"embeddings": {}},)
+DENSE = "dense"
 ROWS: tuple[Row, ...] = (
+    Row(DENSE, ()),
     Row("pruned 20 %, 32 levels, table int8", sharing(0.2, bits=5)),
     Row("gptq int4_g64, table int8", grid("int4_g64")),
     Row("not pruned, 32 levels, table int8", sharing(0.0, bits=5)),
@@ -107,14 +109,19 @@ def main(
 
 def made(bench: Bench, row: Row) -> Trial:
     """Compress, archive, measure."""
-    study = bench.study
-    model, taken = bench.compress(row.passes, 0, teachers=TeacherFiles(str(study.model)))
+    study, names = bench.study, [*bench.study.texts, *(bench.study.validation if row.candidate else ())]
     loaded = study.loaded()
+    model, taken = loaded.model, Trial(cpu_seconds=0.0)
+    if row.passes:
+        model, taken = bench.compress(row.passes, 0, teachers=TeacherFiles(str(study.model)))
     exportable = Exportable(model, loaded.tokenizer, NAME, loaded.preflight.storage_dtype, model.generation_config)
     with tempfile.TemporaryDirectory() as scratch:
         written = export(exportable, ArchiveExporter(), Path(scratch) / "archive", overwrite=False)
     assert written.read_back and not written.differing
-    found = bench.measure(decoded(model), [*study.texts, *(study.validation if row.candidate else ())])
+    if row.passes:
+        found = bench.measure(decoded(model), names)
+    else:
+        found = {name: per_window(bench.text(name).windows, bench.text(name).windows) for name in names}
     return {
         **taken,
         "bytes": written.bytes,

@@ -92,7 +92,9 @@ class WeightSharing(BlockPass):
         none = weight_OI.new_empty(0)
         width_I = torch.full((inputs,), self.bits, device=weight_OI.device)
         places = torch.empty(0, dtype=torch.long, device=weight_OI.device)
-        site.replace(CodebookLinear.from_codes(found.codes_IO, width_I, {self.bits: levels_1L}, places, none, site.bias_O))
+        site.replace(
+            CodebookLinear.from_codes(found.codes_IO, width_I, {self.bits: levels_1L}, places, none, site.bias_O)
+        )
         stored = inputs * (8 * packed_bytes(outputs, self.bits) + _WIDTH_BITS)
         stored += levels_1L.numel() * torch.finfo(site.storage_dtype).bits
         unweighted = "no tokens reached it: all inputs are weighted equally"
@@ -128,9 +130,7 @@ class _Assigned(NamedTuple):
     degraded: str | None = None
 
 
-def _assigned(
-    weight_OI: Tensor, levels_1L: Tensor, gram: Gram, visit: Visit | None, pruned_OI: Tensor
-) -> _Assigned:
+def _assigned(weight_OI: Tensor, levels_1L: Tensor, gram: Gram, visit: Visit | None, pruned_OI: Tensor) -> _Assigned:
     """The codes of the sweep, or the nearest ones where there is no sweep or it errs more."""
     nearest_IO = nearest_level(weight_OI.T.reshape(1, -1), levels_1L).view(weight_OI.T.shape)
     if not gram.tokens:
