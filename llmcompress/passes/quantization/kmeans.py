@@ -34,8 +34,8 @@ class WeightSharing(BlockPass):
     after `import llmcompress`. Levels can be trained afterwards, as in the paper (`recover` with `train:
     norms_and_scales`).
 
-    Source: Han et al., arXiv 1510.00149 (Deep Compression), section 3; weighted k-means: Choi et al., arXiv 1612.01543,
-    section 3. Differs: codes are chosen column by column, each error pushed onto the columns still to come, as in
+    Source: Han et al., arXiv 1510.00149 (Deep Compression), section 3; weighted and entropy-constrained k-means: Choi
+    et al., arXiv 1612.01543, sections 3 and 4. Differs: codes are chosen column by column, each error pushed onto the columns still to come, as in
     `gptq` (`assignment`).
     """
 
@@ -97,7 +97,7 @@ class WeightSharing(BlockPass):
         )
         stored = inputs * (8 * packed_bytes(outputs, self.bits) + _WIDTH_BITS)
         stored += levels_1L.numel() * torch.finfo(site.storage_dtype).bits
-        unweighted = "no tokens reached it: all inputs are weighted equally"
+        unweighted = "no tokens reached it: all inputs are weighted equally" if squares_I is None else None
         return SiteReport(
             site=site.name,
             algorithm="kmeans",
@@ -105,7 +105,7 @@ class WeightSharing(BlockPass):
             error=found.error,
             error_before=found.error_of_nearest,
             tokens=gram.tokens,
-            degraded=unweighted if self.weighted and not gram.tokens else found.degraded,
+            degraded=found.degraded or (unweighted if self.weighted else None),
         )
 
     def _levels(self, weight_OI: Tensor, squares_I: Tensor | None, pruned_OI: Tensor) -> Tensor:
@@ -134,7 +134,8 @@ def _assigned(weight_OI: Tensor, levels_1L: Tensor, gram: Gram, visit: Visit | N
     """The codes of the sweep, or the nearest ones where there is no sweep or it errs more."""
     nearest_IO = nearest_level(weight_OI.T.reshape(1, -1), levels_1L).view(weight_OI.T.shape)
     if not gram.tokens:
-        return _Assigned(nearest_IO)
+        why = None if visit is None else "no tokens reached it: every weight has the nearest level"
+        return _Assigned(nearest_IO, degraded=why)
 
     def error(codes_IO: Tensor) -> float:
         return relative_output_error(weight_OI, levels_1L[0][codes_IO.long()].T, gram.sum_II)
