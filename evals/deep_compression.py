@@ -74,6 +74,7 @@ ROWS: tuple[Row, ...] = (
     Row("pruned 50 %, 16 nearest levels", sharing(0.5, False, bits=4, assignment="nearest"), False),
     Row("pruned 50 %, 16 levels", sharing(0.5, False, bits=4), False),
     Row("gptq int3_g64, table int8", grid("int3_g64")),
+    Row("pruned 50 %, 16 levels, trained", (*sharing(0.5, False, bits=4), trained(24, 1e-3)), False),
     Row("pruned 20 %, 32 levels, trained, table int8", (*sharing(0.2, False, bits=5), trained(8, 1e-3), *TABLE)),
 )
 
@@ -83,7 +84,7 @@ ROWS: tuple[Row, ...] = (
 @click.option("--name", default=NAME, show_default=True, help="of the result file")
 @click.option("--calibration", type=Path, required=True, help="file")
 @click.option("--text", "texts", multiple=True, required=True, help="NAME=FILE, reported")
-@click.option("--validation", multiple=True, required=True, help="NAME=FILE, settings are chosen on it")
+@click.option("--validation", multiple=True, help="NAME=FILE, settings are chosen on it")
 @click.option("--only", multiple=True, help="methods")
 def main(
     model: Path | None,

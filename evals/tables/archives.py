@@ -20,12 +20,12 @@ def archives(facts: Facts) -> str:
     about = (
         f"**{facts['model'].removeprefix('deep-compression-')}**: every result as an archive (`export: [archive]`), "
         f"read back bit for bit; perplexity ({protocol(told['window'], told['bos'])}, {told['windows']} of a text) × "
-        f"dense ± standard error over windows; KL from the dense model, nats per token over both texts; loss − int4: "
+        f"dense ± standard error over windows; KL from the dense model, nats per token over all texts; loss − int4: "
         f"nats per token minus those of `{_BESIDE}`, paired by window. Calibrated on {told['samples']} × "
-        f"{told['tokens']} tokens of WikiText-2 valid, one draw; the preset's settings were chosen on "
-        f"{', '.join(told['validation'])}. Levels are k-means', one codebook for a matrix, and codes are chosen with "
-        "compensated errors unless a row says nearest; the table is the token embedding, in bfloat16 unless a row says "
-        "int8."
+        f"{told['tokens']} tokens of another text, one draw. Levels are those of k-means, one codebook for a matrix; "
+        "codes are chosen with compensated errors unless a row says nearest; trained: levels and norms learn the dense "
+        "model's distributions on the calibration text. The table is the token embedding, in bfloat16 unless a row "
+        "says int8."
     )
     header = ["", "MB at rest", "MB in memory", *texts, "KL", "loss − int4", "CPU s"]
     return "\n\n".join([about, markdown(header, body), environment(facts)])
@@ -51,6 +51,7 @@ def _line(row: Method, rows: dict[str, Method], facts: Facts, texts: Sequence[st
     if row.name not in (_DENSE, _BESIDE) and _BESIDE in rows:
         apart = difference(row, rows[_BESIDE], facts, texts)
         against = f"{apart.mean:+.3f} ± {apart.error:.3f}"
-    sizes = [f"{trial[each] / 1e6:.1f}" for each in ("bytes", "bytes_in_memory")]
+    megabytes = [trial[each] / 1e6 for each in ("bytes", "bytes_in_memory")]
+    sizes = [f"{each:.2f}" if each < 10 else f"{each:.1f}" for each in megabytes]
     seconds = f"{trial['cpu_seconds']:.0f}" if row.name != _DENSE else ""
     return [row.name, *sizes, *cells, kl, against, seconds]
