@@ -35,8 +35,8 @@ class WeightSharing(BlockPass):
     norms_and_scales`).
 
     Source: Han et al., arXiv 1510.00149 (Deep Compression), section 3; weighted and entropy-constrained k-means: Choi
-    et al., arXiv 1612.01543, sections 3 and 4. Differs: codes are chosen column by column, each error pushed onto the columns still to come, as in
-    `gptq` (`assignment`).
+    et al., arXiv 1612.01543, sections 3 and 4. Differs: codes are chosen column by column, each error pushed onto the
+    columns still to come, as in `gptq` (`assignment`).
     """
 
     leaves: ClassVar[frozenset[Trait]] = frozenset({"codes"})
