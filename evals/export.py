@@ -66,7 +66,6 @@ ROWS = (
     Row("onnx_genai", "onnx_genai", beside=OWN_GENAI),
     Row("onnx_genai, activations float32", "onnx_genai", FLOAT32),
     Row("openvino", "openvino", beside=OWN_OPENVINO),
-    Row("openvino, activations int8", "openvino", {"dynamic_quantization": True}),
 )
 """Of targets with more than one; every other target has one with its own name."""
 

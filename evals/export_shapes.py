@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 import torch
 from exports.own import OWN_GENAI, OWN_GGUF, OWN_OPENVINO, own_roundings
-from exports.turns import PROTOCOL, Candidate, speeds
+from exports.turns import PROTOCOL, TURNS, Candidate, speeds
 from speed import SHAPES, llama
 
 from llmcompress import compress
@@ -33,19 +33,26 @@ BESIDE = {"gguf": OWN_GGUF, "onnx": None, "onnx_genai": OWN_GENAI, "openvino": O
 
 
 @click.command()
+@click.option("--turns", default=TURNS, show_default=True)
 @click.option("--shape", "shapes", multiple=True, type=click.Choice(list(SHAPES)), default=("m110", "m500"))
-def main(shapes: tuple[str, ...]) -> None:
+def main(shapes: tuple[str, ...], turns: int) -> None:
     """Measure and write."""
     torch.set_num_threads(1)
     rows = []
     for shape in shapes:
         with tempfile.TemporaryDirectory() as scratch:
-            rows += rows_of(shape, Path(scratch))
-    facts = {"name": "cpu", "versions": versions(), "machine": machine(), "speed": PROTOCOL, "rows": rows}
+            rows += rows_of(shape, Path(scratch), turns)
+    facts = {
+        "name": "cpu",
+        "versions": versions(),
+        "machine": machine(),
+        "speed": {**PROTOCOL, "turns": turns},
+        "rows": rows,
+    }
     (RESULTS / "exported-shapes-cpu.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def rows_of(shape: str, scratch: Path) -> list[dict[str, object]]:
+def rows_of(shape: str, scratch: Path, turns: int) -> list[dict[str, object]]:
     """Dense, our files and the runtimes' own."""
     model, tokenizer = llama(**SHAPES[shape]), reopen("builtin:books-llama").tokenizer
     dense = scratch / "dense"
@@ -61,7 +68,7 @@ def rows_of(shape: str, scratch: Path) -> list[dict[str, object]]:
         if title in BESIDE.values():
             candidates.append(Candidate(title, place, runner))
             rows[title] = {"target": target, "own": True}
-    measured = speeds(candidates, model.float())
+    measured = speeds(candidates, model.float(), turns=turns)
     common = {"shape": shape, "parameters": parameters(model)}
     return [{**common, "name": name, **rows.get(name, {}), **each} for name, each in measured.items()]
 

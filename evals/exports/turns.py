@@ -43,11 +43,13 @@ def opened(candidate: Candidate) -> Runner:
     return RUNNERS[candidate.runner].open(str(candidate.path), device=CPU, dtype=torch.float32)
 
 
-def speeds(candidates: Sequence[Candidate], original: PreTrainedModel) -> dict[str, dict[str, object]]:
+def speeds(
+    candidates: Sequence[Candidate], original: PreTrainedModel, *, turns: int = TURNS
+) -> dict[str, dict[str, object]]:
     """Medians over turns; what is measured first and last changes from turn to turn."""
     prompt_BT = torch.randint(3, 1000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     taken: dict[str, list[Taken]] = {DENSE: [], **{each.name: [] for each in candidates}}
-    for turn in range(TURNS):
+    for turn in range(turns):
         with TorchRunner(original) as runner:
             taken[DENSE].append(_timed(runner, prompt_BT))
         for each in candidates if turn % 2 else reversed(candidates):
