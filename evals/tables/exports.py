@@ -80,7 +80,7 @@ def _row(row: Facts) -> list[str]:
         perplexity,
         _ratio(row, "ratio_to_torch", "ratio_standard_error"),
         _ratio(row, "ratio_to_dense", "dense_standard_error"),
-        f"{row['kl']:.4f}" if "kl" in row else "",
+        f"{max(row['kl'], 0.0):.4f}" if "kl" in row else "",
         _megabytes(row),
         f"{row['description_bytes'] / 1e6:.1f}" if "description_bytes" in row else "",
         f"{(row['bytes'] - row['description_bytes']) / row['formula_bytes']:.3f}" if "formula_bytes" in row else "",

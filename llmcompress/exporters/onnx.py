@@ -43,7 +43,7 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))"""
 
     accuracy_level: Annotated[int, Field(ge=0, le=4)] = 4
     """How MatMulNBits computes: 4 rounds activations to 8 bits, which is fast; 0 keeps float32, which is exact and
-    decodes half as fast (docs/log.md)."""
+    slower (docs/log.md)."""
     accuracy_level_of_8_bits: Annotated[int, Field(ge=0, le=4)] | None = None
     """The same of matrices in 8 bits alone, for which float32 has no fast kernel; None: as of all others."""
     instead: Literal["refuse", "dense"] = "refuse"
