@@ -1,6 +1,7 @@
 """Does to real processes what machines and people do: full disks, limits, signals, read-only places, two runs at once.
 
     python evals/faults.py --seed 0 --rows evals/results/faults.json
+    python evals/faults.py --only "full disk" --rows evals/results/faults.json   # the other rows stay
 
 After every fault: the exit code, a short text (never a traceback), an output folder that is absent or complete, and the
 same command, given again without the fault, ends with what an undisturbed run leaves, bit for bit. Full disks are small
@@ -11,13 +12,14 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -25,7 +27,8 @@ from pathlib import Path
 
 import click
 from forked import Forked, ForkServer
-from kills import MODEL, Command, Place, commands, digests, watched
+from kills import MODEL, Command, Place, commands
+from left_behind import differing, digests, watched
 
 from llmcompress.errors import ExitCode
 from llmcompress.evaluation.environment import machine, versions
@@ -78,18 +81,28 @@ def main(seed: int, only: tuple[str, ...], rows: Path | None) -> None:
                 for row in inject(bench):
                     found.append(row)
                     click.echo(f"{row.fault}, {row.command}: {'; '.join(row.wrong) or 'as it should'}", err=True)
-    facts = {
-        "command": f"python evals/faults.py --seed {seed}",
-        "faults": len(found),
-        "as_they_should": sum(not row.wrong for row in found),
-        "rows": [{**asdict(row), "said": row.said.replace(f"{scratch}/", "")} for row in found],
-        "versions": versions(),
-        "machine": machine(),
-    }
+    for row in found:
+        row.said = row.said.replace(f"{scratch}/", "")
     if rows:
-        rows.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    click.echo(f"{facts['as_they_should']} of {len(found)} faults end as they should")
+        typed = " ".join([f"python evals/faults.py --seed {seed}", *(f"--only {shlex.quote(name)}" for name in only)])
+        _write(rows, found, typed=typed)
+    click.echo(f"{sum(not row.wrong for row in found)} of {len(found)} faults end as they should")
     sys.exit(any(row.wrong for row in found))
+
+
+def _write(file: Path, found: Sequence[Row], *, typed: str) -> None:
+    """Rows in the place of earlier ones of the same faults; the others stay."""
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"rows": [], "runs": []}
+    measured = {(row.fault, row.command): asdict(row) for row in found}
+    rows = {(row["fault"], row["command"]): row for row in before["rows"]} | measured
+    run = {"command": typed, "versions": versions(), "machine": machine()}
+    facts = {
+        "faults": len(rows),
+        "as_they_should": sum(not row["wrong"] for row in rows.values()),
+        "runs": [*(each for each in before["runs"] if each["command"] != typed), run],
+        "rows": list(rows.values()),
+    }
+    file.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def faults(draw: random.Random) -> Iterator[tuple[str, Callable[[Bench], Iterator[Row]]]]:
@@ -225,9 +238,9 @@ def twice(bench: Bench) -> Iterator[Row]:
         first = bench.start(COMPRESS, folder)
         _wait_for_blocks(folder, first)
         first.send_signal(signal.SIGSTOP)  # it is in the middle of its work, however fast the machine is
-        _judge(row, bench.start(COMPRESS, folder))
+        refusal = _judge(row, bench.start(COMPRESS, folder))
         first.send_signal(signal.SIGCONT)
-        if str(first.pid) not in row.said:
+        if str(first.pid) not in refusal:
             row.wrong.append(f"the first run's process {first.pid} is not named")
         code, said = first.ended()
         if code:
@@ -236,15 +249,16 @@ def twice(bench: Bench) -> Iterator[Row]:
     yield row
 
 
-def _judge(row: Row, process: Forked) -> None:
-    """How it ends."""
+def _judge(row: Row, process: Forked) -> str:
+    """How it ends, and everything that it said."""
     row.exit_code, said = process.ended()
     lines = [line for line in said.replace("\r", "\n").splitlines() if line.strip()]
-    row.said = " ".join(lines[-3:])[-400:]
+    row.said = " ".join(lines[-4:])[-600:]
     if row.exit_code not in row.expected:
         row.wrong.append(f"exit code {row.exit_code}: {said.strip()[-600:]}")
     if "Traceback" in said:
         row.wrong.append("a traceback on the screen")
+    return said
 
 
 def _no_output(row: Row, folder: Path) -> None:
@@ -253,8 +267,7 @@ def _no_output(row: Row, folder: Path) -> None:
 
 
 def _differing(wanted: Mapping[str, str], output: Path) -> list[str]:
-    left = digests(output) if output.is_dir() else {}
-    return sorted(f"other: {name}" for name in wanted.keys() | left.keys() if wanted.get(name) != left.get(name))
+    return [f"other: {name}" for name in differing(wanted, digests(output) if output.is_dir() else {})]
 
 
 def _wait_for_blocks(folder: Path, process: Forked) -> None:

@@ -17,7 +17,7 @@ class Row:
 
     command: str
     kills: list[float] = field(default_factory=list)
-    """Seconds after its start."""
+    """CPU seconds that it had taken; of pushes, and of runs under version 0.1.0, seconds of a clock after its start."""
     moments: list[str] = field(default_factory=list)
     """Of a push: the requests of the Hub at which it was killed."""
     seconds_in_peace: float = 0.0

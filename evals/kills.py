@@ -3,25 +3,24 @@
     python evals/kills.py --count 40 --seed 0 --rows evals/results/kills.json
     python evals/kills.py --count 12 --seed 0 --only push --rows evals/results/kills.json   # the other rows stay
 
-Each command runs once in peace; then it is killed (SIGKILL, its children too) after a random share of that time, up to
-three times in a row, and at last runs to its end. A second process reads the output folder all the while: whatever
-appears there must be complete. Weights, configs, tokenizer and recipe must be the same, bit for bit. Pushes are killed
-at requests of the Hub (`killed_pushes.py`). Exit code 1 when one differs, a command fails, or a reader saw part of a
-folder.
+Each command runs once in peace; then it is killed (SIGKILL, its children too) after a random share of the CPU time that
+this took, up to three times in a row, and at last runs to its end. A second process reads the output folder all the
+while: whatever appears there must be complete. Weights, configs, tokenizer and recipe must be the same, bit for bit; of
+a search every plan that was judged and its loss, the front, recipes and models. Pushes are killed at requests of the
+Hub (`killed_pushes.py`). Exit code 1 when one differs, a command fails, or a reader saw part of a folder.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
+import resource
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,8 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
+import psutil
 from kill_rows import Row, write_rows
 from killed_pushes import PUSH, PushPlace, push_place
+from left_behind import differing, digests, digests_of_study, watched
 
 MODEL = "builtin:books-llama"
 PASSES = (
@@ -60,16 +61,11 @@ MAKING = {
     "gguf": ("export", "w4", "--to", "gguf", "-o", "gguf"),
 }
 """Folders that commands need, and how they are made."""
-TIMED = {
-    "llmcompress_report.json",
-    "export_report.json",
-    "report.html",
-    "report.md",
-    "report.json",
-    "README.md",
-    "llmcompress_files.json",
-}
-"""Files that tell when and how fast: only their presence is compared."""
+SEARCH = (
+    *("search", MODEL, "--space", "joint", "--fit", "0.3x", "--set", "calibration.samples=4"),
+    *("--set", "optimizer.evopress.trials=8", "--set", "judge.stages=[256,512]"),
+    *("--set", "evaluate.perplexity=[{source: builtin:evaluation, window: 128, max_windows: 2}]", "-o", "study"),
+)
 MOST_KILLS = 3
 
 
@@ -82,6 +78,15 @@ class Command:
     output: str
     needs: tuple[str, ...] = ()
     """Folders that must be there before."""
+    parts: str = ""
+    """Of a search, whose folder grows while it works: the folder in it whose numbered folders appear at once."""
+
+    def left(self, folder: Path) -> Mapping[str, str]:
+        """Digests of what is there of its output."""
+        output = folder / self.output
+        if self.parts:
+            return digests_of_study(output)
+        return digests(output) if output.is_dir() else {}
 
 
 @click.command()
@@ -138,6 +143,7 @@ def commands() -> Iterator[Command]:
     base = ("--baseline", MODEL, "--perplexity", "builtin:evaluation", "--window", "128", "--max-windows", "24")
     yield Command("evaluate", ("evaluate", MODEL, *base, "-o", "report"), "report")
     yield Command("export", MAKING["gguf"], "gguf", needs=("w4",))
+    yield Command("search", SEARCH, "study", parts="models")
 
 
 @dataclass(frozen=True)
@@ -147,14 +153,14 @@ class Place:
     root: Path
 
     def in_peace(self, command: Command) -> tuple[float, Mapping[str, str]]:
-        """Seconds and digests of an uninterrupted run."""
+        """CPU seconds and digests of an uninterrupted run."""
         folder = self.prepared(command, "peace")
-        began = time.monotonic()
+        began = children_cpu_seconds()
         done = self.start(command, folder).communicate()
-        seconds = time.monotonic() - began
+        seconds = children_cpu_seconds() - began
         if not (folder / command.output).is_dir():
             raise SystemExit(f"{command.name} failed when nothing disturbed it:\n{done[1]}")
-        return seconds, digests(folder / command.output)
+        return seconds, command.left(folder)
 
     def killed(
         self,
@@ -167,25 +173,24 @@ class Place:
         seconds, wanted = peaceful[command.name]
         row = Row(command.name, seconds_in_peace=round(seconds, 2))
         folder = self.prepared(command, f"killed-{number}")
-        with watched(folder / command.output, wanted, row.partial):
+        with watched(folder / command.output, names_of(wanted, command), row.partial, parts=command.parts):
+            is_over = False
             for _ in range(draw.randint(1, MOST_KILLS)):
                 process, after = self.start(command, folder), draw.uniform(0, seconds)
-                try:
-                    process.communicate(timeout=after)
-                    break  # it was faster this time: there is nothing left to kill
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.communicate()
-                    row.kills.append(round(after, 2))
+                if has_ended(process, after):
+                    is_over = process.returncode == 0  # it took less this time: there is nothing left to kill
+                    break
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+                row.kills.append(round(after, 2))
             began = time.monotonic()
-            if not (folder / command.output).is_dir():
+            if not (is_over or ((folder / command.output).is_dir() and not command.parts)):
                 last = self.start(command, folder)
                 _, said = last.communicate()
                 if last.returncode:
                     row.differing.append(f"exit code {last.returncode}: {said.strip()[-300:]}")
             row.seconds_of_last = round(time.monotonic() - began, 2)
-        left = digests(folder / command.output) if (folder / command.output).is_dir() else {}
-        row.differing += sorted(name for name in wanted.keys() | left.keys() if wanted.get(name) != left.get(name))
+        row.differing += differing(wanted, command.left(folder))
         row.same = not row.differing
         shutil.rmtree(folder)
         return row
@@ -225,36 +230,31 @@ class Place:
         )
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """File → sha256; of files that tell the time only that they are there."""
-    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {
-        name: "there" if path.name in TIMED else hashlib.sha256(path.read_bytes()).hexdigest()
-        for name, path in files.items()
-    }
+def children_cpu_seconds() -> float:
+    """Of everything that was started and has ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
-@contextmanager
-def watched(folder: Path, wanted: Mapping[str, str], partial: list[str]) -> Iterator[None]:
-    """A reader that looks all the time: the folder is not there, or it has every file."""
-    over = threading.Event()
+def has_ended(process: subprocess.Popen[str], seconds: float) -> bool:
+    """Waits until it has taken so many CPU seconds, its children's included; whether it ended before."""
+    while process.poll() is None:
+        try:
+            tree = psutil.Process(process.pid)
+            times = [each.cpu_times() for each in (tree, *tree.children(recursive=True))]
+        except psutil.NoSuchProcess:
+            continue
+        if sum(each.user + each.system for each in times) >= seconds:
+            return False
+        time.sleep(0.02)
+    return True
 
-    def look() -> None:
-        while not over.wait(0.01):
-            try:
-                there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-            except OSError:
-                continue
-            if there and there != set(wanted):
-                partial.append(f"{len(there)} of {len(wanted)} files")
 
-    reader = threading.Thread(target=look)
-    reader.start()
-    try:
-        yield
-    finally:
-        over.set()
-        reader.join()
+def names_of(wanted: Mapping[str, str], command: Command) -> set[str]:
+    """Files that a reader must see together."""
+    if not command.parts:
+        return set(wanted)
+    return {name.split("/", 2)[2] for name in wanted if name.startswith(f"{command.parts}/")}
 
 
 if __name__ == "__main__":

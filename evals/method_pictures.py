@@ -1,9 +1,10 @@
-"""Pictures of the method pages, docs/methods/*.svg: what each family of methods loses against how much it removes.
+"""Pictures of the method pages, docs/methods/*.svg and docs/search.svg: what is lost against what is removed.
 
     pip install matplotlib
     python evals/method_pictures.py
 
-Reads evals/results/*-books-llama.json (the bundled model). Colours and transparency suit light and dark pages.
+Reads evals/results/*-books-llama.json (the bundled model), for search those of SmolLM2-135M-Instruct. Colours and
+transparency suit light and dark pages.
 """
 
 from __future__ import annotations
@@ -57,9 +58,12 @@ def main(out: Path) -> None:
         figure = curves(panels(HERE / "results"))
         figure.savefig(out / f"{name}.svg", metadata={"Date": None}, transparent=True)
         click.echo(str(out / f"{name}.svg"))
-    figure = bars(objectives(HERE / "results"))
-    figure.savefig(out / "distillation.svg", metadata={"Date": None}, transparent=True)
-    click.echo(str(out / "distillation.svg"))
+    for path, figure in {
+        out / "distillation.svg": bars(objectives(HERE / "results")),
+        out.parent / "search.svg": losses(plans(HERE / "results")),
+    }.items():
+        figure.savefig(path, metadata={"Date": None}, transparent=True)
+        click.echo(str(path))
 
 
 def quantization(results: Path) -> list[Panel]:
@@ -207,6 +211,39 @@ def objectives(results: Path) -> tuple[float, list[tuple[str, float]]]:
     facts = _read(results, "distillation")
     rows = [(row["row"].replace(" (kept)", ""), row["forward_kl"]) for row in facts["rows"]]
     return facts["student"]["forward_kl"], sorted(rows, key=lambda row: row[1])
+
+
+def plans(results: Path) -> list[Series]:
+    """MB and KL from dense, mean of both texts, of plans that were chosen for the same bytes."""
+    rows = json.loads((results / "search-SmolLM2-135M-Instruct.json").read_text(encoding="utf-8"))["rows"]
+    names = {
+        "one scheme for all layers": "uniform",
+        "AutoScheme (auto-round)": "AutoScheme",
+        "AutoQuantize (ModelOpt)": "AutoQuantize",
+        "bits for every group of layers": "bits / bits / exact",
+        "bits, FFN width and depth": "joint / exact",
+    }
+    found = []
+    for label, part in names.items():
+        own = [row for name, row in rows.items() if part in name and not name.endswith("evopress")]
+        points = sorted((row["bytes"] / 1e6, fmean(fmean(nats) for nats in row["tested"].values())) for row in own)
+        found.append(Series(label, points, line=len(points) > 1))
+    return found
+
+
+def losses(series: Sequence[Series]) -> pyplot.Figure:
+    """One axis, loss up on a logarithmic scale."""
+    figure, place = pyplot.subplots(figsize=(6.4, 3.8), layout="constrained")
+    place.set_yscale("log")
+    for number, each in enumerate(series):
+        style = "o-" if each.line else "D"
+        place.plot(*zip(*each.points, strict=True), style, color=COLOURS[number], label=each.label, markersize=4)
+    ticks = [0.1, 0.2, 0.5, 1, 2]
+    place.yaxis.set_major_locator(FixedLocator(ticks))
+    place.yaxis.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in ticks]))
+    _dress(place, "MB of weights")
+    place.set_ylabel("KL from dense, nats per token", color=GREY)
+    return figure
 
 
 def curves(panels: Sequence[Panel]) -> pyplot.Figure:

@@ -46,6 +46,8 @@ BUDGET_SECONDS: dict[str, int] = {
     "tests/search/study/test_search_files.py": 45,
     "tests/search/study/test_workers.py": 30,
     "tests/cli/test_footprint_and_speed.py": 40,
+    "tests/faults/test_commands.py": 45,
+    "tests/test_hub_models.py": 30,
     "tests/evaluation/test_protocols.py": 60,
     "tests/test_examples.py": 110,
     "tests/model/test_depth.py": 30,

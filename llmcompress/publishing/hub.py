@@ -90,8 +90,8 @@ def refusal_of(problem: BaseException) -> Refusal | None:
 
 
 @contextmanager
-def hub_errors(repository: str, *, saved: str) -> Iterator[None]:
-    """Everything that the Hub or the network can do to us, as one kind of error.
+def hub_errors(repository: str, *, saved: str, downloads: bool = False) -> Iterator[None]:
+    """Everything that the Hub or the network can do to us, as one kind of error; `downloads`: nothing is pushed.
 
     Raises: CompressError (exit code 5) with the server's own words.
     """
@@ -108,15 +108,16 @@ def hub_errors(repository: str, *, saved: str) -> Iterator[None]:
     except Exception as problem:
         refusal = refusal_of(problem)
         if refusal is not None:
-            raise _refused(refusal, repository, saved) from problem
+            raise _refused(refusal, repository, saved, downloads=downloads) from problem
         offline = isinstance(problem, errors.LocalEntryNotFoundError)
         if isinstance(problem, ValueError) and not offline:  # the Hub's objection to the model card or to a large file
             what = f"the Hub does not accept what is sent to {repository}: {_first_line(str(problem))}"
             raise hub_error("refused", what, fix="correct it and push again", saved=saved) from problem
         if any(isinstance(each, network) for each in _causes(problem)):
             cause = list(_causes(problem))[-1]
-            what = f"the connection to the Hub broke while publishing to {repository} ({type(cause).__name__})"
-            fix = "check the network and push again: only what is missing there is sent"
+            doing = "downloading" if downloads else "publishing to"
+            what = f"the connection to the Hub broke while {doing} {repository} ({type(cause).__name__})"
+            fix = f"check the network and {_DOWNLOAD_AGAIN if downloads else _PUSH_AGAIN}"
             raise hub_error("network", what, fix=fix, saved=saved) from problem
         raise
 
@@ -131,6 +132,12 @@ def takes(method: Callable[..., Any], argument: str) -> bool:
     return argument in inspect.signature(method).parameters
 
 
+_PUSH_AGAIN = "push again: only what is missing there is sent"
+_DOWNLOAD_AGAIN = "give the same command again: only what is missing here is fetched"
+_ADVICE_ON_DOWNLOADS: Mapping[int, tuple[str, str]] = {
+    403: ("forbidden", "use a token that may read it: `hf auth login`, or set HF_TOKEN"),
+    429: ("rate-limit", "wait as long as the Hub says, and give the same command again"),
+}
 _ADVICE: Mapping[int, tuple[str, str]] = {
     401: ("login", "log in again: `hf auth login`, or set HF_TOKEN"),
     403: ("forbidden", "use a token that may write there: `hf auth login`, or set HF_TOKEN"),
@@ -142,8 +149,10 @@ _ADVICE: Mapping[int, tuple[str, str]] = {
 }
 
 
-def _refused(refusal: Refusal, repository: str, saved: str) -> CompressError:
-    code, fix = _ADVICE.get(refusal.status, ("error", "push again later: only what is missing there is sent"))
+def _refused(refusal: Refusal, repository: str, saved: str, *, downloads: bool) -> CompressError:
+    advice = {**_ADVICE, **_ADVICE_ON_DOWNLOADS} if downloads else _ADVICE
+    later = f"wait a while, then {_DOWNLOAD_AGAIN if downloads else _PUSH_AGAIN}"
+    code, fix = advice.get(refusal.status, ("error", later))
     said = f": {refusal.reason}" if refusal.reason else ""
     what = f"the Hub answered {refusal.status} for {repository}{said}"
     return hub_error(code, what, fix=fix, saved=saved)

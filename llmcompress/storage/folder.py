@@ -54,7 +54,9 @@ def check_output(output: Path, *, overwrite: bool, needed_bytes: int = 0, source
     if output.is_dir() and any(output.iterdir()):
         _check_filled(output, overwrite=overwrite)
     parent = next(folder for folder in output.parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    if not parent.is_dir():
+        raise _usage("output.is-file", f"{parent} is a file", output, "choose a folder that is not below a file")
+    if not os.access(parent, os.W_OK | os.X_OK):
         raise _usage("output.read-only", "the output folder cannot be created", output, f"make {parent} writable")
     free = shutil.disk_usage(parent).free
     if free < needed_bytes * 1.1:

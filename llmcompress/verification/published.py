@@ -25,7 +25,7 @@ def published_folder(model: str) -> Path:
 
     repository, _, revision = model.partition("@")
     api = hub_api()
-    with hub_errors(repository, saved="files that were downloaded completely"):
+    with hub_errors(repository, saved="files that were downloaded completely", downloads=True):
         info = asked(lambda: api.model_info(repository, revision=revision or None))
         there = [each.rfilename for each in info.siblings or ()]
         lists = [name for name in there if PurePosixPath(name).name == FILES and name.count("/") <= 1]

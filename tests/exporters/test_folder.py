@@ -179,7 +179,8 @@ def test_a_file_is_refused(tmp_path):
 
 def test_a_folder_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
-    assert _refused(tmp_path / "file" / "model").code == "output.read-only"
+    refused = _refused(tmp_path / "file" / "model")
+    assert refused.code == "output.is-file" and str(tmp_path / "file") in refused.what
 
 
 @pytest.mark.parametrize("where", ["here", "above", "home", "documents"])

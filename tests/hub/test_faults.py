@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmcompress import load
+from llmcompress import load, verify
 from llmcompress.compressed_model import CompressedModel
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.hub_upload import push
@@ -161,6 +161,21 @@ def test_a_truncated_download_is_no_model(hub: HubDouble, made: CompressedModel,
     assert broken.value.exit_code is ExitCode.HUB and broken.value.code == "hub.network"
     hub.faults.clear()
     assert load(NAME).model
+
+
+@pytest.mark.parametrize("status", [None, 403, 500])
+def test_a_download_that_fails_is_not_told_as_a_push(
+    hub: HubDouble, made: CompressedModel, waits: list[float], status: int | None
+) -> None:
+    made.push(NAME)
+    if status is None:
+        hub.drop("GET", r"resolve/", times=99)
+    else:
+        hub.fail("GET", r"resolve/", status, times=99)
+    with pytest.raises(CompressError) as refused:
+        verify(NAME)
+    assert refused.value.exit_code is ExitCode.HUB and NAME in refused.value.what
+    assert not any(word in str(refused.value) for word in ("push", "publish", "write"))
 
 
 @pytest.mark.parametrize("create_pr", [False, True])

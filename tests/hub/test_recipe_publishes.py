@@ -60,6 +60,8 @@ def test_one_command_compresses_heals_exports_and_publishes(hub: HubDouble, tmp_
     assert files[gguf] == (tmp_path / "small-gguf" / gguf).read_bytes()
     card = files["README.md"].decode()
     assert "qat" in card and "llama-cli -hf" in card and "| gguf | / |" in card and hub.repos[NAME].private
+    config = json.loads(files["config.json"])
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors" and "needs llmcompress" not in card
 
 
 def test_formats_go_where_the_recipe_says(hub: HubDouble, tiny: Path, tmp_path: Path) -> None:
