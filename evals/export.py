@@ -5,7 +5,7 @@
 The compressed folder is exported to every registered target that has a runtime of its own; where a target cannot hold
 its table of embeddings, `--plain-tables` names the same codes without it. Beside each runtime stands its own rounding
 of the dense model to 4 bits in equal groups (`exports/own.py`). All score the same windows, without BOS; differences
-from PyTorch are paired, with the standard error over windows. Speeds are of one thread and taken in turns,
+from PyTorch are paired, with the standard error over windows. Speeds are taken in turns (`exports/turns.py`),
 transformers with the dense model in float32 among them. Everything is written to evals/results/export-NAME.json.
 """
 
@@ -15,42 +15,59 @@ import json
 import math
 import statistics
 import tempfile
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
 import click
 import torch
-from exports.own import own_roundings
+from exports.own import OWN_GENAI, OWN_GGUF, OWN_ONNX, OWN_OPENVINO, own_roundings
+from exports.turns import DENSE, PROTOCOL, Candidate, opened, speeds
+from gguf import GGUFReader
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from llmcompress.errors import CompressError
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.exporters.base import EXPORTERS, Exporter
 from llmcompress.exporters.contents import Contents
-from llmcompress.exporting import Exportable
 from llmcompress.model_export import export
 from llmcompress.records.export_report import ExportReport
 from llmcompress.reopening import reopen
-from llmcompress.runners.base import RUNNERS, Runner
+from llmcompress.runners.base import Runner
 from llmcompress.runners.torch_runner import TorchRunner
 
 HERE = Path(__file__).resolve().parent
 WINDOW = 512
-PROMPT, NEW, TURNS = 128, 64, 3
-DENSE = "transformers float32, dense"
-CPU = torch.device("cpu")
+GRAPHS = ("model.onnx", "openvino_model.xml")
+FLOAT32 = {"accuracy_level": 0, "accuracy_level_of_8_bits": 4}
+"""Of matrices in 4 bits; the runtime has no fast kernel for those in 8."""
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """Files, and who runs them."""
+class Row:
+    """One way to write a model."""
 
     name: str
-    path: Path
-    runner: str
+    target: str
+    options: Mapping[str, object] = field(default_factory=dict)
+    beside: str | None = None
+    """What the runtime's own tool makes in the same shape and groups."""
+    plain_table: bool = False
+    """Of the codes beside a dense embedding: the runtime's own tool leaves it dense."""
+
+
+ROWS = (
+    Row("gguf", "gguf", beside=OWN_GGUF),
+    Row("onnx", "onnx"),
+    Row("onnx, table float32", "onnx", beside=OWN_ONNX, plain_table=True),
+    Row("onnx, activations float32", "onnx", FLOAT32),
+    Row("onnx_genai", "onnx_genai", beside=OWN_GENAI),
+    Row("onnx_genai, activations float32", "onnx_genai", FLOAT32),
+    Row("openvino", "openvino", beside=OWN_OPENVINO),
+)
+"""Of targets with more than one; every other target has one with its own name."""
 
 
 @click.command()
@@ -80,7 +97,7 @@ def main(
     ids = original.tokenizer(content, add_special_tokens=False)["input_ids"]
     ids_BT = torch.tensor(ids[: windows * WINDOW]).view(windows, WINDOW)
     with TorchRunner(original.model) as runner:
-        dense_BP = losses(runner, ids_BT)
+        dense_BP = scored(runner, ids_BT)
     found = {
         "model": name,
         "versions": versions(),
@@ -89,63 +106,75 @@ def main(
         "window": WINDOW,
         "windows": windows,
         "dense_perplexity": math.exp(float(dense_BP.mean())),
-        "speed": {"prompt": PROMPT, "new": NEW, "turns": TURNS, "threads": 1},
+        "speed": PROTOCOL,
     }
     with tempfile.TemporaryDirectory() as scratch:
-        rows, candidates = exported(compressed, plain_tables, targets_of(targets), Path(scratch), ids_BT, dense_BP)
-        for title, target, place, runner_name in own_roundings(dense, Path(scratch), list(rows)) if own else ():
+        rows, candidates = exported(compressed, plain_tables, rows_of(targets), Path(scratch), ids_BT, dense_BP)
+        made = {str(row["target"]) for row in rows.values()}
+        for title, target, place, runner_name in own_roundings(dense, Path(scratch), sorted(made)) if own else ():
             candidates.append(Candidate(title, place, runner_name))
             rows[title] = {"target": target, "own": True, "bytes": weights_in(place)}
             with opened(candidates[-1]) as runner:
-                rows[title] |= quality(losses(runner, ids_BT), dense_BP)
+                rows[title] |= quality(scored(runner, ids_BT), dense_BP)
             print(title, rows[title], flush=True)
-        measured = speeds(candidates, original)
+        measured = speeds(candidates, original.model)
     for title, row in rows.items():
         row.update(measured.get(title, {}))
     found |= {"rows": [{"name": title, **row} for title, row in rows.items()], "reference": measured[DENSE]}
     (HERE / "results" / f"export-{name}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
-def targets_of(given: str) -> list[str]:
-    """Those asked for, or all that write for another runtime."""
+def rows_of(given: str) -> list[Row]:
+    """Of the targets asked for, or of all that write for another runtime."""
     named = [each for each in given.split(",") if each]
-    return named or [name for name in EXPORTERS if EXPORTERS[name].runtime != "torch" or EXPORTERS[name].cannot_run]
+    targets = named or [name for name in EXPORTERS if EXPORTERS[name].runtime != "torch" or EXPORTERS[name].cannot_run]
+    several = {row.target for row in ROWS}
+    return [row for row in ROWS if row.target in targets] + [Row(each, each) for each in targets if each not in several]
 
 
 def exported(
-    compressed: str, plain_tables: str | None, targets: Sequence[str], scratch: Path, ids_BT: Tensor, dense_BP: Tensor
+    compressed: str, plain_tables: str | None, wanted: Sequence[Row], scratch: Path, ids_BT: Tensor, dense_BP: Tensor
 ) -> tuple[dict[str, dict[str, object]], list[Candidate]]:
-    """Every target with its proof, and those whose runtime is installed."""
+    """Every row with its proof, and those whose runtime is installed."""
     rows, candidates = dict[str, dict[str, object]](), list[Candidate]()
     for source in filter(None, (compressed, plain_tables)):
         model = reopen(source)
-        with TorchRunner(model.model) as reference:
-            torch_BP = losses(reference, ids_BT)
-        rows.setdefault("torch", {"target": "torch", **quality(torch_BP, dense_BP)})
-        for target in targets:
+        reference_BPV = logits_of(model.model, ids_BT, scratch / "reference.pt")
+        rows.setdefault("torch", {"target": "torch", **quality(losses(reference_BPV, ids_BT), dense_BP)})
+        for row in wanted:
+            if row.name in rows or (row.plain_table and source == compressed):
+                continue
+            place, options = scratch / str(len(rows)), {row.target: row.options}
             try:
-                report = export(source, target, scratch / target, run=False)[target] if target not in rows else None
+                report = export(source, row.target, place, options=options, run=False)[row.target]
             except CompressError as refused:
-                print(target, refused.what, flush=True)
+                print(row.name, refused.what, flush=True)
                 continue
-            if report is None:
+            exporter = EXPORTERS[row.target]()
+            rows[row.name] = {"target": row.target, **facts(report, exporter, model.contents, place)}
+            if exporter.cannot_run is not None:
+                rows[row.name]["not_run"] = exporter.cannot_run
                 continue
-            rows[target] = {"target": target, **facts(report, EXPORTERS[target](), model.contents)}
-            candidate = Candidate(target, scratch / target, EXPORTERS[target].runtime)
-            if EXPORTERS[target].cannot_run is not None:
-                rows[target]["not_run"] = EXPORTERS[target].cannot_run
-                continue
+            candidate = Candidate(row.name, place, exporter.runtime, row.beside)
             try:
-                with opened(candidate) as runner, TorchRunner(model.model) as reference:
-                    rows[target] |= compared(runner, reference, ids_BT, torch_BP, dense_BP)
+                with opened(candidate) as runner:
+                    rows[row.name] |= compared(runner, reference_BPV, ids_BT, dense_BP)
                 candidates.append(candidate)
             except CompressError as missing:
-                rows[target]["not_run"] = missing.what
-            print(target, rows[target], flush=True)
+                rows[row.name]["not_run"] = missing.what
+            print(row.name, rows[row.name], flush=True)
     return rows, candidates
 
 
-def facts(report: ExportReport, exporter: Exporter, contents: Contents) -> dict[str, object]:
+@torch.inference_mode()
+def logits_of(model: PreTrainedModel, ids_BT: Tensor, file: Path) -> Tensor:
+    """B×(T-1)×V float32, mapped from a file."""
+    with TorchRunner(model) as runner:
+        torch.save(torch.stack([runner.logits(ids_T[None])[0, :-1].float() for ids_T in ids_BT]), file)
+    return torch.load(file, mmap=True)
+
+
+def facts(report: ExportReport, exporter: Exporter, contents: Contents, place: Path) -> dict[str, object]:
     """Of the files."""
     coded = [row for row in report.read_back if row.codes_differing is not None]
     return {
@@ -154,6 +183,7 @@ def facts(report: ExportReport, exporter: Exporter, contents: Contents) -> dict[
         "scales_differing": sum(row.scales_differing or 0 for row in coded),
         "weights_differing": sum(row.weights_differing or 0 for row in report.read_back),
         "bytes": report.bytes,
+        "description_bytes": description_in(place),
         "formula_bytes": formula(report, exporter, contents),
     }
 
@@ -169,20 +199,18 @@ def formula(report: ExportReport, exporter: Exporter, contents: Contents) -> int
 
 
 @torch.inference_mode()
-def compared(
-    runner: Runner, reference: Runner, ids_BT: Tensor, torch_BP: Tensor, dense_BP: Tensor
-) -> dict[str, object]:
+def compared(runner: Runner, reference_BPV: Tensor, ids_BT: Tensor, dense_BP: Tensor) -> dict[str, object]:
     """The runtime beside the same model in PyTorch."""
     largest, mean, same, kl, found = 0.0, [], [], [], []
-    for ids_T in ids_BT:
-        ours_PV, theirs_PV = (each.logits(ids_T[None])[0, :-1].float() for each in (runner, reference))
+    for ids_T, theirs_PV in zip(ids_BT, reference_BPV, strict=True):
+        ours_PV = runner.logits(ids_T[None])[0, :-1].float()
         apart_PV = (ours_PV - theirs_PV).abs()
         largest, mean = max(largest, float(apart_PV.max())), [*mean, float(apart_PV.mean())]
         same.append(float((ours_PV.argmax(-1) == theirs_PV.argmax(-1)).float().mean()))
         ours_PV, theirs_PV = ours_PV.log_softmax(-1), theirs_PV.log_softmax(-1)
         kl.append(float((theirs_PV.exp() * (theirs_PV - ours_PV)).sum(-1).mean()))
         found.append(-ours_PV.gather(-1, ids_T[1:, None]).squeeze(-1).double())
-    apart_B = (torch.stack(found) - torch_BP).mean(1)
+    apart_B = (torch.stack(found) - losses(reference_BPV, ids_BT)).mean(1)
     return {
         **quality(torch.stack(found), dense_BP),
         "ratio_to_torch": math.exp(float(apart_B.mean())),
@@ -205,18 +233,27 @@ def quality(found_BP: Tensor, dense_BP: Tensor) -> dict[str, object]:
 
 
 @torch.inference_mode()
-def losses(runner: Runner, ids_BT: Tensor) -> Tensor:
+def scored(runner: Runner, ids_BT: Tensor) -> Tensor:
     """B×(T-1), in nats."""
-    found = []
-    for ids_T in ids_BT:
-        scores_PV = runner.logits(ids_T[None])[0, :-1].float().log_softmax(-1)
-        found.append(-scores_PV.gather(-1, ids_T[1:, None]).squeeze(-1).double())
-    return torch.stack(found)
+    return torch.cat([losses(runner.logits(ids_T[None])[:, :-1], ids_T[None]) for ids_T in ids_BT])
 
 
-def opened(candidate: Candidate) -> Runner:
-    """Its runner."""
-    return RUNNERS[candidate.runner].open(str(candidate.path), device=CPU, dtype=torch.float32)
+def losses(logits_BPV: Tensor, ids_BT: Tensor) -> Tensor:
+    """B×(T-1), in nats."""
+    pairs = zip(logits_BPV, ids_BT, strict=True)
+    found = [-each_PV.float().log_softmax(-1).gather(-1, ids_T[1:, None]).squeeze(-1) for each_PV, ids_T in pairs]
+    return torch.stack(found).double()
+
+
+def description_in(place: Path) -> int:
+    """Bytes that are no tensors of the model: graphs, names, and in GGUF the tokenizer."""
+    graphs = sum((place / name).stat().st_size for name in GRAPHS if (place / name).exists())
+    for file in place.glob("*.gguf"):
+        graphs += int(GGUFReader(file).data_offset)
+    for file in place.glob("*.safetensors"):
+        with file.open("rb") as content:
+            graphs += 8 + int.from_bytes(content.read(8), "little")
+    return graphs
 
 
 def weights_in(path: Path) -> int:
@@ -226,35 +263,6 @@ def weights_in(path: Path) -> int:
     return sum(
         each.stat().st_size for each in files if not each.name.startswith("openvino_to") and "detok" not in each.name
     )
-
-
-def speeds(candidates: Sequence[Candidate], original: Exportable) -> dict[str, dict[str, float]]:
-    """Tokens per second, medians over turns in which everything runs once."""
-    prompt_BT = torch.randint(3, 1000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-    taken: dict[str, list[tuple[float, float]]] = {DENSE: [], **{each.name: [] for each in candidates}}
-    for _ in range(TURNS):
-        with TorchRunner(original.model) as runner:
-            taken[DENSE].append(timed(runner, prompt_BT))
-        for each in candidates:
-            with opened(each) as runner:
-                taken[each.name].append(timed(runner, prompt_BT))
-    medians = {
-        name: {"prefill": statistics.median(a for a, _ in both), "decode": statistics.median(b for _, b in both)}
-        for name, both in taken.items()
-    }
-    base = medians[DENSE]["decode"]
-    return {name: {**both, "decode_to_transformers": both["decode"] / base} for name, both in medians.items()}
-
-
-def timed(runner: Runner, prompt_BT: Tensor) -> tuple[float, float]:
-    """Prefill and decode of one runner that is warm."""
-    list(runner.stream(prompt_BT, max_new_tokens=2))
-    begun = time.perf_counter()
-    steps = runner.stream(prompt_BT, max_new_tokens=NEW)
-    next(steps)
-    first = time.perf_counter()
-    list(steps)
-    return PROMPT / (first - begun), (NEW - 1) / (time.perf_counter() - first)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import click
 import numpy as np
+import yaml
 from transformers import AutoConfig
 
 from llmcompress.evaluation.device.speed import ClockName
@@ -36,7 +37,7 @@ RANDOM_PLANS = 4
 class Told(Silent):
     """Progress on standard error."""
 
-    def substep(self, text: str) -> None:
+    def substep(self, text: str, *, done: int = 0, total: int = 0) -> None:
         """What is measured now."""
         click.echo(f"{time.strftime('%H:%M:%S')} {text}", err=True)
 
@@ -52,15 +53,30 @@ class Told(Silent):
 @click.option("--turns", default=5, help="How often everything is measured.")
 @click.option("--clock", type=click.Choice(["wall", "processor"]), default="processor", help="What counts.")
 @click.option("--schemes", default=",".join(SCHEMES), help="Of codes, besides dense weights.")
+@click.option(
+    "--space", "file", type=click.Path(exists=True, path_type=Path), help="A space in YAML, in place of these."
+)
 @click.option("--measure/--no-measure", default=True, help="Otherwise the table that the file holds is checked.")
 @click.option("--plans", default=12, help="Whole models that are measured too; 0: none.")
 def main(
-    model: str, runtime: str, output: Path, turns: int, clock: ClockName, schemes: str, measure: bool, plans: int
+    model: str,
+    runtime: str,
+    output: Path,
+    turns: int,
+    clock: ClockName,
+    schemes: str,
+    file: Path | None,
+    measure: bool,
+    plans: int,
 ) -> None:
     """Measure a table for MODEL, and check it."""
     config = AutoConfig.from_pretrained(find_source(model).folder)
     sites = {"dense": [], **{name: [{"rtn": {"scheme": name}}] for name in schemes.split(",")}}
-    space = PlanSpace(Space.model_validate({"sites": sites, "bodies": BODIES, "most_dropped": 0.2}), probe(config))
+    given = yaml.safe_load(file.read_text(encoding="utf-8")) if file else {}
+    space = PlanSpace(
+        Space.model_validate({"sites": sites, "bodies": BODIES, "most_dropped": 0.2, **given}),
+        probe(config, unfuse=True),
+    )
     settings = LatencySettings(turns=turns, clock=clock, threads=1 if clock == "processor" else None, memory=False)
     known = read_tables(output) if output.exists() else {}
     table = measure_latency(space, config, runtime, settings=settings, progress=Told()) if measure else known[runtime]

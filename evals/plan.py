@@ -5,7 +5,8 @@
 Each preset is planned and run as shipped in two processes of their own, with two changes: the calibration text, and at
 most SAMPLES × TOKENS of it; two windows of the same text are evaluated. Times are CPU seconds of one thread, estimated
 and found, so that other programs on the machine do not matter; the peak is the kernel's of the running process.
-Writes evals/results/plan-NAME.json after every preset, and goes on where it was stopped.
+Writes evals/results/plan-NAME.json after every process, and goes on where it was stopped: without an `estimated` in
+its row, a preset is planned again, and its run stands as it was found.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from llmcompress.recipe import Recipe
 
 PRESETS = ("w4", "w3", "w8a8", "sparse-2-4", "width-25", "llm-pruner", "svd-llm-20", "depth-25")
 WINDOW, WINDOWS = 512, 2
+COMPARED = ("bytes", "peak_bytes", "seconds")
 
 
 @click.command()
@@ -48,7 +51,7 @@ def main(
     out: Path,
     one: tuple[str, str] | None,
 ) -> None:
-    """Plan and run every preset that is not in the result file yet."""
+    """Plan and run every preset, unless the result file knows what it takes."""
     if one is not None:
         what, preset = one
         given = recipe(preset, calibration, samples, tokens)
@@ -64,13 +67,17 @@ def main(
         "versions": versions(),
         "machine": machine(),
     }
-    done = {row["preset"] for row in facts["rows"]}
-    for preset in [each for each in chosen if each not in done]:
-        row = {key: in_its_own_process(key, preset) for key in ("estimated", "found")}
-        ratios = {key: row["estimated"][key] / row["found"][key] for key in ("bytes", "peak_bytes", "seconds")}
-        facts["rows"].append({"preset": preset, **row, "ratios": ratios})
+    rows = {row["preset"]: row for row in facts["rows"]}
+    for preset, key in product(chosen, ("estimated", "found")):
+        row = rows.setdefault(preset, {"preset": preset})
+        if key in row:
+            continue
+        row[key] = in_its_own_process(key, preset)
+        if "estimated" in row and "found" in row:
+            row["ratios"] = {each: row["estimated"][each] / row["found"][each] for each in COMPARED}
+            click.echo(json.dumps({"preset": preset, "ratios": row["ratios"]}), err=True)
+        facts["rows"] = list(rows.values())
         path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-        click.echo(json.dumps({"preset": preset, "ratios": ratios}), err=True)
 
 
 class Stages(Silent):

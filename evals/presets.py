@@ -3,7 +3,7 @@
     python evals/presets.py --model FOLDER --calibration valid.txt --text wikitext2=test.txt --name NAME --out FOLDER
 
 Each preset runs as shipped, in a process of its own, with two changes: the calibration text, and at most
-SAMPLES × TOKENS of it. One that does not end within `--limit` seconds is recorded as not done. Foretold and measured
+SAMPLES × TOKENS of it. One that does not end within `--limit` seconds is recorded as not done. Estimated and measured
 are of the same process: the plan comes first, on the speed of matrix products measured then. Writes
 evals/results/presets-NAME.json after every preset, and goes on where it was stopped.
 """

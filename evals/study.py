@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from llmcompress.evaluation.settings.perplexity import PerplexityTask
 from llmcompress.evaluation.texts import EvaluationText, evaluation_text
 from llmcompress.loading.load import Loaded, load_for_compression
 from llmcompress.loading.source import find_source
+from llmcompress.loading.teachers import TeacherFiles
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
 from llmcompress.passes.apply import apply_passes
@@ -136,7 +137,9 @@ class Bench:
             self.dense[name] = DenseScores(text, metric.windows(seen.found))
         return self.dense[name]
 
-    def compress(self, passes: Sequence[Any], draw: int) -> tuple[PreTrainedModel, Trial]:
+    def compress(
+        self, passes: Sequence[Any], draw: int, teachers: TeacherFiles | None = None
+    ) -> tuple[PreTrainedModel, Trial]:
         """Our passes on a fresh model (none: the dense one); what they took."""
         study = self.study
         windows_NT = study.calibration_windows(draw)
@@ -144,6 +147,7 @@ class Bench:
         self.map = self.map or map_model(loaded.model)
         chosen = parse_recipe(yaml.safe_dump({"passes": list(passes)}), "evals").passes if passes else ()
         context = RunContext(windows_NT, batch=8, storage_dtype=loaded.preflight.storage_dtype, seed=draw)
+        context = context if teachers is None else replace(context, teachers=teachers)
         forget_peak()
         before, began = resident_bytes("VmRSS"), time.process_time()
         model, _ = apply_passes(loaded.model, self.map, chosen, context)

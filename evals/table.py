@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tables import (
+    archives,
     cost,
     distillation,
     exports,
@@ -111,6 +112,8 @@ def sections() -> list[Section]:
         Section("Presets on a real model", presets.presets, "presets-*.json"),
         Section("What a plan estimates, on a real model", presets.plans, "plan-*.json"),
         Section("Export targets on a real model", exports.exports, "export-*.json"),
+        Section("Deep Compression step by step, as archives", archives.archives, "deep-compression-*.json"),
+        Section("Export targets: speed of other shapes", exports.shapes, "exported-shapes-*.json"),
         Section("Search on a real model, at equal bytes", search.search, "search-SmolLM2-*.json"),
         Section("Quantization-aware training on a real model", training.qat, "qat-SmolLM2-*.json"),
         Section("Healing a pruned real model", training.healing, "healing-*.json"),

@@ -269,7 +269,7 @@ def plan(
 ) -> Plan:
     """What `compress` would do: sites, bytes, memory, and on `machine` time. Reads config and headers, no weights.
 
-    `probe_on`: compress a block of each kind on this device, unsaved, to estimate the time from that.
+    `probe_on`: compress a few blocks of each kind on this device, unsaved, to estimate the time from that.
 
     Raises: CompressError for what `compress` would refuse.
     """

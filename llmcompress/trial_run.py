@@ -1,8 +1,9 @@
 """The recipe for real on a few blocks of the model, to estimate how long it takes on all of them.
 
-What an operation of this recipe takes is measured on one block of each kind, with its calibration windows and
-settings, and multiplied by the operations of the whole run (`cost.py`). Where something does not grow with the blocks
-(logits for gradients and searches by perplexity, a rounded embedding), two runs of different depth tell it apart.
+A run is timed part by part, as it saves its parts. In a stage that goes block by block the first block also pays for
+what comes before it, and its outputs are fed onward in the time of the second; so the time between two blocks is what
+one more block of that kind takes, and all blocks but the first are counted so. What takes the whole model at once
+(decisions, passes on the whole model) is measured at two depths: a part per operation (`cost.py`), and a fixed part.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from typing_extensions import override
 
 from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.data import calibration_windows
@@ -34,35 +39,30 @@ from llmcompress.passes.base import PASSES, BlockPass, ModelPass, Pass, matches
 from llmcompress.planning import Plan, fitted_to_model, storage_dtype_of
 from llmcompress.progress import Progress, Silent
 from llmcompress.recipe.model import Recipe
+from llmcompress.records.rows import SiteReport
+from llmcompress.run import Run
 
-_OF_EACH_KIND, _WITH_FIXED, _WITH_HEAD = (1,), (1, 2), (2, 4)
-"""How many blocks of each kind the runs have: where all grows with the blocks; where passes on the whole model take a
-time of their own; where the head computes logits, which takes longer than a block."""
+_STREAMED, _WITH_WHOLE, _WITH_HEAD = (2,), (1, 2), (2, 6)
+"""How many blocks of each kind the runs have: where all goes block by block; where something takes the whole model;
+where that computes logits, which take longer than a block."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What was measured."""
+    """What was found."""
 
-    seconds_per_operation: float
-    seconds_per_head_operation: float
-    fixed_seconds: float
-    """Of passes on the whole model, whatever its depth."""
+    seconds: float
+    """That the recipe is going to take on all blocks."""
     blocks: tuple[int, ...]
     """Those of the largest run."""
     left_out: tuple[str, ...]
     """Passes that train the whole model."""
 
-    def seconds(self, taken: Cost) -> float:
-        """How long a recipe of that cost takes on this machine."""
-        head = self.seconds_per_head_operation * taken.head_operations
-        return self.seconds_per_operation * taken.operations + head + self.fixed_seconds
-
-    def applied_to(self, plan: Plan, taken: Cost) -> Plan:
+    def applied_to(self, plan: Plan) -> Plan:
         """The plan with the seconds that the whole recipe is going to take."""
         note = f"{', '.join(self.left_out)}: not part of the trial, estimated from operations" if self.left_out else ""
         warnings = (*plan.warnings, note) if note else plan.warnings
-        found = {"estimated_seconds": self.seconds(taken), "probed_blocks": self.blocks, "warnings": warnings}
+        found = {"estimated_seconds": self.seconds, "probed_blocks": self.blocks, "warnings": warnings}
         return plan.model_copy(update=found)
 
 
@@ -73,20 +73,76 @@ def with_trial(plan: Plan, recipe: Recipe, bench: Bench) -> Plan:
     """
     data = bench.windows(recipe)
     try:
-        trial = bench.trial(recipe, data)
+        return bench.trial(recipe, data).applied_to(plan)
     except CompressError as problem:
         return plan.model_copy(
             update={"warnings": (*plan.warnings, f"time is estimated from operations: {problem.what}")}
         )
-    return trial.applied_to(plan, bench.cost(recipe))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A piece of a run, from the end of the piece before."""
+
+    stage: int
+    block: int | None
+    """Its place in the run; None: a decision about the whole model, or a pass on it."""
+    seconds: float
 
 
 @dataclass(frozen=True)
 class _Measured:
     """One run on a few blocks."""
 
-    seconds: float
+    parts: tuple[_Part, ...]
+    blocks: tuple[int, ...]
+    """Their places in the whole model."""
     taken: Cost
+
+    @property
+    def seconds(self) -> float:
+        """Of all parts."""
+        return sum(part.seconds for part in self.parts)
+
+    @property
+    def whole_model_seconds(self) -> float:
+        """Of what takes the whole model at once."""
+        return sum(part.seconds for part in self.parts if part.block is None)
+
+    @property
+    def first_block_seconds(self) -> float:
+        """Of the first block in every stage, with what comes before it."""
+        return sum(part.seconds for part in self.parts if part.block == 0)
+
+
+class _TimedRun(Run):
+    """A run folder that notes when every part of the run was saved."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.saved_parts: list[tuple[int, int | None, float]] = []
+        self.clock: Callable[[], float] = time.perf_counter
+
+    @override
+    def save_block(self, stage: int, index: int, block: nn.Module, before: nn.Module, rows: list[SiteReport]) -> None:
+        super().save_block(stage, index, block, before, rows)
+        self.saved_parts.append((stage, index, self.clock()))
+
+    @override
+    def save_decisions(self, stage: int, decisions: Mapping[str, Tensor]) -> None:
+        super().save_decisions(stage, decisions)
+        self.saved_parts.append((stage, None, self.clock()))
+
+    @override
+    def save_model(self, stage: int, model: PreTrainedModel, rows: list[SiteReport]) -> None:
+        super().save_model(stage, model, rows)
+        self.saved_parts.append((stage, None, self.clock()))
+
+    def parts(self, started: float) -> tuple[_Part, ...]:
+        """Everything that was saved, each with the seconds since what was saved before it."""
+        began = [started, *(ended for _, _, ended in self.saved_parts)]
+        pairs = zip(self.saved_parts, began, strict=False)
+        return tuple(_Part(stage, block, ended - start) for (stage, block, ended), start in pairs)
 
 
 @dataclass(frozen=True)
@@ -119,11 +175,16 @@ class Bench:
                 where=", ".join(left_out),
                 fix="make the plan without a probe",
             )
-        counts = _WITH_FIXED if any(isinstance(each, ModelPass) for each in tried.passes) else _OF_EACH_KIND
-        counts = _WITH_HEAD if self.cost(tried).head_operations else counts
-        chosen = [blocks_of_each_kind(tried, self.known.map, count) for count in counts]
-        runs = [self._measured(tried, blocks, data) for blocks in dict.fromkeys(chosen)]
-        return Trial(*_speeds(runs), blocks=chosen[-1], left_out=left_out)
+        whole = self.cost(tried)
+        at_once = any(isinstance(each, ModelPass) or each.decides for each in tried.passes)
+        counts = _WITH_HEAD if whole.head_operations else _WITH_WHOLE if at_once else _STREAMED
+        kinds = kinds_of_blocks(tried, self.known.map)
+        chosen = dict.fromkeys(blocks_of_each_kind(kinds, count) for count in counts)
+        runs = [self._measured(tried, blocks, data) for blocks in chosen]
+        seconds = _stream_seconds(runs, kinds) + _whole_model_seconds(runs, whole)
+        if left_out:
+            seconds *= _operations(self.cost(recipe)) / max(_operations(whole), 1.0)
+        return Trial(seconds, blocks=runs[-1].blocks, left_out=left_out)
 
     @property
     def _checked(self) -> Preflight:
@@ -146,7 +207,7 @@ class Bench:
             held_out=recipe.guard.windows,
         )
 
-    def _measured(self, recipe: Recipe, blocks: Sequence[int], data: CalibrationData | None) -> _Measured:
+    def _measured(self, recipe: Recipe, blocks: tuple[int, ...], data: CalibrationData | None) -> _Measured:
         self.progress.stage(f"trial on {len(blocks)} blocks", 1)
         with TemporaryDirectory() as scratch:
             model, weights = map_weights(
@@ -171,20 +232,26 @@ class Bench:
                 experts=recipe.calibration.experts,
             )
             torch.manual_seed(recipe.seed)
-            started = self.clock()
-            apply_passes(model, few, recipe.passes, context)
-            return _Measured(self.clock() - started, cost(recipe, few, size_of(self._checked)))
+            with _TimedRun.open(Path(scratch) / "trial", fingerprint={}, lock_text="", fresh=True) as run:
+                run.clock, started = self.clock, self.clock()
+                apply_passes(model, few, recipe.passes, replace(context, keep=run))
+                return _Measured(run.parts(started), blocks, cost(recipe, few, size_of(self._checked)))
 
 
-def blocks_of_each_kind(recipe: Recipe, model_map: ModelMap, count: int) -> tuple[int, ...]:
-    """The first so many of all blocks that have the same structure and for which the recipe says the same."""
+def kinds_of_blocks(recipe: Recipe, model_map: ModelMap) -> tuple[tuple[int, ...], ...]:
+    """Blocks that have the same structure and for which the recipe says the same, together."""
     passes = [each for each in recipe.passes if isinstance(each, BlockPass)]
     kinds: dict[object, list[int]] = {}
     for block in model_map.blocks:
         names = [block.full(site.name) for site in block.structure.sites]
         told = tuple((each.selects(name), repr(each.for_site(name))) for each in passes for name in names)
         kinds.setdefault((id(block.structure), told), []).append(block.index)
-    return tuple(sorted(index for of_kind in kinds.values() for index in of_kind[:count]))
+    return tuple(map(tuple, kinds.values()))
+
+
+def blocks_of_each_kind(kinds: Sequence[Sequence[int]], count: int) -> tuple[int, ...]:
+    """The first so many of each."""
+    return tuple(sorted(index for alike in kinds for index in alike[:count]))
 
 
 def at_new_places(recipe: Recipe, model_map: ModelMap, few: ModelMap, blocks: Sequence[int]) -> Recipe:
@@ -219,16 +286,40 @@ def _trains(each: Pass) -> bool:
     return bool(gradients and gradients.trained_on) or bool(each.teachers())
 
 
-def _speeds(runs: Sequence[_Measured]) -> tuple[float, float, float]:
-    """Seconds per operation of blocks, seconds per operation of the head, seconds besides."""
-    seconds = sum(run.seconds for run in runs)
-    together = seconds / max(sum(run.taken.operations + run.taken.head_operations for run in runs), 1.0)
-    has_head = any(run.taken.head_operations for run in runs)
-    parts = [[run.taken.operations, run.taken.head_operations if has_head else 1.0] for run in runs]
-    alike = len(runs) < 2 or parts[0][0] == parts[1][0]
-    if not alike:
-        wanted = torch.tensor([run.seconds for run in runs], dtype=torch.float64)
-        of_blocks, besides = torch.linalg.solve(torch.tensor(parts, dtype=torch.float64), wanted).tolist()
-        if of_blocks > 0 and besides >= 0:
-            return (of_blocks, besides, 0.0) if has_head else (of_blocks, 0.0, besides)
-    return together, together, 0.0
+def _operations(taken: Cost) -> float:
+    return taken.operations + taken.head_operations
+
+
+def _stream_seconds(runs: Sequence[_Measured], kinds: Sequence[Sequence[int]]) -> float:
+    """Of all blocks of the whole model, in all stages that go block by block."""
+    kind_of = {index: alike for alike in kinds for index in alike}
+    found: dict[tuple[int, Sequence[int]], list[float]] = {}
+    for run in runs:
+        for part in run.parts:
+            if part.block:
+                found.setdefault((part.stage, kind_of[run.blocks[part.block]]), []).append(part.seconds)
+    first = runs[0].blocks[0]
+    others = sum(fmean(seconds) * (len(alike) - (first in alike)) for (_, alike), seconds in found.items())
+    return fmean(run.first_block_seconds for run in runs) + others
+
+
+def _whole_model_seconds(runs: Sequence[_Measured], whole: Cost) -> float:
+    """Of decisions about the whole model and passes on it: per operation of blocks, and per operation of the head or,
+    where that computes nothing, once.
+    """
+    seconds = [run.whole_model_seconds for run in runs]
+    counted = [_counted(run.taken) for run in runs]
+    operations, besides = _counted(whole)
+    if counted[0][0] != counted[-1][0]:
+        wanted = torch.tensor(seconds, dtype=torch.float64)
+        of_blocks, of_others = torch.linalg.solve(torch.tensor(counted, dtype=torch.float64), wanted).tolist()
+        # without a head the fixed part may be negative: the last block of a stream feeds no other
+        if of_blocks >= 0 and (of_others >= 0 or not whole.head_operations):
+            return float(of_blocks * operations + of_others * besides)
+        if of_blocks < 0:  # less than the clock tells
+            return sum(seconds) / sum(others for _, others in counted) * besides
+    return sum(seconds) * _operations(whole) / max(sum(_operations(run.taken) for run in runs), 1.0)
+
+
+def _counted(taken: Cost) -> tuple[float, float]:
+    return taken.operations, taken.head_operations or 1.0

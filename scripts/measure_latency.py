@@ -27,7 +27,7 @@ from llmcompress.recipe.document import read_document
 class Told(Silent):
     """Progress on standard error."""
 
-    def substep(self, text: str) -> None:
+    def substep(self, text: str, *, done: int = 0, total: int = 0) -> None:
         """What is measured now."""
         click.echo(text, err=True)
 

@@ -15,6 +15,10 @@ from llmcompress.progress import Silent
 Made = tuple[str, str, Path, str]
 """Title, target, place, and the name of the runner."""
 GROUP = 64
+OWN_GGUF = "llama.cpp Q4_0, table Q8_0"
+OWN_ONNX = f"ONNX Runtime round to nearest, g{GROUP}, table float32"
+OWN_GENAI = f"onnxruntime-genai builder, g{GROUP}, table int8"
+OWN_OPENVINO = f"NNCF int4, g{GROUP}, table int8"
 
 
 def own_roundings(dense: str, scratch: Path, targets: Sequence[str]) -> Iterator[Made]:
@@ -38,7 +42,7 @@ def _llama_cpp(dense: str, scratch: Path) -> Iterator[Made]:
 
     export(dense, "gguf", scratch / "dense-gguf", run=False)
     for title, kind, table in (
-        ("llama.cpp Q4_0, table Q8_0", "MOSTLY_Q4_0", "Q8_0"),
+        (OWN_GGUF, "MOSTLY_Q4_0", "Q8_0"),
         ("llama.cpp Q4_K_M", "MOSTLY_Q4_K_M", None),
     ):
         settings = llama_cpp.LlamaModelQuantizeParams()
@@ -62,7 +66,7 @@ def _onnxruntime(dense: str, scratch: Path) -> Iterator[Made]:
     quantizer = MatMulNBitsQuantizer(graph, block_size=GROUP, is_symmetric=True, accuracy_level=4)
     quantizer.process()
     quantizer.model.save_model_to_file(str(place / "model.onnx"), use_external_data_format=True)
-    yield f"ONNX Runtime round to nearest, g{GROUP}, table float32", "onnx", place, "onnxruntime"
+    yield OWN_ONNX, "onnx", place, "onnxruntime"
 
 
 def _genai(dense: str, scratch: Path) -> Iterator[Made]:
@@ -70,7 +74,7 @@ def _genai(dense: str, scratch: Path) -> Iterator[Made]:
     equal = [f"block_size={GROUP}", "algo_config=rtn_last"]
     for title, options in (
         ("onnxruntime-genai builder, defaults", []),
-        (f"onnxruntime-genai builder, g{GROUP}, table int8", equal),
+        (OWN_GENAI, equal),
     ):
         place = scratch / f"own-genai-{len(options)}"
         given = ["-m", "onnxruntime_genai.models.builder", "-i", dense, "-o", str(place), "-p", "int4", "-e", "cpu"]
@@ -86,4 +90,4 @@ def _nncf(dense: str, scratch: Path) -> Iterator[Made]:
     task = ["--task", "text-generation-with-past", str(place)]
     command = ["-m", "optimum.commands.optimum_cli", "export", "openvino", "--model", dense, *sizes, *task]
     run(environment_called("optimum-intel"), command, doing="export", progress=Silent())
-    yield f"NNCF int4, g{GROUP}, table int8", "openvino", place, "openvino"
+    yield OWN_OPENVINO, "openvino", place, "openvino"

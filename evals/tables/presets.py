@@ -56,7 +56,7 @@ def plans(facts: Facts) -> str:
         "found (estimated by `plan --probe`), and estimated ÷ found. CPU seconds of one thread, peak of the process."
     )
     body = []
-    for row in facts["rows"]:
+    for row in [each for each in facts["rows"] if "ratios" in each]:
         estimated, found, ratios = row["estimated"], row["found"], row["ratios"]
         body.append(
             [

@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 )
 @click.option("--dry-run", is_flag=True, help="Only show the plan: sites, bytes, memory and time. Reads no weights.")
 @click.option(
-    "--probe", is_flag=True, help="With --dry-run: compress one block of each kind, unsaved, to estimate the time."
+    "--probe", is_flag=True, help="With --dry-run: compress a few blocks of each kind, unsaved, to estimate the time."
 )
 @overwrite_option
 @click.option("--fresh", is_flag=True, help="Start over instead of resuming an interrupted run.")

@@ -21,7 +21,7 @@ def plan(context: click.Context, /, output: Path | None, **options: Any) -> None
 
     Every linear with its passes and bits, bytes of the result, peak memory, time on this machine, risks, and what the
     model's license says of publishing the result. Whatever `compress` would refuse is refused here; of a recipe that
-    publishes, the login and its rights are checked. With --probe one block of each kind is read and compressed for
+    publishes, the login and its rights are checked. With --probe a few blocks of each kind are read and compressed for
     real: the time is then no count of operations, but a measurement.
 
     \b

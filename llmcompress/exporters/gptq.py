@@ -78,7 +78,8 @@ print(model.generate("The", SamplingParams(temperature=0, max_tokens=20))[0].out
     @override
     def answers(self, contents: Contents) -> dict[str, Answer]:
         """With the groups of all linears, and the scales and zero points of a live model."""
-        found = super().answers(contents)
+        tables = {site.name: Refused("its loaders read no embedding in codes") for site in contents.tables}
+        found = super().answers(contents) | tables
         layouts = self._layouts(contents)
         for site in contents.sites:
             if isinstance(found[site.name], Refused):

@@ -42,8 +42,10 @@ ids = tokenizer("The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))"""
 
     accuracy_level: Annotated[int, Field(ge=0, le=4)] = 4
-    """How MatMulNBits computes: 4 rounds activations to 8 bits, which is fast; 0 keeps float32, which is exact and slow
-    with 8-bit weights."""
+    """How MatMulNBits computes: 4 rounds activations to 8 bits, which is fast; 0 keeps float32, which is exact and
+    slower (docs/log.md)."""
+    accuracy_level_of_8_bits: Annotated[int, Field(ge=0, le=4)] | None = None
+    """The same of matrices in 8 bits alone, for which float32 has no fast kernel; None: as of all others."""
     instead: Literal["refuse", "dense"] = "refuse"
     """What happens to a linear whose codes no operator holds. `dense`: it is dequantized to ordinary weights."""
 
@@ -58,7 +60,7 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))"""
             return Refused(why, self.limits.nearest(scheme, site.inputs))
         if scheme.activations is None or fields.multiplies_integers(scheme, site.inputs):
             return Exact()
-        level = self.accuracy_level
+        level = self._level(site)
         return Converted(_PER_BLOCK if level == _INT8 else _NOT_ROUNDED.format(level=level), keeps_codes=True)
 
     @override
@@ -81,9 +83,8 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))"""
         """What is not carried as it is, wider fields, and how the runtime computes."""
         changed = [f"{name}: {answer.why}" for name, answer in answers.items() if isinstance(answer, Converted)]
         wider = [note for site in contents.sites if (note := _wider(site)) is not None]
-        how = "the runtime rounds activations to 8 bits" if self.accuracy_level == _INT8 else "activations stay float32"
-        level = [f"accuracy_level {self.accuracy_level}: {how}"] if contents.sites else []
-        return [*changed, *dict.fromkeys(wider), *level]
+        levels = sorted({self._level(site) for site in contents.sites})
+        return [*changed, *dict.fromkeys(wider), *(_computed(level) for level in levels)]
 
     @override
     def tensors(self, site: CodedLinear, storage_dtype: torch.dtype) -> dict[str, Kind]:
@@ -97,7 +98,17 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))"""
 
     @override
     def _nodes(self, plan: Plan, writing: Writing) -> Nodes:
-        return Nodes(writing.storage_dtype, self.accuracy_level, tied=plan.tied)
+        level, of_8_bits = self.accuracy_level, self.accuracy_level_of_8_bits
+        return Nodes(writing.storage_dtype, level, tied=plan.tied, accuracy_level_of_8_bits=of_8_bits)
+
+    def _level(self, site: CodedLinear) -> int:
+        kind, of_8_bits = fields.layout(site.scheme.weights, site.inputs), self.accuracy_level_of_8_bits
+        return self.accuracy_level if of_8_bits is None or kind is None or kind.bits < fields.WIDTHS[-1] else of_8_bits
+
+
+def _computed(level: int) -> str:
+    how = "the runtime rounds activations to 8 bits" if level == _INT8 else "activations stay float32"
+    return f"accuracy_level {level}: {how}"
 
 
 def _wider(site: CodedLinear) -> str | None:

@@ -63,6 +63,8 @@ class Nodes:
     codes: dict[str, HeldCodes] = field(default_factory=dict)
     tied: frozenset[str] = frozenset()
     """Embeddings whose table the head multiplies by."""
+    accuracy_level_of_8_bits: int | None = None
+    """The same of fields of 8 bits; None: as of all others."""
 
     def fill(self, form: Expression, name: str, x: str, y: str) -> list[Any]:
         """Nodes that compute `y` from `x`, the input of the module called `name`."""
@@ -151,8 +153,10 @@ class Nodes:
         """MatMulNBits on the fields that `owner` has."""
         names, (outputs, inputs) = self._fields(form.tensor, kind, owner), form.shape
         sizes = {"K": inputs, "N": outputs, "bits": kind.bits, "block_size": kind.block}
-        level = {"accuracy_level": self.accuracy_level}
-        return self._node("MatMulNBits", [x, *names], name, domain=MICROSOFT, **sizes, **level)
+        of_8_bits = self.accuracy_level_of_8_bits
+        level = self.accuracy_level if of_8_bits is None or kind.bits < fields.WIDTHS[-1] else of_8_bits
+        sizes["accuracy_level"] = level
+        return self._node("MatMulNBits", [x, *names], name, domain=MICROSOFT, **sizes)
 
     def _rows(self, table: Quantized, name: str, ids: str) -> str | None:
         """Rows of a table of codes; None where the operator has no such form."""

@@ -104,18 +104,25 @@ class CodebookLinear(CompressedModule):
 
     @override
     def expression(self) -> Expression:
-        return self.composed({bits: self.get_buffer(f"levels_{bits}") for bits in self.widths}, self.value_N, self.bias)
+        codes = {bits: self.codes_of(bits) for bits in self.widths}
+        levels = {bits: self.get_buffer(f"levels_{bits}") for bits in self.widths}
+        return self.composed(codes, levels, self.value_N, self.bias)
 
-    def composed(self, levels: Mapping[int, Tensor], value_N: Tensor, bias_O: Tensor | None) -> Codebook:
-        """The same codes with these levels (C×L for the columns of each width) and these weights in full."""
-        columns = tuple(self._columns(bits, levels_CL) for bits, levels_CL in levels.items())
+    def composed(
+        self, codes: Mapping[int, Tensor], levels: Mapping[int, Tensor], value_N: Tensor, bias_O: Tensor | None
+    ) -> Codebook:
+        """Of the `codes_of` each width, these levels (C×L for its columns) and these weights in full."""
+        columns = tuple(
+            ColumnCodes(self.width_I == bits, codes[bits], levels_CL.expand(len(codes[bits]), -1))
+            for bits, levels_CL in levels.items()
+        )
         return Codebook(columns, self.place_N, value_N, (self.out_features, self.in_features), bias=bias_O)
 
-    def _columns(self, bits: int, levels_CL: Tensor) -> ColumnCodes:
+    def codes_of(self, bits: int) -> Tensor:
+        """Unpacked, C×O int16, of the columns of one width."""
         # codes of eight bits come back as int8, shifted by half their range
         low = -128 if bits == 8 else 0
-        codes_CO = unpack_bits(self.get_buffer(f"codes_{bits}"), bits, low, self.out_features).to(torch.int16) - low
-        return ColumnCodes(self.width_I == bits, codes_CO, levels_CL.expand(len(codes_CO), -1))
+        return unpack_bits(self.get_buffer(f"codes_{bits}"), bits, low, self.out_features).to(torch.int16) - low
 
     @override
     def coded_weights(self) -> int:
@@ -146,6 +153,8 @@ class TwinOfCodebooks(TrainableTwin):
     def __init__(self, module: CodebookLinear, wanted: TrainableRoles) -> None:
         super().__init__(module)
         self._of, self._storage, self._keep_zeros = (module,), wanted.storage_dtype, wanted.keep_zeros
+        # unpacking takes longer than a matrix product of a small batch, and codes do not change here
+        self._codes = {bits: module.codes_of(bits) for bits in module.widths}
         levels = {f"levels_{bits}": module.get_buffer(f"levels_{bits}") for bits in module.widths}
         for name, tensor in (*levels.items(), ("value_N", module.value_N), ("bias", module.bias)):
             role: Role = "scales" if name in levels else "biases" if name == "bias" else "weights"
@@ -167,7 +176,7 @@ class TwinOfCodebooks(TrainableTwin):
     def _codebook(self) -> Codebook:
         module = self._of[0]
         levels = {bits: self._stored(f"levels_{bits}") for bits in module.widths}
-        return module.composed(levels, self._stored("value_N"), self._parameters["bias"])
+        return module.composed(self._codes, levels, self._stored("value_N"), self._parameters["bias"])
 
     @override
     def dense_weight(self) -> Tensor:

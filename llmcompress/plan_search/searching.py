@@ -26,6 +26,7 @@ from llmcompress.plan_search.library import optuna_library
 from llmcompress.plan_search.opening import Subject, costs_of, open_subject
 from llmcompress.plan_search.optimizers.additive_optimum import nearest
 from llmcompress.plan_search.optimizers.base import AskTell
+from llmcompress.plan_search.optimizers.estimated_optima import estimated_optima
 from llmcompress.plan_search.patience import Patience
 from llmcompress.plan_search.plan_recipe import recipe_of
 from llmcompress.plan_search.plan_space import Plan
@@ -166,14 +167,16 @@ class _Search:
     ) -> Problem:
         subject = self.subject
         stages = whole_windows(subject.settings.judge.stages, subject.judged_NT)
+        losses = store.losses(subject.space)
+        estimated = estimated_optima(subject.space, losses, costs, limits) if limits else ()
         return Problem(
             space=subject.space,
             costs=costs,
             limits=limits,
             stages=stages,
-            losses=store.losses(subject.space),
+            losses=losses,
             relaxation=bench.relaxation(judge.text(stages[0])),
-            starts=tuple(uniform_plans(subject.space).values()),
+            starts=(*estimated, *uniform_plans(subject.space).values()),
         )
 
     def _notes(self, problem: Problem) -> list[str]:

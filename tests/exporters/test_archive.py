@@ -110,14 +110,21 @@ def test_a_dense_model_is_archived_too_and_is_smaller(tmp_path):
 
 
 def test_deep_compression_end_to_end(tmp_path):
-    source = write_tiny_llama(tmp_path / "source", intermediate_size=64)
+    """Pruned, shared, levels trained, archived: what is loaded is what was trained, codes and levels bit for bit."""
+    source, text = write_tiny_llama(tmp_path / "source", intermediate_size=64), tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + (7 * place * place) % 26) for place in range(400)))
+    training = {"steps": 3, "batch": 2, "learning_rate": 0.01}
+    trained = [{"recover": {"teacher": "original", "train": "norms_and_scales", "training": training}}]
     recipe = {
-        "passes": [{"magnitude": {"sparsity": 0.6}}, {"kmeans": {"bits": 4}}],
+        "calibration": {"source": str(text), "samples": 4, "tokens": 24},
+        "passes": [{"magnitude": {"sparsity": 0.6}}, {"kmeans": {"bits": 4}}, *trained],
         "export": ["archive"],
         "save": {"dtype": "bfloat16"},
         "evaluate": {},
     }
     made = compress(source, recipe, tmp_path / "out")
+    untrained = {**recipe, "passes": recipe["passes"][:2], "export": []}
+    first = compress(source, untrained, tmp_path / "untrained").model
     folder = tmp_path / "out-archive"
     found = footprint(folder)
     assert found.format == "llmcompress" and found.bytes_on_disk < footprint(tmp_path / "out").bytes_on_disk
@@ -129,7 +136,11 @@ def test_deep_compression_end_to_end(tmp_path):
             weight_OI = module.dense_weight()
             assert len(weight_OI.unique()) <= 16
             assert abs(float((weight_OI == 0).float().mean()) - 0.6) < 0.05
-            assert torch.equal(opened.model.get_submodule(name).dense_weight(), weight_OI)
+            again = opened.model.get_submodule(name)
+            for buffer, tensor in module.named_buffers():
+                assert torch.equal(again.get_buffer(buffer), tensor), f"{name}.{buffer}"
+            assert not torch.equal(module.get_buffer("levels_4"), first.get_submodule(name).get_buffer("levels_4"))
+            assert torch.equal(module.get_buffer("codes_4"), first.get_submodule(name).get_buffer("codes_4"))
     assert not verified(folder, name="out").failed
     again = export(folder, "archive", tmp_path / "again", run=False)["archive"]
     assert not again.differing

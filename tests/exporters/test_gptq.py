@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmcompress import export
+from llmcompress import compress, export
 from llmcompress.errors import CompressError
 from llmcompress.evaluation.checkpoint_codes import codes_in
 from llmcompress.exporters.base import Converted, Exact, Refused
@@ -26,7 +26,7 @@ from llmcompress.modules.scheme import named_scheme
 from llmcompress.numerics.grid import round_to_codes
 from llmcompress.numerics.quantized import QuantizedTensor, regrouped
 from llmcompress.numerics.ranges import fit
-from tests.exporters.gguf_models import tiny_quantized, tokenizer
+from tests.exporters.gguf_models import tiny, tiny_quantized, tokenizer
 
 
 def form(name: str, shape: tuple[int, int] = (64, 96)) -> Quantized:
@@ -160,3 +160,11 @@ def test_models_of_more_than_codes_in_linears_are_refused(tmp_path: Path) -> Non
     model = tiny_quantized("llama", ["nf4_g32"])
     with pytest.raises(CompressError, match="gptq cannot represent this model: it supports only integers"):
         export(model, "gptq", tmp_path / "out", tokenizer=tokenizer(), run=False)
+
+
+def test_a_table_in_codes_is_refused_by_name(tmp_path: Path) -> None:
+    passes = [{"rtn": {"scheme": "int4_g32"}}, "embeddings"]
+    made = compress(tiny("llama_tied_biased"), {"passes": passes, "evaluate": {}}, tokenizer=tokenizer())
+    with pytest.raises(CompressError, match=r"embed_tokens"):
+        export(made, "gptq", tmp_path / "out", run=False)
+    assert not (tmp_path / "out").exists()

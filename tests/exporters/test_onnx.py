@@ -232,3 +232,18 @@ def test_notes_say_how_the_runtime_computes_and_what_is_wider() -> None:
     assert (
         "int3_g32: codes of 3 bits are stored in 4" in notes and "accuracy_level 0: activations stay float32" in notes
     )
+
+
+def test_matrices_in_8_bits_may_have_an_accuracy_level_of_their_own() -> None:
+    nodes = Nodes(torch.bfloat16, accuracy_level=0, accuracy_level_of_8_bits=4)
+    levels = {}
+    for scheme in ("int4_g16", "int8_channel"):
+        (node,) = nodes.fill(coded(scheme, 24, bias=False), scheme, "x", "y")
+        levels[scheme] = next(each.i for each in node.attribute if each.name == "accuracy_level")
+    assert levels == {"int4_g16": 0, "int8_channel": 4}
+    model = tiny_quantized("llama", ["int4_g32", "int8_channel"])
+    contents, exporter = contents_in(model, torch.bfloat16), OnnxExporter(accuracy_level=0, accuracy_level_of_8_bits=4)
+    assert exporter.notes(contents, exporter.answers(contents)) == [
+        "accuracy_level 0: activations stay float32",
+        "accuracy_level 4: the runtime rounds activations to 8 bits",
+    ]

@@ -21,6 +21,8 @@ MOST_STATES = 1 << 14
 """Of the table, for each number of dropped blocks; above it the limit is cut into so many steps, and the best of each
 stays."""
 
+_STEPS = 1 << 12
+
 
 def least_loss(
     space: PlanSpace, losses: Additive, costs: Mapping[str, Additive], limits: Mapping[str, float]
@@ -61,8 +63,8 @@ class _States:
 def _unbeaten(cost: np.ndarray, loss: np.ndarray, gone: np.ndarray, among: np.ndarray, most: float) -> np.ndarray:
     """Indices of states that no state with as many dropped blocks beats in both."""
     found = []
-    for count in np.unique(gone[among]):
-        these = among[gone[among] == count]
+    for count in np.flatnonzero(np.bincount(gone[among])):
+        these = _not_beaten_by_cheaper_steps(cost, loss, among[gone[among] == count])
         order = these[np.lexsort((loss[these], cost[these]))]
         best = np.minimum.accumulate(loss[order])
         order = order[np.concatenate([[True], best[1:] < best[:-1]])] if order.size else order
@@ -71,6 +73,18 @@ def _unbeaten(cost: np.ndarray, loss: np.ndarray, gone: np.ndarray, among: np.nd
             order = order[np.concatenate([step[1:] != step[:-1], [True]])]
         found.append(order)
     return np.concatenate(found) if found else among
+
+
+def _not_beaten_by_cheaper_steps(cost: np.ndarray, loss: np.ndarray, these: np.ndarray) -> np.ndarray:
+    """Without most of those that another beats, in linear time: sorting all pairs would take most of a search."""
+    if these.size <= _STEPS:
+        return these
+    low, high = float(cost[these].min()), float(cost[these].max())
+    step = ((cost[these] - low) * (_STEPS / (high - low or 1.0))).astype(np.int64)
+    least = np.full(_STEPS + 1, np.inf)
+    np.minimum.at(least, step, loss[these])
+    cheaper = np.concatenate([[np.inf], np.minimum.accumulate(least)[:-1]])
+    return np.asarray(these[loss[these] < cheaper[step]])
 
 
 def by_table(space: PlanSpace, losses: Additive, cost: Additive, limit: float) -> Plan | None:

@@ -1,4 +1,4 @@
-"""The exact optimum of losses that are sums over units, by dynamic programming or as an integer program."""
+"""Exact optima of losses that are sums over units, by dynamic programming or as an integer program."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from llmcompress.errors import CompressError, ExitCode
 from llmcompress.plan_search.additive import Additive
 from llmcompress.plan_search.optimizers.additive_optimum import least_loss
 from llmcompress.plan_search.optimizers.base import OPTIMIZERS
+from llmcompress.plan_search.optimizers.estimated_optima import estimated_optima
 from llmcompress.plan_search.optimizers.judging import Exploration, Explorer
 from llmcompress.plan_search.problem import Problem
 
 
 @OPTIMIZERS.register("exact")
 class Exact(Explorer):
-    """The plan of least estimated loss within the limits; then the same for losses with noise.
+    """The plan of least estimated loss within the limits, the same at other exchange rates between shapes and bits, and
+    then for losses with noise.
 
     The first plan is the optimum where losses add up. They do not quite, and estimates have errors: optima of losses
     that are a little different are the plans next to it which are worth judging.
@@ -23,7 +25,7 @@ class Exact(Explorer):
     dropping and several limits.
     """
 
-    spread: float = Field(default=0.5, ge=0)
+    spread: float = Field(default=0.1, ge=0)
     """Standard deviation of the noise on the logarithm of each loss."""
 
     def explore(self, problem: Problem, random: np.random.Generator) -> Exploration:
@@ -39,9 +41,12 @@ class Exact(Explorer):
                 fix="choose an optimizer that judges plans only, such as evopress",
                 exit_code=ExitCode.USAGE,
             )
-        plan = least_loss(problem.space, losses, problem.costs, problem.limits)
+        optima = estimated_optima(problem.space, losses, problem.costs, problem.limits)
+        plan = next(optima, None)
         while plan is not None:
             yield [plan]
+            if (plan := next(optima, None)) is not None:
+                continue
             noisy = Additive(
                 losses.base,
                 {unit: row * _noise(row, self.spread, random) for unit, row in losses.of_unit.items()},

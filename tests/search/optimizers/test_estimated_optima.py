@@ -1,0 +1,65 @@
+"""Optima of estimated losses: the joint one first, those of every family alone among them, all within the limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from llmcompress.plan_search.optimizers.estimated_optima import estimated_optima
+from llmcompress.plan_search.plan_space import Plan
+from llmcompress.plan_search.problem import Problem
+from llmcompress.plan_search.space import DROPPED
+from tests.search import toy
+
+
+@pytest.fixture
+def task() -> Problem:
+    return toy.problem(toy.plan_space(blocks=4), share=0.7)
+
+
+def optima(task: Problem, limits: dict[str, float] | None = None) -> list[Plan]:
+    assert task.losses is not None
+    return list(estimated_optima(task.space, task.losses, task.costs, task.limits if limits is None else limits))
+
+
+def bodies(task: Problem, plan: Plan) -> set[str]:
+    return {task.space.units[body].options[plan[body]] for body in task.space.bodies}
+
+
+def least(task: Problem, allowed: Callable[[set[str]], bool]) -> float:
+    assert task.losses is not None
+    plans = [plan for plan in toy.all_plans(task.space) if task.fits(plan) and allowed(bodies(task, plan))]
+    return min(task.losses.total(task.space, plan) for plan in plans)
+
+
+def test_the_first_is_the_optimum_and_each_plan_fits_and_comes_once(task: Problem) -> None:
+    found = optima(task)
+    assert task.losses is not None
+    assert task.losses.total(task.space, found[0]) == pytest.approx(least(task, lambda _: True))
+    assert all(task.fits(plan) for plan in found) and len(set(found)) == len(found) > 1
+
+
+@pytest.mark.parametrize(
+    "allowed",
+    [lambda found: found == {"whole"}, lambda found: DROPPED not in found, lambda found: "ffn-50" not in found],
+    ids=["whole blocks", "nothing dropped", "nothing narrow"],
+)
+def test_the_optimum_of_each_family_alone_is_among_them(task: Problem, allowed: Callable[[set[str]], bool]) -> None:
+    assert task.losses is not None
+    of_family = [task.losses.total(task.space, plan) for plan in optima(task) if allowed(bodies(task, plan))]
+    assert min(of_family) == pytest.approx(least(task, allowed))
+
+
+def test_families_that_cannot_keep_the_limits_have_none(task: Problem) -> None:
+    whole = [plan for plan in toy.all_plans(task.space) if bodies(task, plan) == {"whole"}]
+    smallest = min(task.cost(plan)["bytes"] for plan in whole)
+    found = optima(task, {"bytes": 0.95 * smallest})
+    assert found and all(bodies(task, plan) != {"whole"} for plan in found)
+
+
+def test_several_limits_are_kept_together(task: Problem) -> None:
+    limits = {axis: 0.9 * cost for axis, cost in task.cost(task.space.uniform("int4")).items()}
+    found = optima(task, limits)
+    assert found and all(replace(task, limits=limits).fits(plan) for plan in found)
