@@ -66,7 +66,8 @@ def shared_levels(
         bounds = torch.cat([ends_L.new_zeros(1), ends_L, ends_L.new_full((1,), len(sorted_N))])
         there_L, mass_L = bounds.diff() > 0, mass_N[bounds].diff()
         moved_L = torch.where(there_L, sum_N[bounds].diff() / mass_L.clamp_min(1e-300), centre_L)
-        if priced:
+        if price and turn + 1 >= turns // 2:
+            # before the first turn that counts bits too: an empty level's are infinite, and would move all borders
             moved_L, mass_L = moved_L[there_L], mass_L[there_L]
         elif not price and torch.equal(moved_L, centre_L):
             break
