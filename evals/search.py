@@ -88,13 +88,13 @@ ROWS = (
     *(Row(f"{average} bits", "bits", "exact", tokens=ONE) for average in (3.5, 3.0, 2.5)),
     *(Row(f"{average} bits", "joint", "exact", tokens=OPTIMA) for average in (3.5, 3.25, 3.0, 2.75, 2.5)),
     *(
-        Row(f"{average} bits", family, "exact", tokens=OPTIMA)
+        Row(f"{average} bits", family, "exact", tokens=ONE)
         for average in (2.75, 2.5)
         for family in ("bits and width", "bits and depth")
     ),
     *(Row(f"{average} bits", "bits and width", PRUNE_FIRST) for average in (3.25, 3.0, 2.75, 2.5)),
     *(
-        Row(f"decode {part}", family, "exact", tokens=OPTIMA)
+        Row(f"decode {part}", family, "exact", tokens=OPTIMA if family == "joint" else ONE)
         for part in (0.9, 0.98, 1.1)
         for family in ("bits", "width", "depth", "joint")
     ),

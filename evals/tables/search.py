@@ -15,7 +15,8 @@ def search(facts: Facts) -> str:
     """At equal bytes, uniform plans first; at equal seconds per token; and what was compressed for real."""
     rows, texts = {name: row for name, row in facts["rows"].items() if row}, list(facts["tests"])
     body = [_line(name, row, None, texts) for name, row in rows.items() if name.startswith("uniform")]
-    averages = sorted({name.split(BITS)[0] for name in rows if BITS in name}, key=float, reverse=True)
+    at_bytes = [name for name in rows if BITS in name and not name.startswith(DECODE)]
+    averages = sorted({name.split(BITS)[0] for name in at_bytes}, key=float, reverse=True)
     for average in averages:
         here = {name: row for name, row in rows.items() if name.startswith(f"{average}{BITS}")}
         reference = here.get(f"{average}{BITS}bits / exact")
