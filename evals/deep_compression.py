@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python evals/deep_compression.py --calibration wikitext-2/valid.txt \\
         --text WikiText-2=wikitext-2/test.txt --text books=books/test.txt --validation books-valid=books/valid.txt
 
-Rows of `ROWS` are made in order. Settings of the preset were chosen by output errors on the calibration text, not by any
-text that is measured here. Every row is exported as an archive, read back, and written to
+Rows of `ROWS` are made in order. Settings of the preset were chosen by output errors on the calibration text, not by
+any text that is measured here. Every row is exported as an archive, read back, and written to
 evals/results/deep-compression-NAME.json as soon as it is done, with the losses of every window; it is not made again.
 Losses are measured with dense copies of the decoded weights, in float32: the same numbers in less time. Set
 OMP_NUM_THREADS=1: seconds are CPU seconds.
