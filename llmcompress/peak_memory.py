@@ -151,8 +151,8 @@ def _gradient_bytes(each: Pass, recipe: Recipe, model_map: ModelMap, size: Model
     most = windows_at_once(recipe.calibration.tokens, size.vocabulary)
     windows = found.windows or recipe.calibration.batch
     with_logits = min(windows, most) * recipe.calibration.tokens
-    # a training computes logits in parts, but a batch goes through the blocks as a whole
-    tokens = windows * recipe.calibration.tokens if found.trained_on else with_logits
+    # where logits are computed in parts, a batch goes through the blocks as a whole
+    tokens = windows * recipe.calibration.tokens if found.trained_on or found.recomputes else with_logits
     selects = each.selects if isinstance(each, BlockPass) else lambda _: True
     weights, saved = 0, list[int]()
     for block in model_map.blocks:

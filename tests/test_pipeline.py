@@ -270,7 +270,9 @@ def test_too_few_tokens_for_a_gram_matrix_degrade_and_say_so(tiny: Path, tmp_pat
 
 
 def test_the_plan_foretells_the_bytes_and_reads_no_weights(tiny: Path, tmp_path: Path) -> None:
-    for passes in ("gptq: {scheme: int4_g16}", "awq: {scheme: int4_g32_asym}", "rtn: {scheme: int8_channel_a8token}"):
+    codes = ("gptq: {scheme: int4_g16}", "awq: {scheme: int4_g32_asym}", "rtn: {scheme: int8_channel_a8token}")
+    factors = ("svd: {fraction: 0.3, round_to: 8}", "svd: {fraction: 0.3, ranks: uniform, round_to: 8}")
+    for passes in (*codes, *factors):
         text = GPTQ.replace("gptq: {scheme: int4_g16}", passes)
         foretold = plan(str(tiny), recipe(text))
         compress(str(tiny), recipe(text), tmp_path / "out", overwrite=True)

@@ -93,11 +93,11 @@ class SingularValues(BlockPass):
         return (f"{site}.right", f"{site}.left")
 
     def kept_fraction(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
-        """What the fraction or the rank leaves; never more than the dense site."""
-        here = self.for_site(site)
-        if here.rank is None:
-            return here.keep
-        return min(1.0, here.rank * (info.outputs + info.inputs) / (info.outputs * info.inputs))
+        """What the rank leaves, or the uniform rank of the fraction: ranks by loss or energy have as many parameters
+        together. Never more than the dense site."""
+        here, both = self.for_site(site), info.outputs + info.inputs
+        rank = here.rank or uniform_rank(info.outputs, info.inputs, here.keep, here.round_to)
+        return min(1.0, rank * both / (info.outputs * info.inputs))
 
     def uses_data(self) -> bool:
         """Plain singular values of the weights need none."""
