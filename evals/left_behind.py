@@ -53,8 +53,8 @@ def digests_of_study(folder: Path) -> dict[str, str]:
         found |= {f"models/{plans[made['trial']]}/{name}": value for name, value in inside.items()}
     for recipe in (folder / "recipes").glob("*.yaml"):
         found[f"recipes/{plans[int(recipe.stem)]}.yaml"] = hashlib.sha256(recipe.read_bytes()).hexdigest()
-    levels = _files(folder / "levels")
-    found |= {f"levels/{name}": digests(folder / "levels")[name] for name in levels if name.endswith(".safetensors")}
+    levels = digests(folder / "levels")
+    found |= {f"levels/{name}": value for name, value in levels.items() if name.endswith(".safetensors")}
     return found | {f"report/{name}": "there" for name in _files(folder / "report")}
 
 

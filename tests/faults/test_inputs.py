@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import onnx
-import onnx.helper
 import pytest
 import torch
 
 from llmcompress import CompressError, PerplexityTask, compress, evaluate, load, plan
 from llmcompress.recipe import parse_recipe
 from llmcompress.runners.base import RUNNERS
+from tests.faults.injected import onnx_data_outside
 from tests.tiny_folder import edit_json, edit_tensors, write_tiny_llama
 
 ROUNDED = "passes: [rtn: {scheme: int4_g16, sites: '*.q_proj'}]\nevaluate: {}\n"
@@ -83,16 +82,8 @@ def test_codes_whose_description_is_none_are_refused(tmp_path: Path) -> None:
 
 
 def test_b12_onnx_data_outside_of_the_folder_is_refused(tmp_path: Path) -> None:
-    folder = write_tiny_llama(tmp_path / "model")
-    (tmp_path / "secret.bin").write_bytes(bytes(64))
-    weight = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[16])
-    weight.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in (("location", "../secret.bin"), ("offset", "0"), ("length", "64")):
-        weight.external_data.add(key=key, value=value)
-    output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [16])
-    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["w"], ["y"])], "g", [], [output], [weight])
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
-    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    folder = write_tiny_llama(tmp_path / "dense")
+    onnx_data_outside(tmp_path)
     with pytest.raises(CompressError, match="escapes model directory") as refused:
         RUNNERS["onnxruntime"].open(str(folder), device=torch.device("cpu"), dtype=torch.float32)
     assert refused.value.code == "model.unloadable"

@@ -24,7 +24,7 @@ def estimated_optima(
 
     Errors of rounding and of missing channels add up with different errors: within one family the estimates order plans
     well, between families they are off by a common factor, which a few judged plans tell. The optima of the families
-    alone are among them, so that a joint search is never worse than one of a part of its space.
+    alone are among them: where the joint optimum is judged worse than one of these, a search sees it.
     """
     found: dict[Plan, None] = {}
     for narrow, dropped in RATES:
