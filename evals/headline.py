@@ -6,7 +6,9 @@
 Every preset is compressed into a folder below `--folders` (kept: a second run goes on), evaluated beside the dense
 model, and timed in turns with it; where a target is named, the folder is also exported and its runtime is evaluated
 and timed. Calibration text is none of the measured texts. Zero-shot tasks, `--limit` documents of each. Written to
-evals/results/headline-NAME.json after every row.
+evals/results/headline-NAME.json after every row. `--trained`: instead, the quantization-aware models that `qat.py
+--folders` saved there, to trained-NAME.json: beside the rows above, the table of post-training and quantization-aware
+results that surveys give for vision models.
 """
 
 from __future__ import annotations
@@ -42,8 +44,11 @@ class Row:
     """A preset, and the target whose runtime runs it beside torch."""
 
     preset: str
+    """Or the name of a folder that is there."""
     target: str | None = None
     runner: str = "torch"
+    quality_by: str | None = None
+    """The runner that texts and tasks are measured by, if another."""
 
 
 ROWS = (
@@ -52,6 +57,11 @@ ROWS = (
     Row("w4", "gguf", "llama_cpp"),
     Row("w3"),
     Row("w2"),
+)
+TRAINED = (
+    Row("int8_g64-gptq-qat", "gguf", "llama_cpp", quality_by="torch"),
+    Row("int4_g64-gptq-qat", "gguf", "llama_cpp", quality_by="torch"),
+    Row("int3_g64-efficient_qat-qat"),
 )
 
 
@@ -63,6 +73,7 @@ ROWS = (
 @click.option("--folders", required=True, type=click.Path(path_type=Path))
 @click.option("--limit", default=200, show_default=True, help="Documents of each task.")
 @click.option("--name", default="SmolLM2-135M-Instruct", show_default=True)
+@click.option("--trained", is_flag=True, help="The models of qat.py.")
 @click.option("--quality-only", is_flag=True, help="Leave speed and memory to a later run, on a machine that is idle.")
 def main(
     model: str,
@@ -72,11 +83,12 @@ def main(
     folders: Path,
     limit: int,
     name: str,
+    trained: bool,
     quality_only: bool,
 ) -> None:
     """Measure every row that is not in the result file yet, and the cost of rows that have none."""
     torch.set_num_threads(1)
-    path = EVALS / "results" / f"headline-{name}.json"
+    path = EVALS / "results" / f"{'trained' if trained else 'headline'}-{name}.json"
     facts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
     facts |= {
         "model": name,
@@ -91,7 +103,7 @@ def main(
     }
     metrics = _metrics(texts, task_data, limit)
     rows = {(row["preset"], row["runner"]): row for row in facts["rows"]}
-    for row in ROWS:
+    for row in TRAINED if trained else ROWS:
         found = rows.get((row.preset, row.runner))
         if found is None:
             found = _measured(row, model, calibration, metrics, folders)
@@ -110,6 +122,8 @@ def _metrics(texts: tuple[str, ...], task_data: str, limit: int) -> list[MetricS
 
 def _measured(row: Row, model: str, calibration: str, metrics: list[MetricSettings], folders: Path) -> dict[str, Any]:
     folder, cpu = folders / row.preset, None
+    if not folder.exists() and row in TRAINED:
+        raise SystemExit(f"{folder} is missing: run qat.py with --folders {folders}")
     if not folder.exists():
         settings = [
             f"calibration.source={calibration}",
@@ -123,7 +137,8 @@ def _measured(row: Row, model: str, calibration: str, metrics: list[MetricSettin
     place = _place(row, folders)
     if row.target and not place.exists():
         llmcompress.export(folder, row.target, place, run=False)
-    found = llmcompress.evaluate(place, metrics, baseline=model, runner=row.runner)
+    judged = folder if row.quality_by == "torch" else place
+    found = llmcompress.evaluate(judged, metrics, baseline=model, runner=row.quality_by or row.runner)
     return {
         "preset": row.preset,
         "runner": row.runner,

@@ -9,7 +9,8 @@ Every row is written to evals/results/qat-NAME.json as soon as it is done, with 
 made again; a program that was stopped goes on in the middle of a row. The post-training rows are those of
 `real_trials.py`: same model, same test windows, so differences are paired. `--small`: objectives and phases on the
 bundled model, three draws of the training text. Training text is never test text, and no setting was chosen on the test
-text. Set OMP_NUM_THREADS=1: seconds are CPU seconds.
+text. Set OMP_NUM_THREADS=1: seconds are CPU seconds. `--folders`: the models are saved there too, the token embedding
+as the preset of these bits has it; `headline.py --trained` evaluates them.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from study import Bench, Study, Trial, stored_bytes
 
 import llmcompress
 from llmcompress.calibration.context import RunContext
+from llmcompress.exporters.save import save_model
 from llmcompress.loading.teachers import TeacherFiles
 from llmcompress.model.probe import map_model
 from llmcompress.passes.apply import apply_passes
@@ -54,6 +56,8 @@ class Row(NamedTuple):
     passes: tuple[dict[str, dict[str, Any]], ...]
     windows: int
     draws: int = 1
+    table_in_8_bits: bool = False
+    """In the folder that is saved."""
 
 
 def blockwise(scheme: str, steps: int, rate: float) -> dict[str, dict[str, Any]]:
@@ -69,6 +73,11 @@ def blockwise(scheme: str, steps: int, rate: float) -> dict[str, dict[str, Any]]
     }
 
 
+def post_training(scheme: str) -> dict[str, dict[str, Any]]:
+    """GPTQ's codes."""
+    return {"gptq": {"scheme": scheme, "range": "joint"}}
+
+
 def end_to_end(steps: int, rate: float, **options: Any) -> dict[str, dict[str, Any]]:
     """QAD: plain KL to the dense model, four windows a step."""
     training = {"steps": steps, "batch": 4, "learning_rate": rate, "save_every": max(1, steps // 8)}
@@ -79,14 +88,16 @@ TWO, THREE = blockwise("int2_g64", 96, 0.015), blockwise("int3_g64", 64, 0.015)
 REAL = (
     Row("int2_g64", "efficient_qat", (TWO,), 48),
     Row("int3_g64", "efficient_qat", (THREE,), 48),
-    Row("int2_g64", "efficient_qat, qat", (TWO, end_to_end(16, 1e-3)), 48),
-    Row("int3_g64", "efficient_qat, qat", (THREE, end_to_end(16, 3e-4)), 48),
+    Row("int2_g64", "efficient_qat, qat", (TWO, end_to_end(16, 1e-3)), 48, table_in_8_bits=True),
+    Row("int3_g64", "efficient_qat, qat", (THREE, end_to_end(16, 3e-4)), 48, table_in_8_bits=True),
+    Row("int4_g64", "gptq, qat", (post_training("int4_g64"), end_to_end(8, 1e-4)), 48),
+    Row("int8_g64", "gptq, qat", (post_training("int8_g64"), end_to_end(8, 3e-5)), 48),
 )
 
 
 def small(scheme: str) -> tuple[Row, ...]:
     """Phases and objectives from one start each, on the same text."""
-    gptq: dict[str, dict[str, Any]] = {"gptq": {"scheme": scheme, "range": "joint"}}
+    gptq = post_training(scheme)
     labels = {"objective": {"cross_entropy": {}}}
     first = blockwise(scheme, 256, 0.015)
     methods = {
@@ -107,6 +118,12 @@ def small(scheme: str) -> tuple[Row, ...]:
     return tuple(Row(scheme, name, passes, 128, draws=3) for name, passes in methods.items())
 
 
+def small_and_plain(scheme: str) -> tuple[Row, ...]:
+    """Before and after a training, where post-training loses little."""
+    gptq = post_training(scheme)
+    return Row(scheme, "gptq", (gptq,), 128), Row(scheme, "gptq, qat", (gptq, end_to_end(100, 1e-4)), 128)
+
+
 @click.command()
 @click.option("--small", "is_small", is_flag=True, help="the bundled model, and rows of its own")
 @click.option("--model", type=Path, help="folder; default: the one that real_model.py makes")
@@ -115,6 +132,7 @@ def small(scheme: str) -> tuple[Row, ...]:
 @click.option("--text", "texts", multiple=True, required=True, help="NAME=FILE, reported")
 @click.option("--only", multiple=True, help="setting, or setting/method")
 @click.option("--runs", type=Path, help="keeps unfinished work; default: in the cache")
+@click.option("--folders", type=Path, help="saves every model that is made")
 def main(
     is_small: bool,
     model: Path | None,
@@ -123,12 +141,13 @@ def main(
     texts: Sequence[str],
     only: Sequence[str],
     runs: Path | None,
+    folders: Path | None,
 ) -> None:
     """Do what is missing."""
     cache = cache_folder() / "evals"
     if is_small:
         study, name = Study(SMALL, training, named(texts), {}, cache, tokens=128, window=256, windows=40), SMALL.name
-        rows = (*small("int2_g32"), *small("int3_g32"))
+        rows = (*small("int2_g32"), *small("int3_g32"), *small_and_plain("int4_g32"), *small_and_plain("int8_g32"))
     else:
         study, rows = Study(model or real_model(), training, named(texts), {}, cache), REAL
     results = Results(HERE / "results" / f"qat-{name}.json", replace(study, samples=rows[0].windows))
@@ -138,13 +157,19 @@ def main(
             key = {"setting": row.setting, "method": row.method, "draw": draw}
             wanted = not only or row.setting in only or f"{row.setting}/{row.method}" in only
             if draw < row.draws and wanted and not any(key.items() <= trial.items() for trial in results.trials):
-                trial = {**key, **made(bench, row, draw, (runs or cache) / f"qat-{name}-{row.setting}-{draw}")}
+                run = (runs or cache) / f"qat-{name}-{row.setting}-{draw}"
+                trial = {**key, **made(bench, row, draw, run, folder_of(folders, row.setting, row.method))}
                 results.add(bench, trial)
                 click.echo(f"{row.setting:10s} {row.method:36s} {draw} {shown(trial)}", err=True)
     click.echo(str(results.path))
 
 
-def made(bench: Bench, row: Row, draw: int, folder: Path) -> Trial:
+def folder_of(folders: Path | None, setting: str, method: str) -> Path | None:
+    """Where a model is saved."""
+    return folders and folders / f"{setting}-{method.replace(', ', '-')}"
+
+
+def made(bench: Bench, row: Row, draw: int, folder: Path, saved: Path | None) -> Trial:
     """One row; a first stage that an earlier row had is not made again."""
     study = replace(bench.study, samples=row.windows)
     windows_NT = study.calibration_windows(draw)
@@ -170,7 +195,7 @@ def made(bench: Bench, row: Row, draw: int, folder: Path) -> Trial:
     finally:
         seconds = spent + time.process_time() - began
         clock.write_text(f"{seconds:.1f}")
-    return {
+    found = {
         "cpu_seconds": round(seconds, 1),
         "training_tokens": windows_NT.numel(),
         "passes": list(row.passes),
@@ -178,6 +203,16 @@ def made(bench: Bench, row: Row, draw: int, folder: Path) -> Trial:
         "dense_nats": {name: dense_nats(bench, name) for name in study.texts},
         "bytes": stored_bytes(compressed),
     }
+    if saved is not None:
+        dtype = loaded.preflight.storage_dtype
+        if row.table_in_8_bits:
+            last = parse_recipe("passes: [embeddings: {}]", "evals").passes
+            windowless = RunContext(windows_NT[:0], storage_dtype=dtype)
+            compressed, _ = apply_passes(compressed, map_model(compressed), last, windowless)
+        saved.mkdir(parents=True)
+        save_model(compressed, saved, "auto", storage_dtype=dtype)
+        loaded.tokenizer.save_pretrained(saved)
+    return found
 
 
 def dense_nats(bench: Bench, name: str) -> float:

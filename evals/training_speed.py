@@ -9,6 +9,7 @@ Jobs, all in float32 with AdamW on the same windows:
   adapters   LoRA of rank 8 on every linear, cross-entropy: ours, TRL's SFTTrainer with PEFT, and the bare loop
   on-policy  all weights, reverse KL from a teacher on texts that the student writes: ours, TRL's DistillationTrainer
   teacher    forward KL to a teacher that runs along, and to what was stored of it (64 tokens and their tail): ours
+  larger teacher   the same, taught by random weights of 1.1 B parameters (22 blocks of width 2048)
 
 Writes evals/results/training-speed-NAME.json after every turn.
 """
@@ -30,7 +31,7 @@ from typing import Any
 import click
 import torch
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from llmcompress.calibration.context import RunContext
 from llmcompress.evaluation.environment import machine, versions
@@ -75,8 +76,8 @@ class Noted(TrainerCallback):  # type: ignore[misc]
 class Job:
     """What a child process is told."""
 
-    def __init__(self, model: str, text: str, steps: int, batch: int, tokens: int) -> None:
-        self.model, self.steps, self.batch = model, steps, batch
+    def __init__(self, model: str, text: str, steps: int, batch: int, tokens: int, larger: str = "") -> None:
+        self.model, self.steps, self.batch, self.larger = model, steps, batch, larger
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         ids = self.tokenizer(Path(text).read_text(encoding="utf-8")[:400_000], add_special_tokens=False)["input_ids"]
         self.windows_NT = torch.tensor(ids[: steps * batch * tokens]).view(-1, tokens)
@@ -180,7 +181,24 @@ ROWS: dict[str, Callable[[Job], Steps]] = {
     "on-policy / TRL DistillationTrainer": Job.distillation,
     "teacher / ours, running along": lambda job: job.ours("distill", **KL_ONLINE),
     "teacher / ours, stored": lambda job: job.ours("distill", **KL_ONLINE, stored={"tokens": KEPT}),
+    "larger teacher / ours, running along": lambda job: job.ours("distill", **KL_ONLINE, teacher=job.larger),
+    "larger teacher / ours, stored": lambda job: job.ours(
+        "distill", **KL_ONLINE, teacher=job.larger, stored={"tokens": KEPT}
+    ),
 }
+
+
+def larger_teacher(model: str, folder: Path) -> str:
+    """A folder with the vocabulary of the model and random weights in the shape of TinyLlama, in bfloat16."""
+    config = AutoConfig.from_pretrained(model)
+    shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "head_dim": 64}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 4}
+    for name, value in {**shape, **heads}.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return str(folder)
 
 
 @click.command()
@@ -193,13 +211,14 @@ ROWS: dict[str, Callable[[Job], Steps]] = {
 @click.option("--name", default="SmolLM2-135M-Instruct", show_default=True)
 @click.option("--only", multiple=True, help="A job, or a row.")
 @click.option("--child", hidden=True, help="Run this row here.")
+@click.option("--larger", default="", hidden=True, help="Folder of the larger teacher.")
 def main(
     model: str, text: str, steps: int, batch: int, tokens: int, turns: int, name: str, only: tuple[str, ...],
-    child: str | None,
+    child: str | None, larger: str,
 ) -> None:  # fmt: skip
     """Measure in turns, and write."""
     if child:
-        times = ROWS[child](Job(model, text, steps, batch, tokens))
+        times = ROWS[child](Job(model, text, steps, batch, tokens, larger))
         peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
         assert peak is not None
         seconds = [after - before for before, after in pairwise(times)]
@@ -208,34 +227,28 @@ def main(
     path = HERE / "results" / f"training-speed-{name}.json"
     wanted = [row for row in ROWS if not only or row in only or row.partition(" / ")[0] in only]
     found: dict[str, list[dict[str, Any]]] = {row: [] for row in wanted}
-    for _ in range(turns):
-        for row in wanted:
-            told = [
-                "--model",
-                model,
-                "--text",
-                text,
-                "--steps",
-                str(steps),
-                "--batch",
-                str(batch),
-                "--tokens",
-                str(tokens),
-            ]
-            done = subprocess.run(
-                [sys.executable, __file__, *told, "--child", row], stdout=subprocess.PIPE, text=True, check=False
-            )
-            if done.returncode:
-                raise SystemExit(f"{row} failed")
-            found[row].append(json.loads(done.stdout.splitlines()[-1]))
-            click.echo(f"{row:40s} {found[row][-1]}", err=True)
-        facts = {
-            "model": name, "steps": steps - 1, "batch": batch, "tokens": tokens, "turns": len(found[wanted[-1]]),
-            "threads": torch.get_num_threads(), "versions": versions(), "machine": machine(),
-        }  # fmt: skip
-        known = json.loads(path.read_text())["rows"] if path.exists() else []
-        rows = [each for each in known if each["name"] not in wanted] + [summary(row, found[row]) for row in wanted]
-        path.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    sizes = {"--steps": steps, "--batch": batch, "--tokens": tokens}
+    with tempfile.TemporaryDirectory() as scratch:
+        if any(row.startswith("larger teacher") for row in wanted):
+            larger = larger_teacher(model, Path(scratch))
+        told = ["--model", model, "--text", text, "--larger", larger]
+        told += [word for key, value in sizes.items() for word in (key, str(value))]
+        for _ in range(turns):
+            for row in wanted:
+                done = subprocess.run(
+                    [sys.executable, __file__, *told, "--child", row], stdout=subprocess.PIPE, text=True, check=False
+                )
+                if done.returncode:
+                    raise SystemExit(f"{row} failed")
+                found[row].append(json.loads(done.stdout.splitlines()[-1]))
+                click.echo(f"{row:40s} {found[row][-1]}", err=True)
+            facts = {
+                "model": name, "steps": steps - 1, "batch": batch, "tokens": tokens, "turns": len(found[wanted[-1]]),
+                "threads": torch.get_num_threads(), "versions": versions(), "machine": machine(),
+            }  # fmt: skip
+            known = json.loads(path.read_text())["rows"] if path.exists() else []
+            rows = [each for each in known if each["name"] not in wanted] + [summary(row, found[row]) for row in wanted]
+            path.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
 
 
 def summary(name: str, turns: list[dict[str, Any]]) -> dict[str, Any]:

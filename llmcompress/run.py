@@ -5,7 +5,8 @@
                 journal.jsonl     one line per finished file of the next line, with its hash
                 work/SS-NNN.safetensors (block NNN of stage SS), SS-decisions.safetensors, SS-model.safetensors,
                      SS-…-measured.safetensors,
-                     SS-training-NAME.safetensors (not in the journal: gone when its stage is finished)
+                     SS-training-NAME.safetensors, or SS-training-NAME/step-N of a trainer of another library (not in
+                     the journal: gone when its stage is finished)
                 work/data/NN-STEP.jsonl    the rows that a step of `data` made, one line per unit (not in the journal)
                 log.jsonl
                 lock, process.json
@@ -15,6 +16,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -121,7 +123,9 @@ class Run:
             "decisions": sum(key.endswith(_DECISIONS) for key in kept),
             "measurements": sum(key.endswith(_MEASURED) for key in kept),
             "data steps": len(list(self.data_folder.glob("*.jsonl"))),
-            "the training progress": len(list((self.folder / "work").glob(f"*{_TRAINING}*.safetensors"))),
+            "the training progress": sum(
+                len(list((self.folder / "work").glob(f"*{_TRAINING}*{end}"))) for end in (".safetensors", "/step-*")
+            ),
         }
         if not any(counts.values()):
             return NOTHING_SAVED
@@ -178,7 +182,7 @@ class Run:
         """
         self._save(f"{stage:02d}{_MODEL}", model.state_dict(), about_model(model), rows)
         for path in (self.folder / "work").glob(f"{stage:02d}{_TRAINING}*"):
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def restore_model(self, stage: int, model: PreTrainedModel) -> tuple[PreTrainedModel, list[SiteReport]]:
         """The model that was kept after that stage, and all rows until then; `model` is what the run began with."""

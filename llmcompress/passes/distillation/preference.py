@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch.optim import Optimizer
@@ -34,8 +35,7 @@ class Preference(ModelPass):
     """Direct preference optimization (DPO) on prompts with a chosen and a rejected answer, by TRL.
 
     The rows come from the recipe's `data` steps, usually `rank`, in which a teacher ranks answers. The reference is the
-    model before this pass. All weights are trained; zeros stay zero. An interrupted pass starts again from its first
-    step.
+    model before this pass. All weights are trained; zeros stay zero.
 
     Source: Rafailov et al., arXiv 2305.18290, equation 7; Tunstall et al., arXiv 2310.16944, section 3.3 (Zephyr: β
     0.1, learning rate 5e-7).
@@ -50,6 +50,9 @@ class Preference(ModelPass):
     batch: int = Field(8, ge=1, description="pairs per step")
     learning_rate: float = Field(5e-7, gt=0, description="peak learning rate, after a linear warm-up")
     warmup: float = Field(0.1, ge=0, lt=1, description="fraction of the steps in which the learning rate rises")
+    save_every: int = Field(
+        100, ge=1, description="steps between two saves of the state from which an interrupted run resumes"
+    )
 
     @override
     def check_packages(self) -> None:
@@ -77,29 +80,35 @@ class Preference(ModelPass):
         assert given is not None, "a recipe without `data` is refused"
         rows = _pairs(given)
         reference = copy.deepcopy(whole.model).requires_grad_(False)  # before the model is on its device: TRL moves it
-        with whole.resident() as model, as_it_was(model), tempfile.TemporaryDirectory() as folder:
-            self._trainer(whole, reference, rows, given, Path(folder)).train()
+        keep = whole.context.keep
+        folder = keep.training_file(whole.context.stage, "preference").with_suffix("") if keep else None
+        with whole.resident() as model, as_it_was(model), tempfile.TemporaryDirectory() as scratch:
+            self._train(whole, reference, rows, given, kept=folder, scratch=Path(scratch))
         return [
             SiteReport(site=site.name, algorithm="preference", sparsity=sparsity(site.weight_OI))
             for site in whole.sites()
         ]
 
-    def _trainer(
+    def _train(
         self,
         whole: WholeModel,
         reference: PreTrainedModel,
         rows: Sequence[Mapping[str, str]],
         given: ExampleRows,
-        folder: Path,
-    ) -> Any:
-        """TRL's, which logs, saves and evaluates nothing."""
+        *,
+        kept: Path | None,
+        scratch: Path,
+    ) -> None:
+        """TRL's trainer, which logs and evaluates nothing; `kept`: where its state is saved."""
         import datasets
         from transformers.trainer_callback import PrinterCallback
-        from trl import DPOConfig, DPOTrainer
+        from trl import DPOConfig
+
+        from llmcompress.training.trainer_checkpoints import Checkpoints, ResumableDPO
 
         whole.model.requires_grad_(True)
         settings = DPOConfig(
-            output_dir=str(folder),
+            output_dir=str(kept or scratch),
             beta=self.beta,
             loss_type=[self.loss],
             max_steps=self.steps,
@@ -118,16 +127,17 @@ class Preference(ModelPass):
             logging_strategy="no",
             disable_tqdm=True,
         )
-        trainer = DPOTrainer(
+        states = Checkpoints(kept, every=self.save_every, title="preference", progress=whole.context.progress)
+        trainer = ResumableDPO(
             model=whole.model,
             ref_model=reference,
             args=settings,
             train_dataset=datasets.Dataset.from_list(list(rows)),
             processing_class=copy.deepcopy(given.tokenizer),
-            callbacks=[_zeros_stay(whole)],
+            callbacks=[_zeros_stay(whole), states],
         )
         trainer.remove_callback(PrinterCallback)
-        return trainer
+        trainer.train(resume_from_checkpoint=states.latest())
 
 
 @contextmanager
@@ -138,12 +148,13 @@ def as_it_was(model: PreTrainedModel) -> Iterator[None]:
     """
     attributes = set(vars(model))
     configs = [(each, copy.deepcopy(vars(each))) for each in (model.config, model.generation_config) if each]
-    state = random.getstate()
+    state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with quiet_transformers(), accelerate_state_apart(), torch.random.fork_rng():
             yield
     finally:
         random.setstate(state)
+        np.random.set_state(numpy_state)
         for name in set(vars(model)) - attributes:
             delattr(model, name)
         for each, values in configs:

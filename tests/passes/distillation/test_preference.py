@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 import llmcompress
 from llmcompress.errors import CompressError
 from llmcompress.passes.distillation.preference import as_it_was
+from llmcompress.progress import Silent
 from tests.tiny_folder import write_tiny_llama
 
 ROWS = "\n".join(
@@ -54,9 +56,9 @@ def margin(model: PreTrainedModel, tokenizer: Any) -> float:
 def test_the_chosen_answer_becomes_likelier_and_zeros_stay(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     asked = recipe(folder)
     before = llmcompress.compress(str(folder), {**asked, "data": [], "passes": asked["passes"][:1]})
-    state = random.getstate()
+    state, numpy_state = random.getstate(), np.random.get_state()[1]
     after = llmcompress.compress(str(folder), asked)
-    assert random.getstate() == state
+    assert random.getstate() == state and np.array_equal(np.random.get_state()[1], numpy_state)
     assert margin(after.model, after.tokenizer) > margin(before.model, before.tokenizer) + 0.5
     for name, weight in after.model.named_parameters():
         if "proj" in name:
@@ -65,6 +67,34 @@ def test_the_chosen_answer_becomes_likelier_and_zeros_stay(folder: Path, capfd: 
     assert capfd.readouterr().out == ""
     again = llmcompress.compress(str(folder), asked)
     assert all(torch.equal(a, b) for a, b in zip(after.model.parameters(), again.model.parameters(), strict=True))
+
+
+class Dies(Silent):
+    """In a step, or never; remembers all."""
+
+    def __init__(self, at: str = "") -> None:
+        self._at, self.steps = at, list[str]()
+
+    def substep(self, text: str, *, done: int = 0, total: int = 0) -> None:
+        if text.startswith("preference: step"):
+            self.steps.append(text)
+            if text == self._at:
+                raise KeyboardInterrupt
+
+
+def test_killed_and_resumed_equals_uninterrupted(folder: Path, tmp_path: Path) -> None:
+    asked = recipe(folder, save_every=5)
+    through = llmcompress.compress(str(folder), asked)
+    with pytest.raises(KeyboardInterrupt):
+        llmcompress.compress(str(folder), asked, tmp_path / "out", progress=Dies("preference: step 9/12"))
+    kept = tmp_path / "out.run" / "work" / "01-training-preference"
+    assert [path.name for path in kept.iterdir() if path.is_dir()] == ["step-000000005"]
+    (kept / "checkpoint-10").mkdir()  # what a kill in the middle of a save leaves behind
+    steps = Dies()
+    resumed = llmcompress.compress(str(folder), asked, tmp_path / "out", progress=steps)
+    assert steps.steps[0] == "preference: step 6/12" and len(steps.steps) == 7
+    assert all(torch.equal(a, b) for a, b in zip(through.model.parameters(), resumed.model.parameters(), strict=True))
+    assert not (tmp_path / "out.run").exists()
 
 
 def test_a_model_is_afterwards_what_it_was(folder: Path) -> None:
