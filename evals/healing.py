@@ -37,6 +37,7 @@ from llmcompress.evaluation.perplexity import perplexity
 from llmcompress.evaluation.settings.perplexity import PerplexityTask
 from llmcompress.loading.load import load_for_compression
 from llmcompress.loading.source import find_source
+from llmcompress.passes.distillation.named_objectives import combined
 from llmcompress.progress import Silent
 from llmcompress.run import Run
 from llmcompress.training.data.base import Windows
@@ -44,6 +45,7 @@ from llmcompress.training.job import Callback, Job
 from llmcompress.training.loop import train
 from llmcompress.training.objectives.base import Objective
 from llmcompress.training.objectives.cross_entropy import CrossEntropy
+from llmcompress.training.objectives.hidden_states import HiddenStates
 from llmcompress.training.objectives.kl import KL
 from llmcompress.training.settings import Training
 from llmcompress.training.teacher import ModelTeacher
@@ -51,7 +53,11 @@ from llmcompress.training.teacher import ModelTeacher
 EVALS = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
 PRUNING = [{"depth": {"fraction": 0.125, "score": "block_influence"}}, {"width": {"fraction": 0.145, "round_to": 32}}]
-OBJECTIVES: dict[str, Objective] = {"kl": KL(), "cross_entropy": CrossEntropy()}
+OBJECTIVES: dict[str, Objective] = {
+    "kl": KL(),
+    "cross_entropy": CrossEntropy(),
+    "kl + hidden_states (kept)": combined([KL(), HiddenStates(layers="kept", factor=0.1)]),
+}
 
 
 class Milestones(Callback):
@@ -162,14 +168,14 @@ def main(
             if (only and title not in only) or str(steps) in row["points"]:
                 continue
             began = time.perf_counter()
-            student = bench.loaded(pruned)
+            student, teaches = bench.loaded(pruned), OBJECTIVES[objective].needs_teacher()
             data = Windows(bench.windows(text, steps * batch, tokens))
             with Run.open(
                 out / title.replace("/", "-"), fingerprint=_fingerprint(facts), lock_text="", fresh=False
             ) as run:
                 train(
                     student, data, settings, RunContext(torch.zeros(0, 1, dtype=torch.long), keep=run),
-                    objective=OBJECTIVES[objective], teacher=bench.teacher() if objective == "kl" else None,
+                    objective=OBJECTIVES[objective], teacher=bench.teacher() if teaches else None,
                     job=Job("heal", callback=Milestones(bench, row, student, at)),
                 )  # fmt: skip
             row["seconds"] += time.perf_counter() - began

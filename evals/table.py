@@ -146,7 +146,7 @@ def sections() -> list[Section]:
         Section("Low rank", pruning.low_rank, "low-rank-*.json"),
         Section("Pruning at initialization and during training", pruning.at_init, "at-init-*.json"),
         Section("Distillation: every objective on one student", distillation.objectives, "distillation-*.json"),
-        Section("Healing after pruning, by tokens", distillation.healing, "healing-*.json"),
+        Section("The loss around students of different objectives", distillation.landscapes, "landscapes-*.json"),
         Section("Search: what stands in for the loss", search_proxies.proxies, "search-proxies-*.json"),
         Section("Search: optimizers on a table of all plans", search_optimizers.optimizers, "optimizers-*.json"),
         Section("Dynamic inference", cost.dynamic, "dynamic-*.json"),

@@ -176,7 +176,7 @@ class _Search:
             stages=stages,
             losses=losses,
             relaxation=bench.relaxation(judge.text(stages[0])),
-            starts=(*estimated, *uniform_plans(subject.space).values()),
+            starts=(*(each.plan for each in estimated), *uniform_plans(subject.space).values()),
         )
 
     def _notes(self, problem: Problem) -> list[str]:

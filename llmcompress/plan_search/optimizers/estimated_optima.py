@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,9 +18,16 @@ RATES = ((1.0, 1.0), (math.inf, math.inf), (1.0, math.inf), (math.inf, 1.0), (2.
 """What losses of narrow bodies, and of dropped blocks, are multiplied by; infinite: none is taken."""
 
 
+class Optimum(NamedTuple):
+    """A plan, and the losses of which it is the least sum."""
+
+    plan: Plan
+    losses: Additive
+
+
 def estimated_optima(
     space: PlanSpace, losses: Additive, costs: Mapping[str, Additive], limits: Mapping[str, float]
-) -> Iterator[Plan]:
+) -> Iterator[Optimum]:
     """The optimum of the losses as they are first, then others within the limits, each once.
 
     Errors of rounding and of missing channels add up with different errors: within one family the estimates order plans
@@ -29,7 +37,8 @@ def estimated_optima(
     found: dict[Plan, None] = {}
     for narrow, dropped in RATES:
         factors = {body: _factors(space.units[body], narrow, dropped) for body in space.bodies}
-        plan = least_loss(space, _scaled(losses, factors), costs, limits)
+        scaled = _scaled(losses, factors)
+        plan = least_loss(space, scaled, costs, limits)
         # within some limits there is no plan but one with what was not to be taken
         if (
             plan is not None
@@ -37,7 +46,7 @@ def estimated_optima(
             and all(np.isfinite(each[plan[body]]) for body, each in factors.items())
         ):
             found[plan] = None
-            yield plan
+            yield Optimum(plan, scaled)
 
 
 def _factors(unit: Unit, narrow: float, dropped: float) -> np.ndarray:

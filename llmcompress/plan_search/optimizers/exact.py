@@ -10,14 +10,14 @@ from llmcompress.plan_search.additive import Additive
 from llmcompress.plan_search.optimizers.additive_optimum import least_loss
 from llmcompress.plan_search.optimizers.base import OPTIMIZERS
 from llmcompress.plan_search.optimizers.estimated_optima import estimated_optima
-from llmcompress.plan_search.optimizers.judging import Exploration, Explorer
-from llmcompress.plan_search.problem import Problem
+from llmcompress.plan_search.optimizers.judging import Exploration, Explorer, badness
+from llmcompress.plan_search.problem import Outcome, Problem
 
 
 @OPTIMIZERS.register("exact")
 class Exact(Explorer):
     """The plan of least estimated loss within the limits, the same at other exchange rates between shapes and bits, and
-    then for losses with noise.
+    then, at the rate whose plan was judged best, for losses with noise.
 
     The first plan is the optimum where losses add up. They do not quite, and estimates have errors: optima of losses
     that are a little different are the plans next to it which are worth judging.
@@ -41,18 +41,23 @@ class Exact(Explorer):
                 fix="choose an optimizer that judges plans only, such as evopress",
                 exit_code=ExitCode.USAGE,
             )
-        optima = estimated_optima(problem.space, losses, problem.costs, problem.limits)
-        plan = next(optima, None)
-        while plan is not None:
-            yield [plan]
-            if (plan := next(optima, None)) is not None:
-                continue
+        judged: list[tuple[Outcome, Additive]] = []
+        for optimum in estimated_optima(problem.space, losses, problem.costs, problem.limits):
+            (told,) = yield [optimum.plan]
+            judged.append((told, optimum.losses))
+        if not judged:
+            return
+        _, around = min(judged, key=lambda each: badness(problem, each[0]))
+        while True:
             noisy = Additive(
-                losses.base,
-                {unit: row * _noise(row, self.spread, random) for unit, row in losses.of_unit.items()},
-                {unit: rows * _noise(rows, self.spread, random) for unit, rows in losses.of_sites.items()},
+                around.base,
+                {unit: row * _noise(row, self.spread, random) for unit, row in around.of_unit.items()},
+                {unit: rows * _noise(rows, self.spread, random) for unit, rows in around.of_sites.items()},
             )
             plan = least_loss(problem.space, noisy, problem.costs, problem.limits)
+            if plan is None:
+                return
+            yield [plan]
 
 
 def _noise(like: np.ndarray, spread: float, random: np.random.Generator) -> np.ndarray:

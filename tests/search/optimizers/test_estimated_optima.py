@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from llmcompress.plan_search.optimizers.estimated_optima import estimated_optima
+from llmcompress.plan_search.optimizers.exact import Exact
 from llmcompress.plan_search.plan_space import Plan
-from llmcompress.plan_search.problem import Problem
+from llmcompress.plan_search.problem import Outcome, Problem
 from llmcompress.plan_search.space import DROPPED
 from tests.search import toy
 
@@ -21,7 +23,8 @@ def task() -> Problem:
 
 def optima(task: Problem, limits: dict[str, float] | None = None) -> list[Plan]:
     assert task.losses is not None
-    return list(estimated_optima(task.space, task.losses, task.costs, task.limits if limits is None else limits))
+    found = estimated_optima(task.space, task.losses, task.costs, task.limits if limits is None else limits)
+    return [each.plan for each in found]
 
 
 def bodies(task: Problem, plan: Plan) -> set[str]:
@@ -50,6 +53,21 @@ def test_the_optimum_of_each_family_alone_is_among_them(task: Problem, allowed: 
     assert task.losses is not None
     of_family = [task.losses.total(task.space, plan) for plan in optima(task) if allowed(bodies(task, plan))]
     assert min(of_family) == pytest.approx(least(task, allowed))
+
+
+@pytest.mark.parametrize("family", [{"whole"}, {"whole", "ffn-50"}])
+def test_exact_goes_on_around_the_optimum_that_was_judged_best(task: Problem, family: set[str]) -> None:
+    task = replace(task, limits={axis: 1.2 * limit for axis, limit in task.limits.items()})
+    exploring = Exact(spread=0.3).explore(task, np.random.default_rng(0))
+    asked = [next(exploring)]
+    count = len(optima(task))
+    while len(asked) < count + 12:
+        (plan,) = asked[-1]
+        loss = 1.0 if bodies(task, plan) == family else 2.0
+        asked.append(exploring.send([Outcome(plan, 1, loss, task.cost(plan))]))
+    later = [bodies(task, plan) for (plan,) in asked[count:]]
+    assert any(bodies(task, plan) == family for plan in optima(task))
+    assert all(found <= family for found in later)
 
 
 def test_families_that_cannot_keep_the_limits_have_none(task: Problem) -> None:
