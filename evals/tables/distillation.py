@@ -50,9 +50,9 @@ def landscapes(facts: Facts) -> str:
     about = (
         f"**{facts['model']}**: students of different objectives, same start, text, order and {training['steps']} "
         f"steps of {training['batch']} windows of {facts['tokens']} tokens, one seed. Cross-entropy in nats on 16 "
-        f"windows of `builtin:evaluation`; its rise at distance {facts['near']:g} (mean of five random directions, every row of a "
-        f"matrix as long as the student's) and at {end:g} (one direction, both ways); the highest point of the "
-        "straight line to any other student, above the line between their losses."
+        f"windows of `builtin:evaluation`; its rise at distance {facts['near']:g} (mean of five random directions, "
+        f"every row of a matrix as long as the student's) and at {end:g} (one direction, both ways); the highest point "
+        "of the straight line to any other student, above the line between their losses."
     )
     header = ["objective", "loss", f"rise at {facts['near']:g}", f"rise at {end:g}", "barrier"]
     return "\n\n".join([about, markdown(header, body), environment(facts)])

@@ -17,7 +17,7 @@ from llmcompress.plan_search.problem import Outcome, Problem
 @OPTIMIZERS.register("exact")
 class Exact(Explorer):
     """The plan of least estimated loss within the limits, the same at other exchange rates between shapes and bits, and
-    then, at the rate whose plan was judged best, for losses with noise.
+    then for losses with noise: half of the time at the rate whose plan was judged best, a quarter at the next, ….
 
     The first plan is the optimum where losses add up. They do not quite, and estimates have errors: optima of losses
     that are a little different are the plans next to it which are worth judging.
@@ -47,8 +47,9 @@ class Exact(Explorer):
             judged.append((told, optimum.losses))
         if not judged:
             return
-        _, around = min(judged, key=lambda each: badness(problem, each[0]))
+        judged.sort(key=lambda each: badness(problem, each[0]))
         while True:
+            _, around = judged[min(int(random.geometric(0.5)), len(judged)) - 1]
             noisy = Additive(
                 around.base,
                 {unit: row * _noise(row, self.spread, random) for unit, row in around.of_unit.items()},

@@ -56,18 +56,18 @@ def test_the_optimum_of_each_family_alone_is_among_them(task: Problem, allowed: 
 
 
 @pytest.mark.parametrize("family", [{"whole"}, {"whole", "ffn-50"}])
-def test_exact_goes_on_around_the_optimum_that_was_judged_best(task: Problem, family: set[str]) -> None:
+def test_exact_goes_on_around_what_was_judged_best(task: Problem, family: set[str]) -> None:
     task = replace(task, limits={axis: 1.2 * limit for axis, limit in task.limits.items()})
     exploring = Exact(spread=0.3).explore(task, np.random.default_rng(0))
     asked = [next(exploring)]
     count = len(optima(task))
-    while len(asked) < count + 12:
+    while len(asked) < count + 30:
         (plan,) = asked[-1]
         loss = 1.0 if bodies(task, plan) == family else 2.0
         asked.append(exploring.send([Outcome(plan, 1, loss, task.cost(plan))]))
     later = [bodies(task, plan) for (plan,) in asked[count:]]
     assert any(bodies(task, plan) == family for plan in optima(task))
-    assert all(found <= family for found in later)
+    assert sum(found <= family for found in later) > len(later) / 3, "half of them, and what the others have by chance"
 
 
 def test_families_that_cannot_keep_the_limits_have_none(task: Problem) -> None:
