@@ -38,9 +38,15 @@ class WholeModel:
 
     def sites(self) -> list[LinearSite]:
         """All sites of all blocks, in model order."""
-        modules = dict(find_blocks(self.model))
+        modules, context = dict(find_blocks(self.model)), self.context
         return [
-            LinearSite(info.full(site.name), site, modules[info.name], self.context.storage_dtype)
+            LinearSite(
+                info.full(site.name),
+                site,
+                modules[info.name],
+                context.storage_dtype,
+                zeros_are_masks=context.zeros_are_masks,
+            )
             for info in self.map.blocks
             for site in info.structure.sites
         ]

@@ -14,6 +14,9 @@ from llmcompress.numerics.statistics import Statistic
 
 S = TypeVar("S", bound=Statistic)
 
+_SINGLE_ZEROS = 0.01
+"""Of the weights of a linear: what tools prune is more."""
+
 
 class LinearSite:
     """A live linear of one block: read and write its weight as float32 O×I, or replace it."""
@@ -57,6 +60,11 @@ class LinearSite:
         weight_OI = self.weight_OI
         zero_OI = weight_OI == 0
         return zero_OI if self._zeros_are_masks or not lie_on_a_grid(weight_OI) else torch.zeros_like(zero_OI)
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether it has zeros that must stay. Single zeros of a checkpoint, less than 1 % of a linear, are none."""
+        return float(self.pruned_OI.float().mean()) > (0.0 if self._zeros_are_masks else _SINGLE_ZEROS)
 
     @property
     def bias_O(self) -> Tensor | None:

@@ -76,11 +76,14 @@ def adapted(
 ) -> Iterator[list[nn.Parameter]]:
     """Adds adapters to every site and yields their parameters for training.
 
-    At the end of the context, adapters on ordinary linears are merged into the weight. A quantized (or otherwise
-    compressed) site becomes a `CorrectedLinear`: the unchanged original module with the adapter as its branch. After an
-    exception everything is restored. `dora`: lengths of rows are trained too, on ordinary linears.
+    A linear has its adapter as a branch, whose gradient needs none of the whole weight; where a mask must hold, for
+    DoRA, and in a `Conv1D`, the adapter is part of the weight. At the end of the context adapters on ordinary linears
+    are merged into the weight; those of a quantized (or otherwise compressed) linear stay, in a `CorrectedLinear`
+    around it. After an exception everything is restored. `dora`: lengths of rows are trained too, on ordinary linears.
     """
     before = {site: site.module for site in sites}
+    branches: dict[LinearSite, CorrectedLinear] = {}
+    stays: set[LinearSite] = {site for site in sites if site.is_compressed}
     trained: list[nn.Parameter] = []
     changed: list[nn.Module] = []
     merge = False
@@ -88,19 +91,14 @@ def adapted(
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             for site, module in before.items():
-                if site.is_compressed:
-                    branch = _branch(site, module, rank)
+                if site in stays or not (dora or site.is_pruned or site.info.transposed):
+                    branch = branches[site] = _branch(site, module, rank)
                     site.replace(branch)
                     trained += [branch.left.get_parameter("weight"), branch.right.get_parameter("weight")]
                     changed.append(branch.left)
                     parametrize.register_parametrization(branch.left, "weight", _Scaled(scale))
                 else:
-                    weight, turned = module.get_parameter("weight"), site.info.transposed
-                    adapter = (
-                        MaskedDoRA(weight, rank, scale, transposed=turned)
-                        if dora
-                        else MaskedAdapter(weight, rank, scale)
-                    )
+                    adapter = _adapter(site, module.get_parameter("weight"), rank, scale, dora=dora)
                     trained += adapter.parameters()
                     changed.append(module)
                     parametrize.register_parametrization(module, "weight", adapter)
@@ -109,9 +107,12 @@ def adapted(
     finally:
         for module in changed:
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=merge)
-        for site, module in before.items():
-            if site.is_compressed and not merge:
-                site.replace(module)
+        for site, branch in branches.items():
+            if merge and site in stays:
+                continue
+            site.replace(before[site])
+            if merge:
+                site.write(site.weight_OI + branch.left.get_parameter("weight") @ branch.right.get_parameter("weight"))
 
 
 def _adapter(site: LinearSite, weight: Tensor, rank: int, scale: float, *, dora: bool) -> MaskedAdapter:

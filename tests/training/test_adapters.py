@@ -85,6 +85,34 @@ def test_dora_is_the_papers_formula_and_begins_at_the_very_weight(family: str) -
 
 
 @pytest.mark.parametrize("family", ["llama_gqa", "gpt2"])
+def test_a_dense_linear_has_its_adapter_beside_it_and_is_merged_at_the_end(family: str) -> None:
+    model = tiny_model(family, seed=1)
+    site = WholeModel(model, map_of(family), RunContext(windows(), batch=4)).sites()[1]
+    module, weight_OI, expected = site.module, site.weight_OI, model(windows()).logits
+    with adapted([site], rank=3, scale=2.0, seed=0) as (left, right):
+        assert isinstance(site.module, CorrectedLinear) == (family != "gpt2"), "there it is part of the weight"
+        assert torch.equal(model(windows()).logits, expected)
+        with torch.no_grad():
+            left.normal_()
+        apart, added = model(windows()).logits, (2 * left @ right).detach()
+    assert site.module is module and not torch.equal(apart, expected)
+    torch.testing.assert_close(site.weight_OI, weight_OI + (added.T if site.info.transposed else added))
+    torch.testing.assert_close(model(windows()).logits, apart)
+
+
+@pytest.mark.parametrize(("share", "ours", "stays"), [(0.005, False, False), (0.005, True, True), (0.2, False, True)])
+def test_single_zeros_of_a_checkpoint_are_no_mask(share: float, ours: bool, stays: bool) -> None:
+    model = tiny_model("llama_gqa", seed=1)
+    whole = WholeModel(model, map_of("llama_gqa"), RunContext(windows(), batch=4, zeros_are_masks=ours))
+    site = whole.sites()[1]
+    zero_OI = torch.rand(site.weight_OI.shape, generator=torch.Generator().manual_seed(0)) < share
+    site.write(site.weight_OI.masked_fill(zero_OI, 0.0))
+    with adapted([site], rank=3, scale=2.0, seed=0) as (left, _), torch.no_grad():
+        left.normal_()
+    assert torch.equal(site.weight_OI == 0, zero_OI) == stays
+
+
+@pytest.mark.parametrize("family", ["llama_gqa", "gpt2"])
 def test_merged_dora_leaves_every_zero(family: str) -> None:
     sparse = make("magnitude", sparsity=0.5)
     before, _ = compressed(sparse, family=family)
