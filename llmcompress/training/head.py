@@ -20,6 +20,9 @@ Change = Callable[[Tensor], Tensor]
 _PROBED = 8
 """Tokens on which the head is compared with the model's own logits."""
 
+_NEARLY_ALL = 0.8
+"""Of the positions: where fewer predict something, as in prompts and padding, logits of the others are not computed."""
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -57,6 +60,12 @@ class Head:
 def rows_at_once(vocabulary: int) -> int:
     """How many rows may have their logits at once."""
     return max(1, loss.LOGITS_BYTES // (4 * vocabulary))
+
+
+def needs_head(batch: Batch, vocabulary: int) -> bool:
+    """Whether logits are better computed on demand: all at once they are too large, or many of them not needed."""
+    rows = batch.ids_BT.numel()
+    return rows > rows_at_once(vocabulary) or batch.predicted < _NEARLY_ALL * rows
 
 
 def predictions(model: PreTrainedModel, batch: Batch, head: Head | None) -> Predictions:

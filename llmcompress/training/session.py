@@ -20,7 +20,7 @@ from llmcompress.calibration.context import RunContext
 from llmcompress.errors import NOTHING_SAVED, CompressError
 from llmcompress.training.best import BestWeights
 from llmcompress.training.checkpoint import Checkpoint, Reached, Stateful, random_states, restore_random
-from llmcompress.training.data.base import BatchRange, IndexedSamples, TrainingData
+from llmcompress.training.data.base import BatchRange, IndexedSamples, TrainingData, Windows
 from llmcompress.training.data.batch import Batch, padded
 from llmcompress.training.engine import require_whole_parameters
 from llmcompress.training.head import Head, find_head, rows_at_once
@@ -223,15 +223,16 @@ class Session:
         return total / max(tokens, 1)
 
     def _head_and_samples(self, data: TrainingData) -> tuple[Head | None, int]:
-        """The head, if the logits of a whole batch are too large, or else how many samples at once."""
+        """The head, if the logits of a whole batch are too large or many not needed; how many samples at once."""
         model, context = self._task.model, self._task.context
         vocabulary, processes = model.config.get_text_config().vocab_size, self._accelerator.num_processes
         batch, most = self._task.settings.batch, rows_at_once(vocabulary)
         mine, longest = batch // processes, data.longest
-        if longest is not None and mine * longest <= most:
-            return None, batch
+        fits_at_once = longest is not None and mine * longest <= most
+        if fits_at_once and isinstance(data, Windows) and self._task.job.sampler is None:
+            return None, batch  # nearly every position predicts something
         head = find_head(model, torch.arange(min(vocabulary, 16), device=context.device)[None])
-        if head is not None:
+        if head is not None or fits_at_once:
             return head, batch
         fits = [count for count in range(1, mine + 1) if longest and mine % count == 0 and count * longest <= most]
         at_once = max(fits, default=1)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from llmcompress.model.skeleton import find_blocks
 from llmcompress.training.data.batch import Batch
 from llmcompress.training.features import observed
-from llmcompress.training.head import Head, Predictions, predictions, rows_at_once
+from llmcompress.training.head import Head, Predictions, needs_head, predictions, rows_at_once
 from llmcompress.training.objectives.base import Objective, ObjectiveInputs
 from llmcompress.training.teacher import Teacher
 
@@ -37,8 +37,8 @@ class Step(nn.Module):
 
     def forward(self, batch: Batch, step: int) -> Tensor:
         """The loss of step 1, 2, …; 0 in validation."""
-        most = rows_at_once(self.model.config.get_text_config().vocab_size)
-        head = self._head[0] if batch.ids_BT.numel() > most else None
+        vocabulary = self.model.config.get_text_config().vocab_size
+        head = self._head[0] if needs_head(batch, vocabulary) else None
         wanted = self._objective.observes()
         asked = self._teacher if self._objective.needs_teacher() else None
 
@@ -48,8 +48,7 @@ class Step(nn.Module):
         with observed(self.model, wanted) as features:
             predicted = student()
         teacher = asked.predictions(batch, wanted) if asked else None
-        if head is None:
-            most = batch.ids_BT.numel()
+        most = batch.ids_BT.numel() if head is None else min(rows_at_once(vocabulary), max(batch.predicted, 1))
         return self._objective.loss(ObjectiveInputs(step, batch, predicted, teacher, most, features, student))
 
 

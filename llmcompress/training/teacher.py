@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.training.data.batch import Batch
 from llmcompress.training.features import Features, Wanted, observed
-from llmcompress.training.head import Head, find_head, predictions, rows_at_once
+from llmcompress.training.head import Head, find_head, needs_head, predictions
 from llmcompress.training.targets import TeacherRows
 
 
@@ -64,12 +64,12 @@ class ModelTeacher:
     def predictions(self, batch: Batch, wanted: Wanted = Wanted()) -> TeacherPredictions:  # noqa: B008 (frozen)
         """One forward pass; with a head that can be used alone, logits of a few rows at a time."""
         model = self.model
-        most = rows_at_once(model.config.get_text_config().vocab_size)
+        wants = needs_head(batch, model.config.get_text_config().vocab_size)
         with self._as_it_is():
-            if batch.ids_BT.numel() > most and self._head is None:
+            if wants and self._head is None:
                 self._head = find_head(model, batch.ids_BT)
             with observed(model, wanted) as features:
-                found = predictions(model, batch, self._head if batch.ids_BT.numel() > most else None)
+                found = predictions(model, batch, self._head if wants else None)
 
         def rows(values_RX: Tensor) -> Tensor:
             with self._as_it_is():

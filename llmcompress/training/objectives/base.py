@@ -52,17 +52,21 @@ class ObjectiveInputs:
     def mean_over_tokens(self, per_token: PerToken, *others_R: Tensor) -> Tensor:
         """The mean over the tokens to be predicted of a loss that looks at each of them alone; 0 if there are none.
 
-        Where the logits of all rows are too large, they are computed for a few rows at a time, and once more in the
-        backward pass: the result and its gradient are the same up to the order of the sums. `others_R` hold more
-        numbers of each row, which `per_token` gets, too.
+        Where the rows that predict something are few, logits of the others are not computed; where their logits are
+        too large, they are computed for a few rows at a time, and once more in the backward pass. The result and its
+        gradient are the same up to the order of the sums. `others_R` hold more numbers of each row, which `per_token`
+        gets, too.
         """
         targets_R = self.batch.targets_BT.flatten()
         if len(targets_R) <= self.rows_at_once:
             theirs = None if self.teacher is None else self.teacher.values_RX
             losses_R = self._losses(per_token, self.student.values_RX, targets_R, theirs, *others_R)
             return torch.where(targets_R != IGNORED, losses_R, 0.0).sum() / max(self.batch.predicted, 1)
+        first, *more = self._parts(targets_R)
+        if not more:
+            return self._sum(per_token, *self._rows(first, *others_R)) / max(self.batch.predicted, 1)
         total = self.student.values_RX.new_zeros((), dtype=torch.float32)
-        for part in self._parts(targets_R):
+        for part in (first, *more):
             total = total + checkpoint(
                 self._sum, per_token, *self._rows(part, *others_R), use_reentrant=False, preserve_rng_state=False
             )
