@@ -38,8 +38,8 @@ from llmcompress.plan_search.plan_space import Plan
 from llmcompress.plan_search.problem import Outcome, Problem
 
 HERE = Path(__file__).resolve().parent
-FULL_SEARCH = 196_608
-"""Forward tokens: 96 plans of the first stage."""
+FULL_SEARCH = 98_304
+"""Forward tokens: 48 plans of the first stage."""
 PRUNE_FIRST = "prune first"
 PRUNED_FIRST = (5, 10, 15, 20, 25, 30)
 """How many blocks lose FFN channels before bits are chosen."""
@@ -77,32 +77,34 @@ class Row:
         return {"bytes": setting.bytes_limit(float(self.limit.removesuffix(" bits")))}
 
 
-ONE, OPTIMA = STAGES[0], 7 * STAGES[0]
-"""Tokens for the optimum of the losses alone, and for those of all families."""
+OPTIMA = 7 * STAGES[0]
+"""Tokens for the optima of all families."""
 RELAXED = {"steps": 60, "samples": 1}
 """Of `rco`: with its own 4 samples a step, the first gradients alone would take all tokens."""
 ROWS = (
-    Row("3.25 bits", "bits", "exact"),
+    *(Row(f"{average} bits", family, "exact") for average in (3.25, 2.75) for family in ("bits", "joint")),
     Row("3.25 bits", "bits", "evopress", from_exact=True),
-    Row("2.75 bits", "bits", "exact"),
-    *(Row(f"{average} bits", "bits", "exact", tokens=ONE) for average in (3.5, 3.0, 2.5)),
-    *(Row(f"{average} bits", "joint", "exact", tokens=OPTIMA) for average in (3.5, 3.25, 3.0, 2.75, 2.5)),
     *(
-        Row(f"{average} bits", family, "exact", tokens=ONE)
+        Row(f"{average} bits", family, "exact", tokens=OPTIMA)
+        for average in (3.5, 3.0, 2.5)
+        for family in ("bits", "joint")
+    ),
+    *(
+        Row(f"{average} bits", family, "exact", tokens=OPTIMA)
         for average in (2.75, 2.5)
         for family in ("bits and width", "bits and depth")
     ),
-    *(Row(f"{average} bits", "bits and width", PRUNE_FIRST) for average in (3.25, 3.0, 2.75, 2.5)),
+    *(Row(f"{average} bits", "bits and width", PRUNE_FIRST) for average in (3.0, 2.75, 2.5)),
     *(
-        Row(f"decode {part}", family, "exact", tokens=OPTIMA if family == "joint" else ONE)
+        Row(f"decode {part}", family, "exact", tokens=OPTIMA)
         for part in (0.9, 0.98, 1.1)
         for family in ("bits", "width", "depth", "joint")
     ),
     *(Row(f"decode {part}", "bits and width", PRUNE_FIRST) for part in (0.9, 0.98)),
+    Row("2.75 bits", "joint", "random", tokens=100 * STAGES[0]),
     Row("3.25 bits", "bits", "evopress", tokens=FULL_SEARCH),
     Row("3.25 bits", "bits", "rco", tokens=FULL_SEARCH, options=RELAXED),
-    Row("2.75 bits", "joint", "random", tokens=100 * ONE),
-    Row("2.75 bits", "joint", "evopress", tokens=FULL_SEARCH // 2),
+    Row("2.75 bits", "joint", "evopress"),
 )
 
 
