@@ -32,7 +32,9 @@ def survey(facts: Facts) -> str:
     tasks = [each["dense"] for each in first["tasks"]["comparisons"]]
     dense = [f"{sum(tasks) / len(tasks):.1%}", *(f"{each['dense']:.2f}" for each in first["quality"])]
     body = [["dense", "", *dense, _megabytes(base), _latency(base)]]
-    for bits, preset, row in zip(("8", "4", "3"), ("w8", "w4", "w3"), facts["rows"], strict=True):
+    for row in sorted(facts["rows"], key=lambda row: str(row["preset"]), reverse=True):
+        bits = row["preset"].removeprefix("int")[0]
+        preset = f"w{bits}"
         untrained = presets[preset, "torch"]
         sizes = _megabytes(row["cost"][-1]), _latency(row["cost"][-1])
         for how, each in ((f"post-training (`{preset}`)", untrained), ("quantization-aware", row)):
