@@ -19,10 +19,11 @@ RATES = ((1.0, 1.0), (math.inf, math.inf), (1.0, math.inf), (math.inf, 1.0), (2.
 
 
 class Optimum(NamedTuple):
-    """A plan, and the losses of which it is the least sum."""
+    """A plan, and the exchange rates at which it is the least sum."""
 
     plan: Plan
-    losses: Additive
+    narrow: float
+    dropped: float
 
 
 def estimated_optima(
@@ -37,8 +38,7 @@ def estimated_optima(
     found: dict[Plan, None] = {}
     for narrow, dropped in RATES:
         factors = {body: _factors(space.units[body], narrow, dropped) for body in space.bodies}
-        scaled = _scaled(losses, factors)
-        plan = least_loss(space, scaled, costs, limits)
+        plan = least_loss(space, _scaled(losses, factors), costs, limits)
         # within some limits there is no plan but one with what was not to be taken
         if (
             plan is not None
@@ -46,7 +46,12 @@ def estimated_optima(
             and all(np.isfinite(each[plan[body]]) for body, each in factors.items())
         ):
             found[plan] = None
-            yield Optimum(plan, scaled)
+            yield Optimum(plan, narrow, dropped)
+
+
+def at_rates(space: PlanSpace, losses: Additive, narrow: float, dropped: float) -> Additive:
+    """Losses with those of narrow bodies, and of dropped blocks, multiplied; by infinity: beyond any plan's."""
+    return _scaled(losses, {body: _factors(space.units[body], narrow, dropped) for body in space.bodies})
 
 
 def _factors(unit: Unit, narrow: float, dropped: float) -> np.ndarray:

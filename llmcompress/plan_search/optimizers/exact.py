@@ -9,7 +9,7 @@ from llmcompress.errors import CompressError, ExitCode
 from llmcompress.plan_search.additive import Additive
 from llmcompress.plan_search.optimizers.additive_optimum import least_loss
 from llmcompress.plan_search.optimizers.base import OPTIMIZERS
-from llmcompress.plan_search.optimizers.estimated_optima import estimated_optima
+from llmcompress.plan_search.optimizers.estimated_optima import Optimum, at_rates, estimated_optima
 from llmcompress.plan_search.optimizers.judging import Exploration, Explorer, badness
 from llmcompress.plan_search.problem import Outcome, Problem
 
@@ -17,7 +17,8 @@ from llmcompress.plan_search.problem import Outcome, Problem
 @OPTIMIZERS.register("exact")
 class Exact(Explorer):
     """The plan of least estimated loss within the limits, the same at other exchange rates between shapes and bits, and
-    then for losses with noise: half of the time at the rate whose plan was judged best, a quarter at the next, ….
+    then for losses and rates with noise: half of the time near the rate whose plan was judged best, a quarter near the
+    next, ….
 
     The first plan is the optimum where losses add up. They do not quite, and estimates have errors: optima of losses
     that are a little different are the plans next to it which are worth judging.
@@ -27,6 +28,8 @@ class Exact(Explorer):
 
     spread: float = Field(default=0.1, ge=0)
     """Standard deviation of the noise on the logarithm of each loss."""
+    rate_spread: float = Field(default=0.3, ge=0)
+    """The same of the exchange rates: one for all narrow bodies, one for dropping."""
 
     def explore(self, problem: Problem, random: np.random.Generator) -> Exploration:
         """The optimum, then optima with noise.
@@ -41,15 +44,17 @@ class Exact(Explorer):
                 fix="choose an optimizer that judges plans only, such as evopress",
                 exit_code=ExitCode.USAGE,
             )
-        judged: list[tuple[Outcome, Additive]] = []
+        judged: list[tuple[Outcome, Optimum]] = []
         for optimum in estimated_optima(problem.space, losses, problem.costs, problem.limits):
             (told,) = yield [optimum.plan]
-            judged.append((told, optimum.losses))
+            judged.append((told, optimum))
         if not judged:
             return
         judged.sort(key=lambda each: badness(problem, each[0]))
         while True:
-            _, around = judged[min(int(random.geometric(0.5)), len(judged)) - 1]
+            _, near = judged[min(int(random.geometric(0.5)), len(judged)) - 1]
+            narrow, dropped = np.exp(self.rate_spread * random.standard_normal(2))
+            around = at_rates(problem.space, losses, near.narrow * float(narrow), near.dropped * float(dropped))
             noisy = Additive(
                 around.base,
                 {unit: row * _noise(row, self.spread, random) for unit, row in around.of_unit.items()},
