@@ -85,7 +85,7 @@ ROWS = (
     *(Row(f"{average} bits", family, "exact") for average in (3.25, 2.75) for family in ("bits", "joint")),
     Row("3.25 bits", "bits", "evopress", from_exact=True),
     *(
-        Row(f"{average} bits", family, "exact", tokens=OPTIMA)
+        Row(f"{average} bits", family, "exact", tokens=len(PRUNED_FIRST) * STAGES[-1])
         for average in (3.5, 3.0, 2.5)
         for family in ("bits", "joint")
     ),
