@@ -29,30 +29,31 @@ def survey(facts: Facts) -> str:
     presets = {(row["preset"], row["runner"]): row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
     texts, first = facts["texts"], facts["rows"][0]
     base = first["cost"][0]
-    tasks = [each["dense"] for each in first["tasks"]["comparisons"]]
-    dense = [f"{sum(tasks) / len(tasks):.1%}", *(f"{each['dense']:.2f}" for each in first["quality"])]
-    body = [["dense", "", *dense, _megabytes(base), _latency(base)]]
+    texts_of_dense = [f"{each['dense']:.2f}" for each in first["quality"]]
+    body = [
+        ["dense", "", _dense_score(first), *texts_of_dense, _megabytes(base), f"{_rate(base, None, 'decode')} (torch)"]
+    ]
     for row in sorted(facts["rows"], key=lambda row: str(row["preset"]), reverse=True):
         bits = row["preset"].removeprefix("int")[0]
         preset = f"w{bits}"
-        untrained = presets[preset, "torch"]
-        sizes = _megabytes(row["cost"][-1]), _latency(row["cost"][-1])
-        for how, each in ((f"post-training (`{preset}`)", untrained), ("quantization-aware", row)):
+        base, cost = row["cost"]
+        sizes = _megabytes(cost), f"{_rate(cost, base, 'decode')} ({cost['runtime']})"
+        for how, each, known in (
+            (f"post-training (`{preset}`)", presets[preset, "torch"], ("", "")),
+            ("quantization-aware", row, sizes),
+        ):
             quality = [_score(each["tasks"]["comparisons"]), *(_perplexity(text) for text in each["quality"])]
-            body.append([f"{bits} bits", how, *quality, *sizes])
+            body.append([f"{bits} bits", how, *quality, *known])
     about = (
         f"**{facts['model']}**: tasks (mean over {_tasks_of(facts)}, {facts['limit']} documents each, change from "
         f"dense with its 95 % interval) and perplexity ({protocol(facts['window'], facts['bos'])}, × dense ± standard "
-        "error) of the same format with and without training; size of the files and milliseconds per decoded token in "
-        "the fastest runtime here that holds the format, which training does not change. Trained on WikiText-2 valid "
-        "with KL to the dense model: tokens and CPU seconds are in the table of quantization-aware training."
+        "error) of the presets of so many bits and of groups of 64 that were trained; size of the trained model in the "
+        "fastest runtime that was measured with it, and decoded tokens per second there, × the dense model in turns "
+        "with it. Trained on WikiText-2 valid with KL to the dense model: tokens and CPU seconds "
+        "are in the table of quantization-aware training."
     )
-    header = ["weights", "", "tasks", *texts, "MB", "decode, ms/token"]
+    header = ["weights", "", "tasks", *texts, "MB", "decode tokens/s"]
     return "\n\n".join([about, markdown(header, body), environment(facts)])
-
-
-def _latency(cost: Facts) -> str:
-    return f"{1000 / cost['speed']['decode']['median']:.1f} ({cost['runtime']})"
 
 
 def _about(facts: Facts) -> str:
@@ -74,11 +75,23 @@ def _tasks_of(facts: Facts) -> str:
 
 def _dense(row: Facts, facts: Facts) -> list[str]:
     quality = row["quality"]
-    tasks = [each["dense"] for each in row["tasks"]["comparisons"]]
-    score = f"{sum(tasks) / len(tasks):.1%}" if tasks else "–"
     texts = [f"{each['dense']:.2f}" for each in quality]
     cost = row["cost"][0]
-    return ["dense", "torch", _megabytes(cost), *texts, "", "", score, *(find(cost, None) for find in _COST.values())]
+    return [
+        "dense",
+        "torch",
+        _megabytes(cost),
+        *texts,
+        "",
+        "",
+        _dense_score(row),
+        *(find(cost, None) for find in _COST.values()),
+    ]
+
+
+def _dense_score(row: Facts) -> str:
+    tasks = [each["dense"] for each in row["tasks"]["comparisons"]]
+    return f"{sum(tasks) / len(tasks):.1%}" if tasks else "–"
 
 
 def _row(row: Facts, facts: Facts) -> list[str]:

@@ -33,7 +33,7 @@ def qat(facts: Facts) -> str:
         f"**{model}**: perplexity ({protocol(told['window'], told['bos'])}) × dense ± standard error over "
         "windows; KL from the dense model, nats per token over both texts; loss − post-training: nats per token, minus "
         "those of the best post-training row (it calibrates on 8,192 tokens), paired by window, first draws. Trained "
-        "on WikiText-2 valid; one draw."
+        "on WikiText-2 valid; one draw. >: without the seconds of a process that was killed on the way."
     )
     header = ["weights", "method", "training tokens", *texts, "KL", "loss − post-training", "CPU s"]
     return "\n\n".join([about, markdown(header, body), environment(facts)])
@@ -53,7 +53,8 @@ def _qat_line(
         apart = difference(first, best._replace(trials=best.trials[:1]), post, texts)
         against = f"{apart.mean:+.3f} ± {apart.error:.3f}"
     kl = difference(first, dense, post, texts, "kl")
-    seconds = f"{first.trials[0]['cpu_seconds']:.0f}"
+    trial = first.trials[0]
+    seconds = f"{'> ' if trial.get('was_killed') else ''}{trial['cpu_seconds']:.0f}"
     return [f"`{row.setting}`", row.name, tokens, *cells, f"{kl.mean:.3f} ± {kl.error:.3f}", against, seconds]
 
 

@@ -54,6 +54,7 @@ class ModelTeacher:
         self._given, self._device, self._vocabulary = model, device, vocabulary
         self._model: PreTrainedModel | None = None
         self._head: Head | None = None
+        self._sought_head = False
         self._learns = False
 
     @property
@@ -66,8 +67,8 @@ class ModelTeacher:
         model = self.model
         wants = needs_head(batch, model.config.get_text_config().vocab_size)
         with self._as_it_is():
-            if wants and self._head is None:
-                self._head = find_head(model, batch.ids_BT)
+            if wants and not self._sought_head:
+                self._head, self._sought_head = find_head(model, batch.ids_BT), True
             with observed(model, wanted) as features:
                 found = predictions(model, batch, self._head if wants else None)
 

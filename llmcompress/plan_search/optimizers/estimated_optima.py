@@ -11,7 +11,7 @@ import numpy as np
 
 from llmcompress.plan_search.additive import Additive
 from llmcompress.plan_search.optimizers.additive_optimum import least_loss
-from llmcompress.plan_search.plan_space import Plan, PlanSpace, Unit
+from llmcompress.plan_search.plan_space import Plan, PlanSpace
 from llmcompress.plan_search.space import DROPPED
 
 RATES = ((1.0, 1.0), (math.inf, math.inf), (1.0, math.inf), (math.inf, 1.0), (2.0, 2.0), (4.0, 4.0), (0.5, 0.5))
@@ -37,7 +37,7 @@ def estimated_optima(
     """
     found: dict[Plan, None] = {}
     for narrow, dropped in RATES:
-        factors = {body: _factors(space.units[body], narrow, dropped) for body in space.bodies}
+        factors = _factors(space, narrow, dropped)
         plan = least_loss(space, _scaled(losses, factors), costs, limits)
         # within some limits there is no plan but one with what was not to be taken
         if (
@@ -51,12 +51,15 @@ def estimated_optima(
 
 def at_rates(space: PlanSpace, losses: Additive, narrow: float, dropped: float) -> Additive:
     """Losses with those of narrow bodies, and of dropped blocks, multiplied; by infinity: beyond any plan's."""
-    return _scaled(losses, {body: _factors(space.units[body], narrow, dropped) for body in space.bodies})
+    return _scaled(losses, _factors(space, narrow, dropped))
 
 
-def _factors(unit: Unit, narrow: float, dropped: float) -> np.ndarray:
-    """Of all options of a body; the first changes nothing."""
-    return np.array([1.0, *(dropped if option == DROPPED else narrow for option in unit.options[1:])])
+def _factors(space: PlanSpace, narrow: float, dropped: float) -> dict[int, np.ndarray]:
+    """Of all options of every body; the first changes nothing."""
+    return {
+        body: np.array([1.0, *(dropped if option == DROPPED else narrow for option in space.units[body].options[1:])])
+        for body in space.bodies
+    }
 
 
 def _scaled(losses: Additive, factors: Mapping[int, np.ndarray]) -> Additive:

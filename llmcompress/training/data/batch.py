@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class Batch:
         own_B = torch.zeros(len(self.ids_BT), dtype=torch.bool) if self.generated_B is None else self.generated_B
         return own_B.to(self.ids_BT.device)[:, None].expand_as(self.ids_BT).flatten()
 
-    @property
+    @cached_property
     def predicted(self) -> int:
         """Number of tokens in the mean loss."""
         return int((self.targets_BT != IGNORED).sum())
