@@ -82,11 +82,11 @@ OPTIMA = 7 * STAGES[0]
 RELAXED = {"steps": 60, "samples": 1}
 """Of `rco`: with its own 4 samples a step, the first gradients alone would take all tokens."""
 ROWS = (
-    *(Row(f"{average} bits", family, "exact") for average in (3.25, 2.75) for family in ("bits", "joint")),
+    *(Row("3.25 bits", family, "exact") for family in ("bits", "joint")),
     Row("3.25 bits", "bits", "evopress", from_exact=True),
     *(
         Row(f"{average} bits", family, "exact", tokens=len(PRUNED_FIRST) * STAGES[-1])
-        for average in (3.5, 3.0, 2.5)
+        for average in (3.5, 3.0, 2.75, 2.5)
         for family in ("bits", "joint")
     ),
     *(

@@ -84,17 +84,17 @@ class Job:
 
     def ours(self, name: str, **options: Any) -> Steps:
         """A pass on the dense model."""
-        if stored := options.get("stored"):
-            stored["folder"] = tempfile.mkdtemp()
         training = {
             "steps": self.steps, "batch": self.batch, "learning_rate": RATE, "warmup": 0.0, "schedule": "constant",
         }  # fmt: skip
-        recipe = parse_recipe(json.dumps({"passes": [{name: {"training": training, **options}}]}), "evals")
         loaded, clock = load_for_compression(find_source(self.model), dtype=torch.float32), Clock()
         with (
             tempfile.TemporaryDirectory() as folder,
-            Run.open(Path(folder), fingerprint={}, lock_text="", fresh=False) as run,
+            Run.open(Path(folder) / "compressed", fingerprint={}, lock_text="", fresh=False) as run,
         ):
+            if stored := options.get("stored"):
+                stored["folder"] = str(Path(folder) / "scores")
+            recipe = parse_recipe(json.dumps({"passes": [{name: {"training": training, **options}}]}), "evals")
             context = RunContext(
                 self.windows_NT, batch=self.batch, progress=clock, keep=run, teachers=TeacherFiles(self.model)
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -47,6 +47,27 @@ def estimated_optima(
         ):
             found[plan] = None
             yield Optimum(plan, narrow, dropped)
+
+
+def halfway(found: Sequence[Optimum]) -> list[tuple[float, float]]:
+    """Exchange rates between those of the first of these plans, the best, and the next rate on both sides: of narrow
+    bodies, and of dropped blocks. Geometric means; where there is no next finite rate, half or double.
+    """
+    best = found[0]
+    narrow = _beside(best.narrow, {each.narrow for each in found})
+    dropped = _beside(best.dropped, {each.dropped for each in found})
+    return [*((rate, best.dropped) for rate in narrow), *((best.narrow, rate) for rate in dropped)]
+
+
+def _beside(rate: float, known: set[float]) -> list[float]:
+    finite = sorted(each for each in known if math.isfinite(each))
+    below, above = [each for each in finite if each < rate], [each for each in finite if each > rate]
+    if math.isinf(rate):
+        return [2.0 * below[-1]] if below else []
+    return [
+        math.sqrt(rate * below[-1]) if below else rate / 2.0,
+        math.sqrt(rate * above[0]) if above else rate * 2.0,
+    ]
 
 
 def at_rates(space: PlanSpace, losses: Additive, narrow: float, dropped: float) -> Additive:

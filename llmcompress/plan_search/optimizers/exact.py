@@ -9,16 +9,16 @@ from llmcompress.errors import CompressError, ExitCode
 from llmcompress.plan_search.additive import Additive
 from llmcompress.plan_search.optimizers.additive_optimum import least_loss
 from llmcompress.plan_search.optimizers.base import OPTIMIZERS
-from llmcompress.plan_search.optimizers.estimated_optima import Optimum, at_rates, estimated_optima
+from llmcompress.plan_search.optimizers.estimated_optima import Optimum, at_rates, estimated_optima, halfway
 from llmcompress.plan_search.optimizers.judging import Exploration, Explorer, badness
 from llmcompress.plan_search.problem import Outcome, Problem
 
 
 @OPTIMIZERS.register("exact")
 class Exact(Explorer):
-    """The plan of least estimated loss within the limits, the same at other exchange rates between shapes and bits, and
-    then for losses and rates with noise: half of the time near the rate whose plan was judged best, a quarter near the
-    next, ….
+    """The plan of least estimated loss within the limits, the same at other exchange rates between shapes and bits,
+    then at rates between the best and the next ones, and at last for losses and rates with noise: half of the time near
+    the rate whose plan was judged best, a quarter near the next, ….
 
     The first plan is the optimum where losses add up. They do not quite, and estimates have errors: optima of losses
     that are a little different are the plans next to it which are worth judging.
@@ -30,6 +30,8 @@ class Exact(Explorer):
     """Standard deviation of the noise on the logarithm of each loss."""
     rate_spread: float = Field(default=0.3, ge=0)
     """The same of the exchange rates: one for all narrow bodies, one for dropping."""
+    halvings: int = Field(default=2, ge=0)
+    """How often the distance between the best exchange rates and the next ones is halved before noise is drawn."""
 
     def explore(self, problem: Problem, random: np.random.Generator) -> Exploration:
         """The optimum, then optima with noise.
@@ -51,6 +53,14 @@ class Exact(Explorer):
         if not judged:
             return
         judged.sort(key=lambda each: badness(problem, each[0]))
+        for _ in range(self.halvings):
+            for narrow, dropped in halfway([optimum for _, optimum in judged]):
+                around = at_rates(problem.space, losses, narrow, dropped)
+                plan = least_loss(problem.space, around, problem.costs, problem.limits)
+                if plan is not None and all(plan != optimum.plan for _, optimum in judged):
+                    (told,) = yield [plan]
+                    judged.append((told, Optimum(plan, narrow, dropped)))
+            judged.sort(key=lambda each: badness(problem, each[0]))
         while True:
             _, near = judged[min(int(random.geometric(0.5)), len(judged)) - 1]
             narrow, dropped = np.exp(self.rate_spread * random.standard_normal(2))

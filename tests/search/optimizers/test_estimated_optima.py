@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from llmcompress.plan_search.optimizers.estimated_optima import estimated_optima
+from llmcompress.plan_search.optimizers.additive_optimum import least_loss
+from llmcompress.plan_search.optimizers.estimated_optima import Optimum, at_rates, estimated_optima, halfway
 from llmcompress.plan_search.optimizers.exact import Exact
 from llmcompress.plan_search.plan_space import Plan
 from llmcompress.plan_search.problem import Outcome, Problem
@@ -68,6 +70,31 @@ def test_exact_goes_on_around_what_was_judged_best(task: Problem, family: set[st
     later = [bodies(task, plan) for (plan,) in asked[count:]]
     assert any(bodies(task, plan) == family for plan in optima(task))
     assert sum(found <= family for found in later) > len(later) / 3, "half of them, and what the others have by chance"
+
+
+def test_rates_beside_the_best_are_halfway_to_the_next_ones_known(task: Problem) -> None:
+    known = [Optimum(optima(task)[0], *rates) for rates in ((2.0, 1.0), (1.0, 1.0), (math.inf, 1.0), (4.0, 4.0))]
+    assert halfway(known) == [(math.sqrt(2.0), 1.0), (math.sqrt(8.0), 1.0), (2.0, 0.5), (2.0, 2.0)]
+    assert halfway([known[2], *known[:2]]) == [(4.0, 1.0), (math.inf, 0.5), (math.inf, 2.0)]
+
+
+def test_halvings_find_a_rate_that_was_not_among_the_first(task: Problem) -> None:
+    """What is judged: the estimated loss with narrow bodies counted 2.8 times and dropped ones 1.4 times."""
+    losses = task.losses
+    assert losses is not None
+    truth = at_rates(task.space, losses, 2.8, 1.4)
+    reached = {}
+    for halvings in (0, 3):
+        exploring = Exact(halvings=halvings, spread=0.0, rate_spread=0.0).explore(task, np.random.default_rng(0))
+        (plan,) = next(exploring)
+        found = []
+        for _ in range(16):
+            found.append(truth.total(task.space, plan))
+            (plan,) = exploring.send([Outcome(plan, 1, found[-1], task.cost(plan))])
+        reached[halvings] = min(found)
+    best = least_loss(task.space, truth, task.costs, task.limits)
+    assert best is not None
+    assert reached[3] <= reached[0] and reached[3] == pytest.approx(truth.total(task.space, best))
 
 
 def test_families_that_cannot_keep_the_limits_have_none(task: Problem) -> None:
