@@ -126,7 +126,7 @@ class SearchSettings(_Settings):
     judge: JudgeSettings = JudgeSettings()
     costs: CostSettings = CostSettings()
     optimizer: Annotated[tuple[Optimizer, ...], Grouped(OPTIMIZERS)]
-    """One optimizer with its options: `{evolution: {trials: 200}}`."""
+    """One optimizer with its options: `{evopress: {trials: 200}}`."""
     limits: Limits = Limits()
     select: Annotated[tuple[Selection, ...], Grouped(SELECTIONS)] = (LeastLoss(),)
     """The rule that takes one plan of the front: `{lexicographic: {tolerances: [0.05]}}`."""
@@ -137,7 +137,7 @@ class SearchSettings(_Settings):
     @model_validator(mode="after")
     def _one_optimizer(self) -> Self:
         if len(self.optimizer) != 1:
-            raise ValueError("`optimizer` must name exactly one optimizer, e.g. `optimizer: {evolution: {}}`")
+            raise ValueError("`optimizer` must name exactly one optimizer, e.g. `optimizer: {evopress: {}}`")
         if len(self.select) != 1:
             raise ValueError("`select` must name exactly one rule, e.g. `select: {least_loss: {}}`")
         return self

@@ -20,7 +20,7 @@ from llmcompress.calibration.context import RunContext
 from llmcompress.errors import NOTHING_SAVED, CompressError
 from llmcompress.training.best import BestWeights
 from llmcompress.training.checkpoint import Checkpoint, Reached, Stateful, random_states, restore_random
-from llmcompress.training.data.base import BatchRange, IndexedSamples, TrainingData, Windows
+from llmcompress.training.data.base import BatchRange, IndexedSamples, TrainingData
 from llmcompress.training.data.batch import Batch, padded
 from llmcompress.training.engine import require_whole_parameters
 from llmcompress.training.head import Head, find_head, rows_at_once
@@ -229,8 +229,8 @@ class Session:
         batch, most = self._task.settings.batch, rows_at_once(vocabulary)
         mine, longest = batch // processes, data.longest
         fits_at_once = longest is not None and mine * longest <= most
-        if fits_at_once and isinstance(data, Windows) and self._task.job.sampler is None:
-            return None, batch  # nearly every position predicts something
+        if fits_at_once and data.predicts_all and self._task.job.sampler is None:
+            return None, batch
         head = find_head(model, torch.arange(min(vocabulary, 16), device=context.device)[None])
         if head is not None or fits_at_once:
             return head, batch

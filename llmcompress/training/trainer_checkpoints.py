@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,24 +17,31 @@ from typing_extensions import override
 
 from llmcompress.progress import Progress
 from llmcompress.storage.checked_tensors import own_memory
-from llmcompress.storage.disk import disk_errors
+from llmcompress.storage.disk import disk_errors, sha256
 
 _WEIGHTS = "weights.safetensors"
+_DIGESTS = "digests.json"
 
 
 class Checkpoints(TrainerCallback):  # type: ignore[misc]
-    """Shows every step, and keeps one complete state: `step-N` gets its name when everything is in it."""
+    """Shows every step, and keeps one complete state: `step-N` gets its name when everything is in it, digests of all
+    its files too."""
 
     def __init__(self, folder: Path | None, *, every: int, title: str, progress: Progress) -> None:
         self._folder, self._every, self._title, self._progress = folder, every, title, progress
 
     def latest(self) -> str | None:
-        """The state to resume from. What a killed process wrote in part is removed."""
+        """The state to resume from. What a killed process wrote in part is removed, and what was damaged since."""
         if self._folder is None or not self._folder.exists():
             return None
         for part in self._folder.glob("checkpoint-*"):
             shutil.rmtree(part)
-        return next((str(path) for path in sorted(self._folder.glob("step-*"), reverse=True)), None)
+        for path in sorted(self._folder.glob("step-*"), reverse=True):
+            if _is_intact(path):
+                return str(path)
+            self._progress.note(f"{self._title}: {path} is damaged and removed; the training starts at its beginning")
+            shutil.rmtree(path)
+        return None
 
     @override
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
@@ -44,10 +52,20 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
     @override
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         assert self._folder is not None
-        older = list(self._folder.glob("step-*"))
-        (self._folder / f"checkpoint-{state.global_step}").rename(self._folder / f"step-{state.global_step:09d}")
+        older, new = list(self._folder.glob("step-*")), self._folder / f"checkpoint-{state.global_step}"
+        digests = {file.name: sha256(file) for file in new.iterdir()}
+        (new / _DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
+        new.rename(self._folder / f"step-{state.global_step:09d}")
         for path in older:
             shutil.rmtree(path)
+
+
+def _is_intact(state: Path) -> bool:
+    try:
+        digests = json.loads((state / _DIGESTS).read_text(encoding="utf-8"))
+        return all(sha256(state / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError):
+        return False
 
 
 class ResumableDPO(DPOTrainer):  # type: ignore[misc]

@@ -33,6 +33,8 @@ class TrainingData(ABC):
 
     longest: int | None = None
     """Tokens of the longest sample, if known."""
+    predicts_all: bool = False
+    """Whether every token of a sample but the first is predicted, and nothing is padded."""
 
     @property
     @abstractmethod
@@ -96,6 +98,8 @@ class IndexedSamples(TrainingData, Dataset[Sample]):
 
 class Windows(IndexedSamples):
     """Equally long windows of packed text; every token but the first is predicted."""
+
+    predicts_all = True
 
     def __init__(self, windows_NT: Tensor) -> None:
         super().__init__()

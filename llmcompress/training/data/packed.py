@@ -39,6 +39,8 @@ def packed_windows(rows: Any, encoder: Text, tokens: int) -> Windows:
 class PackedStream(Stream):
     """Windows as the documents come. A resumed training tokenises again what lies before its step."""
 
+    predicts_all = True
+
     def __init__(self, rows: Any, encoder: Text, tokens: int, *, shuffle: int) -> None:
         super().__init__(rows, encoder, shuffle=shuffle)
         self._text, self.longest = encoder, tokens

@@ -73,7 +73,10 @@ class Dies(Silent):
     """In a step, or never; remembers all."""
 
     def __init__(self, at: str = "") -> None:
-        self._at, self.steps = at, list[str]()
+        self._at, self.steps, self.notes = at, list[str](), list[str]()
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def substep(self, text: str, *, done: int = 0, total: int = 0) -> None:
         if text.startswith("preference: step"):
@@ -95,6 +98,20 @@ def test_killed_and_resumed_equals_uninterrupted(folder: Path, tmp_path: Path) -
     assert steps.steps[0] == "preference: step 6/12" and len(steps.steps) == 7
     assert all(torch.equal(a, b) for a, b in zip(through.model.parameters(), resumed.model.parameters(), strict=True))
     assert not (tmp_path / "out.run").exists()
+
+
+def test_a_damaged_state_is_not_resumed_from(folder: Path, tmp_path: Path) -> None:
+    asked = recipe(folder, save_every=5)
+    with pytest.raises(KeyboardInterrupt):
+        llmcompress.compress(str(folder), asked, tmp_path / "out", progress=Dies("preference: step 9/12"))
+    optimizer = tmp_path / "out.run" / "work" / "01-training-preference" / "step-000000005" / "optimizer.pt"
+    content = bytearray(optimizer.read_bytes())
+    content[len(content) // 2] ^= 1
+    optimizer.write_bytes(content)
+    steps = Dies()
+    llmcompress.compress(str(folder), asked, tmp_path / "out", progress=steps)
+    assert steps.steps[0] == "preference: step 1/12"
+    assert any("step-000000005 is damaged and removed" in note for note in steps.notes)
 
 
 def test_a_model_is_afterwards_what_it_was(folder: Path) -> None:
