@@ -117,6 +117,7 @@ def sections() -> list[Section]:
         Section("Export targets: speed of other shapes", exports.shapes, "exported-shapes-*.json"),
         Section("Search on a real model, at equal bytes", search.search, "search-SmolLM2-*.json"),
         Section("Quantization-aware training on a real model", training.qat, "qat-SmolLM2-*.json"),
+        Section("Quantization-aware training on the bundled model", training.qat_small, "qat-books-*.json"),
         Section("Healing a pruned real model", training.healing, "healing-*.json"),
         Section("Training steps, against TRL", training.speed, "training-speed-*.json"),
         Section("A real model, against llm-compressor and AutoRound", real.everything, "real-*.json"),

@@ -6,9 +6,10 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 from tables.cells import Facts, environment, markdown, protocol
-from tables.paired import Method, chosen, difference, methods
+from tables.paired import Method, chosen, difference, methods, on_common_draws
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
@@ -58,6 +59,40 @@ def _qat_line(
     return [f"`{row.setting}`", row.name, tokens, *cells, f"{kl.mean:.3f} ± {kl.error:.3f}", against, seconds]
 
 
+def qat_small(facts: Facts) -> str:
+    """Every row of the bundled model, beside gptq at the same bits on the same windows."""
+    trials = [{"who": "ours", **trial} for trial in facts["trials"]]
+    rows, texts = methods({**facts, "trials": trials}), facts["protocol"]["texts"]
+    dense = next(trial["dense_nats"] for trial in trials if "dense_nats" in trial)
+    body = []
+    for row in sorted(rows, key=lambda each: each.setting, reverse=True):
+        plain = next(each for each in rows if (each.setting, each.name) == (row.setting, "gptq"))
+        cells = []
+        for text in texts:
+            loss = dense[text] / sum(facts["tokens"][text])
+            found = row.perplexities(text, facts["tokens"][text])
+            cells.append(f"{mean(found):.2f}, ×{mean(found) / math.exp(loss):.4f}")
+        against = ""
+        if row is not plain:
+            apart = difference(*on_common_draws(row, plain), facts, texts)
+            against = f"{apart.mean:+.4f} ± {apart.error:.4f}"
+        seconds = mean(trial["cpu_seconds"] for trial in row.trials)
+        body.append([f"`{row.setting}`", row.name, str(len(row.trials)), *cells, against, f"{seconds:.0f}"])
+    told = facts["protocol"]
+    about = (
+        f"**{facts['model']}**: perplexity ({protocol(told['window'], told['bos'])}), × dense, mean over draws of the "
+        f"{told['samples']} × {told['tokens']} training tokens; loss − gptq: nats per token, of the draws that both "
+        "have, paired by window ± standard error. Trained on books valid."
+    )
+    return "\n\n".join(
+        [
+            about,
+            markdown(["weights", "method", "draws", *texts, "loss − gptq", "CPU s"], body),
+            environment(facts),
+        ]
+    )
+
+
 def speed(facts: Facts) -> str:
     """Ours, TRL's and the bare loop's, job by job."""
     rows = {row["name"]: row for row in facts["rows"]}
@@ -91,11 +126,12 @@ def healing(facts: Facts) -> str:
                 for text in texts
             ]
             body.append([trained, objective, f"{int(step) * per_step:,}", *cells])
+    batch = f"{facts['training']['batch']} × {facts['tokens']} tokens"
     about = (
         f"**{facts['model']}** without 12.5 % of its blocks and 14.5 % of what is inside the others, all weights "
-        f"trained: perplexity (windows of 512 with BOS, {facts['windows']} of each text), and the share of the lost "
-        "log-perplexity that is back. Points before the last are the middle of the same training, whose learning rate "
-        "had not fallen yet."
+        f"trained in batches of {batch}: perplexity (windows of 512 with BOS, {facts['windows']} of each text), and "
+        "the share of the lost log-perplexity that is back. Points before the last are the middle of the same "
+        "training, whose learning rate had not fallen yet."
     )
     header = ["trained on", "objective", "tokens", *texts]
     return "\n\n".join([about, markdown(header, body), environment(facts)])
