@@ -132,23 +132,31 @@ def searched(setting: Setting, row: Row, tokens: int) -> dict[str, Any] | None:
     asking = AskTell(OPTIMIZERS[row.optimizer].model_validate({"trials": 10_000, **row.options}), given, seed=0)
     found: dict[tuple[Plan, int], float] = {}
     curve: list[list[float]] = []
-    while (taken := spent + (counted.spent if counted else 0)) < tokens and (asked := asking.ask()):
+
+    def taken() -> int:
+        return spent + (counted.spent if counted else 0)
+
+    while taken() < tokens and (asked := asking.ask()):
         if not all(given.fits(each.plan) for each in asked):
             return None
         outcomes = []
         for each in asked:
+            if taken() >= tokens:
+                break
             plan = setting.in_space(given.space, each.plan)
             if (plan, each.tokens) not in found:
                 found[plan, each.tokens] = setting.judged(plan, each.tokens)
                 spent += each.tokens
             outcomes.append(Outcome(each.plan, each.tokens, found[plan, each.tokens], given.cost(each.plan)))
-            curve.append([taken + each.tokens, each.tokens, found[plan, each.tokens]])
+            curve.append([taken(), each.tokens, found[plan, each.tokens]])
+        if len(outcomes) < len(asked):
+            break
         asking.tell(outcomes)
     if not found:
         return None
     first = sorted((loss, plan) for (plan, at), loss in found.items() if at == STAGES[0])
     best = min((plan for _, plan in first[:4]), key=lambda plan: setting.judged(plan, STAGES[-1]))
-    return {**setting.described(best), "tokens": taken, "cpu_seconds": time.process_time() - began, "curve": curve}
+    return {**setting.described(best), "tokens": taken(), "cpu_seconds": time.process_time() - began, "curve": curve}
 
 
 def pruned_first(setting: Setting, row: Row) -> dict[str, Any] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from pydantic import Field
 
@@ -11,6 +13,7 @@ from llmcompress.plan_search.optimizers.additive_optimum import least_loss
 from llmcompress.plan_search.optimizers.base import OPTIMIZERS
 from llmcompress.plan_search.optimizers.estimated_optima import Optimum, at_rates, estimated_optima, halfway
 from llmcompress.plan_search.optimizers.judging import Exploration, Explorer, badness
+from llmcompress.plan_search.plan_space import Plan
 from llmcompress.plan_search.problem import Outcome, Problem
 
 
@@ -32,6 +35,8 @@ class Exact(Explorer):
     """The same of the exchange rates: one for all narrow bodies, one for dropping."""
     halvings: int = Field(default=2, ge=0)
     """How often the distance between the best exchange rates and the next ones is halved before noise is drawn."""
+    batch: int = Field(default=4, ge=1)
+    """Plans drawn with noise at once, which workers may judge at the same time."""
 
     def explore(self, problem: Problem, random: np.random.Generator) -> Exploration:
         """The optimum, then optima with noise.
@@ -47,33 +52,46 @@ class Exact(Explorer):
                 exit_code=ExitCode.USAGE,
             )
         judged: list[tuple[Outcome, Optimum]] = []
-        for optimum in estimated_optima(problem.space, losses, problem.costs, problem.limits):
-            (told,) = yield [optimum.plan]
-            judged.append((told, optimum))
-        if not judged:
-            return
-        judged.sort(key=lambda each: badness(problem, each[0]))
-        for _ in range(self.halvings):
-            for narrow, dropped in halfway([optimum for _, optimum in judged]):
-                around = at_rates(problem.space, losses, narrow, dropped)
-                plan = least_loss(problem.space, around, problem.costs, problem.limits)
-                if plan is not None and all(plan != optimum.plan for _, optimum in judged):
-                    (told,) = yield [plan]
-                    judged.append((told, Optimum(plan, narrow, dropped)))
-            judged.sort(key=lambda each: badness(problem, each[0]))
-        while True:
-            _, near = judged[min(int(random.geometric(0.5)), len(judged)) - 1]
-            narrow, dropped = np.exp(self.rate_spread * random.standard_normal(2))
-            around = at_rates(problem.space, losses, near.narrow * float(narrow), near.dropped * float(dropped))
-            noisy = Additive(
-                around.base,
-                {unit: row * _noise(row, self.spread, random) for unit, row in around.of_unit.items()},
-                {unit: rows * _noise(rows, self.spread, random) for unit, rows in around.of_sites.items()},
-            )
-            plan = least_loss(problem.space, noisy, problem.costs, problem.limits)
-            if plan is None:
+        for number in range(1 + self.halvings):
+            if number == 0:
+                new = list(estimated_optima(problem.space, losses, problem.costs, problem.limits))
+            else:
+                new = _between(problem, losses, [optimum for _, optimum in judged])
+            if new:
+                told = yield [each.plan for each in new]
+                judged = sorted([*judged, *zip(told, new, strict=True)], key=lambda each: badness(problem, each[0]))
+            if not judged:
                 return
-            yield [plan]
+        optima = [optimum for _, optimum in judged]
+        while plans := [plan for _ in range(self.batch) if (plan := self._drawn(problem, losses, optima, random))]:
+            yield plans
+
+    def _drawn(
+        self, problem: Problem, losses: Additive, optima: Sequence[Optimum], random: np.random.Generator
+    ) -> Plan | None:
+        """The optimum with noise near one of these, whose order tells how likely it is taken."""
+        near = optima[min(int(random.geometric(0.5)), len(optima)) - 1]
+        narrow, dropped = np.exp(self.rate_spread * random.standard_normal(2))
+        around = at_rates(problem.space, losses, near.narrow * float(narrow), near.dropped * float(dropped))
+        noisy = Additive(
+            around.base,
+            {unit: row * _noise(row, self.spread, random) for unit, row in around.of_unit.items()},
+            {unit: rows * _noise(rows, self.spread, random) for unit, rows in around.of_sites.items()},
+        )
+        return least_loss(problem.space, noisy, problem.costs, problem.limits)
+
+
+def _between(problem: Problem, losses: Additive, optima: Sequence[Optimum]) -> list[Optimum]:
+    """New plans at exchange rates between those of the first and the next ones."""
+    found = dict.fromkeys(each.plan for each in optima)
+    new = []
+    for narrow, dropped in halfway(optima):
+        scaled = at_rates(problem.space, losses, narrow, dropped)
+        plan = least_loss(problem.space, scaled, problem.costs, problem.limits)
+        if plan is not None and plan not in found:
+            found[plan] = None
+            new.append(Optimum(plan, narrow, dropped))
+    return new
 
 
 def _noise(like: np.ndarray, spread: float, random: np.random.Generator) -> np.ndarray:

@@ -57,17 +57,22 @@ def test_the_optimum_of_each_family_alone_is_among_them(task: Problem, allowed: 
     assert min(of_family) == pytest.approx(least(task, allowed))
 
 
+def asked_by(exact: Exact, task: Problem, judge: Callable[[Plan], float], count: int) -> list[Plan]:
+    """So many plans, in the order in which they are proposed."""
+    exploring, asked = exact.explore(task, np.random.default_rng(0)), list[Plan]()
+    plans = next(exploring)
+    while len(asked) < count:
+        asked += plans
+        plans = exploring.send([Outcome(plan, 1, judge(plan), task.cost(plan)) for plan in plans])
+    return asked[:count]
+
+
 @pytest.mark.parametrize("family", [{"whole"}, {"whole", "ffn-50"}])
 def test_exact_goes_on_around_what_was_judged_best(task: Problem, family: set[str]) -> None:
     task = replace(task, limits={axis: 1.2 * limit for axis, limit in task.limits.items()})
-    exploring = Exact(spread=0.3).explore(task, np.random.default_rng(0))
-    asked = [next(exploring)]
     count = len(optima(task))
-    while len(asked) < count + 30:
-        (plan,) = asked[-1]
-        loss = 1.0 if bodies(task, plan) == family else 2.0
-        asked.append(exploring.send([Outcome(plan, 1, loss, task.cost(plan))]))
-    later = [bodies(task, plan) for (plan,) in asked[count:]]
+    asked = asked_by(Exact(spread=0.3), task, lambda plan: 1.0 if bodies(task, plan) == family else 2.0, count + 30)
+    later = [bodies(task, plan) for plan in asked[count:]]
     assert any(bodies(task, plan) == family for plan in optima(task))
     assert sum(found <= family for found in later) > len(later) / 3, "half of them, and what the others have by chance"
 
@@ -85,13 +90,9 @@ def test_halvings_find_a_rate_that_was_not_among_the_first(task: Problem) -> Non
     truth = at_rates(task.space, losses, 2.8, 1.4)
     reached = {}
     for halvings in (0, 3):
-        exploring = Exact(halvings=halvings, spread=0.0, rate_spread=0.0).explore(task, np.random.default_rng(0))
-        (plan,) = next(exploring)
-        found = []
-        for _ in range(16):
-            found.append(truth.total(task.space, plan))
-            (plan,) = exploring.send([Outcome(plan, 1, found[-1], task.cost(plan))])
-        reached[halvings] = min(found)
+        exact = Exact(halvings=halvings, spread=0.0, rate_spread=0.0)
+        asked = asked_by(exact, task, lambda plan: truth.total(task.space, plan), 16)
+        reached[halvings] = min(truth.total(task.space, plan) for plan in asked)
     best = least_loss(task.space, truth, task.costs, task.limits)
     assert best is not None
     assert reached[3] <= reached[0] and reached[3] == pytest.approx(truth.total(task.space, best))
