@@ -38,7 +38,7 @@ FEWER = {
     "amc": ["optimizer.policy_gradient={trials: 6, batch: 2}"],
     "evopress": ["optimizer.evopress={trials: 6, offspring: 3}"],
     "rco": ["optimizer.rco={trials: 3, steps: 2, samples: 1, judged: 2}"],
-    "joint": ["optimizer.evopress={trials: 6, offspring: 3}"],
+    "joint": ["optimizer.exact={trials: 6}"],
 }
 
 
