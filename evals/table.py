@@ -140,6 +140,7 @@ def sections() -> list[Section]:
         ),
         Section("Prune or quantize, at equal bytes", pruning.equal_bytes, "equal-bytes-*.json"),
         Section("Depth pruning", pruning.depth, "depth-*.json"),
+        Section("Greedy depth pruning of a real model", pruning.greedy_depth, "greedy-depth-*.json"),
         Section("Width pruning: heads and FFN channels", pruning.width, "width-*.json"),
         Section("Width pruning of FFN channels, against Torch-Pruning", pruning.width_peer, "peers-width-*.json"),
         Section("Slicing the residual stream: SliceGPT", pruning.slicegpt, "slicegpt-*.json"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from statistics import mean
 
 from tables.cells import Facts, calibrated, environment, grid, markdown, protocol, spread
@@ -53,6 +54,25 @@ def depth(facts: Facts) -> str:
     rows = [[method, *(spread(cells.get((method, count)), dense) for count in counts)] for method in methods]
     header = ["blocks chosen by", *(f"{count} of {facts['blocks']} removed" for count in counts)]
     return "\n\n".join([calibrated(facts), markdown(header, rows), environment(facts)])
+
+
+def greedy_depth(facts: Facts) -> str:
+    """What evaluating fewer blocks in every round costs and saves."""
+    body = []
+    for trial in facts["trials"]:
+        cells = []
+        for text, found in trial["texts"].items():
+            loss, dense = sum(found["nats"]), trial["dense_nats"][text]
+            tokens = sum(facts["tokens"][text])
+            cells.append(f"{math.exp(loss / tokens):.2f}, ×{math.exp((loss - dense) / tokens):.3f}")
+        body.append([trial["method"], *cells, f"{trial['cpu_seconds']:,.0f}"])
+    told, texts = facts["protocol"], list(facts["trials"][0]["texts"])
+    about = (
+        f"**{facts['model']}** without a quarter of its blocks: perplexity ({protocol(told['window'], told['bos'])}), "
+        f"× dense; calibrated on {told['samples']} × {told['tokens']} tokens of WikiText-2 valid, one draw. `screen`: "
+        "how many blocks are evaluated in every round, those of least influence."
+    )
+    return "\n\n".join([about, markdown(["blocks chosen by", *texts, "CPU s"], body), environment(facts)])
 
 
 def width(facts: Facts) -> str:

@@ -1,10 +1,10 @@
 """How many blocks a greedy depth search must evaluate in every round: a quarter of a real model's blocks removed.
 
-    OMP_NUM_THREADS=1 python evals/depth_search.py --calibration wikitext-2/valid.txt \\
+    OMP_NUM_THREADS=1 python evals/greedy_depth.py --calibration wikitext-2/valid.txt \\
         --text WikiText-2=wikitext-2/test.txt --text books=books/test.txt --validation books-valid=books/valid.txt
 
 `screen` evaluates the blocks of least influence only; without it all blocks are evaluated in every round. The choice is
-made on validation text. Writes evals/results/depth-search-NAME.json after every row, with the losses of every window,
+made on validation text. Writes evals/results/greedy-depth-NAME.json after every row, with the losses of every window,
 and goes on where it was stopped. Set OMP_NUM_THREADS=1: seconds are CPU seconds.
 """
 
@@ -54,7 +54,7 @@ def main(
     """Do what is missing."""
     cache = cache_folder() / "evals"
     study = Study(model or real_model(), calibration, named(texts), named(validation), cache, samples=SAMPLES)
-    results, bench = Results(HERE / "results" / f"depth-search-{name}.json", study), Bench(study)
+    results, bench = Results(HERE / "results" / f"greedy-depth-{name}.json", study), Bench(study)
     names = [*study.texts, *study.validation]
     for method, options in ROWS.items():
         if (only and method not in only) or any(method == trial["method"] for trial in results.trials):
