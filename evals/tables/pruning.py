@@ -68,7 +68,7 @@ def greedy_depth(facts: Facts) -> str:
         body.append([trial["method"], *cells, f"{trial['cpu_seconds']:,.0f}"])
     told, texts = facts["protocol"], list(facts["trials"][0]["texts"])
     about = (
-        f"**{facts['model']}** without a quarter of its blocks: perplexity ({protocol(told['window'], told['bos'])}), "
+        f"**{facts['model'].removeprefix('greedy-depth-')}** without a quarter of its blocks: perplexity ({protocol(told['window'], told['bos'])}), "
         f"× dense; calibrated on {told['samples']} × {told['tokens']} tokens of WikiText-2 valid, one draw. `screen`: "
         "how many blocks are evaluated in every round, those of least influence."
     )
