@@ -67,10 +67,11 @@ def greedy_depth(facts: Facts) -> str:
             cells.append(f"{math.exp(loss / tokens):.2f}, ×{math.exp((loss - dense) / tokens):.3f}")
         body.append([trial["method"], *cells, f"{trial['cpu_seconds']:,.0f}"])
     told, texts = facts["protocol"], list(facts["trials"][0]["texts"])
+    model, windows = facts["model"].removeprefix("greedy-depth-"), protocol(told["window"], told["bos"])
     about = (
-        f"**{facts['model'].removeprefix('greedy-depth-')}** without a quarter of its blocks: perplexity ({protocol(told['window'], told['bos'])}), "
-        f"× dense; calibrated on {told['samples']} × {told['tokens']} tokens of WikiText-2 valid, one draw. `screen`: "
-        "how many blocks are evaluated in every round, those of least influence."
+        f"**{model}** without a quarter of its blocks: perplexity ({windows}), × dense; calibrated on "
+        f"{told['samples']} × {told['tokens']} tokens of WikiText-2 valid, one draw. `screen`: how many blocks are "
+        "evaluated in every round, those of least influence."
     )
     return "\n\n".join([about, markdown(["blocks chosen by", *texts, "CPU s"], body), environment(facts)])
 

@@ -78,10 +78,10 @@ def qat_small(facts: Facts) -> str:
             against = f"{apart.mean:+.4f} ± {apart.error:.4f}"
         seconds = mean(trial["cpu_seconds"] for trial in row.trials)
         body.append([f"`{row.setting}`", row.name, str(len(row.trials)), *cells, against, f"{seconds:.0f}"])
-    told = facts["protocol"]
+    told, model = facts["protocol"], facts["model"].removeprefix("qat-")
     about = (
-        f"**{facts['model'].removeprefix('qat-')}**: perplexity ({protocol(told['window'], told['bos'])}), × dense, mean "
-        f"over draws of the {told['samples']} × {told['tokens']} training tokens; loss − gptq: nats per token, of the draws that both "
+        f"**{model}**: perplexity ({protocol(told['window'], told['bos'])}), × dense, mean over draws of the "
+        f"{told['samples']} × {told['tokens']} training tokens; loss − gptq: nats per token, of the draws that both "
         "have, paired by window ± standard error. Trained on books valid."
     )
     return "\n\n".join(
