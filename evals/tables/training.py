@@ -76,8 +76,8 @@ def qat_small(facts: Facts) -> str:
         if row is not plain:
             apart = difference(*on_common_draws(row, plain), facts, texts)
             against = f"{apart.mean:+.4f} ± {apart.error:.4f}"
-        seconds = mean(trial["cpu_seconds"] for trial in row.trials)
-        body.append([f"`{row.setting}`", row.name, str(len(row.trials)), *cells, against, f"{seconds:.0f}"])
+        seconds, size = mean(trial["cpu_seconds"] for trial in row.trials), f"{row.trials[0]['bytes'] / 1e6:.2f}"
+        body.append([f"`{row.setting}`", row.name, str(len(row.trials)), size, *cells, against, f"{seconds:.0f}"])
     told, model = facts["protocol"], facts["model"].removeprefix("qat-")
     about = (
         f"**{model}**: perplexity ({protocol(told['window'], told['bos'])}), × dense, mean over draws of the "
@@ -87,7 +87,7 @@ def qat_small(facts: Facts) -> str:
     return "\n\n".join(
         [
             about,
-            markdown(["weights", "method", "draws", *texts, "loss − gptq", "CPU s"], body),
+            markdown(["weights", "method", "draws", "MB", *texts, "loss − gptq", "CPU s"], body),
             environment(facts),
         ]
     )
