@@ -126,9 +126,9 @@ def healing(facts: Facts) -> str:
                 for text in texts
             ]
             body.append([trained, objective, f"{int(step) * per_step:,}", *cells])
-    batch = f"{facts['training']['batch']} × {facts['tokens']} tokens"
+    model, batch = facts["model"].removesuffix("-long"), f"{facts['training']['batch']} × {facts['tokens']} tokens"
     about = (
-        f"**{facts['model'].removesuffix('-long')}** without 12.5 % of its blocks and 14.5 % of what is inside the others, all weights "
+        f"**{model}** without 12.5 % of its blocks and 14.5 % of what is inside the others, all weights "
         f"trained in batches of {batch}: perplexity (windows of 512 with BOS, {facts['windows']} of each text), and "
         "the share of the lost log-perplexity that is back. Points before the last are the middle of the same "
         "training, whose learning rate had not fallen yet."
