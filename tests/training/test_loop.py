@@ -23,7 +23,7 @@ from llmcompress.training.loop import train
 from llmcompress.training.masks import ZerosStay
 from llmcompress.training.objectives.cross_entropy import CrossEntropy
 from llmcompress.training.objectives.penalty import Penalised, Penalty
-from llmcompress.training.optimizer import ParameterGroup
+from llmcompress.training.optimizer import ParameterGroup, adamw
 from llmcompress.training.session import TrainingReport
 from llmcompress.training.settings import Training
 from tests.families import FAMILIES, tiny_model, tiny_tokens
@@ -119,6 +119,18 @@ def test_one_step_equals_adamw_by_hand() -> None:
             after[grad.abs() > 1e-5], (parameter - 1e-3 * grad / (grad.abs() + 1e-8))[grad.abs() > 1e-5],
             atol=2e-6, rtol=0, msg=name,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["sliced", "transposed"])
+def test_a_step_moves_what_is_trained_wherever_it_lies(layout: str) -> None:
+    """Parts of larger tensors, as factors of a lower rank are: each number by the rate, those beside it not at all."""
+    whole = torch.zeros(6, 8)
+    parameter = nn.Parameter(whole[:, :3] if layout == "sliced" else whole.T)
+    optimizer = adamw([{"params": [parameter]}], FEW.model_copy(update={"learning_rate": 0.1, "weight_decay": 0.0}))
+    parameter.grad = torch.ones(parameter.shape)
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), torch.full(parameter.shape, -0.1))
+    assert (whole[:, 3:] == 0).all() or layout == "transposed"
 
 
 def test_same_seed_same_weights_other_seed_other_weights() -> None:
