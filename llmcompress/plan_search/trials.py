@@ -140,7 +140,8 @@ class Trials:
         states = optuna_library().trial.TrialState
         for trial in self._trials(states.WAITING):
             if self._patience(partial(self._set_state, trial, states.RUNNING)):
-                self._patience(partial(self._storage.set_trial_user_attr, trial._trial_id, "worker", worker))
+                for name, value in (("worker", worker), ("claimed", trial.number)):
+                    self._patience(partial(self._storage.set_trial_user_attr, trial._trial_id, name, value))
                 about = trial.user_attrs
                 return Claimed(
                     trial._trial_id, trial.number, str(about["key"]), _proposal(trial), about["costs"], about["excess"]
@@ -216,7 +217,7 @@ class Trials:
                     trial.number,
                     str(trial.user_attrs["key"]),
                     Outcome(proposal.plan, proposal.tokens, loss, costs, problem),
-                    str(trial.user_attrs.get("worker", "")),
+                    _worker(trial),
                     began,
                     ended - began,
                 )
@@ -232,10 +233,7 @@ class Trials:
     def unfinished(self) -> dict[str, str]:
         """Key → worker, empty where none has it yet, of trials that wait or run."""
         states = optuna_library().trial.TrialState
-        return {
-            str(trial.user_attrs["key"]): str(trial.user_attrs.get("worker", ""))
-            for trial in self._trials(states.WAITING, states.RUNNING)
-        }
+        return {str(trial.user_attrs["key"]): _worker(trial) for trial in self._trials(states.WAITING, states.RUNNING)}
 
     def retry_dead(self, dead: Sequence[str] = ()) -> None:
         """Trials of these workers, and of those whose heartbeat stopped, fail; they are enqueued again, once."""
@@ -245,8 +243,8 @@ class Trials:
             warnings.simplefilter("ignore")  # heartbeats are marked as experimental
             again = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)
             for trial in self._trials(states.RUNNING):
-                worker, began = trial.user_attrs.get("worker"), trial.datetime_start
-                unowned = worker is None and began is not None and time.time() - began.timestamp() > GRACE_SECONDS
+                worker, began = _worker(trial), trial.datetime_start
+                unowned = not worker and began is not None and time.time() - began.timestamp() > GRACE_SECONDS
                 if worker in dead or unowned:
                     self._patience(partial(self._fail, trial, again))
             with self._changing:
@@ -272,6 +270,15 @@ class Trials:
             ]
 
         return self._patience(read)
+
+
+def _worker(trial: FrozenTrial) -> str:
+    """Who claimed it; empty: no worker yet.
+
+    A repetition begins with the attributes of the trial that failed, so the name alone may be the dead worker's.
+    """
+    about = trial.user_attrs
+    return str(about["worker"]) if about.get("claimed") == trial.number else ""
 
 
 def _proposal(trial: FrozenTrial) -> Proposal:

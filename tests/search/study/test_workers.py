@@ -102,6 +102,22 @@ def test_g1_a_plan_that_kills_every_worker_is_infeasible(our_python: WarmPython,
     assert over.outcome.problem == "its worker died, 2 times" and not over.outcome.is_valid
 
 
+def test_g1_a_repetition_is_not_taken_for_the_dead_workers_while_another_claims_it(tmp_path: Path) -> None:
+    """Claiming is two writes, and a repetition begins with what was written of the trial that failed."""
+    folder = begun(tmp_path)
+    found = trials(folder)
+    found.enqueue(problem(), Proposal((0,) * len(plan_space().units), 4), "key")
+    one = folder.worker("one")
+    assert found.claim(one.name) is not None
+    found.retry_dead([one.name])
+    assert found.unfinished() == {"key": ""}
+    kept = optuna.load_study(study_name="test", storage=folder.url_of(None))
+    waiting = next(trial for trial in kept.trials if trial.state == optuna.trial.TrialState.WAITING)
+    kept._storage.set_trial_state_values(waiting._trial_id, state=optuna.trial.TrialState.RUNNING)
+    found.retry_dead([one.name])
+    assert not found.finished() and found.unfinished() == {"key": ""}
+
+
 def test_a_process_that_dies_is_started_again_and_one_that_dies_always_is_told_with_its_last_words(
     tmp_path: Path,
 ) -> None:
