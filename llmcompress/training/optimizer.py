@@ -51,7 +51,7 @@ def adamw(groups: list[dict[str, Any]], settings: Training) -> AdamW:
     Fused: otherwise a step makes two copies of the largest weight, which is where trainings of small models with large
     vocabularies take the most memory.
     """
-    # on a CPU fused steps read and write a sliced parameter as if it had no gaps, and tell nobody (torch 2.13)
+    # on a CPU fused steps read and write a sliced parameter as if it had no gaps, without an error (torch 2.13)
     fused = all(each.is_contiguous() for group in groups for each in group["params"])
     return AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=fused)
 
