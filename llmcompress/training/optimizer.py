@@ -48,8 +48,7 @@ def optimizer_groups(
 def adamw(groups: list[dict[str, Any]], settings: Training) -> AdamW:
     """With the moments' decay that language models are trained with.
 
-    Fused: otherwise a step makes two copies of the largest weight, which is where trainings of small models with large
-    vocabularies take the most memory.
+    Fused: otherwise a step makes two copies of the largest weight, often the embedding.
     """
     # on a CPU fused steps read and write a sliced parameter as if it had no gaps, without an error (torch 2.13)
     fused = all(each.is_contiguous() for group in groups for each in group["params"])
