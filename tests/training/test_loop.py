@@ -130,7 +130,8 @@ def test_a_step_moves_what_is_trained_wherever_it_lies(layout: str) -> None:
     parameter.grad = torch.ones(parameter.shape)
     optimizer.step()
     torch.testing.assert_close(parameter.detach(), torch.full(parameter.shape, -0.1))
-    assert (whole[:, 3:] == 0).all() or layout == "transposed"
+    if layout == "sliced":
+        assert (whole[:, 3:] == 0).all()
 
 
 def test_same_seed_same_weights_other_seed_other_weights() -> None:

@@ -36,7 +36,7 @@ def estimated_optima(
     alone are among them: where the joint optimum is judged worse than one of these, a search sees it.
     """
     found: dict[Plan, None] = {}
-    for narrow, dropped in RATES:
+    for narrow, dropped in RATES if has_shapes(space) else RATES[:1]:
         factors = _factors(space, narrow, dropped)
         plan = least_loss(space, _scaled(losses, factors), costs, limits)
         # within some limits there is no plan but one with what was not to be taken
@@ -47,6 +47,11 @@ def estimated_optima(
         ):
             found[plan] = None
             yield Optimum(plan, narrow, dropped)
+
+
+def has_shapes(space: PlanSpace) -> bool:
+    """Whether bodies may be narrowed or dropped: otherwise exchange rates change nothing."""
+    return any(len(space.units[body].options) > 1 for body in space.bodies)
 
 
 def halfway(found: Sequence[Optimum]) -> list[tuple[float, float]]:

@@ -11,7 +11,7 @@ from llmcompress.errors import CompressError, ExitCode
 from llmcompress.plan_search.additive import Additive
 from llmcompress.plan_search.optimizers.additive_optimum import least_loss
 from llmcompress.plan_search.optimizers.base import OPTIMIZERS
-from llmcompress.plan_search.optimizers.estimated_optima import Optimum, at_rates, estimated_optima, halfway
+from llmcompress.plan_search.optimizers.estimated_optima import Optimum, at_rates, estimated_optima, halfway, has_shapes
 from llmcompress.plan_search.optimizers.judging import Exploration, Explorer, badness
 from llmcompress.plan_search.plan_space import Plan
 from llmcompress.plan_search.problem import Outcome, Problem
@@ -83,13 +83,13 @@ class Exact(Explorer):
 
 def _between(problem: Problem, losses: Additive, optima: Sequence[Optimum]) -> list[Optimum]:
     """New plans at exchange rates between those of the first and the next ones."""
-    found = dict.fromkeys(each.plan for each in optima)
-    new = []
-    for narrow, dropped in halfway(optima):
+    known, new = {each.plan for each in optima}, []
+    # where only bits are chosen, every rate has the same optimum
+    for narrow, dropped in halfway(optima) if has_shapes(problem.space) else ():
         scaled = at_rates(problem.space, losses, narrow, dropped)
         plan = least_loss(problem.space, scaled, problem.costs, problem.limits)
-        if plan is not None and plan not in found:
-            found[plan] = None
+        if plan is not None and plan not in known:
+            known.add(plan)
             new.append(Optimum(plan, narrow, dropped))
     return new
 

@@ -60,18 +60,14 @@ class Divergence(TokenObjective):
         Raises: CompressError where what was stored of the teacher does not suffice.
         """
         assert teacher is not None, "the training loop sees to a teacher"
-        student_RV = self._log_softmax(student_RV)
+        student_RV = functional.log_softmax(student_RV / self.temperature, -1)
         scale: float = self.temperature**self.order
         if isinstance(teacher, StoredRows):
             self._check(teacher)
             return scale * teacher.divergence(student_RV, terms)
         assert isinstance(teacher, Tensor), "options that do not fit together are refused"
         require_same_vocabulary(student_RV, teacher)
-        return scale * terms(student_RV, self._log_softmax(teacher)).sum(-1)
-
-    def _log_softmax(self, logits_RV: Tensor) -> Tensor:
-        """At the temperature; at 1 without a copy of the logits."""
-        return functional.log_softmax(logits_RV if self.temperature == 1 else logits_RV / self.temperature, -1)
+        return scale * terms(student_RV, functional.log_softmax(teacher / self.temperature, -1)).sum(-1)
 
     def _check(self, stored: StoredRows) -> None:
         if stored.temperature != self.temperature:
