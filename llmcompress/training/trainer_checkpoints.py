@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from typing_extensions import override
 from llmcompress.progress import Progress
 from llmcompress.storage.checked_tensors import own_memory
 from llmcompress.storage.disk import disk_errors, sha256
+from llmcompress.storage.ownership import FileDigest, mark_output, written_files
 
 _WEIGHTS = "weights.safetensors"
-_DIGESTS = "digests.json"
 
 
 class Checkpoints(TrainerCallback):  # type: ignore[misc]
@@ -53,19 +52,17 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         assert self._folder is not None
         older, new = list(self._folder.glob("step-*")), self._folder / f"checkpoint-{state.global_step}"
-        digests = {file.name: sha256(file) for file in new.iterdir()}
-        (new / _DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
+        mark_output(new, {file.name: FileDigest(file.stat().st_size, sha256(file)) for file in new.iterdir()})
         new.rename(self._folder / f"step-{state.global_step:09d}")
         for path in older:
             shutil.rmtree(path)
 
 
 def _is_intact(state: Path) -> bool:
-    try:
-        digests = json.loads((state / _DIGESTS).read_text(encoding="utf-8"))
-        return all(sha256(state / name) == digest for name, digest in digests.items())
-    except (OSError, ValueError):
-        return False
+    digests = {name: digest.sha256 for name, digest in written_files(state).items() if digest}
+    return bool(digests) and all(
+        (state / name).is_file() and sha256(state / name) == it for name, it in digests.items()
+    )
 
 
 class ResumableDPO(DPOTrainer):  # type: ignore[misc]
