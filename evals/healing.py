@@ -21,7 +21,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import torch
@@ -55,6 +55,7 @@ CPU = torch.device("cpu")
 PRUNING = [{"depth": {"fraction": 0.125, "score": "block_influence"}}, {"width": {"fraction": 0.145, "round_to": 32}}]
 OBJECTIVES: dict[str, Objective] = {
     "kl": KL(),
+    "kl at temperature 2": KL(temperature=2.0),
     "cross_entropy": CrossEntropy(),
     "kl + hidden_states (kept)": combined([KL(), HiddenStates(layers="kept", factor=0.1)]),
 }
@@ -85,13 +86,13 @@ class Bench:
         self.told |= {"machine": machine(), "versions": versions()}
         self.tokenizer: PreTrainedTokenizerBase = load_for_compression(find_source(str(model))).tokenizer
 
-    def loaded(self, folder: Path) -> PreTrainedModel:
-        """In float32."""
-        return load_for_compression(find_source(str(folder)), dtype=torch.float32).model
+    def loaded(self, folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """In float32, unless asked otherwise."""
+        return load_for_compression(find_source(str(folder)), dtype=dtype).model
 
-    def teacher(self) -> ModelTeacher:
+    def teacher(self, dtype: torch.dtype) -> ModelTeacher:
         """The dense model, loaded when it is needed."""
-        return ModelTeacher(lambda: self.loaded(self._model), CPU)
+        return ModelTeacher(lambda: self.loaded(self._model, dtype), CPU)
 
     def windows(self, text: str, count: int, tokens: int) -> Tensor:
         """N×T of the training part of a text."""
@@ -117,11 +118,13 @@ class Bench:
 @click.option("--model", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--text", "texts", multiple=True, required=True, help="NAME=TRAIN,TEST")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="work that can be resumed")
-@click.option("--name", required=True, help="of the result")
+@click.option("--name", required=True, help="of the model")
+@click.option("--run", default="", help="behind the model's name in that of the result, where settings differ")
 @click.option("--steps", default=256, show_default=True)
 @click.option("--batch", default=8, show_default=True)
 @click.option("--tokens", default=512, show_default=True, help="of a window")
 @click.option("--learning-rate", default=3e-4, show_default=True)
+@click.option("--mixed-precision", type=click.Choice(["bf16"]), help="of the student; the teacher is in bfloat16 then")
 @click.option("--points", default=8, show_default=True, help="of a curve, besides its beginning")
 @click.option("--windows", default=20, show_default=True, help="of every test text")
 @click.option("--only", multiple=True, help="TEXT/OBJECTIVE; several may be given")
@@ -130,10 +133,12 @@ def main(
     texts: tuple[str, ...],
     out: Path,
     name: str,
+    run: str,
     steps: int,
     batch: int,
     tokens: int,
     learning_rate: float,
+    mixed_precision: Literal["bf16"] | None,
     points: int,
     windows: int,
     only: tuple[str, ...],
@@ -141,12 +146,15 @@ def main(
     """Measure what is not there yet."""
     named = {each.partition("=")[0]: each.partition("=")[2].split(",") for each in texts}
     pairs = {each: (Path(parts[0]), Path(parts[1])) for each, parts in named.items()}
-    settings = Training(steps=steps, batch=batch, learning_rate=learning_rate, save_every=max(1, steps // 32))
+    settings = Training(
+        steps=steps, batch=batch, learning_rate=learning_rate, mixed_precision=mixed_precision,
+        save_every=max(1, steps // 32),
+    )  # fmt: skip
     facts = {
         "model": name, "pruning": PRUNING, "training": settings.model_dump(mode="json"), "tokens": tokens,
         "windows": windows,
     }  # fmt: skip
-    bench = Bench(model, pairs, EVALS / "results" / f"healing-{name}.json", facts)
+    bench = Bench(model, pairs, EVALS / "results" / f"healing-{'-'.join(filter(None, (name, run)))}.json", facts)
     pruned = out / "pruned"
     if not pruned.exists():
         first = next(iter(pairs.values()))[0]
@@ -172,10 +180,10 @@ def main(
             data = Windows(bench.windows(text, steps * batch, tokens))
             with Run.open(
                 out / title.replace("/", "-"), fingerprint=_fingerprint(facts), lock_text="", fresh=False
-            ) as run:
+            ) as opened:
                 train(
-                    student, data, settings, RunContext(torch.zeros(0, 1, dtype=torch.long), keep=run),
-                    objective=OBJECTIVES[objective], teacher=bench.teacher() if teaches else None,
+                    student, data, settings, RunContext(torch.zeros(0, 1, dtype=torch.long), keep=opened),
+                    objective=OBJECTIVES[objective], teacher=bench.teacher(settings.frozen_dtype) if teaches else None,
                     job=Job("heal", callback=Milestones(bench, row, student, at)),
                 )  # fmt: skip
             row["seconds"] += time.perf_counter() - began

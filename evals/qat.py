@@ -8,9 +8,10 @@ Rows of `REAL` are made in order: block by block (`efficient_qat`), then the sam
 Every row is written to evals/results/qat-NAME.json as soon as it is done, with the losses of every window, and is not
 made again; a program that was stopped goes on in the middle of a row. The post-training rows are those of
 `real_trials.py`: same model, same test windows, so differences are paired. `--small`: objectives and phases on the
-bundled model, three draws of the training text. Training text is never test text, and no setting was chosen on the test
-text. Set OMP_NUM_THREADS=1: seconds are CPU seconds. `--folders`: the models are saved there too, the token embedding
-as the preset of these bits has it; `headline.py --trained` evaluates them.
+bundled model, three draws of the training text. Training text is never test text, and no setting was chosen on the
+test text. `--long wikitext-2/valid.txt --long books/train.txt` makes the rows of a million tokens, too: both kinds in
+turns, in bfloat16. Set OMP_NUM_THREADS=1: seconds are CPU seconds. `--folders`: the models are saved there too, the
+token embedding as the preset of these bits has it; `headline.py --trained` evaluates them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ import torch
 import yaml
 from real_model import NAME, real_model
 from real_trials import Results, named
-from study import Bench, Study, Trial, stored_bytes
+from study import Bench, Study, Trial, calibration_draw, stored_bytes
+from torch import Tensor
 
 import llmcompress
 from llmcompress.calibration.context import RunContext
@@ -58,6 +60,8 @@ class Row(NamedTuple):
     draws: int = 1
     table_in_8_bits: bool = False
     """In the folder that is saved."""
+    long_windows: int = 0
+    """Of every text of `--long`, at most, for the last pass; 0: it sees what the others see."""
 
 
 def blockwise(scheme: str, steps: int, rate: float) -> dict[str, dict[str, Any]]:
@@ -78,12 +82,22 @@ def post_training(scheme: str) -> dict[str, dict[str, Any]]:
     return {"gptq": {"scheme": scheme, "range": "joint"}}
 
 
+BATCH = 4
+
+
 def end_to_end(steps: int, rate: float, **options: Any) -> dict[str, dict[str, Any]]:
-    """QAD: plain KL to the dense model, four windows a step."""
-    training = {"steps": steps, "batch": 4, "learning_rate": rate, "save_every": max(1, steps // 8)}
+    """QAD: plain KL to the dense model."""
+    training = {"steps": steps, "batch": BATCH, "learning_rate": rate, "save_every": max(1, steps // 8)}
     return {"qat": {"training": training, **options}}
 
 
+def long_end_to_end(steps: int, rate: float) -> dict[str, dict[str, Any]]:
+    """The same in bfloat16, which is several times as fast where the processor multiplies in it."""
+    (qat,) = end_to_end(steps, rate).values()
+    return {"qat": {"training": {**qat["training"], "save_every": 30, "mixed_precision": "bf16"}}}
+
+
+LONG = "gptq, qat on two texts"
 TWO, THREE = blockwise("int2_g64", 96, 0.015), blockwise("int3_g64", 64, 0.015)
 REAL = (
     Row("int2_g64", "efficient_qat", (TWO,), 48),
@@ -92,6 +106,10 @@ REAL = (
     Row("int3_g64", "efficient_qat, qat", (THREE, end_to_end(16, 3e-4)), 48, table_in_8_bits=True),
     Row("int4_g64", "gptq, qat", (post_training("int4_g64"), end_to_end(8, 1e-4)), 48),
     Row("int8_g64", "gptq, qat", (post_training("int8_g64"), end_to_end(8, 3e-5)), 48),
+    *(
+        Row(scheme, LONG, (post_training(scheme), long_end_to_end(480, 2e-4)), 48, long_windows=1440)
+        for scheme in ("int3_g64", "int2_g64")
+    ),
 )
 
 
@@ -130,6 +148,7 @@ def small_and_plain(scheme: str) -> tuple[Row, ...]:
 @click.option("--name", default=NAME, show_default=True, help="of the result file")
 @click.option("--training", type=Path, required=True, help="file")
 @click.option("--text", "texts", multiple=True, required=True, help="NAME=FILE, reported")
+@click.option("--long", "long", multiple=True, type=Path, help="FILE: training part of one kind of text")
 @click.option("--only", multiple=True, help="setting, or setting/method")
 @click.option("--runs", type=Path, help="keeps unfinished work; default: in the cache")
 @click.option("--folders", type=Path, help="saves every model that is made")
@@ -139,6 +158,7 @@ def main(
     name: str,
     training: Path,
     texts: Sequence[str],
+    long: Sequence[Path],
     only: Sequence[str],
     runs: Path | None,
     folders: Path | None,
@@ -156,9 +176,11 @@ def main(
         for row in rows:
             key = {"setting": row.setting, "method": row.method, "draw": draw}
             wanted = not only or row.setting in only or f"{row.setting}/{row.method}" in only
+            if row.long_windows and not long:
+                continue
             if draw < row.draws and wanted and not any(key.items() <= trial.items() for trial in results.trials):
                 run = (runs or cache) / f"qat-{name}-{row.setting}-{draw}"
-                trial = {**key, **made(bench, row, draw, run, folder_of(folders, row.setting, row.method))}
+                trial = {**key, **made(bench, row, draw, run, folder_of(folders, row.setting, row.method), long)}
                 results.add(bench, trial)
                 click.echo(f"{row.setting:10s} {row.method:36s} {draw} {shown(trial)}", err=True)
     click.echo(str(results.path))
@@ -169,7 +191,7 @@ def folder_of(folders: Path | None, setting: str, method: str) -> Path | None:
     return folders and folders / f"{setting}-{method.replace(', ', '-')}"
 
 
-def made(bench: Bench, row: Row, draw: int, folder: Path, saved: Path | None) -> Trial:
+def made(bench: Bench, row: Row, draw: int, folder: Path, saved: Path | None, long: Sequence[Path] = ()) -> Trial:
     """One row; a first stage that an earlier row had is not made again."""
     study = replace(bench.study, samples=row.windows)
     windows_NT = study.calibration_windows(draw)
@@ -191,13 +213,20 @@ def made(bench: Bench, row: Row, draw: int, folder: Path, saved: Path | None) ->
                 teachers=TeacherFiles(str(study.model)),
                 progress=Silent(),
             )
-            compressed, _ = apply_passes(loaded.model, bench.map, passes, context)
+            compressed, trained_on = loaded.model, windows_NT.numel()
+            if row.long_windows:
+                # what comes before is done again after a kill: minutes
+                compressed, _ = apply_passes(compressed, bench.map, passes[:-1], replace(context, keep=None))
+                context = replace(context, windows_NT=shuffled(study, long, row.long_windows, draw))
+                trained_on = row.passes[-1]["qat"]["training"]["steps"] * BATCH * study.tokens
+                passes = passes[-1:]
+            compressed, _ = apply_passes(compressed, map_model(compressed), passes, context)
     finally:
         seconds = spent + time.process_time() - began
         clock.write_text(f"{seconds:.1f}")
     found = {
         "cpu_seconds": round(seconds, 1),
-        "training_tokens": windows_NT.numel(),
+        "training_tokens": trained_on,
         "passes": list(row.passes),
         "texts": bench.measure(compressed, list(study.texts)),
         "dense_nats": {name: dense_nats(bench, name) for name in study.texts},
@@ -213,6 +242,13 @@ def made(bench: Bench, row: Row, draw: int, folder: Path, saved: Path | None) ->
         save_model(compressed, saved, "auto", storage_dtype=dtype)
         loaded.tokenizer.save_pretrained(saved)
     return found
+
+
+def shuffled(study: Study, texts: Sequence[Path], count: int, draw: int) -> Tensor:
+    """N×T: at most so many windows of every text."""
+    loaded = study.loaded()
+    found_NT = torch.cat([calibration_draw(path, loaded, count, study.tokens, draw)[0] for path in texts])
+    return found_NT[torch.randperm(len(found_NT), generator=torch.Generator().manual_seed(draw))]
 
 
 def dense_nats(bench: Bench, name: str) -> float:

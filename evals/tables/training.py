@@ -126,9 +126,10 @@ def healing(facts: Facts) -> str:
                 for text in texts
             ]
             body.append([trained, objective, f"{int(step) * per_step:,}", *cells])
-    model, batch = facts["model"].removesuffix("-long"), f"{facts['training']['batch']} × {facts['tokens']} tokens"
+    settings = facts["training"]
+    batch = f"{settings['batch']} × {facts['tokens']} tokens, {settings['mixed_precision'] or 'float32'}"
     about = (
-        f"**{model}** without 12.5 % of its blocks and 14.5 % of what is inside the others, all weights "
+        f"**{facts['model']}** without 12.5 % of its blocks and 14.5 % of what is inside the others, all weights "
         f"trained in batches of {batch}: perplexity (windows of 512 with BOS, {facts['windows']} of each text), and "
         "the share of the lost log-perplexity that is back. Points before the last are the middle of the same "
         "training, whose learning rate had not fallen yet."

@@ -21,8 +21,8 @@ ORIGINAL = "original"
 class Teachers(Protocol):
     """What a pass may ask about a teacher; the name is `original`, a Hub id or a folder."""
 
-    def model(self, name: str) -> PreTrainedModel:
-        """Read now, in float32, on the CPU."""
+    def model(self, name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """Read now, on the CPU."""
 
     def identity(self, name: str) -> Mapping[str, str]:
         """Hashes of what decides what it computes."""
@@ -49,10 +49,10 @@ class TeacherFiles:
         self._original, self._revision, self._trust = original, revision, trust_remote_code
         self._tokenizer = tokenizer
 
-    def model(self, name: str) -> PreTrainedModel:
+    def model(self, name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """Raises: CompressError for any fault of the model."""
         source, trusted = self._source(name)
-        return load_model(source, dtype=torch.float32, trust_remote_code=trusted)
+        return load_model(source, dtype=dtype, trust_remote_code=trusted)
 
     def identity(self, name: str) -> Mapping[str, str]:
         """Reads all of its files."""

@@ -119,7 +119,7 @@ class Retraining(TrainingPass):
     def backward(self) -> Backward | None:
         """Another teacher than the model itself may be larger; its size is not known here."""
         optimized = 3 if self.rank is None and self.train == "weights" else 0  # adapters, norms, scales are small
-        of_all = optimized + len(self.teachers())
+        of_all = optimized + self.training.frozen_copies(len(self.teachers()))
         return Backward(of_all=of_all, windows=self.training.batch, trained_on=self.training.windows)
 
     @override

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.loading.teachers import ORIGINAL
 from llmcompress.training.data.base import IndexedSamples
@@ -18,7 +20,7 @@ _JUDGED = 16
 """Samples on which the calibration of teachers is measured."""
 
 
-def named_teacher(whole: WholeModel, name: str) -> ModelTeacher:
+def named_teacher(whole: WholeModel, name: str, dtype: torch.dtype = torch.float32) -> ModelTeacher:
     """Loaded at its first use; cut to the smaller vocabulary where two are padded to different sizes.
 
     Raises: CompressError where there is no such model.
@@ -26,26 +28,30 @@ def named_teacher(whole: WholeModel, name: str) -> ModelTeacher:
     context, sizes = whole.context, {whole.model.config.get_text_config().vocab_size}
     sizes.add(context.teachers.vocabulary(name))
     vocabulary = min(sizes) if len(sizes) > 1 else None
-    return ModelTeacher(lambda: context.teachers.model(name), context.device, vocabulary=vocabulary)
+    return ModelTeacher(lambda: context.teachers.model(name, dtype), context.device, vocabulary=vocabulary)
 
 
-def teacher_of_other_vocabulary(whole: WholeModel, name: str, mapping: Mapping, *, temperature: float) -> Teacher:
+def teacher_of_other_vocabulary(
+    whole: WholeModel, name: str, mapping: Mapping, *, temperature: float, dtype: torch.dtype
+) -> Teacher:
     """A teacher with its own tokenizer.
 
     Raises: CompressError where there is no such model.
     """
     context = whole.context
     pair = Pair(context.teachers.tokenizer(ORIGINAL), context.teachers.tokenizer(name))
-    model = ModelTeacher(lambda: context.teachers.model(name), context.device)
+    model = ModelTeacher(lambda: context.teachers.model(name, dtype), context.device)
     return OtherVocabularyTeacher(model, pair, mapping, temperature=temperature)
 
 
-def ensemble(whole: WholeModel, names: Sequence[str], *, weights: Sequence[float], gate: Gate) -> Teacher:
+def ensemble(
+    whole: WholeModel, names: Sequence[str], *, weights: Sequence[float], gate: Gate, dtype: torch.dtype
+) -> Teacher:
     """One teacher as it is, several as a mixture.
 
     Raises: CompressError where one does not exist.
     """
-    each = [named_teacher(whole, name) for name in names]
+    each = [named_teacher(whole, name, dtype) for name in names]
     return each[0] if len(each) == 1 else EnsembleTeacher(each, weights=weights, gate=gate)
 
 

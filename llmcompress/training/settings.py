@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
@@ -32,7 +33,7 @@ class Training(BaseModel):
     """Gradient clipping: gradients with a larger norm are scaled down to this one."""
     mixed_precision: Literal["bf16", "fp16"] | None = None
     """Compute in bfloat16 or float16 (autocast; fp16 scales the loss and needs CUDA); weights, gradients, optimizer and
-    loss stay float32. None: compute in float32."""
+    loss stay float32. With bf16 a teacher that does not learn along is loaded in bfloat16. None: compute in float32."""
     float32: tuple[str, ...] = ()
     """Globs of modules that compute in float32 under `mixed_precision`, such as `lm_head` or `*.layers.0.*`."""
     validation: float = Field(default=0.0, ge=0, le=0.5)
@@ -46,6 +47,15 @@ class Training(BaseModel):
         if self.float32 and self.mixed_precision is None:
             raise ValueError("`float32` names exceptions from `mixed_precision`: set that too")
         return self
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Of models that are only asked; float16 would overflow in some that were trained in bfloat16."""
+        return torch.bfloat16 if self.mixed_precision == "bf16" else torch.float32
+
+    def frozen_copies(self, models: int) -> float:
+        """Their weights ÷ those of one float32 model of the same size."""
+        return models * self.frozen_dtype.itemsize / torch.float32.itemsize
 
     @property
     def windows(self) -> int:

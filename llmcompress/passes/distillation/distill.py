@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal, Self
 
+import torch
 from pydantic import Field, field_validator, model_validator
 from transformers import PreTrainedModel
 from typing_extensions import override
@@ -170,9 +171,13 @@ class Distill(Retraining):
             teacher = stored(store, named_teacher(whole, names[0]), data)
         elif self.vocabulary != "same":
             temperature = temperature_of(objectives)
-            teacher = teacher_of_other_vocabulary(whole, names[0], self.vocabulary, temperature=temperature)
+            teacher = teacher_of_other_vocabulary(
+                whole, names[0], self.vocabulary, temperature=temperature, dtype=self.training.frozen_dtype
+            )
         else:
-            teacher = ensemble(whole, names, weights=self.weights, gate=self.gate)
+            learns = any(isinstance(each, Mutual) for each in objectives)
+            dtype = torch.float32 if learns else self.training.frozen_dtype
+            teacher = ensemble(whole, names, weights=self.weights, gate=self.gate, dtype=dtype)
             if isinstance(teacher, EnsembleTeacher):
                 tell_calibration(whole, names, teacher, data)
         return Lesson(objective, teacher, self._sampler(objective, teacher, whole.model))

@@ -41,4 +41,6 @@ class Recover(Retraining):
 
     @override
     def lesson(self, whole: WholeModel, data: IndexedSamples) -> Lesson:
-        return Lesson() if self.teacher is None else Lesson(KL(), named_teacher(whole, self.teacher))
+        if self.teacher is None:
+            return Lesson()
+        return Lesson(KL(), named_teacher(whole, self.teacher, self.training.frozen_dtype))

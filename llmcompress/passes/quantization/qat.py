@@ -118,7 +118,8 @@ class QuantizationAwareTraining(TrainingPass):
     def backward(self) -> Backward | None:
         """Gradients and two moments of all that is trained; rounded weights beside those they are rounded from."""
         copies = 5 if "weights" in self.train else 1
-        return Backward(copies, len(self.teachers()), self.training.batch, self.training.windows)
+        teachers = self.training.frozen_copies(len(self.teachers()))
+        return Backward(copies, teachers, self.training.batch, self.training.windows)
 
     @override
     def lesson(self, whole: WholeModel, data: IndexedSamples) -> Lesson:

@@ -41,10 +41,12 @@ class Fixed:
     def __init__(self, **seeds: int) -> None:
         self._seeds = {"original": 0, **seeds}
         self.loaded: list[str] = []
+        self.dtypes: list[torch.dtype] = []
 
-    def model(self, name: str) -> PreTrainedModel:
+    def model(self, name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         self.loaded.append(name)
-        return observable(self._seeds[name])
+        self.dtypes.append(dtype)
+        return observable(self._seeds[name]).to(dtype)
 
     def identity(self, name: str) -> Mapping[str, str]:
         return {"weights": name}
@@ -58,7 +60,7 @@ class Fixed:
 
 def passes(*named: tuple[str, dict[str, Any]]) -> list[Pass]:
     return [
-        PASSES[name](**options, **({"training": TRAINING} if name in ("recover", "distill") else {}))
+        PASSES[name](**({"training": TRAINING} if name in ("recover", "distill") else {}) | options)
         for name, options in named
     ]
 
@@ -80,7 +82,7 @@ def linears(model: nn.Module) -> list[Tensor]:
     return [each.weight for name, each in model.named_modules() if isinstance(each, nn.Linear) and "layers" in name]
 
 
-@pytest.mark.parametrize(
+every_objective = pytest.mark.parametrize(
     "how",
     [
         ("recover", {"teacher": "original"}),
@@ -96,6 +98,9 @@ def linears(model: nn.Module) -> list[Tensor]:
     ],
     ids=lambda how: " ".join([how[0], *map(str, how[1].get("objective", how[1]))]),
 )
+
+
+@every_objective
 def test_a_pruned_model_comes_closer_to_its_dense_self_and_keeps_its_zeros(how: tuple[str, dict[str, Any]]) -> None:
     dense, pruned, teachers = tiny_model("llama"), trained(SPARSE), Fixed()
     model = trained(SPARSE, how, teachers=teachers)
@@ -104,6 +109,18 @@ def test_a_pruned_model_comes_closer_to_its_dense_self_and_keeps_its_zeros(how: 
         assert divergence(model, dense) < divergence(pruned, dense)
     for after, before in zip(linears(model), linears(pruned), strict=True):
         assert torch.equal(after == 0, before == 0)
+
+
+@every_objective
+def test_with_mixed_precision_a_teacher_that_does_not_learn_is_in_bfloat16(how: tuple[str, dict[str, Any]]) -> None:
+    pruned, teachers, (name, options) = trained(SPARSE), Fixed(), how
+    lower = {**options, "training": {**TRAINING, "mixed_precision": "bf16"}}
+    model = trained(SPARSE, (name, lower), teachers=teachers)
+    learns = "mutual" in options.get("objective", {})
+    assert teachers.dtypes == [torch.float32 if learns else torch.bfloat16]
+    assert all(each.dtype == torch.float32 for each in model.parameters())
+    if "cross_entropy" not in options.get("objective", {}):
+        assert divergence(model, tiny_model("llama")) < divergence(pruned, tiny_model("llama"))
 
 
 def test_several_teachers_teach_their_mixture() -> None:

@@ -35,9 +35,9 @@ INTEGERS = ["int2_g8", "int3_g8_asym", "int8_channel_a8token", "ternary_g8"]
 class Same(Fixed):
     """The original is the model that `tiny_model` gives."""
 
-    def model(self, name: str) -> PreTrainedModel:
+    def model(self, name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         self.loaded.append(name)
-        return tiny_model("llama_gqa", seed=1)
+        return tiny_model("llama_gqa", seed=1).to(dtype)
 
 
 def qat(**options: Any) -> Pass:
@@ -190,8 +190,8 @@ def test_weights_of_another_matrix_are_not_begun_at() -> None:
     """Where blocks are gone, names are those of other blocks: training begins in the middle of the codes."""
 
     class Other(Same):
-        def model(self, name: str) -> PreTrainedModel:
-            return tiny_model("llama_gqa", seed=7)
+        def model(self, name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+            return tiny_model("llama_gqa", seed=7).to(dtype)
 
     labels = {"objective": {"cross_entropy": {}}, "train": ["weights"]}
     middle, other = trained(RTN, qat(start="codes", **labels)), trained(RTN, qat(**labels), teachers=Other())
