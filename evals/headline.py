@@ -8,7 +8,8 @@ model, and timed in turns with it; where a target is named, the folder is also e
 and timed. Calibration text is none of the measured texts. Zero-shot tasks, `--limit` documents of each. Written to
 evals/results/headline-NAME.json after every row. `--trained`: instead, the quantization-aware models that `qat.py
 --folders` saved there, to trained-NAME.json: beside the rows above, the table of post-training and quantization-aware
-results that surveys give for vision models.
+results that surveys give for vision models. `--small`: both for the bundled model, with the tasks and windows that a
+model of its size and context can be asked.
 """
 
 from __future__ import annotations
@@ -33,9 +34,6 @@ from llmcompress.records.evaluation import Evaluation
 from llmcompress.records.tasks import TaskComparison, TaskResult
 
 EVALS = Path(__file__).resolve().parent
-WINDOW, WINDOWS = 512, 10
-SAMPLES, TOKENS = 16, 512
-TASKS = ("local_arc_easy", "local_piqa", "local_openbookqa", "local_winogrande")
 PROMPT, NEW, TURNS = 128, 48, 5
 
 
@@ -51,17 +49,48 @@ class Row:
     """The runner that texts and tasks are measured by, if another."""
 
 
-ROWS = (
-    Row("w8"),
-    Row("w4"),
-    Row("w4", "gguf", "llama_cpp"),
-    Row("w3"),
-    Row("w2"),
+@dataclass(frozen=True)
+class Setup:
+    """What is measured of a model, and how."""
+
+    name: str
+    tasks: tuple[str, ...]
+    window: int
+    windows: int
+    samples: int
+    """Of calibration, and the tokens of each."""
+    tokens: int
+    presets: tuple[Row, ...]
+    trained: tuple[Row, ...]
+
+
+REAL = Setup(
+    "SmolLM2-135M-Instruct",
+    ("local_arc_easy", "local_piqa", "local_openbookqa", "local_winogrande"),
+    window=512,
+    windows=10,
+    samples=16,
+    tokens=512,
+    presets=(Row("w8"), Row("w4"), Row("w4", "gguf", "llama_cpp"), Row("w3"), Row("w2")),
+    trained=(
+        Row("int8_g64-gptq-qat", "gguf", "llama_cpp", quality_by="torch"),
+        Row("int4_g64-gptq-qat", "gguf", "llama_cpp", quality_by="torch"),
+        Row("int3_g64-efficient_qat-qat"),
+    ),
 )
-TRAINED = (
-    Row("int8_g64-gptq-qat", "gguf", "llama_cpp", quality_by="torch"),
-    Row("int4_g64-gptq-qat", "gguf", "llama_cpp", quality_by="torch"),
-    Row("int3_g64-efficient_qat-qat"),
+SMALL = Setup(
+    "books-llama",
+    ("local_blimp", "local_lambada"),
+    window=256,
+    windows=40,
+    samples=128,
+    tokens=128,
+    presets=(Row("w8"), Row("w4"), Row("w4", "onnx_genai", "onnxruntime_genai"), Row("w3")),
+    trained=(
+        Row("int8_g32-gptq-qat", "onnx_genai", "onnxruntime_genai", quality_by="torch"),
+        Row("int4_g32-gptq-qat", "onnx_genai", "onnxruntime_genai", quality_by="torch"),
+        Row("int3_g32-efficient_qat-qat", "onnx_genai", "onnxruntime_genai", quality_by="torch"),
+    ),
 )
 
 
@@ -72,7 +101,8 @@ TRAINED = (
 @click.option("--task-data", required=True)
 @click.option("--folders", required=True, type=click.Path(path_type=Path))
 @click.option("--limit", default=200, show_default=True, help="Documents of each task.")
-@click.option("--name", default="SmolLM2-135M-Instruct", show_default=True)
+@click.option("--name", help="Of the result; default: the model's.")
+@click.option("--small", is_flag=True, help="The bundled model.")
 @click.option("--trained", is_flag=True, help="The models of qat.py.")
 @click.option("--quality-only", is_flag=True, help="Leave speed and memory to a later run, on a machine that is idle.")
 def main(
@@ -82,18 +112,21 @@ def main(
     task_data: str,
     folders: Path,
     limit: int,
-    name: str,
+    name: str | None,
+    small: bool,
     trained: bool,
     quality_only: bool,
 ) -> None:
     """Measure every row that is not in the result file yet, and the cost of rows that have none."""
     torch.set_num_threads(1)
+    setup = SMALL if small else REAL
+    name = name or setup.name
     path = EVALS / "results" / f"{'trained' if trained else 'headline'}-{name}.json"
     facts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
     facts |= {
         "model": name,
-        "calibration": {"source": Path(calibration).name, "samples": SAMPLES, "tokens": TOKENS},
-        "window": WINDOW,
+        "calibration": {"source": Path(calibration).name, "samples": setup.samples, "tokens": setup.tokens},
+        "window": setup.window,
         "bos": True,
         "texts": [text.partition("=")[0] for text in texts],
         "limit": limit,
@@ -101,15 +134,15 @@ def main(
         "versions": versions(),
         "machine": machine(),
     }
-    metrics = _metrics(texts, task_data, limit)
+    metrics = _metrics(setup, texts, task_data, limit)
     rows = {(row["preset"], row["runner"]): row for row in facts["rows"]}
-    for row in TRAINED if trained else ROWS:
+    for row in setup.trained if trained else setup.presets:
         found = rows.get((row.preset, row.runner))
         if found is None and trained and not (folders / row.preset).exists():
             click.echo(f"{row.preset} is missing: run qat.py with --folders {folders}", err=True)
             continue
         if found is None:
-            found = _measured(row, model, calibration, metrics, folders)
+            found = _measured(row, setup, model, calibration, metrics, folders)
             facts["rows"].append(found)
         if "cost" not in found and not quality_only:
             found["cost"] = _cost(row, model, folders)
@@ -117,19 +150,23 @@ def main(
         print(json.dumps(found)[:400], file=sys.stderr)
 
 
-def _metrics(texts: tuple[str, ...], task_data: str, limit: int) -> list[MetricSettings]:
+def _metrics(setup: Setup, texts: tuple[str, ...], task_data: str, limit: int) -> list[MetricSettings]:
     files = [text.partition("=")[2] for text in texts]
-    perplexities = [PerplexityTask(source=file, window=WINDOW, bos="always", max_windows=WINDOWS) for file in files]
-    return [*perplexities, *(TaskSettings(task=task, data=task_data, limit=limit) for task in TASKS)]
+    perplexities = [
+        PerplexityTask(source=file, window=setup.window, bos="always", max_windows=setup.windows) for file in files
+    ]
+    return [*perplexities, *(TaskSettings(task=task, data=task_data, limit=limit) for task in setup.tasks)]
 
 
-def _measured(row: Row, model: str, calibration: str, metrics: list[MetricSettings], folders: Path) -> dict[str, Any]:
+def _measured(
+    row: Row, setup: Setup, model: str, calibration: str, metrics: list[MetricSettings], folders: Path
+) -> dict[str, Any]:
     folder, cpu = folders / row.preset, None
     if not folder.exists():
         settings = [
             f"calibration.source={calibration}",
-            f"calibration.samples={SAMPLES}",
-            f"calibration.tokens={TOKENS}",
+            f"calibration.samples={setup.samples}",
+            f"calibration.tokens={setup.tokens}",
             "evaluate={}",
         ]
         began = time.process_time()
