@@ -24,6 +24,8 @@ from llmcompress.runners.work import Work
 from llmcompress.storage.paths import from_home
 
 CONFIG = "genai_config.json"
+SEQUENCES = 32
+"""Its generators take no more at once."""
 
 
 @RUNNERS.register("onnxruntime_genai")
@@ -69,12 +71,18 @@ class OnnxRuntimeGenaiRunner(Runner):
 
     @override
     def logits(self, ids_BT: Tensor) -> Tensor:
-        generator = self._generator(ids_BT, 0)
-        return torch.from_numpy(numpy.array(generator.get_output("logits"))).reshape(*ids_BT.shape, -1)
+        found = (self._generator(part_BT, 0).get_output("logits") for part_BT in ids_BT.split(SEQUENCES))
+        return torch.cat([torch.from_numpy(numpy.array(each)) for each in found]).reshape(*ids_BT.shape, -1)
 
     @override
     def stream(self, ids_BT: Tensor, *, max_new_tokens: int) -> Iterator[Tensor]:
-        """By its own greedy search, whose loop keeps the logits inside.
+        """By its own greedy search, whose loop keeps the logits inside."""
+        parts = [self._stream(part_BT, max_new_tokens) for part_BT in ids_BT.split(SEQUENCES)]
+        for new in zip(*parts, strict=True):
+            yield torch.cat(new)
+
+    def _stream(self, ids_BT: Tensor, max_new_tokens: int) -> Iterator[Tensor]:
+        """Of as many sequences as it takes at once.
 
         It never continues a sequence after the one token that ends texts: then it begins again with all tokens so far.
         """

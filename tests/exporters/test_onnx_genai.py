@@ -24,7 +24,7 @@ from llmcompress.modules.expression import Chain, Opaque, Sum
 from llmcompress.modules.expression_leaves import Dense
 from llmcompress.modules.low_rank import LowRankLinear
 from llmcompress.runners.base import RUNNERS
-from llmcompress.runners.onnxruntime_genai import OnnxRuntimeGenaiRunner
+from llmcompress.runners.onnxruntime_genai import SEQUENCES, OnnxRuntimeGenaiRunner
 from llmcompress.runners.torch_runner import TorchRunner
 from tests.exporters.gguf_models import tiny, tiny_quantized, tokenizer
 from tests.formats.test_layouts import form
@@ -78,6 +78,15 @@ def test_every_tensor_is_in_the_graph_and_it_computes_the_same(made: str, reques
         assert torch.equal(*steps)
         work = runner.work(IDS_BT)
         assert work is not None and work.cache_bytes == reference.work(IDS_BT).cache_bytes > 0
+
+
+def test_more_sequences_than_its_generators_take_are_run_in_parts(shared_table) -> None:
+    model, folder, _ = shared_table
+    ids_BT = torch.randint(3, 280, (SEQUENCES + 1, 6), generator=torch.Generator().manual_seed(1))
+    with opened(folder) as runner, TorchRunner(model) as reference:
+        torch.testing.assert_close(runner.logits(ids_BT), reference.logits(ids_BT), rtol=0, atol=1e-4)
+        steps = [torch.stack(list(each.stream(ids_BT, max_new_tokens=3)), 1) for each in (runner, reference)]
+    assert torch.equal(*steps)
 
 
 def test_tokens_that_end_a_text_for_its_own_loop_do_not_end_ours(shared_table, tmp_path: Path) -> None:
