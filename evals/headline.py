@@ -80,7 +80,7 @@ REAL = Setup(
 )
 SMALL = Setup(
     "books-llama",
-    ("local_blimp", "local_lambada"),
+    ("local_blimp",),
     window=256,
     windows=40,
     samples=128,

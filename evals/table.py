@@ -108,8 +108,8 @@ def named_table(name: str, folder: Path) -> str:
 def sections() -> list[Section]:
     """What there is, in the order of the documents."""
     return [
-        Section("Bytes, quality, tasks and cost of presets on a real model", headline.headline, "headline-*.json"),
-        Section("With and without quantization-aware training, on a real model", headline.survey, "trained-*.json"),
+        Section("Bytes, quality, tasks and cost of presets", headline.headline, "headline-*.json"),
+        Section("With and without quantization-aware training", headline.survey, "trained-*.json"),
         Section("Presets on a real model", presets.presets, "presets-*.json"),
         Section("What a plan estimates, on a real model", presets.plans, "plan-*.json"),
         Section("Export targets on a real model", exports.exports, "export-*.json"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from tables.cells import Facts, environment, markdown, protocol
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 Z_95 = 1.96
+_BLIMP = "local_blimp_"
 
 
 def headline(facts: Facts) -> str:
@@ -42,15 +44,15 @@ def survey(facts: Facts) -> str:
             (f"post-training (`{preset}`)", presets[preset, "torch"], ("", "")),
             ("quantization-aware", row, sizes),
         ):
-            quality = [_score(each["tasks"]["comparisons"]), *(_perplexity(text) for text in each["quality"])]
+            quality = [_score(_compared(each)), *(_perplexity(text) for text in each["quality"])]
             body.append([f"{bits} bits", how, *quality, *known])
     about = (
         f"**{facts['model']}**: tasks (mean over {_tasks_of(facts)}, {facts['limit']} documents each, change from "
         f"dense with its 95 % interval) and perplexity ({protocol(facts['window'], facts['bos'])}, × dense ± standard "
-        "error) of the presets of so many bits and of groups of 64 that were trained; size of the trained model in the "
-        "fastest runtime that was measured with it, and decoded tokens per second there, × the dense model in turns "
-        "with it. Trained on WikiText-2 valid with KL to the dense model: tokens and CPU seconds "
-        "are in the table of quantization-aware training."
+        f"error) of the presets of so many bits and of {_groups(facts)} that were trained; size of the trained model "
+        "in the fastest runtime that was measured with it, and decoded tokens per second there, × the dense model in "
+        "turns with it. Trained with KL to the dense model: text, tokens and CPU seconds are in the table of "
+        "quantization-aware training."
     )
     header = ["weights", "", "tasks", *texts, "MB", "decode tokens/s"]
     return "\n\n".join([about, markdown(header, body), environment(facts)])
@@ -69,8 +71,23 @@ def _about(facts: Facts) -> str:
 
 
 def _tasks_of(facts: Facts) -> str:
-    names = [each["task"] for each in facts["rows"][0]["tasks"]["comparisons"]]
-    return ", ".join(names) or "no task"
+    names = [each["task"] for each in _compared(facts["rows"][0])]
+    paradigms = [name for name in names if name.startswith(_BLIMP)]
+    others = [name for name in names if name not in paradigms]
+    told = [f"{len(paradigms)} paradigms of BLiMP"] if paradigms else []
+    return ", ".join([*others, *told]) or "no task"
+
+
+def _compared(row: Facts) -> list[Facts]:
+    """Every task once: not BLiMP's mean beside its paradigms."""
+    found: list[Facts] = row["tasks"]["comparisons"]
+    return [each for each in found if f"{each['task']}_" != _BLIMP]
+
+
+def _groups(facts: Facts) -> str:
+    sizes = {re.search(r"_g(\d+)", row["preset"]) for row in facts["rows"]}
+    (size,) = {found[1] for found in sizes if found}
+    return f"groups of {size}"
 
 
 def _dense(row: Facts, facts: Facts) -> list[str]:
@@ -90,7 +107,7 @@ def _dense(row: Facts, facts: Facts) -> list[str]:
 
 
 def _dense_score(row: Facts) -> str:
-    tasks = [each["dense"] for each in row["tasks"]["comparisons"]]
+    tasks = [each["dense"] for each in _compared(row)]
     return f"{sum(tasks) / len(tasks):.1%}" if tasks else "–"
 
 
@@ -106,7 +123,7 @@ def _row(row: Facts, facts: Facts) -> list[str]:
         *(_perplexity(each) for each in quality),
         kl,
         same,
-        _score(row["tasks"]["comparisons"]),
+        _score(_compared(row)),
         *(find(cost, base) for find in _COST.values()),
     ]
 
@@ -130,7 +147,8 @@ def _score(found: list[Facts]) -> str:
 
 
 def _megabytes(cost: Facts) -> str:
-    return "–" if cost["bytes_on_disk"] is None else f"{cost['bytes_on_disk'] / 1e6:.0f}"
+    size = cost["bytes_on_disk"]
+    return "–" if size is None else f"{size / 1e6:.{0 if size > 1e7 else 2}f}"
 
 
 def _rate(cost: Facts, base: Facts | None, name: str) -> str:
