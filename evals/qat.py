@@ -9,7 +9,7 @@ Every row is written to evals/results/qat-NAME.json as soon as it is done, with 
 made again; a program that was stopped goes on in the middle of a row. The post-training rows are those of
 `real_trials.py`: same model, same test windows, so differences are paired. `--small`: objectives and phases on the
 bundled model, three draws of the training text. Training text is never test text, and no setting was chosen on the
-test text. `--long wikitext-2/valid.txt --long books/train.txt` makes the rows of a million tokens, too: both kinds in
+test text. `--long wikitext-2/valid.txt --long books/train.txt` makes the rows of half a million tokens, too: both kinds in
 turns, in bfloat16. Set OMP_NUM_THREADS=1: seconds are CPU seconds. `--folders`: the models are saved there too, the
 token embedding as the preset of these bits has it; `headline.py --trained` evaluates them.
 """
@@ -107,7 +107,7 @@ REAL = (
     Row("int4_g64", "gptq, qat", (post_training("int4_g64"), end_to_end(8, 1e-4)), 48),
     Row("int8_g64", "gptq, qat", (post_training("int8_g64"), end_to_end(8, 3e-5)), 48),
     *(
-        Row(scheme, LONG, (post_training(scheme), long_end_to_end(480, 2e-4)), 48, long_windows=1440)
+        Row(scheme, LONG, (post_training(scheme), long_end_to_end(240, 2e-4)), 48, long_windows=1440)
         for scheme in ("int3_g64", "int2_g64")
     ),
 )

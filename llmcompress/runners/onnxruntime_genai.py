@@ -71,13 +71,13 @@ class OnnxRuntimeGenaiRunner(Runner):
 
     @override
     def logits(self, ids_BT: Tensor) -> Tensor:
-        found = (self._generator(part_BT, 0).get_output("logits") for part_BT in ids_BT.split(SEQUENCES))
+        found = (self._generator(part_BT, 0).get_output("logits") for part_BT in torch.split(ids_BT, SEQUENCES))
         return torch.cat([torch.from_numpy(numpy.array(each)) for each in found]).reshape(*ids_BT.shape, -1)
 
     @override
     def stream(self, ids_BT: Tensor, *, max_new_tokens: int) -> Iterator[Tensor]:
         """By its own greedy search, whose loop keeps the logits inside."""
-        parts = [self._stream(part_BT, max_new_tokens) for part_BT in ids_BT.split(SEQUENCES)]
+        parts = [self._stream(part_BT, max_new_tokens) for part_BT in torch.split(ids_BT, SEQUENCES)]
         for new in zip(*parts, strict=True):
             yield torch.cat(new)
 
