@@ -70,8 +70,9 @@ def fake_quantized(weight_OI: Tensor, fitted: Fitted, *, clip: bool = True) -> T
     """`restore(round_to_codes(weight_OI, fitted), fitted)`, with gradients for weights, scales and zero points.
 
     With v = w ÷ s + z and q its code: ∂/∂w is 1 inside the range and 0 outside; ∂/∂s is q - v inside and q - z outside;
-    ∂/∂z is 0 inside and -s outside. All that follows from straight-through rounding alone, for number formats too.
-    Scales may be negative.
+    ∂/∂z is 0 inside and -s outside. All that follows from straight-through rounding alone, for number formats too;
+    for integers it is written out, which keeps a byte for a code and one for its mask where autograd kept several
+    matrices of floats. Scales may be negative.
 
     Source: Esser et al., arXiv 1902.08153 (LSQ); Bhalgat et al., arXiv 2004.09576 (LSQ+: zero points).
     Differs: weights up to half a step beyond the outermost code count as inside: the largest weight of a group lies on
@@ -79,6 +80,9 @@ def fake_quantized(weight_OI: Tensor, fitted: Fitted, *, clip: bool = True) -> T
     """
     grid, inputs = fitted.grid, weight_OI.shape[1]
     scale_OG1, zero_OG1 = fitted.scale_OG[..., None], fitted.zero_OG[..., None]
+    if grid.number is None and not grid.scales.minima:
+        values_OI: Tensor = _OnIntegers.apply(weight_OI, fitted.scale_OG, fitted.zero_OG, grid, clip)  # type: ignore[no-untyped-call]
+        return values_OI
     scaled_OGN = grouped(weight_OI, grid) / scale_OG1
     if grid.number is not None:
         return flat(rounded_numbers(scaled_OGN, grid.number, clip=clip) * scale_OG1, inputs)
@@ -177,6 +181,42 @@ class _Passing(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,), kept = gradients, ctx.saved_tensors  # asked for once: checkpointing recomputes them
         return (gradient * kept[0] if kept else gradient), None, None
+
+
+class _OnIntegers(torch.autograd.Function):
+    """`fake_quantized` for integers with scales and zero points."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, grid: Grid, clip: bool) -> Tensor:
+        scale_OG1, zero_OG1 = scale_OG[..., None], zero_OG[..., None]
+        near_OGN = (grouped(weight_OI, grid) / scale_OG1).add_(zero_OG1).round_().add_(0.0)  # -0 becomes 0
+        codes_OGN = near_OGN.clamp(grid.low, grid.high)
+        inside_OGN = codes_OGN == near_OGN if clip else None
+        narrow = torch.int8 if grid.low >= -128 and grid.high <= 127 else torch.int16
+        ctx.save_for_backward(weight_OI, scale_OG, zero_OG, codes_OGN.to(narrow), inside_OGN)
+        ctx.grid = grid
+        return flat(codes_OGN.sub_(zero_OG1).mul_(scale_OG1), weight_OI.shape[1])
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        weight_OI, scale_OG, zero_OG, codes_OGN, inside_OGN = ctx.saved_tensors
+        gradient_OGN, of_weight, of_scale, of_zero = grouped(gradients[0], ctx.grid), None, None, None
+        if ctx.needs_input_grad[0]:
+            passed_OGN = gradient_OGN if inside_OGN is None else gradient_OGN * inside_OGN
+            of_weight = flat(passed_OGN, weight_OI.shape[1])
+        if ctx.needs_input_grad[1]:
+            # inside q - v, outside q - z, with v = w ÷ s + z
+            slope_OGN = grouped(weight_OI.detach(), ctx.grid) / scale_OG[..., None]
+            if inside_OGN is not None:
+                slope_OGN.mul_(inside_OGN)
+            slope_OGN = slope_OGN.neg_().add_(codes_OGN).sub_(zero_OG[..., None])
+            of_scale = slope_OGN.mul_(gradient_OGN).sum(-1)
+        if ctx.needs_input_grad[2]:
+            outside = torch.zeros_like(zero_OG) if inside_OGN is None else (gradient_OGN * ~inside_OGN).sum(-1)
+            of_zero = outside * -scale_OG
+        return of_weight, of_scale, of_zero, None, None
 
 
 class _Scaled(torch.autograd.Function):
