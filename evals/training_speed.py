@@ -4,11 +4,12 @@
 
 Every measurement is a process of its own with one thread, and they run in turns; the first step of each warms it up and
 is not counted.
-Jobs, all in float32 with AdamW on the same windows:
+Jobs, with AdamW on the same windows, in float32 unless a row says otherwise:
   labels     all weights, cross-entropy: ours, TRL's SFTTrainer, and the bare forward, backward and optimizer step
   adapters   LoRA of rank 8 on every linear, cross-entropy: ours, TRL's SFTTrainer with PEFT, and the bare loop
   on-policy  all weights, reverse KL from a teacher on texts that the student writes: ours, TRL's DistillationTrainer
-  teacher    forward KL to a teacher that runs along, and to what was stored of it (64 tokens and their tail): ours
+  teacher    forward KL to a teacher that runs along, in float32 and, as its student, in bfloat16, and to what was
+             stored of it (64 tokens and their tail): ours
   larger teacher   the same, taught by random weights of 1.1 B parameters (22 blocks of width 2048)
 
 Writes evals/results/training-speed-NAME.json after every turn.
@@ -82,10 +83,11 @@ class Job:
         ids = self.tokenizer(Path(text).read_text(encoding="utf-8")[:400_000], add_special_tokens=False)["input_ids"]
         self.windows_NT = torch.tensor(ids[: steps * batch * tokens]).view(-1, tokens)
 
-    def ours(self, name: str, **options: Any) -> Steps:
+    def ours(self, name: str, mixed_precision: str | None = None, **options: Any) -> Steps:
         """A pass on the dense model."""
         training = {
             "steps": self.steps, "batch": self.batch, "learning_rate": RATE, "warmup": 0.0, "schedule": "constant",
+            "mixed_precision": mixed_precision,
         }  # fmt: skip
         loaded, clock = load_for_compression(find_source(self.model), dtype=torch.float32), Clock()
         with (
@@ -180,6 +182,7 @@ ROWS: dict[str, Callable[[Job], Steps]] = {
     ),
     "on-policy / TRL DistillationTrainer": Job.distillation,
     "teacher / ours, running along": lambda job: job.ours("distill", **KL_ONLINE),
+    "teacher / ours, running along, bf16": lambda job: job.ours("distill", "bf16", **KL_ONLINE),
     "teacher / ours, stored": lambda job: job.ours("distill", **KL_ONLINE, stored={"tokens": KEPT}),
     "larger teacher / ours, running along": lambda job: job.ours("distill", **KL_ONLINE, teacher=job.larger),
     "larger teacher / ours, stored": lambda job: job.ours(
@@ -248,6 +251,7 @@ def main(
             }  # fmt: skip
             known = json.loads(path.read_text())["rows"] if path.exists() else []
             rows = [each for each in known if each["name"] not in wanted] + [summary(row, found[row]) for row in wanted]
+            rows.sort(key=lambda row: list(ROWS).index(row["name"]))
             path.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
 
 

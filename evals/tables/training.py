@@ -106,8 +106,8 @@ def speed(facts: Facts) -> str:
         body.append([job, who, f"{row['seconds_per_step']:.2f} ({turns})", ratio, memory])
     about = (
         f"**{facts['model']}**: CPU seconds of a step of {facts['batch']} × {facts['tokens']} tokens, median (of each "
-        f"turn), float32, AdamW, {facts['threads']} thread; ÷ ours; peak memory of the process, GB. On-policy: prompts "
-        "of 32 tokens, 64 written by the student."
+        f"turn), float32 unless a row says bf16, AdamW, {facts['threads']} thread; ÷ ours; peak memory of the process, "
+        "GB. On-policy: prompts of 32 tokens, 64 written by the student."
     )
     return "\n\n".join([about, markdown(["job", "", "CPU s", "÷ ours", "GB"], body), environment(facts)])
 
