@@ -22,7 +22,7 @@ import torch
 from qat import dense_nats, shown
 from real_model import NAME, real_model
 from real_trials import Results, named
-from study import Bench, Study, Trial, per_window
+from study import Bench, Study, Trial, per_window, study_options
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -80,12 +80,7 @@ ROWS: tuple[Row, ...] = (
 
 
 @click.command()
-@click.option("--model", type=Path, help="folder; default: the one that real_model.py makes")
-@click.option("--name", default=NAME, show_default=True, help="of the result file")
-@click.option("--calibration", type=Path, required=True, help="file")
-@click.option("--text", "texts", multiple=True, required=True, help="NAME=FILE, reported")
-@click.option("--validation", multiple=True, help="NAME=FILE, settings are chosen on it")
-@click.option("--only", multiple=True, help="methods")
+@study_options(chosen="settings are", only="methods")
 def main(
     model: Path | None,
     name: str,

@@ -17,9 +17,9 @@ from typing import Any
 import click
 import torch
 from qat import dense_nats, shown
-from real_model import NAME, real_model
+from real_model import real_model
 from real_trials import Results, named
-from study import Bench, Study
+from study import Bench, Study, study_options
 
 from llmcompress.storage.paths import cache_folder
 
@@ -37,12 +37,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 @click.command()
-@click.option("--model", type=Path, help="folder; default: the one that real_model.py makes")
-@click.option("--name", default=NAME, show_default=True, help="of the result file")
-@click.option("--calibration", type=Path, required=True, help="file")
-@click.option("--text", "texts", multiple=True, required=True, help="NAME=FILE, reported")
-@click.option("--validation", multiple=True, help="NAME=FILE, the number is chosen on it")
-@click.option("--only", multiple=True, help="rows")
+@study_options(chosen="the number is", only="rows")
 def main(
     model: Path | None,
     name: str,

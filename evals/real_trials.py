@@ -24,9 +24,19 @@ import click
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict
-from real_model import NAME, real_model
+from real_model import real_model
 from safetensors.torch import load_file, save_file
-from study import Bench, Study, Trial, calibration_draw, rounded_bytes, stored_bytes, tokens_per_window, unused_text
+from study import (
+    Bench,
+    Study,
+    Trial,
+    calibration_draw,
+    rounded_bytes,
+    stored_bytes,
+    study_options,
+    tokens_per_window,
+    unused_text,
+)
 
 import llmcompress
 from llmcompress.evaluation.environment import machine, versions
@@ -82,13 +92,8 @@ class Job(NamedTuple):
 
 
 @click.command()
-@click.option("--model", type=Path, help="folder; default: the one that real_model.py makes")
-@click.option("--name", default=NAME, show_default=True, help="of the result file")
-@click.option("--calibration", type=Path, required=True)
-@click.option("--text", "texts", multiple=True, required=True, help="NAME=FILE, reported")
-@click.option("--validation", multiple=True, help="NAME=FILE, methods are chosen on it")
+@study_options(chosen="methods are", only="who, method, setting, draw, or several: ours/gptq/int3_g64/draw 0")
 @click.option("--rows", type=Path, default=HERE / "real_rows.yaml", show_default=True)
-@click.option("--only", multiple=True, help="who, method, setting, draw, or several: ours/gptq/int3_g64/draw 0")
 @click.option("--environments", type=Path, help="where peers' environments are kept; without it peers are left out")
 @click.option("--handed", type=Path, help="keeps what peers hand over; what is there is measured and not made again")
 @click.option("--minutes", type=float, help="begin no further trial after so many")

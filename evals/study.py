@@ -11,8 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 import yaml
+from real_model import NAME
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -43,6 +45,25 @@ from llmcompress.storage.disk import sha256
 
 Trial = dict[str, Any]
 """As it is written to a result file: `texts`: name → per window `nats` and `kl`; bytes, seconds, peak memory."""
+
+
+def study_options(*, chosen: str, only: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The options of a program that runs a study; what is `chosen` on validation text, and what `--only` names."""
+    options = (
+        click.option("--model", type=Path, help="folder; default: the one that real_model.py makes"),
+        click.option("--name", default=NAME, show_default=True, help="of the result file"),
+        click.option("--calibration", type=Path, required=True, help="file"),
+        click.option("--text", "texts", multiple=True, required=True, help="NAME=FILE, reported"),
+        click.option("--validation", multiple=True, help=f"NAME=FILE, {chosen} chosen on it"),
+        click.option("--only", multiple=True, help=only),
+    )
+
+    def with_options(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return with_options
 
 
 @dataclass(frozen=True)
