@@ -33,7 +33,8 @@ class Training(BaseModel):
     """Gradient clipping: gradients with a larger norm are scaled down to this one."""
     mixed_precision: Literal["bf16", "fp16"] | None = None
     """Compute in bfloat16 or float16 (autocast; fp16 scales the loss and needs CUDA); weights, gradients, optimizer and
-    loss stay float32. With bf16 a teacher that does not learn along is loaded in bfloat16. None: compute in float32."""
+    loss stay float32. With bf16 a teacher that neither learns along nor is stored is loaded in bfloat16. None: compute
+    in float32."""
     float32: tuple[str, ...] = ()
     """Globs of modules that compute in float32 under `mixed_precision`, such as `lm_head` or `*.layers.0.*`."""
     validation: float = Field(default=0.0, ge=0, le=0.5)
