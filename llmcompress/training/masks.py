@@ -34,21 +34,20 @@ class ZerosStay:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        with torch.no_grad():
-            pruned = [(each, each == 0) for each in parameters if each.dim() > 1]
-        self._pruned = [(parameter, zero) for parameter, zero in pruned if bool(zero.any())]
+        found = ((each, _zeros_of(each)) for each in parameters if each.dim() > 1)
+        self._pruned = [(parameter, zeros) for parameter, zeros in found if zeros is not None]
 
     def before_step(self, step: int, optimizer: Optimizer) -> None:
         """Drop the gradients of zeros."""
-        for parameter, zero in self._pruned:
+        for parameter, zeros in self._pruned:
             if parameter.grad is not None:
-                parameter.grad.masked_fill_(zero, 0)
+                _clear(parameter.grad, zeros)
 
     @torch.no_grad()
     def after_step(self, step: int, optimizer: Optimizer) -> None:
         """They cannot have changed; this also turns negative zeros into positive ones."""
-        for parameter, zero in self._pruned:
-            parameter.masked_fill_(zero, 0)
+        for parameter, zeros in self._pruned:
+            _clear(parameter, zeros)
 
     def state(self) -> dict[str, Tensor]:
         """Nothing: the zeros are in the initial weights."""
@@ -56,3 +55,27 @@ class ZerosStay:
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Nothing."""
+
+
+Zeros = Tensor | tuple[Tensor, ...]
+"""A mask, or the places of few zeros: a dense checkpoint has some in every matrix, and a mask is a quarter as large as
+the matrix."""
+
+
+@torch.no_grad()
+def _zeros_of(parameter: nn.Parameter) -> Zeros | None:
+    """None: there are none."""
+    mask = parameter == 0
+    if not bool(mask.any()):
+        return None
+    if type(mask) is not Tensor:  # in shards
+        return mask
+    places = mask.nonzero(as_tuple=True)
+    return places if sum(each.nbytes for each in places) < mask.nbytes else mask
+
+
+def _clear(tensor: Tensor, zeros: Zeros) -> None:
+    if isinstance(zeros, Tensor):
+        tensor.masked_fill_(zeros, 0)
+    else:
+        tensor.index_put_(zeros, tensor.new_zeros(()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -405,8 +406,19 @@ def test_gradient_clipping_bounds_the_norm_of_the_gradient() -> None:
     assert norms[1e9] > 1 and norms[1e-2] == pytest.approx(1e-2, rel=1e-3)
 
 
-def test_gradients_of_zeros_enter_neither_the_norm_nor_the_moments() -> None:
-    model = sparse_model("llama")
+def with_few_zeros() -> PreTrainedModel:
+    """As a dense checkpoint has them."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for each in model.parameters():
+            if each.dim() > 1:
+                each[0, 3], each[-1, 0] = 0.0, -0.0
+    return model
+
+
+@pytest.mark.parametrize("made", [lambda: sparse_model("llama"), with_few_zeros], ids=["pruned", "few"])
+def test_gradients_of_zeros_enter_neither_the_norm_nor_the_moments(made: Callable[[], PreTrainedModel]) -> None:
+    model = made()
     pruned = {name: each == 0 for name, each in model.named_parameters() if each.dim() > 1}
     seen: list[bool] = []
 
@@ -424,6 +436,9 @@ def test_gradients_of_zeros_enter_neither_the_norm_nor_the_moments() -> None:
 
     run(model, windows(), FEW, masks=Look(model.parameters()))
     assert seen and all(seen)
+    for name, each in model.named_parameters():
+        if name in pruned:
+            assert bool((each[pruned[name]] == 0).all()) and not bool(each[pruned[name]].signbit().any()), name
 
 
 def test_accumulated_pieces_have_the_gradient_and_the_loss_of_one_batch() -> None:
