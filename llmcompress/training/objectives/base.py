@@ -20,6 +20,7 @@ from llmcompress.registry import Registry
 from llmcompress.training.data.batch import IGNORED, Batch
 from llmcompress.training.features import Features, Wanted
 from llmcompress.training.head import Predictions
+from llmcompress.training.row_losses import row_losses
 from llmcompress.training.targets import TeacherRows
 from llmcompress.training.teacher import Teacher, TeacherPredictions
 
@@ -95,10 +96,16 @@ class ObjectiveInputs:
     def _losses(
         self, per_token: PerToken, values_RX: Tensor, targets_R: Tensor, theirs: Tensor | None, *others_R: Tensor
     ) -> Tensor:
-        teacher = None if theirs is None or self.teacher is None else self.teacher.rows(theirs)
         rows_RV = self.student.logits(values_RX)
+
+        def loss_of(some_RV: Tensor, part: slice) -> Tensor:
+            teacher = None if theirs is None or self.teacher is None else self.teacher.rows(theirs[part])
+            return per_token(some_RV, targets_R[part], teacher, *(each[part] for each in others_R))
+
         with torch.autocast(rows_RV.device.type, enabled=False):
-            return per_token(rows_RV, targets_R, teacher, *others_R)
+            if any(each is not None and each.requires_grad for each in (theirs, *others_R)):
+                return loss_of(rows_RV, slice(None))
+            return row_losses(rows_RV, loss_of)
 
     def _sum(self, per_token: PerToken, *rows: Any) -> Tensor:
         return self._losses(per_token, *rows).sum()
