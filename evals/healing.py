@@ -55,7 +55,6 @@ CPU = torch.device("cpu")
 PRUNING = [{"depth": {"fraction": 0.125, "score": "block_influence"}}, {"width": {"fraction": 0.145, "round_to": 32}}]
 OBJECTIVES: dict[str, Objective] = {
     "kl": KL(),
-    "kl at temperature 2": KL(temperature=2.0),
     "cross_entropy": CrossEntropy(),
     "kl + hidden_states (kept)": combined([KL(), HiddenStates(layers="kept", factor=0.1)]),
 }
