@@ -10,7 +10,7 @@ made again; a program that was stopped goes on in the middle of a row. The post-
 `real_trials.py`: same model, same test windows, so differences are paired. `--small`: objectives and phases on the
 bundled model, three draws of the training text. Training text is never test text, and no setting was chosen on the
 test text. `--long wikitext-2/valid.txt --long books/train.txt` makes the rows of half a million tokens, too: both kinds
-in turns, in bfloat16. Set OMP_NUM_THREADS=1: seconds are CPU seconds. `--folders`: the models are saved there too, the
+shuffled, in bfloat16. Set OMP_NUM_THREADS=1: seconds are CPU seconds. `--folders`: the models are saved there too, the
 token embedding as the preset of these bits has it; `headline.py --trained` evaluates them.
 """
 

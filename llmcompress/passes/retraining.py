@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
 from typing_extensions import override
 
@@ -115,11 +116,16 @@ class Retraining(TrainingPass):
         fills = "codes" in traits and traits & {"zeros", "pattern"} and self.rank is not None
         return "would fill zeros through dense adapters" if fills else None
 
+    @property
+    def teacher_dtype(self) -> torch.dtype:
+        """What teachers are loaded in."""
+        return self.training.frozen_dtype
+
     @override
     def backward(self) -> Backward | None:
         """Another teacher than the model itself may be larger; its size is not known here."""
         optimized = 3 if self.rank is None and self.train == "weights" else 0  # adapters, norms, scales are small
-        of_all = optimized + self.training.frozen_copies(len(self.teachers()))
+        of_all = optimized + len(self.teachers()) * self.teacher_dtype.itemsize / torch.float32.itemsize
         return Backward(of_all=of_all, windows=self.training.batch, trained_on=self.training.windows)
 
     @override

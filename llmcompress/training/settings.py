@@ -54,10 +54,6 @@ class Training(BaseModel):
         """Of models that are only asked; float16 would overflow in some that were trained in bfloat16."""
         return torch.bfloat16 if self.mixed_precision == "bf16" else torch.float32
 
-    def frozen_copies(self, models: int) -> float:
-        """Their weights ÷ those of one float32 model of the same size."""
-        return models * self.frozen_dtype.itemsize / torch.float32.itemsize
-
     @property
     def windows(self) -> int:
         """Windows seen in all steps, repetitions included."""

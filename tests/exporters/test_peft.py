@@ -58,7 +58,7 @@ def stock(folder: Path) -> Any:
         ("rtn: {scheme: int4_g16}", {}, 0.005),  # restored weights are rounded to bfloat16
         ("rtn: {scheme: int8_channel_a8token}", {}, 0.02),  # the last bit of an input moves it to the next code
         ("rtn: {scheme: int3_g16}", {"base": "plain"}, 0.005),  # and so are dequantized ones
-        ("bnb_nf4: {exclude: ['*.k_proj', '*.v_proj']}", {}, 0.03),  # its kernel computes in bfloat16
+        ("bnb_nf4: {exclude: ['*.k_proj', '*.v_proj']}", {}, 0.03),  # computes in bfloat16: a linear is 0.6 % off
     ],
     ids=["int4", "w8a8", "dequantized", "nf4"],
 )

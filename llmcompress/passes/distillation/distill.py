@@ -157,6 +157,13 @@ class Distill(Retraining):
     def teachers(self) -> tuple[str, ...]:
         return (self.teacher,) if isinstance(self.teacher, str) else self.teacher
 
+    @property
+    @override
+    def teacher_dtype(self) -> torch.dtype:
+        """float32 where it learns along, and where it is asked once for every precision."""
+        learns = any(isinstance(each, Mutual) for each in objectives_of(self.objective))
+        return torch.float32 if learns or self.stored else self.training.frozen_dtype
+
     @override
     def maps_vocabulary(self) -> bool:
         return self.vocabulary != "same"
@@ -168,16 +175,14 @@ class Distill(Retraining):
         teacher: Teacher
         if self.stored is not None:
             store = store_of(whole, names[0], self.stored, temperature=temperature_of(objectives))
-            teacher = stored(store, named_teacher(whole, names[0]), data)
+            teacher = stored(store, named_teacher(whole, names[0], self.teacher_dtype), data)
         elif self.vocabulary != "same":
             temperature = temperature_of(objectives)
             teacher = teacher_of_other_vocabulary(
-                whole, names[0], self.vocabulary, temperature=temperature, dtype=self.training.frozen_dtype
+                whole, names[0], self.vocabulary, temperature=temperature, dtype=self.teacher_dtype
             )
         else:
-            learns = any(isinstance(each, Mutual) for each in objectives)
-            dtype = torch.float32 if learns else self.training.frozen_dtype
-            teacher = ensemble(whole, names, weights=self.weights, gate=self.gate, dtype=dtype)
+            teacher = ensemble(whole, names, weights=self.weights, gate=self.gate, dtype=self.teacher_dtype)
             if isinstance(teacher, EnsembleTeacher):
                 tell_calibration(whole, names, teacher, data)
         return Lesson(objective, teacher, self._sampler(objective, teacher, whole.model))

@@ -43,4 +43,4 @@ class Recover(Retraining):
     def lesson(self, whole: WholeModel, data: IndexedSamples) -> Lesson:
         if self.teacher is None:
             return Lesson()
-        return Lesson(KL(), named_teacher(whole, self.teacher, self.training.frozen_dtype))
+        return Lesson(KL(), named_teacher(whole, self.teacher, self.teacher_dtype))

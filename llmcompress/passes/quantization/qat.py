@@ -118,7 +118,8 @@ class QuantizationAwareTraining(TrainingPass):
     def backward(self) -> Backward | None:
         """Gradients and two moments of all that is trained; rounded weights beside those they are rounded from."""
         copies = 5 if "weights" in self.train else 1
-        teachers = self.training.frozen_copies(len(self.teachers()))
+        dtype = self._teaching().teacher_dtype if self._learns_from_teacher() else torch.float32
+        teachers = len(self.teachers()) * dtype.itemsize / torch.float32.itemsize
         return Backward(copies, teachers, self.training.batch, self.training.windows)
 
     @override

@@ -123,12 +123,16 @@ def test_with_mixed_precision_a_teacher_that_does_not_learn_is_in_bfloat16(how: 
         assert divergence(model, tiny_model("llama")) < divergence(pruned, tiny_model("llama"))
 
 
-def test_a_teacher_in_bfloat16_counts_half_in_the_estimate() -> None:
+@pytest.mark.parametrize(
+    ("options", "less"), [({}, 0.5), ({"objective": {"mutual": {}}}, 0), ({"stored": {"folder": "scores"}}, 0)]
+)
+def test_a_teacher_in_bfloat16_counts_half_in_the_estimate(options: dict[str, Any], less: float) -> None:
     exact, lower = (
-        PASSES["distill"](training={**TRAINING, "mixed_precision": given}).backward() for given in (None, "bf16")
+        PASSES["distill"](training={**TRAINING, "mixed_precision": given}, **options).backward()
+        for given in (None, "bf16")
     )
     assert exact is not None and lower is not None
-    assert exact.of_all - lower.of_all == 0.5
+    assert exact.of_all - lower.of_all == less
 
 
 def test_several_teachers_teach_their_mixture() -> None:
