@@ -20,6 +20,7 @@ from typing import Any
 import click
 from study import resident_bytes
 
+from llmcompress.elicitation.steps.read import Read
 from llmcompress.evaluation.environment import machine, versions
 from llmcompress.presets import load_preset, preset_names
 
@@ -98,7 +99,8 @@ def run_one(
     from llmcompress.pipeline import compress, plan
 
     torch.set_num_threads(1)
-    shipped = load_preset(preset).calibration
+    loaded = load_preset(preset)
+    shipped = loaded.calibration
     tasks = [
         {"source": text.partition("=")[2], "window": WINDOW, "bos": "always", "max_windows": WINDOWS} for text in texts
     ]
@@ -107,6 +109,11 @@ def run_one(
         f"calibration.samples={min(samples, shipped.samples)}",
         f"calibration.tokens={min(tokens, shipped.tokens)}",
         f"evaluate.perplexity={json.dumps(tasks)}",
+        *(
+            f"data.{number}.read.source={calibration}"
+            for number, step in enumerate(loaded.data)
+            if isinstance(step, Read)
+        ),
     ]
     recipe = load_preset(preset, settings=settings)
     foreseen = plan(model, recipe, machine=this_machine(torch.device("cpu")))

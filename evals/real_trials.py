@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,6 +98,7 @@ class Job(NamedTuple):
 @click.option("--environments", type=Path, help="where peers' environments are kept; without it peers are left out")
 @click.option("--handed", type=Path, help="keeps what peers hand over; what is there is measured and not made again")
 @click.option("--minutes", type=float, help="begin no further trial after so many")
+@click.option("--samples", default=Study.samples, show_default=True, help="calibration windows of 512 tokens")
 def main(
     model: Path | None,
     name: str,
@@ -108,11 +110,14 @@ def main(
     environments: Path | None,
     handed: Path | None,
     minutes: float | None,
+    samples: int,
 ) -> None:
     """Do what is missing."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
-        study = study_of(model or real_model(), calibration, named(texts), named(validation), Path(scratch))
+        cache = cache_folder() / "evals"
+        asked = Study(model or real_model(), calibration, named(texts), named(validation), cache, samples=samples)
+        study = with_unused(asked, Path(scratch))
         results = Results(HERE / "results" / f"real-{name}.json", study)
         bench = Bench(study)
         for job in missing(read_rows(rows), results.trials, only, peers=environments is not None):
@@ -134,16 +139,15 @@ def read_rows(path: Path) -> list[Row]:
     return [Row.model_validate(row) for row in yaml.safe_load(path.read_text(encoding="utf-8"))]
 
 
-def study_of(model: Path, calibration: Path, texts: dict[str, Path], validation: dict[str, Path], to: Path) -> Study:
-    """The texts, and beside the validation texts what no draw used of the calibration file."""
-    study = Study(model, calibration, texts, validation, cache_folder() / "evals")
-    if not validation:
+def with_unused(study: Study, to: Path) -> Study:
+    """Beside the validation texts, where there are any, what no draw used of the calibration file."""
+    if not study.validation:
         return study
     loaded = study.loaded()
-    draws = (calibration_draw(calibration, loaded, study.samples, study.tokens, draw)[1] for draw in range(3))
+    draws = (calibration_draw(study.calibration, loaded, study.samples, study.tokens, draw)[1] for draw in range(3))
     rest = to / "rest.txt"
-    rest.write_text(unused_text(calibration, frozenset().union(*draws)), encoding="utf-8")
-    return Study(model, calibration, texts, {**validation, UNUSED: rest}, study.cache)
+    rest.write_text(unused_text(study.calibration, frozenset().union(*draws)), encoding="utf-8")
+    return replace(study, validation={**study.validation, UNUSED: rest})
 
 
 def missing(rows: Sequence[Row], done: Sequence[Trial], only: Sequence[str], *, peers: bool) -> Iterator[Job]:

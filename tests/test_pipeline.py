@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from llmcompress import CompressError, compress, evaluate, inspect, load, plan
+from llmcompress.calibration.hub_datasets import ALIASES
+from llmcompress.elicitation.steps.read import Read
 from llmcompress.evaluation.footprint import bytes_on_disk
 from llmcompress.model.site import LinearSite
 from llmcompress.presets import load_preset, preset_names
@@ -78,6 +80,11 @@ def shortened(recipe: Recipe) -> Recipe:
 def test_every_recipe_that_ships_runs_and_its_result_loads(preset: str, tiny: Path, tmp_path: Path) -> None:
     # a 0.1 M parameter random model in place of the Hub's: what is proven is that the recipe means something
     settings = [each for each in SMALL if "source" not in each or "self" not in preset]
+    settings += [
+        f"data.{number}.read.source=builtin:calibration"
+        for number, step in enumerate(load_preset(preset).data)
+        if isinstance(step, Read) and step.source in ALIASES
+    ]
     chosen = shortened(load_preset(preset, settings=settings)).model_copy(update={"model": None})
     report = compress(str(tiny), chosen, tmp_path / "out").report
     assert {row.site for row in report.sites} and report.quality

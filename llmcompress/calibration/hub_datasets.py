@@ -66,7 +66,7 @@ def hub_rows(source: str, part: HubPart, *, max_characters: int | None, where: s
             "data.endless",
             f"{source}: this dataset is very large and no limit is set",
             where=where,
-            fix="set `max_windows`",
+            fix="limit what is read: `max_windows` of an evaluation, `most` of the step `read`",
             exit_code=ExitCode.USAGE,
         )
     streaming = alias.streamed and max_characters is not None and not local and not offline

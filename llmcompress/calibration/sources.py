@@ -72,7 +72,7 @@ def read_texts(
 
     Raises: CompressError when the source cannot be found or read, or holds nothing (`data.empty`).
     """
-    rows, name, limit = _rows(source, max_characters, where)
+    rows, name, limit = rows_of_source(source, max_characters=max_characters, where=where)
     row_where = f"{where}: {source.name}" if where else source.name
     found = contents_of(
         rows, column=source.column, format=format, skip_bad_rows=skip_bad_rows, where=row_where, max_characters=limit
@@ -141,10 +141,13 @@ def overlap_warning(
     )
 
 
-def _rows(
-    source: TextSource, max_characters: int | None, where: str
+def rows_of_source(
+    source: TextSource, *, max_characters: int | None = None, where: str = ""
 ) -> tuple[Iterator[tuple[str, Any]], str, int | None]:
-    """Labelled rows, a name for reports, and the limit that applies."""
+    """Labelled rows (a text, a mapping, messages, or a `BadRow`), a name for reports, and the limit that applies.
+
+    With `max_characters` a large Hub dataset is downloaded as far as the caller reads. Raises as `read_texts` does.
+    """
     if source.name.startswith("builtin:"):
         return iter([("the text", _builtin(source.name.removeprefix("builtin:"), where))]), source.name, None
     check_source(source.name, where=where)

@@ -60,8 +60,8 @@ class Recipe(BaseModel):
     """Random seed: calibration windows, text sampled by `self`."""
     calibration: Calibration = Calibration()
     data: Annotated[tuple[DataStep, ...], Listed(STEPS)] = ()
-    """Steps that make training examples, top to bottom, before the first pass; `recover`, `distill` and `preference`
-    learn from these instead of the calibration text. Samples have up to `calibration.tokens` tokens."""
+    """Steps that make training examples, top to bottom, before the first pass; `recover`, `distill`, `qat` and
+    `preference` learn from these instead of the calibration text. Samples have up to `calibration.tokens` tokens."""
     passes: Annotated[tuple[Pass, ...], Listed(PASSES)]
     """Passes, applied top to bottom inside each block."""
     guard: Guard = Guard()

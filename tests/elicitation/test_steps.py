@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from llmcompress.calibration import hub_datasets
 from llmcompress.elicitation.authors import Author, Authors, Drawing
 from llmcompress.elicitation.base import STEPS, DataStep, Row
 from llmcompress.elicitation.bm25 import BM25, words
@@ -217,6 +218,39 @@ def test_columns_become_prompts_by_a_template_without_empty_paragraphs(tmp_path:
     assert first["prompt"] == "Do: sum\n\nWith:\n1 2\n\nAnswer:" and first["response"] == "3"
     assert second["prompt"] == "Do: sing\n\nAnswer:"
     assert len(run([step("read", source=str(file), most=1)], author)) == 1
+
+
+def test_bundled_texts_are_read_too(author: Author) -> None:
+    (row,) = run([step("read", source="builtin:calibration")], author)
+    assert row.keys() == {"text"} and len(row["text"]) > 10_000
+
+
+def test_a_large_dataset_is_streamed_as_far_as_its_limit_and_refused_without(
+    author: Author, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, asked = [], []
+
+    def streamed(path: str, config: str | None, *, split: str, streaming: bool) -> Iterator[Row]:
+        asked.append((path, config, split, streaming))
+        for number in range(100):
+            taken.append(number)
+            yield {"text": f"document {number}", "url": None}
+
+    monkeypatch.setattr("datasets.load_dataset", streamed)
+    monkeypatch.setattr(hub_datasets, "hub_reachable", lambda: True)
+    assert run([step("read", source="c4", most=3)], author) == [{"text": f"document {number}"} for number in range(3)]
+    assert asked == [("allenai/c4", "en", "train", True)] and len(taken) < 5
+    with pytest.raises(CompressError) as refused:
+        run([step("read", source="c4")], author)
+    assert refused.value.code == "data.endless" and "`most`" in (refused.value.fix or "")
+
+
+def test_a_row_that_cannot_be_read_is_named(tmp_path: Path, author: Author) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "one"}\n{"text": \n')
+    with pytest.raises(CompressError, match=r"rows\.jsonl: .*2") as refused:
+        run([step("read", source=str(file))], author)
+    assert refused.value.code == "data.bad-row"
 
 
 def test_written_rows_can_be_read_again(tmp_path: Path, author: Author) -> None:

@@ -96,10 +96,17 @@ def read_rows(examples: Examples, *, where: str = "data") -> Any:
         rows.append({"text": row} if isinstance(row, str) else {"messages": row} if isinstance(row, list) else row)
     if not rows:
         raise CompressError("data.empty", f"{path.name}: the file has no rows", where=where, fix="use another source")
+    return _dataset(rows, path.name, where)
+
+
+def _dataset(rows: list[dict[str, Any]], name: str, where: str) -> Any:
+    """Raises: CompressError `data.bad-row` where the rows do not go together."""
+    import datasets
+
     try:
         return datasets.Dataset.from_list(rows)
     except Exception as failure:  # pyarrow's errors share no type
-        what = f"{path.name}: the columns have different types in different rows: {failure}"
+        what = f"{name}: the columns have different types in different rows: {failure}"
         raise CompressError("data.bad-row", what, where=where, fix="give all rows the same columns") from failure
 
 
@@ -124,10 +131,8 @@ def samples_of_rows(given: ExampleRows) -> IndexedSamples:
 
     Raises: CompressError `data.columns` where the rows are none of these, and as `samples` does.
     """
-    import datasets
-
     kind, columns = _kind_of(given.rows)
-    rows = datasets.Dataset.from_list([{column: row[column] for column in columns} for row in given.rows])
+    rows = _dataset([{column: row[column] for column in columns} for row in given.rows], "data", "data")
     named: dict[Part, str] = {"response": columns[1]} if kind == "prompt" else {}
     examples = Examples(source="data", kind=kind, columns=named, tokens=given.tokens, chat_template=given.chat_template)
     found = samples(rows, examples, given.tokenizer, where="data")
