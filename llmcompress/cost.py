@@ -47,14 +47,25 @@ class Cost:
     """Peak bytes, without the interpreter and its libraries."""
     evaluation_operations: float | None = None
     """Of evaluating the dense and the compressed model; None: the length of a text is not known before it is read."""
+    lowered_operations: float = 0.0
+    """Those of trainings in bfloat16 or float16, output head included; neither of the others counts them."""
 
 
 class Machine(NamedTuple):
     """The speed and base memory of a machine, to turn a cost into seconds and process memory."""
 
     operations_per_second: float
+    """In float32."""
     process_bytes: int = 0
     """Of the interpreter and its libraries."""
+    lowered_per_second: float | None = None
+    """In bfloat16; None: as many."""
+
+    def seconds(self, taken: Cost) -> float:
+        """Of all but evaluation."""
+        lowered = self.lowered_per_second or self.operations_per_second
+        plain = taken.operations + taken.head_operations
+        return plain / self.operations_per_second + taken.lowered_operations / lowered
 
 
 def must_offload(offload: Offload, passes: Sequence[Pass], *, weight_bytes: int, processes: int = 1) -> bool:
@@ -91,19 +102,24 @@ def cost(recipe: Recipe, model_map: ModelMap, size: ModelSize, *, offloaded: boo
     once = int(any(each.uses_data() for each in recipe.passes))  # without windows nothing goes through the blocks
     blocks = model_map.blocks
     forwards = [once + sum(each.forwards for each in passes if any(groups_of(each, block))) for block in blocks]
-    through_model = with_logits = 0.0
+    through_model = with_logits = lowered = 0.0
     for each in recipe.passes:
         plain, logits = each.forwards_through_model(len(model_map.blocks))
         gradients = each.backward()
         times = (gradients.trained_on or samples) / samples if gradients else 0.0
         recomputed = gradients.recomputes if gradients else 0
-        through_model += plain + (BACKWARD_FORWARDS + recomputed) * times
-        with_logits += logits + BACKWARD_FORWARDS * times
+        taught = len(each.teachers()) * times
+        if gradients and gradients.lowered:
+            lowered += BACKWARD_FORWARDS * times + taught
+            times = taught = 0.0
+        through_model += plain + (BACKWARD_FORWARDS + recomputed) * times + taught
+        with_logits += logits + BACKWARD_FORWARDS * times + taught
     head = 2.0 * samples * recipe.calibration.tokens * size.vocabulary * model_map.hidden_size
     return Cost(
         operations=_operations(recipe, model_map, passes, [times + through_model for times in forwards]),
         head_operations=head * with_logits,
-        forwards=sum(forwards) / max(len(forwards), 1) + through_model,
+        lowered_operations=lowered * (head + sum(_forward_operations(recipe, model_map, block) for block in blocks)),
+        forwards=sum(forwards) / max(len(forwards), 1) + through_model + lowered,
         peak_bytes=peak_bytes(recipe, model_map, passes, size, offloaded=offloaded),
         evaluation_operations=_evaluation(recipe, model_map, size),
     )
@@ -117,26 +133,34 @@ def about(seconds: float) -> str:
 
 
 def this_machine(device: torch.device, *, size: int = 512, seconds: float = 0.05) -> Machine:
-    """Speed of float32 matrix products on `device` here and now, and what this process takes already."""
-    matrix = torch.ones(size, size, device=device)
-    float((matrix @ matrix)[0, 0])  # the first product also starts threads and libraries
-    done, started = 0, time.perf_counter()
-    while time.perf_counter() - started < seconds:
-        float((matrix @ matrix)[0, 0])
-        done += 1
-    speed = done * 2.0 * size**3 / (time.perf_counter() - started)
-    return Machine(speed, psutil.Process().memory_info().rss)
+    """Speed of matrix products on `device` here and now, and what this process takes already."""
+
+    def speed(dtype: torch.dtype) -> float:
+        matrix = torch.ones(size, size, device=device, dtype=dtype)
+        float((matrix @ matrix)[0, 0])  # the first product also starts threads and libraries
+        done, started = 0, time.perf_counter()
+        while time.perf_counter() - started < seconds:
+            float((matrix @ matrix)[0, 0])
+            done += 1
+        return done * 2.0 * size**3 / (time.perf_counter() - started)
+
+    return Machine(speed(torch.float32), psutil.Process().memory_info().rss, speed(torch.bfloat16))
+
+
+def _forward_operations(recipe: Recipe, model_map: ModelMap, block: BlockInfo) -> float:
+    """Of all calibration windows through one block."""
+    window = recipe.calibration.tokens
+    tokens = recipe.calibration.samples * window
+    weights = sum(site.outputs * site.inputs for site in block.structure.sites)
+    return 2.0 * tokens * weights + 4.0 * tokens * window * model_map.hidden_size
 
 
 def _operations(recipe: Recipe, model_map: ModelMap, passes: Sequence[Measuring], forwards: Sequence[float]) -> float:
     """Operations of passes over all blocks and of gradients, without the output head."""
-    window = recipe.calibration.tokens
-    tokens = recipe.calibration.samples * window
+    tokens = recipe.calibration.samples * recipe.calibration.tokens
     total = 0.0
     for block, times in zip(model_map.blocks, forwards, strict=True):
-        weights = sum(site.outputs * site.inputs for site in block.structure.sites)
-        once = 2.0 * tokens * weights + 4.0 * tokens * window * model_map.hidden_size
-        total += once * times
+        total += _forward_operations(recipe, model_map, block) * times
         total += sum(_statistics_operations(each, block, tokens) for each in passes if each.forwards)
         total += sum(_ROUNDED_WEIGHT * _selected_weights(each, block) for each in passes if each.rounds)
     return total

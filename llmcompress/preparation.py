@@ -106,10 +106,10 @@ def estimate(prepared: Prepared, device: torch.device) -> str:
     """How long the run will take on `device`: a measured speed, and the recipe's operations."""
     offloaded = not isinstance(prepared.weights_at, InMemory)
     taken = cost(prepared.recipe, prepared.map, size_of(prepared.loaded.preflight), offloaded=offloaded)
-    speed = this_machine(device).operations_per_second
+    machine = this_machine(device)
     evaluating = taken.evaluation_operations
-    ending = f", and {about(evaluating / speed)} to evaluate" if evaluating else ""
-    return f"estimate for this machine: about {about(taken.operations / speed)} to compress{ending}"
+    ending = f", and {about(evaluating / machine.operations_per_second)} to evaluate" if evaluating else ""
+    return f"estimate for this machine: about {about(machine.seconds(taken))} to compress{ending}"
 
 
 def _prepared(request: CompressionRequest) -> Prepared:

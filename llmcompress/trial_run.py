@@ -24,7 +24,7 @@ from typing_extensions import override
 from llmcompress.calibration.context import RunContext
 from llmcompress.calibration.data import calibration_windows
 from llmcompress.calibration.token_windows import CalibrationData
-from llmcompress.cost import Cost, cost
+from llmcompress.cost import Cost, cost, this_machine
 from llmcompress.errors import CompressError
 from llmcompress.known_model import KnownModel, size_of
 from llmcompress.loading.mapped import map_weights
@@ -183,7 +183,8 @@ class Bench:
         runs = [self._measured(tried, blocks, data) for blocks in chosen]
         seconds = _stream_seconds(runs, kinds) + _whole_model_seconds(runs, whole)
         if left_out:
-            seconds *= _operations(self.cost(recipe)) / max(_operations(whole), 1.0)
+            machine = this_machine(self.device)
+            seconds *= machine.seconds(self.cost(recipe)) / max(machine.seconds(whole), 1e-9)
         return Trial(seconds, blocks=runs[-1].blocks, left_out=left_out)
 
     @property

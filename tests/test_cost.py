@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmcompress.cost import Cost, cost
+from llmcompress.cost import Cost, Machine, cost
 from llmcompress.peak_memory import ModelSize
 from llmcompress.presets import load_preset, preset_names
 from llmcompress.recipe import Recipe, parse_recipe
@@ -61,6 +61,20 @@ def test_forwards_and_operations_grow_with_what_a_pass_does() -> None:
     assert by_loss.forwards > gptq.forwards
     assert rtn.operations < gptq.operations < by_loss.operations
     assert cost_of(recipe("{gptq: {}}", samples=16)).operations > gptq.operations
+
+
+def test_a_training_in_bfloat16_takes_the_seconds_of_bfloat16() -> None:
+    def training(precision: str) -> Cost:
+        steps = f"{{steps: 4, batch: 2, mixed_precision: {precision}}}"
+        return cost_of(recipe(f"{{recover: {{teacher: original, training: {steps}}}}}"))
+
+    plain, lowered = training("null"), training("bf16")
+    machine = Machine(1e9, lowered_per_second=4e9)
+    assert plain.lowered_operations == 0 < lowered.lowered_operations and plain.forwards == lowered.forwards
+    through_once = cost_of(recipe("{gptq: {}}")).operations
+    assert lowered.operations < through_once
+    assert machine.seconds(lowered) - machine.seconds(plain) == pytest.approx(-0.75 * lowered.lowered_operations / 1e9)
+    assert Machine(1e9).seconds(lowered) == pytest.approx(Machine(1e9).seconds(plain))
 
 
 @pytest.mark.parametrize(("tokens", "inside"), [(8, False), (512, True)])

@@ -44,6 +44,8 @@ class Backward(NamedTuple):
     recomputes: bool = False
     """Whether blocks run again when their gradients are due, as in `sensitivity.gradients`: one more forward, and only
     the states between blocks are kept meanwhile."""
+    lowered: bool = False
+    """Whether a training computes in bfloat16 or float16."""
 
 
 class Pass(BaseModel, ABC):

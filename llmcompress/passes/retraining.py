@@ -126,7 +126,8 @@ class Retraining(TrainingPass):
         """Another teacher than the model itself may be larger; its size is not known here."""
         optimized = 3 if self.rank is None and self.train == "weights" else 0  # adapters, norms, scales are small
         of_all = optimized + len(self.teachers()) * self.teacher_dtype.itemsize / torch.float32.itemsize
-        return Backward(of_all=of_all, windows=self.training.batch, trained_on=self.training.windows)
+        training = self.training
+        return Backward(of_all=of_all, windows=training.batch, trained_on=training.windows, lowered=training.lowered)
 
     @override
     def apply(self, whole: WholeModel) -> list[SiteReport]:

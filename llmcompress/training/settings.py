@@ -50,6 +50,11 @@ class Training(BaseModel):
         return self
 
     @property
+    def lowered(self) -> bool:
+        """Whether it computes in fewer bits than float32."""
+        return self.mixed_precision is not None
+
+    @property
     def frozen_dtype(self) -> torch.dtype:
         """Of models that are only asked; float16 would overflow in some that were trained in bfloat16."""
         return torch.bfloat16 if self.mixed_precision == "bf16" else torch.float32

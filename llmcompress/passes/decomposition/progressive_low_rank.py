@@ -94,7 +94,8 @@ class ProgressiveLowRank(ModelPass):
 
     @override
     def backward(self) -> Backward | None:
-        return Backward(of_all=3, windows=self.training.batch, trained_on=self.training.windows)
+        training = self.training
+        return Backward(of_all=3, windows=training.batch, trained_on=training.windows, lowered=training.lowered)
 
     @override
     def apply(self, whole: WholeModel) -> list[SiteReport]:

@@ -73,7 +73,8 @@ class LotteryTicket(ModelPass):
 
     @override
     def backward(self) -> Backward | None:
-        return Backward(of_all=4, windows=self.training.batch, trained_on=self.rounds * self.training.windows)
+        training, seen = self.training, self.rounds * self.training.windows
+        return Backward(of_all=4, windows=training.batch, trained_on=seen, lowered=training.lowered)
 
     @override
     def apply(self, whole: WholeModel) -> list[SiteReport]:

@@ -120,7 +120,8 @@ class QuantizationAwareTraining(TrainingPass):
         copies = 5 if "weights" in self.train else 1
         dtype = self._teaching().teacher_dtype if self._learns_from_teacher() else torch.float32
         teachers = len(self.teachers()) * dtype.itemsize / torch.float32.itemsize
-        return Backward(copies, teachers, self.training.batch, self.training.windows)
+        training = self.training
+        return Backward(copies, teachers, training.batch, training.windows, lowered=training.lowered)
 
     @override
     def lesson(self, whole: WholeModel, data: IndexedSamples) -> Lesson:
