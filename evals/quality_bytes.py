@@ -3,7 +3,7 @@
     pip install matplotlib
     python evals/quality_bytes.py
 
-Reads evals/results/real-*.json, which `real_trials.py` writes. Colours and transparency suit light and dark pages.
+Reads the result file that `real_trials.py` writes. Colours and transparency suit light and dark pages.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import matplotlib
 from matplotlib import pyplot
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
 from tables.paired import Facts, Method, chosen, methods, ratio
+from tables.real import MODEL
 
 HERE = Path(__file__).resolve().parent
 GREY = "#808891"
@@ -42,7 +43,7 @@ class Point(NamedTuple):
 @click.option("--most", default=12.0, show_default=True, help="perplexity ÷ dense up to which rows are shown")
 def main(most: float) -> None:
     """Draw."""
-    (path,) = (HERE / "results").glob("real-*.json")
+    path = HERE / "results" / f"real-{MODEL}.json"
     points = points_of(json.loads(path.read_text(encoding="utf-8")), most)
     matplotlib.rcParams |= {"svg.hashsalt": "llmcompress", "svg.fonttype": "none", "text.color": GREY, "font.size": 9}
     figure, panel = pyplot.subplots(figsize=(8.4, 5.2), layout="constrained")

@@ -6,7 +6,8 @@
 All tools get the same token ids. Peers work in environments of their own (`peers/venvs.py`) and hand over dense
 weights, which are measured like ours, in float32. Every trial is written to evals/results/real-NAME.json as soon as it
 is done, with the losses of every window, and is not done again: a program that was stopped goes on. Trials of another
-protocol (other texts, windows, model) are refused, not mixed. Set OMP_NUM_THREADS=1: seconds are CPU seconds.
+protocol (other texts, windows, model) are refused, not mixed: give them a name like MODEL--128-samples. Set
+OMP_NUM_THREADS=1: seconds are CPU seconds.
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ class Job(NamedTuple):
 @click.option("--environments", type=Path, help="where peers' environments are kept; without it peers are left out")
 @click.option("--handed", type=Path, help="keeps what peers hand over; what is there is measured and not made again")
 @click.option("--minutes", type=float, help="begin no further trial after so many")
+@click.option("--called", default="WikiText-2 valid", show_default=True, help="the calibration text, in tables")
 @click.option("--samples", default=Study.samples, show_default=True, help="calibration windows of 512 tokens")
 def main(
     model: Path | None,
@@ -110,6 +112,7 @@ def main(
     environments: Path | None,
     handed: Path | None,
     minutes: float | None,
+    called: str,
     samples: int,
 ) -> None:
     """Do what is missing."""
@@ -118,7 +121,8 @@ def main(
         cache = cache_folder() / "evals"
         asked = Study(model or real_model(), calibration, named(texts), named(validation), cache, samples=samples)
         study = with_unused(asked, Path(scratch))
-        results = Results(HERE / "results" / f"real-{name}.json", study)
+        path, of_model = HERE / "results" / f"real-{name}.json", name.partition("--")[0]
+        results = Results(path, study, model=of_model, calibration=called)
         bench = Bench(study)
         for job in missing(read_rows(rows), results.trials, only, peers=environments is not None):
             if minutes is not None and time.monotonic() - began > 60 * minutes:
@@ -230,9 +234,9 @@ def options(job: Job) -> list[str]:
 class Results:
     """The result file: trials and the protocol that they share."""
 
-    def __init__(self, path: Path, study: Study) -> None:
+    def __init__(self, path: Path, study: Study, **facts: str) -> None:
         """Raises: click.UsageError when the file holds trials of another protocol."""
-        self.path, self._facts = path, {"protocol": study.protocol(), "tokens": {}}
+        self.path, self._facts = path, {**facts, "protocol": study.protocol(), "tokens": {}}
         self.trials: list[Trial] = []
         self._read()
 
@@ -255,8 +259,8 @@ class Results:
         tokens: dict[str, list[int]] = self._facts["tokens"]
         tokens.update({name: tokens_per_window(each.text) for name, each in bench.dense.items()})
         about = {
-            **self._facts,
             "model": self.path.stem.removeprefix("real-"),
+            **self._facts,
             "versions": versions(),
             "machine": machine(),
         }

@@ -46,8 +46,13 @@ def about(facts: Facts, rows: Sequence[Method]) -> str:
     )
     return (
         f"**{facts['model']}**: dense perplexity {texts}; {protocol(told['window'], told['bos'])}. Calibrated on "
-        f"{told['samples']} × {told['tokens']} tokens of WikiText-2 valid, the same for every tool. {COLUMNS}"
+        f"{told['samples']} × {told['tokens']} tokens of {calibration(facts)}, the same for every tool. {COLUMNS}"
     )
+
+
+def calibration(facts: Facts) -> str:
+    """What the calibration text is called."""
+    return str(facts.get("calibration", "WikiText-2 valid"))
 
 
 def line(row: Method, rows: Sequence[Method], facts: Facts, best: Method | None) -> list[str]:
@@ -115,8 +120,8 @@ def short(facts: Facts) -> str:
     many = "One calibration draw" if draws == 1 else f"Means of up to {draws} calibration draws"
     head = (
         f"{facts['model']}: perplexity ({protocol(told['window'], told['bos'])}), × dense ± standard error. All tools "
-        f"calibrate on the same {told['samples']} × {told['tokens']} tokens of WikiText-2 valid; ours (in bold) was "
-        f"chosen on validation text. {many}; docs/results.md has all rows."
+        f"calibrate on the same {told['samples']} × {told['tokens']} tokens of {calibration(facts)}; ours (in bold) "
+        f"was chosen on validation text. {many}; docs/results.md has all rows."
     )
     return "\n\n".join([head, markdown(["weights", "by", "MB", *texts, "KL"], body), environment(facts)])
 
