@@ -9,6 +9,7 @@ from math import prod
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from transformers import PretrainedConfig
 
 from llmcompress.calibration.sources import check_source
 from llmcompress.cost import Machine, Offload, cost, must_offload
@@ -24,6 +25,7 @@ from llmcompress.loading.preflight import ModelFacts
 from llmcompress.loading.source import IN_MEMORY, Source
 from llmcompress.loading.tensors import write_header
 from llmcompress.model.map import ModelMap
+from llmcompress.model.residual_probe import check_residual
 from llmcompress.modules.scheme import Scheme
 from llmcompress.passes.apply import stages
 from llmcompress.passes.base import PASSES, Pass
@@ -89,7 +91,8 @@ def make_plan(
 ) -> Plan:
     """Check everything that can be checked before any work, and estimate the rest; seconds for `machine` only.
 
-    For a `KnownModel` this is arithmetic alone, some milliseconds: no file of the model is opened.
+    For a `KnownModel` this is arithmetic alone, some milliseconds, unless a pass rotates the residual stream: no file
+    of the model is opened.
 
     Raises: CompressError for anything that `compress` would refuse in this model or recipe, all sites at once.
     """
@@ -99,6 +102,7 @@ def make_plan(
     recipe, offloaded = with_weights_placed(recipe, offload, weight_bytes=checked.bytes_weights)
     dtype = storage_dtype_of(recipe.save, checked)
     stored = check_recipe(recipe, model_map, known.loader, dtype)
+    check_stream(recipe, checked.config)
     sites = _sites(recipe, model_map, stored, dtype)
     tensors = tensors_outside_sites(checked, model_map, dtype)
     for each in recipe.passes:
@@ -164,6 +168,15 @@ def check_recipe(
     notes += [note for exporter in recipe.export for note in export_notes(exporter, contents)]
     dtype = storage_dtype or torch.bfloat16
     return replace(choice, notes=tuple(dict.fromkeys([*notes, *choice.notes, *dense_tables(choice, model_map, dtype)])))
+
+
+def check_stream(recipe: Recipe, config: PretrainedConfig) -> None:
+    """That the residual stream can be rotated, where a pass does that.
+
+    Raises: CompressError, naming the module, where a change of basis could not be exact.
+    """
+    if any(each.rotates_stream() for each in recipe.passes):
+        check_residual(config)
 
 
 def fitted_to_model(recipe: Recipe, model_map: ModelMap) -> Recipe:

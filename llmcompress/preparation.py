@@ -39,6 +39,7 @@ from llmcompress.model.probe import map_model
 from llmcompress.passes.base import PASSES
 from llmcompress.planning import (
     check_recipe,
+    check_stream,
     check_texts,
     fitted_to_model,
     storage_dtype_of,
@@ -130,6 +131,7 @@ def _prepared(request: CompressionRequest) -> Prepared:
     model_map = map_model(loaded.model)
     storage_dtype = storage_dtype_of(recipe.save, loaded.preflight)
     notes = check_recipe(recipe, model_map, loader_of(loaded.model.config), storage_dtype).notes
+    check_stream(recipe, loaded.model.config)
     limit = max_positions(loaded.model.config)
     subject = Subject(loaded.tokenizer, limit, loaded.preflight.contents.embedding_rows)
     metrics = prepared(recipe.evaluate, subject)

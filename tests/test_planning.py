@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig
+from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig, PreTrainedTokenizerFast
 
 from llmcompress.cost import Machine
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.exporters.save import save_model
-from llmcompress.known_model import known_model
+from llmcompress.known_model import known_in_memory, known_model
 from llmcompress.loading.load import load_for_compression
 from llmcompress.loading.source import Source, find_source
 from llmcompress.model.probe import probe
@@ -32,9 +32,11 @@ from llmcompress.passes.quantization.smoothquant import SmoothQuant
 from llmcompress.passes.schemes import resolve_scheme, site_schemes
 from llmcompress.pipeline import compress
 from llmcompress.planning import Plan, make_plan, with_weights_placed, within_target_limits
+from llmcompress.progress import Silent
 from llmcompress.recipe import parse_recipe
 from llmcompress.recipe.model import Recipe, Save
-from tests.tiny_folder import write_tiny_llama
+from tests.families import tiny_model
+from tests.tiny_folder import tiny_tokenizer, write_tiny_llama
 
 SCHEMES = [
     "int2_g16",
@@ -329,3 +331,27 @@ def test_plans_for_a_known_model_are_those_for_its_folder_and_open_no_file(tiny,
     again = make_plan(known, recipe, offload="never")
     monkeypatch.undo()
     assert again == direct
+
+
+@pytest.mark.parametrize("passes", ["{slicegpt: {fraction: 0.25}}", "{rotation: {}}"])
+@pytest.mark.parametrize(("family", "why"), [("gemma2", "scales individual channels"), ("olmo2", "post-norm")])
+def test_a_stream_that_cannot_be_rotated_is_refused_before_any_work(family: str, why: str, passes: str) -> None:
+    recipe = parse_recipe(f"passes: [{passes}, {{rtn: {{}}}}]\nevaluate: {{perplexity: []}}", "test")
+    model = tiny_model(family)
+    with pytest.raises(CompressError, match=why):
+        make_plan(known_in_memory(model), recipe)
+    progress = Stages()
+    with pytest.raises(CompressError, match=why):
+        compress(model, recipe, tokenizer=PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer()), progress=progress)
+    assert progress.begun == ["load"]
+    assert make_plan(known_in_memory(tiny_model("bloom")), recipe).sites
+
+
+class Stages(Silent):
+    """Which stages began."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+
+    def stage(self, name: str, total: int) -> None:
+        self.begun.append(name)

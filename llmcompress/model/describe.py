@@ -73,7 +73,8 @@ def _channels(fold: Fold) -> str:
 
 def _width(group: WidthGroup) -> dict[str, Any]:
     parts = {f"{part.site} {part.axis}": sum(map(len, part.indices)) / group.units for part in group.parts}
-    return {"units": group.units, "each": {name: int(n) if n == int(n) else round(n, 2) for name, n in parts.items()}}
+    each = {name: int(n) if n == int(n) else round(n, 2) for name, n in parts.items()}
+    return {"units": group.units, "each": each} | ({"fixed": True} if group.fixed else {})
 
 
 def _refused(refusals: Sequence[Refusal]) -> list[dict[str, Any]]:

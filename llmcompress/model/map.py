@@ -56,6 +56,8 @@ class WidthGroup:
 
     units: int
     parts: tuple[WidthPart, ...]
+    fixed: bool = False
+    """Whether the block needs all of them, as where the model counts heads outside of its blocks (ALiBi)."""
 
     @cached_property
     def has_single_columns(self) -> bool:

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from llmcompress.model.embedding_norm import bake_embedding_norm
+from llmcompress.model.probe import without_weights
 from llmcompress.model.random_weights import materialise, release
 from llmcompress.model.residual import NotReached, Ports, Residual, StreamExperiment, find_ports, refused
 from llmcompress.model.skeleton import BlockCall, find_blocks, record, recorders
@@ -34,6 +36,18 @@ def find_residual(model: PreTrainedModel) -> Residual:
         except NotReached as error:
             missing = str(error)
     raise refused("this parameter is not used", missing)
+
+
+def check_residual(config: PretrainedConfig) -> None:
+    """That the residual stream of models with this config can be given another basis; no weights are needed.
+
+    Raises: CompressError as `find_residual` does.
+    """
+    shell = _shell(without_weights(config))
+    materialise(find_blocks(shell)[0][1])
+    with torch.no_grad():
+        bake_embedding_norm(shell)
+    find_residual(shell)
 
 
 def _find(shell: PreTrainedModel, ids_BT: Tensor) -> Residual:

@@ -57,6 +57,22 @@ def shrink_block(
     return cut_structure(structure, gone, keep)
 
 
+@torch.no_grad()
+def can_shrink(
+    block: nn.Module, structure: BlockStructure, keep: Mapping[int, Sequence[int]], *, run: Callable[[], Tensor]
+) -> bool:
+    """Whether `shrink_block` can do that; the block is afterwards as it was."""
+    before = [(vars(module), dict(vars(module)), dict(module._parameters)) for module in block.modules()]
+    try:
+        shrink_block(block, structure, keep, run=run)
+    except CompressError:
+        return False
+    for attributes, old, parameters in before:
+        attributes.update(old)
+        attributes["_parameters"].update(parameters)
+    return True
+
+
 def kind_of(group: WidthGroup) -> Literal["channels", "heads"]:
     """Whether the units of a group are single channels of an FFN, or heads (KV groups) of several columns each."""
     return "channels" if group.has_single_columns else "heads"

@@ -117,7 +117,7 @@ def _width(group: WidthGroup, stay: Sequence[int], numbers: Mapping[str, _Number
         # rows of a part may belong to several groups of the block, and so may be gone for another group's sake
         indices = tuple(tuple(new[i] for i in part.indices[unit] if i in new) for unit in stay)
         parts.append(WidthPart(part.site, part.axis, indices))
-    return WidthGroup(len(stay), tuple(parts))
+    return replace(group, units=len(stay), parts=tuple(parts))
 
 
 def _fold(fold: Fold, numbers: Mapping[str, _Numbers]) -> Fold:

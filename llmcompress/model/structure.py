@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -16,6 +17,7 @@ from llmcompress.model.channel_tracing import Channels, trace_channels
 from llmcompress.model.exceptions import NEVER_EXECUTED, refusals
 from llmcompress.model.folds import legal, linear_folds, norm_folds
 from llmcompress.model.map import BlockStructure, Fold, InputGroup, Refusal, SiteInfo, WidthGroup
+from llmcompress.model.shrink import can_shrink, kind_of
 from llmcompress.model.skeleton import record
 from llmcompress.model.widths import removable, width_group
 
@@ -47,13 +49,24 @@ def block_structure(model: PreTrainedModel, blocks: Blocks, index: int, token: i
     folds, widths = _experiments(single, sequence, readers, groups)
     order = list(base.inputs)
     allowed = [fold for fold in folds if not kept.intersection(fold.consumers)]
-    return BlockStructure(
+    structure = BlockStructure(
         sites=tuple(_site(name, single.linears[name]) for group in groups for name in group),
         groups=tuple(InputGroup(tuple(group)) for group in groups),
         folds=tuple(sorted(_passing(allowed, partial(legal, sequence)), key=lambda fold: order.index(fold.producer))),
         width_groups=tuple(_passing(widths, partial(removable, sequence))),
         refused=tuple(refused),
     )
+    return replace(structure, width_groups=tuple(_with_fixed_heads(sequence, structure)))
+
+
+def _with_fixed_heads(sequence: BlockExperiment, structure: BlockStructure) -> Iterator[WidthGroup]:
+    """Heads are tried by removing one: integers of attention count them, and of some models something else does too."""
+    for index, group in enumerate(structure.width_groups):
+        if kind_of(group) == "channels" or group.units == 1:
+            yield group
+            continue
+        run = partial(sequence.call.run, sequence.block, sequence.hidden)
+        yield replace(group, fixed=not can_shrink(sequence.block, structure, {index: range(1, group.units)}, run=run))
 
 
 def _experiments(

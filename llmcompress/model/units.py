@@ -38,6 +38,11 @@ class UnitGroup:
         return self.block.structure.width_groups[self.index].parts
 
     @property
+    def fixed(self) -> bool:
+        """Whether the block cannot do without any of them."""
+        return self.block.structure.width_groups[self.index].fixed
+
+    @property
     def readers(self) -> tuple[str, ...]:
         """Sites that read the units, by full name: cutting their columns cuts the units off."""
         return tuple(self.block.full(part.site) for part in self.parts if part.axis == "columns")
@@ -71,6 +76,11 @@ def groups_of(info: BlockInfo) -> list[UnitGroup]:
         UnitGroup(info, index, kind_of(group), group.units, _parameters(info, group.parts) // group.units)
         for index, group in enumerate(info.structure.width_groups)
     ]
+
+
+def removable_groups(info: BlockInfo) -> list[UnitGroup]:
+    """Those of which some units can go."""
+    return [group for group in groups_of(info) if not group.fixed]
 
 
 def kept_fraction(groups: Iterable[UnitGroup], site: str, removed_share: Callable[[UnitGroup], float]) -> float:

@@ -136,6 +136,10 @@ class Pass(BaseModel, ABC):
         Raises: CompressError when it cannot.
         """
 
+    def rotates_stream(self) -> bool:
+        """Whether it gives the residual stream another basis, which not every architecture allows."""
+        return False
+
     def notes(self, model_map: ModelMap) -> list[str]:
         """What it does otherwise than its options say, because this model asks for it: told before the work."""
         return []

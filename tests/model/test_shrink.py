@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from llmcompress.errors import CompressError
 from llmcompress.model.map import SiteInfo
 from llmcompress.model.probe import probe
-from llmcompress.model.shrink import kind_of, shrink_block
+from llmcompress.model.shrink import can_shrink, kind_of, shrink_block
 from llmcompress.model.skeleton import find_blocks, record
 from llmcompress.modules.cache_names import cache_of, with_cache
 from llmcompress.modules.manifest import Manifest, apply_manifest, changes
@@ -157,6 +157,26 @@ def test_heads_that_the_model_itself_counts_are_refused_and_the_block_stays(fami
         )
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert attributes(block) == integers
+
+
+@pytest.mark.parametrize("family", ["llama_gqa", "qwen3", "gpt2", "falcon", *sorted(ALIBI)])
+def test_whether_heads_can_go_is_known_from_the_map_and_asking_changes_nothing(family):
+    (index,) = groups_of(family, "heads")
+    structure = map_of(family).blocks[0].structure
+    assert structure.width_groups[index].fixed == (family in ALIBI)
+    model = tiny_model(family)
+    named = find_blocks(model)
+    recording = record(model, named, tiny_tokens(family, batch=1, length=8))
+    block, run = named[0][1], functools.partial(recording.calls[0].run, named[0][1], recording.hidden)
+    parameters, configs, integers = dict(block.named_parameters()), configs_of(block), attributes(block)
+    expected = run()
+    assert can_shrink(block, structure, {index: [0]}, run=run) == (family not in ALIBI)
+    assert all(parameter is parameters[name] for name, parameter in block.named_parameters())
+    assert configs_of(block) == configs and attributes(block) == integers and torch.equal(run(), expected)
+
+
+def configs_of(block):
+    return {name: id(vars(module)["config"]) for name, module in block.named_modules() if "config" in vars(module)}
 
 
 def attributes(block):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,7 +15,7 @@ from typing_extensions import override
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.model.map import ModelMap, SiteInfo
-from llmcompress.model.units import UnitGroup, groups_of, kept_fraction, unit_groups
+from llmcompress.model.units import UnitGroup, kept_fraction, removable_groups
 from llmcompress.passes.base import PASSES, Backward, ModelPass, Trait
 from llmcompress.passes.pruning.allocation import ALLOCATIONS, Request
 from llmcompress.passes.pruning.gate_hooks import fold_gates
@@ -122,7 +121,8 @@ class Gates(ModelPass):
             raise CompressError(
                 "gates.nothing-to-remove",
                 "the model has no units of the selected kinds that can be removed",
-                fix="attention with a single key-value head has none; `llmcompress inspect` lists the units",
+                fix="attention with a single key-value head has none, and none of its heads can go where the model "
+                "counts them outside of its blocks; `llmcompress inspect` lists the units",
                 exit_code=ExitCode.USAGE,
             )
 
@@ -131,7 +131,7 @@ class Gates(ModelPass):
         """About the fraction, of what has gates."""
         block = next(block for block in model_map.blocks if site.startswith(f"{block.name}."))
         wanted = {"channels": self.channels, "heads": self.heads}
-        return kept_fraction([g for g in groups_of(block) if wanted[g.kind]], site, lambda _: self.fraction)
+        return kept_fraction([g for g in removable_groups(block) if wanted[g.kind]], site, lambda _: self.fraction)
 
     @override
     def backward(self) -> Backward | None:
@@ -141,7 +141,6 @@ class Gates(ModelPass):
     @override
     def apply(self, whole: WholeModel) -> list[SiteReport]:
         groups = self._groups(whole.map)
-        self._rehearse(whole, groups)
         with whole.resident():
             keep = self._learn_and_fold(whole, groups)
         return self._shrink(whole, groups, keep)
@@ -200,22 +199,7 @@ class Gates(ModelPass):
 
     def _groups(self, model_map: ModelMap) -> list[UnitGroup]:
         wanted = {"channels": self.channels, "heads": self.heads}
-        return [group for group in unit_groups(model_map) if wanted[group.kind]]
-
-    def _rehearse(self, whole: WholeModel, groups: Sequence[UnitGroup]) -> None:
-        """Shrink a copy of one block of each kind, to find out before a long training if heads cannot be removed.
-
-        Raises: CompressError when a block cannot do without units.
-        """
-        kinds = {id(group.block.structure): group.block.index for group in reversed(groups)}
-        for work in whole.stream():
-            mine = [group for group in groups if group.block.index == work.info.index]
-            if work.info.index in kinds.values():
-                live, work.module = work.module, copy.deepcopy(work.module)
-                work.shrink({group.index: range(group.units - 1) for group in mine})
-                work.module = live
-            if work.info.index == max(kinds.values()):
-                break
+        return [group for info in model_map.blocks for group in removable_groups(info) if wanted[group.kind]]
 
     def _shrink(self, whole: WholeModel, groups: Sequence[UnitGroup], keep: Sequence[Tensor]) -> list[SiteReport]:
         rows: list[SiteReport] = []

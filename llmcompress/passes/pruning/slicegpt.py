@@ -89,6 +89,10 @@ class SliceGPT(ModelPass):
         }
 
     @override
+    def rotates_stream(self) -> bool:
+        return True
+
+    @override
     def notes(self, model_map: ModelMap) -> list[str]:
         """What a head of its own costs, and which fraction would reach what was asked for."""
         if not model_map.tied or self.fraction == 0:

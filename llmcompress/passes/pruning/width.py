@@ -36,6 +36,11 @@ _AFTER_THE_CHOICE = ("channels", "heads", "refit", "damping", "sites", "exclude"
 _CHOICE = frozenset({"fraction", "removed", "floor", "round_to"})
 """Options that say what is done with the units that go, and those that say which ones."""
 
+_FIXED = (
+    "width: the heads stay, because this model counts them outside of its blocks too; `fraction` is that of the FFN "
+    "channels"
+)
+
 _AS_ASKED = 0.02
 """How far the removed fraction of heads may be from `fraction` without a note."""
 
@@ -114,10 +119,11 @@ class WidthPass(BlockPass):
                 "width.nothing-to-remove",
                 "no selected site has units that can be removed",
                 fix="select all sites of a unit (gate, up and down; or q, k, v and o); attention with a single "
-                "key-value head has no units; `llmcompress inspect` lists them",
+                "key-value head has no units, and none can go where the model counts heads outside of its blocks; "
+                "`llmcompress inspect` lists them",
                 exit_code=ExitCode.USAGE,
             )
-        for group in self._groups(unit_groups(model_map)):
+        for group in self._chosen(unit_groups(model_map)):
             self._check_given(group)
         asked = [request for request in requests if request.fraction > 0]
         if self.allocation == "uniform" and asked and all(kept_units(each) == each.group.units for each in asked):
@@ -159,9 +165,10 @@ class WidthPass(BlockPass):
     @override
     def notes(self, model_map: ModelMap) -> list[str]:
         """Where whole heads cannot be the fraction asked for: what goes of heads, of channels and in all."""
-        if self.allocation != "uniform":
-            return []
-        return list(dict.fromkeys(note for block in model_map.blocks if (note := self._note(block))))
+        found = [_FIXED] if any(group.fixed for group in self._chosen(unit_groups(model_map))) else []
+        if self.allocation == "uniform":
+            found += [note for block in model_map.blocks if (note := self._note(block))]
+        return list(dict.fromkeys(found))
 
     def _note(self, block: BlockInfo) -> str | None:
         requests = [each for each in self._requests(self._groups(groups_of(block))) if self._given(each.group) is None]
@@ -224,6 +231,10 @@ class WidthPass(BlockPass):
         return rows
 
     def _groups(self, groups: Sequence[UnitGroup]) -> list[UnitGroup]:
+        """Of those chosen, the groups of which some units can go."""
+        return [group for group in self._chosen(groups) if not group.fixed]
+
+    def _chosen(self, groups: Sequence[UnitGroup]) -> list[UnitGroup]:
         """The groups of the wanted kinds all of whose sites are selected."""
         wanted = {"channels": self.channels, "heads": self.heads}
         return [group for group in groups if wanted[group.kind] and all(map(self.selects, group.sites))]
@@ -245,6 +256,11 @@ class WidthPass(BlockPass):
 
     def _check_given(self, group: UnitGroup) -> None:
         gone = self._given(group)
+        if gone and group.fixed:
+            fix = "leave `removed` out there; FFN channels can go"
+            what = f"none of the {group.units} heads can be removed: the model counts them outside of its blocks"
+            where = f"`removed` for {group.name}"
+            raise CompressError("width.fixed-heads", what, where=where, fix=fix, exit_code=ExitCode.USAGE)
         if gone and (gone[-1] >= group.units or len(gone) == group.units):
             raise CompressError(
                 "width.no-such-unit",

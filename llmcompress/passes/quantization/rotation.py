@@ -104,6 +104,10 @@ class Rotation(ModelPass):
             )
 
     @override
+    def rotates_stream(self) -> bool:
+        return self.stream
+
+    @override
     def backward(self) -> Backward | None:
         if not self.learned:
             return None

@@ -82,12 +82,10 @@ def test_folded_gates_compute_what_the_gates_did(family: str) -> None:
 def test_the_removed_model_computes_what_the_folded_one_did(family: str) -> None:
     """Everything but the shrinking is repeated by hand; the closed units may be cut off and nothing changes."""
     model, chosen = tiny_model(family), make(kind="slimming", fraction=0.3)
-    if family in ALIBI:
-        with pytest.raises(CompressError, match="heads"):
-            compressed(family, make(training={**BRIEF, "steps": 10**9}))
-        chosen = make(kind="slimming", fraction=0.3, heads=False)
     whole = whole_model(model, family)
     groups = chosen._groups(whole.map)
+    if family in ALIBI:
+        assert {group.kind for group in groups} == {"channels"}
     if not groups:
         with pytest.raises(CompressError, match="can be removed"):
             chosen.check(whole.map)

@@ -75,10 +75,12 @@ def kept(group: UnitGroup, decisions: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pruned_is_masked_and_the_count_is_the_formula(family: str) -> None:
-    width = Width(fraction=0.4, score="l2", refit="none", heads=family not in ALL_HEADS_NEEDED)
+    width = Width(fraction=0.4, score="l2", refit="none")
     dense = tiny_model(family, seed=1)
     groups = unit_groups(map_of(family))
     decisions = width.decide(whole_model(family))
+    if family in ALL_HEADS_NEEDED:
+        assert {group.kind for group in groups if group.name in decisions} == {"channels"}
     with masked(dense, groups, masks(groups, decisions)):
         expected = logits(dense)
     small, rows = pruned(family, width)
@@ -96,6 +98,17 @@ def test_pruned_is_masked_and_the_count_is_the_formula(family: str) -> None:
     assert parameters(small) == parameters(dense) - gone
     generated = small.generate(windows(count=1, tokens=5), max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert generated.shape == (1, 9)
+
+
+@pytest.mark.parametrize("family", sorted(ALL_HEADS_NEEDED))
+def test_heads_that_the_model_counts_stay_and_the_plan_says_so(family: str) -> None:
+    (note,) = Width(fraction=0.25).notes(map_of(family))
+    assert "heads stay" in note and not Width(fraction=0.25, heads=False).notes(map_of(family))
+    with pytest.raises(CompressError, match=r"width\.nothing-to-remove"):
+        Width(channels=False).check(map_of(family))
+    heads = next(group for group in unit_groups(map_of(family)) if group.kind == "heads")
+    with pytest.raises(CompressError, match=r"width\.fixed-heads"):
+        Width(overrides={heads.name: {"removed": "0"}}).check(map_of(family))
 
 
 @pytest.mark.parametrize("family", ["llama_gqa", "gpt2", "phi3", "opt", "mixtral"])
