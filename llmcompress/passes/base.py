@@ -238,7 +238,7 @@ class BlockPass(Pass):
 
     def selects(self, site: str) -> bool:
         """Whether this pass works on the site with that full name."""
-        return _matches(site, self.sites) and not _matches(site, self.exclude)
+        return matches(site, *self.sites) and not matches(site, *self.exclude)
 
     def for_site(self, site: str) -> Self:
         """The same pass with the overrides that match the site applied."""
@@ -341,13 +341,9 @@ class ModelPass(Pass):
         """Change the model in place, or pass a new one to `whole.replace_model`; returns rows of changed sites."""
 
 
-def matches(site: str, glob: str) -> bool:
-    """Whether a site has a name like that; `*.down_proj|*.fc2`: one of several."""
-    return any(fnmatchcase(site, each) for each in glob.split("|"))
-
-
-def _matches(site: str, globs: tuple[str, ...]) -> bool:
-    return any(matches(site, glob) for glob in globs)
+def matches(site: str, *globs: str) -> bool:
+    """Whether a site has a name like one of these; `*.down_proj|*.fc2`: one of several."""
+    return any(fnmatchcase(site, each) for glob in globs for each in glob.split("|"))
 
 
 PASSES: Registry[Pass] = Registry("pass", "llmcompress.passes")
