@@ -112,7 +112,11 @@ def problem(setting: Setting, row: Row, relaxation: Counted | None = None) -> Pr
     """What an optimizer sees."""
     space = setting.family(row.family)
     costs, losses, limits = setting.costs(space), setting.store.losses(space), row.limits(setting)
-    start = least_loss(space, losses, costs, limits) if row.from_exact else None
+    starts: list[Plan] = []
+    if row.from_exact:
+        starts = [start] if (start := least_loss(space, losses, costs, limits)) else []
+    elif row.optimizer == "evopress":  # as in its paper: what is uniform within the limits, and what is left spent
+        starts = [space.uniform(name, after="int8") for name in space.space.sites]
     return Problem(
         space=space,
         costs=costs,
@@ -120,7 +124,7 @@ def problem(setting: Setting, row: Row, relaxation: Counted | None = None) -> Pr
         stages=STAGES,
         losses=losses,
         relaxation=relaxation,
-        starts=(start,) if start else (),
+        starts=tuple(starts),
     )
 
 

@@ -48,7 +48,7 @@ class Cost:
     evaluation_operations: float | None = None
     """Of evaluating the dense and the compressed model; None: the length of a text is not known before it is read."""
     lowered_operations: float = 0.0
-    """Those of trainings in bfloat16 or float16, output head included; neither of the others counts them."""
+    """Those in bfloat16 or float16, of calibration and of trainings with the output head; the others leave them out."""
 
 
 class Machine(NamedTuple):
@@ -114,11 +114,14 @@ def cost(recipe: Recipe, model_map: ModelMap, size: ModelSize, *, offloaded: boo
             times = taught = 0.0
         through_model += plain + (BACKWARD_FORWARDS + recomputed) * times + taught
         with_logits += logits + BACKWARD_FORWARDS * times + taught
+    mixed = recipe.calibration.mixed_precision is not None
+    in_float32 = [through_model + (0 if mixed else times) for times in forwards]
+    in_bfloat16 = [lowered + (times if mixed else 0) for times in forwards]
     head = 2.0 * samples * recipe.calibration.tokens * size.vocabulary * model_map.hidden_size
     return Cost(
-        operations=_operations(recipe, model_map, passes, [times + through_model for times in forwards]),
+        operations=_operations(recipe, model_map, passes, in_float32),
         head_operations=head * with_logits,
-        lowered_operations=lowered * (head + sum(_forward_operations(recipe, model_map, block) for block in blocks)),
+        lowered_operations=lowered * head + _forward_operations(recipe, model_map, in_bfloat16),
         forwards=sum(forwards) / max(len(forwards), 1) + through_model + lowered,
         peak_bytes=peak_bytes(recipe, model_map, passes, size, offloaded=offloaded),
         evaluation_operations=_evaluation(recipe, model_map, size),
@@ -147,20 +150,21 @@ def this_machine(device: torch.device, *, size: int = 512, seconds: float = 0.05
     return Machine(speed(torch.float32), psutil.Process().memory_info().rss, speed(torch.bfloat16))
 
 
-def _forward_operations(recipe: Recipe, model_map: ModelMap, block: BlockInfo) -> float:
-    """Of all calibration windows through one block."""
+def _forward_operations(recipe: Recipe, model_map: ModelMap, forwards: Sequence[float]) -> float:
+    """Of all calibration windows through every block so many times."""
     window = recipe.calibration.tokens
-    tokens = recipe.calibration.samples * window
-    weights = sum(site.outputs * site.inputs for site in block.structure.sites)
-    return 2.0 * tokens * weights + 4.0 * tokens * window * model_map.hidden_size
+    tokens, total = recipe.calibration.samples * window, 0.0
+    for block, times in zip(model_map.blocks, forwards, strict=True):
+        weights = sum(site.outputs * site.inputs for site in block.structure.sites)
+        total += times * (2.0 * tokens * weights + 4.0 * tokens * window * model_map.hidden_size)
+    return total
 
 
 def _operations(recipe: Recipe, model_map: ModelMap, passes: Sequence[Measuring], forwards: Sequence[float]) -> float:
     """Operations of passes over all blocks and of gradients, without the output head."""
     tokens = recipe.calibration.samples * recipe.calibration.tokens
-    total = 0.0
-    for block, times in zip(model_map.blocks, forwards, strict=True):
-        total += _forward_operations(recipe, model_map, block) * times
+    total = _forward_operations(recipe, model_map, forwards)
+    for block in model_map.blocks:
         total += sum(_statistics_operations(each, block, tokens) for each in passes if each.forwards)
         total += sum(_ROUNDED_WEIGHT * _selected_weights(each, block) for each in passes if each.rounds)
     return total

@@ -74,6 +74,7 @@ def allocate(
         device=usable_device(device),
         storage_dtype=storage_dtype_of(chosen.save, loaded.preflight),
         seed=chosen.seed,
+        mixed_precision=chosen.calibration.mixed_precision,
         experts=chosen.calibration.experts,
         progress=progress,
     )

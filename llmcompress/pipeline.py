@@ -171,6 +171,7 @@ def _context(
         storage_dtype=prepared.storage_dtype,
         seed=request.recipe.seed,
         weights_at=prepared.weights_at,
+        mixed_precision=request.recipe.calibration.mixed_precision,
         experts=request.recipe.calibration.experts,
         processes=request.processes,
         keep=run if request.output is None else shared(run, request.processes),

@@ -230,6 +230,7 @@ class Bench:
                 device=self.device,
                 storage_dtype=storage_dtype_of(recipe.save, self._checked),
                 seed=recipe.seed,
+                mixed_precision=recipe.calibration.mixed_precision,
                 experts=recipe.calibration.experts,
             )
             torch.manual_seed(recipe.seed)

@@ -77,6 +77,14 @@ def test_a_training_in_bfloat16_takes_the_seconds_of_bfloat16() -> None:
     assert Machine(1e9).seconds(lowered) == pytest.approx(Machine(1e9).seconds(plain))
 
 
+def test_calibration_in_bfloat16_leaves_statistics_to_float32() -> None:
+    text = "calibration: {{samples: 8, tokens: 64, mixed_precision: {}}}\npasses: [gptq]"
+    plain, mixed = (cost_of(parse_recipe(text.format(each), "test")) for each in ("null", "bf16"))
+    assert plain.lowered_operations == 0 < mixed.operations < plain.operations
+    assert mixed.operations + mixed.lowered_operations == pytest.approx(plain.operations)
+    assert mixed.forwards == plain.forwards
+
+
 @pytest.mark.parametrize(("tokens", "inside"), [(8, False), (512, True)])
 def test_memory_is_the_sum_done_by_hand(tokens: int, inside: bool) -> None:
     """Of the model; hidden states before and after; Gram matrices; a batch inside a block or what solving takes; the

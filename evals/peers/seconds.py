@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import click
 import torch
@@ -47,9 +47,11 @@ class Method(NamedTuple):
     """What `llm_compressor.py` is asked for, the same thing."""
     samples: tuple[int, ...] = (8,)
     """Of 512 tokens."""
+    mixed_precision: Literal["bf16"] | None = None
+    """As in `calibration`; the forward passes that it is compared with stay in float32."""
 
 
-METHODS = {
+MEASURED = {
     "rtn int4_g128": Method("rtn: {scheme: int4_g128}"),
     "gptq int4_g128": Method("gptq: {scheme: int4_g128}", "--method gptq --bits 4 --group 128", (8, 32)),
     "smoothquant → gptq int8": Method(
@@ -62,6 +64,14 @@ METHODS = {
     "sparsegpt 2:4": Method('sparsegpt: {pattern: "2:4"}', "--method sparsegpt --sparsity 0.5 --structure 2:4"),
     "slicegpt 25 %": Method("slicegpt: {fraction: 0.25}"),
     "awq int4_g128_asym": Method("awq: {scheme: int4_g128_asym}", "--method awq --bits 4 --group 128 --asymmetric"),
+}
+METHODS = {
+    **MEASURED,
+    **{
+        f"{name}, bf16": MEASURED[name]._replace(peer="", mixed_precision="bf16")
+        for name in MEASURED
+        if MEASURED[name].peer and "2:4" not in name
+    },
 }
 EVALUATION = "perplexity"
 """A row of its own: what measuring costs, logits and loss and all."""
@@ -167,7 +177,12 @@ def ours(method: Method, model: PreTrainedModel, windows_NT: Tensor) -> Timed:
         tried,
         model_map,
         chosen,
-        RunContext(windows_NT if uses_data else windows_NT[:0], batch=8, storage_dtype=torch.float16),
+        RunContext(
+            windows_NT if uses_data else windows_NT[:0],
+            batch=8,
+            storage_dtype=torch.float16,
+            mixed_precision=method.mixed_precision,
+        ),
     )
     seconds = time.process_time() - began
     return Timed(seconds, mean([before, forward(model, windows_NT)]))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -55,6 +55,8 @@ class RunContext:
     """Where weights are stored while they are not in use."""
     zeros_are_masks: bool = True
     """Whether every exact zero was left by pruning; otherwise those that lie on a grid are weights like others."""
+    mixed_precision: Literal["bf16"] | None = None
+    """What blocks multiply in while calibration data run through them; None: float32."""
     experts: Experts = "routed"
     """Tokens on which the experts of a mixture are measured."""
     processes: ProcessGroup = ALONE

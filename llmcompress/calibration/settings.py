@@ -33,6 +33,10 @@ class Calibration(BaseModel):
     """Tokens per window; every window is full."""
     batch: int = Field(default=8, ge=1)
     """Batch size: windows that pass through a block together."""
+    mixed_precision: Literal["bf16"] | None = None
+    """Multiply in bfloat16 while the text runs through a block: several times as fast on GPUs, and on CPUs with
+    instructions for it (`avx512_bf16`, `amx_bf16`), slower on others. Weights, statistics, solvers and hidden states
+    between blocks stay float32. None: float32."""
     experts: Experts = "routed"
     """Tokens on which an expert is measured: those routed to it, or all of them (several times slower)."""
     min_tokens: int = Field(default=10, ge=1)

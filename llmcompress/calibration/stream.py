@@ -1,7 +1,7 @@
 """The sequential calibrator: one block at a time on the device, each with its own arguments. T = tokens.
 
-The only file that moves tensors between devices or decides in which dtype a block computes (float32: bfloat16
-is several times slower on processors without its instructions, and every statistic is float32 anyway).
+The only file that moves tensors between devices or decides in which dtype a block computes (float32 unless asked:
+bfloat16 is several times slower on processors without its instructions, and every statistic is float32 anyway).
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class BlockWork:
     def _few_tokens(self) -> Tensor:
         """The output for the first sequence of the first batch; for the whole batch where its axis cannot be told."""
         cut = _windows_of(self._inputs[0], self._calls[0], slice(1))
-        return self._run(*(cut or (self._inputs[0], self._calls[0])))
+        return self._run_in(self.module, *(cut or (self._inputs[0], self._calls[0])), mixed=False)
 
     @torch.no_grad()
     def measure(self, sites: Sequence[LinearSite], kinds: Sequence[type[Statistic]]) -> None:
@@ -249,9 +249,12 @@ class BlockWork:
     def _run(self, inputs: Tensor, call: BlockCall) -> Tensor:
         return self._run_in(self.module, inputs, call)
 
-    def _run_in(self, module: nn.Module, inputs: Tensor, call: BlockCall) -> Tensor:
-        there = call.with_tensors(lambda tensor: tensor.to(self._device))
-        return there.run(module, inputs.to(self._device))
+    def _run_in(self, module: nn.Module, inputs: Tensor, call: BlockCall, *, mixed: bool = True) -> Tensor:
+        """`mixed`: in bfloat16 where the context says so; otherwise two outputs can be compared."""
+        there, device = call.with_tensors(lambda tensor: tensor.to(self._device)), self._device
+        lowered = mixed and self.context.mixed_precision == "bf16"
+        with torch.autocast(device.type, torch.bfloat16, enabled=lowered):
+            return there.run(module, inputs.to(device)).float()
 
 
 def _windows_of(hidden_BTD: Tensor, call: BlockCall, windows: slice) -> tuple[Tensor, BlockCall] | None:

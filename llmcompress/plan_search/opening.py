@@ -93,6 +93,7 @@ def open_subject(settings: SearchSettings, *, device: str, progress: Progress) -
         device=where,
         storage_dtype=storage_dtype_of(settings.save, loaded.preflight),
         seed=settings.seed,
+        mixed_precision=settings.calibration.mixed_precision,
         experts=settings.calibration.experts,
         progress=progress,
         teachers=TeacherFiles(settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code),
