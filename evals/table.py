@@ -180,7 +180,8 @@ def render(folder: Path) -> str:
 
 def read(folder: Path, pattern: str) -> list[Facts]:
     """The result files of one kind, by name."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(pattern), key=lambda path: path.stem)]
+    paths = sorted(folder.glob(pattern), key=lambda path: path.stem)
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
 if __name__ == "__main__":

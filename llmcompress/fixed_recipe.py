@@ -70,12 +70,10 @@ def allocate(
         refuse_beyond_embedding(windows_NT, loaded.tokenizer, rows, where=f"calibration: {data.source}")
     context = RunContext(
         windows_NT,
-        batch=chosen.calibration.batch,
         device=usable_device(device),
         storage_dtype=storage_dtype_of(chosen.save, loaded.preflight),
         seed=chosen.seed,
-        mixed_precision=chosen.calibration.mixed_precision,
-        experts=chosen.calibration.experts,
+        **chosen.calibration.of_blocks(),
         progress=progress,
     )
     passes = decided_passes(WholeModel(loaded.model, model_map, context), chosen.passes)

@@ -226,12 +226,10 @@ class Bench:
             context = RunContext(
                 data.windows_NT if data else torch.zeros(0, 1, dtype=torch.long),
                 held_out_NT=data.held_out_NT if data and recipe.guard.fall_back else None,
-                batch=recipe.calibration.batch,
                 device=self.device,
                 storage_dtype=storage_dtype_of(recipe.save, self._checked),
                 seed=recipe.seed,
-                mixed_precision=recipe.calibration.mixed_precision,
-                experts=recipe.calibration.experts,
+                **recipe.calibration.of_blocks(),
             )
             torch.manual_seed(recipe.seed)
             with _TimedRun.open(Path(scratch) / "trial", fingerprint={}, lock_text="", fresh=True) as run:

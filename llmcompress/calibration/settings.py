@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -43,6 +43,10 @@ class Calibration(BaseModel):
     """Rows with fewer tokens are skipped."""
     skip_bad_rows: bool = False
     """Skip and count rows that cannot be read, instead of stopping."""
+
+    def of_blocks(self) -> dict[str, Any]:
+        """How data run through blocks: fields of the run's context."""
+        return {"batch": self.batch, "mixed_precision": self.mixed_precision, "experts": self.experts}
 
 
 class Guard(BaseModel):

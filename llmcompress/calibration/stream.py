@@ -252,8 +252,7 @@ class BlockWork:
     def _run_in(self, module: nn.Module, inputs: Tensor, call: BlockCall, *, mixed: bool = True) -> Tensor:
         """`mixed`: in bfloat16 where the context says so; otherwise two outputs can be compared."""
         there, device = call.with_tensors(lambda tensor: tensor.to(self._device)), self._device
-        lowered = mixed and self.context.mixed_precision == "bf16"
-        with torch.autocast(device.type, torch.bfloat16, enabled=lowered):
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed and self.context.mixed_precision == "bf16"):
             return there.run(module, inputs.to(device)).float()
 
 

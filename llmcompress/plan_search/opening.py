@@ -89,12 +89,10 @@ def open_subject(settings: SearchSettings, *, device: str, progress: Progress) -
     windows_NT, judged_NT = _texts(settings, loaded, progress)
     context = RunContext(
         windows_NT,
-        batch=settings.calibration.batch,
         device=where,
         storage_dtype=storage_dtype_of(settings.save, loaded.preflight),
         seed=settings.seed,
-        mixed_precision=settings.calibration.mixed_precision,
-        experts=settings.calibration.experts,
+        **settings.calibration.of_blocks(),
         progress=progress,
         teachers=TeacherFiles(settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code),
     )
