@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from filelock import FileLock
@@ -22,12 +23,13 @@ HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60
 
 
 def storage_at(url: str) -> BaseStorage:
-    """The storage of SQLite, PostgreSQL or a proxy."""
+    """The storage of SQLite, PostgreSQL or a proxy.
+
+    Raises: CompressError for an address that is none, and where the package that a proxy needs is not installed.
+    """
     optuna = optuna_library()
     if url.startswith("grpc://"):
-        host, _, port = url.removeprefix("grpc://").partition(":")
-        proxy: BaseStorage = optuna.storages.GrpcStorageProxy(host=host, port=int(port or 13000))
-        return proxy
+        return _proxy(url)
     waiting = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
     storage: BaseStorage = optuna.storages.RDBStorage(
         url,
@@ -37,6 +39,18 @@ def storage_at(url: str) -> BaseStorage:
         heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
     )
     return storage
+
+
+def _proxy(url: str) -> BaseStorage:
+    host, _, port = url.removeprefix("grpc://").partition(":")
+    if not host or not (port or "13000").isdecimal():
+        what, fix = f"{url} is not the address of a proxy", "write it as grpc://HOST:PORT"
+        raise CompressError("search.address", what, where="database", fix=fix, exit_code=ExitCode.USAGE)
+    if find_spec("grpc") is None:
+        what = "Optuna's gRPC proxy needs grpcio, which is not installed"
+        raise CompressError("search.package", what, fix="pip install grpcio")
+    proxy: BaseStorage = optuna_library().storages.GrpcStorageProxy(host=host, port=int(port or 13000))
+    return proxy
 
 
 def refuse_password(url: str) -> None:
