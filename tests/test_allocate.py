@@ -62,7 +62,7 @@ def test_the_recipe_that_was_decided_makes_the_same_files(tiny: Path, tmp_path: 
     report = compress(str(tiny), recipe(), tmp_path / "mixed").report
     decided = allocate(str(tiny), recipe())
     (settled,) = decided.passes
-    assert "mixed_precision" not in decided.to_yaml()
+    assert "mixed_precision:" not in decided.to_yaml().partition("passes:")[2]
     again = compress(str(tiny), parse_recipe(decided.to_yaml(), "decided"), tmp_path / "again").report
     assert weights_hash(tmp_path / "mixed") == weights_hash(tmp_path / "again")
     assert report.sites == again.sites
