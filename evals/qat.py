@@ -91,6 +91,11 @@ def end_to_end(steps: int, rate: float, **options: Any) -> dict[str, dict[str, A
     return {"qat": {"training": training, **options}}
 
 
+def learned_codes(scheme: str) -> dict[str, dict[str, Any]]:
+    """GSQ's codes, at the rate that two bits want."""
+    return {"gsq": {"scheme": scheme, "rate": 0.012, "quantizer": {"gptq": {"range": "joint"}}}}
+
+
 def long_end_to_end(steps: int, rate: float) -> dict[str, dict[str, Any]]:
     """The same in bfloat16, which is several times as fast where the processor multiplies in it."""
     (qat,) = end_to_end(steps, rate).values()
@@ -109,6 +114,14 @@ REAL = (
     *(
         Row(scheme, LONG, (post_training(scheme), long_end_to_end(240, 2e-4)), 48, long_windows=1440)
         for scheme in ("int3_g64", "int2_g64")
+    ),
+    Row(
+        "int2_g64",
+        "gsq, qat on two texts",
+        (learned_codes("int2_g64"), long_end_to_end(240, 5e-4)),
+        48,
+        table_in_8_bits=True,
+        long_windows=1440,
     ),
 )
 
@@ -216,7 +229,8 @@ def made(bench: Bench, row: Row, draw: int, folder: Path, saved: Path | None, lo
             compressed, trained_on = loaded.model, windows_NT.numel()
             if row.long_windows:
                 # what comes before is done again after a kill: minutes
-                compressed, _ = apply_passes(compressed, bench.map, passes[:-1], replace(context, keep=None))
+                before = replace(context, keep=None, mixed_precision="bf16")
+                compressed, _ = apply_passes(compressed, bench.map, passes[:-1], before)
                 context = replace(context, windows_NT=shuffled(study, long, row.long_windows, draw))
                 trained_on = row.passes[-1]["qat"]["training"]["steps"] * BATCH * study.tokens
                 passes = passes[-1:]
