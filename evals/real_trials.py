@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import click
 import torch
@@ -61,6 +61,8 @@ class Row(BaseModel):
     who: str = "ours"
     """Or the name of a peer's environment."""
     passes: tuple[dict[str, dict[str, Any]], ...] = ()
+    mixed_precision: Literal["bf16"] | None = None
+    """What our blocks multiply in while calibration data run through them."""
     draws: int = 1
     candidate: bool = False
     """Whether draw 0 is measured on the validation texts, on which methods are chosen."""
@@ -181,7 +183,8 @@ def ours(bench: Bench, job: Job, handed: Path | None) -> Trial:
         told = json.loads((handed / f"{label(job, 'auto-round', job.row.allocation)}.json").read_text())
         given = {name: {"scheme": f"int{bits}_g{GROUP}"} for name, bits in told["bits"].items()}
     compressing = [{name: {**options, "overrides": given}} for each in filled for name, options in each.items()]
-    model, trial = bench.compress(compressing if given else filled, job.draw)
+    asked = compressing if given else filled
+    model, trial = bench.compress(asked, job.draw, mixed_precision=job.row.mixed_precision)
     texts = bench.measure(model, names_of(bench, job))
     return {**trial, "bytes": stored_bytes(model), "passes": filled, "texts": texts}
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import torch
@@ -159,7 +159,11 @@ class Bench:
         return self.dense[name]
 
     def compress(
-        self, passes: Sequence[Any], draw: int, teachers: TeacherFiles | None = None
+        self,
+        passes: Sequence[Any],
+        draw: int,
+        teachers: TeacherFiles | None = None,
+        mixed_precision: Literal["bf16"] | None = None,
     ) -> tuple[PreTrainedModel, Trial]:
         """Our passes on a fresh model (none: the dense one); what they took."""
         study = self.study
@@ -167,7 +171,13 @@ class Bench:
         loaded = study.loaded()
         self.map = self.map or map_model(loaded.model)
         chosen = parse_recipe(yaml.safe_dump({"passes": list(passes)}), "evals").passes if passes else ()
-        context = RunContext(windows_NT, batch=8, storage_dtype=loaded.preflight.storage_dtype, seed=draw)
+        context = RunContext(
+            windows_NT,
+            batch=8,
+            storage_dtype=loaded.preflight.storage_dtype,
+            seed=draw,
+            mixed_precision=mixed_precision,
+        )
         context = context if teachers is None else replace(context, teachers=teachers)
         forget_peak()
         before, began = resident_bytes("VmRSS"), time.process_time()

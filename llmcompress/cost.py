@@ -49,6 +49,8 @@ class Cost:
     """Of evaluating the dense and the compressed model; None: the length of a text is not known before it is read."""
     lowered_operations: float = 0.0
     """Those in bfloat16 or float16, of calibration and of trainings with the output head; the others leave them out."""
+    lowered_where_faster: bool = False
+    """Whether `calibration.mixed_precision` is auto: devices that are not faster in bfloat16 do them in float32."""
 
 
 class Machine(NamedTuple):
@@ -64,6 +66,8 @@ class Machine(NamedTuple):
     def seconds(self, taken: Cost) -> float:
         """Of all but evaluation."""
         lowered = self.lowered_per_second or self.operations_per_second
+        if taken.lowered_where_faster:
+            lowered = max(lowered, self.operations_per_second)
         plain = taken.operations + taken.head_operations
         return plain / self.operations_per_second + taken.lowered_operations / lowered
 
@@ -122,6 +126,7 @@ def cost(recipe: Recipe, model_map: ModelMap, size: ModelSize, *, offloaded: boo
         operations=_operations(recipe, model_map, passes, in_float32),
         head_operations=head * with_logits,
         lowered_operations=lowered * head + _forward_operations(recipe, model_map, in_bfloat16),
+        lowered_where_faster=recipe.calibration.mixed_precision == "auto",
         forwards=sum(forwards) / max(len(forwards), 1) + through_model + lowered,
         peak_bytes=peak_bytes(recipe, model_map, passes, size, offloaded=offloaded),
         evaluation_operations=_evaluation(recipe, model_map, size),

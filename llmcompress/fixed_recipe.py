@@ -68,12 +68,13 @@ def allocate(
         windows_NT = data.windows_NT
         rows = loaded.preflight.contents.embedding_rows
         refuse_beyond_embedding(windows_NT, loaded.tokenizer, rows, where=f"calibration: {data.source}")
+    where = usable_device(device)
     context = RunContext(
         windows_NT,
-        device=usable_device(device),
+        device=where,
         storage_dtype=storage_dtype_of(chosen.save, loaded.preflight),
         seed=chosen.seed,
-        **chosen.calibration.of_blocks(),
+        **chosen.calibration.of_blocks(where),
         progress=progress,
     )
     passes = decided_passes(WholeModel(loaded.model, model_map, context), chosen.passes)

@@ -170,7 +170,7 @@ def _context(
         storage_dtype=prepared.storage_dtype,
         seed=request.recipe.seed,
         weights_at=prepared.weights_at,
-        **request.recipe.calibration.of_blocks(),
+        **request.recipe.calibration.of_blocks(request.device),
         processes=request.processes,
         keep=run if request.output is None else shared(run, request.processes),
         progress=request.progress,

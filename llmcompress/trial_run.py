@@ -229,7 +229,7 @@ class Bench:
                 device=self.device,
                 storage_dtype=storage_dtype_of(recipe.save, self._checked),
                 seed=recipe.seed,
-                **recipe.calibration.of_blocks(),
+                **recipe.calibration.of_blocks(self.device),
             )
             torch.manual_seed(recipe.seed)
             with _TimedRun.open(Path(scratch) / "trial", fingerprint={}, lock_text="", fresh=True) as run:

@@ -85,6 +85,14 @@ def test_calibration_in_bfloat16_leaves_statistics_to_float32() -> None:
     assert mixed.forwards == plain.forwards
 
 
+def test_precision_of_choice_is_never_slower_than_float32() -> None:
+    text = "calibration: {{samples: 8, tokens: 64, mixed_precision: {}}}\npasses: [gptq]"
+    plain, chosen = (cost_of(parse_recipe(text.format(each), "test")) for each in ("null", "auto"))
+    without, with_instructions = (Machine(4e9, lowered_per_second=speed) for speed in (1e9, 16e9))
+    assert without.seconds(chosen) == pytest.approx(without.seconds(plain))
+    assert with_instructions.seconds(chosen) < with_instructions.seconds(plain)
+
+
 @pytest.mark.parametrize(("tokens", "inside"), [(8, False), (512, True)])
 def test_memory_is_the_sum_done_by_hand(tokens: int, inside: bool) -> None:
     """Of the model; hidden states before and after; Gram matrices; a batch inside a block or what solving takes; the

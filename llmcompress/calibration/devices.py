@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from llmcompress.errors import CompressError
+
+_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+"""Instructions of processors for products in bfloat16, as torch calls them; the last two are those of ARM."""
+
+
+def multiplies_in_bfloat16(device: torch.device) -> bool:
+    """Whether it has instructions for that; False where torch cannot tell (processors: before torch 2.11)."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return any(found.get(name, False) for name in _BFLOAT16)
 
 
 def usable_device(name: str) -> torch.device:

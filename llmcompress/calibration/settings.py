@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
+
+from llmcompress.calibration.devices import multiplies_in_bfloat16
 
 Experts = Literal["routed", "all"]
 
@@ -33,10 +36,10 @@ class Calibration(BaseModel):
     """Tokens per window; every window is full."""
     batch: int = Field(default=8, ge=1)
     """Batch size: windows that pass through a block together."""
-    mixed_precision: Literal["bf16"] | None = None
+    mixed_precision: Literal["bf16", "auto"] | None = None
     """Multiply in bfloat16 while the text runs through a block: several times as fast on GPUs, and on CPUs with
     instructions for it (`avx512_bf16`, `amx_bf16`), slower on others. Weights, statistics, solvers and hidden states
-    between blocks stay float32. None: float32."""
+    between blocks stay float32. None: float32. `auto`: bfloat16 where the device has instructions for it."""
     experts: Experts = "routed"
     """Tokens on which an expert is measured: those routed to it, or all of them (several times slower)."""
     min_tokens: int = Field(default=10, ge=1)
@@ -44,9 +47,12 @@ class Calibration(BaseModel):
     skip_bad_rows: bool = False
     """Skip and count rows that cannot be read, instead of stopping."""
 
-    def of_blocks(self) -> dict[str, Any]:
-        """How data run through blocks: fields of the run's context."""
-        return {"batch": self.batch, "mixed_precision": self.mixed_precision, "experts": self.experts}
+    def of_blocks(self, device: torch.device) -> dict[str, Any]:
+        """How data run through blocks on `device`: fields of the run's context."""
+        precision = self.mixed_precision
+        if precision == "auto":
+            precision = "bf16" if multiplies_in_bfloat16(device) else None
+        return {"batch": self.batch, "mixed_precision": precision, "experts": self.experts}
 
 
 class Guard(BaseModel):

@@ -92,7 +92,7 @@ def open_subject(settings: SearchSettings, *, device: str, progress: Progress) -
         device=where,
         storage_dtype=storage_dtype_of(settings.save, loaded.preflight),
         seed=settings.seed,
-        **settings.calibration.of_blocks(),
+        **settings.calibration.of_blocks(where),
         progress=progress,
         teachers=TeacherFiles(settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code),
     )

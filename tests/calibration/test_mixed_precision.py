@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmcompress import compress
 from llmcompress.calibration.context import RunContext
+from llmcompress.calibration.settings import Calibration
 from llmcompress.calibration.stream import BlockStream, BlockWork
 from llmcompress.model.probe import map_model
 from llmcompress.numerics.statistics import Gram
@@ -82,3 +83,19 @@ def test_a_recipe_asks_for_it() -> None:
         report = compress("builtin:books-llama", {**recipe, "calibration": calibration}).report
         ratios[precision] = report.quality[0].ratio
     assert ratios["bf16"] == pytest.approx(ratios[None], rel=0.02) and ratios["bf16"] != ratios[None]
+
+
+@pytest.mark.parametrize(("capabilities", "chosen"), [({"avx512_bf16": True}, "bf16"), ({"avx2": True}, None)])
+def test_auto_is_bfloat16_where_the_processor_has_instructions_for_it(
+    capabilities: dict[str, bool], chosen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    settings = Calibration(mixed_precision="auto")
+    assert settings.of_blocks(torch.device("cpu"))["mixed_precision"] == chosen
+    assert Calibration().of_blocks(torch.device("cpu"))["mixed_precision"] is None
+
+
+def test_auto_is_float32_where_torch_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert Calibration(mixed_precision="auto").of_blocks(torch.device("cpu"))["mixed_precision"] is None
+    assert Calibration(mixed_precision="bf16").of_blocks(torch.device("cpu"))["mixed_precision"] == "bf16"
