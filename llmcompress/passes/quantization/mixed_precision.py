@@ -17,6 +17,7 @@ from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
 from llmcompress.model.map import ModelMap
 from llmcompress.model.site import LinearSite
+from llmcompress.modules.base import CompressedModule
 from llmcompress.modules.scheme import DESCRIPTION, Scheme, named_scheme
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES, Backward, BlockPass, Trait
@@ -81,7 +82,8 @@ class MixedPrecision(BlockPass):
     budget: str | None = Field(
         None,
         pattern=r"^[1-9][0-9]*(\.[0-9]+)? ?[KMGT]B$",
-        description="instead of `bits`: bytes of all weights, dense ones included, e.g. 1.2GB",
+        description="instead of `bits`: bytes of all weights, dense ones included, e.g. 1.2GB; what passes "
+        "before this one rounded, such as `embeddings`, counts with its fewer bits",
     )
     sensitivity: Sensitivity = Field(
         "gradients",
@@ -246,8 +248,10 @@ class MixedPrecision(BlockPass):
         else:
             stored = torch.finfo(whole.context.storage_dtype).bits
             everything = sum(parameter.numel() for parameter in whole.model.parameters())
+            modules = (each for each in whole.model.modules() if isinstance(each, CompressedModule))
+            coded = sum(each.coded_bits() for each in modules)  # by passes before, such as `embeddings`
             number, unit = float(self.budget[:-2]), self.budget[-2:]
-            goal, floor = int(8 * number * _UNITS[unit]) - (everything - weights) * stored, 0
+            goal, floor = int(8 * number * _UNITS[unit]) - (everything - weights) * stored - coded, 0
         if goal < least or floor > most:
             wanted = f"budget: {self.budget}" if self.budget else f"bits: {goal / weights:g}"
             raise CompressError(

@@ -8,7 +8,9 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from llmcompress import compress
 from llmcompress.errors import CompressError
+from llmcompress.evaluation.footprint import ideal_bytes
 from llmcompress.modules.scheme import named_scheme
 from llmcompress.passes.quantization.mixed_precision import MixedPrecision
 from llmcompress.passes.quantization.sensitivity import hessian, rounding_losses
@@ -184,6 +186,19 @@ def test_a_budget_in_bytes_counts_all_weights() -> None:
         row.bits_per_weight * model.get_submodule(row.site).dense_weight().numel() / 8 for row in rows
     )
     assert 0.9 * kilobytes * 1000 < spent <= kilobytes * 1000
+
+
+def test_a_budget_in_bytes_counts_what_earlier_passes_rounded() -> None:
+    inside = {"budget": "1.5MB", "quantizer": {"rtn": {}}, "samples": 2}
+    recipe = {
+        "calibration": {"samples": 2, "tokens": 64},
+        "passes": [{"embeddings": {}}, {"mixed_precision": inside}],
+        "guard": {"windows": 0},
+        "evaluate": {},
+        "save": {"format": "llmcompress"},
+    }
+    made = compress("builtin:books-llama", recipe)
+    assert 1_490_000 < ideal_bytes(made.model.to(torch.bfloat16)) <= 1_500_000
 
 
 def test_a_site_may_have_candidates_of_its_own() -> None:
