@@ -2,10 +2,12 @@
 
     python evals/presets.py --model FOLDER --calibration valid.txt --text wikitext2=test.txt --name NAME --out FOLDER
 
-Each preset runs as shipped, in a process of its own, with two changes: the calibration text, and at most
-SAMPLES × TOKENS of it. One that does not end within `--limit` seconds is recorded as not done. Estimated and measured
-are of the same process: the plan comes first, on the speed of matrix products measured then. Writes
-evals/results/presets-NAME.json after every preset, and goes on where it was stopped.
+Each preset runs as shipped, in a process of its own, with these changes: the calibration text, at most SAMPLES ×
+TOKENS of it, and with `--training-steps` no more steps of training than that (eight times as many of a block), so
+that presets which train for hours are run too: what they recover is another question (`qat.py`, `healing.py`). One
+that does not end within `--limit` seconds is recorded as not done. Estimated and measured are of the same process:
+the plan comes first, on the speed of matrix products measured then. Writes evals/results/presets-NAME.json after
+every preset, and goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from study import resident_bytes
 
 from llmcompress.elicitation.steps.read import Read
 from llmcompress.evaluation.environment import machine, versions
+from llmcompress.passes.base import PASSES
 from llmcompress.presets import load_preset, preset_names
 
 WINDOW, WINDOWS = 512, 10
@@ -35,6 +38,7 @@ WINDOW, WINDOWS = 512, 10
 @click.option("--name", required=True, help="of the result file")
 @click.option("--samples", default=16, show_default=True)
 @click.option("--tokens", default=512, show_default=True)
+@click.option("--training-steps", type=int, help="at most so many; default: as shipped")
 @click.option("--limit", default=420, show_default=True, help="seconds for one preset")
 @click.option("--only", "chosen", multiple=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="an empty folder for results")
@@ -46,6 +50,7 @@ def main(
     name: str,
     samples: int,
     tokens: int,
+    training_steps: int | None,
     limit: int,
     chosen: tuple[str, ...],
     out: Path,
@@ -53,7 +58,8 @@ def main(
 ) -> None:
     """Run every preset that is not in the result file yet."""
     if one is not None:
-        print(json.dumps(run_one(one, model, calibration, texts, samples, tokens, out / one)))
+        steps = shortened(one, training_steps) if training_steps else {}
+        print(json.dumps(run_one(one, model, calibration, texts, samples, tokens, steps, out / one)))
         return
     path = Path(__file__).parent / "results" / f"presets-{name}.json"
     facts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
@@ -89,8 +95,27 @@ def in_its_own_process(preset: str, limit: int) -> dict[str, Any]:
     return row
 
 
+def shortened(preset: str, most: int) -> dict[str, int]:
+    """Settings of trainings that take more steps → at most so many; eight times as many where a block is trained."""
+    found: dict[str, int] = {}
+    for each in load_preset(preset).passes:
+        name, training = PASSES.name_of(type(each)), getattr(each, "training", None)
+        if training is not None and training.steps > most:
+            found[f"passes.{name}.training.steps"] = most
+        if training is None and getattr(each, "steps", 0) > 8 * most:
+            found[f"passes.{name}.steps"] = 8 * most
+    return found
+
+
 def run_one(
-    preset: str, model: str, calibration: str, texts: tuple[str, ...], samples: int, tokens: int, out: Path
+    preset: str,
+    model: str,
+    calibration: str,
+    texts: tuple[str, ...],
+    samples: int,
+    tokens: int,
+    steps: dict[str, int],
+    out: Path,
 ) -> dict[str, Any]:
     """Plan, then compress with measurements; both are told apart by their own clocks."""
     import torch
@@ -109,6 +134,7 @@ def run_one(
         f"calibration.samples={min(samples, shipped.samples)}",
         f"calibration.tokens={min(tokens, shipped.tokens)}",
         f"evaluate.perplexity={json.dumps(tasks)}",
+        *(f"{name}={count}" for name, count in steps.items()),
         *(
             f"data.{number}.read.source={calibration}"
             for number, step in enumerate(loaded.data)
@@ -132,6 +158,7 @@ def run_one(
         "preset": preset,
         "samples": min(samples, shipped.samples),
         "tokens": min(tokens, shipped.tokens),
+        "shortened": steps,
         "quality": quality,
         "bytes_dense": report.bytes_dense,
         "bytes": report.bytes_compressed,

@@ -11,7 +11,8 @@ def presets(facts: Facts) -> str:
     done = [row for row in facts["rows"] if "quality" in row]
     head = (
         f"**{facts['model']}**, calibrated on at most {facts['samples']} × {facts['tokens']} tokens of "
-        f"`{facts['calibration']}` (fewer where the preset takes fewer), all else as shipped; one thread. "
+        f"`{facts['calibration']}` (fewer where the preset takes fewer), all else as shipped but for the steps that a "
+        "row names; one thread. "
         f"Perplexity in windows of {facts['window']}, each with BOS"
         + "".join(
             f"; `{text}`: dense {done[0]['quality'][text]['dense']:.2f}, {done[0]['quality'][text]['tokens']:,} tokens"
@@ -31,13 +32,18 @@ def _line(row: Facts, texts: list[str]) -> list[str]:
     stages = row["stages"]
     evaluating = sum(seconds for name, seconds in stages.items() if name.startswith("evaluate"))
     return [
-        f"`{row['preset']}`",
+        f"`{row['preset']}`{_shortened(row.get('shortened', {}))}",
         *(_ratio(row["quality"][text]) for text in texts),
         _estimated(row["bytes"] / 1e6, row["bytes_estimated"] / 1e6, "{:.0f}"),
         _estimated(stages["compress"], row["compress_estimated"], "{:.0f}"),
         _estimated(evaluating, row["evaluate_estimated"], "{:.0f}"),
         _estimated(row["peak_bytes"] / 1e9, row["peak_estimated"] / 1e9, "{:.1f}"),
     ]
+
+
+def _shortened(steps: dict[str, int]) -> str:
+    told = [f"{count} steps{'' if name.endswith('training.steps') else ' a block'}" for name, count in steps.items()]
+    return f", {', '.join(told)} only" if told else ""
 
 
 def _ratio(found: Facts) -> str:
