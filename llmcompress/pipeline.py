@@ -89,8 +89,8 @@ def compress(
     live = live_model(model, tokenizer)
     chosen = as_recipe(recipe).for_model(live.name if live else None if model is None else str(model))
     settings, given = as_calibration(calibration, chosen.calibration, held_out=chosen.guard.windows)
-    chosen = within_target_limits(chosen.model_copy(update={"calibration": settings}))
     where = own_device(usable_device(device))
+    chosen = within_target_limits(chosen.model_copy(update={"calibration": settings.settled(where)}))
     with process_group(where) as processes, lent(live.model if live else None) as give_back:
         request = CompressionRequest(
             recipe=chosen,

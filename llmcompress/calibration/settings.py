@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -47,11 +47,15 @@ class Calibration(BaseModel):
     skip_bad_rows: bool = False
     """Skip and count rows that cannot be read, instead of stopping."""
 
+    def settled(self, device: torch.device) -> Self:
+        """With what `auto` means on this device, so that what is recorded can be repeated anywhere."""
+        if self.mixed_precision != "auto":
+            return self
+        return self.model_copy(update={"mixed_precision": "bf16" if multiplies_in_bfloat16(device) else None})
+
     def of_blocks(self, device: torch.device) -> dict[str, Any]:
         """How data run through blocks on `device`: fields of the run's context."""
-        precision = self.mixed_precision
-        if precision == "auto":
-            precision = "bf16" if multiplies_in_bfloat16(device) else None
+        precision = self.settled(device).mixed_precision
         return {"batch": self.batch, "mixed_precision": precision, "experts": self.experts}
 
 

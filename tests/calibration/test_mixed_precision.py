@@ -99,3 +99,11 @@ def test_auto_is_float32_where_torch_cannot_tell(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert Calibration(mixed_precision="auto").of_blocks(torch.device("cpu"))["mixed_precision"] is None
     assert Calibration(mixed_precision="bf16").of_blocks(torch.device("cpu"))["mixed_precision"] == "bf16"
+
+
+def test_a_result_records_what_auto_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    calibration = {"samples": 2, "tokens": 32, "mixed_precision": "auto"}
+    recipe = {"calibration": calibration, "passes": [{"gptq": {}}], "guard": {"windows": 0}, "evaluate": {}}
+    made = compress("builtin:books-llama", recipe)
+    assert made.recipe.calibration.mixed_precision == "bf16"
