@@ -104,6 +104,6 @@ def test_auto_is_float32_where_torch_cannot_tell(monkeypatch: pytest.MonkeyPatch
 def test_a_result_records_what_auto_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     calibration = {"samples": 2, "tokens": 32, "mixed_precision": "auto"}
-    recipe = {"calibration": calibration, "passes": [{"gptq": {}}], "guard": {"windows": 0}, "evaluate": {}}
+    recipe = {"calibration": calibration, "passes": [{"gptq": {"scheme": "int4_g32"}}], "evaluate": {}}
     made = compress("builtin:books-llama", recipe)
     assert made.recipe.calibration.mixed_precision == "bf16"
