@@ -21,7 +21,7 @@ from llmcompress.modules.base import CompressedModule
 from llmcompress.modules.scheme import DESCRIPTION, Scheme, named_scheme
 from llmcompress.numerics.statistics import Statistic
 from llmcompress.passes.base import PASSES, Backward, BlockPass, Trait
-from llmcompress.passes.nested_quantizer import quantizer_with
+from llmcompress.passes.nested_quantizer import AroundQuantizer, quantizer_with
 from llmcompress.passes.quantization.sensitivity import Sensitivity, rounding_losses
 from llmcompress.passes.quantizing import QuantizingPass
 from llmcompress.passes.schemes import OnIndivisible, fitting_notes, resolve_scheme, site_schemes
@@ -231,9 +231,11 @@ class MixedPrecision(BlockPass):
         return quantizer_with(self.quantizer, scheme, sites=self.sites, exclude=self.exclude, overrides=overrides)
 
     def _quantizers(self, candidates: Mapping[str, Sequence[Scheme | None]]) -> dict[Scheme, QuantizingPass]:
-        """The quantizer with each candidate; none where it does more than quantize site by site."""
+        """What tells the candidates' errors: the quantizer, or the one that finds the codes it starts from; none where
+        that does more than quantize site by site."""
         schemes = dict.fromkeys(scheme for each in candidates.values() for scheme in each if scheme is not None)
         found = {scheme: self._quantizer(scheme.name, {}) for scheme in schemes}
+        found = {scheme: _innermost(each) for scheme, each in found.items()}
         return found if all(each.sitewise for each in found.values()) else {}
 
     def _resolved(self, scheme: str, site: LinearSite) -> Scheme | None:
@@ -263,3 +265,9 @@ class MixedPrecision(BlockPass):
                 exit_code=ExitCode.USAGE,
             )
         return goal, floor
+
+
+def _innermost(quantizer: QuantizingPass) -> QuantizingPass:
+    while isinstance(quantizer, AroundQuantizer):
+        quantizer = quantizer.inner
+    return quantizer

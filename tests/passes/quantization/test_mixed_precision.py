@@ -207,6 +207,14 @@ def test_a_site_may_have_candidates_of_its_own() -> None:
     assert average(rows, model) <= 4.5
 
 
+def test_candidates_of_learned_codes_are_judged_by_the_codes_these_start_from() -> None:
+    whole = whole_model("llama_gqa")
+    plain = mixed(quantizer={"gptq": {"on_indivisible": "pad"}}).decide(whole)
+    learned = mixed(quantizer={"gsq": {"on_indivisible": "pad", "steps": 1}}).decide(whole)
+    rounded = mixed(quantizer={"rtn": {"on_indivisible": "pad", "range": "mse"}}).decide(whole)
+    assert plain == learned != rounded
+
+
 @pytest.mark.parametrize("name", ["gptq", "awq", "hqq"])
 def test_any_quantizer_can_stand_inside(name: str) -> None:
     inside = {name: {"on_indivisible": "pad"}}
