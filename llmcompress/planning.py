@@ -160,6 +160,8 @@ def check_recipe(
         each.check(model_map)
     notes = [note for each in _on_this_model(recipe.passes) for note in each.notes(model_map)]
     contents = planned_contents(model_map, planned_schemes(recipe, model_map), loader, storage_dtype)
+    ours = tuple(PASSES.name_of(type(each)) for each in recipe.passes if each.needs_plugin())
+    contents = replace(contents, planned_modules=ours)
     table = next((scheme for each in recipe.passes if (scheme := each.rounds_embedding()) is not None), None)
     if table is not None:
         sizes = model_map.vocabulary, model_map.hidden_size
@@ -280,7 +282,7 @@ class _SiteTensors:
 
     def planned(self) -> PlannedSite:
         """The row of the plan."""
-        weight_bytes = sum(bytes_of(kind) for part, kind in self.tensors.items() if part != "bias")
+        weight_bytes = sum(bytes_of(kind) for part, kind in self.tensors.items() if not part.endswith("bias"))
         return PlannedSite(
             site=self.name,
             passes=self.passes,
@@ -299,13 +301,16 @@ def _sites(recipe: Recipe, model_map: ModelMap, stored: Choice, dtype: torch.dty
             name = block.full(site.name)
             passes = [each for each in recipe.passes if each.selects(name)]
             dense = plain.tensors((site.outputs, site.inputs), dtype, bias=site.has_bias)
+            tensors = stored.tensors(coded[name], dtype) if name in coded else dense
+            for each in passes:
+                tensors = each.for_site(name).site_tensors(name, site, tensors, dtype)
             found.append(
                 _SiteTensors(
                     name,
                     site.outputs * site.inputs,
                     tuple(PASSES.name_of(type(each)) for each in passes),
                     coded[name].scheme if name in coded else None,
-                    stored.tensors(coded[name], dtype) if name in coded else dense,
+                    tensors,
                     prod(each.kept_fraction(name, site, model_map) for each in passes),
                 )
             )

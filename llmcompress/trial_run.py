@@ -35,7 +35,8 @@ from llmcompress.model.experts import unfuse_experts
 from llmcompress.model.map import ModelMap
 from llmcompress.model.probe import map_model
 from llmcompress.passes.apply import apply_passes
-from llmcompress.passes.base import PASSES, BlockPass, ModelPass, Pass, matches
+from llmcompress.passes.base import PASSES, BlockPass, ModelPass, Pass
+from llmcompress.passes.globs import matches
 from llmcompress.planning import Plan, fitted_to_model, storage_dtype_of
 from llmcompress.progress import Progress, Silent
 from llmcompress.recipe.model import Recipe

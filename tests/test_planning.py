@@ -251,6 +251,27 @@ def test_output_bytes_of_a_sliced_model_count_the_head_that_is_no_longer_tied(tm
     assert any("grow by" in note for note in plan.warnings if note.startswith("slicegpt"))
 
 
+@pytest.mark.parametrize(
+    "passes",
+    [
+        "[{caldera: {scheme: int3_g16, rank: 4, factor_scheme: int8_channel}}]",
+        "[{low_rank_correction: {quantizer: {rtn: {scheme: int3_g16}}, rank: 4}}]",
+        "[{svd: {fraction: 0.2}}, {rtn: {scheme: int4_channel_a8token}}]",
+        "[{rtn: {scheme: int4_channel_a8token}}, {kv_cache: {dtype: int8}}]",
+        "[{rotation: {online: true}}, {rtn: {scheme: int4_channel_a8token}}]",
+        "[{rotation: {}}]",
+    ],
+)
+def test_output_bytes_count_branches_untied_heads_and_formats_that_only_we_load(tmp_path, passes):
+    """Within a hundredth: names of parts and single numbers are not planned."""
+    recipe = parse_recipe(
+        f"model: builtin:books-llama\ncalibration: {{samples: 2, tokens: 64}}\npasses: {passes}\nevaluate: {{}}", "test"
+    )
+    plan = make_plan(find_source("builtin:books-llama"), recipe)
+    compress("builtin:books-llama", recipe, tmp_path / "out")
+    assert plan.output_bytes == pytest.approx(size_of(tmp_path / "out"), rel=0.01)
+
+
 @pytest.mark.parametrize("save", ["auto", "llmcompress"])
 def test_an_optional_table_is_rounded_where_the_target_holds_it(tiny, save):
     optional = PASSES["embeddings"](required=False)

@@ -65,11 +65,13 @@ class Contents:
     """The model's, with every setting spelled for both majors of transformers."""
     rounded_embedding: CodedLinear | None = None
     """Where a plan rounds it; found in a model it is among the sites and the differences."""
+    planned_modules: tuple[str, ...] = ()
+    """Names of the passes of a plan that leave modules of ours; found in a model these are among the differences."""
 
     @property
     def is_stock(self) -> bool:
         """Whether ordinary weights are all there is."""
-        return not self.sites and not self.differences and self.rounded_embedding is None
+        return not (self.sites or self.differences or self.planned_modules) and self.rounded_embedding is None
 
     @property
     def tables(self) -> tuple[CodedLinear, ...]:
@@ -92,7 +94,7 @@ class Contents:
         other = (name for name, spec in found.modules.items() if not MODULES[spec["type"]].has_stock_format)
         named = (name for name in other if name not in self.named_caches)
         rounded = () if self.rounded_embedding is None else (self.rounded_embedding.name,)
-        return (*rounded, *named, *found.reshaped, *found.shapes, *found.attributes)
+        return (*rounded, *self.planned_modules, *named, *found.reshaped, *found.shapes, *found.attributes)
 
 
 def planned_contents(

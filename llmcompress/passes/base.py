@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -19,6 +18,7 @@ from llmcompress.model.map import BlockInfo, ModelMap, SiteInfo
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.scheme import Scheme
 from llmcompress.numerics.statistics import Statistic
+from llmcompress.passes.globs import matches
 from llmcompress.records.rows import SiteReport
 from llmcompress.registry import Registry
 
@@ -92,13 +92,19 @@ class Pass(BaseModel, ABC):
         """Full names of the linears at this site afterwards: factors have their own names."""
         return (site,)
 
+    def needs_plugin(self) -> bool:
+        """Whether it leaves modules of ours beside codes, so that no stock format can hold the model."""
+        return not {"factors", "dynamic"}.isdisjoint(self.traits())
+
     def kept_fraction(self, site: str, info: SiteInfo, model_map: ModelMap) -> float:
         """The approximate fraction of a site's parameters that is kept, as far as the options tell."""
         return 1.0
 
-    def tensors_outside(
-        self, tensors: Mapping[str, Kind], model_map: ModelMap, storage_dtype: torch.dtype
-    ) -> dict[str, Kind]:
+    def site_tensors(self, site: str, info: SiteInfo, found: Mapping[str, Kind], dtype: torch.dtype) -> dict[str, Kind]:
+        """What the files hold of a site afterwards, by name within it, given what they would hold without it."""
+        return dict(found)
+
+    def tensors_outside(self, tensors: Mapping[str, Kind], model_map: ModelMap, dtype: torch.dtype) -> dict[str, Kind]:
         """What the files hold afterwards beside the linears of blocks, by full name, as far as the options tell."""
         return dict(tensors)
 
@@ -286,8 +292,7 @@ class BlockPass(Pass):
         return self.needs()
 
     def forwards(self) -> int:
-        """About how often all windows pass through a block, besides the one forward that feeds the next block: for the
-        resource estimate."""
+        """About how often all windows pass through a block besides feeding the next one, for the resource estimate."""
         return 1 if self.needs() else 0
 
     def trained_windows(self) -> int:
@@ -339,11 +344,6 @@ class ModelPass(Pass):
     @abstractmethod
     def apply(self, whole: WholeModel) -> list[SiteReport]:
         """Change the model in place, or pass a new one to `whole.replace_model`; returns rows of changed sites."""
-
-
-def matches(site: str, *globs: str) -> bool:
-    """Whether a site has a name like one of these; `*.down_proj|*.fc2`: one of several."""
-    return any(fnmatchcase(site, each) for glob in globs for each in glob.split("|"))
 
 
 PASSES: Registry[Pass] = Registry("pass", "llmcompress.passes")

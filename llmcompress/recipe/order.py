@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
 
 from llmcompress.errors import CompressError, ExitCode, near_names
-from llmcompress.passes.base import PASSES, BlockPass, Pass, Trait, matches
+from llmcompress.passes.base import PASSES, BlockPass, Pass, Trait
+from llmcompress.passes.globs import matches
 from llmcompress.recipe.document import Document
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from llmcompress.formats import packed, plain
+from llmcompress.formats.named import Kind
+from llmcompress.model.map import SiteInfo
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.corrected import CorrectedLinear
 from llmcompress.modules.low_rank import linear_of
@@ -82,6 +86,19 @@ def corrected_row(
         rank=rank,
         degraded=base.degraded,
     )
+
+
+def corrected_tensors(
+    before: Mapping[str, Kind], info: SiteInfo, rank: int, scheme: str | None, dtype: torch.dtype
+) -> dict[str, Kind]:
+    """What the files hold of a corrected site, by name within it; `before`: of its codes."""
+    rank = min(rank, info.outputs, info.inputs)
+    known = None if scheme is None else named_scheme(scheme)
+    found: dict[str, Kind] = {"weight": (torch.float32, (0,))} | {f"base.{name}": kind for name, kind in before.items()}
+    for part, shape in (("right", (rank, info.inputs)), ("left", (info.outputs, rank))):
+        of_part = packed.tensors(shape, known, dtype, bias=False) if known else plain.tensors(shape, dtype, bias=False)
+        found |= {f"{part}.{name}": kind for name, kind in of_part.items()}
+    return found
 
 
 def weight_only_scheme(name: str | None) -> str | None:

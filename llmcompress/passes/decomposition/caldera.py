@@ -6,10 +6,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
+import torch
 from pydantic import Field, field_validator
 from torch import Tensor
+from typing_extensions import override
 
 from llmcompress.calibration.stream import BlockWork
+from llmcompress.formats.named import Kind
+from llmcompress.model.map import SiteInfo
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.quant_linear import codes_of
 from llmcompress.modules.scheme import DESCRIPTION
@@ -18,9 +22,10 @@ from llmcompress.numerics.grid import Fitted, Grid, output_error, restore
 from llmcompress.numerics.low_rank import Factors, leading_factors, relative_output_error
 from llmcompress.numerics.statistics import Gram, Statistic
 from llmcompress.passes.base import PASSES, Trait
-from llmcompress.passes.decomposition.branch import branch, corrected_row, weight_only_scheme
+from llmcompress.passes.decomposition.branch import branch, corrected_row, corrected_tensors, weight_only_scheme
 from llmcompress.passes.nested_quantizer import quantizer_with
 from llmcompress.passes.quantizing import QuantizingPass, dense_of, put_codes
+from llmcompress.passes.schemes import resolve_scheme
 from llmcompress.records.rows import SiteReport
 
 
@@ -57,6 +62,13 @@ class Caldera(QuantizingPass):
     def needs(self) -> tuple[type[Statistic], ...]:
         """The Gram matrix of every input."""
         return (Gram, *self.activation_statistics())
+
+    @override
+    def site_tensors(self, site: str, info: SiteInfo, found: Mapping[str, Kind], dtype: torch.dtype) -> dict[str, Kind]:
+        """Codes and branch; a site that the branch does not help, or that data never reach, has codes alone."""
+        if not self.rank or resolve_scheme(self, site, info.inputs) is None:
+            return dict(found)
+        return corrected_tensors(found, info, self.rank, self.factor_scheme, dtype)
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
         """Find codes and branch of every site separately."""

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field, field_validator
 from torch import Tensor
+from typing_extensions import override
 
 from llmcompress.calibration.stream import BlockWork
-from llmcompress.model.map import ModelMap
+from llmcompress.formats.named import Kind
+from llmcompress.model.map import ModelMap, SiteInfo
 from llmcompress.model.site import LinearSite
 from llmcompress.modules.quant_linear import codes_of
 from llmcompress.numerics.low_rank import relative_output_error
 from llmcompress.numerics.statistics import AbsMean, Gram, Statistic
 from llmcompress.passes.base import PASSES, BlockPass, Trait
-from llmcompress.passes.decomposition.branch import branch, corrected_row, weight_only_scheme
+from llmcompress.passes.decomposition.branch import branch, corrected_row, corrected_tensors, weight_only_scheme
 from llmcompress.passes.quantizing import QuantizingPass, dense_of
-from llmcompress.passes.schemes import OnIndivisible, fitting_notes, site_schemes
+from llmcompress.passes.schemes import OnIndivisible, fitting_notes, resolve_scheme, site_schemes
 from llmcompress.records.rows import SiteReport
 
 _SELECTORS = frozenset({"sites", "exclude", "overrides", "new_stage"})
@@ -93,6 +96,13 @@ class LowRankCorrection(BlockPass):
         if self.whitening == "activation":
             kinds.append(AbsMean)
         return tuple(dict.fromkeys(kinds))
+
+    @override
+    def site_tensors(self, site: str, info: SiteInfo, found: Mapping[str, Kind], dtype: torch.dtype) -> dict[str, Kind]:
+        """Codes and branch; a site that the branch does not help, or that data never reach, has codes alone."""
+        if resolve_scheme(self, site, info.inputs) is None:
+            return dict(found)
+        return corrected_tensors(found, info, self.rank, self.factor_scheme, dtype)
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
         """Quantize and correct site by site; what the quantizer leaves dense stays so."""

@@ -75,9 +75,7 @@ class SliceGPT(ModelPass):
         return self._width(model_map.hidden_size) / model_map.hidden_size
 
     @override
-    def tensors_outside(
-        self, tensors: Mapping[str, Kind], model_map: ModelMap, storage_dtype: torch.dtype
-    ) -> dict[str, Kind]:
+    def tensors_outside(self, tensors: Mapping[str, Kind], model_map: ModelMap, dtype: torch.dtype) -> dict[str, Kind]:
         """Norms and tables are as wide as the stream; the last norm moves into the head, so no head stays tied."""
         before, found = model_map.hidden_size, dict(tensors)
         if model_map.tied:

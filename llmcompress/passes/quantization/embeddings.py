@@ -112,9 +112,7 @@ class Embeddings(ModelPass):
         return not self.required
 
     @override
-    def tensors_outside(
-        self, tensors: Mapping[str, Kind], model_map: ModelMap, storage_dtype: torch.dtype
-    ) -> dict[str, Kind]:
+    def tensors_outside(self, tensors: Mapping[str, Kind], model_map: ModelMap, dtype: torch.dtype) -> dict[str, Kind]:
         """Codes and scales in the place of tables; a head that shares the embedding's has nothing of its own."""
         found = dict(tensors)
         dense = tensors.get(f"{model_map.embedding}.weight")
@@ -126,7 +124,7 @@ class Embeddings(ModelPass):
         for name, scheme in rounded.items():
             if scheme is not None:
                 found.pop(f"{name}.weight", None)
-                kinds = packed.tensors(dense[1], named_scheme(scheme), storage_dtype, bias=False)
+                kinds = packed.tensors(dense[1], named_scheme(scheme), dtype, bias=False)
                 found |= {f"{name}.{part}": kind for part, kind in kinds.items()}
         if model_map.tied and not self._shares(model_map) and self.head is None:
             found[f"{model_map.head}.weight"] = dense

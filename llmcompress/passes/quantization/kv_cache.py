@@ -52,6 +52,10 @@ class KeyValueCache(ModelPass):
         return self.scales != "token"
 
     @override
+    def needs_plugin(self) -> bool:
+        return self.scales != "tensor"  # compressed-tensors has words for those
+
+    @override
     def conflict_with(self, trait: Trait) -> str | None:
         return "would quantize a KV cache that is already quantized" if trait == "cache" else None
 

@@ -15,9 +15,10 @@ from llmcompress.model.site import LinearSite
 from llmcompress.modules.base import TrainableTwin
 from llmcompress.modules.quant_linear import QuantLinear, quantized_linears
 from llmcompress.modules.trainable_roles import Role, TrainableRoles
-from llmcompress.passes.base import PASSES, Backward, Trait, matches
+from llmcompress.passes.base import PASSES, Backward, Trait
 from llmcompress.passes.distillation.distill import Distill
 from llmcompress.passes.distillation.named_objectives import combined, objectives_of
+from llmcompress.passes.globs import matches
 from llmcompress.passes.retraining import Lesson, TrainingPass, training_samples
 from llmcompress.records.rows import SiteReport
 from llmcompress.training.data.base import IndexedSamples

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from llmcompress.calibration.whole import WholeModel
 from llmcompress.errors import CompressError, ExitCode
+from llmcompress.formats.named import Kind
 from llmcompress.model.embedding_norm import bake_embedding_norm
 from llmcompress.model.head_rotation import Basis, rotate_heads
 from llmcompress.model.map import ModelMap
@@ -106,6 +107,17 @@ class Rotation(ModelPass):
     @override
     def rotates_stream(self) -> bool:
         return self.stream
+
+    @override
+    def needs_plugin(self) -> bool:
+        return self.online is not False
+
+    @override
+    def tensors_outside(self, tensors: Mapping[str, Kind], model_map: ModelMap, dtype: torch.dtype) -> dict[str, Kind]:
+        """The last norm moves into the head, so no head stays tied."""
+        untied = self.stream and model_map.tied
+        head = {f"{model_map.head}.weight": tensors[f"{model_map.embedding}.weight"]} if untied else {}
+        return {**tensors, **head}
 
     @override
     def backward(self) -> Backward | None:
