@@ -256,7 +256,7 @@ def test_output_bytes_of_a_sliced_model_count_the_head_that_is_no_longer_tied(tm
     [
         "[{caldera: {scheme: int3_g16, rank: 4, factor_scheme: int8_channel}}]",
         "[{low_rank_correction: {quantizer: {rtn: {scheme: int3_g16}}, rank: 4}}]",
-        "[{svd: {fraction: 0.2}}, {rtn: {scheme: int4_channel_a8token}}]",
+        "[{svd: {fraction: 0.5, round_to: 32}}, {rtn: {scheme: int3_g32}}]",
         "[{rtn: {scheme: int4_channel_a8token}}, {kv_cache: {dtype: int8}}]",
         "[{rotation: {online: true}}, {rtn: {scheme: int4_channel_a8token}}]",
         "[{rotation: {}}]",
