@@ -6,7 +6,7 @@
 A Llama of 110 M random weights (costs do not depend on them), float32. A forward pass over the same calibration tokens,
 logits included, is timed right before and after every method in the same process, because the speed of a shared machine
 drifts. Mapping, loading and saving are left out. Every run adds one measurement to the rows it is asked for (`--again`:
-forgets theirs first); without `--environments` only ours are measured. `--growth`: how the seconds of gptq and awq grow
+forgets what it measures anew first); without `--environments` only ours are measured. `--growth`: how the seconds of gptq and awq grow
 with samples, blocks and width, and the exponents. Writes evals/results/seconds.json after every measurement.
 """
 
@@ -85,7 +85,7 @@ PATH = Path(__file__).parent.parent / "results" / "seconds.json"
 @click.option("--growth", is_flag=True, help="measure growth instead of the table of methods")
 @click.option("--environments", type=Path, help="where peers' environments are kept")
 @click.option("--only", multiple=True, type=click.Choice([*METHODS, EVALUATION]), help="default: everything")
-@click.option("--again", is_flag=True, help="forget the rows of the file that are asked for")
+@click.option("--again", is_flag=True, help="forget what is measured anew")
 def main(growth: bool, environments: Path | None, only: tuple[str, ...], again: bool) -> None:
     """Measure, and keep what the file has of the rest."""
     torch.set_num_threads(1)
@@ -104,8 +104,9 @@ def main(growth: bool, environments: Path | None, only: tuple[str, ...], again: 
                 click.echo(str(facts["growth"][-1]), err=True)
                 write(facts)
         return
-    if again:
-        facts["rows"] = [row for row in facts["rows"] if only and row["method"] not in only]
+    for row in facts["rows"] if again else ():
+        if not only or row["method"] in only:
+            row |= {"ours": [], "peer": []} if environments else {"ours": []}
 
     def row_of(method: str, samples: int) -> dict[str, Any]:
         for row in facts["rows"]:
