@@ -6,8 +6,9 @@
 A Llama of 110 M random weights (costs do not depend on them), float32. A forward pass over the same calibration tokens,
 logits included, is timed right before and after every method in the same process, because the speed of a shared machine
 drifts. Mapping, loading and saving are left out. Every run adds one measurement to the rows it is asked for (`--again`:
-forgets what it measures anew first); without `--environments` only ours are measured. `--growth`: how the seconds of gptq and awq grow
-with samples, blocks and width, and the exponents. Writes evals/results/seconds.json after every measurement.
+forgets what it measures anew first); without `--environments` only ours are measured. `--growth`: how the seconds of
+gptq and awq grow with samples, blocks and width, and the exponents. Writes evals/results/seconds.json after every
+measurement.
 """
 
 from __future__ import annotations
