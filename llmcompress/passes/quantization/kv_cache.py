@@ -53,7 +53,7 @@ class KeyValueCache(ModelPass):
 
     @override
     def needs_plugin(self) -> bool:
-        return self.scales != "tensor"  # compressed-tensors has words for those
+        return self.scales != "tensor"  # compressed-tensors can represent those
 
     @override
     def conflict_with(self, trait: Trait) -> str | None:
