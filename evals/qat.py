@@ -24,7 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import click
 import torch
@@ -62,6 +62,8 @@ class Row(NamedTuple):
     """In the folder that is saved."""
     long_windows: int = 0
     """Of every text of `--long`, at most, for the last pass; 0: it sees what the others see."""
+    mixed_precision: Literal["bf16"] | None = None
+    """What blocks multiply in before the last pass."""
 
 
 def blockwise(scheme: str, steps: int, rate: float) -> dict[str, dict[str, Any]]:
@@ -122,6 +124,7 @@ REAL = (
         48,
         table_in_8_bits=True,
         long_windows=1440,
+        mixed_precision="bf16",
     ),
 )
 
@@ -229,7 +232,7 @@ def made(bench: Bench, row: Row, draw: int, folder: Path, saved: Path | None, lo
             compressed, trained_on = loaded.model, windows_NT.numel()
             if row.long_windows:
                 # what comes before is done again after a kill: minutes
-                before = replace(context, keep=None, mixed_precision="bf16")
+                before = replace(context, keep=None, mixed_precision=row.mixed_precision)
                 compressed, _ = apply_passes(compressed, bench.map, passes[:-1], before)
                 context = replace(context, windows_NT=shuffled(study, long, row.long_windows, draw))
                 trained_on = row.passes[-1]["qat"]["training"]["steps"] * BATCH * study.tokens

@@ -303,7 +303,7 @@ def _sites(recipe: Recipe, model_map: ModelMap, stored: Choice, dtype: torch.dty
             dense = plain.tensors((site.outputs, site.inputs), dtype, bias=site.has_bias)
             tensors = stored.tensors(coded[name], dtype) if name in coded else dense
             for each in passes:
-                tensors = each.for_site(name).site_tensors(name, site, tensors, dtype)
+                tensors = each.site_tensors(name, site, tensors, dtype)
             found.append(
                 _SiteTensors(
                     name,

@@ -255,6 +255,8 @@ def test_output_bytes_of_a_sliced_model_count_the_head_that_is_no_longer_tied(tm
     "passes",
     [
         "[{caldera: {scheme: int3_g16, rank: 4, factor_scheme: int8_channel}}]",
+        "[{caldera: {scheme: int3_g16, rank: 0}}]",
+        "[{caldera: {scheme: int3_g16, rank: 0, overrides: {'*.down_proj': {rank: 4}}}}]",
         "[{low_rank_correction: {quantizer: {rtn: {scheme: int3_g16}}, rank: 4}}]",
         "[{svd: {fraction: 0.5, round_to: 32}}, {rtn: {scheme: int3_g32}}]",
         "[{rtn: {scheme: int4_channel_a8token}}, {kv_cache: {dtype: int8}}]",
@@ -270,6 +272,13 @@ def test_output_bytes_count_branches_untied_heads_and_formats_that_only_we_load(
     plan = make_plan(find_source("builtin:books-llama"), recipe)
     compress("builtin:books-llama", recipe, tmp_path / "out")
     assert plan.output_bytes == pytest.approx(size_of(tmp_path / "out"), rel=0.01)
+
+
+def test_factors_in_a_stock_format_are_refused_before_the_work():
+    passes = "passes: [{svd: {fraction: 0.2}}, {rtn: {scheme: int4_channel}}]"
+    recipe = parse_recipe(f"{passes}\nsave: {{format: compressed-tensors}}\nevaluate: {{}}", "test")
+    with pytest.raises(CompressError, match="not svd"):
+        make_plan(find_source("builtin:books-llama"), recipe)
 
 
 @pytest.mark.parametrize("save", ["auto", "llmcompress"])

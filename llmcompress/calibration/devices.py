@@ -14,7 +14,7 @@ _BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
 def multiplies_in_bfloat16(device: torch.device) -> bool:
-    """Whether it has instructions for that; False where torch cannot tell (processors: before torch 2.11)."""
+    """Whether it has instructions for that; False where torch cannot tell (older ones, of processors)."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             return bool(torch.cuda.is_bf16_supported(including_emulation=False))

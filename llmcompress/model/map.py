@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -120,3 +123,7 @@ class ModelMap:
     def site_names(self) -> tuple[str, ...]:
         """Full names of all sites, in model order."""
         return tuple(block.full(site.name) for block in self.blocks for site in block.structure.sites)
+
+    def with_own_head(self, tensors: Mapping[str, T]) -> dict[str, T]:
+        """What files hold, by full name, once a tied head has a matrix of its own."""
+        return {**tensors, f"{self.head}.weight": tensors[f"{self.embedding}.weight"]} if self.tied else dict(tensors)

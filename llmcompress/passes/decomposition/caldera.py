@@ -64,11 +64,16 @@ class Caldera(QuantizingPass):
         return (Gram, *self.activation_statistics())
 
     @override
+    def needs_plugin(self) -> bool:
+        return any([self.rank, *(options.get("rank") for options in self.overrides.values())])
+
+    @override
     def site_tensors(self, site: str, info: SiteInfo, found: Mapping[str, Kind], dtype: torch.dtype) -> dict[str, Kind]:
         """Codes and branch; a site that the branch does not help, or that data never reach, has codes alone."""
-        if not self.rank or resolve_scheme(self, site, info.inputs) is None:
+        here = self.for_site(site)
+        if not here.rank or resolve_scheme(here, site, info.inputs) is None:
             return dict(found)
-        return corrected_tensors(found, info, self.rank, self.factor_scheme, dtype)
+        return corrected_tensors(found, info, here.rank, here.factor_scheme, dtype)
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
         """Find codes and branch of every site separately."""

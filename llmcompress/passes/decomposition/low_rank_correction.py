@@ -100,9 +100,10 @@ class LowRankCorrection(BlockPass):
     @override
     def site_tensors(self, site: str, info: SiteInfo, found: Mapping[str, Kind], dtype: torch.dtype) -> dict[str, Kind]:
         """Codes and branch; a site that the branch does not help, or that data never reach, has codes alone."""
-        if resolve_scheme(self, site, info.inputs) is None:
+        here = self.for_site(site)
+        if resolve_scheme(here, site, info.inputs) is None:
             return dict(found)
-        return corrected_tensors(found, info, self.rank, self.factor_scheme, dtype)
+        return corrected_tensors(found, info, here.rank, here.factor_scheme, dtype)
 
     def apply(self, block: BlockWork, sites: Sequence[LinearSite]) -> list[SiteReport]:
         """Quantize and correct site by site; what the quantizer leaves dense stays so."""

@@ -77,9 +77,7 @@ class SliceGPT(ModelPass):
     @override
     def tensors_outside(self, tensors: Mapping[str, Kind], model_map: ModelMap, dtype: torch.dtype) -> dict[str, Kind]:
         """Norms and tables are as wide as the stream; the last norm moves into the head, so no head stays tied."""
-        before, found = model_map.hidden_size, dict(tensors)
-        if model_map.tied:
-            found[f"{model_map.head}.weight"] = tensors[f"{model_map.embedding}.weight"]
+        before, found = model_map.hidden_size, model_map.with_own_head(tensors)
         width = self._width(before)
         return {
             name: (kind, tuple(width if size == before else size for size in shape))

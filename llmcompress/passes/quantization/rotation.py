@@ -115,9 +115,7 @@ class Rotation(ModelPass):
     @override
     def tensors_outside(self, tensors: Mapping[str, Kind], model_map: ModelMap, dtype: torch.dtype) -> dict[str, Kind]:
         """The last norm moves into the head, so no head stays tied."""
-        untied = self.stream and model_map.tied
-        head = {f"{model_map.head}.weight": tensors[f"{model_map.embedding}.weight"]} if untied else {}
-        return {**tensors, **head}
+        return model_map.with_own_head(tensors) if self.stream else dict(tensors)
 
     @override
     def backward(self) -> Backward | None:
